@@ -1,0 +1,284 @@
+"""What the model is: frozen dataclasses with config.json's own names, and the presets.
+
+`Qwen2VLConfig.from_dict` reads every form of config.json that official and re-saved checkpoints
+come in (text fields flat at the root, or nested under `text_config`; `rope_scaling` or
+`rope_parameters`), and `to_dict` writes the official flat form. It must not know files, tensors
+or torch: standard library only. (Qwen2-VL Table 1; HF: Qwen2VLConfig.) Next room: geometry.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from qwen2vl.errors import ConfigError
+
+__all__ = ["PRESETS", "Qwen2VLConfig", "TextConfig", "VisionConfig"]
+
+logger = logging.getLogger(__name__)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Older spellings of the same field, as the official files write them.
+_VISION_ALIASES = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}
+
+# Fields of config.json that describe training, serving or the writer, never the arithmetic.
+_IGNORED = frozenset(
+    "architectures attention_dropout auto_map dtype hidden_act initializer_range max_window_layers "
+    "model_type rope_parameters rope_scaling sliding_window text_config torch_dtype "
+    "transformers_version use_cache use_sliding_window vision_config vision_token_id layer_types "
+    "head_dim quantization_config rope_theta pad_token_id".split()
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """The vision tower. Defaults are HF's class defaults, which re-saved files leave out."""
+
+    depth: int = 32  # blocks
+    embed_dim: int = 1280  # E, vision width
+    num_heads: int = 16
+    mlp_ratio: float = 4  # MLP width over embed_dim
+    hidden_size: int = 3584  # D, text width: what the merger writes
+    in_channels: int = 3
+    patch_size: int = 14  # pixels a side
+    temporal_patch_size: int = 2  # frames a patch
+    spatial_merge_size: int = 2  # patches a side that become one vision token
+    rope_theta: float = 10000.0
+    image_mean: tuple[float, ...] = CLIP_MEAN  # from preprocessor_config.json, in [0, 1]
+    image_std: tuple[float, ...] = CLIP_STD
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """P: numbers in one patch, 3 * 2 * 14 * 14 = 1176."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one vision token, 28: both sides of a picture are multiples of it."""
+        return self.patch_size * self.spatial_merge_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """The language model: a Qwen2 decoder with multimodal rotary positions."""
+
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    vocab_size: int  # V, rows of the table; the last ones may be unused padding
+    mrope_section: tuple[int, int, int]  # frequencies for (time, height, width)
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen2VLConfig:
+    """The whole model. Build with `from_dict`, or take one of PRESETS; never mutated after."""
+
+    vision: VisionConfig
+    text: TextConfig
+    bos_token_id: int = 151643  # <|endoftext|>; never prepended
+    eos_token_id: int = 151645  # <|im_end|>
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)  # keys we do not know
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def pad_ids(self) -> tuple[int, int]:
+        """The two placeholder tokens that vision tokens overwrite."""
+        return self.image_token_id, self.video_token_id
+
+    @classmethod
+    def from_dict(
+        cls, raw: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None
+    ) -> Qwen2VLConfig:
+        """Build from the content of config.json, and of preprocessor_config.json for mean and std.
+
+        Raises:
+            ConfigError: another kind of model, a missing field, or numbers that do not agree.
+        """
+        kind = raw.get("model_type", "qwen2_vl")
+        if kind != "qwen2_vl":
+            raise ConfigError(f"config.json: model_type is {kind!r}, this library runs 'qwen2_vl'")
+        text = {**raw, **(raw.get("text_config") or {})}
+        # transformers 5 writes the flag at the root, 4.5x inside; the root speaks for the model.
+        text["tie_word_embeddings"] = bool(
+            raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        )
+        text |= _rope(text)
+        for name, want in (("hidden_act", "silu"), ("attention_dropout", 0.0)):
+            if text.get(name, want) != want:
+                raise ConfigError(f"config.json: {name} is {text[name]!r}, supported is {want!r}")
+        vision = {_VISION_ALIASES.get(k, k): v for k, v in (raw.get("vision_config") or {}).items()}
+        vision |= _rope_theta_of_vision(vision)
+        for key in ("image_mean", "image_std"):
+            if preprocessor and preprocessor.get(key):
+                vision[key] = tuple(preprocessor[key])
+        ids = {k: text[k] for k in _own_names(cls) if isinstance(text.get(k), int)}
+        known = _IGNORED | _own_names(cls) | _own_names(TextConfig)
+        extra = {k: v for k, v in raw.items() if k not in known}
+        if extra:
+            logger.debug("config.json: unknown keys kept aside: %s", ", ".join(sorted(extra)))
+        return cls(
+            vision=_build(VisionConfig, vision, "vision_config"),
+            text=_build(TextConfig, text, "config.json"),
+            extra=MappingProxyType(extra),
+            **ids,
+        )
+
+    def to_dict(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """Write the official flat form, which every engine that knows Qwen2-VL opens."""
+        text = {k: getattr(self.text, k) for k in sorted(_own_names(TextConfig))}
+        section = list(text.pop("mrope_section"))
+        vision = {k: getattr(self.vision, k) for k in sorted(_own_names(VisionConfig))}
+        for key in ("image_mean", "image_std", "rope_theta"):
+            del vision[key]  # the first two live in preprocessor_config.json; theta is fixed
+        vision["in_chans"] = vision["in_channels"]
+        vision["spatial_patch_size"] = vision["patch_size"]
+        return {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "vision_start_token_id": self.vision_start_token_id,
+            "vision_end_token_id": self.vision_end_token_id,
+            "image_token_id": self.image_token_id,
+            "video_token_id": self.video_token_id,
+            "rope_scaling": {"type": "mrope", "mrope_section": section},
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "use_sliding_window": False,
+            **text,
+            "vision_config": vision,
+        }
+
+
+def _own_names(cls: type) -> set[str]:
+    return {f.name for f in fields(cls)} - {"vision", "text", "extra"}
+
+
+def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
+    """Pick the fields of `cls` out of `raw`; a field without a default must be there."""
+    picked = {k: raw[k] for k in _own_names(cls) if raw.get(k) is not None}
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in picked]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    return cls(**picked)
+
+
+def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections and theta from either spelling; "mrope" and "default" mean the same thing."""
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("mrope", "default"):
+        raise ConfigError(
+            f"config.json: rope_scaling type is {kind!r}, supported are 'mrope' and 'default'; "
+            "remove the scaling and keep mrope_section"
+        )
+    if "mrope_section" not in rope:
+        raise ConfigError("config.json: rope_scaling has no mrope_section, as [16, 24, 24]")
+    theta = text.get("rope_theta", rope.get("rope_theta"))
+    return {"mrope_section": tuple(rope["mrope_section"])} | ({"rope_theta": theta} if theta else {})
+
+
+def _rope_theta_of_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
+    theta = (vision.get("rope_parameters") or {}).get("rope_theta")
+    return {"rope_theta": theta} if theta else {}
+
+
+def _check(config: Qwen2VLConfig) -> None:
+    """Refuse numbers that cannot belong to one model, naming the rule that is broken."""
+    vision, text = config.vision, config.text
+    for part in (vision, text):
+        for f in fields(part):
+            value = getattr(part, f.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"config.json: {f.name} is {value}, must be at least 1")
+    rules = [
+        (
+            vision.embed_dim % (4 * vision.num_heads) == 0,
+            f"vision embed_dim {vision.embed_dim} must be a multiple of 4 * num_heads "
+            f"{vision.num_heads}",
+        ),
+        (
+            text.hidden_size % text.num_attention_heads == 0,
+            f"hidden_size {text.hidden_size} must be a multiple of num_attention_heads "
+            f"{text.num_attention_heads}",
+        ),
+        (
+            text.num_attention_heads % text.num_key_value_heads == 0,
+            f"num_attention_heads {text.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads {text.num_key_value_heads}",
+        ),
+        (
+            len(text.mrope_section) == 3 and sum(text.mrope_section) * 2 == text.head_dim,
+            f"mrope_section {list(text.mrope_section)} must be three numbers that sum to half of "
+            f"the head width {text.head_dim}",
+        ),
+        (
+            vision.hidden_size == text.hidden_size,
+            f"vision hidden_size {vision.hidden_size} (what the merger writes) must equal "
+            f"hidden_size {text.hidden_size}",
+        ),
+        (
+            max(config.image_token_id, config.video_token_id) < text.vocab_size,
+            f"image_token_id {config.image_token_id} and video_token_id {config.video_token_id} "
+            f"must lie below vocab_size {text.vocab_size}",
+        ),
+    ]
+    broken = [text for holds, text in rules if not holds]
+    if broken:
+        raise ConfigError("config.json: " + "; ".join(broken))
+
+
+def _official(
+    hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, *, tied: bool
+) -> Qwen2VLConfig:
+    return Qwen2VLConfig(
+        vision=VisionConfig(hidden_size=hidden),
+        text=TextConfig(
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            vocab_size=vocab,
+            mrope_section=(16, 24, 24),
+            tie_word_embeddings=tied,
+        ),
+    )
+
+
+# Parameters: 2,208,985,600 / 8,291,375,616 / 73,405,560,320.
+PRESETS: Mapping[str, Qwen2VLConfig] = MappingProxyType(
+    {
+        "2B": _official(1536, 8960, 28, 12, 2, 151936, tied=True),
+        "7B": _official(3584, 18944, 28, 28, 4, 152064, tied=False),
+        "72B": _official(8192, 29568, 80, 64, 8, 152064, tied=False),
+    }
+)
