@@ -54,6 +54,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """C: channels of one attention head."""
         return self.embed_dim // self.num_heads
 
     @property
@@ -85,6 +86,7 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """C: channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
 
@@ -203,7 +205,9 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     if "mrope_section" not in rope:
         raise ConfigError("config.json: rope_scaling has no mrope_section, as [16, 24, 24]")
     theta = text.get("rope_theta", rope.get("rope_theta"))
-    return {"mrope_section": tuple(rope["mrope_section"])} | ({"rope_theta": theta} if theta else {})
+    return {"mrope_section": tuple(rope["mrope_section"])} | (
+        {"rope_theta": theta} if theta else {}
+    )
 
 
 def _rope_theta_of_vision(vision: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""One attention for everything: packed or cached, causal or not, no batch axis and no padding.
+
+Tokens of all sequences lie end to end; `AttnMeta` (geometry.py) says where each segment begins.
+Letters used in this house, see docs/conventions.md:
+
+    T  tokens, packed     N  patches, packed     M  vision tokens     S  sequences
+    D  text width         E  vision width        P  numbers a patch   V  vocabulary
+    H  query heads        K  key/value heads     C  channels a head   Z  tokens a cache block
+    L  layers             3  (time, height, width)
+
+`attention` is what the model calls. Neighbouring segments of the same length share one call of
+the kernel; `attention_by_segment` does one at a time and is the oracle the tests hold it to.
+(HF: ALL_ATTENTION_FUNCTIONS["sdpa"].) Next room: rope.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qwen2vl.config import TextConfig
+from qwen2vl.geometry import AttnMeta, Run
+
+__all__ = ["KVCache", "LayerCache", "attention", "attention_by_segment"]
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys and values of one layer, a view into the KVCache that knows how far it is filled."""
+
+    k_KZC: Tensor
+    v_KZC: Tensor
+    length: int
+
+    def append(self, k_TKC: Tensor, v_TKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return all of this layer's, as (T, K, C) views."""
+        end = self.length + k_TKC.shape[0]
+        assert end <= self.k_KZC.shape[1], f"cache holds {self.k_KZC.shape[1]} tokens, got {end}"
+        self.k_KZC[:, self.length : end] = k_TKC.transpose(0, 1)
+        self.v_KZC[:, self.length : end] = v_TKC.transpose(0, 1)
+        return self.k_KZC[:, :end].transpose(0, 1), self.v_KZC[:, :end].transpose(0, 1)
+
+
+@dataclass(slots=True)
+class KVCache:
+    """Keys and values of one sequence: one contiguous block, as CPU kernels like it.
+
+    `length` counts the tokens stored; `Qwen2VL.forward` advances it once all layers have written,
+    so that a forward that fails in between leaves the cache as it was.
+    """
+
+    k_LKZC: Tensor
+    v_LKZC: Tensor
+    length: int = 0
+
+    @classmethod
+    def allocate(
+        cls, config: TextConfig, capacity: int, dtype: torch.dtype, device: torch.device | str
+    ) -> KVCache:
+        """Reserve room for `capacity` tokens: 2 * L * K * C numbers a token."""
+        shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
+        k_LKZC = torch.empty(shape, dtype=dtype, device=device)
+        return cls(k_LKZC, torch.empty_like(k_LKZC))
+
+    def layer(self, index: int) -> LayerCache:
+        """Give one layer's share."""
+        return LayerCache(self.k_LKZC[index], self.v_LKZC[index], self.length)
+
+
+def attention(
+    q_THC: Tensor,
+    k_TKC: Tensor,
+    v_TKC: Tensor,
+    meta: AttnMeta,
+    *,
+    causal: bool,
+    layer_cache: LayerCache | None = None,
+) -> Tensor:
+    """Let each token attend within its own segment.
+
+    With `layer_cache` the new keys and values are stored first and the queries see all of them;
+    the queries are then the last tokens of a single sequence. Causal masks are aligned to the
+    end: the last query sees every key. Scores are scaled by C ** -0.5.
+
+    Returns:
+        out_THC, in the order of the queries.
+    """
+    if layer_cache is not None:
+        k_TKC, v_TKC = layer_cache.append(k_TKC, v_TKC)
+    return _attend(q_THC, k_TKC, v_TKC, meta.runs, causal)
+
+
+def attention_by_segment(
+    q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, meta: AttnMeta, *, causal: bool
+) -> Tensor:
+    """Do what `attention` does, one segment at a time: slow, obvious, the oracle of the tests."""
+    runs: list[Run] = []
+    start_q = start_k = 0
+    for length_q, length_k in zip(meta.lengths_q, meta.lengths_k, strict=True):
+        runs.append(Run(start_q, start_k, 1, length_q, length_k))
+        start_q += length_q
+        start_k += length_k
+    return _attend(q_THC, k_TKC, v_TKC, tuple(runs), causal)
+
+
+def _attend(
+    q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, runs: tuple[Run, ...], causal: bool
+) -> Tensor:
+    outs = [_attend_run(q_THC, k_TKC, v_TKC, run, causal) for run in runs]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _attend_run(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, run: Run, causal: bool) -> Tensor:
+    """Stack the segments of one run along a batch axis and call the kernel once."""
+    q = q_THC.narrow(0, run.start_q, run.count * run.length_q)
+    k = k_TKC.narrow(0, run.start_k, run.count * run.length_k)
+    v = v_TKC.narrow(0, run.start_k, run.count * run.length_k)
+    square = run.length_q == run.length_k
+    mask = None
+    if causal and not square and run.length_q > 1:
+        mask = torch.ones(run.length_q, run.length_k, dtype=torch.bool, device=q.device)
+        mask = mask.tril(run.length_k - run.length_q)
+    out = F.scaled_dot_product_attention(
+        q.unflatten(0, (run.count, run.length_q)).transpose(1, 2),
+        k.unflatten(0, (run.count, run.length_k)).transpose(1, 2),
+        v.unflatten(0, (run.count, run.length_k)).transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and square and run.length_q > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,86 @@
+"""Eyes and words joined: patches and ids -> hidden states -> logits.
+
+Vision tokens overwrite the embeddings of the placeholders; from there on a token is a token. The
+model takes every index as data (geometry.py) and never searches ids, so training, prefill and
+decode are the same `forward`. Parameter names are the names of the official checkpoints.
+(Qwen2-VL Fig. 2; HF: Qwen2VLForConditionalGeneration.) Back up: load.py fills it from a folder.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.geometry import AttnMeta, VisionMeta
+from qwen2vl.model.attention import KVCache
+from qwen2vl.model.text import TextModel
+from qwen2vl.model.vision import VisionTower
+
+__all__ = ["Qwen2VL"]
+
+
+class Qwen2VL(nn.Module):
+    """The whole network; build it on the meta device and fill it, or initialise it to train."""
+
+    def __init__(self, config: Qwen2VLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision)
+        self.model = TextModel(config.text)
+        # A tied head (2B) is the embedding: no second parameter, as in the files.
+        self.lm_head = (
+            None
+            if config.text.tie_word_embeddings
+            else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, D) matrix that turns hidden states into logits."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def encode(self, patches_NP: Tensor, vision_meta: VisionMeta) -> Tensor:
+        """Turn patches into vision_MD, the rows that will stand at the placeholders."""
+        return self.visual(patches_NP, vision_meta)
+
+    def embed(self, input_ids_T: Tensor, vision_MD: Tensor | None, pad_index_M: Tensor) -> Tensor:
+        """Look up the ids, then overwrite token pad_index_M[m] with row m of `vision_MD`."""
+        embeds_TD = self.model.embed_tokens(input_ids_T)
+        if vision_MD is None:
+            return embeds_TD
+        assert len(vision_MD) == len(pad_index_M), (
+            f"{len(vision_MD)} vision tokens for {len(pad_index_M)} placeholders"
+        )
+        return embeds_TD.index_copy(0, pad_index_M, vision_MD.to(embeds_TD.dtype))
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_3T: Tensor,
+        meta: AttnMeta,
+        *,
+        patches_NP: Tensor | None = None,
+        vision_meta: VisionMeta | None = None,
+        vision_MD: Tensor | None = None,
+        pad_index_M: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Compute hidden_TD, normed and ready for `logits`.
+
+        Pictures come either as patches with their meta (training), or as rows encoded before
+        (`vision_MD`, answering); never both. Either way `pad_index_M` says where rows go.
+        """
+        if patches_NP is not None:
+            assert vision_MD is None and vision_meta is not None
+            vision_MD = self.encode(patches_NP, vision_meta)
+        if pad_index_M is None:
+            assert vision_MD is None, "vision tokens need pad_index_M"
+            embeds_TD = self.model.embed_tokens(input_ids_T)
+        else:
+            embeds_TD = self.embed(input_ids_T, vision_MD, pad_index_M)
+        return self.model(embeds_TD, position_ids_3T, meta, cache)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Score every word of the vocabulary: logits_TV, in the dtype of the weights."""
+        return F.linear(hidden_TD, self.head_weight)

@@ -1,0 +1,141 @@
+"""The eyes: patches of any picture or clip -> vision tokens.
+
+A plain pre-norm transformer over a packed stream of patches. Attention stays inside one pair of
+frames; time is mixed only by the patch embedding, which folds two frames into one vector. Four
+neighbouring patches then become one vision token. It knows no file and no item, only what
+`VisionMeta` says. (Qwen2-VL sec. 2.1; HF: Qwen2VisionTransformerPretrainedModel.)
+Next room: text.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen2vl.config import VisionConfig
+from qwen2vl.geometry import AttnMeta, VisionMeta
+from qwen2vl.model.attention import attention
+from qwen2vl.model.rope import Rotation, rotate, vision_rotation
+
+__all__ = ["VisionTower", "normalise_pixels"]
+
+
+class PatchEmbed(nn.Module):
+    """One matmul. The parameter keeps the Conv3d shape (E, 3, 2, 14, 14) of the checkpoints.
+
+    Kernel and stride are equal, so the convolution is linear on flat patches; as a convolution it
+    is many times slower on several backends.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, kernel, bias=False)
+
+    def forward(self, patches_NP: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches_NP.to(weight.dtype), weight)
+
+
+class VisionAttention(nn.Module):
+    """Attention of every head over the patches of one pair of frames."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, hidden_NE: Tensor, rotation: Rotation, frames: AttnMeta) -> Tensor:
+        qkv_N3HC = self.qkv(hidden_NE).unflatten(1, (3, self.num_heads, -1))
+        q_NHC, k_NHC, v_NHC = qkv_N3HC.unbind(1)
+        # The reference rotates in float32 here (not in the text model), and so do we.
+        q_NHC = rotate(q_NHC.float(), rotation).to(v_NHC.dtype)
+        k_NHC = rotate(k_NHC.float(), rotation).to(v_NHC.dtype)
+        out_NHC = attention(q_NHC, k_NHC, v_NHC, frames, causal=False)
+        return self.proj(out_NHC.flatten(1))
+
+
+class VisionMLP(nn.Module):
+    """Two layers with the sigmoid approximation of GELU, as in CLIP."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.embed_dim, width)
+        self.fc2 = nn.Linear(width, config.embed_dim)
+
+    def forward(self, hidden_NE: Tensor) -> Tensor:
+        up = self.fc1(hidden_NE)
+        return self.fc2(up * torch.sigmoid(1.702 * up))
+
+
+class VisionBlock(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, hidden_NE: Tensor, rotation: Rotation, frames: AttnMeta) -> Tensor:
+        hidden_NE = hidden_NE + self.attn(self.norm1(hidden_NE), rotation, frames)
+        return hidden_NE + self.mlp(self.norm2(hidden_NE))
+
+
+class PatchMerger(nn.Module):
+    """Four neighbouring patches, side by side in the stream -> one vision token of text width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.width = config.embed_dim * config.spatial_merge_size**2
+        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.hidden_size)
+        )
+
+    def forward(self, hidden_NE: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(hidden_NE).view(-1, self.width))
+
+
+class VisionTower(nn.Module):
+    """Patches of all items, end to end -> vision tokens of all items, end to end."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, patches_NP: Tensor, meta: VisionMeta) -> Tensor:
+        """Encode patches into vision_MD, M = N / 4; uint8 patches are normalised first."""
+        if patches_NP.dtype == torch.uint8:
+            patches_NP = normalise_pixels(patches_NP, self.config)
+        rotation = vision_rotation(meta.positions_N2, self.config.head_dim, self.config.rope_theta)
+        hidden_NE = self.patch_embed(patches_NP)
+        for block in self.blocks:
+            hidden_NE = block(hidden_NE, rotation, meta.frames)
+        return self.merger(hidden_NE)
+
+
+def normalise_pixels(patches_NP: Tensor, config: VisionConfig) -> Tensor:
+    """Scale uint8 patches to [0, 1], then subtract the mean and divide by the deviation.
+
+    Returns float32. Rows are channel-major, so each third of a row has its own mean.
+    (HF: Qwen2VLImageProcessorPil, the same numbers bit for bit.)
+    """
+    mean, std = _channel_constants(config, patches_NP.device)
+    pixels_NCX = patches_NP.unflatten(1, (config.in_channels, -1)).float() * (1 / 255)
+    return ((pixels_NCX - mean) / std).flatten(1)
+
+
+@lru_cache(maxsize=8)
+def _channel_constants(config: VisionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(config.image_mean, device=device)[:, None]
+    return mean, torch.tensor(config.image_std, device=device)[:, None]
