@@ -102,7 +102,9 @@ class Qwen2VLConfig:
     vision_end_token_id: int = 151653
     image_token_id: int = 151655
     video_token_id: int = 151656
-    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)  # keys we do not know
+    extra: Mapping[str, Any] = field(  # keys we do not know
+        default_factory=dict[str, Any], compare=False
+    )
 
     def __post_init__(self) -> None:
         _check(self)
@@ -124,7 +126,8 @@ class Qwen2VLConfig:
         kind = raw.get("model_type", "qwen2_vl")
         if kind != "qwen2_vl":
             raise ConfigError(f"config.json: model_type is {kind!r}, this library runs 'qwen2_vl'")
-        text = {**raw, **(raw.get("text_config") or {})}
+        nested: Mapping[str, Any] = raw.get("text_config") or {}
+        text: dict[str, Any] = {**raw, **nested}
         # transformers 5 writes the flag at the root, 4.5x inside; the root speaks for the model.
         text["tie_word_embeddings"] = bool(
             raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
@@ -133,7 +136,8 @@ class Qwen2VLConfig:
         for name, want in (("hidden_act", "silu"), ("attention_dropout", 0.0)):
             if text.get(name, want) != want:
                 raise ConfigError(f"config.json: {name} is {text[name]!r}, supported is {want!r}")
-        vision = {_VISION_ALIASES.get(k, k): v for k, v in (raw.get("vision_config") or {}).items()}
+        seen: Mapping[str, Any] = raw.get("vision_config") or {}
+        vision: dict[str, Any] = {_VISION_ALIASES.get(k, k): v for k, v in seen.items()}
         vision |= _rope_theta_of_vision(vision)
         for key in ("image_mean", "image_std"):
             if preprocessor and preprocessor.get(key):
@@ -195,7 +199,7 @@ def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     """Sections and theta from either spelling; "mrope" and "default" mean the same thing."""
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    rope: Mapping[str, Any] = text.get("rope_scaling") or text.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("mrope", "default"):
         raise ConfigError(
@@ -211,7 +215,8 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_theta_of_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
-    theta = (vision.get("rope_parameters") or {}).get("rope_theta")
+    rope: Mapping[str, Any] = vision.get("rope_parameters") or {}
+    theta = rope.get("rope_theta")
     return {"rope_theta": theta} if theta else {}
 
 

@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
     start_q: int
     start_k: int
-    count: int
+    num: int
     length_q: int
     length_k: int
 

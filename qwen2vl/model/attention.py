@@ -115,18 +115,18 @@ def _attend(
 
 def _attend_run(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, run: Run, causal: bool) -> Tensor:
     """Stack the segments of one run along a batch axis and call the kernel once."""
-    q = q_THC.narrow(0, run.start_q, run.count * run.length_q)
-    k = k_TKC.narrow(0, run.start_k, run.count * run.length_k)
-    v = v_TKC.narrow(0, run.start_k, run.count * run.length_k)
+    q = q_THC.narrow(0, run.start_q, run.num * run.length_q)
+    k = k_TKC.narrow(0, run.start_k, run.num * run.length_k)
+    v = v_TKC.narrow(0, run.start_k, run.num * run.length_k)
     square = run.length_q == run.length_k
     mask = None
     if causal and not square and run.length_q > 1:
         mask = torch.ones(run.length_q, run.length_k, dtype=torch.bool, device=q.device)
         mask = mask.tril(run.length_k - run.length_q)
     out = F.scaled_dot_product_attention(
-        q.unflatten(0, (run.count, run.length_q)).transpose(1, 2),
-        k.unflatten(0, (run.count, run.length_k)).transpose(1, 2),
-        v.unflatten(0, (run.count, run.length_k)).transpose(1, 2),
+        q.unflatten(0, (run.num, run.length_q)).transpose(1, 2),
+        k.unflatten(0, (run.num, run.length_k)).transpose(1, 2),
+        v.unflatten(0, (run.num, run.length_k)).transpose(1, 2),
         attn_mask=mask,
         is_causal=causal and square and run.length_q > 1,
         enable_gqa=q.shape[1] != k.shape[1],
