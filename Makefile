@@ -1,0 +1,58 @@
+# Everything a developer runs. `make` alone prints this list.
+#
+#   make demo PYTHON=python3.12                                      another Python (3.11 or newer)
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu       torch without CUDA on Linux
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup demo test check format slow bench clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install what constraints.txt pins; instant when up to date
+
+# torch goes first and without its dependencies: an index that holds only torch need not hold the
+# exact versions that constraints.txt pins for the rest.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; say which to use: make setup PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup ## ask the embedded model real questions about pictures and a clip
+	$(BIN)/qwen2vl demo
+
+test: setup ## the fast tests: CPU, offline
+	$(BIN)/python -m pytest --durations=10
+
+check: setup ## lint, format, import contract, types, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	$(BIN)/codespell
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: setup ## the tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -m slow --durations=10
+
+bench: setup ## run one benchmark: make bench SCRIPT=benchmarks/NAME.py; without SCRIPT, list them
+	$(if $(SCRIPT),$(BIN)/python $(SCRIPT),@ls benchmarks/*.py 2>/dev/null || echo "benchmarks/ holds no script yet")
+
+clean: ## remove caches and build outputs; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find qwen2vl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

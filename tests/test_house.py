@@ -1,0 +1,377 @@
+"""The rules of the house that a machine can check; docs/architecture.md gives the reasons.
+
+Import floors, words every module owes its reader, names, types, what may be printed, and whether
+the documents still tell the truth about files, commands and figures.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "qwen2vl"
+
+# A name that means nothing collects everything.
+BANNED_NAMES = {"utils", "util", "common", "base", "misc", "helpers", "core"}
+MAX_LINES = 400
+
+# A measured figure in the README is a number with one of these units; it cites its line of
+# benchmarks/results.md, as in "2.1 % [r3]".
+UNITS = r"%|ms|s|min|minutes|seconds|hours|MB|GB|M|tokens/s"
+FIGURE = re.compile(rf"(?<![\w.])(\d[\d,]*(?:\.\d+)?) ?({UNITS})(?![\w/])(?: \[(r\d+)\])?")
+RESULT = re.compile(r"^- \*\*(r\d+)\*\* `(\{.*\})`$", re.MULTILINE)
+RESULT_KEYS = {"date", "commit", "machine", "command", "numbers"}
+
+# Absolute paths of somebody's machine; example paths in the documents are relative.
+MACHINE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:work|root|home|Users)/\w|[A-Z]:\\\\?Users)")
+
+
+def modules() -> list[Path]:
+    """List the source files of the package."""
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def scripts() -> list[Path]:
+    """List the runnable files beside the package."""
+    return sorted((ROOT / "examples").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+def documents() -> list[Path]:
+    """List the pages written for people."""
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """Parse one source file."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def place(path: Path, node: ast.stmt | ast.expr | None = None) -> str:
+    """Name a file, or a line in it, for a failure's text."""
+    shown = str(path.relative_to(ROOT))
+    return shown if node is None else f"{shown}:{node.lineno}"
+
+
+def body_without_docstring(path: Path) -> list[ast.stmt]:
+    """Return what a module does, besides speaking and importing from the future."""
+    body = tree(path).body[1:] if ast.get_docstring(tree(path)) else tree(path).body
+    return [
+        node
+        for node in body
+        if not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+    ]
+
+
+def exported(path: Path) -> list[str] | None:
+    """Read a module's `__all__`, or None when it has none."""
+    for node in tree(path).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return None
+
+
+# Floors ---------------------------------------------------------------------------------------
+
+
+def test_imports_go_down_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    placed = set(re.findall(r"qwen2vl\.(\w+)", " ".join(layers)))
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    assert rooms - {"__init__"} <= placed
+
+
+@pytest.mark.parametrize("room", ["errors", "grounding", "config"])
+def test_ground_floor_needs_the_standard_library_only(room: str) -> None:
+    if not (PACKAGE / f"{room}.py").exists():
+        pytest.skip(f"qwen2vl/{room}.py is not written yet")
+    foreign = loaded_by(f"qwen2vl.{room}") - sys.stdlib_module_names - {"qwen2vl"}
+    assert not foreign
+
+
+def test_importing_the_package_is_cheap() -> None:
+    assert not loaded_by("qwen2vl") & {"torch", "numpy", "PIL", "av", "tokenizers", "transformers"}
+
+
+def loaded_by(module: str) -> set[str]:
+    """Import a module in a fresh interpreter; return the top-level modules this brought in."""
+    code = (
+        "import sys; before = set(sys.modules); import importlib; "
+        f"importlib.import_module({module!r}); print(*(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+# Words ----------------------------------------------------------------------------------------
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    wrong = [
+        f"{place(path)}: {len(lines)} lines"
+        for path in modules()
+        if not 3 <= len(lines := (ast.get_docstring(tree(path)) or "").splitlines()) <= 12
+    ]
+    assert not wrong, "module docstrings are 3 to 12 lines long"
+
+
+def test_every_module_lists_its_public_names() -> None:
+    missing = [
+        place(path)
+        for path in modules()
+        if body_without_docstring(path) and exported(path) is None and path.stem != "__main__"
+    ]
+    assert not missing, "these modules have no __all__"
+
+
+def test_public_names_are_complete_and_sorted() -> None:
+    wrong = [
+        f"{place(path)}: {problem}"
+        for path in modules()
+        for problem in problems_of_all(path, exported(path) or [])
+    ]
+    assert not wrong
+
+
+def problems_of_all(path: Path, names: list[str]) -> Iterator[str]:
+    """Compare a module's `__all__` with what it defines."""
+    if names != sorted(names, key=ruff_order):
+        yield "__all__ is not sorted"
+    if len(names) != len(set(names)):
+        yield "__all__ repeats a name"
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for node in tree(path).body:
+        if isinstance(node, definitions) and node.name[0] != "_" and node.name not in names:
+            yield f"{node.name} is public by name but not in __all__"
+    if names:
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        module = import_module(dotted.removesuffix(".__init__"))
+        yield from (f"{name} is not in the module" for name in names if not hasattr(module, name))
+
+
+def ruff_order(name: str) -> tuple[int, str]:
+    """Sort as ruff's RUF022 does: CONSTANTS, then Classes, then functions."""
+    if name.isupper() and len(name) > 1:
+        return 0, name
+    return (1 if name[0].isupper() else 2), name
+
+
+def test_rooms_do_not_reach_into_each_other() -> None:
+    wrong = [
+        f"{place(path, node)}: {alias.name}"
+        for path in modules()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qwen2vl")
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not wrong, "these imports take another module's private names"
+
+
+# Types, names, sizes ----------------------------------------------------------------------------
+
+
+def test_every_function_is_annotated() -> None:
+    wrong = [
+        f"{place(path, node)}: {node.name}: {what}"
+        for path in [*modules(), *scripts(), *sorted((ROOT / "tests").rglob("*.py"))]
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for what in unannotated(node)
+    ]
+    assert not wrong
+
+
+def unannotated(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Name what a signature leaves open."""
+    if node.returns is None:
+        yield "return type"
+    arguments = [*node.args.posonlyargs, *node.args.args]
+    if arguments and arguments[0].arg in ("self", "cls"):
+        arguments = arguments[1:]
+    extra = [star for star in (node.args.vararg, node.args.kwarg) if star is not None]
+    for argument in [*arguments, *node.args.kwonlyargs, *extra]:
+        if argument.annotation is None:
+            yield argument.arg
+
+
+def test_no_room_has_a_name_that_means_nothing() -> None:
+    parts = {part for path in modules() for part in path.relative_to(PACKAGE).with_suffix("").parts}
+    assert not {part.strip("_") for part in parts} & BANNED_NAMES
+
+
+def test_rooms_are_at_most_two_deep() -> None:
+    deep = [place(path) for path in modules() if len(path.relative_to(PACKAGE).parts) > 2]
+    assert not deep
+
+
+def test_every_file_fits_one_sitting() -> None:
+    long = [
+        f"{place(path)}: {count} lines"
+        for path in [*modules(), *scripts()]
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    ]
+    assert not long, f"the limit is {MAX_LINES} lines"
+
+
+def test_examples_are_short() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 40, place(path)
+
+
+def test_only_the_command_line_prints() -> None:
+    wrong = [
+        place(path, node)
+        for path in modules()
+        if path.relative_to(PACKAGE).parts[0] != "cli"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    ]
+    assert not wrong
+
+
+def test_no_path_of_a_machine_is_written_down() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    wrong = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        data = path.read_bytes() if path.is_file() else b""
+        if b"\0" not in data:
+            lines = data.decode("utf-8").splitlines()
+            wrong += [f"{name}:{i}" for i, x in enumerate(lines, 1) if MACHINE_PATH.search(x)]
+    assert not wrong
+
+
+# Documents --------------------------------------------------------------------------------------
+
+
+def code_of(page: str) -> str:
+    """Return what a page shows as code: fenced blocks and spans, one a line."""
+    fences = re.findall(r"^```.*?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join([*fences, *re.findall(r"`([^`\n]+)`", prose)])
+
+
+@pytest.mark.parametrize("page", documents(), ids=place)
+def test_documents_name_only_commands_that_exist(page: Path) -> None:
+    code = code_of(page.read_text(encoding="utf-8"))
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    unknown = set(re.findall(r"^\s*\$? ?make ([a-z]+)", code, re.M)) - set(targets)
+    assert not unknown, "no such make targets"
+    used = set(re.findall(r"^\s*\$? ?qwen2vl ([a-z]+)", code, re.M))
+    assert used <= cli_commands(), "no such qwen2vl commands"
+
+
+def cli_commands() -> set[str]:
+    """List the subcommands of `qwen2vl`, or nothing while the command does not exist."""
+    if not (PACKAGE / "cli" / "main.py").exists():
+        return set()
+    import click
+
+    group = import_module("qwen2vl.cli.main").main
+    return set(group.list_commands(click.Context(group)))
+
+
+@pytest.mark.parametrize("page", documents(), ids=place)
+def test_documents_name_only_files_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    named = re.findall(r"(?<![\w./*-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|toml|txt)\b", code_of(text))
+    missing += [
+        name
+        for name in named
+        if not any((root / name).exists() for root in (ROOT, PACKAGE, page.parent))
+    ]
+    assert not missing
+
+
+def results() -> dict[str, dict[str, object]]:
+    """Read benchmarks/results.md: id -> one run."""
+    text = (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8")
+    return {name: json.loads(line) for name, line in RESULT.findall(text)}
+
+
+def test_results_are_numbered_and_complete() -> None:
+    runs = results()
+    assert list(runs) == [f"r{i + 1}" for i in range(len(runs))]
+    for name, run in runs.items():
+        assert run.keys() >= RESULT_KEYS, name
+
+
+@pytest.mark.parametrize("page", documents(), ids=place)
+def test_figures_equal_the_result_they_cite(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    wrong = list(figure_problems(prose, results(), must_cite=page.name == "README.md"))
+    assert not wrong
+
+
+def figure_problems(
+    prose: str, runs: dict[str, dict[str, object]], *, must_cite: bool
+) -> Iterator[str]:
+    """Name every figure that lacks its run, or differs from it."""
+    for figure in FIGURE.finditer(prose):
+        value, _, cited = figure.groups()
+        if cited is None:
+            if must_cite:
+                yield f"{figure[0]}: cites no line of benchmarks/results.md"
+        elif cited not in runs:
+            yield f"{figure[0]}: there is no such line"
+        elif float(value.replace(",", "")) not in leaves(runs[cited]["numbers"]):
+            yield f"{figure[0]}: the line holds {runs[cited]['numbers']}"
+    cited_names = set(re.findall(r"\[(r\d+)\]", prose))
+    yield from (f"[{name}]: there is no such line" for name in sorted(cited_names - runs.keys()))
+
+
+def leaves(numbers: object) -> set[float]:
+    """Collect the numbers of one run, however deep they lie."""
+    if isinstance(numbers, dict):
+        return set().union(*(leaves(value) for value in numbers.values()))
+    assert isinstance(numbers, int | float)
+    return {float(numbers)}
+
+
+@pytest.mark.parametrize(
+    ("prose", "complaint"),
+    [
+        ("12.5 ms [r1]", None),
+        ("1,200 tokens/s [r1]", None),
+        ("| 12.5 ms [r1] |", None),
+        ("Python 3.11, torch 2.11, 2 cores", None),
+        ("12.6 ms [r1]", "the line holds"),
+        ("12.5 ms", "cites no line"),
+        ("12.5 ms [r2]", "no such line"),
+        ("as measured [r7]", "no such line"),
+    ],
+)
+def test_the_figure_rule_itself(prose: str, complaint: str | None) -> None:
+    runs: dict[str, dict[str, object]] = {"r1": {"numbers": {"a": 12.5, "b": {"c": 1200}}}}
+    problems = list(figure_problems(prose, runs, must_cite=True))
+    assert (complaint is None) == (not problems)
+    assert complaint is None or complaint in problems[0]
