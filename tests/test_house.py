@@ -268,6 +268,13 @@ def test_no_path_of_a_machine_is_written_down() -> None:
     assert not wrong
 
 
+def test_ci_installs_every_font_package() -> None:
+    from qwen2vl.synth.fonts import JUDGE_PACKAGES, TRAINING_PACKAGES
+
+    listed = (ROOT / ".ci" / "run").read_text(encoding="utf-8").split()
+    assert {*TRAINING_PACKAGES, *JUDGE_PACKAGES} <= set(listed)
+
+
 # Documents --------------------------------------------------------------------------------------
 
 
