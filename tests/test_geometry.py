@@ -1,0 +1,292 @@
+"""Geometry against hand-made vectors, against a token-by-token re-telling, and its refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen2vl.config import PRESETS, Qwen2VLConfig
+from qwen2vl.errors import InputError
+from qwen2vl.geometry import (
+    AttnMeta,
+    Grid,
+    Run,
+    VisionMeta,
+    frame_lengths,
+    merge_order,
+    num_tokens,
+    pad_index,
+    patch_positions,
+    text_positions,
+)
+from tests import prompts
+from tests.prompts import Part, Visual, image, video
+
+CONFIG = PRESETS["2B"]
+PAD = CONFIG.image_token_id
+
+
+def positions_of(parts: list[Part]) -> tuple[list[list[int]], int]:
+    prompt = prompts.prompt(parts, CONFIG)
+    position_ids_3T, delta = text_positions(prompt.ids, prompt.grids, CONFIG)
+    assert position_ids_3T.dtype == torch.int64
+    return position_ids_3T.tolist(), delta
+
+
+# Positions of tokens --------------------------------------------------------------------------
+
+
+def test_positions_around_an_image() -> None:
+    (time, row, col), delta = positions_of([3, image(4, 6), 4])
+    assert time == [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7, 8, 9]
+    assert row == [0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7, 8, 9]
+    assert col == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9]
+    assert delta == 10 - 13
+
+
+def test_positions_of_a_video() -> None:
+    (time, row, col), delta = positions_of([video(3, 4, 4), 5])
+    assert time == [0] * 4 + [1] * 4 + [2] * 4 + [3, 4, 5, 6, 7]
+    assert row == [0, 0, 1, 1] * 3 + [3, 4, 5, 6, 7]
+    assert col == [0, 1, 0, 1] * 3 + [3, 4, 5, 6, 7]
+    assert delta == -9
+
+
+def test_text_after_a_long_video_resumes_behind_its_last_frame() -> None:
+    # The paper's rule and transformers 4.x; 5.23 would resume at 4, among the frames' own times.
+    positions, delta = positions_of([2, video(8, 4, 4), 2])
+    assert [axis[-2:] for axis in positions] == [[10, 11]] * 3
+    assert delta == 12 - 36
+
+
+def test_positions_of_two_images() -> None:
+    (time, _, col), _ = positions_of([2, image(4, 4), 2, image(2, 8), 1])
+    assert time == [0, 1, 2, 2, 2, 2, 4, 5, 6, 6, 6, 6, 10]
+    assert col[-5:-1] == [6, 7, 8, 9]
+
+
+def test_text_alone_counts_up_on_all_axes() -> None:
+    assert positions_of([5]) == ([[0, 1, 2, 3, 4]] * 3, 0)
+
+
+def test_nothing_has_no_positions() -> None:
+    position_ids_3T, delta = text_positions([], [], CONFIG)
+    assert position_ids_3T.shape == (3, 0) and delta == 0
+
+
+def tell_token_by_token(parts: list[Part]) -> tuple[list[tuple[int, int, int]], int]:
+    """Re-tell the rule one token at a time, without boxes or tensors."""
+    told: list[tuple[int, int, int]] = []
+    for part in parts:
+        start = 1 + max((max(place) for place in told), default=-1)
+        if isinstance(part, Visual):
+            rows, cols = part.grid.h // 2, part.grid.w // 2
+            for index in range(part.grid.t * rows * cols):
+                a, b, c = index // (rows * cols), index // cols % rows, index % cols
+                told.append((start + a, start + b, start + c))
+        else:
+            told += [(start + i, start + i, start + i) for i in range(part)]
+    return told, 1 + max(max(place) for place in told) - len(told)
+
+
+@given(prompts.parts(longest_clip=12))
+def test_positions_equal_the_rule_told_token_by_token(parts: list[Part]) -> None:
+    positions, delta = positions_of(parts)
+    told, told_delta = tell_token_by_token(parts)
+    assert list(zip(*positions, strict=True)) == told
+    assert delta == told_delta
+
+
+@given(prompts.parts(longest_clip=12))
+def test_decode_goes_on_where_the_prompt_stopped(parts: list[Part]) -> None:
+    whole, _ = positions_of([*parts, 3])
+    prompt, delta = positions_of(parts)
+    length = len(prompt[0])
+    for axis in whole:
+        assert axis[length:] == [length + i + delta for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "grids", "text"),
+    [
+        (
+            [1, PAD, PAD, 2],
+            [],
+            "input_ids hold 1 runs of image or video placeholders, but 0 visual items were given; "
+            "each item needs exactly one run",
+        ),
+        (
+            [1, 2],
+            [Grid(1, 2, 2)],
+            "input_ids hold 0 runs of image or video placeholders, but 1 visual items were given; "
+            "each item needs exactly one run",
+        ),
+        (
+            [1, PAD, 2, PAD, PAD, PAD],
+            [Grid(1, 2, 2), Grid(1, 4, 4)],
+            "visual item 2 has grid (1, 4, 4) = 4 vision tokens, but 3 placeholders stand at "
+            "token 3",
+        ),
+    ],
+)
+def test_pads_and_grids_must_agree(ids: list[int], grids: list[Grid], text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        text_positions(ids, grids, CONFIG)
+    assert str(caught.value) == text
+
+
+def test_an_image_and_a_video_may_touch() -> None:
+    (time, _, _), _ = positions_of([image(2, 2), video(2, 2, 2), 1])
+    assert time == [0, 1, 2, 3]
+
+
+# Placeholders and counts ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tokens"),
+    [
+        (224, 224, 64),
+        (1372, 2044, 3577),
+        (1092, 1932, 2691),
+        (644, 476, 391),
+        (336, 504, 216),
+        (56, 56, 4),
+        (3584, 3584, 16384),
+        (3556, 3556, 16129),
+        (112, 19992, 2856),
+    ],
+)
+def test_vision_tokens_of_an_image(height: int, width: int, tokens: int) -> None:
+    assert num_tokens(Grid(1, height // 14, width // 14)) == tokens
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens"),
+    [
+        (Grid(10, 40, 72), 7200),
+        (Grid(60, 30, 52), 23400),
+        (Grid(384, 16, 30), 46080),
+        (Grid(3, 34, 46), 1173),
+        (Grid(2, 26, 46), 598),
+    ],
+)
+def test_vision_tokens_of_a_video(grid: Grid, tokens: int) -> None:
+    assert num_tokens(grid) == tokens
+
+
+def test_vision_tokens_without_merging() -> None:
+    assert num_tokens(Grid(2, 3, 5), merge=1) == 30
+
+
+def test_pad_index_finds_both_kinds_in_order() -> None:
+    ids = [7, CONFIG.video_token_id, 8, PAD, PAD, 9]
+    assert pad_index(ids, CONFIG).tolist() == [1, 3, 4]
+    assert pad_index([7, 8], CONFIG).dtype == torch.int64
+    assert pad_index([7, 8], CONFIG).tolist() == []
+
+
+@given(prompts.parts())
+def test_pad_index_counts_the_vision_tokens(parts: list[Part]) -> None:
+    prompt = prompts.prompt(parts, CONFIG)
+    assert len(pad_index(prompt.ids, CONFIG)) == sum(num_tokens(grid) for grid in prompt.grids)
+
+
+# Patches ----------------------------------------------------------------------------------------
+
+
+def test_patch_order_of_a_4_by_4_grid() -> None:
+    assert patch_positions([Grid(1, 4, 4)]).tolist() == [
+        [0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3],
+        [2, 0], [2, 1], [3, 0], [3, 1], [2, 2], [2, 3], [3, 2], [3, 3],
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
+def test_merge_order_equals_four_nested_loops(blocks_h: int, blocks_w: int, merge: int) -> None:
+    h, w = blocks_h * merge, blocks_w * merge
+    naive = [
+        (block_row + row) * w + block_col + col
+        for block_row in range(0, h, merge)
+        for block_col in range(0, w, merge)
+        for row in range(merge)
+        for col in range(merge)
+    ]
+    assert merge_order(h, w, merge).tolist() == naive
+    assert sorted(naive) == list(range(h * w))
+
+
+@given(st.lists(prompts.visuals(), max_size=4))
+def test_patch_positions_repeat_for_each_pair_of_frames(items: list[Visual]) -> None:
+    grids = [item.grid for item in items]
+    naive = [
+        [index // grid.w, index % grid.w]
+        for grid in grids
+        for _ in range(grid.t)
+        for index in merge_order(grid.h, grid.w).tolist()
+    ]
+    positions_N2 = patch_positions(grids)
+    assert positions_N2.shape == (len(naive), 2) and positions_N2.tolist() == naive
+
+
+def test_each_pair_of_frames_is_a_segment_of_its_own() -> None:
+    assert frame_lengths([Grid(1, 2, 4), Grid(3, 4, 4)]) == [8, 16, 16, 16]
+    assert frame_lengths([]) == []
+
+
+def test_vision_meta_joins_positions_and_frames() -> None:
+    meta = VisionMeta.build([Grid(1, 4, 6), Grid(2, 2, 2)])
+    assert meta.frames.lengths_q == (24, 4, 4)
+    assert torch.equal(meta.positions_N2, patch_positions([Grid(1, 4, 6), Grid(2, 2, 2)]))
+
+
+# Attention bounds -------------------------------------------------------------------------------
+
+
+def test_attn_meta_of_packed_sequences() -> None:
+    meta = AttnMeta.build([3, 3, 5, 3])
+    assert meta.lengths_k == meta.lengths_q == (3, 3, 5, 3)
+    assert meta.cu_seqlens_q.tolist() == [0, 3, 6, 11, 14]
+    assert meta.cu_seqlens_k is meta.cu_seqlens_q and meta.cu_seqlens_q.dtype == torch.int32
+    assert meta.max_seqlen_q == meta.max_seqlen_k == 5
+    assert meta.runs == (Run(0, 0, 2, 3, 3), Run(6, 6, 1, 5, 5), Run(11, 11, 1, 3, 3))
+
+
+def test_attn_meta_of_a_chunk_over_a_cache() -> None:
+    meta = AttnMeta.build([2, 2, 1], [9, 9, 4])
+    assert meta.cu_seqlens_k.tolist() == [0, 9, 18, 22]
+    assert (meta.max_seqlen_q, meta.max_seqlen_k) == (2, 9)
+    assert meta.runs == (Run(0, 0, 2, 2, 9), Run(4, 18, 1, 1, 4))
+
+
+def test_attn_meta_of_nothing() -> None:
+    meta = AttnMeta.build([])
+    assert meta.runs == () and meta.cu_seqlens_q.tolist() == [0] and meta.max_seqlen_q == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), max_size=12))
+def test_runs_spell_out_the_segments(drawn: list[tuple[int, int]]) -> None:
+    lengths_q = [q for q, _ in drawn]
+    lengths_k = [q + cached for q, cached in drawn]
+    meta = AttnMeta.build(lengths_q, lengths_k)
+    spelt = [(run.length_q, run.length_k) for run in meta.runs for _ in range(run.num)]
+    assert spelt == list(zip(lengths_q, lengths_k, strict=True))
+    starts = [(run.start_q, run.start_k) for run in meta.runs]
+    assert {q for q, _ in starts} <= set(meta.cu_seqlens_q.tolist())
+    assert {k for _, k in starts} <= set(meta.cu_seqlens_k.tolist())
+
+
+def test_moving_keeps_the_integers_on_the_host() -> None:
+    meta = VisionMeta.build([Grid(2, 2, 2)]).to("meta")
+    assert meta.positions_N2.device.type == meta.frames.cu_seqlens_q.device.type == "meta"
+    assert meta.frames.lengths_q == (4, 4) and meta.frames.runs == (Run(0, 0, 2, 4, 4),)
+
+
+def test_the_merge_of_the_config_is_used() -> None:
+    raw = CONFIG.to_dict()
+    raw["vision_config"]["spatial_merge_size"] = 3
+    config = Qwen2VLConfig.from_dict(raw)
+    position_ids_3T, delta = text_positions([1, PAD, PAD, 2], [Grid(1, 3, 6)], config)
+    assert position_ids_3T.tolist() == [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]] and delta == 0
