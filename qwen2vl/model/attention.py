@@ -1,7 +1,6 @@
 """One attention for everything: packed or cached, causal or not, no batch axis and no padding.
 
-Tokens of all sequences lie end to end; `AttnMeta` (geometry.py) says where each segment begins.
-Letters used in this house, see docs/conventions.md:
+Tokens lie end to end; `AttnMeta` says where each segment begins. Letters (docs/conventions.md):
 
     T  tokens, packed     N  patches, packed     M  vision tokens     S  sequences
     D  text width         E  vision width        P  numbers a patch   V  vocabulary

@@ -54,21 +54,25 @@ class ModelInput:
 
     @property
     def grids(self) -> list[Grid]:
+        """Sizes of the items, in prompt order."""
         return [item.grid for item in self.items]
 
     @property
     def image_tokens(self) -> int:
+        """Vision tokens of all pictures."""
         return sum(item.num_tokens for item in self.items if item.kind == "image")
 
     @property
     def video_tokens(self) -> int:
+        """Vision tokens of all videos."""
         return sum(item.num_tokens for item in self.items if item.kind == "video")
 
     @cached_property
-    def patches_NP(self) -> Tensor | None:
+    def patches_NP(self) -> Tensor | None:  # noqa: N802 - a tensor's name ends in its letters
         """All items' patches end to end, or None for a prompt of text alone."""
         return torch.cat([item.patches_NP for item in self.items]) if self.items else None
 
     @cached_property
     def vision_meta(self) -> VisionMeta | None:
+        """Positions and frame bounds of all items' patches, or None for a prompt of text alone."""
         return VisionMeta.build(self.grids) if self.items else None
