@@ -1,0 +1,31 @@
+"""A Hugging Face folder <-> config, settings and tensors, checked before anything is trusted.
+
+Read find.py (a name becomes a folder), settings.py (its small files), header.py and tensors.py
+(safetensors, memory-mapped, under official names), fit.py (do they belong to this model?), save.py
+(the way back). This floor builds no running model: load.py, one floor up, does.
+"""
+
+from qwen2vl.weights.find import find
+from qwen2vl.weights.fit import check_fit, expected_shapes, nonfinite_tensors
+from qwen2vl.weights.save import save_folder
+from qwen2vl.weights.settings import (
+    GenerationDefaults,
+    read_config,
+    read_generation_defaults,
+    read_preprocessor,
+)
+from qwen2vl.weights.tensors import TensorFolder, open_tensors
+
+__all__ = [
+    "GenerationDefaults",
+    "TensorFolder",
+    "check_fit",
+    "expected_shapes",
+    "find",
+    "nonfinite_tensors",
+    "open_tensors",
+    "read_config",
+    "read_generation_defaults",
+    "read_preprocessor",
+    "save_folder",
+]

@@ -1,0 +1,150 @@
+"""The header of a safetensors file, verified against the file before any tensor is touched.
+
+A file is `8 bytes length | JSON header | data`. The data must be covered by the header's tensors
+exactly: no hole, no overlap, no missing and no trailing byte. A truncated shard is found here, by
+its size, in microseconds; memory-mapped, its lost end would read as zeros or kill the process.
+It knows files and numbers only. Next room: tensors.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qwen2vl.errors import CheckpointError
+
+__all__ = ["TensorInfo", "read_header"]
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: what it is, and where its bytes lie behind the header."""
+
+    dtype: str  # as the format spells it: BF16, F32
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """List the tensors of a safetensors file, having checked that all their bytes are there.
+
+    Raises:
+        CheckpointError: not a safetensors file, a damaged header, or bytes missing or left over.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(8)
+            length = _header_length(path, head, size)
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    tensors = {
+        name: _info(path, name, entry)
+        for name, entry in _parse(path, text).items()
+        if name != "__metadata__"
+    }
+    _check_cover(path, tensors, size - 8 - length)
+    return tensors
+
+
+def _header_length(path: Path, head: bytes, size: int) -> int:
+    if size < 8:
+        raise CheckpointError(f"{path}: {size} bytes are no safetensors file; fetch it again")
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: not a safetensors file ({_what_it_looks_like(head)}); fetch it again"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: truncated inside its header, at least {8 + length - size:,} bytes are "
+            "missing; fetch it again"
+        )
+    return length
+
+
+def _what_it_looks_like(head: bytes) -> str:
+    if head.startswith(b"version "):
+        return "it is a Git LFS pointer: run `git lfs pull`"
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return "it looks like a pickle of torch.save"
+    if head.lstrip().startswith((b"<", b"{")):
+        return "it looks like a text or a web page"
+    return f"its header would be {int.from_bytes(head, 'little'):,} bytes long"
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: its header is not valid JSON; fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object; fetch it again")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return content
+
+
+def _info(path: Path, name: str, entry: Any) -> TensorInfo:
+    """Turn one entry of the header into numbers that agree with each other."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: its header describes {name} wrongly; fetch it again")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise CheckpointError(
+            f"{path}: its header gives {name} an impossible shape or place; fetch it again"
+        )
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise CheckpointError(
+            f"{path}: {name} is stored as {dtype!r}, which this library does not read"
+        )
+    begin, end = offsets
+    want = prod(shape) * _ITEM_BYTES[dtype]
+    if end - begin != want:
+        raise CheckpointError(
+            f"{path}: its header gives {name} {end - begin:,} bytes where {dtype} {shape} takes "
+            f"{want:,}; fetch it again"
+        )
+    return TensorInfo(dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+
+def _check_cover(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -> None:
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            what = "overlaps the tensor before it" if info.begin < position else "leaves a gap"
+            raise CheckpointError(f"{path}: its header is damaged: {name} {what}; fetch it again")
+        position = info.end
+    if position > data_bytes:
+        raise CheckpointError(
+            f"{path}: truncated, {position - data_bytes:,} of {position:,} bytes are missing; "
+            "fetch it again"
+        )
+    if position < data_bytes:
+        raise CheckpointError(
+            f"{path}: {data_bytes - position:,} bytes follow the last tensor that no one "
+            "describes; fetch it again"
+        )
