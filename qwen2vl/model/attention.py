@@ -122,12 +122,24 @@ def _attend_run(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, run: Run, causal: b
     if causal and not square and run.length_q > 1:
         mask = torch.ones(run.length_q, run.length_k, dtype=torch.bool, device=q.device)
         mask = mask.tril(run.length_k - run.length_q)
-    out = F.scaled_dot_product_attention(
-        q.unflatten(0, (run.num, run.length_q)).transpose(1, 2),
-        k.unflatten(0, (run.num, run.length_k)).transpose(1, 2),
-        v.unflatten(0, (run.num, run.length_k)).transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal and square and run.length_q > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out.transpose(1, 2).flatten(0, 1)
+    dtype = _kernel_dtype(q)
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(
+            q.to(dtype).unflatten(0, (run.num, run.length_q)).transpose(1, 2),
+            k.to(dtype).unflatten(0, (run.num, run.length_k)).transpose(1, 2),
+            v.to(dtype).unflatten(0, (run.num, run.length_k)).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal and square and run.length_q > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    return out.transpose(1, 2).flatten(0, 1).to(v.dtype)
+
+
+def _kernel_dtype(q_THC: Tensor) -> torch.dtype:
+    """Choose what the kernel computes in: the inputs' dtype, but for training on a CPU.
+
+    There the backward of the bfloat16 kernel is eight times slower than the float32 one (114
+    against 14 ms at 128 segments of 72 tokens, 6 heads of 32; torch 2.13, 2 cores).
+    """
+    slow = q_THC.device.type == "cpu" and q_THC.dtype == torch.bfloat16 and q_THC.requires_grad
+    return torch.float32 if slow else q_THC.dtype

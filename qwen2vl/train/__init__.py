@@ -1,0 +1,7 @@
+"""Changes the weights: recipe -> schedule -> packed batch -> loss -> step -> checkpoint.
+
+Start at loop.py, which shows a whole run on one screen. What a run is stands in config.py; which
+samples a step sees is a pure function in schedule.py, so resuming is arithmetic. This floor never
+imports the engine; measuring answers between steps is handed in from above.
+(Qwen2-VL sec. 2.2.)
+"""

@@ -1,0 +1,155 @@
+"""What a run is: one frozen TrainConfig, built by a recipe, overridden by `key=value` words.
+
+A run is a list of stages. A stage says which parameters move (ordered rules, first full match
+wins), what the world shows (a Mixture) and for how long. It must not know how anything is done.
+(Qwen2-VL sec. 2.2: the three published stages.) Next room: schedule.py.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.errors import ConfigError
+from qwen2vl.synth import Mixture
+
+__all__ = ["FROZEN", "OptimConfig", "Stage", "TrainConfig", "dump", "override"]
+
+FROZEN: float = 0.0  # a rule's rate that keeps its parameters as they are
+
+Rules = tuple[tuple[str, float], ...]
+Node = TypeVar("Node")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """How weights move. Muon takes the matrices inside blocks, AdamW everything else."""
+
+    lr: float = 2e-3  # peak; a rule's number multiplies it
+    warmup: int = 100  # steps, at the start of each stage
+    weight_decay: float = 0.01  # matrices only
+    momentum: float = 0.95  # Muon
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.98  # AdamW
+    eps: float = 1e-8  # AdamW
+    clip: float = 1.0  # largest norm of all gradients together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stretch of a run: what is shown, what may move, for how many steps."""
+
+    name: str
+    steps: int
+    examples: int  # conversations in one optimiser step
+    mixture: Mixture  # what the procedural world shows
+    rules: Rules = ((r".*", 1.0),)  # (pattern, multiple of optim.lr, or FROZEN)
+    decay: float = 0.0  # share of the steps, at the end, in which the rate falls to a tenth
+    weighting: Literal["token", "root"] = "root"  # weight of a target: 1, or 1/sqrt(its answer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One run, complete: with the code's version it determines every bit of the result."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    model: Qwen2VLConfig | None = None  # built fresh from this, or
+    init: str = ""  # a folder to start from, whose config and tokenizer are kept
+    out: str = ""  # where checkpoints go; default runs/<name>
+    seed: int = 0
+    optim: OptimConfig = OptimConfig()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the products; weights stay float32
+    device: str = "cpu"
+    workers: int = 1  # processes that render and pack; 0 = inside the loop
+    threads: int = 0  # compute threads; 0 = torch's choice
+    minutes: float = 0.0  # stop with a checkpoint after so long; 0 = run to the end
+    log_every: int = 20  # steps
+    save_every: int = 500  # steps
+    keep: int = 2  # checkpoints that stay on disk
+
+    @property
+    def folder(self) -> str:
+        """Where this run keeps its checkpoints and metrics."""
+        return self.out or f"runs/{self.name}"
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def dump(config: TrainConfig) -> str:
+    """Write the resolved config as JSON, as it is kept beside every checkpoint."""
+    plain = asdict(replace(config, model=None))
+    plain["model"] = config.model.to_dict("float32") if config.model else None
+    return json.dumps(plain, indent=1)
+
+
+def override(config: Node, words: Sequence[str]) -> Node:
+    """Apply `key=value` words such as `optim.lr=1e-3` or `stages.2.steps=500`.
+
+    Values are parsed by the type of the field they replace.
+
+    Raises:
+        ConfigError: a word without "=", an unknown key (the nearest is named), a bad value.
+    """
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"override {word!r} has no '='; write key=value, as optim.lr=1e-3")
+        config = _put(config, key.split("."), value, key)
+    return config
+
+
+def _put(node: Any, path: list[str], value: str, key: str) -> Any:
+    """Rebuild `node` with the field at `path` replaced."""
+    head, rest = path[0], path[1:]
+    if isinstance(node, tuple):
+        if not head.isdigit() or int(head) >= len(node):
+            raise ConfigError(f"override {key}: {head!r} is not one of 0 to {len(node) - 1}")
+        i = int(head)
+        return (*node[:i], _put(node[i], rest, value, key), *node[i + 1 :])
+    names = [f.name for f in fields(node)]
+    if head not in names:
+        near = get_close_matches(head, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+        raise ConfigError(f"override {key}: unknown key {head!r}; {hint}")
+    old = getattr(node, head)
+    if rest:
+        if not is_dataclass(old) and not isinstance(old, tuple):
+            raise ConfigError(f"override {key}: {head!r} has no parts")
+        return replace(node, **{head: _put(old, rest, value, key)})
+    kind = get_type_hints(type(node))[head]
+    return replace(node, **{head: _parse(value, kind, key)})
+
+
+def _parse(value: str, kind: Any, key: str) -> Any:
+    """Read `value` as the type the field declares."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        if value not in choices:
+            raise ConfigError(f"override {key}: {value!r} is not one of {', '.join(choices)}")
+        return value
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(arg for arg in get_args(kind) if arg is not type(None))
+    if kind is str:
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = None
+    if get_origin(kind) is tuple and isinstance(parsed, list):
+        return tuple(parsed)
+    if isinstance(parsed, Mapping) and get_origin(kind) in (dict, Mapping):
+        return parsed
+    if kind is float and isinstance(parsed, int | float) and not isinstance(parsed, bool):
+        return float(parsed)
+    if isinstance(kind, type) and type(parsed) is kind:
+        return parsed
+    raise ConfigError(f"override {key}: {value!r} is not a {getattr(kind, '__name__', kind)}")
