@@ -310,7 +310,9 @@ def test_documents_name_only_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
-    named = re.findall(r"(?<![\w./*-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|toml|txt)\b", code_of(text))
+    code = code_of(text)
+    named = re.findall(r"(?<![\w./*-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|toml|txt)\b", code)
+    named += re.findall(r"^(?:[\w.-]+/)+$", code, re.MULTILINE)
     missing += [
         name
         for name in named
