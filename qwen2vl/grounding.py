@@ -34,6 +34,7 @@ __all__ = [
     "Quad",
     "Ref",
     "Shape",
+    "Size",
     "parse",
 ]
 

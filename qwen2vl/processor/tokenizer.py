@@ -138,6 +138,10 @@ class Tokenizer:
                 "take both from the same model"
             )
 
+    def split_special(self, text: str) -> list[str]:
+        """Cut text at special tokens: plain text at even indices, tokens at odd ones."""
+        return self._patterns["all"].split(text)
+
     def encode_text(self, text: str, *, special: Special = "grounding") -> list[int]:
         """Turn text into ids; special tokens outside `special` are plain characters."""
         if special == "none" or "<|" not in text:

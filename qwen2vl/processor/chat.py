@@ -1,0 +1,212 @@
+"""Messages -> ChatML: the official chat template in our own words, and which tokens are whose.
+
+    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
+    <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\\n
+    <|im_start|>assistant\\nA cat.<|im_end|>\\n              (supervised: "A cat.<|im_end|>")
+
+`render` gives segments, each a special token or plain text, so that text can never pose as
+structure; `tokenize` turns them into ids. It must not open media or know pixels: sizes and
+counts are handed in. (HF: chat_template.json.) Next: processor.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qwen2vl.errors import InputError
+from qwen2vl.grounding import Box, Point, Quad, Size
+from qwen2vl.processor.messages import MarkPart, MediaPart, Message, TextPart
+from qwen2vl.processor.tokenizer import Special, Tokenizer
+from qwen2vl.processor.tools import Turn, announce, join_turns
+from qwen2vl.processor.vocabulary import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+)
+
+__all__ = ["DEFAULT_SYSTEM", "Segment", "render", "tokenize"]
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+PAD_OF = {"image": IMAGE_PAD, "video": VIDEO_PAD}
+_LABEL_OF = {"image": "Picture", "video": "Video"}
+_SHAPE_OF = {"box": Box, "point": Point, "quad": Quad}
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt: plain text, or one special token by name."""
+
+    text: str
+    is_token: bool = False
+    supervised: bool = False  # written by the assistant: its words and its end mark
+
+
+def render(
+    messages: Sequence[Message],
+    *,
+    sizes: Sequence[Size] = (),
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    add_vision_id: bool = False,
+    continue_final: bool = False,
+) -> list[Segment]:
+    """Lay a conversation out as the official template does.
+
+    Args:
+        messages: from `messages.normalise`.
+        sizes: (height, width) as given, of the images in order; boxes are relative to them.
+        tools: described in the system turn.
+        add_generation_prompt: end with the head of the assistant's next turn.
+        add_vision_id: number the media, as "Picture 1: ".
+        continue_final: leave the last turn open, to be continued; no new turn is begun.
+
+    Raises:
+        InputError: a box without its picture, or a last turn that cannot be continued.
+    """
+    turns = _with_system(join_turns(messages), tools)
+    last = turns[-1]
+    if continue_final and last.role != "assistant":
+        raise InputError(
+            f"continue_final needs an assistant's turn at the end, but the last is {last.role!r}"
+        )
+    stays_open = continue_final or last.pending
+    layout = _Layout(sizes, add_vision_id)
+    segments = [segment for turn in turns for segment in layout.turn(turn)]
+    if stays_open:
+        del segments[-2:]  # the end mark and its newline
+    elif add_generation_prompt:
+        segments += [Segment(IM_START, is_token=True), Segment("assistant\n")]
+    return segments
+
+
+def tokenize(
+    segments: Iterable[Segment],
+    tokenizer: Tokenizer,
+    counts: Iterable[int],
+    *,
+    special: Special = "grounding",
+) -> tuple[list[int], list[bool]]:
+    """Turn segments into ids, each pad repeated as often as the next of `counts` says.
+
+    TextPart between two special tokens is tokenised as one string.
+
+    Returns:
+        input_ids, and for each whether it is supervised.
+    """
+    remaining = iter(counts)
+    ids: list[int] = []
+    mask: list[bool] = []
+    run: list[Segment] = []
+    for segment in segments:
+        if not segment.is_token:
+            run.append(segment)
+            continue
+        _append_text(run, tokenizer, special, ids, mask)
+        run = []
+        times = next(remaining) if segment.text in (IMAGE_PAD, VIDEO_PAD) else 1
+        ids += [tokenizer.id_of(segment.text)] * times
+        mask += [segment.supervised] * times
+    _append_text(run, tokenizer, special, ids, mask)
+    return ids, mask
+
+
+# Rendering ------------------------------------------------------------------------------------
+
+
+class _Layout:
+    """Counts media over the whole conversation while turns are laid out."""
+
+    def __init__(self, sizes: Sequence[Size], add_vision_id: bool) -> None:
+        self.sizes = sizes
+        self.add_vision_id = add_vision_id
+        self.seen = {"image": 0, "video": 0}
+
+    def turn(self, turn: Turn) -> Iterator[Segment]:
+        own = turn.role == "assistant"
+        yield Segment(IM_START, is_token=True)
+        yield Segment(f"{turn.role}\n")
+        for part in turn.parts:
+            if isinstance(part, MediaPart):
+                yield from self._media(part)
+            elif isinstance(part, MarkPart):
+                yield Segment(self._mark(part), supervised=own and not part.given)
+            else:
+                yield Segment(part.text, supervised=own and not part.given)
+        yield Segment(IM_END, is_token=True, supervised=own and not turn.pending)
+        yield Segment("\n")
+
+    def _media(self, part: MediaPart) -> Iterator[Segment]:
+        self.seen[part.kind] += 1
+        if self.add_vision_id:
+            yield Segment(f"{_LABEL_OF[part.kind]} {self.seen[part.kind]}: ")
+        for token in (VISION_START, PAD_OF[part.kind], VISION_END):
+            yield Segment(token, is_token=True)
+
+    def _mark(self, part: MarkPart) -> str:
+        number = self.seen["image"] if part.picture is None else part.picture
+        if not 1 <= number <= len(self.sizes):
+            raise InputError(
+                f"{part.path}: a {part.kind} in pixels needs its picture; "
+                + (
+                    f"there is no picture {number}, the conversation has {len(self.sizes)}"
+                    if number
+                    else 'put an image before it, or add "picture": N'
+                )
+            )
+        return _SHAPE_OF[part.kind].from_pixels(part.numbers, self.sizes[number - 1]).to_text()
+
+
+def _with_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None) -> list[Turn]:
+    if turns[0].role != "system":
+        turns = [Turn("system", (TextPart(DEFAULT_SYSTEM),)), *turns]
+    if tools:
+        system = turns[0]
+        turns = [Turn("system", (*system.parts, TextPart("\n\n" + announce(tools)))), *turns[1:]]
+    return turns
+
+
+# Tokenising -----------------------------------------------------------------------------------
+
+
+def _append_text(
+    run: list[Segment], tokenizer: Tokenizer, special: Special, ids: list[int], mask: list[bool]
+) -> None:
+    """Tokenise neighbouring text as one string, in as few and as well-known pieces as possible."""
+    for group in _cut_where_harmless(run):
+        text = "".join(segment.text for segment in group)
+        if len({segment.supervised for segment in group}) == 1:
+            found = tokenizer.encode_text(text, special=special)
+            ids += found
+            mask += [group[0].supervised] * len(found)
+        else:
+            spans = tokenizer.encode_spans(text, special=special)
+            owned = _owned(group)
+            ids += [token for token, _, _ in spans]
+            mask += [all(owned[start:end]) for _, start, end in spans]
+
+
+def _cut_where_harmless(run: list[Segment]) -> Iterator[list[Segment]]:
+    """Cut between a line break and a visible character: no pre-token of Qwen2 spans the two.
+
+    So the heads of turns are tokenised once in a process, and an assistant's words stand apart
+    from the head before them.
+    """
+    group: list[Segment] = []
+    for segment in run:
+        if not segment.text:
+            continue
+        if group and group[-1].text[-1] == "\n" and not segment.text[0].isspace():
+            yield group
+            group = []
+        group.append(segment)
+    if group:
+        yield group
+
+
+def _owned(group: list[Segment]) -> list[bool]:
+    """For each character of the group's text, whether the assistant wrote it."""
+    return [segment.supervised for segment in group for _ in segment.text]
