@@ -1,0 +1,286 @@
+"""From a picture to patches: the size the model sees, the resize, the order of the pixels.
+
+    RGB picture -> smart_resize -> Pillow bicubic -> patchify -> Item
+
+Nothing here is ever a float: pixels stay uint8, and the model's first step normalises them. It
+must not know files (media.py, rgb.py) or text. (Qwen2-VL sec. 2.1; HF: Qwen2VLImageProcessorPil.)
+The order of patches is geometry's `merge_order`. Next room: video.py, which shares `patchify`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen2vl.config import VisionConfig
+from qwen2vl.errors import ConfigError, InputError
+from qwen2vl.geometry import Grid
+from qwen2vl.processor.inputs import Item
+from qwen2vl.processor.media import (
+    DEFAULT_LIMITS,
+    NO_OPTIONS,
+    MediaLimits,
+    MediaOptions,
+    MediaSource,
+)
+from qwen2vl.processor.rgb import open_image
+
+__all__ = [
+    "PixelLimits",
+    "image_item",
+    "item_digest",
+    "patchify",
+    "pixel_limits",
+    "requested_size",
+    "smart_resize",
+    "unpatchify",
+]
+
+_MAX_RATIO = 200  # long side over short side; the bound itself is allowed
+_VIDEO_OPTIONS = "fps nframes min_frames max_frames total_pixels video_start video_end".split()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelLimits:
+    """Smallest and largest area of a picture after resizing, from preprocessor_config.json."""
+
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise ConfigError(
+                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}: must be at least "
+                "1, and the first at most the second"
+            )
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> PixelLimits:
+        """Read either spelling: min_pixels and max_pixels, or size with its two edges.
+
+        Where both are given the first wins, as in transformers. (HF "edges" are areas, too.)
+
+        Raises:
+            ConfigError: neither spelling is there, or the numbers contradict each other.
+        """
+        size = raw.get("size") or {}
+        low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+        high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+        if not isinstance(low, int) or not isinstance(high, int):
+            raise ConfigError(
+                f"preprocessor_config.json: min_pixels is {low!r} and max_pixels {high!r}; give "
+                "both, or size with shortest_edge and longest_edge"
+            )
+        return cls(min_pixels=low, max_pixels=high)
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    name: str = "image",
+) -> tuple[int, int]:
+    """Choose the size the model sees: multiples of `factor`, area within limits, shape kept.
+
+    The arithmetic is transformers 5.23's to the bit, halves rounding to even. A side never
+    becomes 0, so a very flat picture may exceed a small `max_pixels`.
+
+    Raises:
+        InputError: the aspect ratio exceeds 200.
+    """
+    short, long = sorted((height, width))
+    if short < 1:
+        raise InputError(f"{name}: {width} x {height} has no pixels")
+    if long / short > _MAX_RATIO:
+        ratio = f"{long / short:.{4 if long > 201 * short else 8}g}"
+        raise InputError(
+            f"{name}: {width} x {height} has aspect ratio {ratio}, limit {_MAX_RATIO}; crop it or "
+            "resize it first"
+        )
+    rows = round(height / factor) * factor
+    cols = round(width / factor) * factor
+    if rows * cols > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        cols = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * cols < min_pixels:  # always so when a side rounded to 0
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        cols = math.ceil(width * grow / factor) * factor
+    return rows, cols
+
+
+def pixel_limits(pixels: PixelLimits, options: MediaOptions, name: str) -> PixelLimits:
+    """Put the user's limits in place of the model's.
+
+    Raises:
+        InputError: one limit is given and contradicts the model's other one.
+    """
+    low = pixels.min_pixels if options.min_pixels is None else options.min_pixels
+    high = pixels.max_pixels if options.max_pixels is None else options.max_pixels
+    if low > high:
+        raise InputError(
+            f"{name}: min_pixels {low} is greater than max_pixels {high}; one of them is the "
+            "model's own, so give both"
+        )
+    return PixelLimits(min_pixels=low, max_pixels=high)
+
+
+def requested_size(
+    height: int,
+    width: int,
+    *,
+    vision: VisionConfig,
+    pixels: PixelLimits,
+    options: MediaOptions,
+    name: str,
+) -> tuple[int, int]:
+    """Apply the user's options to `smart_resize`: a wished size replaces the picture's own."""
+    limits = pixel_limits(pixels, options, name)
+    if options.resized_height is not None and options.resized_width is not None:
+        height, width = options.resized_height, options.resized_width
+    return smart_resize(
+        height,
+        width,
+        factor=vision.factor,
+        min_pixels=limits.min_pixels,
+        max_pixels=limits.max_pixels,
+        name=name,
+    )
+
+
+def patchify(frames_FCHW: Tensor, vision: VisionConfig) -> tuple[Tensor, Grid]:
+    """Cut frames into patches, in the order of `geometry.merge_order`, frame pair by frame pair.
+
+    A row holds one patch as (channel, time, y, x). The last frame is repeated where the count is
+    not a multiple of temporal_patch_size, so that an image becomes a pair of the same frame.
+    Sides must be multiples of `vision.factor`.
+
+    Returns:
+        patches_NP with the dtype of the frames, and the grid.
+    """
+    step, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    count, channels, height, width = frames_FCHW.shape
+    assert height % vision.factor == 0, "height must be a multiple of the factor"
+    assert width % vision.factor == 0, "width must be a multiple of the factor"
+    if count == 1:
+        frames_FCHW = frames_FCHW.expand(step, -1, -1, -1)
+    elif missing := -count % step:
+        frames_FCHW = torch.cat((frames_FCHW, frames_FCHW[-1:].expand(missing, -1, -1, -1)))
+    grid = Grid(-(-count // step), height // patch, width // patch)
+    blocks = frames_FCHW.reshape(
+        grid.t, step, channels, grid.h // merge, merge, patch, grid.w // merge, merge, patch
+    )
+    # -> t, block row, block column, row in block, column in block, channel, time, y, x
+    ordered = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return ordered.reshape(grid.t * grid.h * grid.w, vision.patch_dim), grid
+
+
+def unpatchify(patches_NP: Tensor, grid: Grid, vision: VisionConfig) -> Tensor:
+    """Put patches back together as frames_FCHW: the inverse of `patchify`, doubled frames kept."""
+    step, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    blocks = patches_NP.reshape(
+        grid.t,
+        grid.h // merge,
+        grid.w // merge,
+        merge,
+        merge,
+        vision.in_channels,
+        step,
+        patch,
+        patch,
+    )
+    frames = blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    return frames.reshape(grid.t * step, vision.in_channels, grid.h * patch, grid.w * patch)
+
+
+def image_item(
+    source: MediaSource,
+    *,
+    vision: VisionConfig,
+    pixels: PixelLimits,
+    options: MediaOptions = NO_OPTIONS,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    name: str,
+    turn: bool = True,
+) -> Item:
+    """Make one picture ready for the model. `turn` applies the EXIF orientation.
+
+    Raises:
+        InputError: the picture cannot be used, or an option is for videos only.
+    """
+    if misplaced := [key for key in _VIDEO_OPTIONS if getattr(options, key) is not None]:
+        raise InputError(f"{name}: {', '.join(misplaced)} is for videos, this is an image")
+    rgb, notes = _rgb(source, limits, name, turn)
+    given = rgb.shape[:2] if isinstance(rgb, np.ndarray) else (rgb.height, rgb.width)
+    height, width = requested_size(*given, vision=vision, pixels=pixels, options=options, name=name)
+    pixels_HWC = _resized(rgb, height, width)
+    frames_FCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)
+    patches_NP, grid = patchify(frames_FCHW, vision)
+    return Item(
+        kind="image",
+        patches_NP=patches_NP,
+        grid=grid,
+        digest=item_digest(pixels_HWC, grid, vision),
+        name=name,
+        size_given=given,
+        size_seen=(height, width),
+        notes=notes,
+    )
+
+
+def item_digest(pixels_FHWC: np.ndarray, grid: Grid, vision: VisionConfig) -> bytes:
+    """Fingerprint what the vision tower will compute on: resized pixels, grid, mean and std.
+
+    Never the file: the same file at another pixel limit is another input.
+    """
+    hasher = blake2b(_digest_head(grid, vision.image_mean, vision.image_std), digest_size=32)
+    hasher.update(np.ascontiguousarray(pixels_FHWC).data)
+    return hasher.digest()
+
+
+@lru_cache(maxsize=1024)
+def _digest_head(grid: Grid, mean: tuple[float, ...], std: tuple[float, ...]) -> bytes:
+    return struct.pack(f"<3q{len(mean) + len(std)}d", *grid, *mean, *std)
+
+
+def _rgb(
+    source: MediaSource, limits: MediaLimits, name: str, turn: bool
+) -> tuple[np.ndarray | Image.Image, tuple[str, ...]]:
+    """Open `source`; RGB arrays skip Pillow, because training makes hundreds of them a second."""
+    if _is_plain_rgb(source, limits):
+        assert isinstance(source, np.ndarray)
+        return source, ()
+    return open_image(source, limits, name, turn=turn)
+
+
+def _is_plain_rgb(source: MediaSource, limits: MediaLimits) -> bool:
+    """Tell whether an array is (height > 4, width, 3) uint8, which needs no second look."""
+    if not isinstance(source, np.ndarray) or source.dtype != np.uint8 or source.ndim != 3:
+        return False
+    height, width, channels = source.shape
+    return channels == 3 and height > 4 and 0 < width * height <= limits.max_image_pixels
+
+
+def _resized(rgb: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize with Pillow's bicubic, which widens its support when shrinking; (H, W, 3) uint8."""
+    if isinstance(rgb, np.ndarray):
+        if rgb.shape[:2] == (height, width):
+            return np.require(rgb, requirements=["C", "W"])
+        rgb = Image.fromarray(np.ascontiguousarray(rgb))
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(rgb)
