@@ -131,8 +131,8 @@ class MediaLimits:
     def __post_init__(self) -> None:
         if self.max_image_pixels > _PILLOW_GUARD:
             raise ConfigError(
-                f"max_image_pixels {self.max_image_pixels:,} exceeds {_PILLOW_GUARD:,}, above which "
-                "Pillow refuses to open a file"
+                f"max_image_pixels {self.max_image_pixels:,} exceeds {_PILLOW_GUARD:,}, above "
+                "which Pillow refuses to open a file"
             )
 
 
