@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from qwen2vl.errors import ConfigError
 
@@ -22,9 +23,17 @@ logger = logging.getLogger(__name__)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+VISION_ROPE_THETA = 10000.0
 
 # Older spellings of the same field, as the official files write them.
 _VISION_ALIASES = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}
+
+# What the preprocessing settings repeat, under their names and ours.
+_SHARED_SIZES = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+}
 
 # Fields of config.json that describe training, serving or the writer, never the arithmetic.
 _IGNORED = frozenset(
@@ -48,7 +57,7 @@ class VisionConfig:
     patch_size: int = 14  # pixels a side
     temporal_patch_size: int = 2  # frames a patch
     spatial_merge_size: int = 2  # patches a side that become one vision token
-    rope_theta: float = 10000.0
+    rope_theta: float = VISION_ROPE_THETA
     image_mean: tuple[float, ...] = CLIP_MEAN  # from preprocessor_config.json, in [0, 1]
     image_std: tuple[float, ...] = CLIP_STD
 
@@ -126,23 +135,23 @@ class Qwen2VLConfig:
         kind = raw.get("model_type", "qwen2_vl")
         if kind != "qwen2_vl":
             raise ConfigError(f"config.json: model_type is {kind!r}, this library runs 'qwen2_vl'")
-        nested: Mapping[str, Any] = raw.get("text_config") or {}
+        nested = _object(raw, "text_config")
         text: dict[str, Any] = {**raw, **nested}
-        # transformers 5 writes the flag at the root, 4.5x inside; the root speaks for the model.
-        text["tie_word_embeddings"] = bool(
-            raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        # transformers 5 writes the flag at the root, 4.5x inside; either place ties the head.
+        text["tie_word_embeddings"] = (
+            raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings") or False
         )
         text |= _rope(text)
-        for name, want in (("hidden_act", "silu"), ("attention_dropout", 0.0)):
-            if text.get(name, want) != want:
-                raise ConfigError(f"config.json: {name} is {text[name]!r}, supported is {want!r}")
-        seen: Mapping[str, Any] = raw.get("vision_config") or {}
-        vision: dict[str, Any] = {_VISION_ALIASES.get(k, k): v for k, v in seen.items()}
+        # A file without it means HF's class default, not the 1e-6 of the released models.
+        text.setdefault("rms_norm_eps", 1e-5)
+        vision = {_VISION_ALIASES.get(k, k): v for k, v in _object(raw, "vision_config").items()}
         vision |= _rope_theta_of_vision(vision)
         for key in ("image_mean", "image_std"):
             if preprocessor and preprocessor.get(key):
-                vision[key] = tuple(preprocessor[key])
-        ids = {k: text[k] for k in _own_names(cls) if isinstance(text.get(k), int)}
+                vision[key] = _as_tuple(preprocessor[key])
+        _check_arithmetic(text, vision, preprocessor or {})
+        found = {k: _first_id(text.get(k)) for k in _own_names(cls)}
+        ids = {k: v for k, v in found.items() if v is not None}
         known = _IGNORED | _own_names(cls) | _own_names(TextConfig)
         extra = {k: v for k, v in raw.items() if k not in known}
         if extra:
@@ -159,8 +168,10 @@ class Qwen2VLConfig:
         text = {k: getattr(self.text, k) for k in sorted(_own_names(TextConfig))}
         section = list(text.pop("mrope_section"))
         vision = {k: getattr(self.vision, k) for k in sorted(_own_names(VisionConfig))}
-        for key in ("image_mean", "image_std", "rope_theta"):
-            del vision[key]  # the first two live in preprocessor_config.json; theta is fixed
+        for key in ("image_mean", "image_std"):
+            del vision[key]  # they live in preprocessor_config.json
+        if (theta := vision.pop("rope_theta")) != VISION_ROPE_THETA:
+            vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": theta}
         vision["in_chans"] = vision["in_channels"]
         vision["spatial_patch_size"] = vision["patch_size"]
         return {
@@ -197,9 +208,27 @@ def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
     return cls(**picked)
 
 
+def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A JSON object inside another; absent and null are empty."""
+    value: Any = raw.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {key} is {value!r}, expected an object")
+    return cast("Mapping[str, Any]", value)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+
+
+def _first_id(value: Any) -> Any:
+    """Some files list every id that ends an answer; the first is the chat's."""
+    values = cast("list[Any]", value if isinstance(value, list) else [value])
+    return values[0] if values else None
+
+
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     """Sections and theta from either spelling; "mrope" and "default" mean the same thing."""
-    rope: Mapping[str, Any] = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    rope = _object(text, "rope_scaling") or _object(text, "rope_parameters")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("mrope", "default"):
         raise ConfigError(
@@ -208,26 +237,62 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "mrope_section" not in rope:
         raise ConfigError("config.json: rope_scaling has no mrope_section, as [16, 24, 24]")
-    theta = text.get("rope_theta", rope.get("rope_theta"))
-    return {"mrope_section": tuple(rope["mrope_section"])} | (
+    theta = text.get("rope_theta") or rope.get("rope_theta")
+    return {"mrope_section": _as_tuple(rope["mrope_section"])} | (
         {"rope_theta": theta} if theta else {}
     )
 
 
 def _rope_theta_of_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
-    rope: Mapping[str, Any] = vision.get("rope_parameters") or {}
-    theta = rope.get("rope_theta")
+    theta = _object(vision, "rope_parameters").get("rope_theta")
     return {"rope_theta": theta} if theta else {}
+
+
+def _check_arithmetic(
+    text: Mapping[str, Any], vision: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> None:
+    """Refuse settings that would change what is computed, and that we do not compute."""
+    rules = [
+        ("hidden_act", text.get("hidden_act"), "silu"),
+        ("attention_dropout", text.get("attention_dropout"), 0.0),
+        ("use_sliding_window", text.get("use_sliding_window"), False),
+        *(("layer_types", kind, "full_attention") for kind in text.get("layer_types") or ()),
+        ("vision_config.hidden_act", vision.get("hidden_act"), "quick_gelu"),
+        *(
+            (f"{ours} in the preprocessing settings", preprocessor.get(ours), vision.get(theirs))
+            for ours, theirs in _SHARED_SIZES.items()
+        ),
+    ]
+    for name, got, want in rules:
+        if got is not None and want is not None and got != want:
+            raise ConfigError(f"config.json: {name} is {got!r}, must be {want!r}")
+
+
+def _check_field(name: str, kind: str, value: Any) -> None:
+    """Hold one field to its annotation, whatever JSON brought: sizes are whole, from 1."""
+    least = 0 if name.endswith("_token_id") else 1
+    listed = kind.startswith("tuple")
+    numbers = cast("tuple[Any, ...]", value if listed and isinstance(value, tuple) else (value,))
+    if kind == "bool":
+        good, want = isinstance(value, bool), "true or false"
+    elif "int" in kind:
+        good = all(type(n) is int and n >= least for n in numbers)
+        want = f"{'whole numbers' if listed else 'a whole number'} from {least}"
+    else:
+        real = all(type(n) in (int, float) and isfinite(n) for n in numbers)
+        good = real and (min(numbers) > 0 or name == "image_mean")
+        want = "numbers above 0" if listed else "a number above 0"
+    if not good:
+        raise ConfigError(f"config.json: {name} is {value!r}, must be {want}")
 
 
 def _check(config: Qwen2VLConfig) -> None:
     """Refuse numbers that cannot belong to one model, naming the rule that is broken."""
     vision, text = config.vision, config.text
-    for part in (vision, text):
+    for part in (vision, text, config):
         for f in fields(part):
-            value = getattr(part, f.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ConfigError(f"config.json: {f.name} is {value}, must be at least 1")
+            if f.name in _own_names(type(part)):
+                _check_field(f.name, str(f.type), getattr(part, f.name))
     rules = [
         (
             vision.embed_dim % (4 * vision.num_heads) == 0,
@@ -258,6 +323,11 @@ def _check(config: Qwen2VLConfig) -> None:
             max(config.image_token_id, config.video_token_id) < text.vocab_size,
             f"image_token_id {config.image_token_id} and video_token_id {config.video_token_id} "
             f"must lie below vocab_size {text.vocab_size}",
+        ),
+        (
+            len(vision.image_mean) == len(vision.image_std) == vision.in_channels,
+            f"image_mean {list(vision.image_mean)} and image_std {list(vision.image_std)} must "
+            f"have one number for each of {vision.in_channels} channels",
         ),
     ]
     broken = [text for holds, text in rules if not holds]
