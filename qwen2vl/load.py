@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CapacityError, InputError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
-from qwen2vl.processor.media import MediaLimits
+from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.weights import (
@@ -92,10 +92,13 @@ def load(
     folder = find(model)
     config = read_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    tokenizer.check(config)
     pixels = _pixel_limits(folder, min_pixels, max_pixels)
     processor = Processor(
-        config, tokenizer, pixels=pixels, video_preset=video_preset, limits=limits
+        config,
+        tokenizer,
+        pixels=pixels,
+        video_preset=video_preset,
+        limits=limits or DEFAULT_LIMITS,
     )
     network = load_model(
         folder,
@@ -123,9 +126,9 @@ def load_model(
     used, and shared with other processes. `max_pixels` 0 reserves no memory for pictures.
     """
     place = _device(device)
+    length = _context_length(config, max_model_len)
     tensors = open_tensors(folder)
     check_fit(tensors, config)
-    length = max_model_len or config.text.max_position_embeddings
     chosen = _choose_dtype(config, place, dtype, length, max_pixels)
     with torch.device("meta"):
         model = Qwen2VL(config)
@@ -173,8 +176,18 @@ def _fill(model: Qwen2VL, tensors: TensorFolder, device: torch.device, dtype: to
 
 def _pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:
     given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    settings = read_preprocessor(folder) | {k: v for k, v in given.items() if v is not None}
-    return PixelLimits.from_dict(settings)
+    limits = PixelLimits.from_dict(read_preprocessor(folder))
+    return replace(limits, **{name: n for name, n in given.items() if n is not None})
+
+
+def _context_length(config: Qwen2VLConfig, given: int | None) -> int:
+    longest = config.text.max_position_embeddings
+    if given is not None and not 2 <= given <= longest:
+        raise InputError(
+            f"max_model_len: got {given}, must be from 2 to {longest}, the context of this model "
+            "(max_position_embeddings)"
+        )
+    return given or longest
 
 
 def _device(name: str) -> torch.device:

@@ -68,15 +68,14 @@ def read_config(folder: Path) -> Qwen2VLConfig:
 
 
 def read_preprocessor(folder: Path) -> dict[str, Any]:
-    """Read the image settings, with the pixel limits always as min_pixels and max_pixels.
+    """Read the settings of pictures; `PixelLimits.from_dict` understands their spellings.
 
     Looked for as the reference does: `image_processor` inside processor_config.json, then
-    preprocessor_config.json, then video_preprocessor_config.json.
+    preprocessor_config.json; last video_preprocessor_config.json, which repeats them.
 
     Raises:
-        CheckpointError: none of the three is there, or it lacks the pixel limits. They are never
-            guessed: the reference's class default is a thirteenth of what the models were
-            released with.
+        CheckpointError: none of the three is there. The limits are never guessed: the reference's
+            class default is a thirteenth of what the models were released with.
     """
     settings = _find_preprocessor(folder)
     if settings is None:
@@ -84,13 +83,7 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
             f"{folder}: preprocessor_config.json is missing (nor is there an image_processor in "
             "processor_config.json); copy it from the repository this model comes from"
         )
-    limits = _pixel_limits(settings)
-    if missing := [name for name, value in limits.items() if type(value) is not int]:
-        raise CheckpointError(
-            f"{folder}: the preprocessing settings have no {' and no '.join(missing)} (nor "
-            'size {"shortest_edge", "longest_edge"}); official is 3136 and 12845056'
-        )
-    return settings | limits
+    return settings
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
@@ -169,17 +162,6 @@ def _find_preprocessor(folder: Path) -> dict[str, Any] | None:
         if (folder / name).is_file():
             return read_json(folder / name)
     return None
-
-
-def _pixel_limits(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Both spellings; the explicit one wins, as in the reference."""
-    size = settings.get("size")
-    edges: Mapping[str, Any] = size if isinstance(size, dict) else {}
-    limits = {}
-    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        given = settings.get(name)
-        limits[name] = edges.get(edge) if given is None else given
-    return limits
 
 
 def _why_no_config(folder: Path) -> str:

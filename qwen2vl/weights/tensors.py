@@ -19,7 +19,7 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.header import TensorInfo, read_header
 from qwen2vl.weights.settings import PICKLE_SUFFIXES, pickle_remedy, read_json
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "TensorFolder", "open_tensors", "shorten"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "TensorFolder", "official_name", "open_tensors", "shorten"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
