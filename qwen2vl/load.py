@@ -33,7 +33,15 @@ from qwen2vl.weights import (
     read_preprocessor,
 )
 
-__all__ = ["DTypeName", "MemoryNeed", "load", "load_model", "memory_available", "memory_needed"]
+__all__ = [
+    "DTypeName",
+    "MemoryNeed",
+    "load",
+    "load_model",
+    "load_processor",
+    "memory_available",
+    "memory_needed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -90,25 +98,41 @@ def load(
         InputError: an argument is wrong.
     """
     folder = find(model)
-    config = read_config(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    pixels = _pixel_limits(folder, min_pixels, max_pixels)
-    processor = Processor(
-        config,
-        tokenizer,
-        pixels=pixels,
+    processor = load_processor(
+        folder,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
         video_preset=video_preset,
-        limits=limits or DEFAULT_LIMITS,
+        limits=limits,
     )
     network = load_model(
         folder,
-        config,
+        processor.config,
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
-        max_pixels=pixels.max_pixels,
+        max_pixels=processor.pixels.max_pixels,
     )
     return network, processor
+
+
+def load_processor(
+    model: str | Path,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    video_preset: str = "paper",
+    limits: MediaLimits | None = None,
+) -> Processor:
+    """Load only what feeds the model, which needs no weights; arguments and errors as `load`."""
+    folder = find(model)
+    return Processor(
+        read_config(folder),
+        Tokenizer.from_folder(folder),
+        pixels=_pixel_limits(folder, min_pixels, max_pixels),
+        video_preset=video_preset,
+        limits=limits or DEFAULT_LIMITS,
+    )
 
 
 def load_model(
