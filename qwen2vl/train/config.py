@@ -50,6 +50,8 @@ class Stage:
     mixture: Mixture  # what the procedural world shows
     rules: Rules = ((r".*", 1.0),)  # (pattern, multiple of optim.lr, or FROZEN)
     decay: float = 0.0  # share of the steps, at the end, in which the rate falls to a tenth
+    min_pixels: int = 0  # of a picture, instead of the model's own limit; 0 = the model's
+    default_system: float = 0.3  # share of conversations with the default system sentence
     weighting: Literal["token", "root"] = "root"  # weight of a target: 1, or 1/sqrt(its answer)
 
 
@@ -61,6 +63,8 @@ class TrainConfig:
     stages: tuple[Stage, ...]
     model: Qwen2VLConfig | None = None  # built fresh from this, or
     init: str = ""  # a folder to start from, whose config and tokenizer are kept
+    min_pixels: int = 16 * 784  # of a fresh model's preprocessor_config.json
+    max_pixels: int = 1024 * 784
     out: str = ""  # where checkpoints go; default runs/<name>
     seed: int = 0
     optim: OptimConfig = OptimConfig()

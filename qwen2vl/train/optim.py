@@ -110,7 +110,7 @@ class Optimisers:
                     }
 
     def _entries(self) -> Iterator[tuple[str, str, Tensor]]:
-        names = {p: n for n, p in self.named.items()}
+        names: dict[Tensor, str] = {p: n for n, p in self.named.items()}
         for part in self.parts:
             for parameter, state in part.state.items():
                 for key, value in state.items():

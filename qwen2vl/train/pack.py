@@ -55,7 +55,7 @@ class Batch:
         if torch.device(device).type == "cpu":
             return self
         moved = {
-            name: value.to(device, non_blocking=True)
+            name: value.to(device)
             for name in self.__slots__
             if isinstance(value := getattr(self, name), Tensor | AttnMeta | VisionMeta)
         }

@@ -1,0 +1,96 @@
+"""The model a run begins with: a folder's weights, or fresh ones for a new small model.
+
+A fresh model speaks bytes: its tokenizer is written into the run's folder, and the special ids of
+its config are taken from there. It must not know stages or steps. Next room: loop.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.errors import ConfigError
+from qwen2vl.load import load
+from qwen2vl.model import Qwen2VL
+from qwen2vl.processor.image import PixelLimits
+from qwen2vl.processor.processor import Processor
+from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.processor.vocabulary import (
+    END_OF_TEXT,
+    IM_END,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    write_byte_tokenizer,
+)
+from qwen2vl.train.config import TrainConfig
+
+__all__ = ["begin", "initialise", "with_ids_of"]
+
+EMBEDDING_STD = 0.05  # with a tied head of width 192, first logits deviate by 0.7
+
+# What writes into the residual stream of either tower.
+_WRITERS = ("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+
+
+def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
+    """Build what the run trains: the model in float32, its processor, its tokenizer's folder.
+
+    Raises:
+        ConfigError: neither `init` nor `model` is given, or both.
+    """
+    if bool(config.init) == (config.model is not None):
+        raise ConfigError("a run begins either from a folder (init=FOLDER) or from a fresh model")
+    if config.model is None:
+        model, processor = load(config.init, device=config.device, dtype="float32")
+        return _own_copy(model), processor, Path(config.init)
+    folder = Path(config.folder) / "tokenizer"
+    write_byte_tokenizer(folder, characters="✿")  # the mark of the agent format's keywords
+    tokenizer = Tokenizer.from_folder(folder)
+    own = with_ids_of(config.model, tokenizer)
+    model = Qwen2VL(own)
+    initialise(model, config.seed)
+    pixels = PixelLimits(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    return model.to(config.device), Processor(own, tokenizer, pixels=pixels), folder
+
+
+def with_ids_of(config: Qwen2VLConfig, tokenizer: Tokenizer) -> Qwen2VLConfig:
+    """Take the special ids from the tokenizer."""
+    return replace(
+        config,
+        bos_token_id=tokenizer.id_of(END_OF_TEXT),
+        eos_token_id=tokenizer.id_of(IM_END),
+        vision_start_token_id=tokenizer.id_of(VISION_START),
+        vision_end_token_id=tokenizer.id_of(VISION_END),
+        image_token_id=tokenizer.id_of(IMAGE_PAD),
+        video_token_id=tokenizer.id_of(VIDEO_PAD),
+    )
+
+
+def initialise(model: Qwen2VL, seed: int) -> None:
+    """Draw fresh weights: deviation fan_in ** -0.5, less for what writes into the residual."""
+    draw = torch.Generator().manual_seed(seed)
+    depth = {"visual": model.config.vision.depth, "model": model.config.text.num_hidden_layers}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            continue
+        std = parameter[0].numel() ** -0.5
+        if name.endswith(_WRITERS):
+            std *= (2 * depth[name.partition(".")[0]]) ** -0.5
+        if "embed_tokens" in name or name.startswith("lm_head"):
+            std = EMBEDDING_STD
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * std)
+
+
+def _own_copy(model: Qwen2VL) -> Qwen2VL:
+    """Loaded weights may be mapped from the file, read-only: training needs its own."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
