@@ -144,7 +144,9 @@ class Qwen2VLConfig:
         text |= _rope(text)
         # A file without it means HF's class default, not the 1e-6 of the released models.
         text.setdefault("rms_norm_eps", 1e-5)
-        vision = {_VISION_ALIASES.get(k, k): v for k, v in _object(raw, "vision_config").items()}
+        seen = _object(raw, "vision_config")
+        # HF reads only the newer spelling; the older counts where that is absent.
+        vision = {_VISION_ALIASES[k]: v for k, v in seen.items() if k in _VISION_ALIASES} | seen
         vision |= _rope_theta_of_vision(vision)
         for key in ("image_mean", "image_std"):
             if preprocessor and preprocessor.get(key):
@@ -272,7 +274,7 @@ def _check_field(name: str, kind: str, value: Any) -> None:
     """Hold one field to its annotation, whatever JSON brought: sizes are whole, from 1."""
     least = 0 if name.endswith("_token_id") else 1
     listed = kind.startswith("tuple")
-    numbers = cast("tuple[Any, ...]", value if listed and isinstance(value, tuple) else (value,))
+    numbers = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
     if kind == "bool":
         good, want = isinstance(value, bool), "true or false"
     elif "int" in kind:
@@ -282,7 +284,7 @@ def _check_field(name: str, kind: str, value: Any) -> None:
         real = all(type(n) in (int, float) and isfinite(n) for n in numbers)
         good = real and (min(numbers) > 0 or name == "image_mean")
         want = "numbers above 0" if listed else "a number above 0"
-    if not good:
+    if not good or listed != isinstance(value, tuple):
         raise ConfigError(f"config.json: {name} is {value!r}, must be {want}")
 
 
