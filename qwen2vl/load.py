@@ -41,6 +41,7 @@ __all__ = [
     "load_processor",
     "memory_available",
     "memory_needed",
+    "preferred_dtypes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -238,7 +239,7 @@ def _choose_dtype(
     """
     if name != "auto" and name not in _DTYPES:
         raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
-    allowed = [_DTYPES[name]] if name != "auto" else _preferred_dtypes(device)
+    allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
     available = memory_available(device)
     needs = [memory_needed(config, d, max_model_len, max_pixels) for d in allowed]
     for chosen, need in zip(allowed, needs, strict=True):
@@ -255,7 +256,8 @@ def _choose_dtype(
     raise CapacityError(_too_small(needs[-1], allowed[-1], available, max_model_len, max_pixels))
 
 
-def _preferred_dtypes(device: torch.device) -> list[torch.dtype]:
+def preferred_dtypes(device: torch.device) -> list[torch.dtype]:
+    """List what dtype "auto" tries on `device`; the first that fits into memory is taken."""
     if device.type == "cuda" or (device.type == "cpu" and _has_native_bf16()):
         return [torch.bfloat16]
     return [torch.float32, torch.bfloat16]

@@ -10,6 +10,7 @@ from qwen2vl.weights.fit import check_fit, expected_shapes, nonfinite_tensors
 from qwen2vl.weights.save import save_folder
 from qwen2vl.weights.settings import (
     GenerationDefaults,
+    note_chat_template,
     read_config,
     read_generation_defaults,
     read_preprocessor,
@@ -23,6 +24,7 @@ __all__ = [
     "expected_shapes",
     "find",
     "nonfinite_tensors",
+    "note_chat_template",
     "open_tensors",
     "read_config",
     "read_generation_defaults",

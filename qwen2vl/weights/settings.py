@@ -7,6 +7,7 @@ folder (auto_map, a chat template) is never run: the arithmetic and the template
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -16,10 +17,12 @@ from typing import Any
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, ConfigError
+from qwen2vl.weights.template import CHAT_TEMPLATE
 
 __all__ = [
     "PICKLE_SUFFIXES",
     "GenerationDefaults",
+    "note_chat_template",
     "pickle_remedy",
     "read_config",
     "read_generation_defaults",
@@ -28,6 +31,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# What the official repositories' template hashes to; ours says the same in other words.
+_OFFICIAL_TEMPLATE = "a0bc6f6fc7a29a80017a433e8f03a1cc1236e838a944a2d034295a60c4f2fddb"
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -100,6 +106,18 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     )
 
 
+def note_chat_template(folder: Path) -> None:
+    """Leave a debug note where a folder's own chat template is not the official one.
+
+    Templates are programs of strangers and are never run: chats are rendered by our own code.
+    """
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / name
+        template = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(template, str) and not _is_ours(template):
+            logger.debug("%s: its chat template is not the official one; not used", path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -132,6 +150,11 @@ def pickle_remedy(name: str) -> str:
 
 
 _NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+
+
+def _is_ours(template: str) -> bool:
+    digest = hashlib.sha256(template.encode()).hexdigest()
+    return template == CHAT_TEMPLATE or digest == _OFFICIAL_TEMPLATE
 
 
 def _number(raw: Mapping[str, Any], name: str, path: Path) -> Any:
