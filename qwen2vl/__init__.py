@@ -1,0 +1,55 @@
+"""The complete Qwen2-VL system in Python and PyTorch.
+
+    from qwen2vl import LLM
+    answer = LLM().chat([{"role": "user", "content": [{"image": "photo.jpg"}, "What is this?"]}])
+
+`import qwen2vl` costs nothing: each name below is imported when it is first used. Read the rooms
+upward from geometry.py; docs/architecture.md is the map.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen2vl.config import Qwen2VLConfig
+    from qwen2vl.engine import LLM, Completion, SamplingParams
+    from qwen2vl.load import load
+    from qwen2vl.model import Qwen2VL
+    from qwen2vl.processor.processor import Processor
+
+__all__ = [
+    "LLM",
+    "Completion",
+    "Processor",
+    "Qwen2VL",
+    "Qwen2VLConfig",
+    "SamplingParams",
+    "load",
+]
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "LLM": "qwen2vl.engine",
+    "Completion": "qwen2vl.engine",
+    "Processor": "qwen2vl.processor.processor",
+    "Qwen2VL": "qwen2vl.model",
+    "Qwen2VLConfig": "qwen2vl.config",
+    "SamplingParams": "qwen2vl.engine",
+    "load": "qwen2vl.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'qwen2vl' has no attribute {name!r}")
+    value = getattr(import_module(_ROOMS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

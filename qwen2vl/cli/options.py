@@ -1,0 +1,159 @@
+"""Options that several commands share, and the model that they open.
+
+A flag means the same wherever it stands. Models are imported inside the functions, so that the
+help of any command stays instant. It must not know any command. Next room: ask.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+import qwen2vl
+from qwen2vl.cli import terminal
+
+if TYPE_CHECKING:
+    from qwen2vl.engine import LLM, SamplingParams
+    from qwen2vl.processor.processor import Processor
+
+__all__ = [
+    "NANO_LINE",
+    "Opened",
+    "media_options",
+    "media_part",
+    "model_option",
+    "model_options",
+    "open_model",
+    "open_processor",
+    "sampling_options",
+    "sampling_params",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+NANO_LINE = (
+    "nano reads short lines of text, names, counts and finds coloured shapes, and follows simple "
+    "motion; for photographs use --model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)"
+)
+
+
+def model_option(command: F) -> F:
+    """Add the choice of the model."""
+    return click.option(
+        "--model",
+        default="nano",
+        show_default=True,
+        metavar="DIR_OR_REPO",
+        help="A folder, a repo id of the hub, or nano.",
+    )(command)
+
+
+def model_options(command: F) -> F:
+    """Add what decides which model runs, and how."""
+    return _all(
+        command,
+        model_option,
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            default="auto",
+            show_default=True,
+            help="Precision of the weights.",
+        ),
+    )
+
+
+def media_options(command: F) -> F:
+    """Add what decides how much of a picture or clip the model sees."""
+    return _all(
+        command,
+        click.option("--min-pixels", type=int, help="Enlarge smaller pictures to this many."),
+        click.option("--max-pixels", type=int, help="Shrink larger pictures to this many."),
+        click.option("--fps", type=float, help="Frames taken from a second of video."),
+        click.option(
+            "--preset",
+            type=click.Choice(["paper", "qwen_vl_utils_0_0_8", "qwen_vl_utils_0_0_14"]),
+            default="paper",
+            show_default=True,
+            help="Whose rules choose and size the frames.",
+        ),
+    )
+
+
+def sampling_options(command: F) -> F:
+    """Add what decides the choice of words; the checkpoint speaks where nothing is given."""
+    return _all(
+        command,
+        click.option("--max-tokens", type=int, default=512, show_default=True),
+        click.option("--temperature", type=float, help="0 is greedy; 1 the model's own odds."),
+        click.option("--top-k", type=int, help="Draw among so many words; 0 turns it off."),
+        click.option("--top-p", type=float, help="Draw among words with this share of the odds."),
+        click.option("--seed", type=int, help="The same seed draws the same answer."),
+    )
+
+
+def sampling_params(given: dict[str, Any]) -> SamplingParams:
+    """Collect the sampling options of a command into SamplingParams."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    return qwen2vl.SamplingParams(**{name: given[name] for name in names})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A model ready to answer, and how long that took."""
+
+    llm: LLM
+    name: str
+    load_seconds: float
+
+    @property
+    def is_nano(self) -> bool:
+        """Tell whether this is the packaged model."""
+        return self.name == "nano"
+
+    def say_what_it_can(self) -> None:
+        """End a command of nano with what to expect of it."""
+        if self.is_nano:
+            terminal.note(NANO_LINE)
+
+
+def open_model(given: dict[str, Any]) -> Opened:
+    """Load the model that the options name, showing progress where a person is watching."""
+    start = time.perf_counter()
+    names = ("device", "dtype", "min_pixels", "max_pixels")
+    with terminal.waiting(f"loading {given['model']}"):
+        llm = qwen2vl.LLM(
+            given["model"],
+            video_preset=given["preset"],
+            **{name: given[name] for name in names},
+        )
+    return Opened(llm=llm, name=given["model"], load_seconds=time.perf_counter() - start)
+
+
+def open_processor(given: dict[str, Any]) -> Processor:
+    """Open what feeds the model that the options name, without its weights."""
+    from qwen2vl.load import load_processor
+
+    return load_processor(
+        given["model"],
+        min_pixels=given["min_pixels"],
+        max_pixels=given["max_pixels"],
+        video_preset=given["preset"],
+    )
+
+
+def media_part(kind: Literal["image", "video"], path: str, fps: float | None) -> dict[str, Any]:
+    """Name one picture or clip in a message."""
+    rate = {"fps": fps} if kind == "video" and fps is not None else {}
+    return {"type": kind, kind: path, **rate}
+
+
+def _all(command: F, *options: Callable[[F], F]) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command

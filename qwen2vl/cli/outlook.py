@@ -1,0 +1,68 @@
+"""What a prompt will cost, said before it is paid: sizes, tokens, notes, and a long wait.
+
+Limits never change silently: whatever was resized, sampled or adjusted has its line on stderr,
+and where the first word is more than ten seconds away so has the way to be faster. It must not
+change the prompt. Next room: ask.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen2vl.cli import terminal
+
+if TYPE_CHECKING:
+    from qwen2vl.engine import LLM
+    from qwen2vl.processor.inputs import Item, ModelInput
+
+__all__ = ["item_line", "say_outlook"]
+
+LONG_SECONDS = 10.0
+HINT_TOKENS = 1280  # an image of 1003520 pixels, which qwen-vl-utils' documents recommend
+
+# So many operations in ten seconds are within the reach of any machine: no need to measure.
+SMALL_WORK = 1e11
+
+
+def say_outlook(llm: LLM, prompt: ModelInput) -> None:
+    """Write a line for each adjustment, and where the wait is long one for each item."""
+    wait = _wait(llm, prompt)
+    for number, item in enumerate(prompt.items):
+        is_last = number + 1 == len(prompt.items)
+        if wait and is_last:
+            terminal.note(f"{item_line(item)}, {wait}")
+        elif wait:
+            terminal.note(item_line(item))
+    if wait and not prompt.items:
+        terminal.note(f"{len(prompt.input_ids):,} tokens, {wait}")
+    for text in prompt.notes:
+        terminal.note(text)
+
+
+def item_line(item: Item) -> str:
+    """Tell how an item is seen: `photo.jpg 4032 x 3024 -> 15,552 tokens`."""
+    frames = f", {len(item.frame_times)} frames" if item.frame_times else ""
+    size = terminal.person_size(item.size_given)
+    return f"{item.name} {size}{frames} -> {item.num_tokens:,} tokens"
+
+
+def _wait(llm: LLM, prompt: ModelInput) -> str:
+    """Say how long the first word will take and how to shorten it; nothing if it is soon."""
+    from qwen2vl.engine.estimate import Speed, Work
+
+    work = Work.of(prompt, llm.config)
+    if work.vision + work.text < SMALL_WORK:
+        return ""
+    speed = Speed.measure(llm.model)
+    seconds = speed.seconds(work)
+    if seconds < LONG_SECONDS:
+        return ""
+    text = f"about {terminal.person_seconds(seconds)} here"
+    if any(item.kind == "image" and item.num_tokens > HINT_TOKENS for item in prompt.items):
+        faster = speed.seconds(Work.at_most(prompt, llm.config, HINT_TOKENS))
+        pixels = HINT_TOKENS * llm.config.vision.factor**2
+        text += (
+            f"; --max-pixels {pixels} gives at most {HINT_TOKENS:,}, "
+            f"about {terminal.person_seconds(faster)}"
+        )
+    return text

@@ -1,0 +1,142 @@
+"""What the commands share: two streams, one spinner, and options that mean the same everywhere.
+
+Answers go to stdout, everything said about them to stderr, so that output can be piped. Plain
+text and ASCII only, so that narrow, colourless and non-UTF-8 terminals lose nothing. It must not
+know any command. Next room: ask.py.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+
+from qwen2vl.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qwen2vl.engine import Delta
+
+__all__ = [
+    "Writer",
+    "debug_option",
+    "forgive_encodings",
+    "note",
+    "person_seconds",
+    "person_size",
+    "read_line",
+    "save_picture",
+    "say",
+    "waiting",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def forgive_encodings() -> None:
+    """Write what the terminal's encoding cannot hold as escapes, in place of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Write to stdout, at once."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def read_line(prompt: str) -> str | None:
+    """Read a line from stdin, with a prompt where a person types; None at the end."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline() or None
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its line editing and history
+    try:
+        return input(prompt)
+    except EOFError:
+        say("")
+        return None
+
+
+def note(text: str) -> None:
+    """Write one line to stderr."""
+    sys.stdout.flush()
+    sys.stderr.write(f"qwen2vl: {text}\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show that something is going on, where a person is watching."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what, spinner="line"):
+        yield
+
+
+def save_picture(picture: Image.Image, output: str) -> None:
+    """Write a picture where the user said.
+
+    Raises:
+        InputError: the place or the kind of file cannot be written.
+    """
+    try:
+        picture.save(output)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "unknown format"
+        raise InputError(
+            f"-o {output}: cannot be written ({why}); give a name that ends in .png or .jpg, in a "
+            "folder that exists"
+        ) from error
+
+
+def person_seconds(seconds: float) -> str:
+    """Round a duration as one would say it: 15 s, 10 min, 2 h."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"
+
+
+def person_size(size: tuple[int, int]) -> str:
+    """Write (height, width) as people do, width first."""
+    height, width = size
+    return f"{width} x {height}"
+
+
+def debug_option(command: F) -> F:
+    """Add --debug, which every command understands."""
+
+    def switch_on(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.find_root().command.debug = True  # type: ignore[attr-defined]
+
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=switch_on,
+        help="Show the traceback of a failure.",
+    )(command)
+
+
+class Writer:
+    """Write an answer on stdout as it comes, and end its last line."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def __call__(self, delta: Delta) -> None:
+        """Write one piece."""
+        self.text += delta.text
+        ends = delta.finish_reason is not None and not self.text.endswith("\n")
+        say(delta.text, end="\n" if ends else "")

@@ -1,0 +1,73 @@
+"""Will the prompt fit? Refuses before any work is done, with the numbers and the way out.
+
+Only arithmetic on a ModelInput: it must not know the model's weights or the files behind the
+prompt. Next room: llm.py, which asks before it encodes anything.
+"""
+
+from __future__ import annotations
+
+from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.errors import CapacityError
+from qwen2vl.processor.inputs import ModelInput
+
+__all__ = ["check_context", "fitting_max_pixels"]
+
+# A picture can be shrunk to 56 x 56 (the official min_pixels, 4 tokens) without lowering that too.
+LEAST_IMAGE_TOKENS = 4
+
+
+def check_context(
+    prompt: ModelInput, config: Qwen2VLConfig, *, max_model_len: int, max_tokens: int
+) -> None:
+    """Make sure that the prompt and at least one token of an answer fit into the context.
+
+    Raises:
+        CapacityError: they do not; says how the prompt is made up and what would fit.
+    """
+    total = len(prompt.input_ids)
+    if total < max_model_len:
+        return
+    kinds = {"image": prompt.image_tokens, "video": prompt.video_tokens}
+    parts = {"text": total - sum(kinds.values()), **{k: n for k, n in kinds.items() if n}}
+    made_of = " + ".join(f"{count:,} {kind}" for kind, count in parts.items())
+    excess = (
+        f"> {max_model_len:,}, the context (max_model_len)"
+        if total > max_model_len
+        else f"fill the context (max_model_len {max_model_len:,}) and leave no room for an answer"
+    )
+    remedy = _remedy(prompt, config, max_model_len, max_tokens)
+    raise CapacityError(f"prompt {total:,} = {made_of} tokens {excess}; {remedy}")
+
+
+def fitting_max_pixels(prompt: ModelInput, config: Qwen2VLConfig, room: int) -> int | None:
+    """Find the largest max_pixels a picture at which all pictures take at most `room` tokens.
+
+    Small pictures keep their size and leave the more to the large ones. None: not even the
+    smallest pictures would fit.
+    """
+    left = room
+    counts = sorted(item.num_tokens for item in prompt.items if item.kind == "image")
+    for done, count in enumerate(counts):
+        share = left // (len(counts) - done)
+        if share < count:
+            return share * config.vision.factor**2 if share >= LEAST_IMAGE_TOKENS else None
+        left -= count
+    return None
+
+
+def _remedy(prompt: ModelInput, config: Qwen2VLConfig, max_model_len: int, max_tokens: int) -> str:
+    longest = config.text.max_position_embeddings
+    others = len(prompt.input_ids) - prompt.image_tokens
+    answer = min(max_tokens, max_model_len // 4)
+    ways: list[str] = []
+    if prompt.image_tokens:
+        pixels = fitting_max_pixels(prompt, config, max_model_len - others - answer)
+        if pixels is not None:
+            ways.append(f"lower max_pixels to {pixels:,}, which leaves {answer:,} for the answer")
+        else:
+            ways.append("give fewer pictures")
+    if prompt.video_tokens:
+        ways.append("give a shorter clip, or lower its fps or max_pixels")
+    if len(prompt.input_ids) < longest and max_model_len < longest:
+        ways.append(f"raise max_model_len (this model: up to {longest:,})")
+    return ", or ".join(ways or ["shorten the text"])

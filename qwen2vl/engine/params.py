@@ -1,0 +1,198 @@
+"""What a request asks for, and what comes back.
+
+`SamplingParams` is checked when it is made, so that nothing impossible travels further; fields
+left None take the checkpoint's own habits (generation_config.json) and then transformers'.
+`Completion` is one answer with its bill: tokens, seconds, and how each picture was seen. Plain
+data only: no tensors, no model. (HF: GenerationConfig.) Next room: sequence.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qwen2vl.errors import InputError
+
+__all__ = [
+    "Completion",
+    "Delta",
+    "FinishReason",
+    "ItemReport",
+    "SamplingParams",
+    "Seconds",
+    "TokenLogprob",
+]
+
+FinishReason = Literal["stop", "length"]
+
+MAX_TOKENS = 1_000_000  # far above every context; catches a slip of the keyboard
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256  # characters; also what streaming may have to hold back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the next tokens, and when to stop.
+
+    Raises:
+        InputError: a field is of the wrong type or out of its range.
+    """
+
+    temperature: float | None = None  # 0 is greedy; 1 is the model's own distribution
+    top_k: int | None = None  # draw among the k likeliest; 0 turns it off
+    top_p: float | None = None  # draw among the likeliest that hold this much probability
+    repetition_penalty: float | None = None  # above 1 makes every token seen so far less likely
+    seed: int | None = None  # the same seed and prompt draw the same tokens
+    max_tokens: int = 512  # tokens of the answer
+    stop: str | Sequence[str] = ()  # the answer ends before the first of these texts
+    stop_token_ids: Sequence[int] = ()  # besides the checkpoint's own end tokens
+    ignore_eos: bool = False  # go on through end tokens, for measurements
+    logprobs: int | None = None  # report this many likeliest tokens at each step
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, 10, "0 is greedy")
+        if self.temperature is not None and 0 < self.temperature < 1e-3:
+            raise InputError(
+                f"temperature: got {self.temperature}, must be 0 (greedy) or from 0.001 to 10"
+            )
+        _check_number("top_p", self.top_p, 0, 1, "1 turns it off", open_below=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, 10, "1 turns it off", True)
+        _check_integer("top_k", self.top_k, 0, None, "0 turns it off")
+        _check_integer("seed", self.seed, 0, 2**64 - 1)
+        _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, required=True)
+        _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, "None turns it off")
+        object.__setattr__(self, "stop", _stop_texts(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """How likely one token of the answer was, before penalty, temperature and cuts."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest (id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemReport:
+    """How one picture or clip was seen; sizes are (height, width) in pixels."""
+
+    kind: Literal["image", "video"]
+    name: str
+    size_given: tuple[int, int]
+    size_seen: tuple[int, int]
+    tokens: int
+    frame_times: tuple[float, ...] = ()  # seconds of the frames used; empty for an image
+    notes: tuple[str, ...] = ()  # what was adjusted on the way, in words for people
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """Where the time went."""
+
+    process: float = 0.0  # files and words -> ModelInput
+    vision: float = 0.0  # patches -> vision tokens
+    prefill: float = 0.0  # prompt -> first token
+    decode: float = 0.0  # the tokens after it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """News of one answer while it is being written; `text` never ends inside a character."""
+
+    index: int  # which of the conversations
+    text: str
+    finish_reason: FinishReason | None = None  # set on the last one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One answer. `text` keeps the six grounding tokens and drops the other special ones."""
+
+    text: str
+    token_ids: tuple[int, ...]  # as sampled, the end token included
+    finish_reason: FinishReason
+    prompt_tokens: int
+    image_tokens: int
+    video_tokens: int
+    items: tuple[ItemReport, ...] = ()
+    seconds: Seconds = Seconds()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the answer as plain JSON values."""
+        return asdict(self)
+
+
+def _check_number(
+    name: str,
+    value: float | None,
+    low: float,
+    high: float,
+    remark: str,
+    open_below: bool = False,
+) -> None:
+    if value is None:
+        return
+    rule = f"a number {'above' if open_below else 'from'} {low} to {high} ({remark})"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name}: got {_show(value)}, must be {rule}")
+    below = value <= low if open_below else value < low
+    if not math.isfinite(value) or below or value > high:
+        raise InputError(f"{name}: got {value}, must be {rule}")
+
+
+def _check_integer(
+    name: str,
+    value: int | None,
+    low: int,
+    high: int | None,
+    remark: str = "",
+    required: bool = False,
+) -> None:
+    if value is None and not required:
+        return
+    bound = f"at least {low}" if high is None else f"from {low} to {high}"
+    rule = f"a whole number {bound}" + (f" ({remark})" if remark else "")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name}: got {_show(value)}, must be {rule}")
+    if value < low or (high is not None and value > high):
+        raise InputError(f"{name}: got {value}, must be {rule}")
+
+
+def _stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(stop, Sequence):
+        raise InputError(f"stop: got {_show(stop)}, must be a text or a list of texts")
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(texts) > MAX_STOPS:
+        raise InputError(f"stop: got {len(texts)} texts, at most {MAX_STOPS} are allowed")
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise InputError(f"stop: text {number} is {_show(text)}, must be a string")
+        if not text:
+            raise InputError(f"stop: text {number} is empty and would end every answer; remove it")
+        if len(text) > MAX_STOP_LENGTH:
+            raise InputError(
+                f"stop: text {number} has {len(text)} characters, at most {MAX_STOP_LENGTH} "
+                "are allowed"
+            )
+    return texts
+
+
+def _stop_ids(ids: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(ids, Sequence) or isinstance(ids, str):
+        raise InputError(f"stop_token_ids: got {_show(ids)}, must be a list of token ids")
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise InputError(f"stop_token_ids: got {_show(token)}, must be token ids (0 or above)")
+    return tuple(ids)
+
+
+def _show(value: object) -> str:
+    """Name a value of the wrong type without pouring a megabyte into the message."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
