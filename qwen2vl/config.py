@@ -146,7 +146,8 @@ class Qwen2VLConfig:
         text.setdefault("rms_norm_eps", 1e-5)
         seen = _object(raw, "vision_config")
         # HF reads only the newer spelling; the older counts where that is absent.
-        vision = {_VISION_ALIASES[k]: v for k, v in seen.items() if k in _VISION_ALIASES} | seen
+        vision = {_VISION_ALIASES[k]: v for k, v in seen.items() if k in _VISION_ALIASES}
+        vision |= seen
         vision |= _rope_theta_of_vision(vision)
         for key in ("image_mean", "image_std"):
             if preprocessor and preprocessor.get(key):
