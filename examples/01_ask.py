@@ -18,7 +18,7 @@ def main(
     ]
     llm = LLM(model)
     greedy = SamplingParams(temperature=0, max_tokens=64)
-    (answer,) = llm.chat([[{"role": "user", "content": content}]], greedy)
+    (answer,) = llm.chat([{"role": "user", "content": content}], greedy)
     print(f"{question} {answer.text} ({answer.image_tokens} image tokens)")
 
 

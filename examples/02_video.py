@@ -13,7 +13,7 @@ def main(model: str = "nano", question: str = "Which way does the shape move?") 
     clip = [frame(24 + 24 * i) for i in range(6)]
     content = [{"type": "video", "video": clip}, {"type": "text", "text": question}]
     greedy = SamplingParams(temperature=0, max_tokens=64)
-    (answer,) = LLM(model).chat([[{"role": "user", "content": content}]], greedy)
+    (answer,) = LLM(model).chat([{"role": "user", "content": content}], greedy)
     print(f"{question} {answer.text} ({answer.video_tokens} video tokens)")
 
 

@@ -19,7 +19,7 @@ def main(model: str = "nano", output: str = "boxes.png") -> None:
     question = "Where is the red circle?"
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
     greedy = SamplingParams(temperature=0, max_tokens=64)
-    (answer,) = LLM(model).chat([[{"role": "user", "content": content}]], greedy)
+    (answer,) = LLM(model).chat([{"role": "user", "content": content}], greedy)
     print(f"{question} {answer.text}")
 
     for found in parse(answer.text):
