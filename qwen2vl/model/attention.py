@@ -108,15 +108,17 @@ def attention_by_segment(
 def _attend(
     q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, runs: tuple[Run, ...], causal: bool
 ) -> Tensor:
-    outs = [_attend_run(q_THC, k_TKC, v_TKC, run, causal) for run in runs]
+    # Split, not narrow: the backward of a split is one concatenation, that of every narrow fills
+    # and adds a tensor as large as all runs together.
+    sizes_q = [run.num * run.length_q for run in runs]
+    sizes_k = [run.num * run.length_k for run in runs]
+    parts = zip(q_THC.split(sizes_q), k_TKC.split(sizes_k), v_TKC.split(sizes_k), strict=True)
+    outs = [_attend_run(*part, run, causal) for part, run in zip(parts, runs, strict=True)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _attend_run(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, run: Run, causal: bool) -> Tensor:
+def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, causal: bool) -> Tensor:
     """Stack the segments of one run along a batch axis and call the kernel once."""
-    q = q_THC.narrow(0, run.start_q, run.num * run.length_q)
-    k = k_TKC.narrow(0, run.start_k, run.num * run.length_k)
-    v = v_TKC.narrow(0, run.start_k, run.num * run.length_k)
     square = run.length_q == run.length_k
     mask = None
     if causal and not square and run.length_q > 1:

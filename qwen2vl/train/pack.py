@@ -5,7 +5,7 @@
     labels  a a a -   b -   c c ...               shifted inside each, never across
 
 Conversations are sorted by length and rounded up to a multiple, so that neighbours share a length
-and attention handles them in one call. Pictures of all conversations form one stream. Everything
+and attention handles them in one call. Pictures form one stream, sorted by area. Everything
 is built in the worker; the step searches for nothing. Next room: objective.py.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.geometry import AttnMeta, VisionMeta
-from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.processor.inputs import Item, ModelInput
 
 __all__ = ["IGNORE", "Batch", "Example", "pack"]
 
@@ -78,8 +78,7 @@ def pack(
         own = example.input.input_ids
         ids += own + [pad_id] * (length - len(own))
         targets += _targets(example.input, start, owner, weighting)
-    items = [item for e in ordered for item in e.input.items]
-    pads = [e.input.pad_index_M + s for e, s in zip(ordered, starts, strict=True) if e.input.items]
+    items, pad_index_M = _stream(ordered, starts)
     index, target, weight, owner_of = zip(*targets, strict=True)
     return Batch(
         input_ids_T=torch.tensor(ids),
@@ -89,13 +88,29 @@ def pack(
         meta=AttnMeta.build(lengths),
         patches_NP=torch.cat([item.patches_NP for item in items]) if items else None,
         vision_meta=VisionMeta.build([item.grid for item in items]) if items else None,
-        pad_index_M=torch.cat(pads) if pads else None,
+        pad_index_M=pad_index_M,
         target_index_R=torch.tensor(index),
         targets_R=torch.tensor(target),
         weights_R=torch.tensor(weight),
         owner_R=torch.tensor(owner_of),
         families=tuple(e.family for e in ordered),
     )
+
+
+def _stream(ordered: Sequence[Example], starts: Sequence[int]) -> tuple[list[Item], Tensor | None]:
+    """Sort the items of all conversations by area, and say where the rows of each belong.
+
+    Their order in the stream is free, since every row names its token; sorted, pictures of one
+    area are neighbours and share a call of the attention kernel.
+    """
+    placed: list[tuple[Item, Tensor]] = []
+    for example, start in zip(ordered, starts, strict=True):
+        items = example.input.items
+        rows = example.input.pad_index_M.split([item.num_tokens for item in items])
+        placed += [(item, own + start) for item, own in zip(items, rows, strict=True)]
+    placed.sort(key=lambda pair: pair[0].grid.h * pair[0].grid.w)
+    items = [item for item, _ in placed]
+    return items, torch.cat([own for _, own in placed]) if placed else None
 
 
 def _targets(
