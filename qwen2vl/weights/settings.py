@@ -98,9 +98,12 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     if not path.is_file():
         return GenerationDefaults()
     raw = read_json(path)
+    sample = raw.get("do_sample")
+    if not isinstance(sample, (bool, type(None))):
+        raise CheckpointError(f"{path}: do_sample is {sample!r}, expected true or false")
     numbers = {name: _number(raw, name, path) for name in _NUMBERS}
     return GenerationDefaults(
-        do_sample=raw.get("do_sample"),
+        do_sample=sample,
         eos_token_ids=_ids(raw.get("eos_token_id"), path),
         **numbers,
     )

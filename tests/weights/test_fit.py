@@ -84,7 +84,7 @@ def test_a_tied_head_may_not_differ(tmp_path: Path) -> None:
     tensors = weights(config)
     other = tensors[EMBEDDING].clone()
     other[-1, -1] += 1
-    with pytest.raises(CheckpointError, match="ties the head .* differs from it; set tie_word_em"):
+    with pytest.raises(CheckpointError, match=r"ties the head .* differs from it; set tie_word_em"):
         check(tmp_path, tensors | {HEAD: other}, config)
 
 

@@ -203,7 +203,7 @@ def test_a_file_that_vanishes_after_opening(tmp_path: Path) -> None:
     write_shards(tmp_path)
     tensors = open_tensors(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model.norm.weight cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight cannot be read"):
         tensors["model.norm.weight"]
 
 
