@@ -139,47 +139,45 @@ class Grounding:
     phrase: str | None = None
 
 
-def parse(text: str) -> list[Grounding]:
+# A span runs to its own end token, else to whatever special token comes next, else to the end.
+_SPAN = re.compile(r"<\|(?P<kind>object_ref|box|quad)_start\|>(?P<body>.*?)(?=<\||\Z)", re.DOTALL)
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_PAIR = rf"\(\s*{_NUMBER.pattern}\s*,\s*{_NUMBER.pattern}\s*\)"
+_SPAN_OR_BARE = re.compile(rf"{_SPAN.pattern}|(?P<bare>{_PAIR}(?:\s*,\s*{_PAIR})*)", re.DOTALL)
+
+
+def parse(text: str, *, bare: bool = False) -> list[Grounding]:
     """Find every box, quad and point in a model's answer, in order.
 
     A phrase holds for the shapes after it, until the next phrase. What a small model gets wrong
     is forgiven: a missing end token, spaces, brackets of another kind, decimals, corners in the
     wrong order, values outside [0, 1000). What holds no usable count of numbers is left out.
+
+    Args:
+        text: the answer, with its grounding tokens.
+        bare: read "(x,y)" and "(x1,y1),(x2,y2)" without tokens too, as in the arguments of a
+            tool, or after another program has dropped the tokens.
     """
     found: list[Grounding] = []
     phrase: str | None = None
-    for match in _MARK.finditer(text):
-        if match["ref"] is not None:
-            phrase = match["ref"].strip() or None
+    for match in (_SPAN_OR_BARE if bare else _SPAN).finditer(text):
+        kind, body = match["kind"], match["body"]
+        if kind == "object_ref":
+            phrase = body.strip() or None
         else:
-            kind = Quad if match["quad"] is not None else Box
-            numbers = _numbers(match["quad"] if kind is Quad else match["box"])
+            numbers = [_clamp(float(n)) for n in _NUMBER.findall(body or match[0])]
             found += [Grounding(shape, phrase) for shape in _shapes(kind, numbers)]
     return found
 
 
-# A span runs to its own end token, else to whatever special token comes next, else to the end.
-_MARK = re.compile(
-    r"<\|object_ref_start\|>(?P<ref>.*?)(?=<\||$)"
-    r"|<\|box_start\|>(?P<box>.*?)(?=<\||$)"
-    r"|<\|quad_start\|>(?P<quad>.*?)(?=<\||$)",
-    re.DOTALL,
-)
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-
-
-def _numbers(text: str) -> list[int]:
-    return [_clamp(float(number)) for number in _NUMBER.findall(text)]
-
-
-def _shapes(kind: type[Box] | type[Quad], numbers: list[int]) -> Iterator[Shape]:
-    """Read the numbers of one span; a box span may hold several boxes, or a single point."""
-    if kind is Quad and len(numbers) == 8:
+def _shapes(kind: str | None, numbers: list[int]) -> Iterator[Shape]:
+    """Read the numbers of one span; all but a quad's may be several boxes, or a single point."""
+    if kind == "quad" and len(numbers) == 8:
         a, b, c, d = (Point(x, y) for x, y in _in_pairs(numbers))
         yield Quad((a, b, c, d))
-    elif kind is Box and len(numbers) == 2:
+    elif kind != "quad" and len(numbers) == 2:
         yield Point(*numbers)
-    elif kind is Box and len(numbers) % 4 == 0:
+    elif kind != "quad" and len(numbers) % 4 == 0:
         for i in range(0, len(numbers), 4):
             xa, ya, xb, yb = numbers[i : i + 4]
             yield Box(min(xa, xb), min(ya, yb), max(xa, xb), max(ya, yb))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from qwen2vl.errors import InputError
 from qwen2vl.grounding import Box, Point, Quad, Size
-from qwen2vl.processor.messages import MarkPart, MediaPart, Message, TextPart
+from qwen2vl.processor.messages import Kind, MarkPart, MediaPart, Message, TextPart
 from qwen2vl.processor.tokenizer import Special, Tokenizer
 from qwen2vl.processor.tools import Turn, announce, join_turns
 from qwen2vl.processor.vocabulary import (
@@ -28,11 +28,12 @@ from qwen2vl.processor.vocabulary import (
     VISION_START,
 )
 
-__all__ = ["DEFAULT_SYSTEM", "Segment", "render", "tokenize"]
+__all__ = ["DEFAULT_SYSTEM", "KIND_OF", "Segment", "render", "tokenize"]
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
-PAD_OF = {"image": IMAGE_PAD, "video": VIDEO_PAD}
+_PAD_OF: Mapping[Kind, str] = {"image": IMAGE_PAD, "video": VIDEO_PAD}
+KIND_OF: Mapping[str, Kind] = {pad: kind for kind, pad in _PAD_OF.items()}
 _LABEL_OF = {"image": "Picture", "video": "Video"}
 _SHAPE_OF = {"box": Box, "point": Point, "quad": Quad}
 
@@ -107,7 +108,7 @@ def tokenize(
             continue
         _append_text(run, tokenizer, special, ids, mask)
         run = []
-        times = next(remaining) if segment.text in (IMAGE_PAD, VIDEO_PAD) else 1
+        times = next(remaining) if segment.text in KIND_OF else 1
         ids += [tokenizer.id_of(segment.text)] * times
         mask += [segment.supervised] * times
     _append_text(run, tokenizer, special, ids, mask)
@@ -143,7 +144,7 @@ class _Layout:
         self.seen[part.kind] += 1
         if self.add_vision_id:
             yield Segment(f"{_LABEL_OF[part.kind]} {self.seen[part.kind]}: ")
-        for token in (VISION_START, PAD_OF[part.kind], VISION_END):
+        for token in (VISION_START, _PAD_OF[part.kind], VISION_END):
             yield Segment(token, is_token=True)
 
     def _mark(self, part: MarkPart) -> str:
@@ -165,7 +166,8 @@ def _with_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None) -
         turns = [Turn("system", (TextPart(DEFAULT_SYSTEM),)), *turns]
     if tools:
         system = turns[0]
-        turns = [Turn("system", (*system.parts, TextPart("\n\n" + announce(tools)))), *turns[1:]]
+        gap = "\n\n" if system.parts else ""
+        turns[0] = Turn("system", (*system.parts, TextPart(gap + announce(tools))))
     return turns
 
 

@@ -13,6 +13,8 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from typing import Any, Literal
 
 from qwen2vl.errors import InputError
@@ -22,6 +24,7 @@ from qwen2vl.processor.media import NO_OPTIONS, MediaOptions
 __all__ = [
     "ROLES",
     "Call",
+    "Kind",
     "MarkPart",
     "MediaPart",
     "Message",
@@ -215,8 +218,8 @@ def _kind_of(item: Mapping[str, Any], path: str) -> Any:
         return _TYPES[given]
     kinds = {_TYPES[key] for key in item if key in _TYPES}
     if len(kinds) != 1:
-        found = f"keys {', '.join(map(repr, item))}" if item else "no keys"
-        raise InputError(f'{path} has no "type", and {found} do not tell what it is')
+        found = ", ".join(map(repr, item)) or "none"
+        raise InputError(f'{path} has no "type", and its keys ({found}) do not tell what it is')
     return kinds.pop()
 
 
@@ -257,14 +260,8 @@ def _url_of(source: Mapping[str, Any], path: str) -> Any:
 def _mark(kind: Any, item: Mapping[str, Any], path: str) -> MarkPart:
     _refuse_unknown(item, {"type", kind, "picture"}, path)
     count, picture = _NUMBERS[kind], item.get("picture")
-    numbers = item.get(kind)
-    if isinstance(numbers, Sequence) and any(isinstance(n, Sequence) for n in numbers):
-        numbers = [n for pair in numbers for n in pair]  # [[x1, y1], [x2, y2]]
-    if (
-        not isinstance(numbers, Sequence)
-        or len(numbers) != count
-        or not all(isinstance(n, int | float) for n in numbers)
-    ):
+    numbers = _numbers(item.get(kind))
+    if len(numbers) != count:
         raise InputError(f"{path}.{kind} must be {count} numbers in pixels, got {item.get(kind)!r}")
     if kind == "box" and (numbers[0] > numbers[2] or numbers[1] > numbers[3]):
         raise InputError(
@@ -272,7 +269,16 @@ def _mark(kind: Any, item: Mapping[str, Any], path: str) -> MarkPart:
         )
     if picture is not None and (not isinstance(picture, int) or picture < 1):
         raise InputError(f"{path}.picture is {picture!r}; pictures are numbered from 1")
-    return MarkPart(kind, tuple(numbers), picture, path)
+    return MarkPart(kind, numbers, picture, path)
+
+
+def _numbers(given: Any) -> tuple[float, ...]:
+    """Read [x, y, ...] or [[x, y], ...]; what is not made of finite numbers gives none."""
+    if not isinstance(given, list | tuple):
+        return ()
+    flat = [n for entry in given for n in (entry if isinstance(entry, list | tuple) else [entry])]
+    usable = all(isinstance(n, Real) and not isinstance(n, bool) and isfinite(n) for n in flat)
+    return tuple(flat) if usable else ()
 
 
 # Keys -----------------------------------------------------------------------------------------

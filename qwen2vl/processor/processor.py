@@ -14,12 +14,13 @@ from typing import Any
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import num_tokens, pad_index, text_positions
-from qwen2vl.processor.chat import PAD_OF, Segment, render, tokenize
+from qwen2vl.processor.chat import KIND_OF, Segment, render, tokenize
 from qwen2vl.processor.image import PixelLimits, image_item
 from qwen2vl.processor.inputs import Item, ModelInput
 from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits
 from qwen2vl.processor.messages import MediaPart, normalise, read_media
 from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.processor.video import PRESETS, video_item
 from qwen2vl.processor.vocabulary import VISION_END, VISION_START
 
 __all__ = ["Processor"]
@@ -35,19 +36,30 @@ class Processor:
         *,
         pixels: PixelLimits,
         video_preset: str = "paper",
-        limits: MediaLimits = DEFAULT_LIMITS,
+        limits: MediaLimits | None = None,
     ) -> None:
-        """Join the parts of one model; `pixels` comes from its preprocessor_config.json.
+        """Join the parts of one model.
+
+        Args:
+            config: of the model that will be fed.
+            tokenizer: of the same folder.
+            pixels: limits of a picture's size, from preprocessor_config.json.
+            video_preset: which frames of a video are taken, and at which size.
+            limits: on the media that are opened; None: those of a person's own machine.
 
         Raises:
             CheckpointError: the tokenizer's special ids are not those of `config`.
+            InputError: there is no such preset.
         """
         tokenizer.check(config)
+        if video_preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise InputError(f"unknown video preset {video_preset!r}; choose one of {known}")
         self.config = config
         self.tokenizer = tokenizer
         self.pixels = pixels
         self.video_preset = video_preset
-        self.limits = limits
+        self.limits = limits or DEFAULT_LIMITS
 
     def __call__(
         self,
@@ -100,7 +112,7 @@ class Processor:
             InputError: the numbers of placeholders and of media differ, or a medium is unusable.
         """
         parts = self.tokenizer.split_special(text)
-        kinds = [kind for part in parts for kind, pad in PAD_OF.items() if part == pad]
+        kinds = [KIND_OF[part] for part in parts if part in KIND_OF]
         if len(kinds) != len(media):
             raise InputError(
                 f"the text has {len(kinds)} placeholders ({kinds.count('image')} image, "
@@ -111,7 +123,7 @@ class Processor:
             read_media(kind, given, f"media[{i}]")
             for i, (kind, given) in enumerate(zip(kinds, media, strict=True))
         ]
-        unsupervised = {VISION_START, VISION_END, *PAD_OF.values()}
+        unsupervised = {VISION_START, VISION_END, *KIND_OF}
         segments = [
             Segment(part, is_token=i % 2 == 1, supervised=part not in unsupervised)
             for i, part in enumerate(parts)
@@ -139,9 +151,8 @@ class Processor:
                 options=options,
                 limits=self.limits,
                 name=name,
+                turn=PRESETS[self.video_preset].turn_pictures,
             )
-        from qwen2vl.processor.video import video_item  # brings PyAV, only when a video comes
-
         return video_item(
             part.source,
             vision=vision,

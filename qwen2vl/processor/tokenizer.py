@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import models
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.errors import CheckpointError
+from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.grounding import GROUNDING_TOKENS
 from qwen2vl.processor.vocabulary import (
     END_OF_TEXT,
@@ -49,7 +49,9 @@ class Tokenizer:
         """Wrap `backend`, whose special tokens must include the fourteen; `name` is for errors."""
         self._backend = backend
         # From now on the backend sees only text: special tokens are cut out here, by our rules.
-        self._backend.encode_special_tokens = True
+        backend.encode_special_tokens = True
+        backend.no_truncation()  # some folders were saved with it, and it would cut in silence
+        backend.no_padding()
         self.name = name
         added = backend.get_added_tokens_decoder()
         self.special_ids = {t.content: i for i, t in added.items() if t.special}
@@ -98,7 +100,7 @@ class Tokenizer:
         return cls(backend, name=str(folder))
 
     def __len__(self) -> int:
-        """One more than the largest id."""
+        """Count the tokens, special ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def id_of(self, token: str) -> int:
@@ -108,30 +110,26 @@ class Tokenizer:
     def check(self, config: Qwen2VLConfig) -> None:
         """Refuse a tokenizer that belongs to another model.
 
+        The fourteen ids must follow each other in the official order, and be where config.json
+        says that vision_start, vision_end, the pads and the end of a turn are.
+
         Raises:
-            CheckpointError: special ids or the size of the vocabulary disagree with config.json.
+            CheckpointError: ids or the size of the vocabulary disagree; the text lists them.
         """
-        ends = [self.id_of(t) for t in (IM_END, END_OF_TEXT)]  # base models end with the second
-        eos = config.eos_token_id if config.eos_token_id in ends else ends[0]
-        table = [
-            (IM_END, "eos_token_id", eos, config.eos_token_id),
-            *(
-                (token, field, self.id_of(token), getattr(config, field))
-                for token, field in (
-                    (VISION_START, "vision_start_token_id"),
-                    (VISION_END, "vision_end_token_id"),
-                    (IMAGE_PAD, "image_token_id"),
-                    (VIDEO_PAD, "video_token_id"),
-                )
-            ),
-        ]
+        first = config.vision_start_token_id - SPECIAL_TOKENS.index(VISION_START)
+        wanted = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+        if config.eos_token_id != wanted[END_OF_TEXT]:  # what base models end with
+            wanted[IM_END] = config.eos_token_id
+        wanted[VISION_END] = config.vision_end_token_id
+        wanted[IMAGE_PAD] = config.image_token_id
+        wanted[VIDEO_PAD] = config.video_token_id
         wrong = [
-            f"{token} is {ours}, but {field} is {theirs}"
-            for token, field, ours, theirs in table
-            if ours != theirs
+            f"{token} is {self.id_of(token)}, config.json wants {want}"
+            for token, want in wanted.items()
+            if self.id_of(token) != want
         ]
         if len(self) > config.text.vocab_size:
-            wrong.append(f"{len(self)} tokens, but vocab_size is {config.text.vocab_size}")
+            wrong.append(f"{len(self)} tokens, config.json has {config.text.vocab_size}")
         if wrong:
             raise CheckpointError(
                 f"{self.name}: the tokenizer does not fit config.json: {'; '.join(wrong)}; "
@@ -165,7 +163,7 @@ class Tokenizer:
             if i % 2:
                 found.append((self.special_ids[part], start, start + len(part)))
             else:
-                encoding = self._backend.encode(part, add_special_tokens=False)
+                encoding = self._run(part)
                 found += [
                     (token, start + a, start + b)
                     for token, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -190,12 +188,21 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         ids = self._encoded.get(text)
         if ids is None:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            ids = self._run(text).ids
             if len(text) <= _CACHED_CHARS:
                 if len(self._encoded) >= _CACHED_TEXTS:
                     self._encoded.clear()
                 self._encoded[text] = ids
         return list(ids)
+
+    def _run(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except TypeError as error:  # how the backend says that Python's text is not Unicode
+            raise InputError(
+                "the text holds half of a surrogate pair (U+D800 to U+DFFF), which is not a "
+                "character; decode it properly first"
+            ) from error
 
 
 class TextStream:

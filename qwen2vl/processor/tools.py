@@ -31,6 +31,7 @@ FUNCTION, ARGS, RESULT, RETURN = (
     f"{STAR}{word}{STAR}" for word in ("FUNCTION", "ARGS", "RESULT", "RETURN")
 )
 STOP_WORDS = (RESULT, RETURN)  # where generation hands over to the world
+_STOPS = re.compile(f"({RESULT}|{RETURN})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,17 +168,16 @@ def _result_parts(results: Iterable[Message]) -> Iterator[Part]:
 
 def _in_order(results: list[Message], calls: Sequence[Call]) -> list[Message]:
     """Sort results as their calls were made, where both name an id."""
-    order = {call.id: i for i, call in enumerate(calls) if call.id is not None}
+    order = [call.id for call in calls]
+    if None in order or any(result.call_id is None for result in results):
+        return results
     for result in results:
-        if order and result.call_id is not None and result.call_id not in order:
+        if result.call_id not in order:
             raise InputError(
                 f"{result.path}.tool_call_id is {result.call_id!r}; the calls before it have ids "
                 f"{', '.join(map(repr, order))}"
             )
-    return sorted(results, key=lambda result: order.get(result.call_id, 0))
-
-
-_STOPS = re.compile(f"({RESULT}|{RETURN})")
+    return sorted(results, key=lambda result: order.index(result.call_id))
 
 
 # Reading back ---------------------------------------------------------------------------------

@@ -1,0 +1,146 @@
+"""Boxes and points: the official text, the way to pixels and back, and a model's slips."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen2vl.errors import InputError
+from qwen2vl.grounding import Box, Grounding, Point, Quad, Ref, parse
+
+SIZE = (480, 640)  # height, width
+
+sizes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
+thousandths = st.integers(0, 999)
+points = st.builds(Point, thousandths, thousandths)
+boxes = st.builds(
+    lambda xs, ys: Box(min(xs), min(ys), max(xs), max(ys)),
+    st.tuples(thousandths, thousandths),
+    st.tuples(thousandths, thousandths),
+)
+quads = st.builds(Quad, st.tuples(points, points, points, points))
+
+
+def test_the_papers_example_is_written_as_printed() -> None:
+    text = Ref("the eyes on a giraffe").to_text() + Box(176, 106, 232, 160).to_text()
+    assert text == (
+        "<|object_ref_start|>the eyes on a giraffe<|object_ref_end|>"
+        "<|box_start|>(176,106),(232,160)<|box_end|>"
+    )
+    assert parse(text) == [Grounding(Box(176, 106, 232, 160), "the eyes on a giraffe")]
+
+
+def test_a_box_in_pixels_is_relative_to_width_and_height() -> None:
+    box = Box.from_pixels([64, 48, 320, 240], SIZE)
+    assert box == Box(100, 100, 500, 500)
+    assert box.to_pixels(SIZE) == (64.0, 48.0, 320.0, 240.0)
+
+
+def test_a_quad_keeps_the_order_of_its_corners() -> None:
+    quad = Quad.from_pixels([64, 48, 320, 48, 320, 240, 64, 240], SIZE)
+    assert quad.to_text() == ("<|quad_start|>(100,100),(500,100),(500,500),(100,500)<|quad_end|>")
+    assert quad.to_pixels(SIZE) == (64, 48, 320, 48, 320, 240, 64, 240)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "want"),
+    [
+        ([0, 0, 640, 480], Box(0, 0, 999, 999)),  # 1000 is not in [0, 1000)
+        ([-5, -0.1, 700, 1e9], Box(0, 0, 999, 999)),
+        ([0.32, 0.24, 0.96, 0.72], Box(1, 1, 2, 2)),  # halves go up, also from 0.5 and 1.5
+    ],
+)
+def test_pixels_are_rounded_and_clamped(pixels: list[float], want: Box) -> None:
+    assert Box.from_pixels(pixels, SIZE) == want
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, math.nan, 4], []])
+def test_wrong_numbers_are_refused(numbers: list[float]) -> None:
+    with pytest.raises(InputError, match="expected 4 finite numbers in pixels, got"):
+        Box.from_pixels(numbers, SIZE)
+
+
+@given(st.lists(boxes | quads, max_size=5), st.text("abc ,.()", max_size=9))
+def test_text_is_read_back(shapes: list[Box | Quad], between: str) -> None:
+    text = between.join(shape.to_text() for shape in shapes)
+    assert [found.shape for found in parse(text)] == shapes
+
+
+@given(boxes | quads | points, sizes)
+def test_thousandths_survive_the_way_through_pixels(
+    shape: Box | Quad | Point, size: tuple[int, int]
+) -> None:
+    assert type(shape).from_pixels(shape.to_pixels(size), size) == shape
+
+
+@given(st.data(), sizes)
+def test_pixels_come_back_within_half_a_thousandth(
+    data: st.DataObject, size: tuple[int, int]
+) -> None:
+    height, width = size
+    x = data.draw(st.floats(0, width * 0.999))
+    y = data.draw(st.floats(0, height * 0.999))
+    again = Point.from_pixels([x, y], size).to_pixels(size)
+    assert abs(again[0] - x) <= width / 2000 * (1 + 1e-9)
+    assert abs(again[1] - y) <= height / 2000 * (1 + 1e-9)
+
+
+def test_a_phrase_holds_until_the_next() -> None:
+    a, b, c = Box(1, 2, 3, 4), Box(5, 6, 7, 8), Box(9, 10, 11, 12)
+    text = (
+        a.to_text() + Ref("cats").to_text() + a.to_text() + " and " + b.to_text()
+        + Ref("a dog").to_text() + c.to_text()
+    )  # fmt: skip
+    assert parse(text) == [
+        Grounding(a, None),
+        Grounding(a, "cats"),
+        Grounding(b, "cats"),
+        Grounding(c, "a dog"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("<|box_start|>(1,2),(3,4)", [Box(1, 2, 3, 4)]),  # cut off before its end
+        ("<|box_start|>(1,2),(3,4)<|im_end|>", [Box(1, 2, 3, 4)]),
+        ("<|box_start|>[1, 2, 3, 4]<|box_end|>", [Box(1, 2, 3, 4)]),
+        ("<|box_start|>( 1 ,2 ) (3.4,4.5)<|box_end|>", [Box(1, 2, 3, 5)]),
+        ("<|box_start|>(3,4),(1,2)<|box_end|>", [Box(1, 2, 3, 4)]),
+        ("<|box_start|>(-3,4),(1000,20000)<|box_end|>", [Box(0, 4, 999, 999)]),
+        ("<|box_start|>(1,2)<|box_end|>", [Point(1, 2)]),
+        ("<|box_start|>(1,2),(3,4),(5,6),(7,8)<|box_end|>", [Box(1, 2, 3, 4), Box(5, 6, 7, 8)]),
+        ("<|box_start|>(1,2),(3<|box_end|>", []),
+        ("<|box_start|><|box_end|>", []),
+        ("<|box_start|>\n(1,2),\n(3,4)\n<|box_end|>", [Box(1, 2, 3, 4)]),
+        ("<|quad_start|>(1,2),(3,4)<|quad_end|>", []),
+        ("<|box_start|><|box_start|>(1,2),(3,4)<|box_end|>", [Box(1, 2, 3, 4)]),
+        ("no box, but (1,2),(3,4)", []),
+        ("", []),
+    ],
+)
+def test_a_models_slips_are_forgiven(text: str, want: list[Box | Point]) -> None:
+    assert [found.shape for found in parse(text)] == want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ('{"point": (348,291)}', [Point(348, 291)]),
+        ("the cat(176,106),(232,160)", [Box(176, 106, 232, 160)]),
+        ("<|box_start|>(1,2),(3,4)<|box_end|> near (5, 6)", [Box(1, 2, 3, 4), Point(5, 6)]),
+        ("(see 3) and (1,2,3)", []),
+    ],
+)
+def test_bare_coordinates_are_read_on_demand(text: str, want: list[Box | Point]) -> None:
+    assert [found.shape for found in parse(text, bare=True)] == want
+
+
+@given(st.text(max_size=60) | st.text("<|box_startend>quad(1,.-) \n", max_size=80))
+def test_nothing_makes_the_parser_fail(text: str) -> None:
+    for found in parse(text, bare=True):
+        for value in found.shape.to_pixels((1000, 1000)):
+            assert 0 <= value < 1000
