@@ -42,6 +42,7 @@ __all__ = [
     "patchify",
     "pixel_limits",
     "requested_size",
+    "resize_picture",
     "smart_resize",
     "unpatchify",
 ]
@@ -89,8 +90,8 @@ def smart_resize(
     width: int,
     *,
     factor: int,
-    min_pixels: int,
-    max_pixels: int,
+    min_pixels: float,
+    max_pixels: float,
     name: str = "image",
 ) -> tuple[int, int]:
     """Choose the size the model sees: multiples of `factor`, area within limits, shape kept.
@@ -227,7 +228,7 @@ def image_item(
     rgb, notes = _rgb(source, limits, name, turn)
     given = rgb.shape[:2] if isinstance(rgb, np.ndarray) else (rgb.height, rgb.width)
     height, width = requested_size(*given, vision=vision, pixels=pixels, options=options, name=name)
-    pixels_HWC = _resized(rgb, height, width)
+    pixels_HWC = resize_picture(rgb, height, width)
     frames_FCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)
     patches_NP, grid = patchify(frames_FCHW, vision)
     return Item(
@@ -240,6 +241,17 @@ def image_item(
         size_seen=(height, width),
         notes=notes,
     )
+
+
+def resize_picture(rgb: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize with Pillow's bicubic, which widens its support when shrinking; (H, W, 3) uint8."""
+    if isinstance(rgb, np.ndarray):
+        if rgb.shape[:2] == (height, width):
+            return np.require(rgb, requirements=["C", "W"])
+        rgb = Image.fromarray(np.ascontiguousarray(rgb))
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(rgb)
 
 
 def item_digest(pixels_FHWC: np.ndarray, grid: Grid, vision: VisionConfig) -> bytes:
@@ -273,14 +285,3 @@ def _is_plain_rgb(source: MediaSource, limits: MediaLimits) -> bool:
         return False
     height, width, channels = source.shape
     return channels == 3 and height > 4 and 0 < width * height <= limits.max_image_pixels
-
-
-def _resized(rgb: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
-    """Resize with Pillow's bicubic, which widens its support when shrinking; (H, W, 3) uint8."""
-    if isinstance(rgb, np.ndarray):
-        if rgb.shape[:2] == (height, width):
-            return np.require(rgb, requirements=["C", "W"])
-        rgb = Image.fromarray(np.ascontiguousarray(rgb))
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    return np.array(rgb)
