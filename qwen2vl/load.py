@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.errors import CapacityError, InputError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
@@ -164,19 +164,33 @@ def load_model(
 def memory_needed(
     config: Qwen2VLConfig, dtype: torch.dtype, max_model_len: int, max_pixels: int
 ) -> MemoryNeed:
-    """Estimate the memory of one sequence at work, from above.
+    """Estimate the memory of one sequence at work, closely and from above."""
+    text = config.text
+    weights = sum(prod(shape) for shape in expected_shapes(config).values()) * dtype.itemsize
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+    num_patches = max_pixels // config.vision.patch_size**2
+    in_tower = num_patches * _bytes_per_patch(config.vision, dtype.itemsize)
+    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize)
+    return MemoryNeed(weights, cache * max_model_len, max(in_tower, in_decoder))
 
-    The activation counts what is alive at once in the widest moment of one block: in the tower the
-    MLP (input, normed, and three of its width) or the float32 rotation, in the decoder SwiGLU.
+
+def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
+    """Bytes alive for one patch in the widest moment of the tower.
+
+    Normalising pixels: the uint8 patch and three float32 ones. A block: uint8 and float32 patch,
+    then either the MLP (input, residual, normed; its width before, within and after the
+    activation) or the rotation (six vectors, and a query in float32 being taken apart).
     """
-    vision, text, size = config.vision, config.text, dtype.itemsize
-    weights = sum(prod(shape) for shape in expected_shapes(config).values()) * size
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size
-    num_patches = max_pixels // vision.patch_size**2
-    in_tower = vision.embed_dim * max(size * (2 + 3 * vision.mlp_ratio), 6 * size + 16)
-    in_decoder = size * (2 * text.hidden_size + 3 * text.intermediate_size)
-    activation = max(int(num_patches * in_tower), max_model_len * in_decoder)
-    return MemoryNeed(weights, cache * max_model_len, activation)
+    mlp = size * (3 + 3 * vision.mlp_ratio)
+    rotation = 6 * size + 12
+    in_block = 5 * vision.patch_dim + vision.embed_dim * max(mlp, rotation)
+    return int(max(13 * vision.patch_dim, in_block + 4 * vision.head_dim)) + 64
+
+
+def _bytes_per_token(text: TextConfig, size: int) -> int:
+    """Bytes alive for one token inside SwiGLU: five vectors, gate, up and product, the rotation."""
+    vectors = size * (5 * text.hidden_size + 3 * text.intermediate_size)
+    return vectors + 4 * text.head_dim + 64
 
 
 def memory_available(device: torch.device) -> int | None:
