@@ -12,6 +12,7 @@ counts are handed in. (HF: chat_template.json.) Next: processor.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from qwen2vl.errors import InputError
@@ -101,17 +102,16 @@ def tokenize(
     remaining = iter(counts)
     ids: list[int] = []
     mask: list[bool] = []
-    run: list[Segment] = []
-    for segment in segments:
-        if not segment.is_token:
-            run.append(segment)
+    for is_token, run in groupby(segments, lambda segment: segment.is_token):
+        if not is_token:
+            for words, own in _tokens_of(run, tokenizer, special):
+                ids += words
+                mask += own
             continue
-        _append_text(run, tokenizer, special, ids, mask)
-        run = []
-        times = next(remaining) if segment.text in KIND_OF else 1
-        ids += [tokenizer.id_of(segment.text)] * times
-        mask += [segment.supervised] * times
-    _append_text(run, tokenizer, special, ids, mask)
+        for segment in run:
+            times = next(remaining) if segment.text in KIND_OF else 1
+            ids += [tokenizer.id_of(segment.text)] * times
+            mask += [segment.supervised] * times
     return ids, mask
 
 
@@ -174,24 +174,23 @@ def _with_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None) -
 # Tokenising -----------------------------------------------------------------------------------
 
 
-def _append_text(
-    run: list[Segment], tokenizer: Tokenizer, special: Special, ids: list[int], mask: list[bool]
-) -> None:
-    """Tokenise neighbouring text as one string, in as few and as well-known pieces as possible."""
+def _tokens_of(
+    run: Iterable[Segment], tokenizer: Tokenizer, special: Special
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Tokenise neighbouring text as one string: ids and their owners, in harmless pieces."""
     for group in _cut_where_harmless(run):
         text = "".join(segment.text for segment in group)
         if len({segment.supervised for segment in group}) == 1:
-            found = tokenizer.encode_text(text, special=special)
-            ids += found
-            mask += [group[0].supervised] * len(found)
+            ids = tokenizer.encode_text(text, special=special)
+            yield ids, [group[0].supervised] * len(ids)
         else:
+            owned = [segment.supervised for segment in group for _ in segment.text]
             spans = tokenizer.encode_spans(text, special=special)
-            owned = _owned(group)
-            ids += [token for token, _, _ in spans]
-            mask += [all(owned[start:end]) for _, start, end in spans]
+            # A token that is partly given is given.
+            yield [i for i, _, _ in spans], [all(owned[start:end]) for _, start, end in spans]
 
 
-def _cut_where_harmless(run: list[Segment]) -> Iterator[list[Segment]]:
+def _cut_where_harmless(run: Iterable[Segment]) -> Iterator[list[Segment]]:
     """Cut between a line break and a visible character: no pre-token of Qwen2 spans the two.
 
     So the heads of turns are tokenised once in a process, and an assistant's words stand apart
@@ -207,8 +206,3 @@ def _cut_where_harmless(run: list[Segment]) -> Iterator[list[Segment]]:
         group.append(segment)
     if group:
         yield group
-
-
-def _owned(group: list[Segment]) -> list[bool]:
-    """For each character of the group's text, whether the assistant wrote it."""
-    return [segment.supervised for segment in group for _ in segment.text]

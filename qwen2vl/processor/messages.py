@@ -181,7 +181,7 @@ _TYPES: Mapping[str, str] = {
     "quad": "quad",
 }
 _SOURCES = {
-    "image": ("image", "image_url", "url", "path"),
+    "image": ("image", "image_url", "url", "path", "base64"),
     "video": ("video", "video_url", "url", "path"),
 }
 _IMAGE_OPTIONS = {"min_pixels", "max_pixels", "resized_height", "resized_width"}
@@ -234,6 +234,8 @@ def _media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
     source = item[given[0]]
     if isinstance(source, Mapping):
         source = _url_of(source, f"{path}.{given[0]}")
+    elif given[0] == "base64":
+        source = f"data:;base64,{source}"
     chosen = {name: item[name] for name in options if name in item}
     if not chosen:
         return MediaPart(kind, source, NO_OPTIONS, path)

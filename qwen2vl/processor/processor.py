@@ -18,7 +18,7 @@ from qwen2vl.processor.chat import KIND_OF, Segment, render, tokenize
 from qwen2vl.processor.image import PixelLimits, image_item
 from qwen2vl.processor.inputs import Item, ModelInput
 from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits
-from qwen2vl.processor.messages import MediaPart, normalise, read_media
+from qwen2vl.processor.messages import Kind, MediaPart, normalise, read_media
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.video import PRESETS, video_item
 from qwen2vl.processor.vocabulary import VISION_END, VISION_START
@@ -112,7 +112,7 @@ class Processor:
             InputError: the numbers of placeholders and of media differ, or a medium is unusable.
         """
         parts = self.tokenizer.split_special(text)
-        kinds = [KIND_OF[part] for part in parts if part in KIND_OF]
+        kinds: list[Kind] = [KIND_OF[part] for part in parts if part in KIND_OF]
         if len(kinds) != len(media):
             raise InputError(
                 f"the text has {len(kinds)} placeholders ({kinds.count('image')} image, "

@@ -142,7 +142,7 @@ class Tokenizer:
 
     def encode_text(self, text: str, *, special: Special = "grounding") -> list[int]:
         """Turn text into ids; special tokens outside `special` are plain characters."""
-        if special == "none" or "<|" not in text:
+        if special == "none" or (special == "grounding" and "<|" not in text):
             return self._encode_plain(text)
         ids: list[int] = []
         for i, part in enumerate(self._patterns[special].split(text)):

@@ -65,7 +65,7 @@ conversations = st.lists(
 )
 
 
-def ours(messages: list[dict[str, Any]], **options: bool) -> str:
+def ours(messages: list[dict[str, Any]], **options: Any) -> str:
     return "".join(segment.text for segment in render(normalise(messages), **options))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,21 @@ def test_items_are_named_after_their_files(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(path)
     made = tiny_processor()(user({"image": path}, {"image": str(path)}, {"image": picture()}))
     assert [item.name for item in made.items] == ["my cat.png", "my cat.png", "image 3"]
+
+
+def test_encoded_pictures_come_in_the_dialects_of_others() -> None:
+    file = BytesIO()
+    Image.fromarray(picture()).save(file, "PNG")
+    encoded = b64encode(file.getvalue()).decode()
+    made = tiny_processor()(
+        user(
+            {"type": "image", "base64": encoded},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
+            {"type": "image", "image": file.getvalue()},
+        )
+    )
+    assert [item.name for item in made.items] == ["image 1", "image 2", "image 3"]
+    assert len({item.digest for item in made.items}) == 1
 
 
 def test_options_of_an_item_are_its_own() -> None:
