@@ -50,8 +50,11 @@ def ask(
     """
     if output and len(images) != 1:
         raise click.UsageError(f"-o draws on one picture, got {len(images)}; give one --image")
+    if output:
+        terminal.check_picture_name(output)
     params = options.sampling_params(given)
     opened = options.open_model(given)
+    options.say_if_greedy(opened.llm, params)
     media = [options.media_part("image", path, None) for path in images]
     media += [options.media_part("video", path, given["fps"]) for path in videos]
     completion = _answer(opened, media, question, params, streaming=not as_json)
@@ -62,6 +65,7 @@ def ask(
         terminal.say(line.text)
     if output:
         boxes.draw(images[0], found, output)
+    options.say_if_cut(completion)
     opened.say_what_it_can()
 
 

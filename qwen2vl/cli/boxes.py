@@ -15,11 +15,11 @@ from qwen2vl import grounding
 from qwen2vl.cli import terminal
 
 if TYPE_CHECKING:
-    from PIL import ImageDraw
+    from PIL import Image, ImageDraw
 
     from qwen2vl.engine.params import ItemReport
 
-__all__ = ["Found", "draw", "find"]
+__all__ = ["Found", "draw", "draw_shapes", "find", "without_marks"]
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
@@ -56,8 +56,6 @@ def draw(source: str, found: Sequence[Found], output: str) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    from PIL import ImageDraw
-
     from qwen2vl.processor.media import MediaLimits
     from qwen2vl.processor.rgb import open_image
 
@@ -65,12 +63,26 @@ def draw(source: str, found: Sequence[Found], output: str) -> None:
         terminal.note(f"the answer has no boxes: {output} was not written")
         return
     picture, _ = open_image(source, MediaLimits(), source)
+    draw_shapes(picture, found)
+    terminal.save_picture(picture, output)
+    terminal.note(f"wrote {output}")
+
+
+def draw_shapes(picture: Image.Image, found: Sequence[Found]) -> None:
+    """Draw shapes with their phrases on a picture, in place."""
+    from PIL import ImageDraw
+
     pen = ImageDraw.Draw(picture)
     width = max(2, round(max(picture.size) / 300))
     for number, shape in enumerate(found):
         _draw_shape(pen, shape, COLOURS[number % len(COLOURS)], width)
-    terminal.save_picture(picture, output)
-    terminal.note(f"wrote {output}")
+
+
+def without_marks(text: str) -> str:
+    """Take the grounding tokens out of a text."""
+    for token in grounding.GROUNDING_TOKENS:
+        text = text.replace(token, "")
+    return text
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: Found, colour: str, width: int) -> None:

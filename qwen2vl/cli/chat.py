@@ -40,6 +40,7 @@ def chat(**given: Any) -> None:
     """Talk about pictures and clips; /help inside lists what can be typed."""
     params = options.sampling_params(given)
     opened = options.open_model(given)
+    options.say_if_greedy(opened.llm, params)
     terminal.note(f"{opened.name} is ready; /image PATH shows a picture, /help lists the rest")
     Chat(opened.llm, params, given["fps"]).run()
     opened.say_what_it_can()
@@ -53,6 +54,7 @@ class Chat:
         self.params = params
         self.fps = fps
         self.messages: list[dict[str, Any]] = []
+        self.told = 0  # items whose notes were shown
         self.waiting: list[dict[str, Any]] = []
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": lambda path: self._attach("image", path),
@@ -100,12 +102,14 @@ class Chat:
         content = [*self.waiting, {"type": "text", "text": question}]
         messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self.llm.processor(messages)
-        say_outlook(self.llm, prompt)
+        say_outlook(self.llm, prompt, told=self.told)
+        self.told = len(prompt.items)
         writer = terminal.Writer()
         try:
             (completion,) = self.llm.generate(prompt, self.params, on_delta=writer)
             for found in boxes.find(completion.text, completion.items):
                 terminal.say(found.text)
+            options.say_if_cut(completion)
         finally:
             if writer.text:
                 self.messages = [*messages, {"role": "assistant", "content": writer.text}]
@@ -121,7 +125,7 @@ class Chat:
         terminal.note(f"{item_line(probe.items[0])}; now ask about it")
 
     def _clear(self, _: str) -> None:
-        self.messages, self.waiting = [], []
+        self.messages, self.waiting, self.told = [], [], 0
         terminal.note("the conversation is forgotten")
 
 

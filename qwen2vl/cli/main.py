@@ -7,6 +7,7 @@ what any command does. Next room: ask.py.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ COMMANDS = {
     "chat": "Talk about pictures and clips, turn by turn.",
     "tokens": "Show how the model sees a file: size, grid, token count.",
     "demo": "Draw pictures, ask about them, show answers beside the truth.",
+    "parity": "Compare a model folder with transformers, step by step.",
     "doctor": "Check this machine and, if wished, a model folder.",
 }
 
@@ -76,6 +78,7 @@ class Program(click.Group):
         """Run, and end the process with the exit code."""
         self.debug = False
         terminal.forgive_encodings()
+        logging.getLogger("qwen2vl").handlers = [terminal.NoteHandler(logging.WARNING)]
         extra |= {"standalone_mode": False, "windows_expand_args": windows_expand_args}
         try:
             code = super().main(args, prog_name or "qwen2vl", complete_var, **extra)

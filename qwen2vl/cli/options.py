@@ -17,7 +17,7 @@ import qwen2vl
 from qwen2vl.cli import terminal
 
 if TYPE_CHECKING:
-    from qwen2vl.engine import LLM, SamplingParams
+    from qwen2vl.engine import LLM, Completion, SamplingParams
     from qwen2vl.processor.processor import Processor
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "open_processor",
     "sampling_options",
     "sampling_params",
+    "say_if_cut",
+    "say_if_greedy",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,9 +128,12 @@ def open_model(given: dict[str, Any]) -> Opened:
     """Load the model that the options name, showing progress where a person is watching."""
     start = time.perf_counter()
     names = ("device", "dtype", "min_pixels", "max_pixels")
+    from qwen2vl.weights import find
+
+    folder = find(given["model"])  # shows its own progress where it must fetch
     with terminal.waiting(f"loading {given['model']}"):
         llm = qwen2vl.LLM(
-            given["model"],
+            folder,
             video_preset=given["preset"],
             **{name: given[name] for name in names},
         )
@@ -145,6 +150,23 @@ def open_processor(given: dict[str, Any]) -> Processor:
         max_pixels=given["max_pixels"],
         video_preset=given["preset"],
     )
+
+
+def say_if_greedy(llm: LLM, params: SamplingParams) -> None:
+    """Warn where a temperature was asked for and the checkpoint's top-k leaves no choice."""
+    from qwen2vl.engine.sampler import Rule
+
+    if params.temperature and Rule.resolve(params, llm.generation).top_k == 1:
+        terminal.note(
+            "this checkpoint's top-k of 1 leaves nothing to draw; add --top-k 0 --top-p 1"
+        )
+
+
+def say_if_cut(completion: Completion) -> None:
+    """Tell that an answer is not whole."""
+    if completion.finish_reason == "length":
+        count = len(completion.token_ids)
+        terminal.note(f"the answer was cut after {count:,} tokens; --max-tokens allows more")
 
 
 def media_part(kind: Literal["image", "video"], path: str, fps: float | None) -> dict[str, Any]:

@@ -24,8 +24,11 @@ HINT_TOKENS = 1280  # an image of 1003520 pixels, which qwen-vl-utils' documents
 SMALL_WORK = 1e11
 
 
-def say_outlook(llm: LLM, prompt: ModelInput) -> None:
-    """Write a line for each adjustment, and where the wait is long one for each item."""
+def say_outlook(llm: LLM, prompt: ModelInput, *, told: int = 0) -> None:
+    """Write a line for each adjustment, and where the wait is long one for each item.
+
+    The notes of the first `told` items were written before.
+    """
     wait = _wait(llm, prompt)
     for number, item in enumerate(prompt.items):
         is_last = number + 1 == len(prompt.items)
@@ -35,8 +38,9 @@ def say_outlook(llm: LLM, prompt: ModelInput) -> None:
             terminal.note(item_line(item))
     if wait and not prompt.items:
         terminal.note(f"{len(prompt.input_ids):,} tokens, {wait}")
-    for text in prompt.notes:
-        terminal.note(text)
+    for item in prompt.items[told:]:
+        for text in item.notes:
+            terminal.note(f"{item.name}: {text}")
 
 
 def item_line(item: Item) -> str:

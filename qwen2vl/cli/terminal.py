@@ -8,9 +8,11 @@ know any command. Next room: ask.py.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -24,17 +26,22 @@ if TYPE_CHECKING:
     from qwen2vl.engine import Delta
 
 __all__ = [
+    "NoteHandler",
     "Writer",
+    "check_picture_name",
     "debug_option",
     "forgive_encodings",
     "note",
     "person_seconds",
     "person_size",
+    "plain",
     "read_line",
     "save_picture",
     "say",
     "waiting",
 ]
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,6 +51,14 @@ def forgive_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class NoteHandler(logging.Handler):
+    """Show the library's warnings as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one warning."""
+        note(record.getMessage())
 
 
 def say(text: str, *, end: str = "\n") -> None:
@@ -83,20 +98,34 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+def plain(text: str) -> str:
+    """Keep an answer from moving the cursor: control characters become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_picture_name(output: str) -> None:
+    """Find out before the work whether `save_picture` can succeed.
+
+    Raises:
+        InputError: the ending is of no picture, or the folder does not exist.
+    """
+    path = Path(output)
+    if path.suffix.lower() not in PICTURE_ENDINGS:
+        raise InputError(f"-o {output}: give a name that ends in {', '.join(PICTURE_ENDINGS)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"-o {output}: the folder {path.parent} does not exist; make it first")
+
+
 def save_picture(picture: Image.Image, output: str) -> None:
     """Write a picture where the user said.
 
     Raises:
-        InputError: the place or the kind of file cannot be written.
+        InputError: the file cannot be written.
     """
     try:
         picture.save(output)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "unknown format"
-        raise InputError(
-            f"-o {output}: cannot be written ({why}); give a name that ends in .png or .jpg, in a "
-            "folder that exists"
-        ) from error
+    except OSError as error:
+        raise InputError(f"-o {output}: cannot be written: {error.strerror or error}") from error
 
 
 def person_seconds(seconds: float) -> str:

@@ -36,6 +36,8 @@ def tokens(
     file: str, kind: Literal["image", "video"] | None, output: str | None, **given: Any
 ) -> None:
     """Show how the model sees FILE: size, grid and token count."""
+    if output:
+        terminal.check_picture_name(output)
     processor = options.open_processor(given)
     part = options.media_part(kind or _kind_of(file), file, given["fps"])
     item = processor([{"role": "user", "content": [part]}]).items[0]
