@@ -44,12 +44,17 @@ class TextAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
 
+    def project(self, hidden_TD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute q_THC, k_TKC, v_TKC, the first two already rotated to their positions."""
+        q_THC = self.q_proj(hidden_TD).unflatten(1, (-1, self.head_dim))
+        k_TKC = self.k_proj(hidden_TD).unflatten(1, (-1, self.head_dim))
+        v_TKC = self.v_proj(hidden_TD).unflatten(1, (-1, self.head_dim))
+        return rotate(q_THC, rotation), rotate(k_TKC, rotation), v_TKC
+
     def forward(
         self, hidden_TD: Tensor, rotation: Rotation, meta: AttnMeta, layer_cache: LayerCache | None
     ) -> Tensor:
-        q_THC = rotate(self.q_proj(hidden_TD).unflatten(1, (-1, self.head_dim)), rotation)
-        k_TKC = rotate(self.k_proj(hidden_TD).unflatten(1, (-1, self.head_dim)), rotation)
-        v_TKC = self.v_proj(hidden_TD).unflatten(1, (-1, self.head_dim))
+        q_THC, k_TKC, v_TKC = self.project(hidden_TD, rotation)
         out_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_cache=layer_cache)
         return self.o_proj(out_THC.flatten(1))
 

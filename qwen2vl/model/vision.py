@@ -49,12 +49,17 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, hidden_NE: Tensor, rotation: Rotation, frames: AttnMeta) -> Tensor:
+    def project(self, hidden_NE: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute q_NHC, k_NHC, v_NHC, the first two already rotated to their positions."""
         qkv_N3HC = self.qkv(hidden_NE).unflatten(1, (3, self.num_heads, -1))
         q_NHC, k_NHC, v_NHC = qkv_N3HC.unbind(1)
         # The reference rotates in float32 here (not in the text model), and so do we.
         q_NHC = rotate(q_NHC.float(), rotation).to(v_NHC.dtype)
         k_NHC = rotate(k_NHC.float(), rotation).to(v_NHC.dtype)
+        return q_NHC, k_NHC, v_NHC
+
+    def forward(self, hidden_NE: Tensor, rotation: Rotation, frames: AttnMeta) -> Tensor:
+        q_NHC, k_NHC, v_NHC = self.project(hidden_NE, rotation)
         out_NHC = attention(q_NHC, k_NHC, v_NHC, frames, causal=False)
         return self.proj(out_NHC.flatten(1))
 

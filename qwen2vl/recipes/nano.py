@@ -1,4 +1,4 @@
-"""nano: a Qwen2-VL of 4.4 M parameters that reads lines, knows shapes, boxes and motion.
+"""nano: a Qwen2-VL of 4 M parameters that reads lines, knows shapes, boxes and motion.
 
     qwen2vl train nano                    from nothing, in one go
     qwen2vl train nano minutes=40         one leg; the same command again goes on
@@ -20,7 +20,7 @@ MODEL = Qwen2VLConfig(
     text=TextConfig(
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
         vocab_size=288,  # 256 bytes, one mark, 14 special tokens, rounded up

@@ -70,6 +70,7 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the products; weights stay float32
     device: str = "cpu"
+    compile: bool = False  # fused kernels: half a minute to begin, then about a quarter faster
     workers: int = 1  # processes that render and pack; 0 = inside the loop
     threads: int = 0  # compute threads; 0 = torch's choice
     minutes: float = 0.0  # stop with a checkpoint after so long; 0 = run to the end

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qwen2vl.adapt.compile import compile_parts
 from qwen2vl.errors import EngineError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.train import checkpoint
@@ -58,6 +59,8 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     folder = Path(config.folder)
     model, processor, tokenizer = begin(config)
     step, optimisers = _resume(config, folder, model)
+    if config.compile:
+        compile_parts(model)
     metrics = Metrics(folder / "metrics.jsonl")
     stream = batches(config, processor, step)
     ends = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
