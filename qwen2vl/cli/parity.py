@@ -13,6 +13,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -101,7 +102,7 @@ def _sides(name: str) -> tuple[Side, Side]:
 
 
 def _show(report: Report) -> None:
-    table = Table()
+    table = Table(box=box.ASCII)
     for title in ("step", "max error", "relative", "limit", ""):
         table.add_column(title, justify="left" if title in ("step", "") else "right")
     for step in report.steps:
