@@ -11,8 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen2vl.weights.settings import note_chat_template
 from qwen2vl.weights.template import CHAT_TEMPLATE
-
-OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "chat_template.json"
+from tests.parity.test_chat import OFFICIAL
 
 PICTURE = {"type": "image", "image": "a.png"}
 CLIP = {"type": "video", "video": "a.mp4"}
@@ -42,15 +41,12 @@ def render(template: str, **values: Any) -> str:
 @pytest.mark.parametrize("numbered", [False, True])
 @pytest.mark.parametrize("open_turn", [False, True])
 def test_same_text_as_the_official_template(name: str, numbered: bool, open_turn: bool) -> None:
-    if not OFFICIAL.is_file():
-        pytest.skip("the official chat template is not beside the repository")
-    official = json.loads(OFFICIAL.read_text(encoding="utf-8"))["chat_template"]
     values = {
         "messages": CONVERSATIONS[name],
         "add_vision_id": numbered,
         "add_generation_prompt": open_turn,
     }
-    assert render(CHAT_TEMPLATE, **values) == render(official, **values)
+    assert render(CHAT_TEMPLATE, **values) == render(OFFICIAL, **values)
 
 
 def test_what_it_renders() -> None:
@@ -64,9 +60,8 @@ def test_what_it_renders() -> None:
 
 def test_neither_template_is_foreign(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "qwen2vl")
-    ours = json.dumps({"chat_template": CHAT_TEMPLATE})
-    texts = [ours] + ([OFFICIAL.read_text(encoding="utf-8")] if OFFICIAL.is_file() else [])
-    for text in texts:
+    for template in (CHAT_TEMPLATE, OFFICIAL):
+        text = json.dumps({"chat_template": template})
         (tmp_path / "chat_template.json").write_text(text, encoding="utf-8")
         note_chat_template(tmp_path)
     assert not caplog.text
