@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
@@ -56,29 +56,32 @@ class FileClip:
         self._media, self._limits, self._name = media, limits, name
         self._deadline = Deadline(limits, name)
         self._damaged = False
+        self._threading: Literal["AUTO", "NONE"] = "NONE"
         with self._opened() as (container, stream):
             self._hint = float(stream.average_rate) if stream.average_rate else None
             self._tick = float(stream.time_base or 0)
             self._claimed = (container.duration or 0) / av.time_base
         self._stand = _as_stored
         self._height, self._width = self._probe()
-        self._stamps = self._packet_stamps() or [stamp for stamp, _ in self._decoded()]
+        self._stamps = self._packet_stamps()
+        if self._stamps:
+            self._threading = "AUTO"
+        else:
+            self._stamps = self._decoded_stamps()
         self.timeline = self._measure()
 
     def frames(self, indices: Sequence[int], shrink: Shrink) -> list[Tensor] | None:
         """Decode up to the last of `indices`, checking each time stamp against the promise."""
         wanted = set(indices)
         kept: list[Tensor] = []
-        seen: Stamps = []
-        as_promised = True
         for index, (stamp, frame) in enumerate(self._decoded()):
-            seen.append(stamp)
-            as_promised = as_promised and self._stamps[index : index + 1] == [stamp]
-            if as_promised and index in wanted:
+            if self._stamps[index : index + 1] != [stamp]:
+                break
+            if index in wanted:
                 kept.append(shrink(self._pixels(frame)))
                 if len(kept) == len(wanted):
                     return kept
-        self._stamps = seen
+        self._stamps = self._decoded_stamps()
         self.timeline = self._measure()
         return None
 
@@ -89,6 +92,16 @@ class FileClip:
             height, width = self._pixels(frame).shape[:2]
             return height, width
         raise InputError(f"{self._name}: no frame can be decoded; it is damaged or cut short")
+
+    def _decoded_stamps(self) -> Stamps:
+        """Decode the whole file, for the truth about its frames.
+
+        On one thread from here on: where a file is damaged, threads lose frames by chance.
+        """
+        self._threading, self._damaged = "NONE", False
+        stamps = [stamp for stamp, _ in self._decoded()]
+        assert stamps, "the first frame was decoded before, in the same way"
+        return stamps
 
     def _packet_stamps(self) -> Stamps:
         """List when frames are due, by packets; empty where a packet does not say."""
@@ -134,7 +147,7 @@ class FileClip:
         """Decode in display order, up to the first damage."""
         count = 0
         with self._opened() as (container, stream):
-            for frame in self._until_damage(container, stream):
+            for frame in self._until_error(container, stream):
                 self._deadline.check()
                 if frame.is_corrupt and count:
                     self._damaged = True
@@ -145,7 +158,7 @@ class FileClip:
                 check_count(count, self._limits, self._name)
                 yield _stamp(frame), frame
 
-    def _until_damage(
+    def _until_error(
         self, container: InputContainer, stream: VideoStream
     ) -> Iterator[av.VideoFrame]:
         try:
@@ -153,8 +166,6 @@ class FileClip:
                 yield from packet.decode()
         except FFmpegError:
             self._damaged = True
-            with suppress(FFmpegError):  # frames that the decoder still holds are whole
-                yield from stream.codec_context.decode(None)
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         return self._stand(frame.to_ndarray(format="rgb24"))
@@ -168,7 +179,7 @@ class FileClip:
             self._container(file) as container,
         ):
             stream = self._stream(container)
-            stream.thread_type = "AUTO"
+            stream.thread_type = self._threading
             yield container, stream
 
     def _container(self, file: BinaryIO) -> InputContainer:

@@ -9,6 +9,7 @@ It must not know sizes that the model wants. Next room: image.py.
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from qwen2vl.processor.media import (
 )
 
 __all__ = ["FORMATS", "array_to_image", "check_size", "decode", "open_image", "opened"]
+
+# Pillow reports damaged files by logging; without any handler that would reach the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # The only decoders that bytes from strangers may reach.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
