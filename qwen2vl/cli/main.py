@@ -29,6 +29,7 @@ COMMANDS = {
     "tokens": "Show how the model sees a file: size, grid, token count.",
     "demo": "Draw pictures, ask about them, show answers beside the truth.",
     "parity": "Compare a model folder with transformers, step by step.",
+    "train": "Train a model by a recipe, or go on where the last run stopped.",
     "doctor": "Check this machine and, if wished, a model folder.",
 }
 
@@ -77,11 +78,12 @@ class Program(click.Group):
     ) -> Any:
         """Run, and end the process with the exit code."""
         self.debug = False
-        terminal.forgive_encodings()
+        terminal.prepare_streams()
         logging.getLogger("qwen2vl").handlers = [terminal.NoteHandler(logging.WARNING)]
+        args = sys.argv[1:] if args is None else args
         extra |= {"standalone_mode": False, "windows_expand_args": windows_expand_args}
         try:
-            code = super().main(args, prog_name or "qwen2vl", complete_var, **extra)
+            code = super().main(args or ["--help"], prog_name or "qwen2vl", complete_var, **extra)
         except (click.Abort, KeyboardInterrupt):
             terminal.note("interrupted")
             code = INTERRUPTED
@@ -110,7 +112,7 @@ def _explain(error: Exception) -> str:
     return f"{type(error).__name__}: {text}; this is a bug of qwen2vl: run again with --debug"
 
 
-@click.command(cls=Program, no_args_is_help=True)
+@click.command(cls=Program)
 @click.version_option(qwen2vl.__version__, prog_name="qwen2vl")
 @terminal.debug_option
 def main() -> None:

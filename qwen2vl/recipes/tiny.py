@@ -1,0 +1,50 @@
+"""tiny: a run of seconds that goes through every stage, to see the trainer work.
+
+    qwen2vl train tiny
+
+One core, half a minute; the loss falls from about 6 to about 3, and the model knows nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qwen2vl.config import TextConfig, VisionConfig
+from qwen2vl.recipes import nano
+from qwen2vl.synth import Mixture
+from qwen2vl.train.config import OptimConfig, Stage, TrainConfig
+
+__all__ = ["recipe"]
+
+
+def recipe() -> TrainConfig:
+    """Train next to nothing, through all stages."""
+    model = replace(
+        nano.MODEL,
+        vision=VisionConfig(depth=2, embed_dim=64, num_heads=2, hidden_size=64),
+        text=TextConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=288,
+            mrope_section=(4, 6, 6),
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        ),
+    )
+    shapes = Mixture(weights={"shapes": 1.0}, canvas=(56, 84), num_shapes=(1, 2))
+    rules = {"words": nano.WORDS, "see": nano.SEE, "world": nano.ALL, "answers": nano.ANSWER}
+    return TrainConfig(
+        name="tiny",
+        model=model,
+        min_pixels=56 * 56,
+        optim=OptimConfig(warmup=4),
+        log_every=5,
+        save_every=10,
+        stages=tuple(
+            Stage(name=name, steps=10, examples=16, mixture=shapes, rules=own, decay=0.5)
+            for name, own in rules.items()
+        ),
+    )

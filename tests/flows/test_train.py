@@ -1,0 +1,92 @@
+"""A run through all stages: resumed equals uninterrupted, and what it exports answers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen2vl.errors import EngineError
+from qwen2vl.recipes import tiny
+from qwen2vl.synth import Mixture
+from qwen2vl.train import loop
+from qwen2vl.train.config import TrainConfig, override
+from tests.fonts import needs_training_fonts
+
+SHORT = ["workers=0", "threads=1", "log_every=1", "save_every=100"] + [
+    f"stages.{i}.{field}" for i in range(4) for field in ("steps=2", "examples=4")
+]
+
+
+def config(out: Path, *words: str) -> TrainConfig:
+    return override(tiny.recipe(), [*SHORT, f"out={out}", *words])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
+    whole = loop.train(config(tmp_path / "whole"))
+
+    class KilledError(Exception):
+        pass
+
+    def kill(line):
+        if line["step"] == stop + 1 and not (tmp_path / "parts" / "killed").exists():
+            (tmp_path / "parts" / "killed").touch()
+            raise KilledError
+
+    words = (f"save_every={stop}",)
+    with pytest.raises(KilledError):
+        loop.train(config(tmp_path / "parts", *words), report=kill)
+    parts = loop.train(config(tmp_path / "parts", *words), report=kill)
+    one, two = weights(whole), weights(parts)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_a_time_limit_ends_a_leg_with_a_checkpoint_and_a_model(tmp_path):
+    folder = loop.train(config(tmp_path, "minutes=1e-9"))
+    assert folder.name == "model-000000"
+    assert (folder / "config.json").is_file()
+
+
+def test_the_next_run_starts_from_the_exported_folder(tmp_path):
+    first = loop.train(config(tmp_path / "first"))
+    fresh = config(tmp_path / "second")
+    again = TrainConfig(
+        name="again",
+        stages=fresh.stages,
+        init=str(first),
+        out=str(tmp_path / "second"),
+        workers=0,
+        threads=1,
+    )
+    second = loop.train(again)
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "rate", lambda *_: float("nan"))
+    with pytest.raises(EngineError, match=r"step 2: loss nan.*lower optim.lr"):
+        loop.train(config(tmp_path))
+
+
+@needs_training_fonts
+def test_lines_of_text_can_be_learnt_from(tmp_path):
+    text = Mixture(weights={"text": 1.0}, text_length=(1, 4), layout="cells", fonts="mono2")
+    stages = tuple(
+        type(s)(name=s.name, steps=2, examples=4, mixture=text, rules=s.rules)
+        for s in tiny.recipe().stages
+    )
+    lines = []
+    base = config(tmp_path)
+    loop.train(
+        TrainConfig(name="t", stages=stages, model=base.model, out=str(tmp_path), log_every=1),
+        report=lines.append,
+    )
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(set(line["families"]) == {"text"} for line in lines)

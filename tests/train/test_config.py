@@ -1,0 +1,58 @@
+"""Overrides: parsed by the field's type, refused with the nearest name."""
+
+import json
+
+import pytest
+
+from qwen2vl.errors import ConfigError
+from qwen2vl.recipes import tiny
+from qwen2vl.train.config import dump, override
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("optim.lr=1e-3", lambda c: c.optim.lr == 1e-3),
+        ("optim.lr=1", lambda c: c.optim.lr == 1.0),
+        ("stages.2.steps=7", lambda c: [s.steps for s in c.stages] == [10, 10, 7, 10]),
+        ("stages.0.mixture.text_length=[2,3]", lambda c: c.stages[0].mixture.text_length == (2, 3)),
+        ("stages.1.weighting=token", lambda c: c.stages[1].weighting == "token"),
+        ('stages.0.mixture.weights={"text":1}', lambda c: c.stages[0].mixture.weights["text"] == 1),
+        ("out=a b/c", lambda c: c.folder == "a b/c"),
+        ("compile=true", lambda c: c.compile is True),
+    ],
+)
+def test_a_word_replaces_its_field_and_nothing_else(word, read):
+    config = override(tiny.recipe(), [word])
+    assert read(config)
+    key = word.partition("=")[0].split(".")[0]
+    for name in tiny.recipe().__slots__:
+        if name != key:
+            assert getattr(config, name) == getattr(tiny.recipe(), name)
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("optim.lr", "no '='"),
+        ("optim.learning=1", "unknown key 'learning'"),
+        ("optm.lr=1", "did you mean optim"),
+        ("optim.lr=fast", "'fast' is not a float"),
+        ("seed=1.5", "'1.5' is not a int"),
+        ("seed=true", "not a int"),
+        ("stages.9.steps=1", "not one of 0 to 3"),
+        ("seed.x=1", "has no parts"),
+        ("dtype=float16", "not one of bfloat16, float32"),
+        ("compile=1", "not a bool"),
+    ],
+)
+def test_wrong_words_are_refused_by_name(word, text):
+    with pytest.raises(ConfigError, match=text):
+        override(tiny.recipe(), [word])
+
+
+def test_dump_is_json_and_tells_configs_apart():
+    config = tiny.recipe()
+    assert json.loads(dump(config))["stages"][0]["name"] == "words"
+    assert dump(config) == dump(tiny.recipe())
+    assert dump(config) != dump(override(config, ["seed=1"]))
