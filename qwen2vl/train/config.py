@@ -18,7 +18,7 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
 from qwen2vl.synth import Mixture
 
-__all__ = ["FROZEN", "OptimConfig", "Stage", "TrainConfig", "dump", "override"]
+__all__ = ["FROZEN", "OptimConfig", "Rules", "Stage", "TrainConfig", "dump", "override"]
 
 FROZEN: float = 0.0  # a rule's rate that keeps its parameters as they are
 
