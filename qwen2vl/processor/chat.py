@@ -94,7 +94,7 @@ def tokenize(
 ) -> tuple[list[int], list[bool]]:
     """Turn segments into ids, each pad repeated as often as the next of `counts` says.
 
-    TextPart between two special tokens is tokenised as one string.
+    Text between two special tokens is tokenised as one string.
 
     Returns:
         input_ids, and for each whether it is supervised.

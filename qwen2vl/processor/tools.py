@@ -139,7 +139,7 @@ def _own_parts(message: Message, *, goes_on: bool) -> Iterator[Part]:
 
 
 def _mark_given(parts: Iterable[Part]) -> Iterator[Part]:
-    """MarkPart as given what lies between RESULT and RETURN in a turn written out as text."""
+    """Mark as given what lies between RESULT and RETURN in a turn written out as text."""
     given = False
     for part in parts:
         if isinstance(part, TextPart) and STAR in part.text:
@@ -190,10 +190,8 @@ def parse_calls(text: str) -> Reply:
     (when text is parsed while it streams in). Arguments are not decoded: models write them badly.
     """
     said, *calls = re.split(f"{FUNCTION}:?", _without_torn_keyword(text))
-    return Reply(
-        said.removeprefix(":").removeprefix(" ").rstrip() if calls else said.removeprefix(": "),
-        tuple(_call(call) for call in calls),
-    )
+    said = re.sub("^: ?", "", said)  # where the model goes on after RETURN
+    return Reply(said.rstrip() if calls else said, tuple(_call(call) for call in calls))
 
 
 def _call(text: str) -> Call:

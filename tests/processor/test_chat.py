@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.chat import Segment, render, tokenize
 from qwen2vl.processor.messages import normalise
-from tests.tiny import tiny_tokenizer
+from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.processor.vocabulary import build_backend
+from tests.tiny import tiny_tokenizer, tiny_tokenizer_dir
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 STAR = "\u273f"
@@ -179,12 +184,30 @@ def text_segments(words: st.SearchStrategy[str]) -> st.SearchStrategy[list[Segme
     return st.lists(one, max_size=6)
 
 
+@cache
+def merging_tokenizer() -> Tokenizer:
+    """Build a tokenizer that merges breaks and spaces, as the official one does."""
+    vocab = json.loads((tiny_tokenizer_dir() / "vocab.json").read_text())
+    n, space = "\u010a", "\u0120"  # how "\n" and " " are spelt
+    merges = [(n, n), (n + n, n), (space, n), (space, space), (n, space), ("?", n), (space, "B")]
+    vocab |= {left + right: len(vocab) + i for i, (left, right) in enumerate(merges)}
+    return Tokenizer(build_backend(models.BPE(vocab=vocab, merges=merges)))
+
+
 @given(text_segments(texts))
 def test_text_between_special_tokens_is_one_string(segments: list[Segment]) -> None:
-    tokenizer = tiny_tokenizer()
+    for tokenizer in (tiny_tokenizer(), merging_tokenizer()):
+        ids, mask = tokenize(segments, tokenizer, [])
+        assert ids == tokenizer.encode_text("".join(segment.text for segment in segments))
+        assert len(mask) == len(ids)
+
+
+def test_a_token_that_is_partly_given_is_given() -> None:
+    tokenizer = merging_tokenizer()
+    segments = [Segment("assistant\n"), Segment("\n\nHi", supervised=True), Segment(" \n")]
     ids, mask = tokenize(segments, tokenizer, [])
-    assert ids == tokenizer.encode_text("".join(segment.text for segment in segments))
-    assert len(mask) == len(ids)
+    shown = [(tokenizer.bytes_of(i), own) for i, own in zip(ids, mask, strict=True)]
+    assert shown[9:] == [(b"\n\n\n", False), (b"H", True), (b"i", True), (b" \n", False)]
 
 
 @given(text_segments(texts.filter(str.isascii)))
