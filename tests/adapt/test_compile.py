@@ -11,7 +11,7 @@ from tests.train.test_pack import conversations
 
 
 @pytest.mark.slow
-def test_compiled_parts_compute_the_same_loss_and_gradients():
+def test_compiled_parts_compute_the_same_loss_and_gradients() -> None:
     batch = pack(conversations(), pad_id=0)
     eager, compiled = tiny_model(seed=0), tiny_model(seed=0)
     compile_parts(compiled)

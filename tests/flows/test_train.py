@@ -1,6 +1,7 @@
 """A run through all stages: resumed equals uninterrupted, and what it exports answers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, stop: int) -> None:
     whole = loop.train(config(tmp_path / "whole"))
 
     class KilledError(Exception):
         pass
 
-    def kill(line):
+    def kill(line: dict[str, Any]) -> None:
         if line["step"] == stop + 1 and not (tmp_path / "parts" / "killed").exists():
             (tmp_path / "parts" / "killed").touch()
             raise KilledError
@@ -48,13 +49,13 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
         assert torch.equal(tensor, two[name]), name
 
 
-def test_a_time_limit_ends_a_leg_with_a_checkpoint_and_a_model(tmp_path):
+def test_a_time_limit_ends_a_leg_with_a_checkpoint_and_a_model(tmp_path: Path) -> None:
     folder = loop.train(config(tmp_path, "minutes=1e-9"))
     assert folder.name == "model-000000"
     assert (folder / "config.json").is_file()
 
 
-def test_the_next_run_starts_from_the_exported_folder(tmp_path):
+def test_the_next_run_starts_from_the_exported_folder(tmp_path: Path) -> None:
     first = loop.train(config(tmp_path / "first"))
     fresh = config(tmp_path / "second")
     again = TrainConfig(
@@ -69,14 +70,16 @@ def test_the_next_run_starts_from_the_exported_folder(tmp_path):
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "rate", lambda *_: float("nan"))
     with pytest.raises(EngineError, match=r"step 2: loss nan.*lower optim.lr"):
         loop.train(config(tmp_path))
 
 
 @needs_training_fonts
-def test_lines_of_text_can_be_learnt_from(tmp_path):
+def test_lines_of_text_can_be_learnt_from(tmp_path: Path) -> None:
     text = Mixture(weights={"text": 1.0}, text_length=(1, 4), layout="cells", fonts="mono2")
     stages = tuple(
         type(s)(name=s.name, steps=2, examples=4, mixture=text, rules=s.rules)

@@ -1,5 +1,7 @@
 """Recipes are found by name or path, and each one is a run that could begin."""
 
+from pathlib import Path
+
 import pytest
 
 from qwen2vl import recipes
@@ -8,14 +10,14 @@ from qwen2vl.train.schedule import draw
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_every_recipe_builds_and_knows_its_first_and_last_step(name):
+def test_every_recipe_builds_and_knows_its_first_and_last_step(name: str) -> None:
     config = recipes.build(name)
     assert config.name == name
     assert draw(config, 0).stage is next(s for s in config.stages if s.steps)
     assert draw(config, config.steps - 1).stage is config.stages[-1]
 
 
-def test_a_recipe_may_be_a_file(tmp_path):
+def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("from qwen2vl.recipes.tiny import recipe\n")
     assert recipes.build(str(path)) == recipes.build("tiny")
@@ -25,12 +27,12 @@ def test_a_recipe_may_be_a_file(tmp_path):
     ("name", "text"),
     [("nan0", "did you mean nano"), ("nowhere/x.py", "no such recipe file"), ("zzz", "known are")],
 )
-def test_what_is_not_there_is_named(name, text):
+def test_what_is_not_there_is_named(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         recipes.build(name)
 
 
-def test_a_file_without_recipe_is_refused(tmp_path):
+def test_a_file_without_recipe_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.py"
     path.write_text("")
     with pytest.raises(ConfigError, match=r"no function recipe\(\)"):

@@ -1,5 +1,7 @@
 """A run begins from a folder or from nothing, never from both."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from qwen2vl.train.begin import begin
 from qwen2vl.train.config import override
 
 
-def test_a_fresh_model_takes_its_special_ids_from_its_tokenizer(tmp_path):
+def test_a_fresh_model_takes_its_special_ids_from_its_tokenizer(tmp_path: Path) -> None:
     config = override(tiny.recipe(), [f"out={tmp_path}"])
     model, processor, folder = begin(config)
     assert folder == tmp_path / "tokenizer"
@@ -18,7 +20,7 @@ def test_a_fresh_model_takes_its_special_ids_from_its_tokenizer(tmp_path):
     assert len(processor.tokenizer) <= model.config.text.vocab_size
 
 
-def test_fresh_weights_are_seeded(tmp_path):
+def test_fresh_weights_are_seeded(tmp_path: Path) -> None:
     config = override(tiny.recipe(), [f"out={tmp_path}"])
     one, two = begin(config)[0], begin(config)[0]
     other = begin(override(config, ["seed=1"]))[0]
@@ -30,7 +32,7 @@ def test_fresh_weights_are_seeded(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["init=somewhere"], []])
-def test_folder_and_fresh_model_exclude_each_other(words):
+def test_folder_and_fresh_model_exclude_each_other(words: list[str]) -> None:
     config = override(tiny.recipe(), words)
     if not words:
         config = type(config)(name="x", stages=config.stages)
@@ -38,7 +40,7 @@ def test_folder_and_fresh_model_exclude_each_other(words):
         begin(config)
 
 
-def test_nano_keeps_to_its_promised_size():
+def test_nano_keeps_to_its_promised_size() -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         from qwen2vl.model import Qwen2VL

@@ -23,14 +23,14 @@ def saved(folder: Path, *steps: int) -> tuple[torch.nn.Module, Optimisers]:
     return model, optimisers
 
 
-def test_the_last_ones_stay_and_the_newest_is_found(tmp_path):
+def test_the_last_ones_stay_and_the_newest_is_found(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "nowhere") is None
     saved(tmp_path, 10, 20, 30)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000020", "step-000030"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000030"
 
 
-def test_an_unfinished_save_is_not_seen(tmp_path, monkeypatch):
+def test_an_unfinished_save_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 10)
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -41,7 +41,7 @@ def test_an_unfinished_save_is_not_seen(tmp_path, monkeypatch):
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000020"
 
 
-def test_another_run_is_refused_by_what_differs(tmp_path):
+def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     path = tmp_path / "step-000010"
     assert checkpoint.read_step(path, tiny.recipe()) == 10
@@ -51,14 +51,14 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["", "{}", json.dumps({"step": "x", "config": {}})])
-def test_a_damaged_state_is_refused(tmp_path, damage):
+def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
     saved(tmp_path, 10)
     (tmp_path / "step-000010" / "state.json").write_text(damage)
     with pytest.raises(CheckpointError, match="damaged checkpoint"):
         checkpoint.read_step(tmp_path / "step-000010", tiny.recipe())
 
 
-def test_cut_weights_are_refused(tmp_path):
+def test_cut_weights_are_refused(tmp_path: Path) -> None:
     model, optimisers = saved(tmp_path, 10)
     path = tmp_path / "step-000010" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -1,12 +1,13 @@
 """Overrides: parsed by the field's type, refused with the nearest name."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 
 from qwen2vl.errors import ConfigError
 from qwen2vl.recipes import tiny
-from qwen2vl.train.config import dump, override
+from qwen2vl.train.config import TrainConfig, dump, override
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,9 @@ from qwen2vl.train.config import dump, override
         ("compile=true", lambda c: c.compile is True),
     ],
 )
-def test_a_word_replaces_its_field_and_nothing_else(word, read):
+def test_a_word_replaces_its_field_and_nothing_else(
+    word: str, read: Callable[[TrainConfig], bool]
+) -> None:
     config = override(tiny.recipe(), [word])
     assert read(config)
     key = word.partition("=")[0].split(".")[0]
@@ -46,12 +49,12 @@ def test_a_word_replaces_its_field_and_nothing_else(word, read):
         ("compile=1", "not a bool"),
     ],
 )
-def test_wrong_words_are_refused_by_name(word, text):
+def test_wrong_words_are_refused_by_name(word: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         override(tiny.recipe(), [word])
 
 
-def test_dump_is_json_and_tells_configs_apart():
+def test_dump_is_json_and_tells_configs_apart() -> None:
     config = tiny.recipe()
     assert json.loads(dump(config))["stages"][0]["name"] == "words"
     assert dump(config) == dump(tiny.recipe())

@@ -1,21 +1,22 @@
 """Metrics: means over targets, not over batches; exact means the whole answer."""
 
 import json
+from pathlib import Path
 
 import torch
 
 from qwen2vl.train.metrics import Metrics
 from qwen2vl.train.objective import Outcome
-from qwen2vl.train.pack import Example, pack
+from qwen2vl.train.pack import Batch, Example, pack
 from tests.tiny import tiny_processor
 
 
-def outcome(batch, right):
+def outcome(batch: Batch, right: torch.Tensor) -> Outcome:
     losses = torch.arange(1.0, 1.0 + len(batch.targets_R))
     return Outcome(losses.sum(), losses, right)
 
 
-def batch_of(*answers: tuple[str, str]):
+def batch_of(*answers: tuple[str, str]) -> None:
     processor = tiny_processor()
     examples = [
         Example(
@@ -30,7 +31,7 @@ def batch_of(*answers: tuple[str, str]):
     return pack(examples, pad_id=0)
 
 
-def test_a_line_holds_each_family_and_the_file_holds_the_line(tmp_path):
+def test_a_line_holds_each_family_and_the_file_holds_the_line(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "run" / "metrics.jsonl")
     batch = batch_of(("a", "x"), ("b", "yz"))  # with the end mark: 2 and 3 targets
     right = torch.tensor([True, True, True, False, True])
@@ -50,7 +51,7 @@ def test_a_line_holds_each_family_and_the_file_holds_the_line(tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == line
 
 
-def test_a_report_forgets_what_it_told(tmp_path):
+def test_a_report_forgets_what_it_told(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl")
     batch = batch_of(("a", "x"))
     for _ in range(2):

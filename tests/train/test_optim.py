@@ -1,11 +1,14 @@
 """Rules match every parameter once; a stage freezes what it says; moments survive a save."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from qwen2vl.errors import ConfigError
+from qwen2vl.model import Qwen2VL
 from qwen2vl.recipes.nano import ALL, ANSWER, SEE, WORDS
-from qwen2vl.train.config import OptimConfig
+from qwen2vl.train.config import OptimConfig, Rules
 from qwen2vl.train.optim import Optimisers, apply_rules
 from tests.tiny import tiny_model
 
@@ -19,7 +22,9 @@ from tests.tiny import tiny_model
         (ANSWER, lambda name: not name.startswith("visual.") or ".merger." in name),
     ],
 )
-def test_a_stage_moves_what_it_says_and_keeps_the_rest_to_the_bit(rules, moves):
+def test_a_stage_moves_what_it_says_and_keeps_the_rest_to_the_bit(
+    rules: Rules, moves: Callable[[str], bool]
+) -> None:
     model = tiny_model(seed=0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimisers = Optimisers(model, apply_rules(model, rules), OptimConfig(weight_decay=0.1))
@@ -33,7 +38,7 @@ def test_a_stage_moves_what_it_says_and_keeps_the_rest_to_the_bit(rules, moves):
         assert parameter.grad is None
 
 
-def test_the_first_full_match_wins_and_multiplies_the_rate():
+def test_the_first_full_match_wins_and_multiplies_the_rate() -> None:
     model = tiny_model(seed=0)
     scales = apply_rules(model, ((r"visual\.merger\..*", 0.5), (r"visual\..*", 2.0), (r".*", 1.0)))
     assert scales["visual.merger.mlp.0.weight"] == 0.5
@@ -49,12 +54,12 @@ def test_the_first_full_match_wins_and_multiplies_the_rate():
         (((r"vision\..*", 0.0), (r".*", 1.0)), r"match no parameter: vision"),
     ],
 )
-def test_idle_rules_and_loose_parameters_are_refused(rules, text):
+def test_idle_rules_and_loose_parameters_are_refused(rules: Rules, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         apply_rules(tiny_model(seed=0), rules)
 
 
-def test_muon_takes_block_matrices_only():
+def test_muon_takes_block_matrices_only() -> None:
     model = tiny_model(seed=0)
     muon, adam = Optimisers(model, apply_rules(model, ALL), OptimConfig()).parts
     names = {p: n for n, p in model.named_parameters()}
@@ -66,8 +71,8 @@ def test_muon_takes_block_matrices_only():
     assert len(own) + len(rest) == len(names)
 
 
-def test_moments_come_back_by_name():
-    def run(model, optimisers, steps):
+def test_moments_come_back_by_name() -> None:
+    def run(model: Qwen2VL, optimisers: Optimisers, steps: int) -> None:
         draw = torch.Generator().manual_seed(7)
         for _ in range(steps):
             for parameter in optimisers.named.values():

@@ -1,5 +1,7 @@
 """Packing: labels shift inside a conversation, rows find their tokens, packed equals separate."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def loss_and_gradients(batch: Batch, divisor: float) -> tuple[float, dict[str, t
 
 
 @pytest.mark.parametrize("weighting", ["token", "root"])
-def test_packed_equals_the_sum_of_single_conversations(weighting):
+def test_packed_equals_the_sum_of_single_conversations(weighting: Literal["token", "root"]) -> None:
     examples = conversations()
     packed = pack(examples, pad_id=0, weighting=weighting)
     divisor = float(packed.weights_R.sum())
@@ -72,7 +74,7 @@ def test_packed_equals_the_sum_of_single_conversations(weighting):
         torch.testing.assert_close(grad, total, rtol=0, atol=1e-5 * float(grad.abs().max()))
 
 
-def test_every_target_is_the_next_supervised_token():
+def test_every_target_is_the_next_supervised_token() -> None:
     examples = conversations()
     batch = pack(examples, pad_id=0)
     ordered = sorted(examples, key=lambda e: len(e.input.input_ids))
@@ -92,7 +94,7 @@ def test_every_target_is_the_next_supervised_token():
     assert batch.families == tuple(e.family for e in ordered)
 
 
-def test_pictures_of_one_area_are_neighbours_and_rows_still_find_their_tokens():
+def test_pictures_of_one_area_are_neighbours_and_rows_still_find_their_tokens() -> None:
     batch = pack(conversations(), pad_id=0)
     assert batch.vision_meta is not None
     lengths = batch.vision_meta.frames.lengths_q
@@ -104,21 +106,21 @@ def test_pictures_of_one_area_are_neighbours_and_rows_still_find_their_tokens():
     assert len(set(batch.pad_index_M.tolist())) == len(batch.pad_index_M)
 
 
-def test_text_alone_has_no_pictures():
+def test_text_alone_has_no_pictures() -> None:
     batch = pack(conversations()[:1], pad_id=0)
     assert batch.patches_NP is None
     assert batch.vision_meta is None
     assert batch.pad_index_M is None
 
 
-def test_root_weighting_gives_each_answer_the_root_of_its_length():
+def test_root_weighting_gives_each_answer_the_root_of_its_length() -> None:
     batch = pack(conversations(), pad_id=0, weighting="root")
     for owner in range(5):
         weights = batch.weights_R[batch.owner_R == owner]
         assert weights.sum().item() == pytest.approx(len(weights) ** 0.5)
 
 
-def test_a_conversation_without_supervised_tokens_is_our_own_bug():
+def test_a_conversation_without_supervised_tokens_is_our_own_bug() -> None:
     example = tiny_processor()([{"role": "user", "content": "x"}], for_training=True)
     with pytest.raises(AssertionError, match="without supervised tokens"):
         pack([Example(example, "x")], pad_id=0)
