@@ -7,7 +7,6 @@ and drawn on it with -o. Next room: chat.py.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,7 @@ def ask(
     media += [options.media_part("video", path, given["fps"]) for path in videos]
     completion = _answer(opened, media, question, params, streaming=not as_json)
     if as_json:
-        terminal.say(json.dumps(_as_object(completion, opened), ensure_ascii=False))
+        terminal.say_json(_as_object(completion, opened))
     found = boxes.find(completion.text, completion.items)
     for line in found if not as_json else ():
         terminal.say(line.text)

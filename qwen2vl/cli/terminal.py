@@ -8,7 +8,9 @@ know any command. Next room: ask.py.
 from __future__ import annotations
 
 import io
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,14 +32,15 @@ __all__ = [
     "Writer",
     "check_picture_name",
     "debug_option",
-    "forgive_encodings",
     "note",
     "person_seconds",
     "person_size",
     "plain",
+    "prepare_streams",
     "read_line",
     "save_picture",
     "say",
+    "say_json",
     "waiting",
 ]
 
@@ -46,8 +49,11 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def forgive_encodings() -> None:
-    """Write what the terminal's encoding cannot hold as escapes, in place of failing."""
+def prepare_streams() -> None:
+    """Never fail for what is written: unknown characters become escapes, closed streams a sink."""
+    # Without these two Python has None there, and every write would be a crash.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the whole process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -80,6 +86,12 @@ def read_line(prompt: str) -> str | None:
         return None
 
 
+def say_json(value: object) -> None:
+    """Write one JSON value; escapes of our own would not be JSON, so its own are used."""
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    say(json.dumps(value, ensure_ascii=not is_utf8))
+
+
 def note(text: str) -> None:
     """Write one line to stderr."""
     sys.stdout.flush()
@@ -98,9 +110,14 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-def plain(text: str) -> str:
-    """Keep an answer from moving the cursor: control characters become escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def plain(text: str, keep: str = "") -> str:
+    """Keep an answer from steering the terminal: control characters become escapes.
+
+    A picture can make a model write anything; `keep` are control characters that may pass.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def check_picture_name(output: str) -> None:
@@ -168,4 +185,5 @@ class Writer:
         """Write one piece."""
         self.text += delta.text
         ends = delta.finish_reason is not None and not self.text.endswith("\n")
-        say(delta.text, end="\n" if ends else "")
+        shown = plain(delta.text, keep="\n\t") if sys.stdout.isatty() else delta.text
+        say(shown, end="\n" if ends else "")

@@ -297,7 +297,7 @@ def _file(text: str, limits: MediaLimits, name: str) -> Path:
         raise InputError(f"{name}: local files are not allowed here; send the bytes, as a data URL")
     shown = repr(text if len(text) <= 120 else text[:117] + "...")
     try:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))  # not Path's own, which would expand ./~x, too
         info = path.stat()
     except FileNotFoundError as error:
         raise InputError(f"{name}: file {shown} not found; check the path") from error

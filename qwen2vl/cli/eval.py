@@ -1,0 +1,190 @@
+"""`qwen2vl eval`: ask a model the questions of a suite, and hold the scores against their bars.
+
+A table for people or one JSON object, and on request every single answer as JSON lines. Answers
+are greedy. Ends with 0 when the run is complete, whatever the scores are. Parts whose fonts are
+not installed are left out, and it is said. Next room: eval/mini.py, what is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qwen2vl.cli import options, terminal
+from qwen2vl.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from qwen2vl.eval.drawn import DrawnTask
+    from qwen2vl.eval.mini import Verdict
+    from qwen2vl.eval.task import Ask, Results
+
+__all__ = ["eval"]
+
+MAX_TOKENS = 64  # the longest right answer, a phrase with its box, has about 50 in nano's alphabet
+
+
+@click.command()
+@click.option("--suite", type=click.Choice(["mini"]), default="mini", show_default=True)
+@click.option(
+    "--task",
+    "patterns",
+    multiple=True,
+    metavar="NAME",
+    help="A part of the suite, or a pattern (text*); may be repeated.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Ask only so many questions of a part.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("-o", "output", metavar="FILE", help="Write every answer here, as JSON lines.")
+@options.model_options
+@terminal.debug_option
+def eval(
+    suite: str,
+    patterns: tuple[str, ...],
+    limit: int | None,
+    as_json: bool,
+    output: str | None,
+    **given: Any,
+) -> None:
+    """Score a model on questions with known answers."""
+    from qwen2vl.eval.mini import judge
+    from qwen2vl.eval.task import write_results
+
+    _check_output(output)
+    tasks = _tasks(patterns)
+    opened = options.open_model(
+        {**given, "min_pixels": None, "max_pixels": None, "preset": "paper"}
+    )
+    start = time.perf_counter()
+    runs = _run(tasks, _greedy(opened), limit)
+    seconds = time.perf_counter() - start
+    if output:
+        write_results(Path(output), runs.values())
+    verdicts = judge(runs)
+    if as_json:
+        about = {"suite": suite, "model": opened.name, "limit": limit, "seconds": seconds}
+        terminal.say(json.dumps({**about, "parts": _as_list(runs, verdicts)}))
+    else:
+        _show(runs, verdicts)
+        count = sum(results.count for results in runs.values())
+        terminal.say(f"{count:,} questions in {terminal.person_seconds(seconds)}, greedy answers")
+    opened.say_what_it_can()
+
+
+def _check_output(output: str | None) -> None:
+    """Find out before the work whether the answers can be written."""
+    if output and not Path(output).absolute().parent.is_dir():
+        raise InputError(f"-o {output}: the folder does not exist; make it first")
+
+
+def _tasks(patterns: tuple[str, ...]) -> list[DrawnTask]:
+    """Build what was asked for; parts whose fonts are missing are left out aloud."""
+    from qwen2vl.eval.mini import build, select
+
+    tasks = [build(name) for name in select(patterns)]
+    drawable: list[DrawnTask] = []
+    problem = None
+    for task in tasks:
+        try:
+            task.check_fonts()
+        except ConfigError as error:
+            problem = error
+            terminal.note(f"left out: {error}")
+        else:
+            drawable.append(task)
+    if problem is not None and not drawable:
+        raise problem
+    return drawable
+
+
+def _greedy(opened: options.Opened) -> Ask:
+    """Take the likeliest token at each step, whatever habits the checkpoint has."""
+    import qwen2vl
+
+    params = qwen2vl.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=MAX_TOKENS)
+    return lambda messages: opened.llm.chat(messages, params)[0]
+
+
+def _run(tasks: list[DrawnTask], ask: Ask, limit: int | None) -> dict[str, Results]:
+    from qwen2vl.eval.task import run_task
+
+    runs: dict[str, Results] = {}
+    with _progress(sum(len(task.cases[:limit]) for task in tasks)) as step:
+        for task in tasks:
+            step(task.name, 0)
+            name = task.name
+            runs[name] = run_task(
+                task, ask, limit=limit, on_result=lambda _, name=name: step(name, 1)
+            )
+    return runs
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Show how far it is, where a person is watching."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+        bar = p.add_task("", total=total)
+        yield lambda name, count: p.update(bar, description=name, advance=count)
+
+
+def _show(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> None:
+    table = Table(box=box.ASCII)
+    for title in ("part", "measure", "score", "95 %", "bar", "goal", "met", "questions"):
+        table.add_column(title, justify="left" if title in ("part", "measure") else "right")
+    for name, verdict in verdicts.items():
+        sign = "<=" if verdict.at_most else ">="
+        low, high = verdict.interval
+        table.add_row(
+            name,
+            verdict.measure,
+            _percent(verdict.score),
+            f"{100 * low:.1f} - {100 * high:.1f}",
+            _percent(verdict.floor, sign),
+            _percent(verdict.goal, sign),
+            {None: "", True: "yes", False: "NO"}[verdict.met],
+            str(runs[name].count),
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+    for note in dict.fromkeys(results.note for results in runs.values()):
+        names = ", ".join(name for name, results in runs.items() if results.note == note)
+        terminal.say(f"{names}: {note}")
+
+
+def _percent(share: float | None, sign: str = "") -> str:
+    return "" if share is None else f"{sign} {100 * share:.1f} %".strip()
+
+
+def _as_list(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
+    """Put the table into JSON's terms; a part where text is read has its exact share beside."""
+    return [
+        {
+            "part": name,
+            "measure": verdict.measure,
+            "score": verdict.score,
+            "interval": verdict.interval,
+            "bar": verdict.floor,
+            "goal": verdict.goal,
+            "at_most": verdict.at_most,
+            "met": verdict.met,
+            "exact": runs[name].mean,
+            "count": runs[name].count,
+            "note": runs[name].note,
+        }
+        for name, verdict in verdicts.items()
+    ]

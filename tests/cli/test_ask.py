@@ -1,0 +1,269 @@
+"""`ask`: streaming, JSON, file names, boxes, what is said before a long wait, and refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import qwen2vl
+from qwen2vl.cli import options, outlook
+from qwen2vl.cli.options import Opened
+from qwen2vl.engine import LLM, Completion
+from qwen2vl.engine.estimate import Speed
+from tests.cli.conftest import Run
+
+KEYS = {
+    "text",
+    "token_ids",
+    "finish_reason",
+    "prompt_tokens",
+    "image_tokens",
+    "video_tokens",
+    "items",
+    "seconds",
+}
+
+
+def test_an_answer_streams_to_stdout(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, "Hi", "--max-tokens", 4)
+    assert result.exit_code == 0
+    (completion,) = qwen2vl.LLM(tiny_folder).chat(
+        [{"role": "user", "content": "Hi"}], qwen2vl.SamplingParams(max_tokens=4)
+    )
+    assert result.stdout == completion.text.removesuffix("\n") + "\n"
+    assert result.stderr == "qwen2vl: the answer was cut after 4 tokens; --max-tokens allows more\n"
+
+
+def test_json_is_one_object_with_exactly_these_keys(
+    run: Run, tiny_folder: Path, picture: Path
+) -> None:
+    result = run(
+        "ask", "--model", tiny_folder, "--image", picture, "Hi", "--max-tokens", 4, "--json"
+    )
+    answer = json.loads(result.stdout)
+    assert set(answer) == KEYS
+    assert set(answer["seconds"]) == {"load", "process", "vision", "prefill", "decode"}
+    assert all(seconds > 0 for seconds in answer["seconds"].values())
+    (item,) = answer["items"]
+    assert item["name"] == "a photo.png"
+    assert item["size_given"] == [100, 150]
+    assert answer["image_tokens"] == item["tokens"] == 20
+    assert len(answer["token_ids"]) == 4
+    assert answer["finish_reason"] == "length"
+
+
+def test_seeds_and_temperature_reach_the_sampler(run: Run, tiny_folder: Path) -> None:
+    def ask(*more: object) -> str:
+        return run("ask", "--model", tiny_folder, "Hi", "--max-tokens", 20, *more).stdout
+
+    drawn = ask("--temperature", 1.5, "--seed", 1)
+    assert drawn == ask("--temperature", 1.5, "--seed", 1)
+    assert drawn != ask("--temperature", 1.5, "--seed", 2)
+    assert ask("--temperature", 1.5, "--top-k", 1) == ask("--temperature", 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["two words.png", "-x.png", "[1]*.png", "\u56fe \u00e9.png", "~x.png"]
+)
+def test_any_file_name_works(run: Run, tiny_folder: Path, picture: Path, name: str) -> None:
+    picture.rename(picture.with_name(name))
+    given = f"./{name}" if name.startswith("~") else name
+    arguments = ["ask", "--model", tiny_folder, "--image", given, "Hi", "--max-tokens", 1, "--json"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["items"][0]["name"] == name
+
+
+def test_tilde_is_home(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(picture.parent))
+    result = run("ask", "--model", tiny_folder, "--image", "~/a photo.png", "Hi", "--max-tokens", 1)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, picture: Path) -> None:
+    def tokens(*more: object) -> int:
+        base = ["ask", "--model", tiny_folder, "--image", picture, "Hi", "--max-tokens", 1]
+        return json.loads(run(*base, "--json", *more).stdout)["image_tokens"]
+
+    assert tokens("--max-pixels", 4 * 784) <= 4
+    assert tokens("--min-pixels", 100 * 784) >= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--image", "none.png"], 2, "file 'none.png' not found"),
+        (["--temperature", "-1"], 2, "temperature: got -1.0"),
+        (["--temperature", "nan"], 2, "temperature: got nan"),
+        (["--max-tokens", "0"], 2, "max_tokens: got 0"),
+        (["--seed", str(2**64)], 2, "seed: got 18446744073709551616"),
+        (["--top-k", "-5"], 2, "top_k: got -5"),
+        (["--top-p", "1.1"], 2, "top_p: got 1.1"),
+        (["--device", "abacus"], 2, "device 'abacus' is unknown"),
+        (["--max-pixels", "-3"], 2, "max_pixels"),
+        (["--min-pixels", "9999999", "--max-pixels", "3136"], 2, "min_pixels 9999999"),
+        (["-o", "boxes.png"], 2, "-o draws on one picture, got 0"),
+    ],
+)
+def test_refusals_are_one_line(
+    run: Run, tiny_folder: Path, arguments: list[str], code: int, words: str
+) -> None:
+    result = run("ask", "--model", tiny_folder, "Hi", *arguments)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("qwen2vl: error: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.mkdir(), "the folder is empty; fill it with `hf download"),
+        (lambda path: path.write_text("x"), "is a file; give the folder"),
+    ],
+)
+def test_wrong_model_folders_say_what_to_do(
+    run: Run, tmp_path: Path, make: Any, words: str
+) -> None:
+    make(tmp_path / "model")
+    result = run("ask", "--model", tmp_path / "model", "Hi")
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_output_is_checked_before_the_model_is_loaded(run: Run, picture: Path) -> None:
+    for output, words in (("boxes.txt", "ends in .png"), ("no/boxes.png", "does not exist")):
+        result = run("ask", "--model", "nowhere", "--image", picture, "Hi", "-o", output)
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
+@dataclass
+class Scripted:
+    """A model that says what the test wants; everything else is real."""
+
+    real: LLM
+    text: str
+    asked: list[Any] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def generate(self, prompt: Any, params: Any, *, on_delta: Any = None) -> list[Completion]:
+        self.asked.append(prompt)
+        if on_delta:
+            on_delta(qwen2vl.engine.Delta(index=0, text=self.text, finish_reason="stop"))
+        (completion,) = self.real.generate(prompt, params)
+        return [_replace(completion, self.text)]
+
+
+def _replace(completion: Completion, text: str) -> Completion:
+    values = {name: getattr(completion, name) for name in Completion.__dataclass_fields__}
+    return Completion(**{**values, "text": text, "finish_reason": "stop"})
+
+
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, name: str = "x", **llm: Any
+) -> Scripted:
+    fake = Scripted(qwen2vl.LLM(folder, **llm), text)
+    opened = Opened(llm=fake, name=name, load_seconds=0.1)  # type: ignore[arg-type]
+    monkeypatch.setattr(options, "open_model", lambda given: opened)
+    return fake
+
+
+BOX_TEXT = (
+    "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(100,200),(500,800)<|box_end|>"
+)
+
+
+def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "white.png"
+    Image.new("RGB", (1000, 500), "white").save(path)
+    scripted(monkeypatch, tiny_folder, BOX_TEXT)
+    result = run("ask", "--image", path, "Where?", "-o", "boxes.png", "--max-pixels", 3136)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [BOX_TEXT, "the cat: (100, 100) to (500, 400)"]
+    assert "wrote boxes.png" in result.stderr
+    drawn = Image.open(tmp_path / "boxes.png")
+    assert drawn.size == (1000, 500)
+    white = (255, 255, 255)
+    assert all(drawn.getpixel(at) != white for at in [(100, 250), (500, 250), (300, 400)])
+    assert all(drawn.getpixel(at) == white for at in [(300, 250), (600, 250), (300, 450)])
+
+
+def test_without_boxes_no_picture_is_written(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Nothing to see.")
+    result = run("ask", "--image", picture, "Where?", "-o", "boxes.png")
+    assert result.exit_code == 0
+    assert "the answer has no boxes: boxes.png was not written" in result.stderr
+    assert not Path("boxes.png").exists()
+
+
+def test_nano_ends_with_what_it_can_do(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Hello.", name="nano")
+    result = run("ask", "Hi")
+    assert result.stdout == "Hello.\n"
+    (line,) = result.stderr.splitlines()
+    assert "--model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)" in line
+
+
+def test_a_long_wait_is_said_before_it_starts(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (1568, 1176)).save(path)
+    monkeypatch.setattr(outlook, "SMALL_WORK", 0.0)
+    monkeypatch.setattr(Speed, "measure", lambda model: Speed(vision=2e7, text=1e7))
+    fake = scripted(monkeypatch, tiny_folder, "Grey.")
+    result = run("ask", "--image", path, "Hi", "--max-tokens", 1)
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(
+        r"qwen2vl: photo.jpg 1568 x 1176 -> 2,352 tokens, about \d+ min here; "
+        r"--max-pixels 1003520 gives at most 1,280, about \d+ min",
+        line,
+    )
+    assert len(fake.asked) == 1
+
+
+def test_a_short_wait_is_not_worth_a_word(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Grey.")
+    assert run("ask", "--image", picture, "Hi").stderr == ""
+
+
+def test_what_was_adjusted_is_said(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [Image.new("RGB", (60, 60), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    scripted(monkeypatch, tiny_folder, "Red.")
+    result = run("ask", "--image", "two.gif", "Hi")
+    assert re.fullmatch(r"qwen2vl: two\.gif: .*first.*\n", result.stderr)
+
+
+def test_a_checkpoint_that_leaves_nothing_to_draw_says_so(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = scripted(monkeypatch, tiny_folder, "Hi.")
+    fake.real.generation = qwen2vl.weights.GenerationDefaults(do_sample=True, top_k=1)
+    assert "add --top-k 0" in run("ask", "Hi", "--temperature", 0.7).stderr
+    assert run("ask", "Hi", "--temperature", 0.7, "--top-k", 0).stderr == ""
+    assert run("ask", "Hi").stderr == ""
