@@ -194,7 +194,7 @@ def merging_tokenizer() -> Tokenizer:
     return Tokenizer(build_backend(models.BPE(vocab=vocab, merges=merges)))
 
 
-@given(text_segments(texts))
+@given(text_segments(st.text("\n B?", max_size=3) | texts))
 def test_text_between_special_tokens_is_one_string(segments: list[Segment]) -> None:
     for tokenizer in (tiny_tokenizer(), merging_tokenizer()):
         ids, mask = tokenize(segments, tokenizer, [])
