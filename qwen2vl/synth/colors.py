@@ -1,0 +1,85 @@
+"""Eight colours that nobody mistakes, and the grounds they stand on.
+
+Each colour is a span between two anchors, so that CSS "green" and "lime" are both green while no
+two spans meet. Grounds are light or dark with a slight tint; white stands only on dark grounds and
+black only on light ones. Text takes any pair of colours whose WCAG contrast suffices. It must not
+know shapes or glyphs. Next room: draw.py.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from qwen2vl.synth.spec import RGB
+
+__all__ = [
+    "COLORS",
+    "colors_on",
+    "contrast",
+    "is_light",
+    "sample_color",
+    "sample_ground",
+    "sample_text_colors",
+]
+
+COLORS: dict[str, tuple[RGB, RGB]] = {
+    "red": ((255, 0, 0), (205, 35, 35)),
+    "green": ((0, 128, 0), (30, 235, 40)),
+    "blue": ((0, 0, 255), (40, 100, 225)),
+    "yellow": ((255, 255, 0), (245, 220, 30)),
+    "orange": ((255, 165, 0), (245, 115, 10)),
+    "purple": ((128, 0, 128), (160, 60, 215)),
+    "black": ((0, 0, 0), (28, 28, 28)),
+    "white": ((255, 255, 255), (236, 236, 236)),
+}
+
+_MIN_CONTRAST = 3.5  # of ink on ground; WCAG asks 3 for large and 4.5 for small text
+
+
+def sample_color(rng: Random, name: str) -> RGB:
+    """Take a shade of the named colour."""
+    (r1, g1, b1), (r2, g2, b2) = COLORS[name]
+    t = rng.random()
+    return (round(r1 + t * (r2 - r1)), round(g1 + t * (g2 - g1)), round(b1 + t * (b2 - b1)))
+
+
+def sample_ground(rng: Random) -> RGB:
+    """Take a light or a dark ground; one in three is plainly white or black."""
+    light = rng.random() < 0.6
+    if rng.random() < 1 / 3:
+        return (255, 255, 255) if light else (0, 0, 0)
+    base = rng.randint(222, 246) if light else rng.randint(10, 44)
+    return (base + rng.randint(-9, 9), base + rng.randint(-9, 9), base + rng.randint(-9, 9))
+
+
+def is_light(ground: RGB) -> bool:
+    """Tell a light ground from a dark one."""
+    return sum(ground) > 384
+
+
+def colors_on(ground: RGB) -> list[str]:
+    """List the colours that can be told on this ground."""
+    unseen = "white" if is_light(ground) else "black"
+    return [name for name in COLORS if name != unseen]
+
+
+def sample_text_colors(rng: Random) -> tuple[RGB, RGB]:
+    """Take (ink, ground), any two colours that differ enough to be read, in either order."""
+    while True:
+        ground = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        ink = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        if rng.random() < 0.5:  # inks and grounds of daily life are seldom both colourful
+            ground = sample_ground(rng)
+        if contrast(ink, ground) >= _MIN_CONTRAST:
+            return ink, ground
+
+
+def contrast(a: RGB, b: RGB) -> float:
+    """Ratio of relative luminances, 1 to 21 (WCAG 2, with gamma 2.2)."""
+    light, dark = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(rgb: RGB) -> float:
+    r, g, b = rgb
+    return 0.2126 * (r / 255) ** 2.2 + 0.7152 * (g / 255) ** 2.2 + 0.0722 * (b / 255) ** 2.2

@@ -1,0 +1,145 @@
+"""From numbers to pixels: lines of text and scenes of shapes, as uint8 (height, width, 3).
+
+Everything costly is drawn once and kept: glyph masks by font and size, shape masks by kind and
+side, one tile of grain. A picture is then a ground and a few pastes, well under a millisecond.
+It must not know questions, answers or chance. Next room: world.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import cos, pi, sin
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from qwen2vl.synth.fonts import Glyph, glyphs
+from qwen2vl.synth.spec import RGB, Line, Picture, Scene
+from qwen2vl.synth.strings import ALPHABETS
+
+__all__ = ["CHARACTERS", "KINDS", "draw", "ink_extent", "shape_mask"]
+
+CHARACTERS = ALPHABETS["all"] + " "
+KINDS = ("circle", "square", "triangle", "star", "cross", "diamond")
+
+_SUPERSAMPLING = 4
+_GRAIN_SIDE = 1024
+_GRAIN_SHADES = 7  # most that grain adds to or takes from a channel
+
+
+def draw(picture: Picture) -> NDArray[np.uint8]:
+    """Draw a line or a scene."""
+    return _draw_line(picture) if isinstance(picture, Line) else _draw_scene(picture)
+
+
+def ink_extent(
+    text: str, font: str, size: int, *, cell: int, tracking: int
+) -> tuple[int, int, int, int]:
+    """Measure where the ink of a line falls, from the first pen position and the baseline.
+
+    Returns:
+        (left, top, right, bottom), the last two exclusive; left and top are often negative.
+    """
+    boxes = [
+        (x + g.left, g.top, x + g.left + g.mask.shape[1], g.top + g.mask.shape[0])
+        for x, g in _placed(text, font, size, cell, tracking)
+        if g.mask.size
+    ]
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+
+def _placed(text: str, font: str, size: int, cell: int, tracking: int) -> list[tuple[int, Glyph]]:
+    """Pair each glyph with its pen position; in cells each stands in the middle of its own."""
+    table = glyphs(font, size, CHARACTERS)
+    placed: list[tuple[int, Glyph]] = []
+    pen = 0
+    for char in text:
+        glyph = table[char]
+        if cell:
+            ink = glyph.mask.shape[1]
+            placed.append((pen + (cell - ink) // 2 - glyph.left, glyph))
+            pen += cell
+        else:
+            placed.append((pen, glyph))
+            pen += glyph.advance + tracking
+    return placed
+
+
+def _draw_line(line: Line) -> NDArray[np.uint8]:
+    coverage = np.zeros((line.height, line.width), dtype=np.uint8)
+    for x, glyph in _placed(line.text, line.font, line.size, line.cell, line.tracking):
+        height, width = glyph.mask.shape
+        left, top = line.x + x + glyph.left, line.y + glyph.top
+        # Letters that lean over their neighbour share pixels with it: the darker one counts.
+        target = coverage[top : top + height, left : left + width]
+        np.maximum(target, glyph.mask, out=target)
+    picture = _ground(line.width, line.height, line.ground, line.texture)
+    picture.paste(line.ink, (0, 0), Image.fromarray(coverage))
+    return np.array(picture)
+
+
+def _draw_scene(scene: Scene) -> NDArray[np.uint8]:
+    picture = _ground(scene.width, scene.height, scene.ground, scene.texture)
+    for shape in scene.shapes:
+        picture.paste(shape.rgb, shape.box[:2], shape_mask(shape.kind, shape.side))
+    return np.array(picture)
+
+
+def _ground(width: int, height: int, color: RGB, texture: int) -> Image.Image:
+    if not texture:
+        return Image.new("RGB", (width, height), color)
+    y, x = texture % 1009 % (_GRAIN_SIDE - 1), texture % 997
+    rows = np.take(_grain(), range(y, y + height), axis=0, mode="wrap")
+    grain = np.take(rows, range(x, x + width), axis=1, mode="wrap")
+    shades = np.array(color, dtype=np.int16) + grain[:, :, None]
+    return Image.fromarray(shades.clip(0, 255).astype(np.uint8))
+
+
+@lru_cache(maxsize=1)
+def _grain() -> NDArray[np.int16]:
+    """One fixed tile of soft grain; a picture takes a window of it."""
+    noise = np.random.Generator(np.random.Philox(2)).integers(0, 256, (_GRAIN_SIDE // 4,) * 2)
+    soft = Image.fromarray(noise.astype(np.uint8)).resize((_GRAIN_SIDE, _GRAIN_SIDE))
+    shades = np.asarray(soft, dtype=np.float32) / 127.5 - 1
+    return (shades * _GRAIN_SHADES).round().astype(np.int16)
+
+
+@lru_cache(maxsize=4096)
+def shape_mask(kind: str, side: int) -> Image.Image:
+    """Draw coverage of one shape; its ink touches all four sides of the square."""
+    big = side * _SUPERSAMPLING
+    image = Image.new("L", (big, big), 0)
+    canvas = ImageDraw.Draw(image)
+    if kind == "circle":
+        canvas.ellipse((0, 0, big - 1, big - 1), fill=255)
+    else:
+        points = [(x * (big - 1), y * (big - 1)) for x, y in _outline(kind)]
+        canvas.polygon(points, fill=255)
+    return image.resize((side, side), Image.Resampling.BOX)
+
+
+def _outline(kind: str) -> list[tuple[float, float]]:
+    """Corners of a shape in the unit square."""
+    if kind == "star":
+        return _star()
+    arm = 1 / 3
+    corners = {
+        "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+        "triangle": [(0.5, 0), (1, 1), (0, 1)],
+        "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
+        "cross": [
+            *((arm, 0), (1 - arm, 0), (1 - arm, arm), (1, arm), (1, 1 - arm), (1 - arm, 1 - arm)),
+            *((1 - arm, 1), (arm, 1), (arm, 1 - arm), (0, 1 - arm), (0, arm), (arm, arm)),
+        ],
+    }
+    return [(float(x), float(y)) for x, y in corners[kind]]
+
+
+def _star() -> list[tuple[float, float]]:
+    """Five points, stretched a little so that they touch all sides."""
+    raw = [(r * sin(i * pi / 5), -r * cos(i * pi / 5)) for i, r in enumerate([1.0, 0.42] * 5)]
+    xs, ys = zip(*raw, strict=True)
+    wide, high = max(xs) - min(xs), max(ys) - min(ys)
+    return [((x - min(xs)) / wide, (y - min(ys)) / high) for x, y in raw]

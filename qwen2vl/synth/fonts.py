@@ -1,0 +1,234 @@
+"""Which fonts the world is written in, and their glyphs as small cached masks.
+
+Families are split into those that train, those that validate, and those that judge; judging
+families come from packages that training never touches and are no clones of the others. The
+tables are fixed, so that a seed means the same line of text on every machine; the files must be
+there, complete, or FontError says which package to install. Ultra-thin, extremely condensed and
+decorative faces are left out. It must not know colours or questions. Next room: draw.py.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from qwen2vl.errors import ConfigError
+
+__all__ = [
+    "JUDGE_FAMILIES",
+    "JUDGE_PACKAGES",
+    "TRAINING_FAMILIES",
+    "TRAINING_PACKAGES",
+    "VALIDATION_FAMILIES",
+    "FontError",
+    "Glyph",
+    "check_coverage",
+    "files_of",
+    "glyphs",
+    "stems_look_alike",
+]
+
+# family -> (Debian package, files). DejaVu: only the files of the -core package.
+TRAINING_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "DejaVu Sans": ("fonts-dejavu-core", ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf")),
+    "DejaVu Sans Mono": ("fonts-dejavu-core", ("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf")),
+    "DejaVu Serif": ("fonts-dejavu-core", ("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf")),
+    "FreeMono": ("fonts-freefont-ttf", ("FreeMono.ttf", "FreeMonoBold.ttf")),
+    "FreeSans": (
+        "fonts-freefont-ttf",
+        ("FreeSans.ttf", "FreeSansBold.ttf", "FreeSansOblique.ttf"),
+    ),
+    "FreeSerif": (
+        "fonts-freefont-ttf",
+        ("FreeSerif.ttf", "FreeSerifBold.ttf", "FreeSerifItalic.ttf", "FreeSerifBoldItalic.ttf"),
+    ),
+    "Lato": (
+        "fonts-lato",
+        ("Lato-Regular.ttf", "Lato-Medium.ttf", "Lato-Bold.ttf", "Lato-Heavy.ttf")
+        + ("Lato-Italic.ttf",),
+    ),
+    "Liberation Mono": (
+        "fonts-liberation2",
+        ("LiberationMono-Regular.ttf", "LiberationMono-Bold.ttf", "LiberationMono-Italic.ttf"),
+    ),
+    "Liberation Sans": (
+        "fonts-liberation2",
+        ("LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf", "LiberationSans-Italic.ttf"),
+    ),
+    "Liberation Serif": (
+        "fonts-liberation2",
+        ("LiberationSerif-Regular.ttf", "LiberationSerif-Bold.ttf")
+        + ("LiberationSerif-Italic.ttf", "LiberationSerif-BoldItalic.ttf"),
+    ),
+    "Noto Sans": (
+        "fonts-noto-core",
+        ("NotoSans-Regular.ttf", "NotoSans-Bold.ttf", "NotoSans-Italic.ttf"),
+    ),
+    "Noto Sans Display": (
+        "fonts-noto-core",
+        ("NotoSansDisplay-Regular.ttf", "NotoSansDisplay-Bold.ttf"),
+    ),
+    "Noto Serif": (
+        "fonts-noto-core",
+        ("NotoSerif-Regular.ttf", "NotoSerif-Bold.ttf", "NotoSerif-Italic.ttf")
+        + ("NotoSerif-BoldItalic.ttf",),
+    ),
+    "Noto Serif Display": (
+        "fonts-noto-core",
+        ("NotoSerifDisplay-Regular.ttf", "NotoSerifDisplay-Bold.ttf"),
+    ),
+    "Open Sans": (
+        "fonts-open-sans",
+        ("OpenSans-Regular.ttf", "OpenSans-Semibold.ttf", "OpenSans-Italic.ttf"),
+    ),
+}
+
+# Held out of training, from the same packages: watches for overfitting while training runs.
+VALIDATION_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Roboto": (
+        "fonts-roboto",
+        ("Roboto-Regular.ttf", "Roboto-Medium.ttf", "Roboto-Bold.ttf", "Roboto-Italic.ttf"),
+    ),
+    "Roboto Condensed": (
+        "fonts-roboto",
+        ("RobotoCondensed-Regular.ttf", "RobotoCondensed-Bold.ttf"),
+    ),
+}
+
+# Seen by no training or tuning. Nimbus is left out (FreeFont's source), so are Carlito (Lato)
+# and Hack (DejaVu Sans Mono).
+JUDGE_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "C059": ("fonts-urw-base35", ("C059-Roman.otf", "C059-Bold.otf", "C059-Italic.otf")),
+    "Cabin": ("fonts-cabin", ("Cabin-Regular.otf", "Cabin-Bold.otf", "Cabin-Italic.otf")),
+    "Caladea": (
+        "fonts-crosextra-caladea",
+        ("Caladea-Regular.ttf", "Caladea-Bold.ttf", "Caladea-Italic.ttf"),
+    ),
+    "Cantarell": ("fonts-cantarell", ("Cantarell-Regular.otf", "Cantarell-Bold.otf")),
+    "Courier Prime": (
+        "fonts-courier-prime",
+        ("Courier Prime.otf", "Courier Prime Bold.otf"),
+    ),
+    "EB Garamond": ("fonts-ebgaramond", ("EBGaramond12-Regular.otf", "EBGaramond12-Bold.otf")),
+    "Inconsolata": ("fonts-inconsolata", ("Inconsolata.otf",)),
+}
+
+TRAINING_PACKAGES = tuple(
+    sorted({p for p, _ in [*TRAINING_FAMILIES.values(), *VALIDATION_FAMILIES.values()]})
+)
+JUDGE_PACKAGES = tuple(sorted({package for package, _ in JUDGE_FAMILIES.values()}))
+
+_MONO2 = ("DejaVuSansMono.ttf", "LiberationMono-Regular.ttf")
+_SETS = {
+    "all": TRAINING_FAMILIES,
+    "validation": VALIDATION_FAMILIES,
+    "judge": JUDGE_FAMILIES,
+}
+_PACKAGE_OF = {
+    file: package for table in _SETS.values() for package, files in table.values() for file in files
+}
+_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+
+
+class FontError(ConfigError):
+    """A font that the world is written in is not installed, or lacks a character."""
+
+
+@dataclass(frozen=True, slots=True)
+class Glyph:
+    """One character drawn once: coverage and where it stands relative to pen and baseline."""
+
+    mask: NDArray[np.uint8]  # (height, width), ink only
+    left: int  # from the pen to the first column
+    top: int  # from the baseline to the first row, negative above
+    advance: int
+
+
+@lru_cache
+def files_of(name: str) -> tuple[tuple[str, ...], ...]:
+    """List the files of a set of fonts, family by family.
+
+    Args:
+        name: "mono2" (two monospaced faces), "all" (training), "validation" or "judge".
+    """
+    if name == "mono2":
+        return tuple((file,) for file in _MONO2)
+    return tuple(files for _, files in _SETS[name].values())
+
+
+# Every training face at every size from 12 to 40 is about 1,300 tables of some 40 KB.
+@lru_cache(maxsize=4096)
+def glyphs(file: str, size: int, characters: str) -> dict[str, Glyph]:
+    """Draw each of `characters` once, at `size` pixels per em; drawing a line is then pasting.
+
+    Raises:
+        FontError: the file is not installed.
+    """
+    face = _face(file, size)
+    return {char: _glyph(face, size, char) for char in characters}
+
+
+@lru_cache
+def stems_look_alike(file: str) -> bool:
+    """Tell whether capital I and small l are both bare stems, so that no reader could know which.
+
+    A bare stem is as wide in every row; a serif, a tail or a slab is wider than the middle.
+    """
+    face = _face(file, 96)
+    rows = [_glyph(face, 96, char).mask[2:-2].sum(axis=1) for char in "Il"]
+    return all(row.max() < 1.2 * np.median(row) for row in rows)
+
+
+def check_coverage(file: str, characters: str) -> None:
+    """Make sure that the font maps every one of `characters`, so that no label belongs to tofu.
+
+    Raises:
+        FontError: the file is not installed, or has no glyph for a character.
+    """
+    from fontTools.ttLib import TTFont  # an extra, needed only to check
+
+    with TTFont(_path(file), lazy=True) as font:
+        known = font.getBestCmap() or {}
+    missing = "".join(char for char in characters if ord(char) not in known)
+    if missing:
+        raise FontError(f"font {file}: no glyph for {missing!r}; take it out of the table")
+
+
+def _face(file: str, size: int) -> ImageFont.FreeTypeFont:
+    # BASIC, because raqm is not in every build of Pillow and places letters differently.
+    return ImageFont.truetype(_path(file), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _path(file: str) -> str:
+    path = _installed().get(file)
+    if path is None:
+        package = _PACKAGE_OF.get(file, "")
+        remedy = f"apt-get install {package}" if package else "it is in no font table"
+        raise FontError(f"font {file}: not found under {', '.join(_FOLDERS)}; {remedy}")
+    return path
+
+
+@lru_cache
+def _installed() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for folder in _FOLDERS:
+        for root, _, files in os.walk(Path(folder).expanduser()):
+            for file in files:
+                if file in _PACKAGE_OF:
+                    found.setdefault(file, os.path.join(root, file))
+    return found
+
+
+def _glyph(face: ImageFont.FreeTypeFont, size: int, char: str) -> Glyph:
+    pad = size  # room for what leans or hangs out of the pen's box
+    advance = round(face.getlength(char))
+    image = Image.new("L", (advance + 2 * pad, 3 * size), 0)
+    ImageDraw.Draw(image).text((pad, 2 * size), char, font=face, fill=255, anchor="ls")
+    box = image.getbbox() or (pad, 2 * size, pad, 2 * size)
+    return Glyph(np.asarray(image.crop(box)), box[0] - pad, box[1] - 2 * size, advance)

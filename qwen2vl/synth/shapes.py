@@ -1,0 +1,337 @@
+"""The family `shapes`: one to five shapes, and what anybody would ask about them.
+
+A scene is made first, then a question is drawn from the tasks that it can answer without doubt
+(a shape is only called "the star" when there is one star; positions near a border are not asked).
+Several questions about one picture make its cost pay several times. It must not know pixels or
+other families; `sample_scene`, `phrases` and `pick` also serve grounding, pairs and motion.
+Next room: boxes.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from random import Random
+
+from qwen2vl.synth.colors import COLORS, colors_on, sample_color, sample_ground
+from qwen2vl.synth.draw import KINDS
+from qwen2vl.synth.spec import Box, Draft, Mixture, Question, Scene, Shape
+from qwen2vl.synth.wordings import ask
+
+__all__ = ["MIN_SIDE", "overlap", "phrases", "pick", "place", "plural", "sample", "sample_scene"]
+
+MIN_SIDE = 24  # pixels of the smallest shape
+_MAX_OVERLAP = 0.1  # of the smaller box
+_AREA_EACH = 2300  # pixels of canvas for each shape, so that they find room
+
+# What makes a comparison or a position beyond doubt.
+_CLEARLY_LARGER = 1.35  # ratio of sides
+_CLEARLY_APART = 0.15  # of the canvas
+_NEAR_MIDDLE = 0.1  # of the canvas
+_OFF_MIDDLE = 0.2
+
+_Asker = Callable[[Random, Scene, str], Question | None]
+
+
+def sample(rng: Random, mixture: Mixture) -> Draft:
+    """Make up a scene and ask about it."""
+    scene = sample_scene(rng, mixture)
+    tasks = _SINGLE if len(scene.shapes) == 1 else _SEVERAL
+    return Draft(pick(rng, tasks, scene, mixture), (scene,))
+
+
+def pick(
+    rng: Random, tasks: tuple[_Asker, ...], scene: Scene, mixture: Mixture
+) -> tuple[Question, ...]:
+    """Ask different things in random order, until `mixture.questions` have found an answer."""
+    questions: dict[str, Question] = {}
+    order = list(tasks)
+    while not questions:  # one task of each group can always be asked; the others depend on luck
+        rng.shuffle(order)
+        for task in order:
+            question = task(rng, scene, mixture.split)
+            if question is not None and question.text not in questions:
+                questions[question.text] = question
+            if len(questions) == mixture.questions:
+                break
+    return tuple(questions.values())
+
+
+def sample_scene(
+    rng: Random,
+    mixture: Mixture,
+    *,
+    count: int | None = None,
+    canvas: tuple[int, int] | None = None,
+) -> Scene:
+    """Make up a scene of `count` shapes (default: any number the mixture allows)."""
+    count = rng.randint(*mixture.num_shapes) if count is None else count
+    low, high = canvas or mixture.canvas
+    while True:
+        width, height = rng.randint(low, high), rng.randint(low, high)
+        boxes = place(rng, width, height, count)
+        if boxes is not None:
+            break
+        low = min(low + 8, high)
+    ground = sample_ground(rng)
+    # Few kinds and colours now and then, or counts by kind would nearly always be one.
+    kinds = rng.sample(KINDS, rng.choice((2, 3, 6)))
+    colors = rng.sample(colors_on(ground), rng.choice((3, 4, 7)))
+    shapes: list[Shape] = []
+    for box in boxes:
+        # Neighbours of one colour that touch would melt into one shape.
+        touched = {other.color for other in shapes if overlap(box, other.box) > 0}
+        free = [c for c in colors_on(ground) if c not in touched]
+        shapes.append(_sample_shape(rng, kinds, [c for c in colors if c in free] or free, box))
+    texture = rng.randrange(1, 1_000_000) if rng.random() < mixture.textured_share else 0
+    return Scene(width=width, height=height, ground=ground, shapes=tuple(shapes), texture=texture)
+
+
+def place(rng: Random, width: int, height: int, count: int) -> list[Box] | None:
+    """Find room for `count` squares that hardly overlap; None when the canvas is too small."""
+    if count > 1 and width * height < count * _AREA_EACH:
+        return None
+    short = min(width, height) - 2
+    most = (
+        int(short * 0.9) if count == 1 else int(min(short * 0.7, (width * height / count) ** 0.5))
+    )
+    boxes: list[Box] = []
+    for _ in range(count):
+        box = _find_room(rng, width, height, max(most, MIN_SIDE), boxes)
+        if box is None:
+            return None
+        boxes.append(box)
+    return boxes
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Share of the smaller box that both cover."""
+    wide = min(a[2], b[2]) - max(a[0], b[0])
+    high = min(a[3], b[3]) - max(a[1], b[1])
+    if wide <= 0 or high <= 0:
+        return 0.0
+    smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return wide * high / smaller
+
+
+def phrases(scene: Scene) -> dict[str, Shape]:
+    """List every phrase that means exactly one shape: "red circle", "circle", "red shape"."""
+    names = [
+        (name, shape)
+        for shape in scene.shapes
+        for name in (shape.phrase, shape.kind, f"{shape.color} shape")
+    ]
+    uses = Counter(name for name, _ in names)
+    return {name: shape for name, shape in names if uses[name] == 1}
+
+
+def plural(phrase: str) -> str:
+    """Put "red cross" into "red crosses"."""
+    return phrase + ("es" if phrase.endswith("s") else "s")
+
+
+def _sample_shape(rng: Random, kinds: Sequence[str], colors: Sequence[str], box: Box) -> Shape:
+    color = rng.choice(colors)
+    return Shape(kind=rng.choice(kinds), color=color, rgb=sample_color(rng, color), box=box)
+
+
+def _find_room(rng: Random, width: int, height: int, most: int, taken: list[Box]) -> Box | None:
+    for attempt in range(24):
+        side = rng.randint(MIN_SIDE, max(MIN_SIDE, most - attempt * (most - MIN_SIDE) // 16))
+        x, y = rng.randint(0, width - side), rng.randint(0, height - side)
+        box = (x, y, x + side, y + side)
+        if all(overlap(box, other) <= _MAX_OVERLAP for other in taken):
+            return box
+    return None
+
+
+def _name_shape(rng: Random, scene: Scene, split: str) -> Question:
+    (shape,) = scene.shapes
+    text = ask(rng, "name_shape", split)
+    return Question(task="name_shape", text=text, answer=shape.kind, choices=len(KINDS))
+
+
+def _describe(rng: Random, scene: Scene, split: str) -> Question:
+    (shape,) = scene.shapes
+    choices = len(KINDS) * len(colors_on(scene.ground))
+    text = ask(rng, "describe", split)
+    return Question(task="describe", text=text, answer=shape.phrase, choices=choices)
+
+
+def _color(rng: Random, scene: Scene, split: str) -> Question:
+    (shape,) = scene.shapes
+    text = ask(rng, "color", split)
+    return Question(
+        task="color", text=text, answer=shape.color, choices=len(colors_on(scene.ground))
+    )
+
+
+def _name_shape_of_color(rng: Random, scene: Scene, split: str) -> Question | None:
+    colors = Counter(shape.color for shape in scene.shapes)
+    alone = [shape for shape in scene.shapes if colors[shape.color] == 1]
+    if not alone:
+        return None
+    shape = rng.choice(alone)
+    text = ask(rng, "name_shape_of_color", split, shape.color)
+    return Question(task="name_shape_of_color", text=text, answer=shape.kind, choices=len(KINDS))
+
+
+def _color_of_kind(rng: Random, scene: Scene, split: str) -> Question | None:
+    kinds = Counter(shape.kind for shape in scene.shapes)
+    alone = [shape for shape in scene.shapes if kinds[shape.kind] == 1]
+    if not alone:
+        return None
+    shape = rng.choice(alone)
+    text = ask(rng, "color_of_kind", split, shape.kind)
+    return Question(
+        task="color_of_kind", text=text, answer=shape.color, choices=len(colors_on(scene.ground))
+    )
+
+
+def _count_all(rng: Random, scene: Scene, split: str) -> Question:
+    text = ask(rng, "count_all", split)
+    return Question(task="count_all", text=text, answer=str(len(scene.shapes)), choices=5)
+
+
+def _count_kind(rng: Random, scene: Scene, split: str) -> Question:
+    present = rng.random() < 0.85
+    kind = rng.choice(scene.shapes).kind if present else rng.choice(KINDS)
+    count = sum(shape.kind == kind for shape in scene.shapes)
+    text = ask(rng, "count_some", split, plural(kind))
+    return Question(task="count_kind", text=text, answer=str(count))
+
+
+def _count_color(rng: Random, scene: Scene, split: str) -> Question:
+    present = rng.random() < 0.85
+    color = rng.choice(scene.shapes).color if present else rng.choice(colors_on(scene.ground))
+    count = sum(shape.color == color for shape in scene.shapes)
+    text = ask(rng, "count_some", split, f"{color} shapes")
+    return Question(task="count_color", text=text, answer=str(count))
+
+
+def _position(rng: Random, scene: Scene, split: str) -> Question | None:
+    """Ask for one of five places, if the shape is clearly in one of them."""
+    named = [
+        (name, part)
+        for name, shape in _called(scene).items()
+        if (part := _part(*_offset(scene, shape))) is not None
+    ]
+    if not named:
+        return None
+    name, part = rng.choice(named)
+    text = ask(rng, "position", split, name)
+    return Question(task="position", text=text, answer=part, choices=5)
+
+
+def _half(rng: Random, scene: Scene, split: str) -> Question | None:
+    """Ask left or right, or top or bottom, of a shape that is clear of the middle."""
+    across = rng.random() < 0.5
+    task, low, high = (
+        ("left_or_right", "left", "right") if across else ("top_or_bottom", "top", "bottom")
+    )
+    offsets = [
+        (name, _offset(scene, shape)[0 if across else 1]) for name, shape in _called(scene).items()
+    ]
+    clear = [(name, offset) for name, offset in offsets if abs(offset) > _NEAR_MIDDLE]
+    if not clear:
+        return None
+    name, offset = rng.choice(clear)
+    text = ask(rng, task, split, name)
+    return Question(task=task, text=text, answer=low if offset < 0 else high, choices=2)
+
+
+def _compare_size(rng: Random, scene: Scene, split: str) -> Question | None:
+    pairs = _pairs(scene, lambda a, b: a.side >= _CLEARLY_LARGER * b.side)
+    if not pairs:
+        return None
+    large, small = rng.choice(pairs)
+    task, answer = ("larger", large) if rng.random() < 0.7 else ("smaller", small)
+    names = rng.sample((large, small), 2)
+    text = ask(rng, task, split, *names)
+    return Question(task=task, text=text, answer=answer, choices=2)
+
+
+def _compare_place(rng: Random, scene: Scene, split: str) -> Question | None:
+    axis = rng.randrange(2)
+    gap = _CLEARLY_APART * (scene.width, scene.height)[axis]
+    pairs = _pairs(scene, lambda a, b: a.center[axis] + gap <= b.center[axis])
+    if not pairs:
+        return None
+    first, second = rng.choice(pairs)
+    words = (("left", "right"), ("up", "down"))[axis]
+    towards, answer = rng.choice(((words[0], first), (words[1], second)))
+    names = rng.sample((first, second), 2)
+    text = ask(rng, "further", split, *names, towards)
+    return Question(task="further", text=text, answer=answer, choices=2)
+
+
+def _exists(rng: Random, scene: Scene, split: str) -> Question:
+    """Ask yes or no, half of each; half of the absent ones share a word with a present one."""
+    present = {shape.phrase for shape in scene.shapes}
+    if rng.random() < 0.5:
+        name = rng.choice(sorted(present))
+    else:
+        near = rng.choice(scene.shapes)
+        absent = [f"{near.color} {kind}" for kind in KINDS]
+        absent += [f"{color} {near.kind}" for color in colors_on(scene.ground)]
+        absent = absent if rng.random() < 0.5 else [f"{c} {k}" for c in COLORS for k in KINDS]
+        name = rng.choice([phrase for phrase in absent if phrase not in present])
+    text = ask(rng, "exists", split, name)
+    answer = "yes" if name in present else "no"
+    return Question(task="exists", text=_with_article(text, name), answer=answer, choices=2)
+
+
+def _with_article(text: str, name: str) -> str:
+    return text.replace(f" a {name}", f" an {name}") if name.startswith("o") else text
+
+
+def _called(scene: Scene) -> dict[str, Shape]:
+    """How a question calls each shape; in a scene of one shape simply "shape"."""
+    if len(scene.shapes) == 1:
+        return {"shape": scene.shapes[0]}
+    return phrases(scene)
+
+
+def _pairs(scene: Scene, holds: Callable[[Shape, Shape], bool]) -> list[tuple[str, str]]:
+    """List phrases (a, b) of two shapes that stand in a relation, both in the same form."""
+    names = [(name, shape) for name, shape in phrases(scene).items() if name == shape.phrase]
+    return [(a, b) for a, first in names for b, second in names if holds(first, second)]
+
+
+def _offset(scene: Scene, shape: Shape) -> tuple[float, float]:
+    """Where the centre stands, from -0.5 (left, top) to 0.5 (right, bottom)."""
+    x, y = shape.center
+    return x / scene.width - 0.5, y / scene.height - 0.5
+
+
+def _part(dx: float, dy: float) -> str | None:
+    if max(abs(dx), abs(dy)) < _NEAR_MIDDLE:
+        return "middle"
+    if abs(dx) > _OFF_MIDDLE and abs(dx) > abs(dy) + _NEAR_MIDDLE:
+        return "left" if dx < 0 else "right"
+    if abs(dy) > _OFF_MIDDLE and abs(dy) > abs(dx) + _NEAR_MIDDLE:
+        return "top" if dy < 0 else "bottom"
+    return None
+
+
+_SINGLE: tuple[_Asker, ...] = (
+    _name_shape,
+    _describe,
+    _color,
+    _count_all,
+    _position,
+    _half,
+    _exists,
+)
+_SEVERAL: tuple[_Asker, ...] = (
+    _name_shape_of_color,
+    _color_of_kind,
+    _count_all,
+    _count_kind,
+    _count_color,
+    _position,
+    _half,
+    _compare_size,
+    _compare_place,
+    _exists,
+)

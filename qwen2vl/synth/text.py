@@ -1,0 +1,109 @@
+"""The family `text`: one line to read, anywhere on a canvas of any size.
+
+A curriculum starts in cells (one character in each 28 x 28 pixels, which is one vision token) and
+ends with free proportional text in any colours. The canvas follows from the ink and the padding,
+so nothing is ever cut off. It must not know other families. Next room: shapes.py.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from qwen2vl.synth.colors import sample_text_colors
+from qwen2vl.synth.draw import ink_extent
+from qwen2vl.synth.fonts import files_of, stems_look_alike
+from qwen2vl.synth.spec import RGB, Draft, Line, Mixture, Question
+from qwen2vl.synth.strings import ALPHABETS, random_string, word_string
+from qwen2vl.synth.wordings import ask
+
+__all__ = ["sample", "sample_font", "sample_text", "write_line"]
+
+_CELL = 28  # pixels a side of one vision token: patch 14, merge 2
+_CELL_SIZES = (20, 24)  # pixels per em; the narrow range tells "o" from "O"
+
+
+def sample(rng: Random, mixture: Mixture) -> Draft:
+    """Make up one line and ask to read it."""
+    font = sample_font(rng, mixture)
+    line = write_line(rng, mixture, sample_text(rng, mixture, font), font)
+    question = ask(rng, "read", mixture.split)
+    return Draft((Question(task="read", text=question, answer=line.text),), (line,))
+
+
+def sample_font(rng: Random, mixture: Mixture) -> str:
+    """Take a family, then one of its faces, so that large families get no more than small ones."""
+    return rng.choice(rng.choice(files_of(mixture.fonts)))
+
+
+def sample_text(rng: Random, mixture: Mixture, font: str) -> str:
+    """Make up what is written.
+
+    In fonts whose I and l are the same bar, random strings leave out I: nobody could know.
+    Words keep it, where the neighbours tell.
+    """
+    low, high = mixture.text_length
+    alphabet = ALPHABETS[mixture.alphabet]
+    if rng.random() >= mixture.random_share:
+        return word_string(rng, low, high, alphabet)
+    unknowable = "I" if stems_look_alike(font) else ""
+    spaces = mixture.alphabet == "all" and mixture.layout == "line"
+    length = rng.randint(low, high)
+    return random_string(rng, length, alphabet, spaces=spaces, excluded=unknowable)
+
+
+def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
+    """Choose how a text is drawn; what does not fit the widest canvas is set smaller, then cut."""
+    ink, ground, texture = _sample_look(rng, mixture)
+    if mixture.layout == "cells":
+        return _write_cells(rng, text, font, ink, ground, texture)
+    low, high = mixture.font_size
+    size = rng.randint(low, high)
+    tracking = rng.choice((0, 0, 0, 1, 2)) if size >= 16 else 0
+    pads = [rng.randint(*mixture.padding) for _ in range(4)]
+    while True:
+        left, top, right, bottom = ink_extent(text, font, size, cell=0, tracking=tracking)
+        width = pads[0] + right - left + pads[2]
+        if width <= mixture.max_width or len(text) == 1:
+            break
+        if size > low:
+            size = max(low, min(size - 1, size * mixture.max_width // width))
+        else:
+            text = text[: len(text) - 1].rstrip(" ")
+    return Line(
+        text=text,
+        font=font,
+        size=size,
+        width=width,
+        height=pads[1] + bottom - top + pads[3],
+        x=pads[0] - left,
+        y=pads[1] - top,
+        ink=ink,
+        ground=ground,
+        tracking=tracking,
+        texture=texture,
+    )
+
+
+def _write_cells(rng: Random, text: str, font: str, ink: RGB, ground: RGB, texture: int) -> Line:
+    """Set one character in the middle of each cell, on a canvas of one row of cells or two."""
+    return Line(
+        text=text,
+        font=font,
+        size=rng.randint(*_CELL_SIZES),
+        width=_CELL * len(text),
+        height=_CELL,
+        x=0,
+        y=20 + rng.randint(-1, 1),
+        ink=ink,
+        ground=ground,
+        cell=_CELL,
+        texture=texture,
+    )
+
+
+def _sample_look(rng: Random, mixture: Mixture) -> tuple[RGB, RGB, int]:
+    if rng.random() < mixture.plain_share:
+        return (0, 0, 0), (255, 255, 255), 0
+    ink, ground = sample_text_colors(rng)
+    textured = rng.random() < mixture.textured_share
+    return ink, ground, rng.randrange(1, 1_000_000) if textured else 0
