@@ -86,14 +86,12 @@ def exported(path: Path) -> list[str] | None:
 # Floors ---------------------------------------------------------------------------------------
 
 
-def test_imports_go_down_only(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
-
-    monkeypatch.chdir(ROOT)
-    status = lint_imports(no_cache=True)
-    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+def test_imports_go_down_only() -> None:
+    # In a process of its own: import-linter disables every logger it does not know.
+    code = "from importlinter.cli import lint_imports_command as run; run(['--no-cache'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 broken" in done.stdout
 
 
 def test_every_room_stands_on_a_floor() -> None:
