@@ -141,8 +141,10 @@ class LLM:
         prompts: list[ModelInput] = []
         process: list[float] = []
         for conversation in batch:
-            goes_on = bool(conversation) and conversation[-1].get("role") == "assistant"
-            prompts.append(self.processor(conversation, tools=tools, continue_final=goes_on))
+            prompt = self.processor(
+                conversation, tools=tools, continue_final=_is_unfinished(conversation)
+            )
+            prompts.append(prompt)
             process.append(clock.lap())
         return self._answer_all(prompts, each, process, on_delta)
 
@@ -297,6 +299,12 @@ def _as_batch(conversations: Conversation | SequenceOf[Conversation]) -> list[Co
     if conversations and isinstance(conversations[0], Mapping):
         return [conversations]  # type: ignore[list-item]
     return list(conversations)  # type: ignore[arg-type]
+
+
+def _is_unfinished(conversation: Conversation) -> bool:
+    """Tell whether the assistant has the last word; what is no message the processor names."""
+    last = conversation[-1] if conversation else None
+    return isinstance(last, Mapping) and last.get("role") == "assistant"
 
 
 def _one_each(

@@ -58,6 +58,25 @@ def test_json_is_one_object_with_exactly_these_keys(
     assert answer["finish_reason"] == "length"
 
 
+def test_a_clip_is_asked_about_at_the_rate_given(
+    run: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    frames = [Image.new("RGB", (112, 112), (25 * i,) * 3) for i in range(8)]
+    frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=500)
+
+    def times(fps: float) -> list[float]:
+        result = run(
+            *("ask", "--model", tiny_folder, "--video", "c.gif", "--fps", fps),
+            *("What moves?", "--max-tokens", 1, "--json"),
+        )
+        answer = json.loads(result.stdout)
+        assert answer["video_tokens"] == answer["items"][0]["tokens"] > 0
+        return answer["items"][0]["frame_times"]
+
+    assert len(times(2.0)) == 8
+    assert len(times(1.0)) == 4
+
+
 def test_seeds_and_temperature_reach_the_sampler(run: Run, tiny_folder: Path) -> None:
     def ask(*more: object) -> str:
         return run("ask", "--model", tiny_folder, "Hi", "--max-tokens", 20, *more).stdout

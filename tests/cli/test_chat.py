@@ -85,8 +85,8 @@ def test_what_cannot_be_done_is_said_and_nothing_is_lost(run: Run, prompts: list
 
 
 def test_a_path_is_no_command(run: Run, prompts: list[str]) -> None:
-    chat(run, "/home/x.png is what?")
-    assert "user\n/home/x.png is what?" in prompts[0]
+    chat(run, "/pictures/x.png is what?")
+    assert "user\n/pictures/x.png is what?" in prompts[0]
 
 
 def test_help_and_quit(run: Run, prompts: list[str]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2vl.engine import LLM, Delta, SamplingParams
-from qwen2vl.errors import CapacityError, InputError
+from qwen2vl.errors import CapacityError, EngineError, InputError
 from qwen2vl.geometry import AttnMeta, text_positions
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.weights import GenerationDefaults
@@ -243,6 +243,27 @@ def test_impossible_contexts_are_refused(length: int) -> None:
 def test_what_is_no_conversation_is_refused(llm: LLM, wrong: Any) -> None:
     with pytest.raises(InputError, match="expected a list of messages"):
         llm.chat(wrong)
+
+
+@pytest.mark.parametrize("wrong", [["Hello"], [["Hello"]], [[]], [[None]], [None]])
+def test_what_is_no_message_is_named(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(InputError, match="messages"):
+        llm.chat(wrong)
+
+
+def test_damaged_weights_fail_their_request_and_no_other(llm: LLM) -> None:
+    (want,) = llm.chat([user("Hi")], GREEDY)
+    damaged = llm.model.visual.merger.ln_q.bias
+    kept = damaged.detach().clone()
+    with torch.no_grad():
+        damaged[0] = float("nan")
+    try:
+        with pytest.raises(EngineError, match="not finite"):
+            llm.chat([user("Hi", picture())], GREEDY)
+        assert llm.chat([user("Hi")], GREEDY)[0].token_ids == want.token_ids
+    finally:
+        with torch.no_grad():
+            damaged.copy_(kept)
 
 
 def test_one_bad_conversation_is_found_before_the_others_are_answered(llm: LLM) -> None:
