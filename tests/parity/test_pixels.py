@@ -1,0 +1,100 @@
+"""Pixels against transformers' Qwen2VLImageProcessorPil: bit for bit, sizes and floats alike."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
+
+from qwen2vl.errors import InputError
+from qwen2vl.geometry import num_tokens
+from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.processor.image import PixelLimits, smart_resize
+from tests.media import FORMATS, PIXELS, VISION, encoded, image, noise, smooth
+
+Processor = reference.Qwen2VLImageProcessorPil
+
+
+def theirs(picture: Image.Image, pixels: PixelLimits = PIXELS) -> tuple[torch.Tensor, list[int]]:
+    """Pixel values and grid as transformers computes them."""
+    size = {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}
+    out = Processor(size=size)(images=[picture], return_tensors="pt")
+    return out["pixel_values"], out["image_grid_thw"][0].tolist()
+
+
+def assert_equal(picture: Image.Image, source: object = None, pixels: PixelLimits = PIXELS) -> None:
+    item = image(picture if source is None else source, pixels=pixels)
+    want, grid = theirs(picture, pixels)
+    assert list(item.grid) == grid
+    assert want.dtype == torch.float32
+    assert torch.equal(normalise_pixels(item.patches_NP, VISION), want)
+
+
+@settings(max_examples=25)
+@given(height=st.integers(1, 200), width=st.integers(1, 200), seed=st.integers(0, 9))
+def test_pixels_of_any_size(height: int, width: int, seed: int) -> None:
+    if max(height, width) <= 200 * min(height, width):
+        assert_equal(Image.fromarray(noise(height, width, seed)))
+
+
+def test_every_byte_value_normalises_to_the_same_float() -> None:
+    ramp = np.arange(256, dtype=np.uint8).repeat(49).reshape(112, 112)
+    assert_equal(Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], axis=-1)))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_opaque_files_end_to_end(kind: str, mode: str) -> None:
+    data = encoded(Image.fromarray(smooth(90, 130)).convert(mode), kind)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert_equal(opened, data)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "1"])
+def test_converted_modes_end_to_end(mode: str) -> None:
+    assert_equal(Image.fromarray(smooth(90, 130)).convert(mode))
+
+
+def test_large_and_limited_pictures() -> None:
+    assert_equal(
+        Image.fromarray(smooth(1080, 1920)), pixels=PixelLimits(min_pixels=3136, max_pixels=200_704)
+    )
+    assert_equal(
+        Image.fromarray(smooth(20, 30)), pixels=PixelLimits(min_pixels=100_352, max_pixels=200_704)
+    )
+
+
+@settings(max_examples=300)
+@given(
+    height=st.integers(1, 20_000),
+    width=st.integers(1, 20_000),
+    low=st.integers(1, 2_000_000),
+    span=st.integers(0, 20_000_000),
+)
+def test_sizes_and_refusals(height: int, width: int, low: int, span: int) -> None:
+    limits = {"min_pixels": low, "max_pixels": low + span}
+    try:
+        want = reference.smart_resize(height, width, factor=28, **limits)
+    except ValueError:
+        with pytest.raises(InputError, match="has aspect ratio"):
+            smart_resize(height, width, factor=28, **limits)
+        return
+    assert smart_resize(height, width, factor=28, **limits) == want
+
+
+@settings(max_examples=40)
+@given(height=st.integers(1, 400), width=st.integers(1, 400), cap=st.integers(3136, 60_000))
+def test_grids_and_token_counts(height: int, width: int, cap: int) -> None:
+    if max(height, width) > 200 * min(height, width):
+        return
+    item = image(np.zeros((height, width), np.uint8), max_pixels=cap)
+    processor = Processor(size={"shortest_edge": 3136, "longest_edge": cap})
+    patches = processor.get_number_of_image_patches(height, width)
+    assert len(item.patches_NP) == patches
+    assert num_tokens(item.grid) == patches // 4
