@@ -234,9 +234,15 @@ def test_every_file_fits_one_sitting() -> None:
     long = [
         f"{place(path)}: {count} lines"
         for path in [*modules(), *scripts()]
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+        if (count := lines_to_read(path)) > MAX_LINES
     ]
     assert not long, f"the limit is {MAX_LINES} lines"
+
+
+def lines_to_read(path: Path) -> int:
+    """Count lines, but not those of a table of texts: such a table is looked up, not read."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return sum(1 for line in lines if not re.fullmatch(r'\s*"[^"]*",', line))
 
 
 def test_examples_are_short() -> None:
