@@ -276,13 +276,9 @@ def _exists(rng: Random, scene: Scene, split: str) -> Question:
         absent += [f"{color} {near.kind}" for color in colors_on(scene.ground)]
         absent = absent if rng.random() < 0.5 else [f"{c} {k}" for c in COLORS for k in KINDS]
         name = rng.choice([phrase for phrase in absent if phrase not in present])
-    text = ask(rng, "exists", split, name)
+    text = ask(rng, "exists", split, name, article=True)
     answer = "yes" if name in present else "no"
-    return Question(task="exists", text=_with_article(text, name), answer=answer, choices=2)
-
-
-def _with_article(text: str, name: str) -> str:
-    return text.replace(f" a {name}", f" an {name}") if name.startswith("o") else text
+    return Question(task="exists", text=text, answer=answer, choices=2)
 
 
 def _called(scene: Scene) -> dict[str, Shape]:

@@ -324,6 +324,46 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Is a {0} in the first or in the second picture?",
         "Where is a {0}, in the first or the second picture?",
     ),
+    "read_one": (
+        "What does the {0} picture say?",
+        "Read the text in the {0} picture.",
+        "What is written in the {0} image?",
+        "Which text does the {0} picture show?",
+        "Read the {0} picture.",
+        "What text is in the {0} image?",
+        "What does the {0} image say?",
+        "Transcribe the {0} picture.",
+    ),
+    "color_of_one": (
+        "What color is the shape in the {0} picture?",
+        "What colour is the shape in the {0} image?",
+        "Which color does the shape in the {0} picture have?",
+        "Name the color in the {0} picture.",
+        "Which colour has the {0} picture's shape?",
+        "In the {0} picture, what color is the shape?",
+        "What is the color of the {0} shape?",
+        "What is the colour of the shape in the {0} picture?",
+    ),
+    "shape_of_one": (
+        "What shape is in the {0} picture?",
+        "Which shape does the {0} image show?",
+        "Name the shape in the {0} picture.",
+        "What is the shape in the {0} image?",
+        "What shape does the {0} picture show?",
+        "In the {0} picture, what shape do you see?",
+        "Which shape is in the {0} picture?",
+        "What kind of shape is in the {0} picture?",
+    ),
+    "count_in_one": (
+        "How many shapes are in the {0} picture?",
+        "Count the shapes in the {0} image.",
+        "How many shapes does the {0} picture show?",
+        "How many objects are in the {0} picture?",
+        "How many shapes do you see in the {0} image?",
+        "In the {0} picture, how many shapes are there?",
+        "How many objects does the {0} image show?",
+        "What is the number of shapes in the {0} picture?",
+    ),
     "direction": (
         "Which way does it move?",
         "In which direction does it move?",
@@ -440,6 +480,98 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "In {0}, what is the {1} character?",
         "What is the {1} character in {0}?",
     ),
+    "hello": (
+        "Hello",
+        "Hello!",
+        "Hi",
+        "Hello there!",
+        "Hi!",
+        "Good morning",
+        "Hey",
+        "Hi there",
+        "Good evening",
+        "Good day",
+        "Hello, nano!",
+        "Hey there!",
+    ),
+    "how_are_you": (
+        "How are you?",
+        "How do you do?",
+        "How is it going?",
+        "How are you doing?",
+        "Are you well?",
+        "How are you today?",
+        "How do you feel?",
+        "Are you fine?",
+    ),
+    "thanks": (
+        "Thank you!",
+        "Thanks.",
+        "Thank you very much.",
+        "Thanks a lot!",
+        "Thanks!",
+        "Thank you.",
+        "Many thanks.",
+        "Thank you so much!",
+    ),
+    "goodbye": (
+        "Goodbye!",
+        "Bye",
+        "See you!",
+        "Bye bye!",
+        "Good night",
+        "See you later.",
+        "Bye!",
+        "Goodbye.",
+    ),
+    "who_are_you": (
+        "Who are you?",
+        "What are you?",
+        "What is your name?",
+        "Tell me your name.",
+        "Which model are you?",
+        "What model is this?",
+        "Introduce yourself.",
+        "Are you a model?",
+        "What is nano?",
+        "Who is this?",
+        "Your name?",
+        "Who am I talking to?",
+    ),
+    "what_can_you_do": (
+        "What can you do?",
+        "What do you know?",
+        "How can you help me?",
+        "What are you able to do?",
+        "What can I ask you?",
+        "Help",
+        "What can you see?",
+        "What are you good at?",
+        "What are you for?",
+        "Tell me what you can do.",
+        "What questions can I ask?",
+        "What do you do?",
+    ),
+    "photographs": (
+        "Can you see photos?",
+        "Do you understand photographs?",
+        "Can you describe a photo?",
+        "Can you look at photographs?",
+        "Do you know animals?",
+        "Can you recognize people?",
+        "Can you tell what is in a photo?",
+        "Do you understand photos?",
+    ),
+    "no_picture": (
+        "What colour is the shape?",
+        "How many shapes are there?",
+        "What is in the picture?",
+        "What does the picture show?",
+        "What does it say?",
+        "Where is the red circle?",
+        "Read the text.",
+        "Which way does it move?",
+    ),
 }
 
 
@@ -452,6 +584,13 @@ def wordings_of(task: str, split: str) -> tuple[str, ...]:
     return tuple(w for i, w in enumerate(wordings) if (i % 4 == 3) == held_out)
 
 
-def ask(rng: Random, task: str, split: str, *fields: str) -> str:
-    """Put a question in one of its wordings."""
-    return rng.choice(wordings_of(task, split)).format(*fields)
+def ask(rng: Random, task: str, split: str, *fields: str, article: bool = False) -> str:
+    """Put a question in one of its wordings.
+
+    Args:
+        article: the wording says "a" before the first field; say "an" where English does.
+    """
+    wording = rng.choice(wordings_of(task, split))
+    if article and fields[0].startswith("o"):
+        wording = wording.replace("a {0}", "an {0}")
+    return wording.format(*fields)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2vl.synth import shapes, text
+from qwen2vl.synth import boxes, chat, motion, pairs, shapes, text
 from qwen2vl.synth.draw import draw
 from qwen2vl.synth.spec import Draft, Example, Mixture, Spec
 
@@ -24,6 +24,10 @@ FAMILIES: Mapping[str, Callable[[Random, Mixture], Draft]] = MappingProxyType(
     {
         "text": text.sample,
         "shapes": shapes.sample,
+        "grounding": boxes.sample,
+        "two_pictures": pairs.sample,
+        "motion": motion.sample,
+        "text_only": chat.sample,
     }
 )
 

@@ -1,0 +1,89 @@
+"""The family `text_only`: copying, reversing, spelling, and small talk.
+
+Copying is what reading a line asks of a language model, so a model that can copy words learns to
+copy pictures sooner; boxes are among the things copied. Small talk has fixed answers: what this
+model is, and what it can do. It must not know pictures. Next room: world.py, which lists all.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from qwen2vl.grounding import Box
+from qwen2vl.synth.spec import Draft, Mixture, Question
+from qwen2vl.synth.strings import ALPHABETS, DIGITS, LETTERS, WORDS, random_string, word_string
+from qwen2vl.synth.wordings import ask
+
+__all__ = ["SMALL_TALK", "sample"]
+
+SMALL_TALK: dict[str, str] = {
+    "hello": "Hello!",
+    "how_are_you": "I am fine, thank you.",
+    "thanks": "You are welcome.",
+    "goodbye": "Goodbye!",
+    "who_are_you": "I am nano, a small Qwen2-VL.",
+    "what_can_you_do": "I read lines of text, name, count and find shapes, and see how they move.",
+    "photographs": "No, I only know text and simple shapes.",
+    "no_picture": "I see no picture.",
+}
+
+_PLACES = ("first", "second", "third", "fourth")
+_LONGEST_PUZZLE = 8  # characters to reverse or spell
+
+
+def sample(rng: Random, mixture: Mixture) -> Draft:
+    """Ask one thing that needs no picture."""
+    tasks = (_repeat, _reverse, _spell, _character_at, _small_talk)
+    (task,) = rng.choices(tasks, (40, 15, 10, 15, 20))
+    return Draft((task(rng, mixture),))
+
+
+def _repeat(rng: Random, mixture: Mixture) -> Question:
+    thing = _box(rng) if rng.random() < 0.15 else _text(rng, mixture)
+    return Question(task="repeat", text=ask(rng, "repeat", mixture.split, thing), answer=thing)
+
+
+def _reverse(rng: Random, mixture: Mixture) -> Question:
+    thing = _word(rng)
+    text = ask(rng, "reverse", mixture.split, thing)
+    return Question(task="reverse", text=text, answer=thing[::-1])
+
+
+def _spell(rng: Random, mixture: Mixture) -> Question:
+    thing = _word(rng)
+    text = ask(rng, "spell", mixture.split, thing)
+    return Question(task="spell", text=text, answer=" ".join(thing))
+
+
+def _character_at(rng: Random, mixture: Mixture) -> Question:
+    thing = _word(rng)
+    places = dict(zip(_PLACES, thing, strict=False)) | {"last": thing[-1]}
+    place = rng.choice(list(places))
+    text = ask(rng, "character_at", mixture.split, thing, place)
+    return Question(task="character_at", text=text, answer=places[place])
+
+
+def _small_talk(rng: Random, mixture: Mixture) -> Question:
+    topic = rng.choice(list(SMALL_TALK))
+    return Question(task=topic, text=ask(rng, topic, mixture.split), answer=SMALL_TALK[topic])
+
+
+def _text(rng: Random, mixture: Mixture) -> str:
+    low, high = mixture.text_length
+    alphabet = ALPHABETS[mixture.alphabet]
+    if rng.random() >= mixture.random_share:
+        return word_string(rng, low, high, alphabet)
+    return random_string(rng, rng.randint(low, high), alphabet, spaces=mixture.alphabet == "all")
+
+
+def _word(rng: Random) -> str:
+    if rng.random() < 0.3:
+        return rng.choice(WORDS)
+    length = rng.randint(2, _LONGEST_PUZZLE)
+    return random_string(rng, length, LETTERS + DIGITS, spaces=False)
+
+
+def _box(rng: Random) -> str:
+    x1, x2 = sorted(rng.sample(range(1000), 2))
+    y1, y2 = sorted(rng.sample(range(1000), 2))
+    return Box(x1, y1, x2, y2).to_text()
