@@ -234,9 +234,7 @@ def on_white(source: Image.Image | bytes) -> bool:
 
 def half(mode: str) -> Image.Image:
     """56 x 56, black at the left, transparent black at the right."""
-    picture = Image.new(
-        "palette image with transparency, RGB+tRNS, LA, RGBA", (56, 56), (0, 0, 0, 0)
-    )
+    picture = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
     picture.paste((0, 0, 0, 255), (0, 0, 28, 56))
     return picture.convert(mode)
 
