@@ -61,6 +61,14 @@ def test_converted_modes_end_to_end(mode: str) -> None:
     assert_equal(Image.fromarray(smooth(90, 130)).convert(mode))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_end_to_end(mode: str) -> None:
+    """transformers 5 lays transparency on white, too."""
+    picture = Image.fromarray(smooth(90, 130))
+    picture.putalpha(Image.fromarray(smooth(90, 130, seed=1)[..., 0]))
+    assert_equal(picture.convert(mode))
+
+
 def test_large_and_limited_pictures() -> None:
     assert_equal(
         Image.fromarray(smooth(1080, 1920)), pixels=PixelLimits(min_pixels=3136, max_pixels=200_704)
