@@ -43,10 +43,12 @@ def find(text: str, items: Sequence[ItemReport]) -> list[Found]:
     if not items:
         return []
     found: list[Found] = []
-    for number, entry in enumerate(grounding.parse(text), 1):
+    entries = grounding.parse(text)
+    for number, entry in enumerate(entries, 1):
         numbers = entry.shape.to_pixels(items[0].size_given)
         corners = tuple(zip(numbers[::2], numbers[1::2], strict=True))
-        found.append(Found(phrase=entry.phrase or f"box {number}", corners=corners))
+        unnamed = f"box {number}" if len(entries) > 1 else "box"
+        found.append(Found(phrase=entry.phrase or unnamed, corners=corners))
     return found
 
 
