@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import qwen2vl
@@ -18,6 +21,15 @@ def test_every_public_name_opens(name: str) -> None:
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'qwen2vl' has no attribute 'Qwen3VL'"):
         _ = qwen2vl.Qwen3VL
+
+
+@pytest.mark.parametrize("first", ["qwen2vl.engine", "qwen2vl.load", "qwen2vl"])
+def test_load_is_the_function_whatever_was_imported_first(first: str) -> None:
+    code = (
+        f"import {first}\nfrom qwen2vl import LLM, load\nfrom qwen2vl.load import load_model\n"
+        "assert callable(load) and load_model.__module__ == load.__module__ == 'qwen2vl.load'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_names_are_those_of_the_rooms() -> None:
