@@ -125,13 +125,12 @@ TRAINING_PACKAGES = tuple(
 JUDGE_PACKAGES = tuple(sorted({package for package, _ in JUDGE_FAMILIES.values()}))
 
 _MONO2 = ("DejaVuSansMono.ttf", "LiberationMono-Regular.ttf")
-_SETS = {
-    "all": TRAINING_FAMILIES,
-    "validation": VALIDATION_FAMILIES,
-    "judge": JUDGE_FAMILIES,
+_TABLES = {"all": TRAINING_FAMILIES, "validation": VALIDATION_FAMILIES, "judge": JUDGE_FAMILIES}
+_FAMILIES_OF = {name: tuple(files for _, files in t.values()) for name, t in _TABLES.items()} | {
+    "mono2": tuple((file,) for file in _MONO2)
 }
 _PACKAGE_OF = {
-    file: package for table in _SETS.values() for package, files in table.values() for file in files
+    file: package for t in _TABLES.values() for package, files in t.values() for file in files
 }
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
@@ -152,20 +151,25 @@ class Glyph:
 
 @lru_cache
 def files_of(name: str) -> tuple[tuple[str, ...], ...]:
-    """List the files of a set of fonts, family by family.
+    """List the files of a set of fonts, family by family, all of them installed.
 
     Args:
         name: "mono2" (two monospaced faces), "all" (training), "validation" or "judge".
+
+    Raises:
+        FontError: files are missing; the text names every package to install.
     """
-    if name == "mono2":
-        return tuple((file,) for file in _MONO2)
-    return tuple(files for _, files in _SETS[name].values())
+    families = _FAMILIES_OF[name]
+    missing = [file for files in families for file in files if file not in _installed()]
+    if missing:
+        raise FontError(_remedy(missing))
+    return families
 
 
-# Every training face at every size from 12 to 40 is about 1,300 tables of some 40 KB.
-@lru_cache(maxsize=4096)
+# Every training face at every size from 12 to 40 makes 1,300 tables of some 45 KB.
+@lru_cache(maxsize=2400)
 def glyphs(file: str, size: int, characters: str) -> dict[str, Glyph]:
-    """Draw each of `characters` once, at `size` pixels per em; drawing a line is then pasting.
+    """Draw each of `characters` once, at `size` pixels per em; a line is then pasted together.
 
     Raises:
         FontError: the file is not installed.
@@ -208,10 +212,15 @@ def _face(file: str, size: int) -> ImageFont.FreeTypeFont:
 def _path(file: str) -> str:
     path = _installed().get(file)
     if path is None:
-        package = _PACKAGE_OF.get(file, "")
-        remedy = f"apt-get install {package}" if package else "it is in no font table"
-        raise FontError(f"font {file}: not found under {', '.join(_FOLDERS)}; {remedy}")
+        raise FontError(_remedy([file]))
     return path
+
+
+def _remedy(missing: list[str]) -> str:
+    packages = sorted({_PACKAGE_OF[file] for file in missing if file in _PACKAGE_OF})
+    what = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else missing[0]
+    remedy = f"apt-get install {' '.join(packages)}" if packages else "no font table names it"
+    return f"fonts: {what} not found under {', '.join(_FOLDERS)}; {remedy}"
 
 
 @lru_cache

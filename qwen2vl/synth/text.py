@@ -57,7 +57,7 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
     if mixture.layout == "cells":
         return _write_cells(rng, text, font, ink, ground, texture)
     low, high = mixture.font_size
-    size = rng.randint(low, high)
+    size = _sample_size(rng, low, high)
     tracking = rng.choice((0, 0, 0, 1, 2)) if size >= 16 else 0
     pads = [rng.randint(*mixture.padding) for _ in range(4)]
     while True:
@@ -82,6 +82,12 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
         tracking=tracking,
         texture=texture,
     )
+
+
+def _sample_size(rng: Random, low: int, high: int) -> int:
+    """Take any size up to 40, above that every fourth, for each is a table of glyphs to keep."""
+    size = rng.randint(low, high)
+    return size if size <= 40 else max(low, size - size % 4)
 
 
 def _write_cells(rng: Random, text: str, font: str, ink: RGB, ground: RGB, texture: int) -> Line:
