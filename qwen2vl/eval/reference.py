@@ -9,7 +9,7 @@ transformers, an extra: `pip install 'qwen2vl[parity]'`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,10 @@ def _ids(
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    pieces = str(text).split("_pad|>")
-    for i, count in enumerate(counts):
-        pad = f"<|{kinds[i]}"
-        assert pieces[i].endswith(pad), "the template writes one pad for each item, in order"
-        pieces[i] += f"_pad|>{pad}" * (count - 1)
-    return tokenizer("_pad|>".join(pieces))["input_ids"]
+    expanded = str(text)
+    for kind, count in zip(kinds, counts, strict=True):
+        expanded = expanded.replace(f"<|{kind}_pad|>", f"<|{kind}_done|>" * count, 1)
+    return tokenizer(expanded.replace("_done|>", "_pad|>"))["input_ids"]
 
 
 # Running --------------------------------------------------------------------------------------
@@ -200,16 +198,11 @@ def _by_kind(prompt: Prompt) -> dict[str, Any]:
 def _in_prompt_order(calls: list[Tensor], prompt: Prompt) -> Tensor:
     """Join what the tower did for all images, and then for all videos, into one stream again."""
     sizes = [t * h * w for t, h, w in prompt.grids]
-    calls_of = dict(zip(sorted(set(prompt.kinds)), calls, strict=True))  # images come first
     merged = sum(sizes) // sum(len(call) for call in calls)  # 1 before the merger, 4 after it
-    rows = {
-        kind: iter(
-            call.split(
-                [n // merged for n, own in zip(sizes, prompt.kinds, strict=True) if own == kind]
-            )
-        )
-        for kind, call in calls_of.items()
-    }
+    rows: dict[str, Iterator[Tensor]] = {}
+    for kind, call in zip(sorted(set(prompt.kinds)), calls, strict=True):  # images come first
+        own = [n // merged for n, other in zip(sizes, prompt.kinds, strict=True) if other == kind]
+        rows[kind] = iter(call.split(own))
     return torch.cat([next(rows[kind]) for kind in prompt.kinds])
 
 
