@@ -1,7 +1,8 @@
 """The complete Qwen2-VL system in Python and PyTorch.
 
     from qwen2vl import LLM
-    answer = LLM().chat([{"role": "user", "content": [{"image": "photo.jpg"}, "What is this?"]}])
+    content = [{"image": "receipt.png"}, {"text": "What is the total?"}]
+    print(LLM().chat([{"role": "user", "content": content}])[0].text)
 
 `import qwen2vl` costs nothing: each name below is imported when it is first used. Read the rooms
 upward from geometry.py; docs/architecture.md is the map.

@@ -81,6 +81,7 @@ def _answer(
     content = [*media, {"type": "text", "text": question}]
     prompt = opened.llm.processor([{"role": "user", "content": content}])
     process = time.perf_counter() - start
+    opened.llm.check(prompt, params)
     say_outlook(opened.llm, prompt)
     writer = terminal.Writer() if streaming else None
     (completion,) = opened.llm.generate(prompt, params, on_delta=writer)

@@ -102,6 +102,7 @@ class Chat:
         content = [*self.waiting, {"type": "text", "text": question}]
         messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self.llm.processor(messages)
+        self.llm.check(prompt, self.params)
         say_outlook(self.llm, prompt, told=self.told)
         self.told = len(prompt.items)
         writer = terminal.Writer()

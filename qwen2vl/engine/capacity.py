@@ -1,16 +1,22 @@
 """Will the prompt fit? Refuses before any work is done, with the numbers and the way out.
 
-Only arithmetic on a ModelInput: it must not know the model's weights or the files behind the
-prompt. Next room: llm.py, which asks before it encodes anything.
+Arithmetic on a ModelInput, and one name for memory that ran out all the same. It must not know
+the model's weights or the files behind the prompt. Next room: llm.py, which asks before it encodes
+anything.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CapacityError
 from qwen2vl.processor.inputs import ModelInput
 
-__all__ = ["check_context", "fitting_max_pixels"]
+__all__ = ["check_context", "fitting_max_pixels", "memory_errors_named"]
 
 # A picture can be shrunk to 56 x 56 (the official min_pixels, 4 tokens) without lowering that too.
 LEAST_IMAGE_TOKENS = 4
@@ -37,6 +43,25 @@ def check_context(
     )
     remedy = _remedy(prompt, config, max_model_len, max_tokens)
     raise CapacityError(f"prompt {total:,} = {made_of} tokens {excess}; {remedy}")
+
+
+@contextmanager
+def memory_errors_named(prompt: ModelInput) -> Iterator[None]:
+    """Say in one line that memory ran out while `prompt` was answered.
+
+    Raises:
+        CapacityError: in place of what Python, torch on the CPU, or torch on a GPU raise.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_memory and "can't allocate memory" not in str(error):
+            raise
+        raise CapacityError(
+            f"out of memory while answering a prompt of {len(prompt.input_ids):,} tokens; lower "
+            "max_pixels or max_tokens, or close other programs"
+        ) from error
 
 
 def fitting_max_pixels(prompt: ModelInput, config: Qwen2VLConfig, room: int) -> int | None:

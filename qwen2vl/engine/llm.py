@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.engine.capacity import check_context
+from qwen2vl.engine.capacity import check_context, memory_errors_named
 from qwen2vl.engine.params import Completion, Delta, SamplingParams, Seconds
 from qwen2vl.engine.sampler import Rule, Sampler
 from qwen2vl.engine.sequence import Sequence
@@ -174,16 +174,21 @@ class LLM:
         on_delta: OnDelta | None,
     ) -> list[Completion]:
         for prompt, wish in zip(prompts, params, strict=True):
-            self._check(prompt, wish)
+            self.check(prompt, wish)
         say = on_delta or (lambda delta: None)
-        return [
-            self._answer(index, prompt, wish, seconds, say)
-            for index, (prompt, wish, seconds) in enumerate(
-                zip(prompts, params, process, strict=True)
-            )
-        ]
+        completions: list[Completion] = []
+        for index, request in enumerate(zip(prompts, params, process, strict=True)):
+            with memory_errors_named(request[0]):
+                completions.append(self._answer(index, *request, say))
+        return completions
 
-    def _check(self, prompt: ModelInput, params: SamplingParams) -> None:
+    def check(self, prompt: ModelInput, params: SamplingParams) -> None:
+        """Refuse what cannot be answered, before anything is computed.
+
+        Raises:
+            InputError: a stop token is not of this model.
+            CapacityError: the prompt does not fit into the context.
+        """
         vocab_size = self.config.text.vocab_size
         strangers = [token for token in params.stop_token_ids if token >= vocab_size]
         if strangers:

@@ -261,6 +261,18 @@ def test_a_long_wait_is_said_before_it_starts(
     assert len(fake.asked) == 1
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_its_wait_is_estimated(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlook, "SMALL_WORK", 0.0)
+    scripted(monkeypatch, tiny_folder, "Never.", max_model_len=50)
+    result = run("ask", "--image", picture, "Hi")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "text + 20 image tokens > 50, the context" in line
+
+
 def test_a_short_wait_is_not_worth_a_word(
     run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

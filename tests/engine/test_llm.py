@@ -289,13 +289,29 @@ def test_an_interrupt_leaves_the_llm_ready(llm: LLM) -> None:
     assert again.token_ids == want.token_ids
 
 
-def test_a_failing_step_leaves_the_llm_ready(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_memory_that_ran_out_is_named_and_the_llm_stays_ready(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     (want,) = llm.chat([user("Hi")], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(llm, "_step", lambda *_: (_ for _ in ()).throw(MemoryError()))
-        with pytest.raises(MemoryError):
+        patch.setattr(llm, "_step", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(CapacityError, match=r"out of memory.*a prompt of \d+ tokens; lower"):
             llm.chat([user("Hi")], GREEDY)
     assert llm.chat([user("Hi")], GREEDY)[0].token_ids == want.token_ids
+
+
+def test_other_errors_keep_their_names(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shape")))
+    with pytest.raises(RuntimeError, match="shape"):
+        llm.chat([user("Hi")], GREEDY)
 
 
 def test_no_gradients_are_kept(llm: LLM) -> None:
