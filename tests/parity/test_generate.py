@@ -1,7 +1,7 @@
 """Greedy text beside transformers' `generate`, with the same weights, ids and pixels.
 
-The reference is given explicit positions where its own rule departs from the paper's (a clip with
-more frame pairs than rows and columns); elsewhere it makes them itself.
+The reference makes its own positions, except where its rule departs from the paper's (a clip with
+more frame pairs than rows and columns): there it is handed ours, and run step by step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from qwen2vl.engine import LLM, SamplingParams
+from qwen2vl.geometry import text_positions
 from qwen2vl.model.vision import normalise_pixels
 from qwen2vl.processor.inputs import ModelInput
 from tests.parity.oracle import ReferenceModel, random_model, twin
@@ -102,6 +103,33 @@ def test_greedy_tokens_equal_transformers(name: str) -> None:
     assert count >= NEEDED, "the reference itself hesitates: take another seed"
     assert list(completion.token_ids[:count]) == want[:count]
     assert len(set(want)) > 4, "answers that do not wander prove little"
+
+
+@torch.inference_mode()
+def test_greedy_tokens_after_a_long_clip() -> None:
+    """Ten frame pairs of 2 x 2 tokens: text resumes past the last frame, not past the corner."""
+    llm, reference = pair()
+    frames = np.stack([picture(56, 56, seed) for seed in range(20)])
+    prompt = ask([frames])
+    (grid,) = prompt.grids
+    assert grid.t > max(grid.h, grid.w) // 2
+    pixels = {k: v for k, v in reference_inputs(prompt).items() if "video" in k}
+    ids = list(prompt.input_ids)
+    for _ in range(NUM_TOKENS):
+        position_ids_3T, _ = text_positions(ids, prompt.grids, llm.config)
+        logits_TV = reference(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            position_ids=position_ids_3T[:, None],
+            **pixels,
+        ).logits[0]
+        best_2 = logits_TV[-1].topk(2).values
+        if len(ids) >= len(prompt.input_ids) + NEEDED and best_2[0] - best_2[1] < 1e-3:
+            break
+        ids.append(int(logits_TV[-1].argmax()))
+    want = ids[len(prompt.input_ids) :]
+    params = SamplingParams(temperature=0, max_tokens=len(want), ignore_eos=True)
+    assert list(llm.generate(prompt, params)[0].token_ids) == want
 
 
 def test_sampling_habits_of_the_official_checkpoints_are_greedy() -> None:
