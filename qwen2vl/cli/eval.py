@@ -98,7 +98,7 @@ def _tasks(patterns: tuple[str, ...]) -> list[DrawnTask]:
             task.check_fonts()
         except ConfigError as error:
             problem = error
-            terminal.note(f"left out: {error}")
+            terminal.note(f"{task.name} is left out: {error}")
         else:
             drawable.append(task)
     if problem is not None and not drawable:
@@ -161,6 +161,9 @@ def _show(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> None:
             str(runs[name].count),
         )
     Console(width=None if Console().is_terminal else 120).print(table)
+    exact = [f"{name} {_percent(r.mean)}" for name, r in runs.items() if r.error_rate is not None]
+    if exact:
+        terminal.say(f"lines read without any error: {', '.join(exact)}")
     for note in dict.fromkeys(results.note for results in runs.values()):
         names = ", ".join(name for name, results in runs.items() if results.note == note)
         terminal.say(f"{names}: {note}")
@@ -171,7 +174,7 @@ def _percent(share: float | None, sign: str = "") -> str:
 
 
 def _as_list(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
-    """Put the table into JSON's terms; a part where text is read has its exact share beside."""
+    """Put the table into JSON's terms; beside character errors stands the share without any."""
     return [
         {
             "part": name,
@@ -182,7 +185,7 @@ def _as_list(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> li
             "goal": verdict.goal,
             "at_most": verdict.at_most,
             "met": verdict.met,
-            "exact": runs[name].mean,
+            "share_right": runs[name].mean,
             "count": runs[name].count,
             "note": runs[name].note,
         }

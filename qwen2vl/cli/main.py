@@ -28,6 +28,7 @@ COMMANDS = {
     "chat": "Talk about pictures and clips, turn by turn.",
     "tokens": "Show how the model sees a file: size, grid, token count.",
     "demo": "Draw pictures, ask about them, show answers beside the truth.",
+    "eval": "Score a model on questions with known answers.",
     "parity": "Compare a model folder with transformers, step by step.",
     "train": "Train a model by a recipe, or go on where the last run stopped.",
     "doctor": "Check this machine and, if wished, a model folder.",
