@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 from qwen2vl.synth import Mixture, Spec, sample
+from qwen2vl.synth.spec import Line
 
 __all__ = ["SECTIONS", "SEED", "Quota", "Section", "draw_section", "freeze"]
 
@@ -132,10 +133,21 @@ def draw_section(section: Section) -> list[Spec]:
         (question,) = spec.questions
         quota = section.quotas.get(question.task, Quota(0, 0))
         key = (question.task, question.answer)
-        if kinds[question.task] < quota.count and answers[key] < quota.same_answer:
+        room = kinds[question.task] < quota.count and answers[key] < quota.same_answer
+        if room and _is_knowable(spec):
             taken.append(spec)
             kinds[question.task] += 1
             answers[key] += 1
     # Rare answers fill their quota last: neighbours would share them, the first few lack them.
     Random(SEED).shuffle(taken)
     return taken
+
+
+def _is_knowable(spec: Spec) -> bool:
+    """Tell whether the letters can be known: EB Garamond writes 0 as o, and 1 as a small I."""
+    return not any(
+        isinstance(picture, Line)
+        and picture.font.startswith("EBGaramond")
+        and set(picture.text) & {"0", "1"}
+        for picture in spec.pictures
+    )
