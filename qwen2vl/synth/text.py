@@ -91,20 +91,29 @@ def _sample_size(rng: Random, low: int, high: int) -> int:
 
 
 def _write_cells(rng: Random, text: str, font: str, ink: RGB, ground: RGB, texture: int) -> Line:
-    """Set one character in the middle of each cell, on a canvas of one row of cells or two."""
+    """Set one character in the middle of each cell, as large as asked for or as fits."""
+    size, y = rng.randint(*_CELL_SIZES), 20 + rng.randint(-1, 1)
+    while not _fits_cells(text, font, size, y):
+        size -= 1
     return Line(
         text=text,
         font=font,
-        size=rng.randint(*_CELL_SIZES),
+        size=size,
         width=_CELL * len(text),
         height=_CELL,
         x=0,
-        y=20 + rng.randint(-1, 1),
+        y=y,
         ink=ink,
         ground=ground,
         cell=_CELL,
         texture=texture,
     )
+
+
+def _fits_cells(text: str, font: str, size: int, y: int) -> bool:
+    """Wide letters of proportional fonts outgrow a cell that monospaced ones fill."""
+    left, top, right, bottom = ink_extent(text, font, size, cell=_CELL, tracking=0)
+    return left >= 0 and right <= _CELL * len(text) and y + top >= 0 and y + bottom <= _CELL
 
 
 def _sample_look(rng: Random, mixture: Mixture) -> tuple[RGB, RGB, int]:
