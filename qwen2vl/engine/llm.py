@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.media import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import TextStream
+from qwen2vl.processor.tools import STOP_WORDS
 from qwen2vl.weights import GenerationDefaults, find, read_generation_defaults
 
 __all__ = ["LLM", "Conversation", "OnDelta"]
@@ -129,7 +131,8 @@ class LLM:
         """Answer one conversation, or each of a list of them, in order.
 
         A conversation is a list of messages; one that ends with an assistant's is continued.
-        `params` are for all, or one for each. `on_delta` hears each piece of text as it comes.
+        `params` are for all, or one for each. `on_delta` hears each piece of text as it comes. With
+        `tools` an answer ends where a tool's result belongs; processor.tools.parse_calls reads it.
 
         Raises:
             InputError: a message, medium or parameter cannot be used.
@@ -137,6 +140,8 @@ class LLM:
         """
         batch = _as_batch(conversations)
         each = _one_each(params, len(batch))
+        if tools:  # what a tool returns is for the caller to say, not for the model to make up
+            each = [replace(wish, stop=(*wish.stop, *STOP_WORDS)) for wish in each]
         clock = _Clock(self.device)
         prompts: list[ModelInput] = []
         process: list[float] = []

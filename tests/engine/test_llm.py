@@ -15,6 +15,7 @@ from qwen2vl.engine import LLM, Delta, SamplingParams
 from qwen2vl.errors import CapacityError, EngineError, InputError
 from qwen2vl.geometry import AttnMeta, text_positions
 from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.processor.tools import parse_calls
 from qwen2vl.weights import GenerationDefaults
 from tests.parity.oracle import random_model
 from tests.tiny import tiny_config, tiny_processor
@@ -318,3 +319,17 @@ def test_no_gradients_are_kept(llm: LLM) -> None:
     made: Sequence[torch.Tensor] = list(llm.model.parameters())
     llm.chat([user("Hi")], GREEDY)
     assert all(parameter.grad is None for parameter in made)
+
+
+def test_with_tools_an_answer_ends_where_a_result_belongs(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = "\u273fFUNCTION\u273f: tap\n\u273fARGS\u273f: {}\n\u273fRESULT\u273f: made up"
+    script = iter(llm.processor.tokenizer.encode_text(written))
+    monkeypatch.setattr("qwen2vl.engine.llm.Sampler.sample", lambda *_: (next(script), None))
+    tool = {"name": "tap", "description": "Taps.", "parameters": {"type": "object"}}
+    (completion,) = llm.chat([user("tap")], tools=[tool])
+    assert completion.finish_reason == "stop"
+    (call,) = parse_calls(completion.text).calls
+    assert call.name == "tap"
+    assert "made up" not in completion.text
