@@ -136,7 +136,7 @@ def normalise_pixels(patches_NP: Tensor, config: VisionConfig) -> Tensor:
     (HF: Qwen2VLImageProcessorPil, the same numbers bit for bit.)
     """
     mean, std = _channel_constants(config, patches_NP.device)
-    # Divide: a product with the rounded 1/255 is off by one bit for half of the 256 values.
+    # Divide: a product with the rounded 1/255 is off by one bit for 126 of the 256 values.
     pixels_NCX = patches_NP.unflatten(1, (config.in_channels, -1)).float() / 255
     return ((pixels_NCX - mean) / std).flatten(1)
 
