@@ -15,6 +15,10 @@ def _missing(group: str) -> str:
     return ""
 
 
-_WHY = _missing("all")
+def _needs(group: str) -> pytest.MarkDecorator:
+    why = _missing(group)
+    return pytest.mark.skipif(bool(why) and not os.environ.get("CI"), reason=why)
 
-needs_training_fonts = pytest.mark.skipif(bool(_WHY) and not os.environ.get("CI"), reason=_WHY)
+
+needs_training_fonts = _needs("all")
+needs_judge_fonts = _needs("judge")

@@ -15,7 +15,7 @@ from random import Random
 
 from qwen2vl.synth.colors import COLORS, colors_on, sample_color, sample_ground
 from qwen2vl.synth.draw import KINDS
-from qwen2vl.synth.spec import Box, Draft, Mixture, Question, Scene, Shape
+from qwen2vl.synth.spec import MAX_SHAPES, Box, Draft, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import ask
 
 __all__ = ["MIN_SIDE", "overlap", "phrases", "pick", "place", "plural", "sample", "sample_scene"]
@@ -64,9 +64,13 @@ def sample_scene(
     count: int | None = None,
     canvas: tuple[int, int] | None = None,
 ) -> Scene:
-    """Make up a scene of `count` shapes (default: any number the mixture allows)."""
-    count = rng.randint(*mixture.num_shapes) if count is None else count
+    """Make up a scene of `count` shapes (default: any number the mixture allows).
+
+    There are fewer where even the largest canvas has no room for so many.
+    """
     low, high = canvas or mixture.canvas
+    count = rng.randint(*mixture.num_shapes) if count is None else count
+    count = min(count, max(1, high * high // _AREA_EACH))
     while True:
         width, height = rng.randint(low, high), rng.randint(low, high)
         boxes = place(rng, width, height, count)
@@ -190,7 +194,7 @@ def _color_of_kind(rng: Random, scene: Scene, split: str) -> Question | None:
 
 def _count_all(rng: Random, scene: Scene, split: str) -> Question:
     text = ask(rng, "count_all", split)
-    return Question(task="count_all", text=text, answer=str(len(scene.shapes)), choices=5)
+    return Question(task="count_all", text=text, answer=str(len(scene.shapes)), choices=MAX_SHAPES)
 
 
 def _count_kind(rng: Random, scene: Scene, split: str) -> Question:

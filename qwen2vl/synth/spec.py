@@ -16,6 +16,7 @@ from qwen2vl.errors import ConfigError
 
 __all__ = [
     "FAMILY_NAMES",
+    "MAX_SHAPES",
     "RGB",
     "Box",
     "Draft",
@@ -33,6 +34,7 @@ RGB = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 
 FAMILY_NAMES = ("text", "shapes", "grounding", "two_pictures", "motion", "text_only")
+MAX_SHAPES = 5  # in one scene
 
 _Split = Literal["train", "held_out", "all"]
 _Fonts = Literal["mono2", "all", "validation", "judge"]
@@ -253,29 +255,49 @@ def _times(box: Box, k: int) -> Box:
     return (k * box[0], k * box[1], k * box[2], k * box[3])
 
 
+# Knob -> what it must reach at least.
+_LEAST_OF_RANGE = {
+    "text_length": 1,
+    "font_size": 8,
+    "padding": 0,
+    "num_shapes": 1,
+    "canvas": 56,
+    "clip_canvas": 56,
+}
+_LEAST = {"questions": 1, "max_width": 28}
+_SHARES = ("random_share", "plain_share", "textured_share")
+_CHOICES = {"split": _Split, "fonts": _Fonts, "alphabet": _Alphabet, "layout": _Layout}
+
+
 def _check_mixture(mixture: Mixture) -> None:
-    unknown = sorted(set(mixture.weights) - set(FAMILY_NAMES))
+    _check_weights(mixture.weights)
+    for name, kind in _CHOICES.items():
+        _require(mixture, name, getattr(mixture, name) in get_args(kind), get_args(kind))
+    for name, limit in _LEAST_OF_RANGE.items():
+        low, high = getattr(mixture, name)
+        _require(mixture, name, limit <= low <= high, f"it must rise and start at {limit} or more")
+    for name, limit in _LEAST.items():
+        _require(mixture, name, getattr(mixture, name) >= limit, f"it must be at least {limit}")
+    for name in _SHARES:
+        _require(mixture, name, 0 <= getattr(mixture, name) <= 1, "it must lie between 0 and 1")
+    frames = mixture.num_frames
+    _require(mixture, "num_frames", bool(frames) and min(frames) >= 3, "3 frames at least")
+    _require(mixture, "num_shapes", mixture.num_shapes[1] <= MAX_SHAPES, f"at most {MAX_SHAPES}")
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    unknown = sorted(set(weights) - set(FAMILY_NAMES))
     if unknown:
         raise ConfigError(
             f"mixture: weights name {', '.join(unknown)}; families are {', '.join(FAMILY_NAMES)}"
         )
-    if min(mixture.weights.values(), default=0) < 0 or sum(mixture.weights.values()) <= 0:
+    if min(weights.values(), default=0) < 0 or sum(weights.values()) <= 0:
         raise ConfigError(
-            f"mixture: weights are {dict(mixture.weights)}; none may be negative, and one positive"
+            f"mixture: weights are {dict(weights)}; none may be negative, and one positive"
         )
-    choices = {"split": _Split, "fonts": _Fonts, "alphabet": _Alphabet, "layout": _Layout}
-    for name, kind in choices.items():
-        if getattr(mixture, name) not in get_args(kind):
-            raise ConfigError(
-                f"mixture: {name} is {getattr(mixture, name)!r}; choose {', '.join(get_args(kind))}"
-            )
-    least = {"text_length": 1, "font_size": 8, "padding": 0, "num_shapes": 1} | {
-        "canvas": 56,
-        "clip_canvas": 56,
-    }
-    for name, limit in least.items():
-        low, high = getattr(mixture, name)
-        if not limit <= low <= high:
-            raise ConfigError(
-                f"mixture: {name} is ({low}, {high}); must rise and start at {limit} or more"
-            )
+
+
+def _require(mixture: Mixture, name: str, holds: bool, remedy: str | tuple[str, ...]) -> None:
+    if not holds:
+        say = remedy if isinstance(remedy, str) else f"choose {', '.join(remedy)}"
+        raise ConfigError(f"mixture: {name} is {getattr(mixture, name)!r}; {say}")

@@ -341,7 +341,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Name the color in the {0} picture.",
         "Which colour has the {0} picture's shape?",
         "In the {0} picture, what color is the shape?",
-        "What is the color of the {0} shape?",
+        "Say the color of the {0} picture's shape.",
         "What is the colour of the shape in the {0} picture?",
     ),
     "shape_of_one": (
@@ -570,7 +570,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "What does it say?",
         "Where is the red circle?",
         "Read the text.",
-        "Which way does it move?",
+        "In what direction is it moving?",
     ),
 }
 

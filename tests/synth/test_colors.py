@@ -1,0 +1,68 @@
+"""Colours: eight spans that never meet, and grounds that hide none."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from random import Random
+
+import numpy as np
+import pytest
+
+from qwen2vl.synth.colors import (
+    COLORS,
+    colors_on,
+    contrast,
+    is_light,
+    sample_color,
+    sample_ground,
+    sample_text_colors,
+)
+
+
+def test_spans_never_meet() -> None:
+    steps = np.linspace(0, 1, 21)[:, None]
+    spans = {
+        name: np.array(a) + steps * (np.array(b) - np.array(a)) for name, (a, b) in COLORS.items()
+    }
+    for one, two in combinations(COLORS, 2):
+        distances = [np.linalg.norm(p - q) for p, q in product(spans[one], spans[two])]
+        assert min(distances) > 50, (one, two)
+
+
+@pytest.mark.parametrize("name", sorted(COLORS))
+def test_shades_lie_on_their_span(name: str) -> None:
+    low, high = np.minimum(*COLORS[name]), np.maximum(*COLORS[name])
+    for seed in range(50):
+        shade = np.array(sample_color(Random(seed), name))
+        assert (low <= shade).all()
+        assert (shade <= high).all()
+
+
+def test_every_color_on_a_ground_stands_out() -> None:
+    rng = Random(2)
+    for _ in range(400):
+        ground = sample_ground(rng)
+        names = colors_on(ground)
+        assert len(names) == 7
+        assert ("white" in names) != is_light(ground)
+        for name in names:
+            shade = sample_color(rng, name)
+            assert np.abs(np.subtract(shade, ground)).max() > 70, (name, ground)
+
+
+def test_grounds_are_valid_and_of_both_kinds() -> None:
+    grounds = [sample_ground(Random(i)) for i in range(400)]
+    assert all(0 <= v <= 255 for ground in grounds for v in ground)
+    assert 180 < sum(is_light(ground) for ground in grounds) < 300
+
+
+def test_contrast_is_the_known_ratio() -> None:
+    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    assert contrast((9, 9, 9), (9, 9, 9)) == 1
+    assert contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.1)
+
+
+def test_text_colors_are_varied_and_readable() -> None:
+    pairs = [sample_text_colors(Random(i)) for i in range(300)]
+    assert min(contrast(*pair) for pair in pairs) >= 3.5
+    assert len(set(pairs)) > 250

@@ -1,0 +1,65 @@
+"""People ask in many ways, and a quarter of the ways is never trained."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qwen2vl.synth import Mixture, sample
+from qwen2vl.synth.wordings import WORDINGS, wordings_of
+from tests.fonts import needs_training_fonts
+
+MAIN = "read name_shape describe color color_of_kind count_all count_some position larger exists "
+MAIN += "find name_box same_shape same_color same_text which_has_more direction appeared_first "
+MAIN += "moved_first repeat reverse spell character_at who_are_you what_can_you_do"
+
+
+def _shape_of(text: str) -> str:
+    return re.sub(r"\{\d\}", "{}", text)
+
+
+@pytest.mark.parametrize("task", MAIN.split())
+def test_main_tasks_are_asked_in_twelve_ways(task: str) -> None:
+    assert len(WORDINGS[task]) >= 12
+
+
+@pytest.mark.parametrize("task", sorted(WORDINGS))
+def test_a_quarter_is_held_out(task: str) -> None:
+    train, held_out = wordings_of(task, "train"), wordings_of(task, "held_out")
+    assert len(held_out) * 3 <= len(train) <= len(held_out) * 3 + 3
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(wordings_of(task, "all"))
+    assert len(set(WORDINGS[task])) == len(WORDINGS[task])
+
+
+def test_no_wording_is_held_out_of_one_task_and_trained_in_another() -> None:
+    train = {_shape_of(w) for task in WORDINGS for w in wordings_of(task, "train")}
+    held_out = {_shape_of(w) for task in WORDINGS for w in wordings_of(task, "held_out")}
+    assert not train & held_out
+
+
+def _pattern(task: str, split: str) -> re.Pattern[str]:
+    name = {"count_kind": "count_some", "count_color": "count_some"}.get(task, task)
+    wordings = wordings_of(name, split)
+    return re.compile("|".join(re.sub(r"\\{\d\\}", ".+", re.escape(w)) for w in wordings))
+
+
+@needs_training_fonts
+@pytest.mark.parametrize(("split", "other"), [("train", "held_out"), ("held_out", "train")])
+def test_each_split_asks_in_its_own_wordings(split: str, other: str) -> None:
+    mixture = Mixture(split=split, questions=3, fonts="mono2")  # type: ignore[arg-type]
+    for index in range(1200):
+        for question in sample(0, index, mixture).questions:
+            text = re.sub(r"\ban (?=orange)", "a ", question.text)
+            assert _pattern(question.task, split).fullmatch(text), text
+            if question.task != "repeat":  # "Copy {0}" matches "Copy the text {0}"
+                assert not _pattern(question.task, other).fullmatch(text), text
+
+
+@needs_training_fonts
+def test_article_fits_the_word() -> None:
+    mixture = Mixture(weights={"shapes": 1.0, "two_pictures": 1.0}, questions=4, fonts="mono2")
+    asked = [q.text for i in range(1500) for q in sample(0, i, mixture).questions]
+    assert any(" an orange " in text for text in asked)
+    assert not any(re.search(r"\b(a orange|an [^o])", text) for text in asked)
