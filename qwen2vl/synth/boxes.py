@@ -11,7 +11,7 @@ from __future__ import annotations
 from random import Random
 
 from qwen2vl.grounding import Box
-from qwen2vl.synth.shapes import phrases, sample_scene
+from qwen2vl.synth.scenes import phrases, sample_scene
 from qwen2vl.synth.spec import Draft, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import ask
 

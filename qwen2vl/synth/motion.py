@@ -12,7 +12,7 @@ from random import Random
 
 from qwen2vl.synth.colors import colors_on, sample_color, sample_ground
 from qwen2vl.synth.draw import KINDS
-from qwen2vl.synth.shapes import MIN_SIDE
+from qwen2vl.synth.scenes import MIN_SIDE
 from qwen2vl.synth.spec import RGB, Box, Draft, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import ask
 

@@ -13,7 +13,7 @@ from random import Random
 
 from qwen2vl.synth.colors import colors_on, sample_color
 from qwen2vl.synth.draw import KINDS
-from qwen2vl.synth.shapes import sample_scene
+from qwen2vl.synth.scenes import sample_scene
 from qwen2vl.synth.spec import Draft, Line, Mixture, Question, Scene, Shape
 from qwen2vl.synth.strings import DIGITS, LETTERS
 from qwen2vl.synth.text import sample_font, sample_text, write_line

@@ -2,7 +2,7 @@
 
 A curriculum starts in cells (one character in each 28 x 28 pixels, which is one vision token) and
 ends with free proportional text in any colours. The canvas follows from the ink and the padding,
-so nothing is ever cut off. It must not know other families. Next room: shapes.py.
+so nothing is ever cut off. It must not know other families. Next room: scenes.py.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from qwen2vl.eval.mini import PARTS, Verdict, build, judge, select, specs_of
 from qwen2vl.eval.task import Ask, Messages, Results, run_task
 from qwen2vl.synth import render
 from qwen2vl.synth.fonts import JUDGE_FAMILIES
-from qwen2vl.synth.shapes import overlap
+from qwen2vl.synth.scenes import overlap
 from qwen2vl.synth.spec import Line, Scene
 from qwen2vl.synth.strings import ALPHABETS
 from qwen2vl.synth.wordings import WORDINGS, wordings_of
