@@ -66,6 +66,8 @@ class Mixture:
     font_size: tuple[int, int] = (12, 40)  # pixels per em
     padding: tuple[int, int] = (1, 12)  # pixels around the ink of a line
     max_width: int = 448  # of a line's canvas; a smaller size is taken, then letters are dropped
+    large_share: float = 0.0  # lines one to three times as large as font_size and max_width allow
+    sparse_share: float = 0.0  # lines somewhere on a canvas of 1:2 to 20:1, mostly empty
     plain_share: float = 0.3  # black on white; the rest has coloured ink, grounds and texture
     # shapes, grounding, two_pictures
     num_shapes: tuple[int, int] = (1, 5)
@@ -265,7 +267,7 @@ _LEAST_OF_RANGE = {
     "clip_canvas": 56,
 }
 _LEAST = {"questions": 1, "max_width": 28}
-_SHARES = ("random_share", "plain_share", "textured_share")
+_SHARES = ("random_share", "large_share", "sparse_share", "plain_share", "textured_share")
 _CHOICES = {"split": _Split, "fonts": _Fonts, "alphabet": _Alphabet, "layout": _Layout}
 
 

@@ -7,6 +7,8 @@ so nothing is ever cut off. It must not know other families. Next room: scenes.p
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from random import Random
 
 from qwen2vl.synth.colors import sample_text_colors
@@ -19,6 +21,7 @@ from qwen2vl.synth.wordings import ask
 __all__ = ["sample", "sample_font", "sample_text", "write_line"]
 
 _CELL = 28  # pixels a side of one vision token: patch 14, merge 2
+_SPARSE_PIXELS = 160_000  # most pixels of a canvas that is grown: 204 vision tokens
 _CELL_SIZES = (20, 24)  # pixels per em; the narrow range tells "o" from "O"
 
 
@@ -57,19 +60,22 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
     if mixture.layout == "cells":
         return _write_cells(rng, text, font, ink, ground, texture)
     low, high = mixture.font_size
+    widest = mixture.max_width
+    if mixture.large_share and rng.random() < mixture.large_share:
+        low, high, widest = high, 3 * high, 3 * widest
     size = _sample_size(rng, low, high)
     tracking = rng.choice((0, 0, 0, 1, 2)) if size >= 16 else 0
     pads = [rng.randint(*mixture.padding) for _ in range(4)]
     while True:
         left, top, right, bottom = ink_extent(text, font, size, cell=0, tracking=tracking)
         width = pads[0] + right - left + pads[2]
-        if width <= mixture.max_width or len(text) == 1:
+        if width <= widest or len(text) == 1:
             break
         if size > low:
-            size = max(low, min(size - 1, size * mixture.max_width // width))
+            size = max(low, min(size - 1, size * widest // width))
         else:
             text = text[: len(text) - 1].rstrip(" ")
-    return Line(
+    line = Line(
         text=text,
         font=font,
         size=size,
@@ -81,6 +87,23 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
         ground=ground,
         tracking=tracking,
         texture=texture,
+    )
+    if mixture.sparse_share and rng.random() < mixture.sparse_share:
+        return _on_empty_ground(rng, line)
+    return line
+
+
+def _on_empty_ground(rng: Random, line: Line) -> Line:
+    """Grow the canvas to another aspect ratio and put the line anywhere on it."""
+    aspect = math.exp(rng.uniform(math.log(1 / 2), math.log(20)))
+    width = max(line.width, min(round(line.height * aspect), _SPARSE_PIXELS // line.height))
+    height = max(line.height, min(round(line.width / aspect), _SPARSE_PIXELS // line.width))
+    return replace(
+        line,
+        width=width,
+        height=height,
+        x=line.x + rng.randint(0, width - line.width),
+        y=line.y + rng.randint(0, height - line.height),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qwen2vl.synth import Mixture, render, sample
 from qwen2vl.synth.colors import contrast
+from qwen2vl.synth.draw import ink_extent
 from qwen2vl.synth.fonts import files_of, stems_look_alike
 from qwen2vl.synth.spec import Line, Spec
 from qwen2vl.synth.strings import DIGITS, LETTERS, MARKS
@@ -134,3 +135,22 @@ def test_random_share_is_kept() -> None:
     lines = [line for _, line in _lines(400, random_share=0.5, text_length=(10, 16))]
     words = sum(any(w in line.text.lower() for w in ("the", "e ", "ar", "ea")) for line in lines)
     assert 60 < words < 260
+
+
+def test_large_and_sparse_lines_are_larger_and_emptier_and_uncut() -> None:
+    plain = Mixture(weights={"text": 1.0}, padding=(2, 2))
+    wide = Mixture(weights={"text": 1.0}, padding=(2, 2), large_share=1.0, sparse_share=1.0)
+    aspects = []
+    for index in range(100):
+        (line,) = sample(1, index, wide).pictures
+        assert isinstance(line, Line)
+        assert plain.font_size[1] <= line.size <= 3 * plain.font_size[1]
+        left, top, right, bottom = ink_extent(
+            line.text, line.font, line.size, cell=0, tracking=line.tracking
+        )
+        assert line.x + left >= 2
+        assert line.y + top >= 2
+        assert line.x + right <= line.width - 2
+        assert line.y + bottom <= line.height - 2
+        aspects.append(line.width / line.height)
+    assert min(aspects) < 1 < 10 < max(aspects)
