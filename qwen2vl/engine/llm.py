@@ -74,7 +74,8 @@ class LLM:
             video_preset=video_preset,
             limits=limits,
         )
-        self._take(network, processor, read_generation_defaults(folder), max_model_len)
+        self._take(network, processor, read_generation_defaults(folder))
+        self.max_model_len = max_model_len or self.max_model_len  # `load` has checked it
 
     @classmethod
     def of(
@@ -83,30 +84,17 @@ class LLM:
         processor: Processor,
         *,
         generation: GenerationDefaults | None = None,
-        max_model_len: int | None = None,
     ) -> LLM:
-        """Answer with a model that is already in memory, as training does between its steps."""
+        """Answer with a model that is already in memory, up to the whole of its context."""
         llm = cls.__new__(cls)
-        llm._take(model, processor, generation or GenerationDefaults(), max_model_len)
+        llm._take(model, processor, generation or GenerationDefaults())
         return llm
 
-    def _take(
-        self,
-        model: Qwen2VL,
-        processor: Processor,
-        generation: GenerationDefaults,
-        max_model_len: int | None,
-    ) -> None:
-        longest = model.config.text.max_position_embeddings
-        if max_model_len is not None and not 2 <= max_model_len <= longest:
-            raise InputError(
-                f"max_model_len: got {max_model_len}, must be from 2 to {longest}, the context of "
-                "this model (max_position_embeddings)"
-            )
+    def _take(self, model: Qwen2VL, processor: Processor, generation: GenerationDefaults) -> None:
         self.model = model
         self.processor = processor
         self.generation = generation
-        self.max_model_len = max_model_len or longest
+        self.max_model_len = model.config.text.max_position_embeddings
         ends = generation.eos_token_ids or ()
         self._end_ids = frozenset((model.config.eos_token_id, *ends))
 
