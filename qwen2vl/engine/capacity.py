@@ -83,15 +83,16 @@ def fitting_max_pixels(prompt: ModelInput, config: Qwen2VLConfig, room: int) -> 
 def _remedy(prompt: ModelInput, config: Qwen2VLConfig, max_model_len: int, max_tokens: int) -> str:
     longest = config.text.max_position_embeddings
     others = len(prompt.input_ids) - prompt.image_tokens
+    is_text_alone_too_long = others - prompt.video_tokens >= max_model_len
     answer = min(max_tokens, max_model_len // 4)
     ways: list[str] = []
-    if prompt.image_tokens:
+    if prompt.image_tokens and not is_text_alone_too_long:
         pixels = fitting_max_pixels(prompt, config, max_model_len - others - answer)
         if pixels is not None:
             ways.append(f"lower max_pixels to {pixels:,}, which leaves {answer:,} for the answer")
         else:
             ways.append("give fewer pictures")
-    if prompt.video_tokens:
+    if prompt.video_tokens and not is_text_alone_too_long:
         ways.append("give a shorter clip, or lower its fps or max_pixels")
     if len(prompt.input_ids) < longest and max_model_len < longest:
         ways.append(f"raise max_model_len (this model: up to {longest:,})")

@@ -96,8 +96,8 @@ class Seconds:
 
     process: float = 0.0  # files and words -> ModelInput
     vision: float = 0.0  # patches -> vision tokens
-    prefill: float = 0.0  # prompt -> first token
-    decode: float = 0.0  # the tokens after it
+    prefill: float = 0.0  # prompt -> its last hidden state, from which the first token comes
+    decode: float = 0.0  # choosing every token, and running all but the last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,11 @@ def test_too_many_pictures_cannot_be_helped_by_shrinking() -> None:
     assert "max_pixels to" not in text
 
 
+def test_no_picture_is_blamed_for_text_that_is_too_long_alone() -> None:
+    text = refusal(prompt("x" * 40_000, (56, 56), clip=(56, 56)), 32_768)
+    assert text.endswith("; shorten the text")
+
+
 def test_clips_are_named_with_their_own_ways_out() -> None:
     made = prompt("What?", clip=(448, 448))
     text = refusal(made, 100)
