@@ -195,5 +195,5 @@ def _in_pairs(numbers: Sequence[T]) -> Iterator[tuple[T, T]]:
 
 
 def _clamp(value: float) -> int:
-    """Round half up (Python's round() goes to even) into [0, 999]."""
-    return max(0, min(SCALE - 1, math.floor(value + 0.5)))
+    """Round half up (Python's round() goes to even) into [0, 999]; infinities have a place, too."""
+    return math.floor(max(0.0, min(SCALE - 1.0, value)) + 0.5)

@@ -111,6 +111,7 @@ def test_a_phrase_holds_until_the_next() -> None:
         ("<|box_start|>( 1 ,2 ) (3.4,4.5)<|box_end|>", [Box(1, 2, 3, 5)]),
         ("<|box_start|>(3,4),(1,2)<|box_end|>", [Box(1, 2, 3, 4)]),
         ("<|box_start|>(-3,4),(1000,20000)<|box_end|>", [Box(0, 4, 999, 999)]),
+        (f"<|box_start|>(-{'7' * 400},4),(5,{'7' * 400}", [Box(0, 4, 5, 999)]),  # a loop of digits
         ("<|box_start|>(1,2)<|box_end|>", [Point(1, 2)]),
         ("<|box_start|>(1,2),(3,4),(5,6),(7,8)<|box_end|>", [Box(1, 2, 3, 4), Box(5, 6, 7, 8)]),
         ("<|box_start|>(1,2),(3<|box_end|>", []),
