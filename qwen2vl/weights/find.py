@@ -38,7 +38,7 @@ def find(model: str | Path, *, tqdm_class: type | None = None) -> Path:
     """
     if model == "nano":
         return _packaged_nano()
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # not Path's own, which fails where nobody is ~name
     if _is_folder(path):
         return path
     if path.is_file():

@@ -72,6 +72,9 @@ def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     assert find("~/model") == tmp_path / "model"
+    (tmp_path / "~odd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find("./~odd") == Path("~odd")
 
 
 def test_nano_is_the_packaged_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +87,9 @@ def test_nano_is_the_packaged_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find("./nano") == Path("nano")
 
 
-@pytest.mark.parametrize("model", ["photo", "./no/such", "/no/such/folder", "a b/c", "x" * 5000])
+@pytest.mark.parametrize(
+    "model", ["photo", "./no/such", "/no/such/folder", "~no-such-person/model", "a b/c", "x" * 5000]
+)
 def test_what_is_nothing(model: str, hub: SimpleNamespace) -> None:
     refuse(model, r"(no such folder|File name too long); give a folder, a repo id such as Qwen/Q")
     assert not hub.calls
