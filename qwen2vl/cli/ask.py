@@ -64,7 +64,7 @@ def ask(
         terminal.say(line.text)
     if output:
         boxes.draw(images[0], found, output)
-    options.say_if_cut(completion)
+    options.say_if_cut(opened.llm, params, completion)
     opened.say_what_it_can()
 
 

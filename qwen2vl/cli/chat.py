@@ -110,7 +110,7 @@ class Chat:
             (completion,) = self.llm.generate(prompt, self.params, on_delta=writer)
             for found in boxes.find(completion.text, completion.items):
                 terminal.say(found.text)
-            options.say_if_cut(completion)
+            options.say_if_cut(self.llm, self.params, completion)
         finally:
             if writer.text:
                 self.messages = [*messages, {"role": "assistant", "content": writer.text}]

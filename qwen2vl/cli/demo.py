@@ -1,39 +1,36 @@
 """`qwen2vl demo`: draw a few pictures and a clip, ask about them, show answers beside the truth.
 
 The pictures come from the procedural world (synth/), whose truth is known; their wordings are
-those that training never saw. Boxes are drawn on a copy. Where no nano is installed a model of
-its shape with fresh weights answers, so that the path is shown, and it is said to mean nothing.
-Next room: main.py, to see where commands are listed.
+those that training never saw. Boxes are drawn on a copy; answers are judged as `eval` does. Where
+no nano is installed a model of its shape with fresh weights answers, so that the path is shown,
+and it is said to mean nothing. Next room: main.py, to see where commands are listed.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2vl import grounding
 from qwen2vl.cli import boxes, options, terminal
 from qwen2vl.cli.options import Opened
 from qwen2vl.errors import CheckpointError, ConfigError
-from qwen2vl.eval.metrics import iou, normalise
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from qwen2vl.synth import Example
 
-__all__ = ["demo", "is_right"]
+__all__ = ["demo"]
 
 # How many of each family; what the installed world lacks is left out.
 SHOWN = {"text": 3, "shapes": 3, "grounding": 2, "two_pictures": 1, "motion": 2}
 SEED = 20240918
 FRAME_MILLISECONDS = 400
-MIN_IOU = 0.5
 
 
 @click.command()
@@ -45,15 +42,16 @@ MIN_IOU = 0.5
 def demo(output: str, **given: Any) -> None:
     """Draw pictures, ask about them, show answers beside the truth."""
     folder = _make_folder(output)
-    opened, means_nothing = _open(given)
+    is_trained = given["model"] != "nano" or _has_nano()
+    opened = options.open_model(given) if is_trained else _untrained()
     shown = [_ask(opened, name, example, folder) for name, example in _examples()]
     _say_table(shown)
     terminal.say(f"The pictures are in {folder}.")
-    if means_nothing:
-        terminal.say("These answers mean nothing: this installation holds no trained nano.")
-    else:
+    if is_trained:
         right = sum(row.is_right for row in shown)
         terminal.say(f"{right} of {len(shown)} answers are right.")
+    else:
+        terminal.say("These answers mean nothing: the model that gave them was never trained.")
     terminal.say('Try your own: qwen2vl ask --image photo.png "What does it say?"')
     opened.say_what_it_can()
 
@@ -78,17 +76,15 @@ def _make_folder(output: str) -> Path:
     return folder
 
 
-def _open(given: dict[str, Any]) -> tuple[Opened, bool]:
-    """Open the model asked for, or an untrained one where the package holds no nano."""
-    given = {**given, "min_pixels": None, "max_pixels": None, "preset": "paper"}
+def _has_nano() -> bool:
+    """Tell whether the package holds trained weights; damaged ones are there, and an error."""
+    from qwen2vl.weights import find
+
     try:
-        return options.open_model(given), False
-    except CheckpointError as error:
-        if given["model"] != "nano":
-            raise
-        terminal.note(str(error))
-    with tempfile.TemporaryDirectory() as folder:
-        return _untrained(Path(folder)), True
+        find("nano")
+    except CheckpointError:
+        return False
+    return True
 
 
 def _examples() -> Iterator[tuple[str, Example]]:
@@ -106,6 +102,7 @@ def _examples() -> Iterator[tuple[str, Example]]:
 
 def _ask(opened: Opened, name: str, example: Example, folder: Path) -> Row:
     import qwen2vl
+    from qwen2vl.eval.drawn import is_right
 
     question = example.truth[0]
     file = _save(example, folder / name)
@@ -121,24 +118,8 @@ def _ask(opened: Opened, name: str, example: Example, folder: Path) -> Row:
         question=boxes.without_marks(question.text),
         answer=_readable(completion.text, completion.items),
         truth=_readable(question.answer, completion.items),
-        is_right=is_right(completion.text, example),
+        is_right=is_right(example.spec, completion.text),
     )
-
-
-def is_right(answer: str, example: Example) -> bool:
-    """Lines must be exact; boxes must overlap by half; of words, case and articles are free."""
-    truth = example.truth[0].answer
-    (wanted, *_), (found, *_) = _boxes(truth) or [None], _boxes(answer) or [None]
-    if wanted is not None:
-        return found is not None and iou(wanted, found) >= MIN_IOU
-    if example.spec.family == "text":
-        return answer.strip() == truth
-    return normalise(answer) == normalise(truth)
-
-
-def _boxes(text: str) -> list[tuple[int, ...]]:
-    shapes = [entry.shape for entry in grounding.parse(text)]
-    return [astuple(shape) for shape in shapes if isinstance(shape, grounding.Box)]
 
 
 def _readable(text: str, items: Any) -> str:
@@ -173,20 +154,16 @@ def _save(example: Example, stem: Path) -> str:
 
 
 def _say_table(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for name in ("picture", "question", "answer", "truth", "right"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        right = "yes" if row.is_right else "no"
-        table.add_row(row.file, row.question, terminal.plain(row.answer), row.truth, right)
-    Console(markup=False, highlight=False).print(table)
+    titles = ("picture", "question", "answer", "truth", "right")
+    lines = [
+        (r.file, r.question, terminal.plain(r.answer), r.truth, "yes" if r.is_right else "no")
+        for r in rows
+    ]
+    terminal.say_table(titles, lines, words=titles)
 
 
-def _untrained(folder: Path) -> Opened:
-    """Build a model of nano's shape with fresh weights; its tokenizer is written to `folder`."""
+def _untrained() -> Opened:
+    """Build a model of nano's shape with fresh weights, and say so."""
     from qwen2vl.engine import LLM
     from qwen2vl.model import Qwen2VL
     from qwen2vl.processor.image import PixelLimits
@@ -196,8 +173,13 @@ def _untrained(folder: Path) -> Opened:
     from qwen2vl.recipes.nano import MODEL
     from qwen2vl.train.begin import initialise, with_ids_of
 
-    write_byte_tokenizer(folder, characters="")
-    tokenizer = Tokenizer.from_folder(folder)
+    terminal.note(
+        "no trained nano is installed: random weights answer, to show the way; --model DIR_OR_REPO "
+        "asks another model"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_byte_tokenizer(Path(folder), characters="")
+        tokenizer = Tokenizer.from_folder(Path(folder))
     config = with_ids_of(MODEL, tokenizer)
     model = Qwen2VL(config).eval()
     initialise(model, SEED)

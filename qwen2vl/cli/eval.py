@@ -7,7 +7,6 @@ not installed are left out, and it is said. Next room: eval/mini.py, what is ask
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from qwen2vl.cli import options, terminal
 from qwen2vl.errors import ConfigError, InputError
@@ -61,9 +58,7 @@ def eval(
 
     _check_output(output)
     tasks = _tasks(patterns)
-    opened = options.open_model(
-        {**given, "min_pixels": None, "max_pixels": None, "preset": "paper"}
-    )
+    opened = options.open_model(given)
     start = time.perf_counter()
     runs = _run(tasks, _greedy(opened), limit)
     seconds = time.perf_counter() - start
@@ -72,7 +67,7 @@ def eval(
     verdicts = judge(runs)
     if as_json:
         about = {"suite": suite, "model": opened.name, "limit": limit, "seconds": seconds}
-        terminal.say(json.dumps({**about, "parts": _as_list(runs, verdicts)}))
+        terminal.say_json({**about, "parts": _as_list(runs, verdicts)})
     else:
         _show(runs, verdicts)
         count = sum(results.count for results in runs.values())
@@ -144,29 +139,30 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 def _show(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> None:
-    table = Table(box=box.ASCII)
-    for title in ("part", "measure", "score", "95 %", "bar", "goal", "met", "questions"):
-        table.add_column(title, justify="left" if title in ("part", "measure") else "right")
-    for name, verdict in verdicts.items():
-        sign = "<=" if verdict.at_most else ">="
-        low, high = verdict.interval
-        table.add_row(
-            name,
-            verdict.measure,
-            _percent(verdict.score),
-            f"{100 * low:.1f} - {100 * high:.1f}",
-            _percent(verdict.floor, sign),
-            _percent(verdict.goal, sign),
-            {None: "", True: "yes", False: "NO"}[verdict.met],
-            str(runs[name].count),
-        )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    titles = ("part", "measure", "score", "95 %", "bar", "goal", "met", "questions")
+    rows = [_row(name, verdict, runs[name].count) for name, verdict in verdicts.items()]
+    terminal.say_table(titles, rows, words=("part", "measure"))
     exact = [f"{name} {_percent(r.mean)}" for name, r in runs.items() if r.error_rate is not None]
     if exact:
         terminal.say(f"lines read without any error: {', '.join(exact)}")
     for note in dict.fromkeys(results.note for results in runs.values()):
         names = ", ".join(name for name, results in runs.items() if results.note == note)
         terminal.say(f"{names}: {note}")
+
+
+def _row(name: str, verdict: Verdict, count: int) -> tuple[str, ...]:
+    sign = "<=" if verdict.at_most else ">="
+    low, high = verdict.interval
+    return (
+        name,
+        verdict.measure,
+        _percent(verdict.score),
+        f"{100 * low:.1f} - {100 * high:.1f}",
+        _percent(verdict.floor, sign),
+        _percent(verdict.goal, sign),
+        {None: "", True: "yes", False: "NO"}[verdict.met],
+        str(count),
+    )
 
 
 def _percent(share: float | None, sign: str = "") -> str:

@@ -126,17 +126,16 @@ class Opened:
 
 def open_model(given: dict[str, Any]) -> Opened:
     """Load the model that the options name, showing progress where a person is watching."""
-    start = time.perf_counter()
-    names = ("device", "dtype", "min_pixels", "max_pixels")
     from qwen2vl.weights import find
 
+    start = time.perf_counter()
+    names = {name: name for name in ("device", "dtype", "min_pixels", "max_pixels")}
+    names["preset"] = "video_preset"
+    # A command without --max-pixels, say, leaves that to the model.
+    wishes = {argument: given[name] for name, argument in names.items() if name in given}
     folder = find(given["model"])  # shows its own progress where it must fetch
     with terminal.waiting(f"loading {given['model']}"):
-        llm = qwen2vl.LLM(
-            folder,
-            video_preset=given["preset"],
-            **{name: given[name] for name in names},
-        )
+        llm = qwen2vl.LLM(folder, **wishes)
     return Opened(llm=llm, name=given["model"], load_seconds=time.perf_counter() - start)
 
 
@@ -162,11 +161,17 @@ def say_if_greedy(llm: LLM, params: SamplingParams) -> None:
         )
 
 
-def say_if_cut(completion: Completion) -> None:
-    """Tell that an answer is not whole."""
-    if completion.finish_reason == "length":
-        count = len(completion.token_ids)
-        terminal.note(f"the answer was cut after {count:,} tokens; --max-tokens allows more")
+def say_if_cut(llm: LLM, params: SamplingParams, completion: Completion) -> None:
+    """Tell that an answer is not whole, and which of the two limits it reached."""
+    if completion.finish_reason != "length":
+        return
+    count = len(completion.token_ids)
+    why = (
+        "; --max-tokens allows more"
+        if count == params.max_tokens
+        else f", where the context of {llm.max_model_len:,} is full; show or ask less at once"
+    )
+    terminal.note(f"the answer was cut after {count:,} tokens{why}")
 
 
 def media_part(kind: Literal["image", "video"], path: str, fps: float | None) -> dict[str, Any]:

@@ -7,15 +7,11 @@ differs. Ends with 0 where all agree, else with 1. Next room: eval/parity.py.
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from qwen2vl.cli import options, terminal
 from qwen2vl.errors import InputError
@@ -66,7 +62,7 @@ def parity(
         their_trace = theirs(asked)
     report = compare(our_trace, their_trace, tolerance)
     if as_json:
-        terminal.say(json.dumps(_as_dict(report, tolerance)))
+        terminal.say_json(_as_dict(report, tolerance))
     else:
         _show(report)
     ctx.exit(0 if report.first_divergence is None else 1)
@@ -102,14 +98,13 @@ def _sides(name: str) -> tuple[Side, Side]:
 
 
 def _show(report: Report) -> None:
-    table = Table(box=box.ASCII)
-    for title in ("step", "max error", "relative", "limit", ""):
-        table.add_column(title, justify="left" if title in ("step", "") else "right")
+    rows: list[tuple[str, ...]] = []
     for step in report.steps:
         verdict = "equal" if step.agrees else f"DIFFERS {step.note}".rstrip()
         numbers = (step.max_abs, step.relative, step.limit)
-        table.add_row(step.name, *(f"{number:.1e}" for number in numbers), verdict)
-    Console().print(table)
+        rows.append((step.name, *(f"{number:.1e}" for number in numbers), verdict))
+    titles = ("step", "max error", "relative", "limit", "")
+    terminal.say_table(titles, rows, words=("step", ""))
     first, worst = report.first_divergence, report.worst
     if first is None:
         terminal.say(f"equal in {len(report.steps)} steps; largest relative error {_at(worst)}")

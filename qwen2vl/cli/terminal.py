@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,10 +41,13 @@ __all__ = [
     "save_picture",
     "say",
     "say_json",
+    "say_table",
     "waiting",
 ]
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
+
+PIPE_WIDTH = 120  # characters of a table where no terminal says how wide it is
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,6 +93,22 @@ def say_json(value: object) -> None:
     """Write one JSON value; escapes of our own would not be JSON, so its own are used."""
     is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     say(json.dumps(value, ensure_ascii=not is_utf8))
+
+
+def say_table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], *, words: Collection[str]
+) -> None:
+    """Write a table to stdout; columns whose titles are in `words` stand left, numbers right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.ASCII)
+    for title in titles:
+        table.add_column(title, justify="left" if title in words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(width=width, markup=False, highlight=False).print(table)
 
 
 def note(text: str) -> None:

@@ -33,9 +33,9 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
 
     config = override(recipes.build(recipe), overrides)
     began = time.monotonic()
-    folder = run(config, report=lambda line: click.echo(_line(line, time.monotonic() - began)))
-    click.echo(f"model: {folder}")
-    click.echo(f"try:   qwen2vl ask --model {folder} --image PICTURE QUESTION")
+    folder = run(config, report=lambda line: terminal.say(_line(line, time.monotonic() - began)))
+    terminal.say(f"model: {folder}")
+    terminal.say(f"try:   qwen2vl ask --model {folder} --image PICTURE QUESTION")
 
 
 def _line(line: dict[str, Any], seconds: float) -> str:

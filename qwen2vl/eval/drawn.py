@@ -28,6 +28,7 @@ __all__ = [
     "DrawnTask",
     "cases_of",
     "chances_of",
+    "is_right",
     "on_canvas",
     "out_of_order",
     "with_wrong_pictures",
@@ -122,6 +123,11 @@ def chances_of(specs: Sequence[Spec]) -> list[float]:
     best = {kind: _best_single_answer(group) for kind, group in by_kind.items()}
     questions = [spec.questions[0] for spec in specs]
     return [max(best[q.task], 1 / q.choices if q.choices else 0.0) for q in questions]
+
+
+def is_right(spec: Spec, answer: str) -> bool:
+    """Judge an answer to the one question of a spec as a suite would."""
+    return _judge(spec.questions[0], _corners(spec), answer).right
 
 
 def on_canvas(spec: Spec, aspect: float) -> Spec:

@@ -280,6 +280,18 @@ def test_a_short_wait_is_not_worth_a_word(
     assert run("ask", "--image", picture, "Hi").stderr == ""
 
 
+def test_an_answer_that_filled_the_context_is_not_helped_by_more_tokens(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = qwen2vl.LLM(tiny_folder)
+    llm.max_model_len = len(llm.processor([{"role": "user", "content": "Hi"}]).input_ids) + 3
+    opened = Opened(llm=llm, name="x", load_seconds=0.1)
+    monkeypatch.setattr(options, "open_model", lambda given: opened)
+    (line,) = run("ask", "Hi").stderr.splitlines()
+    assert f"cut after 3 tokens, where the context of {llm.max_model_len} is full" in line
+    assert "--max-tokens" not in line
+
+
 def test_what_was_adjusted_is_said(
     run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

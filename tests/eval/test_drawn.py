@@ -12,6 +12,7 @@ from qwen2vl.eval.drawn import (
     DrawnTask,
     cases_of,
     chances_of,
+    is_right,
     on_canvas,
     out_of_order,
     with_wrong_pictures,
@@ -63,7 +64,9 @@ def task_of(*specs: Spec) -> DrawnTask:
 
 def score(question: Question, answer: str, *pictures: Scene | Line) -> float:
     task = task_of(spec(question, *pictures))
-    return task.score(task.cases[0], answer).score
+    result = task.score(task.cases[0], answer)
+    assert is_right(task.cases[0].spec, answer) == bool(result.score)
+    return result.score
 
 
 @pytest.mark.parametrize(
