@@ -33,9 +33,11 @@ class Found:
 
     @property
     def text(self) -> str:
-        """Write it as a line: `the cat: (176, 106) to (232, 160)`."""
+        """Write it as a line: `the cat: (176, 106) to (232, 160)`, safe for any terminal."""
         places = [f"({x:.0f}, {y:.0f})" for x, y in self.corners]
-        return f"{self.phrase}: {(' to ' if len(places) == 2 else ' ').join(places)}"
+        return (
+            f"{terminal.plain(self.phrase)}: {(' to ' if len(places) == 2 else ' ').join(places)}"
+        )
 
 
 def find(text: str, items: Sequence[ItemReport]) -> list[Found]:

@@ -1,6 +1,6 @@
 """What a prompt will cost, said before it is paid: sizes, tokens, notes, and a long wait.
 
-Limits never change silently: whatever was resized, sampled or adjusted has its line on stderr,
+Nothing is adjusted silently: frames left out, damage and conversions have their lines on stderr,
 and where the first word is more than ten seconds away so has the way to be faster. It must not
 change the prompt. Next room: ask.py.
 """

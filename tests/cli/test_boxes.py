@@ -25,6 +25,12 @@ def test_every_kind_of_shape_is_read() -> None:
     ]
 
 
+def test_a_phrase_cannot_steer_the_terminal() -> None:
+    text = "<|object_ref_start|>\x1b[2Jcat<|object_ref_end|><|box_start|>(1,1)<|box_end|>"
+    (found,) = find(text, [ITEM])
+    assert found.text == "\\x1b[2Jcat: (0, 0)"
+
+
 def test_shapes_without_a_phrase_are_numbered() -> None:
     text = "<|box_start|>(0,0),(500,500)<|box_end|><|box_start|>(1,1),(2,2)<|box_end|>"
     assert [found.phrase for found in find(text, [ITEM])] == ["box 1", "box 2"]
