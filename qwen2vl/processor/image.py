@@ -74,7 +74,8 @@ class PixelLimits:
         Raises:
             ConfigError: neither spelling is there, or the numbers contradict each other.
         """
-        size = raw.get("size") or {}
+        size = raw.get("size")
+        size = size if isinstance(size, Mapping) else {}  # older image processors wrote one number
         low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         if not isinstance(low, int) or not isinstance(high, int):

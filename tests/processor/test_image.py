@@ -101,6 +101,8 @@ def test_limits_are_read_in_every_spelling() -> None:
         assert PixelLimits.from_dict(raw) == want
     with pytest.raises(ConfigError, match=r"preprocessor_config.json: min_pixels is None and"):
         PixelLimits.from_dict({"max_pixels": 4000})
+    with pytest.raises(ConfigError, match="give both, or size with shortest_edge"):
+        PixelLimits.from_dict({"size": 448})
     with pytest.raises(ConfigError, match="min_pixels 9 and max_pixels 4"):
         PixelLimits(min_pixels=9, max_pixels=4)
 
