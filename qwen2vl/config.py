@@ -35,6 +35,16 @@ _SHARED_SIZES = {
     "merge_size": "spatial_merge_size",
 }
 
+# What is always done to pixels, under the names of the preprocessing settings that could ask for
+# something else; 3 is Pillow's bicubic.
+_PIXEL_STEPS = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+
 # Fields of config.json that describe training, serving or the writer, never the arithmetic.
 _IGNORED = frozenset(
     "architectures attention_dropout auto_map dtype hidden_act initializer_range max_window_layers "
@@ -162,7 +172,7 @@ class Qwen2VLConfig:
         return cls(
             vision=_build(VisionConfig, vision, "vision_config"),
             text=_build(TextConfig, text, "config.json"),
-            extra=MappingProxyType(extra),
+            extra=extra,
             **ids,
         )
 
@@ -255,6 +265,10 @@ def _check_arithmetic(
     text: Mapping[str, Any], vision: Mapping[str, Any], preprocessor: Mapping[str, Any]
 ) -> None:
     """Refuse settings that would change what is computed, and that we do not compute."""
+    default = VisionConfig()  # what a file leaves out
+    of_pixels = _PIXEL_STEPS | {
+        theirs: vision.get(ours) or getattr(default, ours) for theirs, ours in _SHARED_SIZES.items()
+    }
     rules = [
         ("hidden_act", text.get("hidden_act"), "silu"),
         ("attention_dropout", text.get("attention_dropout"), 0.0),
@@ -262,12 +276,12 @@ def _check_arithmetic(
         *(("layer_types", kind, "full_attention") for kind in text.get("layer_types") or ()),
         ("vision_config.hidden_act", vision.get("hidden_act"), "quick_gelu"),
         *(
-            (f"{ours} in the preprocessing settings", preprocessor.get(ours), vision.get(theirs))
-            for ours, theirs in _SHARED_SIZES.items()
+            (f"{name} in the preprocessing settings", preprocessor.get(name), want)
+            for name, want in of_pixels.items()
         ),
     ]
     for name, got, want in rules:
-        if got is not None and want is not None and got != want:
+        if got is not None and got != want:
             raise ConfigError(f"config.json: {name} is {got!r}, must be {want!r}")
 
 
@@ -326,6 +340,11 @@ def _check(config: Qwen2VLConfig) -> None:
             max(config.image_token_id, config.video_token_id) < text.vocab_size,
             f"image_token_id {config.image_token_id} and video_token_id {config.video_token_id} "
             f"must lie below vocab_size {text.vocab_size}",
+        ),
+        (
+            vision.spatial_merge_size == 2,
+            f"spatial_merge_size is {vision.spatial_merge_size}, this library runs 2, as in every "
+            "released model",
         ),
         (
             len(vision.image_mean) == len(vision.image_std) == vision.in_channels,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -130,7 +132,12 @@ def test_a_list_of_end_tokens_gives_the_first() -> None:
 
 def test_unknown_keys_are_kept_aside() -> None:
     config = Qwen2VLConfig.from_dict(official_config_json("7B") | {"novelty": 1, "auto_map": {}})
-    assert dict(config.extra) == {"novelty": 1}
+    assert config.extra == {"novelty": 1}
+
+
+def test_a_config_can_be_copied_and_sent_to_another_process() -> None:
+    config = Qwen2VLConfig.from_dict(official_config_json("2B"))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
 def test_mean_and_std_come_from_the_preprocessor() -> None:
@@ -189,6 +196,36 @@ def test_impossible_towers_are_refused(changes: dict[str, Any], text: str) -> No
     settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
     with pytest.raises(ConfigError, match=text):
         Qwen2VLConfig.from_dict(raw, settings)
+
+
+def test_another_merge_is_refused_even_without_preprocessing_settings() -> None:
+    raw = official_config_json("2B")
+    raw["vision_config"]["spatial_merge_size"] = 4
+    with pytest.raises(ConfigError, match="spatial_merge_size is 4, this library runs 2"):
+        Qwen2VLConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"do_resize": False}, "do_resize in the preprocessing settings is False, must be True"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor in the preprocessing settings is 0.0078"),
+        ({"do_normalize": False}, "do_normalize in the preprocessing settings is False"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size in the preprocessing settings is 1"),
+        ({"resample": 2}, "resample in the preprocessing settings is 2, must be 3"),
+    ],
+)
+def test_other_pixels_are_refused(settings: dict[str, Any], text: str) -> None:
+    raw = official_config_json("2B")
+    del raw["vision_config"]["temporal_patch_size"]
+    with pytest.raises(ConfigError, match=text):
+        Qwen2VLConfig.from_dict(raw, settings)
+
+
+def test_pixel_steps_as_transformers_writes_them_out() -> None:
+    written = '{"do_resize": true, "resample": 3, "do_rescale": true, "do_normalize": true, '
+    settings = json.loads(written + '"rescale_factor": 0.00392156862745098}')
+    assert Qwen2VLConfig.from_dict(official_config_json("2B"), settings) == PRESETS["2B"]
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_key_value_heads"])

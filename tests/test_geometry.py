@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl.config import PRESETS, Qwen2VLConfig
+from qwen2vl.config import PRESETS
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import (
     AttnMeta,
@@ -282,11 +282,3 @@ def test_moving_keeps_the_integers_on_the_host() -> None:
     meta = VisionMeta.build([Grid(2, 2, 2)]).to("meta")
     assert meta.positions_N2.device.type == meta.frames.cu_seqlens_q.device.type == "meta"
     assert meta.frames.lengths_q == (4, 4) and meta.frames.runs == (Run(0, 0, 2, 4, 4),)
-
-
-def test_the_merge_of_the_config_is_used() -> None:
-    raw = CONFIG.to_dict()
-    raw["vision_config"]["spatial_merge_size"] = 3
-    config = Qwen2VLConfig.from_dict(raw)
-    position_ids_3T, delta = text_positions([1, PAD, PAD, 2], [Grid(1, 3, 6)], config)
-    assert position_ids_3T.tolist() == [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]] and delta == 0
