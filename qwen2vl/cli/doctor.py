@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 import click
 
@@ -57,7 +56,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     available = memory_available(device)
     yield "memory", "unknown" if available is None else f"{available / 2**30:.1f} GiB available"
     yield "video", _decoders()
-    yield "fonts", f"{sum(1 for _ in _fonts())} files for drawing training pictures"
+    yield "fonts", f"for training: {_fonts('all')}"
+    yield "fonts", f"for judging: {_fonts('judge')}"
     yield (
         "output",
         f"{sys.stdout.encoding}, {'a terminal' if sys.stdout.isatty() else 'no terminal'}",
@@ -88,10 +88,14 @@ def _decoders() -> str:
     return f"PyAV decodes {', '.join(found)}"
 
 
-def _fonts() -> Iterator[Path]:
-    for root in (Path("/usr/share/fonts"), Path.home() / ".fonts"):
-        yield from root.rglob("*.ttf")
-        yield from root.rglob("*.otf")
+def _fonts(group: str) -> str:
+    """Count the fonts that drawn lines are written in, or say what to install."""
+    from qwen2vl.synth.fonts import FontError, files_of
+
+    try:
+        return f"{sum(len(family) for family in files_of(group))} files"
+    except FontError as error:
+        return str(error)
 
 
 def _nano() -> str:

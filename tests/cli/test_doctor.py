@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run
+from tests.eval.fontless import hide_fonts
 
 
 def test_it_reports_the_machine(run: Run) -> None:
@@ -18,6 +20,14 @@ def test_it_reports_the_machine(run: Run) -> None:
     assert {"qwen2vl", "python", "torch", "device", "dtype", "memory", "video", "nano"} <= {*names}
     assert f"torch        {torch.__version__.split('+')[0]}" in result.stdout
     assert "h264" in result.stdout
+
+
+def test_missing_fonts_come_with_the_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_fonts(monkeypatch)
+    lines = run("doctor").stdout.splitlines()
+    for use, package in (("training", "fonts-dejavu-core"), ("judging", "fonts-cabin")):
+        (line,) = (line for line in lines if f"for {use}:" in line)
+        assert f"apt-get install {package}" in line
 
 
 def test_a_sound_folder(run: Run, tiny_folder: Path) -> None:
