@@ -29,6 +29,7 @@ from qwen2vl.processor.vocabulary import (
     write_byte_tokenizer,
 )
 from qwen2vl.train.config import TrainConfig
+from qwen2vl.weights import find
 
 __all__ = ["begin", "initialise", "with_ids_of"]
 
@@ -42,13 +43,17 @@ def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
     """Build what the run trains: the model in float32, its processor, its tokenizer's folder.
 
     Raises:
-        ConfigError: neither `init` nor `model` is given, or both.
+        ConfigError: neither `init` nor `model` is given.
+        CheckpointError: `init` names no folder with a model.
     """
-    if bool(config.init) == (config.model is not None):
-        raise ConfigError("a run begins either from a folder (init=FOLDER) or from a fresh model")
+    if config.init:
+        source = find(config.init)
+        model, processor = load(source, device=config.device, dtype="float32")
+        return _own_copy(model), processor, source
     if config.model is None:
-        model, processor = load(config.init, device=config.device, dtype="float32")
-        return _own_copy(model), processor, Path(config.init)
+        raise ConfigError(
+            f"run {config.name}: nothing to begin from; give init=FOLDER, or a model in the recipe"
+        )
     folder = Path(config.folder) / "tokenizer"
     write_byte_tokenizer(folder, characters="✿")  # the mark of the agent format's keywords
     tokenizer = Tokenizer.from_folder(folder)

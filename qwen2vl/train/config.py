@@ -61,8 +61,8 @@ class TrainConfig:
 
     name: str
     stages: tuple[Stage, ...]
-    model: Qwen2VLConfig | None = None  # built fresh from this, or
-    init: str = ""  # a folder to start from, whose config and tokenizer are kept
+    model: Qwen2VLConfig | None = None  # built fresh from this, unless `init` is given
+    init: str = ""  # a model to start from, as in --model; its config and tokenizer are kept
     min_pixels: int = 16 * 784  # of a fresh model's preprocessor_config.json
     max_pixels: int = 1024 * 784
     out: str = ""  # where checkpoints go; default runs/<name>

@@ -57,16 +57,7 @@ def test_a_time_limit_ends_a_leg_with_a_checkpoint_and_a_model(tmp_path: Path) -
 
 def test_the_next_run_starts_from_the_exported_folder(tmp_path: Path) -> None:
     first = loop.train(config(tmp_path / "first"))
-    fresh = config(tmp_path / "second")
-    again = TrainConfig(
-        name="again",
-        stages=fresh.stages,
-        init=str(first),
-        out=str(tmp_path / "second"),
-        workers=0,
-        threads=1,
-    )
-    second = loop.train(again)
+    second = loop.train(config(tmp_path / "second", f"init={first}"))
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
 
 

@@ -1,14 +1,15 @@
-"""A run begins from a folder or from nothing, never from both."""
+"""A run begins from a folder, or from fresh weights."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwen2vl.errors import ConfigError
+from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.recipes import nano, tiny
 from qwen2vl.train.begin import begin
-from qwen2vl.train.config import override
+from qwen2vl.train.config import TrainConfig, override
+from tests.folders import write_tiny
 
 
 def test_a_fresh_model_takes_its_special_ids_from_its_tokenizer(tmp_path: Path) -> None:
@@ -31,13 +32,23 @@ def test_fresh_weights_are_seeded(tmp_path: Path) -> None:
         assert a.ndim == 1 or not torch.equal(a, c), name
 
 
-@pytest.mark.parametrize("words", [["init=somewhere"], []])
-def test_folder_and_fresh_model_exclude_each_other(words: list[str]) -> None:
-    config = override(tiny.recipe(), words)
-    if not words:
-        config = type(config)(name="x", stages=config.stages)
-    with pytest.raises(ConfigError, match="either from a folder"):
-        begin(config)
+def test_a_folder_comes_before_the_recipe_s_fresh_model(tmp_path: Path) -> None:
+    written = write_tiny(tmp_path / "tiny")
+    model, processor, folder = begin(override(tiny.recipe(), [f"init={tmp_path / 'tiny'}"]))
+    assert folder == tmp_path / "tiny"
+    assert model.config == processor.config == written.config
+    for (name, a), b in zip(model.named_parameters(), written.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_folder_that_is_not_there_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere.*no such folder"):
+        begin(override(tiny.recipe(), ["init=./nowhere"]))
+
+
+def test_a_run_needs_something_to_begin_from() -> None:
+    with pytest.raises(ConfigError, match="run x: nothing to begin from; give init=FOLDER"):
+        begin(TrainConfig(name="x", stages=tiny.recipe().stages))
 
 
 def test_nano_keeps_to_its_promised_size() -> None:
