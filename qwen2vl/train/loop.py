@@ -51,7 +51,7 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
         The folder with the model as it stands: an ordinary one, which every engine opens.
 
     Raises:
-        EngineError: the loss is not finite; the last checkpoint is from before it.
+        EngineError: a loss or gradient is not finite; no weight has taken it in.
         CheckpointError: the run's folder holds checkpoints of another run.
     """
     if config.threads:
@@ -71,14 +71,15 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
         batch = next(stream).to(config.device)
         waited = time.perf_counter() - asked
         outcome = _forward_backward(config, model, batch)
-        norm = optimisers.step(rate(config, step))
+        norm = optimisers.clip()
+        _check_finite(step + 1, outcome.loss.item(), norm.item())
+        optimisers.step(rate(config, step))
         step += 1
         metrics.add(batch, outcome, norm, waited)
         if step % config.log_every == 0 or step == config.steps:
             line = metrics.report(
                 step=step, steps=config.steps, stage=_stage(config, step - 1).name
             )
-            _check_finite(line)
             report(line)
         if step % config.save_every == 0:
             checkpoint.save(folder, step, model, optimisers, config)
@@ -137,9 +138,9 @@ def _forward_backward(config: TrainConfig, model: Qwen2VL, batch: Batch) -> Outc
     return outcome
 
 
-def _check_finite(line: dict[str, Any]) -> None:
-    if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
+def _check_finite(step: int, loss: float, norm: float) -> None:
+    if not math.isfinite(loss) or not math.isfinite(norm):
         raise EngineError(
-            f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}; lower "
-            "optim.lr and start again: the run resumes from its last checkpoint"
+            f"step {step}: loss {loss}, gradient norm {norm}; start again to go on "
+            "from the last checkpoint, or begin another run with a lower optim.lr and out=FOLDER"
         )

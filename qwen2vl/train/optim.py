@@ -80,15 +80,17 @@ class Optimisers:
             by_scale.setdefault(scales[name], []).append(self.named[name])
         return [{"params": group, "scale": scale} for scale, group in by_scale.items()]
 
-    def step(self, rate: float) -> Tensor:
-        """Clip, step at `rate` times the peak, forget the gradients; return the norm."""
-        norm = nn.utils.clip_grad_norm_(self.named.values(), self.config.clip)
+    def clip(self) -> Tensor:
+        """Bound the norm of all gradients together; return what it was."""
+        return nn.utils.clip_grad_norm_(self.named.values(), self.config.clip)
+
+    def step(self, rate: float) -> None:
+        """Step at `rate` times the peak, and forget the gradients."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.config.lr * group["scale"] * rate
             part.step()
             part.zero_grad(set_to_none=True)
-        return norm
 
     def state(self) -> dict[str, Tensor]:
         """Name every moment `parameter|key`; the tensors themselves, not copies."""

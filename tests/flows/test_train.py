@@ -1,5 +1,6 @@
 """A run through all stages: resumed equals uninterrupted, and what it exports answers."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from qwen2vl.errors import EngineError
 from qwen2vl.recipes import tiny
 from qwen2vl.synth import Mixture
 from qwen2vl.train import loop
+from qwen2vl.train.checkpoint import latest
 from qwen2vl.train.config import TrainConfig, override
+from qwen2vl.train.objective import Outcome
 from tests.fonts import needs_training_fonts
 
 SHORT = ["workers=0", "threads=1", "log_every=1", "save_every=100"] + [
@@ -61,12 +64,21 @@ def test_the_next_run_starts_from_the_exported_folder(tmp_path: Path) -> None:
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_weight_takes_it_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "rate", lambda *_: float("nan"))
-    with pytest.raises(EngineError, match=r"step 2: loss nan.*lower optim.lr"):
-        loop.train(config(tmp_path))
+    real, calls = loop.token_loss, count(1)
+
+    def broken_at_the_third(*given: Any) -> Outcome:
+        outcome = real(*given)
+        return outcome._replace(loss=outcome.loss * (float("nan") if next(calls) == 3 else 1))
+
+    monkeypatch.setattr(loop, "token_loss", broken_at_the_third)
+    with pytest.raises(EngineError, match=r"step 3: loss nan.*lower optim.lr"):
+        loop.train(config(tmp_path, "log_every=100", "save_every=1"))
+    kept = latest(tmp_path)
+    assert kept is not None and kept.name == "step-000002"
+    assert all(tensor.isfinite().all() for tensor in weights(kept).values())
 
 
 @needs_training_fonts
