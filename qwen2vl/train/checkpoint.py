@@ -26,6 +26,9 @@ from qwen2vl.train.optim import Optimisers
 
 __all__ = ["latest", "read_step", "restore", "save"]
 
+# What decides the bits of a run; the rest (workers, minutes, reports) may change from leg to leg.
+_BINDING = ("stages", "seed", "optim", "dtype", "init", "model", "min_pixels", "max_pixels")
+
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -64,18 +67,17 @@ def read_step(path: Path, config: TrainConfig) -> int:
     """Read how many steps a checkpoint has done.
 
     Raises:
-        CheckpointError: it belongs to a run with other stages, seed or rates, whose data order
-            would differ; or it is damaged.
+        CheckpointError: it belongs to a run that differs in what decides its bits, or is damaged.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        step, saved = int(state["step"]), state["config"]
+        step, saved = int(state["step"]), dict(state["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: damaged checkpoint; delete it to resume before it"
         ) from error
     own = json.loads(dump(config))
-    differ = [key for key in ("stages", "seed", "optim", "dtype", "init") if own[key] != saved[key]]
+    differ = [key for key in _BINDING if own[key] != saved.get(key)]
     if differ:
         raise CheckpointError(
             f"{path} was made with other values of {', '.join(differ)}; resume with the same, "

@@ -50,7 +50,19 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
         checkpoint.read_step(path, override(tiny.recipe(), ["seed=3", "stages.0.examples=4"]))
 
 
-@pytest.mark.parametrize("damage", ["", "{}", json.dumps({"step": "x", "config": {}})])
+@pytest.mark.parametrize(
+    "word", ["model.text.rms_norm_eps=1e-5", "min_pixels=784", "max_pixels=784000", "init=x"]
+)
+def test_what_decides_the_bits_must_stay(tmp_path: Path, word: str) -> None:
+    saved(tmp_path, 10)
+    name = word.partition("=")[0].partition(".")[0]
+    with pytest.raises(CheckpointError, match=f"other values of {name};"):
+        checkpoint.read_step(tmp_path / "step-000010", override(tiny.recipe(), [word]))
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{}", json.dumps({"step": "x", "config": {}}), '{"step":1,"config":3}']
+)
 def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
     saved(tmp_path, 10)
     (tmp_path / "step-000010" / "state.json").write_text(damage)
