@@ -3,7 +3,7 @@
     python benchmarks/official_2b.py        # once: 4.4 GB on disk
     python benchmarks/parity_2b.py          # 12 GB of memory, some minutes on 2 cores
 
-Errors: over four prompts of about 300 positions, a picture between words, the distance of each
+Errors: over eight prompts of about 300 positions, a picture between words, the distance of each
 bf16 model's logits from transformers in fp32. (Random weights have many near ties: over one prompt
 alone the first choices of two equally good models differ by more than a point.) Seconds: the tower
 on 448 x 448 pixels, the prefill of one prompt with the picture already encoded, and one token of
@@ -45,7 +45,7 @@ FOLDER = ROOT / "build" / "official_2b"
 
 SIZE = (448, 448)
 GRID = Grid(1, 32, 32)  # 256 vision tokens
-NUM_PROMPTS = 4
+NUM_PROMPTS = 8
 NUM_BEFORE, NUM_AFTER = 16, 32  # tokens of text around the picture and its two marks
 MAX_NEW = 256  # room in the cache
 
