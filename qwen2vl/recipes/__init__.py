@@ -35,8 +35,8 @@ def build(name: str) -> TrainConfig:
         return _from_file(Path(name))()
     if name not in names():
         near = get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names())}"
-        raise ConfigError(f"no recipe {name!r}; {hint} A path must end in .py")
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names())};"
+        raise ConfigError(f"no recipe {name!r}; {hint} a file's name must end in .py")
     return import_module(f"{__name__}.{name}").recipe()
 
 

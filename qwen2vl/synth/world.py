@@ -16,9 +16,10 @@ import numpy as np
 
 from qwen2vl.synth import boxes, chat, motion, pairs, shapes, text
 from qwen2vl.synth.draw import draw
+from qwen2vl.synth.fonts import files_of
 from qwen2vl.synth.spec import Draft, Example, Mixture, Spec
 
-__all__ = ["FAMILIES", "render", "sample"]
+__all__ = ["FAMILIES", "check_fonts", "render", "sample"]
 
 FAMILIES: Mapping[str, Callable[[Random, Mixture], Draft]] = MappingProxyType(
     {
@@ -30,6 +31,19 @@ FAMILIES: Mapping[str, Callable[[Random, Mixture], Draft]] = MappingProxyType(
         "text_only": chat.sample,
     }
 )
+
+
+_WRITING = ("text", "two_pictures")  # families whose pictures hold letters
+
+
+def check_fonts(mixture: Mixture) -> None:
+    """Find out before a long run whether everything in a mixture can be drawn.
+
+    Raises:
+        FontError: fonts of the mixture are not installed; names the packages.
+    """
+    if any(mixture.weights.get(name, 0) > 0 for name in _WRITING):
+        files_of(mixture.fonts)
 
 
 def sample(seed: int, index: int, mixture: Mixture) -> Spec:

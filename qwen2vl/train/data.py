@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.synth import render, sample
+from qwen2vl.synth.world import check_fonts
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.pack import Batch, Example, pack
 from qwen2vl.train.schedule import draw
@@ -43,7 +44,14 @@ class WorldBatches(Dataset[Batch]):
 
 
 def batches(config: TrainConfig, processor: Processor, start: int) -> Iterator[Batch]:
-    """Yield the batches from step `start` on, prepared ahead by `config.workers` processes."""
+    """Yield the batches from step `start` on, prepared ahead by `config.workers` processes.
+
+    Raises:
+        FontError: fonts of any stage are not installed. A worker could say so only when its stage
+            comes, and as a traceback.
+    """
+    for stage in config.stages:
+        check_fonts(stage.mixture)
     loader = DataLoader(
         WorldBatches(config, processor),
         batch_size=None,

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from qwen2vl.errors import EngineError
 from qwen2vl.recipes import tiny
 from qwen2vl.synth import Mixture
+from qwen2vl.synth.fonts import FontError
 from qwen2vl.train import loop
 from qwen2vl.train.checkpoint import latest
 from qwen2vl.train.config import TrainConfig, override
 from qwen2vl.train.objective import Outcome
+from tests.eval.fontless import hide_fonts
 from tests.fonts import needs_training_fonts
 
 SHORT = ["workers=0", "threads=1", "log_every=1", "save_every=100"] + [
@@ -79,6 +81,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_weight_takes_it_in(
     kept = latest(tmp_path)
     assert kept is not None and kept.name == "step-000002"
     assert all(tensor.isfinite().all() for tensor in weights(kept).values())
+
+
+@pytest.mark.parametrize("family", ["text", "two_pictures"])
+def test_fonts_that_are_missing_stop_the_run_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    hide_fonts(monkeypatch)
+    lines: list[dict[str, Any]] = []
+    last = f'stages.3.mixture.weights={{"{family}":1}}'
+    with pytest.raises(FontError, match="apt-get install fonts-dejavu-core") as caught:
+        loop.train(config(tmp_path, last, "workers=1"), report=lines.append)
+    assert "Traceback" not in str(caught.value)
+    assert lines == []
 
 
 @needs_training_fonts

@@ -25,7 +25,11 @@ def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("nan0", "did you mean nano"), ("nowhere/x.py", "no such recipe file"), ("zzz", "known are")],
+    [
+        ("nan0", r"did you mean nano\? a file's name must end in \.py"),
+        ("nowhere/x.py", "no such recipe file"),
+        ("zzz", r"known are nano, tiny; a file's name must end in \.py"),
+    ],
 )
 def test_what_is_not_there_is_named(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
