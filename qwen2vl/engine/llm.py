@@ -156,6 +156,12 @@ class LLM:
         """
         batch = [prompts] if isinstance(prompts, (str, ModelInput)) else list(prompts)
         each = _one_each(params, len(batch))
+        strange = [type(p).__name__ for p in batch if not isinstance(p, (str, ModelInput))]
+        if strange:
+            raise InputError(
+                f"prompts: got {strange[0]}, must be text or what the processor makes; messages "
+                "go to LLM.chat"
+            )
         made = [self.processor.from_text(p) if isinstance(p, str) else p for p in batch]
         return self._answer_all(made, each, [0.0] * len(made), on_delta)
 
@@ -312,4 +318,7 @@ def _one_each(
         return [params or SamplingParams()] * count
     if len(params) != count:
         raise InputError(f"params: got {len(params)} for {count} prompts; give one, or one each")
+    strange = [type(wish).__name__ for wish in params if not isinstance(wish, SamplingParams)]
+    if strange:
+        raise InputError(f"params: got {strange[0]}, must be SamplingParams, one or one each")
     return list(params)

@@ -122,6 +122,18 @@ def test_params_one_each(llm: LLM) -> None:
         llm.chat([user("a")], [GREEDY, short])
 
 
+@pytest.mark.parametrize("wrong", [[{"temperature": 0}], {"temperature": 0}, ["greedy"]])
+def test_params_of_another_type_are_refused(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"params: got (dict|str), must be SamplingParams"):
+        llm.chat([user("a")], wrong)
+
+
+@pytest.mark.parametrize("wrong", [[1, 2, 3], [user("a")], [None]])
+def test_prompts_of_another_type_are_refused(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"prompts: got (int|dict|NoneType).*LLM\.chat"):
+        llm.generate(wrong)
+
+
 def test_no_conversation_no_answer(llm: LLM) -> None:
     assert llm.chat([[]][:0], GREEDY) == []
 
