@@ -42,7 +42,8 @@ def check_fit(tensors: TensorFolder, config: Qwen2VLConfig) -> None:
     expected = expected_shapes(config)
     extra = sorted(set(tensors) - set(expected))
     if config.text.tie_word_embeddings and HEAD in extra:
-        _check_tied_copy(tensors)
+        if EMBEDDING in tensors:  # else it is named as missing, with everything else
+            _check_tied_copy(tensors)
         extra.remove(HEAD)
     misshapen = [
         f"{name} is {list(tensors.info(name).shape)}, config.json asks for {list(shape)}"
@@ -85,8 +86,7 @@ def _is_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> bool:
 
 def _check_tied_copy(tensors: TensorFolder) -> None:
     """A tied model that also stores a head must store the embedding in it."""
-    same = EMBEDDING in tensors and torch.equal(tensors[HEAD], tensors[EMBEDDING])
-    if not same:
+    if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
         raise CheckpointError(
             f"{tensors.folder}: config.json ties the head to the embedding, but {HEAD} is stored "
             "and differs from it; set tie_word_embeddings to false in config.json, or remove it"

@@ -86,6 +86,9 @@ def test_a_tied_head_may_not_differ(tmp_path: Path) -> None:
     other[-1, -1] += 1
     with pytest.raises(CheckpointError, match=r"ties the head .* differs from it; set tie_word_em"):
         check(tmp_path, tensors | {HEAD: other}, config)
+    del tensors[EMBEDDING]
+    with pytest.raises(CheckpointError, match=r"fit config.json: 1 missing: model.embed_tokens.we"):
+        check(tmp_path, tensors | {HEAD: other}, config)
 
 
 def test_a_missing_head_hints_at_the_flag(tmp_path: Path) -> None:
