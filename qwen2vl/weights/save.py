@@ -69,10 +69,12 @@ def save_folder(
         max_shard_bytes: begin another file beyond this size; a larger tensor gets its own.
 
     Raises:
-        CheckpointError: something is there already, or the disk is full or not writable.
+        CheckpointError: something is there already, there is no tokenizer to copy, or the disk is
+            full or not writable.
     """
     target = Path(path)
     _check_target(target)
+    _check_tokenizer(Path(tokenizer_folder))
     _check_state(state_dict, config)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -103,6 +105,14 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(
             f"{target}: exists already and is not an empty folder; choose another name, or remove "
             "it first"
+        )
+
+
+def _check_tokenizer(source: Path) -> None:
+    if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(
+            f"{source}: no tokenizer to copy (tokenizer.json, or vocab.json with merges.txt); name "
+            "the folder of a whole model"
         )
 
 

@@ -126,6 +126,19 @@ def test_a_full_disk_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_never_saved_without_words(tmp_path: Path) -> None:
+    model = tiny_model()
+    with pytest.raises(CheckpointError, match=r"empty: no tokenizer to copy \(tokenizer.json, or"):
+        save.save_folder(
+            tmp_path / "model",
+            config=model.config,
+            state_dict=model.state_dict(),
+            tokenizer_folder=tmp_path / "empty",
+            pixels=PIXELS,
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_parent(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be saved: No such file or directory"):
         write_tiny(tmp_path / "no" / "such" / "model")
