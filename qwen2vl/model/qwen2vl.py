@@ -46,12 +46,13 @@ class Qwen2VL(nn.Module):
 
     def embed(self, input_ids_T: Tensor, vision_MD: Tensor | None, pad_index_M: Tensor) -> Tensor:
         """Look up the ids, then overwrite token pad_index_M[m] with row m of `vision_MD`."""
+        num_rows = 0 if vision_MD is None else len(vision_MD)
+        assert num_rows == len(pad_index_M), (
+            f"{num_rows} vision tokens for {len(pad_index_M)} placeholders"
+        )
         embeds_TD = self.model.embed_tokens(input_ids_T)
         if vision_MD is None:
             return embeds_TD
-        assert len(vision_MD) == len(pad_index_M), (
-            f"{len(vision_MD)} vision tokens for {len(pad_index_M)} placeholders"
-        )
         return embeds_TD.index_copy(0, pad_index_M, vision_MD.to(embeds_TD.dtype))
 
     def forward(

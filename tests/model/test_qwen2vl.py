@@ -109,6 +109,8 @@ def test_pictures_come_in_one_way_only() -> None:
         model(**without(inputs, "pad_index_M"))
     with pytest.raises(AssertionError, match="7 vision tokens for 8 placeholders"):
         model(**without(inputs, "patches_NP", "vision_meta"), vision_MD=rows[:7])
+    with pytest.raises(AssertionError, match="0 vision tokens for 8 placeholders"):
+        model(**without(inputs, "patches_NP", "vision_meta"))
 
 
 @torch.inference_mode()
