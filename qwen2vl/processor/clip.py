@@ -26,7 +26,7 @@ from qwen2vl.processor.media import (
     read_source,
     sniff_type,
 )
-from qwen2vl.processor.rgb import check_size, decode, open_image, opened
+from qwen2vl.processor.rgb import check_size, decode, open_image, opened, to_8_bit
 from qwen2vl.processor.timeline import (
     Clip,
     Deadline,
@@ -97,6 +97,11 @@ class _ListClip:
         check_count(count, limits, name)
         self._sources, self._limits, self._name, self._turn = sources, limits, name, turn
         first = self._open(0)
+        notes: tuple[str, ...] = ()
+        if isinstance(sources, np.ndarray) and sources.dtype != np.uint8:
+            # All at once: a dark frame alone would be read as [0, 1], and flash up white.
+            self._sources, note = to_8_bit(sources, name)
+            notes = (note,)
         self.timeline = Timeline(
             times=tuple(i / rate for i in range(count)),
             rate=rate,
@@ -104,6 +109,7 @@ class _ListClip:
             height=first.height,
             width=first.width,
             listed=True,
+            notes=notes,
         )
 
     def frames(self, indices: Sequence[int], shrink: Shrink) -> list[Tensor]:

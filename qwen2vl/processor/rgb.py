@@ -29,7 +29,7 @@ from qwen2vl.processor.media import (
     sniff_type,
 )
 
-__all__ = ["FORMATS", "array_to_image", "check_size", "decode", "open_image", "opened"]
+__all__ = ["FORMATS", "array_to_image", "check_size", "decode", "open_image", "opened", "to_8_bit"]
 
 # Pillow reports damaged files by logging; without any handler that would reach the terminal.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -145,7 +145,7 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
         InputError: the mode, or the range of its values, has no meaning as a colour.
     """
     if image.mode in _WIDE_MODES:
-        grey, note = _to_8_bit(np.asarray(image), name)
+        grey, note = to_8_bit(np.asarray(image), name)
         return Image.fromarray(grey).convert("RGB"), (note,)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         return _on_white(image, name)
@@ -175,7 +175,7 @@ def array_to_image(
         )
     notes: tuple[str, ...] = ()
     if array.dtype != np.uint8:
-        array, note = _to_8_bit(array, name)
+        array, note = to_8_bit(array, name)
         notes = (note,)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -201,13 +201,18 @@ def _check_shape(shape: tuple[int, ...], name: str) -> None:
         raise InputError(f"{name}: array of shape {shape} has no pixels")
 
 
-def _to_8_bit(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """Scale wide values so that middle grey stays middle grey.
+def to_8_bit(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Scale wide values so that middle grey stays middle grey, and tell how.
 
     16-bit: by 257, so that 65535 becomes 255. 32-bit integers are read as 8-bit when all fit,
     else as 16-bit. Floats are read as [0, 1], or as [0, 255] when a value exceeds 1.
+
+    Raises:
+        InputError: values of another kind, out of range, or not finite.
     """
     kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind not in "biufc":
+        raise InputError(f"{name}: an array of {values.dtype} holds no numbers; give uint8 0..255")
     if not np.all(np.isfinite(values)):
         raise InputError(f"{name} holds NaN or infinite values; clean and scale it to 0..255")
     low, high = values.min(), values.max()

@@ -85,6 +85,12 @@ def test_arrays_are_lists_of_frames() -> None:
     assert greys(clip, [0, 4]) == [0, 4]
 
 
+def test_an_array_has_one_scale_for_all_its_frames() -> None:
+    clip = opened(np.array([1, 0.5, 200], np.float32)[:, None, None, None] + np.zeros((1, 8, 9, 3)))
+    assert greys(clip, [0, 1, 2]) == [1, 0, 200]
+    assert clip.timeline.notes == ("float values scaled from [0, 255]",)
+
+
 @pytest.mark.parametrize(
     ("source", "text"),
     [

@@ -167,6 +167,8 @@ def test_channels_are_never_guessed(shape: tuple[int, ...], text: str) -> None:
 def test_arrays_of_other_kinds_are_refused() -> None:
     with pytest.raises(InputError, match=r"int64 values .* are no colours; scale them to uint8"):
         opened(np.zeros((9, 9, 3), np.int64))
+    with pytest.raises(InputError, match=r"an array of object holds no numbers; give uint8 0..255"):
+        opened(np.zeros((9, 9, 3), object))
 
 
 def _see_through(mode: str) -> Image.Image:
