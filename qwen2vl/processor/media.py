@@ -235,7 +235,8 @@ def sniff_type(head: bytes) -> str:
 def _check_range(name: str, value: int | float) -> None:
     low, high = _RANGES[name]
     kinds = (int, float) if name in _FRACTIONAL else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    nan = isinstance(value, float) and math.isnan(value)
+    if isinstance(value, bool) or not isinstance(value, kinds) or nan:
         want = "a number" if name in _FRACTIONAL else "a whole number"
         raise InputError(f"{name} is {value!r}, must be {want}")
     if not low <= value <= high:

@@ -13,7 +13,6 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Real
 from typing import Any, Literal
 
@@ -121,6 +120,8 @@ def read_media(kind: Kind, given: Any, path: str) -> MediaPart:
 # Messages -------------------------------------------------------------------------------------
 
 _KEYS_OF_ROLE = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
+_KEYS_OF_CALL = {"id", "type"}  # and "function", or what it would hold
+_KEYS_OF_FUNCTION = {"name", "arguments"}
 
 
 def _message(raw: Any, path: str) -> Message:
@@ -154,17 +155,26 @@ def _calls(raw: Any, path: str) -> Iterable[Call]:
     if not isinstance(raw, Sequence) or isinstance(raw, str):
         raise InputError(f"{path} must be a list, got {type(raw).__name__}")
     for i, call in enumerate(raw):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(name, str):
-            raise InputError(
-                f'{path}[{i}] must be {{"function": {{"name": ..., "arguments": ...}}}}, '
-                f"got {call!r:.80}"
-            )
-        arguments = function.get("arguments", "{}")
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        yield Call(name, arguments, call.get("id"))
+        yield _call(call, f"{path}[{i}]")
+
+
+def _call(raw: Any, path: str) -> Call:
+    """Read {"id": ..., "function": {"name": ..., "arguments": ...}}, or its function alone."""
+    call = _present(raw) if isinstance(raw, Mapping) else {}
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InputError(
+            f'{path} must be {{"function": {{"name": ..., "arguments": ...}}}}, got {raw!r:.80}'
+        )
+    nested = "function" in call
+    _refuse_unknown(call, _KEYS_OF_CALL | ({"function"} if nested else _KEYS_OF_FUNCTION), path)
+    function = _present(function)
+    if nested:
+        _refuse_unknown(function, _KEYS_OF_FUNCTION, f"{path}.function")
+    arguments = function.get("arguments", "{}")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return Call(function["name"], arguments, call.get("id"))
 
 
 # Content items --------------------------------------------------------------------------------
@@ -191,6 +201,7 @@ _OPTIONS = {
     | {"fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end"},
 }
 _NUMBERS = {"box": 4, "point": 2, "quad": 8}
+_FAR = 1e9  # pixels: no picture reaches so far, and arithmetic never overflows below
 
 
 def _part(raw: Any, path: str) -> Part:
@@ -275,12 +286,12 @@ def _mark(kind: Any, item: Mapping[str, Any], path: str) -> MarkPart:
 
 
 def _numbers(given: Any) -> tuple[float, ...]:
-    """Read [x, y, ...] or [[x, y], ...]; what is not made of finite numbers gives none."""
+    """Read [x, y, ...] or [[x, y], ...]; what is not made of usable numbers gives none."""
     if not isinstance(given, list | tuple):
         return ()
     flat = [n for entry in given for n in (entry if isinstance(entry, list | tuple) else [entry])]
-    usable = all(isinstance(n, Real) and not isinstance(n, bool) and isfinite(n) for n in flat)
-    return tuple(flat) if usable else ()
+    numbers = all(isinstance(n, Real) and not isinstance(n, bool) for n in flat)
+    return tuple(flat) if numbers and all(abs(n) < _FAR for n in flat) else ()
 
 
 # Keys -----------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _in_order(results: list[Message], calls: Sequence[Call]) -> list[Message]:
         if result.call_id not in order:
             raise InputError(
                 f"{result.path}.tool_call_id is {result.call_id!r}; the calls before it have ids "
-                f"{', '.join(map(repr, order))}"
+                f"{', '.join(map(repr, order)) or 'none'}"
             )
     return sorted(results, key=lambda result: order.index(result.call_id))
 

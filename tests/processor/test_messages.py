@@ -117,7 +117,7 @@ def test_calls_of_an_assistant() -> None:
                 "tool_calls": [
                     {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
                     {"function": {"name": "g", "arguments": {"x": "\u4f60"}}},
-                    {"name": "h"},
+                    {"name": "h", "arguments": None},
                 ],
                 "refusal": None,
             }
@@ -178,6 +178,18 @@ def test_a_bare_source_or_an_item_is_a_medium() -> None:
             [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}],
             r"messages\[0\]\.tool_calls\[0\] must be",
         ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "argumnts": "{}"}]}],
+            r"tool_calls\[0\] has an unknown key 'argumnts'; did you mean 'arguments'\?",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "why": ""}}]}],
+            r"tool_calls\[0\]\.function has an unknown key 'why'; known: arguments, name",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "name": "g"}]}],
+            r"tool_calls\[0\] has an unknown key 'name'; known: function, id, type",
+        ),
     ],
 )
 def test_messages_are_refused_by_path(messages: Any, text: str) -> None:
@@ -225,6 +237,8 @@ def test_messages_are_refused_by_path(messages: Any, text: str) -> None:
         ({"box": [3, 2, 1, 4]}, r"\.box is \[3, 2, 1, 4\]: x2 and y2 must not be smaller"),
         ({"box": [1, 2, 3, 4], "picture": 0}, r"\.picture is 0; pictures are numbered from 1"),
         ({"box": [1, 2, 3, float("nan")]}, r"\.box must be 4 numbers"),
+        ({"box": [1, 2, 3, 10**400]}, r"\.box must be 4 numbers"),
+        ({"image": "a.png", "max_pixels": 10**400}, "must lie between 1 and 1e"),
     ],
 )
 def test_items_are_refused_by_path(item: dict[str, Any], text: str) -> None:

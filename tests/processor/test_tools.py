@@ -154,6 +154,8 @@ def test_a_result_needs_a_call() -> None:
 def test_a_result_of_an_unknown_call_is_refused() -> None:
     with pytest.raises(InputError, match=r"messages\[1\]\.tool_call_id is 'c7'; .* ids 'c0', 'c1'"):
         joined(asks(("f", "1"), ("g", "2")), result("x", "c7"), result("y", "c0"))
+    with pytest.raises(InputError, match=r"messages\[1\]\.tool_call_id is 'c0'; .* have ids none"):
+        joined({"role": "assistant", "content": "words alone"}, result("x", "c0"))
 
 
 def test_a_loop_written_out_as_text_is_split_at_its_keywords() -> None:
