@@ -20,7 +20,7 @@ from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.errors import CapacityError, InputError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
-from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits
+from qwen2vl.processor.media import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.weights import (
@@ -28,6 +28,7 @@ from qwen2vl.weights import (
     check_fit,
     expected_shapes,
     find,
+    note_chat_template,
     open_tensors,
     read_config,
     read_preprocessor,
@@ -127,12 +128,13 @@ def load_processor(
 ) -> Processor:
     """Load only what feeds the model, which needs no weights; arguments and errors as `load`."""
     folder = find(model)
+    note_chat_template(folder)
     return Processor(
         read_config(folder),
         Tokenizer.from_folder(folder),
         pixels=_pixel_limits(folder, min_pixels, max_pixels),
         video_preset=video_preset,
-        limits=limits or DEFAULT_LIMITS,
+        limits=limits,
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from qwen2vl.config import PRESETS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.errors import CapacityError, CheckpointError, ConfigError, InputError
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
-from qwen2vl.load import load, load_model, memory_available, memory_needed
+from qwen2vl.load import load, load_model, load_processor, memory_available, memory_needed
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights import read_config
 from qwen2vl.weights.fit import PATCH_EMBED
@@ -66,6 +66,15 @@ def test_the_processor_is_the_folders(folder: Path) -> None:
     assert processor.video_preset == "qwen_vl_utils_0_0_8"
     prompt = processor([{"role": "user", "content": "Hi"}])
     assert processor.tokenizer.decode(prompt.input_ids, keep="none").endswith("assistant\n")
+
+
+def test_a_template_that_is_not_run_is_noted(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_json(folder / "chat_template.json", chat_template="{{ messages }}")
+    with caplog.at_level(logging.DEBUG, "qwen2vl"):
+        load_processor(folder)
+    assert "its chat template is not the official one; not used" in caplog.text
 
 
 def test_pixel_limits_are_the_callers_where_given(folder: Path) -> None:

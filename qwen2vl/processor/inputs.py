@@ -8,7 +8,7 @@ first step, so that a prompt costs a quarter of the memory and copies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -50,7 +50,7 @@ class ModelInput:
     rope_delta: int  # add to a token's index to get its position, after the prompt
     pad_index_M: Tensor  # (M,) int64, tokens that vision rows overwrite
     loss_mask: list[bool] | None = None  # supervised tokens, only when built for training
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()  # of all items, each with its item's name
 
     @property
     def grids(self) -> list[Grid]:

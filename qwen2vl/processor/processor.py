@@ -20,7 +20,7 @@ from qwen2vl.processor.inputs import Item, ModelInput
 from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits
 from qwen2vl.processor.messages import Kind, MediaPart, normalise, read_media
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.processor.video import PRESETS, video_item
+from qwen2vl.processor.video import find_preset, video_item
 from qwen2vl.processor.vocabulary import VISION_END, VISION_START
 
 __all__ = ["Processor"]
@@ -52,9 +52,7 @@ class Processor:
             InputError: there is no such preset.
         """
         tokenizer.check(config)
-        if video_preset not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise InputError(f"unknown video preset {video_preset!r}; choose one of {known}")
+        self._rules = find_preset(video_preset)
         self.config = config
         self.tokenizer = tokenizer
         self.pixels = pixels
@@ -151,7 +149,7 @@ class Processor:
                 options=options,
                 limits=self.limits,
                 name=name,
-                turn=PRESETS[self.video_preset].turn_pictures,
+                turn=self._rules.turn_pictures,
             )
         return video_item(
             part.source,

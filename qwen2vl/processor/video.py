@@ -38,7 +38,7 @@ from qwen2vl.processor.inputs import Item
 from qwen2vl.processor.media import DEFAULT_LIMITS, NO_OPTIONS, MediaLimits, MediaOptions
 from qwen2vl.processor.timeline import Clip, Timeline, clip_seconds
 
-__all__ = ["PRESETS", "Plan", "VideoPreset", "plan_frames", "video_item"]
+__all__ = ["PRESETS", "Plan", "VideoPreset", "find_preset", "plan_frames", "video_item"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,17 @@ PRESETS: Mapping[str, VideoPreset] = MappingProxyType(
 )
 
 
+def find_preset(name: str) -> VideoPreset:
+    """Look a preset up.
+
+    Raises:
+        InputError: there is none of this name; the text lists them.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown video preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The frames to take, in display order (one may come twice), and their size."""
@@ -109,9 +120,7 @@ def video_item(
     Raises:
         InputError: the video cannot be used, or the options leave no room for it.
     """
-    if preset not in PRESETS:
-        raise InputError(f"unknown video preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    rules = PRESETS[preset]
+    rules = find_preset(preset)
     rate = options.fps or rules.fps
     clip = open_clip(source, limits, name, rate=rate, turn=rules.turn_pictures)
 
