@@ -2,8 +2,7 @@
 
 The two towers are timed on a small picture and a few ids; the prompt's operations are counted
 with the attention's squares. Good to a factor of about two, which is what somebody needs who
-decides whether to wait. It must not know the command line that says it.
-(cli/ask.py asks before it starts.) Next room: llm.py.
+decides whether to wait. It must not know who asks. Next room: cli/outlook.py, which says it.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _parse(value: str, kind: Any, key: str) -> Any:
     except json.JSONDecodeError:
         parsed = None
     if get_origin(kind) is tuple and isinstance(parsed, list):
-        return tuple(parsed)
+        return _as_tuples(parsed)
     if isinstance(parsed, Mapping) and get_origin(kind) in (dict, Mapping):
         return parsed
     if kind is float and isinstance(parsed, int | float) and not isinstance(parsed, bool):
@@ -158,3 +158,8 @@ def _parse(value: str, kind: Any, key: str) -> Any:
     if isinstance(kind, type) and type(parsed) is kind:
         return parsed
     raise ConfigError(f"override {key}: {value!r} is not a {getattr(kind, '__name__', kind)}")
+
+
+def _as_tuples(value: Any) -> Any:
+    """Rules are tuples of tuples; JSON knows lists only."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

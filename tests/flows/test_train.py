@@ -1,4 +1,4 @@
-"""A run through all stages: resumed equals uninterrupted, and what it exports answers."""
+"""A run through all stages: resumed equals uninterrupted, and goes on from what it exported."""
 
 from itertools import count
 from pathlib import Path

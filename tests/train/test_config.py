@@ -19,6 +19,10 @@ from qwen2vl.train.config import TrainConfig, dump, override
         ("stages.0.mixture.text_length=[2,3]", lambda c: c.stages[0].mixture.text_length == (2, 3)),
         ("stages.1.weighting=token", lambda c: c.stages[1].weighting == "token"),
         ('stages.0.mixture.weights={"text":1}', lambda c: c.stages[0].mixture.weights["text"] == 1),
+        (
+            'stages.3.rules=[["visual\\\\..*", 0], [".*", 1]]',  # the merger locked with its tower
+            lambda c: c.stages[3].rules == ((r"visual\..*", 0), (".*", 1)),
+        ),
         ("out=a b/c", lambda c: c.folder == "a b/c"),
         ("compile=true", lambda c: c.compile is True),
     ],

@@ -1,0 +1,51 @@
+"""`train`: a line a report, a folder at the end that answers, and misspelt words named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+SHORT = ["workers=0", "threads=1", "log_every=2", "out=here"] + [
+    f"stages.{i}.{field}" for i in range(4) for field in ("steps=2", "examples=4")
+]
+
+
+def test_a_run_reports_its_steps_and_ends_with_a_folder_that_answers(run: Run) -> None:
+    result = run("train", "tiny", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    *reports, model, hint = result.stdout.splitlines()
+    for step, line in zip((2, 4, 6, 8), reports, strict=True):
+        assert re.match(rf" +\d+\.\d min  {step}/8 \w+  loss \d\.\d+  .*\| shapes \d\.\d+/", line)
+    assert model == f"model: {Path('here/model-000008')}"
+    assert "qwen2vl ask --model here" in hint
+    told = [json.loads(line) for line in Path("here/metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in told] == ["words", "see", "world", "answers"]
+    answer = run("ask", "--model", "here/model-000008", "Hi", "--max-tokens", 2, "--json")
+    assert len(json.loads(answer.stdout)["token_ids"]) <= 2
+
+
+def test_a_finished_run_is_not_run_again(run: Run) -> None:
+    run("train", "tiny", *SHORT)
+    again = run("train", "tiny", *SHORT)
+    assert again.exit_code == 0
+    assert [line.split(":")[0] for line in again.stdout.splitlines()] == ["model", "try"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["nan0"], "no recipe 'nan0'; did you mean nano?"),
+        (["tiny", "optm.lr=1"], "unknown key 'optm'; did you mean optim?"),
+        (["tiny", "init=./nowhere"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(run: Run, words: list[str], complaint: str) -> None:
+    result = run("train", *words)
+    assert result.exit_code in (1, 2)
+    (line,) = result.stderr.splitlines()
+    assert complaint in line
