@@ -178,7 +178,7 @@ def plan_frames(
     indices = tuple(first + i for i in _indices(times, count, uniform=uniform))
     used, total = len(set(indices)), len(timeline.times)
     repeats = "" if used == count else f" ({count - used} again, for their length)"
-    notes = [f"{used} of {total} frames{repeats}, {_rate(count, seconds)}{height}x{width}"]
+    notes = [f"{used} of {total} frames{repeats}, {_rate(count, seconds)}{width} x {height}"]
     if count < wanted:
         tokens = ask.budget / vision.factor**2
         notes.append(f"{wanted} frames lowered to {count}, within {tokens:,.0f} tokens")

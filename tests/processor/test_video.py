@@ -141,7 +141,7 @@ def test_users_choose_the_count(options: dict[str, Any], count: int) -> None:
 def test_a_count_that_cannot_be_is_said() -> None:
     notes = plan(timeline(30), nframes=100).notes
     assert notes == (
-        "30 of 30 frames, 10 fps, 252x308",
+        "30 of 30 frames, 10 fps, 308 x 252",
         "nframes 100 lowered to the 30 frames there are",
     )
 
@@ -251,7 +251,7 @@ def test_an_item_tells_what_was_seen() -> None:
     assert item.patches_NP.shape == (3 * 18 * 22, 1176)
     assert item.frame_times == pytest.approx((0.0, 0.6, 1.2, 1.7, 2.3, 2.9))
     assert (item.size_given, item.size_seen) == ((240, 320), (252, 308))
-    assert item.notes == ("6 of 30 frames, 2 fps, 252x308",)
+    assert item.notes == ("6 of 30 frames, 2 fps, 308 x 252",)
 
 
 def test_frames_are_resized_by_torch_on_bytes() -> None:
