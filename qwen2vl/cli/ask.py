@@ -63,7 +63,7 @@ def ask(
     for line in found if not as_json else ():
         terminal.say(line.text)
     if output:
-        boxes.draw(images[0], found, output)
+        boxes.draw(images[0], found, output, opened.llm.processor)
     options.say_if_cut(opened.llm, params, completion)
     opened.say_what_it_can()
 

@@ -1,6 +1,7 @@
 """Boxes and points of an answer, for people: lines in pixels, and a picture with them drawn.
 
-Coordinates are those of the picture as given (EXIF applied), never of what the model saw. With
+Coordinates are those of the picture as given (EXIF applied, unless the preset leaves it), never of
+what the model saw. With
 several pictures a box belongs to the first, since the answer does not say. It must not know the
 model. Next room: ask.py.
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
     from qwen2vl.engine.params import ItemReport
+    from qwen2vl.processor.processor import Processor
 
 __all__ = ["Found", "draw", "draw_shapes", "find", "without_marks"]
 
@@ -54,19 +56,21 @@ def find(text: str, items: Sequence[ItemReport]) -> list[Found]:
     return found
 
 
-def draw(source: str, found: Sequence[Found], output: str) -> None:
-    """Draw shapes on the picture as given, and write it; without shapes nothing is written.
+def draw(source: str, found: Sequence[Found], output: str, processor: Processor) -> None:
+    """Draw shapes on the picture as `processor` saw it; without shapes nothing is written.
 
     Raises:
         InputError: the file cannot be written.
     """
-    from qwen2vl.processor.media import MediaLimits
     from qwen2vl.processor.rgb import open_image
+    from qwen2vl.processor.video import find_preset
 
     if not found:
         terminal.note(f"the answer has no boxes: {output} was not written")
         return
-    picture, _ = open_image(source, MediaLimits(), source)
+    # A preset that leaves photos as they lie has boxes that lie with them.
+    turn = find_preset(processor.video_preset).turn_pictures
+    picture, _ = open_image(source, processor.limits, source, turn=turn)
     draw_shapes(picture, found)
     terminal.save_picture(picture, output)
     terminal.note(f"wrote {output}")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen2vl.cli import options, terminal
-from qwen2vl.errors import ConfigError, InputError
+from qwen2vl.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwen2vl.eval.drawn import DrawnTask
@@ -56,7 +56,8 @@ def eval(
     from qwen2vl.eval.mini import judge
     from qwen2vl.eval.task import write_results
 
-    _check_output(output)
+    if output:
+        terminal.check_folder_of(output)
     tasks = _tasks(patterns)
     opened = options.open_model(given)
     start = time.perf_counter()
@@ -73,12 +74,6 @@ def eval(
         count = sum(results.count for results in runs.values())
         terminal.say(f"{count:,} questions in {terminal.person_seconds(seconds)}, greedy answers")
     opened.say_what_it_can()
-
-
-def _check_output(output: str | None) -> None:
-    """Find out before the work whether the answers can be written."""
-    if output and not Path(output).absolute().parent.is_dir():
-        raise InputError(f"-o {output}: the folder does not exist; make it first")
 
 
 def _tasks(patterns: tuple[str, ...]) -> list[DrawnTask]:

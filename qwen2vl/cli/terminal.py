@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NoteHandler",
     "Writer",
+    "check_folder_of",
     "check_picture_name",
     "debug_option",
     "note",
@@ -145,11 +146,20 @@ def check_picture_name(output: str) -> None:
     Raises:
         InputError: the ending is of no picture, or the folder does not exist.
     """
-    path = Path(output)
-    if path.suffix.lower() not in PICTURE_ENDINGS:
+    if Path(output).suffix.lower() not in PICTURE_ENDINGS:
         raise InputError(f"-o {output}: give a name that ends in {', '.join(PICTURE_ENDINGS)}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"-o {output}: the folder {path.parent} does not exist; make it first")
+    check_folder_of(output)
+
+
+def check_folder_of(output: str) -> None:
+    """Find out before the work whether there is a folder for what will be written.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = Path(output).absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"-o {output}: the folder {folder} does not exist; make it first")
 
 
 def save_picture(picture: Image.Image, output: str) -> None:

@@ -223,6 +223,31 @@ def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
     assert all(drawn.getpixel(at) == white for at in [(300, 250), (600, 250), (300, 450)])
 
 
+@pytest.mark.parametrize(
+    ("preset", "size", "corner"),
+    [("paper", (500, 1000), (50, 200)), ("qwen_vl_utils_0_0_8", (1000, 500), (100, 100))],
+)
+def test_boxes_lie_as_the_preset_lets_the_picture_lie(
+    run: Run,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    size: tuple[int, int],
+    corner: tuple[int, int],
+) -> None:
+    path = tmp_path / "on its side.png"
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (1000, 500), "white").save(path, exif=exif)
+    scripted(monkeypatch, tiny_folder, BOX_TEXT, video_preset=preset)
+    result = run("ask", "--image", path, "Where?", "-o", "boxes.png")
+    assert f"the cat: ({corner[0]}, {corner[1]}) to" in result.stdout
+    drawn = Image.open(tmp_path / "boxes.png")
+    assert drawn.size == size
+    assert drawn.getpixel((corner[0], corner[1] + 30)) != (255, 255, 255)
+
+
 def test_without_boxes_no_picture_is_written(
     run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

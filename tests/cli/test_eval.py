@@ -137,7 +137,7 @@ def test_where_nothing_can_be_drawn_that_is_the_error(monkeypatch: pytest.Monkey
     ("arguments", "complaint"),
     [
         (("--task", "letters"), "no part of the mini suite is called letters: text, text_2x"),
-        (("-o", "nowhere/results.jsonl"), "-o nowhere/results.jsonl: the folder does not exist"),
+        (("-o", "nowhere/results.jsonl"), "nowhere does not exist; make it first"),
         (("--limit", "0"), "0 is not in the range x>=1"),
         (("--suite", "maxi"), "'maxi' is not 'mini'"),
     ],
