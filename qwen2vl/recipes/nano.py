@@ -9,6 +9,8 @@ the loss stays on a plateau. The stages are the published three behind a warm-up
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.synth import Mixture
 from qwen2vl.train.config import FROZEN, OptimConfig, Stage, TrainConfig
@@ -42,7 +44,7 @@ SEE = ((r"visual\..*", 1.0), (r".*", FROZEN))  # stage 1: tower and merger learn
 ALL = ((r".*", 1.0),)  # stage 2: everything
 ANSWER = ((r"visual\.(?!merger).*", FROZEN), (r".*", 1.0))  # stage 3: the tower is locked
 
-SHORT = Mixture(
+CELLS = Mixture(  # one character in each vision token
     weights={"text": 1.0},
     layout="cells",
     fonts="mono2",
@@ -50,14 +52,62 @@ SHORT = Mixture(
     random_share=1.0,
     plain_share=1.0,
 )
-WORLD = {
-    "text": 0.5,
-    "shapes": 0.2,
-    "grounding": 0.12,
-    "two_pictures": 0.06,
-    "motion": 0.08,
-    "text_only": 0.04,
-}
+FONTS = replace(
+    CELLS,
+    weights={"text": 0.85, "shapes": 0.08, "text_only": 0.07},
+    fonts="all",
+    text_length=(2, 6),
+    random_share=0.7,
+    plain_share=0.5,
+    num_shapes=(1, 2),
+    canvas=(56, 112),
+    questions=4,
+)
+FREE = replace(  # proportional letters, anywhere
+    FONTS,
+    weights={"text": 0.8, "shapes": 0.1, "grounding": 0.04, "motion": 0.02, "text_only": 0.04},
+    layout="line",
+    text_length=(1, 5),
+    font_size=(16, 40),
+    max_width=224,
+    num_shapes=(1, 4),
+)
+LONGER = replace(
+    FREE,
+    weights={
+        "text": 0.76,
+        "shapes": 0.1,
+        "grounding": 0.06,
+        "motion": 0.03,
+        "two_pictures": 0.03,
+        "text_only": 0.02,
+    },
+    text_length=(1, 10),
+    font_size=(14, 40),
+    max_width=336,
+    plain_share=0.4,
+    num_shapes=(1, 5),
+    canvas=(56, 140),
+)
+WORLD = replace(
+    LONGER,
+    weights={
+        "text": 0.7,
+        "shapes": 0.11,
+        "grounding": 0.08,
+        "motion": 0.04,
+        "two_pictures": 0.05,
+        "text_only": 0.02,
+    },
+    text_length=(1, 16),
+    font_size=(12, 40),
+    max_width=448,
+    plain_share=0.3,
+    canvas=(56, 168),
+    questions=3,
+    large_share=0.06,
+    sparse_share=0.06,
+)
 
 
 def recipe() -> TrainConfig:
@@ -69,7 +119,7 @@ def recipe() -> TrainConfig:
         stages=(
             Stage(
                 name="words",
-                steps=300,
+                steps=200,
                 examples=192,
                 rules=WORDS,
                 mixture=Mixture(weights={"text_only": 1.0}),
@@ -77,54 +127,62 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="see",
-                steps=300,
+                steps=100,
                 examples=192,
                 rules=SEE,
-                mixture=SHORT,
+                mixture=CELLS,
                 min_pixels=784,
                 default_system=0.0,
             ),
             Stage(
                 name="cells",
-                steps=500,
+                steps=200,
                 examples=192,
                 rules=ALL,
-                mixture=SHORT,
+                mixture=CELLS,
                 min_pixels=784,
                 default_system=0.0,
             ),
             Stage(
-                name="lines",
-                steps=2000,
+                name="fonts",
+                steps=450,
                 examples=160,
                 rules=ALL,
-                mixture=Mixture(
-                    weights={"text": 0.7, "shapes": 0.2, "grounding": 0.05, "text_only": 0.05},
-                    text_length=(1, 6),
-                    font_size=(16, 40),
-                    max_width=224,
-                    questions=3,
-                    random_share=0.8,
-                    plain_share=0.5,
-                    canvas=(56, 140),
-                ),
-                default_system=0.05,
+                mixture=FONTS,
+                min_pixels=784,
+                default_system=0.02,
+            ),
+            Stage(
+                name="free",
+                steps=1500,
+                examples=112,
+                rules=ALL,
+                mixture=FREE,
+                default_system=0.02,
+            ),
+            Stage(
+                name="longer",
+                steps=2500,
+                examples=112,
+                rules=ALL,
+                mixture=LONGER,
+                default_system=0.02,
             ),
             Stage(
                 name="world",
-                steps=10000,
-                examples=128,
+                steps=8000,
+                examples=112,
                 rules=ALL,
-                mixture=Mixture(weights=WORLD, questions=4),
-                default_system=0.2,
-                decay=0.2,
+                mixture=WORLD,
+                default_system=0.15,
+                decay=0.3,
             ),
             Stage(
                 name="answers",
-                steps=1000,
-                examples=128,
+                steps=500,
+                examples=112,
                 rules=ANSWER,
-                mixture=Mixture(weights=WORLD, questions=2),
+                mixture=WORLD,
                 default_system=0.8,
                 decay=1.0,
             ),
