@@ -1,9 +1,8 @@
 """Boxes and points of an answer, for people: lines in pixels, and a picture with them drawn.
 
 Coordinates are those of the picture as given (EXIF applied, unless the preset leaves it), never of
-what the model saw. With
-several pictures a box belongs to the first, since the answer does not say. It must not know the
-model. Next room: ask.py.
+what the model saw. With several pictures shown at once a box belongs to the first, since the
+answer does not say. It must not know the model. Next room: ask.py.
 """
 
 from __future__ import annotations

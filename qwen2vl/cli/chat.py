@@ -55,6 +55,7 @@ class Chat:
         self.fps = fps
         self.messages: list[dict[str, Any]] = []
         self.told = 0  # items whose notes were shown
+        self.newest = 0  # the item that boxes of an answer belong to
         self.waiting: list[dict[str, Any]] = []
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": lambda path: self._attach("image", path),
@@ -105,10 +106,12 @@ class Chat:
         self.llm.check(prompt, self.params)
         say_outlook(self.llm, prompt, told=self.told)
         self.told = len(prompt.items)
+        if self.waiting:
+            self.newest = len(prompt.items) - len(self.waiting)
         writer = terminal.Writer()
         try:
             (completion,) = self.llm.generate(prompt, self.params, on_delta=writer)
-            for found in boxes.find(completion.text, completion.items):
+            for found in boxes.find(completion.text, completion.items[self.newest :]):
                 terminal.say(found.text)
             options.say_if_cut(self.llm, self.params, completion)
         finally:
@@ -126,7 +129,7 @@ class Chat:
         terminal.note(f"{item_line(probe.items[0])}; now ask about it")
 
     def _clear(self, _: str) -> None:
-        self.messages, self.waiting, self.told = [], [], 0
+        self.messages, self.waiting, self.told, self.newest = [], [], 0, 0
         terminal.note("the conversation is forgotten")
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import qwen2vl
 from qwen2vl.cli import options, terminal
 from qwen2vl.cli.options import Opened
 from qwen2vl.engine import LLM, Delta, SamplingParams
 from tests.cli.conftest import Run
+from tests.cli.test_ask import scripted
 
 Typed = str | None | type[KeyboardInterrupt]
 
@@ -64,6 +66,16 @@ def test_pictures_wait_for_the_next_question_and_stay(
     assert f"user\n{seen}{seen}what?" in prompts[0]
     assert f"user\n{seen}{seen}what?" in prompts[1]
     assert "user\nand now?" in prompts[1]
+
+
+def test_boxes_are_in_pixels_of_the_picture_shown_last(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "<|box_start|>(0,0),(500,500)<|box_end|>")
+    Image.new("RGB", (1000, 400)).save("large.png")
+    result = chat(run, f"/image {picture}", "where?", "/image large.png", "where?", "and now?")
+    lines = [line for line in result.stdout.splitlines() if line.startswith("box: ")]
+    assert lines == ["box: (0, 0) to (75, 50)"] + 2 * ["box: (0, 0) to (500, 200)"]
 
 
 def test_clear_forgets_turns_and_pictures(run: Run, prompts: list[str], picture: Path) -> None:
