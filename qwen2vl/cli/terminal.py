@@ -54,11 +54,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def prepare_streams() -> None:
-    """Never fail for what is written: unknown characters become escapes, closed streams a sink."""
-    # Without these two Python has None there, and every write would be a crash.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the whole process
+    """Never fail for what is read or written: strange bytes and characters become escapes."""
+    # A closed stream is None, and every use of it would be a crash.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - for the whole process, as these:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

@@ -46,7 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run one command inside an empty folder; stdout and stderr are kept apart."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: object, stdin: str | None = None) -> Result:
+    def call(*arguments: object, stdin: str | bytes | None = None) -> Result:
         result = CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
         assert "Traceback" not in result.output
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,17 @@ def test_what_cannot_be_done_is_said_and_nothing_is_lost(run: Run, prompts: list
 def test_a_path_is_no_command(run: Run, prompts: list[str]) -> None:
     chat(run, "/pictures/x.png is what?")
     assert "user\n/pictures/x.png is what?" in prompts[0]
+
+
+def test_bytes_of_another_encoding_are_no_crash(run: Run, prompts: list[str]) -> None:
+    assert run("chat", "--max-tokens", 2, stdin=b"caf\xe9\n").exit_code == 0
+    assert "user\ncaf\\xe9<|im_end|>" in prompts[0]
+
+
+def test_a_closed_stdin_is_the_end(tiny_folder: Path) -> None:
+    shell = f'"{sys.executable}" -m qwen2vl chat --model "{tiny_folder}" <&-'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_and_quit(run: Run, prompts: list[str]) -> None:
