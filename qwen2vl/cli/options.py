@@ -152,12 +152,20 @@ def open_processor(given: dict[str, Any]) -> Processor:
 
 
 def say_if_greedy(llm: LLM, params: SamplingParams) -> None:
-    """Warn where a temperature was asked for and the checkpoint's top-k leaves no choice."""
+    """Warn where options ask for a draw and the checkpoint's habits leave nothing to draw."""
     from qwen2vl.engine.sampler import Rule
 
-    if params.temperature and Rule.resolve(params, llm.generation).top_k == 1:
+    rule = Rule.resolve(params, llm.generation)
+    asked = {"--top-k": params.top_k, "--top-p": params.top_p, "--seed": params.seed}
+    idle = [option for option, value in asked.items() if value is not None]
+    if params.temperature and rule.top_k == 1:
         terminal.note(
             "this checkpoint's top-k of 1 leaves nothing to draw; add --top-k 0 --top-p 1"
+        )
+    elif params.temperature is None and rule.temperature == 0 and idle:
+        terminal.note(
+            f"this checkpoint takes the likeliest word: {', '.join(idle)} without effect; add "
+            "--temperature 1 to draw"
         )
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from qwen2vl.geometry import AttnMeta, VisionMeta
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["IGNORE", "Batch", "Example", "pack"]
+__all__ = ["Batch", "Example", "pack"]
 
-IGNORE = -100  # a label without loss
 ROUND = 8  # lengths are rounded up to a multiple of this
 
 

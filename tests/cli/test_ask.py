@@ -327,6 +327,16 @@ def test_what_was_adjusted_is_said(
     assert re.fullmatch(r"qwen2vl: two\.gif: .*first.*\n", result.stderr)
 
 
+def test_options_that_a_greedy_checkpoint_ignores_are_named(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Hi.")
+    told = run("ask", "Hi", "--top-k", 5, "--seed", 1).stderr
+    assert "--top-k, --seed without effect; add --temperature 1" in told
+    for more in ((), ("--temperature", 0), ("--temperature", 1)):
+        assert run("ask", "Hi", *more, *(("--seed", 1) if more else ())).stderr == ""
+
+
 def test_a_checkpoint_that_leaves_nothing_to_draw_says_so(
     run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
