@@ -123,8 +123,8 @@ def _optimisers(config: TrainConfig, step: int, model: Qwen2VL) -> Optimisers:
 
 def _forward_backward(config: TrainConfig, model: Qwen2VL, batch: Batch) -> Outcome:
     """Run one batch and leave its gradients on the parameters."""
-    dtype = torch.bfloat16
-    with torch.autocast(config.device, dtype, enabled=config.dtype == "bfloat16"):
+    place = torch.device(config.device).type
+    with torch.autocast(place, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         hidden_TD = model(
             batch.input_ids_T,
             batch.position_ids_3T,

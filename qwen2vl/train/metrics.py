@@ -46,7 +46,7 @@ class Metrics:
         self.patches += 0 if batch.patches_NP is None else len(batch.patches_NP)
         self.norm = self.norm + norm
         num = len(batch.families)
-        zeros = torch.zeros(num)
+        zeros = torch.zeros(num, device=batch.owner_R.device)
         losses = zeros.index_add(0, batch.owner_R, outcome.losses_R.float())
         right = zeros.index_add(0, batch.owner_R, outcome.right_R.float())
         count = torch.bincount(batch.owner_R, minlength=num)

@@ -108,7 +108,8 @@ class Optimisers:
                 for parameter in group["params"]:
                     name = names[parameter]
                     part.state[parameter] = {
-                        key: tensors[f"{name}|{key}"].clone() for key in keys_of.get(name, [])
+                        key: tensors[f"{name}|{key}"].to(parameter.device, copy=True)
+                        for key in keys_of.get(name, [])
                     }
 
     def _entries(self) -> Iterator[tuple[str, str, Tensor]]:
