@@ -29,7 +29,7 @@ def build(name: str) -> TrainConfig:
     """Call the recipe of this name, or the one in the Python file at this path.
 
     Raises:
-        ConfigError: there is no such recipe or file, or it has no function `recipe`.
+        ConfigError: there is no such recipe or file, it fails, or has no function `recipe`.
     """
     if name.endswith(".py"):
         return _from_file(Path(name))()
@@ -45,7 +45,11 @@ def _from_file(path: Path) -> Callable[[], TrainConfig]:
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{path}: no such recipe file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # somebody's own code may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: the recipe fails when it is read: {reason}") from error
     recipe: Callable[[], TrainConfig] | None = getattr(module, "recipe", None)
     if recipe is None:
         raise ConfigError(f"{path}: has no function recipe() that returns a TrainConfig")

@@ -36,6 +36,14 @@ def test_what_is_not_there_is_named(name: str, text: str) -> None:
         recipes.build(name)
 
 
+@pytest.mark.parametrize("text", ["def recipe(:", "import no_such_module", "1 / 0"])
+def test_a_file_that_fails_is_its_own_fault(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.py: the recipe fails when it is read: \w+: "):
+        recipes.build(str(path))
+
+
 def test_a_file_without_recipe_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.py"
     path.write_text("")
