@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwen2vl.errors import CheckpointError
+from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.train.config import TrainConfig, dump
 from qwen2vl.train.optim import Optimisers
 
-__all__ = ["latest", "read_step", "restore", "save"]
+__all__ = ["latest", "make_folder", "read_step", "restore", "save"]
 
 # What decides the bits of a run; the rest (workers, minutes, reports) may change from leg to leg.
 _BINDING = ("stages", "seed", "optim", "dtype", "init", "model", "min_pixels", "max_pixels")
@@ -32,26 +32,53 @@ _BINDING = ("stages", "seed", "optim", "dtype", "init", "model", "min_pixels", "
 _NAME = re.compile(r"step-(\d{6,})")
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run, before any work is done for it.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be made a folder: {error.strerror}; give another, out=FOLDER"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder}: cannot be written to; give another folder, out=FOLDER")
+
+
 def save(
     folder: Path, step: int, model: nn.Module, optimisers: Optimisers, config: TrainConfig
 ) -> Path:
-    """Write checkpoint `step` (steps done so far) and drop all but the last `config.keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write checkpoint `step` (steps done so far) and drop all but the last `config.keep`.
+
+    Raises:
+        CheckpointError: the disk is full, or no longer writable.
+    """
     target = folder / f"step-{step:06d}"
     aside = folder / f".{target.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()}, aside / "model.safetensors"
-    )
-    save_file(optimisers.state(), aside / "optimiser.safetensors")
     state = {"step": step, "config": json.loads(dump(config))}
-    (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in aside.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()}, aside / "model.safetensors"
+        )
+        save_file(optimisers.state(), aside / "optimiser.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in aside.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(
+            f"{target}: cannot be saved: {reason}; free some space and start again: the run goes "
+            "on from the checkpoint before"
+        ) from error
     for old in _all(folder)[: -config.keep]:
         shutil.rmtree(old)
     return target

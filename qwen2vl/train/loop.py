@@ -52,11 +52,13 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
 
     Raises:
         EngineError: a loss or gradient is not finite; no weight has taken it in.
-        CheckpointError: the run's folder holds checkpoints of another run.
+        CheckpointError: the run's folder holds checkpoints of another run, or is full.
+        ConfigError: the run's folder cannot be made, or a rule of a stage is wrong.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = Path(config.folder)
+    checkpoint.make_folder(folder)
     model, processor, tokenizer = begin(config)
     step, optimisers = _resume(config, folder, model)
     if config.compile:

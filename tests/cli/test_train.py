@@ -42,6 +42,7 @@ def test_a_finished_run_is_not_run_again(run: Run) -> None:
         (["nan0"], "no recipe 'nan0'; did you mean nano?"),
         (["tiny", "optm.lr=1"], "unknown key 'optm'; did you mean optim?"),
         (["tiny", "init=./nowhere"], "no such folder"),
+        (["tiny", "out=/dev/null/x"], "/dev/null/x: cannot be made a folder: Not a directory"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(run: Run, words: list[str], complaint: str) -> None:

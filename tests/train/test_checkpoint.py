@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from qwen2vl.errors import CheckpointError
+from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.recipes import tiny
 from qwen2vl.recipes.nano import ALL
 from qwen2vl.train import checkpoint
@@ -39,6 +40,25 @@ def test_an_unfinished_save_is_not_seen(tmp_path: Path, monkeypatch: pytest.Monk
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000010"
     saved(tmp_path, 20)
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000020"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    saved(tmp_path, 10)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(CheckpointError, match="step-000020: cannot be saved: No space left on"):
+        saved(tmp_path, 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run: cannot be made a folder: Not a directory"):
+        checkpoint.make_folder(tmp_path / "file" / "run")
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
