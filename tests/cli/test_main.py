@@ -140,10 +140,18 @@ def test_an_interrupt_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert "interrupted" in result.stderr
 
 
+def _heed_interrupts() -> None:
+    """Undo what a shell does to its background jobs, whose children ignore SIGINT from birth."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_real_interrupt_while_an_answer_is_written(tiny_folder: Path) -> None:
     arguments = ["ask", "--model", str(tiny_folder), "hi", "--max-tokens", "30000"]
     with subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_heed_interrupts,
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
