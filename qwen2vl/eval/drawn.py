@@ -233,7 +233,12 @@ def _fitted(line: Line) -> Line:
     another version of FreeType may differ by a pixel.
     """
     left, top, right, bottom = ink_extent(
-        line.text, line.font, line.size, cell=line.cell, tracking=line.tracking
+        line.text,
+        line.font,
+        line.size,
+        cell=line.cell,
+        tracking=line.tracking,
+        leading=line.leading,
     )
     x, y = max(line.x, 1 - left), max(line.y, 1 - top)
     width, height = max(line.width, x + right + 1), max(line.height, y + bottom + 1)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from random import Random
 
-from qwen2vl.grounding import Box
-from qwen2vl.synth.scenes import phrases, sample_scene
+from qwen2vl.grounding import Box, Ref
+from qwen2vl.synth.scenes import from_the_left, phrases, sample_scene
 from qwen2vl.synth.spec import Draft, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import ask
 
@@ -26,6 +26,10 @@ def sample(rng: Random, mixture: Mixture) -> Draft:
         names = _names_by_shape(scene)
         if names:
             break
+    if mixture.list_share and rng.random() < mixture.list_share:
+        listed = _find_all(rng, scene, mixture.split)
+        if listed is not None:
+            return Draft((listed,), (scene,))
     shapes = rng.sample(list(names), min(mixture.questions, len(names)))
     questions = [
         _find(rng, scene, shape, names[shape], mixture.split)
@@ -48,6 +52,15 @@ def _find(rng: Random, scene: Scene, shape: Shape, names: list[str], split: str)
     name = shape.phrase if rng.random() < 0.6 else rng.choice(names)
     text = ask(rng, "find", split, name)
     return Question(task="find", text=text, answer=_box_text(scene, shape), box=shape.box)
+
+
+def _find_all(rng: Random, scene: Scene, split: str) -> Question | None:
+    """Ask for every shape with its box, where their order from left to right is beyond doubt."""
+    shapes = from_the_left(scene)
+    if shapes is None:
+        return None
+    answer = "\n".join(Ref(s.phrase).to_text() + _box_text(scene, s) for s in shapes)
+    return Question(task="find_all", text=ask(rng, "find_all", split), answer=answer)
 
 
 def _name(rng: Random, scene: Scene, shape: Shape, split: str) -> Question:

@@ -34,44 +34,51 @@ def draw(picture: Picture) -> NDArray[np.uint8]:
 
 
 def ink_extent(
-    text: str, font: str, size: int, *, cell: int, tracking: int
+    text: str, font: str, size: int, *, cell: int, tracking: int, leading: int = 0
 ) -> tuple[int, int, int, int]:
-    """Measure where the ink of a line falls, from the first pen position and the baseline.
+    """Measure where the ink of a text falls, from the first pen position and baseline.
 
     Returns:
         (left, top, right, bottom), the last two exclusive; left and top are often negative.
     """
     boxes = [
-        (x + g.left, g.top, x + g.left + g.mask.shape[1], g.top + g.mask.shape[0])
-        for x, g in _placed(text, font, size, cell, tracking)
+        (x + g.left, y + g.top, x + g.left + g.mask.shape[1], y + g.top + g.mask.shape[0])
+        for x, y, g in _placed(text, font, size, cell, tracking, leading)
         if g.mask.size
     ]
     left, top, right, bottom = zip(*boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
 
 
-def _placed(text: str, font: str, size: int, cell: int, tracking: int) -> list[tuple[int, Glyph]]:
-    """Pair each glyph with its pen position; in cells each stands in the middle of its own."""
+def _placed(
+    text: str, font: str, size: int, cell: int, tracking: int, leading: int
+) -> list[tuple[int, int, Glyph]]:
+    """List (x, y, glyph) by pen position; in cells each stands in the middle of its own."""
     table = glyphs(font, size, CHARACTERS)
-    placed: list[tuple[int, Glyph]] = []
-    pen = 0
+    placed: list[tuple[int, int, Glyph]] = []
+    pen = baseline = 0
     for char in text:
+        if char == "\n":
+            pen, baseline = 0, baseline + leading
+            continue
         glyph = table[char]
         if cell:
             ink = glyph.mask.shape[1]
-            placed.append((pen + (cell - ink) // 2 - glyph.left, glyph))
+            placed.append((pen + (cell - ink) // 2 - glyph.left, baseline, glyph))
             pen += cell
         else:
-            placed.append((pen, glyph))
+            placed.append((pen, baseline, glyph))
             pen += glyph.advance + tracking
     return placed
 
 
 def _draw_line(line: Line) -> NDArray[np.uint8]:
     coverage = np.zeros((line.height, line.width), dtype=np.uint8)
-    for x, glyph in _placed(line.text, line.font, line.size, line.cell, line.tracking):
+    for x, y, glyph in _placed(
+        line.text, line.font, line.size, line.cell, line.tracking, line.leading
+    ):
         height, width = glyph.mask.shape
-        left, top = line.x + x + glyph.left, line.y + glyph.top
+        left, top = line.x + x + glyph.left, line.y + y + glyph.top
         # Letters that lean over their neighbour share pixels with it: the darker one counts.
         target = coverage[top : top + height, left : left + width]
         np.maximum(target, glyph.mask, out=target)

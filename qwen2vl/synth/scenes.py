@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 from qwen2vl.synth.colors import colors_on, sample_color, sample_ground
 from qwen2vl.synth.draw import KINDS
 from qwen2vl.synth.spec import Box, Mixture, Scene, Shape
 
-__all__ = ["MIN_SIDE", "overlap", "phrases", "place", "sample_scene"]
+__all__ = ["MIN_SIDE", "from_the_left", "overlap", "phrases", "place", "sample_scene"]
 
 MIN_SIDE = 24  # pixels of the smallest shape
 _MAX_OVERLAP = 0.1  # of the smaller box
+_CLEARLY_FURTHER = 0.05  # of the width, between the centres of neighbours in an ordered list
 _AREA_EACH = 2300  # pixels of canvas for each shape, so that they find room
 
 
@@ -93,6 +95,16 @@ def phrases(scene: Scene) -> dict[str, Shape]:
     ]
     uses = Counter(name for name, _ in names)
     return {name: shape for name, shape in names if uses[name] == 1}
+
+
+def from_the_left(scene: Scene) -> list[Shape] | None:
+    """Order the shapes from left to right; None when two of them are not clearly apart."""
+    ordered = sorted(scene.shapes, key=lambda shape: shape.center[0])
+    gap = _CLEARLY_FURTHER * scene.width
+    for left, right in pairwise(ordered):
+        if right.center[0] - left.center[0] < gap:
+            return None
+    return ordered
 
 
 def _sample_shape(rng: Random, kinds: Sequence[str], colors: Sequence[str], box: Box) -> Shape:

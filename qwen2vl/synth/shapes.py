@@ -14,7 +14,7 @@ from random import Random
 
 from qwen2vl.synth.colors import COLORS, colors_on
 from qwen2vl.synth.draw import KINDS
-from qwen2vl.synth.scenes import phrases, sample_scene
+from qwen2vl.synth.scenes import from_the_left, phrases, sample_scene
 from qwen2vl.synth.spec import MAX_SHAPES, Draft, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import ask
 
@@ -32,6 +32,10 @@ _Asker = Callable[[Random, Scene, str], Question | None]
 def sample(rng: Random, mixture: Mixture) -> Draft:
     """Make up a scene and ask about it."""
     scene = sample_scene(rng, mixture)
+    if mixture.list_share and rng.random() < mixture.list_share:
+        listed = _list(rng, scene, mixture.split)
+        if listed is not None:
+            return Draft((listed,), (scene,))
     tasks = _SINGLE if len(scene.shapes) == 1 else _SEVERAL
     return Draft(_pick(rng, tasks, scene, mixture), (scene,))
 
@@ -55,6 +59,15 @@ def _pick(
         if len(questions) == mixture.questions:
             break
     return tuple(questions.values())
+
+
+def _list(rng: Random, scene: Scene, split: str) -> Question | None:
+    """Ask for all shapes by name, where their order from left to right is beyond doubt."""
+    shapes = from_the_left(scene)
+    if shapes is None:
+        return None
+    text = ask(rng, "list", split)
+    return Question(task="list", text=text, answer=", ".join(s.phrase for s in shapes))
 
 
 def _name_shape(rng: Random, scene: Scene, split: str) -> Question:

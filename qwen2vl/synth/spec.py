@@ -68,11 +68,14 @@ class Mixture:
     max_width: int = 448  # of a line's canvas; a smaller size is taken, then letters are dropped
     large_share: float = 0.0  # lines one to three times as large as font_size and max_width allow
     sparse_share: float = 0.0  # lines somewhere on a canvas of 1:2 to 20:1, mostly empty
+    page_share: float = 0.0  # pictures of several lines: many letters for one question
+    page_lines: tuple[int, int] = (2, 4)
     plain_share: float = 0.3  # black on white; the rest has coloured ink, grounds and texture
     # shapes, grounding, two_pictures
     num_shapes: tuple[int, int] = (1, 5)
     canvas: tuple[int, int] = (56, 224)  # pixels a side, each side on its own
     textured_share: float = 0.3
+    list_share: float = 0.0  # shapes, grounding: name or box all of them in one answer
     # motion
     num_frames: tuple[int, ...] = (4, 6, 8)  # one of these
     clip_canvas: tuple[int, int] = (56, 112)
@@ -94,9 +97,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A picture of one line of text."""
+    """A picture of text: one line, or several under each other."""
 
-    text: str
+    text: str  # lines are parted by a line feed
     font: str  # file name
     size: int  # pixels per em
     width: int
@@ -107,11 +110,12 @@ class Line:
     ground: RGB
     cell: int = 0  # pixels a character; 0: as wide as the font says
     tracking: int = 0  # pixels added between characters
+    leading: int = 0  # pixels from one baseline to the next
     texture: int = 0  # seed of the ground's grain; 0: plain
 
     def scaled(self, k: int) -> Line:
         """Draw the same at `k` times the size."""
-        numbers = ("size", "width", "height", "x", "y", "cell", "tracking")
+        numbers = ("size", "width", "height", "x", "y", "cell", "tracking", "leading")
         return Line(**{**_shallow(self), **{name: k * getattr(self, name) for name in numbers}})
 
 
@@ -262,12 +266,21 @@ _LEAST_OF_RANGE = {
     "text_length": 1,
     "font_size": 8,
     "padding": 0,
+    "page_lines": 2,
     "num_shapes": 1,
     "canvas": 56,
     "clip_canvas": 56,
 }
 _LEAST = {"questions": 1, "max_width": 28}
-_SHARES = ("random_share", "large_share", "sparse_share", "plain_share", "textured_share")
+_SHARES = (
+    "random_share",
+    "large_share",
+    "sparse_share",
+    "page_share",
+    "plain_share",
+    "textured_share",
+    "list_share",
+)
 _CHOICES = {"split": _Split, "fonts": _Fonts, "alphabet": _Alphabet, "layout": _Layout}
 
 

@@ -1,8 +1,9 @@
-"""The family `text`: one line to read, anywhere on a canvas of any size.
+"""The family `text`: a line to read, or a page of lines, anywhere on a canvas of any size.
 
 A curriculum starts in cells (one character in each 28 x 28 pixels, which is one vision token) and
 ends with free proportional text in any colours. The canvas follows from the ink and the padding,
-so nothing is ever cut off. It must not know other families. Next room: scenes.py.
+so nothing is ever cut off. A page teaches most: its many letters share the cost of one question.
+It must not know other families. Next room: scenes.py.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ __all__ = ["sample", "sample_font", "sample_text", "write_line"]
 _CELL = 28  # pixels a side of one vision token: patch 14, merge 2
 _SPARSE_PIXELS = 160_000  # most pixels of a canvas that is grown: 204 vision tokens
 _CELL_SIZES = (20, 24)  # pixels per em; the narrow range tells "o" from "O"
+_LEADING = (1.15, 1.7)  # of the size: distance between the baselines of a page
 
 
 def sample(rng: Random, mixture: Mixture) -> Draft:
-    """Make up one line and ask to read it."""
+    """Make up one line, or a page of several, and ask to read it."""
     font = sample_font(rng, mixture)
-    line = write_line(rng, mixture, sample_text(rng, mixture, font), font)
-    question = ask(rng, "read", mixture.split)
-    return Draft((Question(task="read", text=question, answer=line.text),), (line,))
+    page = mixture.page_share > 0 and rng.random() < mixture.page_share
+    lines = rng.randint(*mixture.page_lines) if page else 1
+    text = "\n".join(sample_text(rng, mixture, font) for _ in range(lines))
+    line = write_line(rng, mixture, text, font)
+    task = "read_page" if page else "read"
+    question = ask(rng, task, mixture.split)
+    return Draft((Question(task=task, text=question, answer=line.text),), (line,))
 
 
 def sample_font(rng: Random, mixture: Mixture) -> str:
@@ -63,18 +69,24 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
     widest = mixture.max_width
     if mixture.large_share and rng.random() < mixture.large_share:
         low, high, widest = high, 3 * high, 3 * widest
-    size = _sample_size(rng, low, high)
+    page = "\n" in text
+    size = _sample_size(rng, min(3 * low // 2, high) if page else low, high)
+    spacing = rng.uniform(*_LEADING) if page else 0.0
     tracking = rng.choice((0, 0, 0, 1, 2)) if size >= 16 else 0
     pads = [rng.randint(*mixture.padding) for _ in range(4)]
     while True:
-        left, top, right, bottom = ink_extent(text, font, size, cell=0, tracking=tracking)
+        leading = round(spacing * size)
+        left, top, right, bottom = ink_extent(
+            text, font, size, cell=0, tracking=tracking, leading=leading
+        )
         width = pads[0] + right - left + pads[2]
-        if width <= widest or len(text) == 1:
+        if width <= widest or len(_longest(text)) == 1:
             break
         if size > low:
             size = max(low, min(size - 1, size * widest // width))
         else:
-            text = text[: len(text) - 1].rstrip(" ")
+            longest = _longest(text)
+            text = text.replace(longest, longest[:-1].rstrip(" "), 1)
     line = Line(
         text=text,
         font=font,
@@ -86,11 +98,16 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
         ink=ink,
         ground=ground,
         tracking=tracking,
+        leading=leading,
         texture=texture,
     )
     if mixture.sparse_share and rng.random() < mixture.sparse_share:
         return _on_empty_ground(rng, line)
     return line
+
+
+def _longest(text: str) -> str:
+    return max(text.split("\n"), key=len)
 
 
 def _on_empty_ground(rng: Random, line: Line) -> Line:
@@ -116,19 +133,21 @@ def _sample_size(rng: Random, low: int, high: int) -> int:
 def _write_cells(rng: Random, text: str, font: str, ink: RGB, ground: RGB, texture: int) -> Line:
     """Set one character in the middle of each cell, as large as asked for or as fits."""
     size, y = rng.randint(*_CELL_SIZES), 20 + rng.randint(-1, 1)
-    while not _fits_cells(text, font, size, y):
+    rows = text.split("\n")
+    while not all(_fits_cells(row, font, size, y) for row in rows):
         size -= 1
     return Line(
         text=text,
         font=font,
         size=size,
-        width=_CELL * len(text),
-        height=_CELL,
+        width=_CELL * max(map(len, rows)),
+        height=_CELL * len(rows),
         x=0,
         y=y,
         ink=ink,
         ground=ground,
         cell=_CELL,
+        leading=_CELL,
         texture=texture,
     )
 

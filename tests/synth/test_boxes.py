@@ -12,6 +12,7 @@ from qwen2vl import grounding
 from qwen2vl.synth import Mixture, sample
 from qwen2vl.synth.colors import COLORS
 from qwen2vl.synth.draw import KINDS, draw
+from qwen2vl.synth.scenes import from_the_left
 from qwen2vl.synth.spec import Scene, Shape
 
 MIXTURE = Mixture(weights={"grounding": 1.0}, questions=4, textured_share=0.0)
@@ -101,3 +102,23 @@ def test_each_question_is_about_another_shape() -> None:
         spec = sample(34, index, MIXTURE)
         keys = [q.answer if q.box else q.text.split("box_start")[1] for q in spec.questions]
         assert len(set(keys)) == len(keys)
+
+
+def test_finding_all_lists_each_shape_with_its_box_from_the_left() -> None:
+    mixture = Mixture(weights={"grounding": 1.0}, list_share=1.0)
+    lists = 0
+    for index in range(150):
+        spec = sample(35, index, mixture)
+        (scene,) = spec.pictures
+        assert isinstance(scene, Scene)
+        question = spec.questions[0]
+        if question.task != "find_all":
+            continue
+        lists += 1
+        found = grounding.parse(question.answer)
+        assert [f.phrase for f in found] == [s.phrase for s in from_the_left(scene) or ()]
+        boxes = [f.shape.to_pixels((scene.height, scene.width)) for f in found]
+        assert boxes == sorted(boxes, key=lambda box: box[0] + box[2])
+        truth = sorted((shape.box for shape in scene.shapes), key=lambda box: box[0] + box[2])
+        assert np.abs(np.subtract(boxes, truth)).max() <= 0.25
+    assert lists > 75

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -168,3 +169,17 @@ def test_plural() -> None:
         "stars",
         "red crosses",
     ]
+
+
+def test_a_list_names_every_shape_from_the_left() -> None:
+    lists = 0
+    for questions, scene in _drawn(200, Mixture(weights={"shapes": 1.0}, list_share=1.0)):
+        if questions[0].task != "list":
+            # Only where two stand nearly above each other is there no certain order.
+            middles = sorted(shape.center[0] for shape in scene.shapes)
+            assert min(b - a for a, b in pairwise(middles)) < 0.05 * scene.width
+            continue
+        lists += 1
+        ordered = sorted(scene.shapes, key=lambda shape: shape.box[0] + shape.box[2])
+        assert questions[0].answer.split(", ") == [f"{s.color} {s.kind}" for s in ordered]
+    assert lists > 100

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from qwen2vl.synth import Mixture, render, sample
 from qwen2vl.synth.colors import contrast
-from qwen2vl.synth.draw import ink_extent
+from qwen2vl.synth.draw import draw, ink_extent
 from qwen2vl.synth.fonts import files_of, stems_look_alike
 from qwen2vl.synth.spec import Line, Spec
 from qwen2vl.synth.strings import DIGITS, LETTERS, MARKS
@@ -110,6 +111,39 @@ def test_cells_hold_one_centred_character_each() -> None:
             cell = image[:, 28 * i : 28 * (i + 1), 0] < 255
             columns = np.nonzero(cell.any(axis=0))[0]
             assert abs(columns.min() - (27 - columns.max())) <= 1
+
+
+def test_a_page_is_its_lines_under_each_other() -> None:
+    """Each row of a page in cells has the very pixels of its line alone, which is no page."""
+    knobs = {"layout": "cells", "fonts": "mono2", "plain_share": 1.0, "random_share": 1.0}
+    counts = set()
+    for spec, page in _lines(60, page_share=1.0, page_lines=(2, 4), text_length=(1, 6), **knobs):
+        (question,) = spec.questions
+        assert (question.task, question.answer) == ("read_page", page.text)
+        image = draw(page)
+        rows = page.text.split("\n")
+        counts.add(len(rows))
+        assert image.shape == (28 * len(rows), 28 * max(map(len, rows)), 3)
+        for i, text in enumerate(rows):
+            alone = draw(replace(page, text=text, width=28 * len(text), height=28))
+            assert np.array_equal(image[28 * i : 28 * (i + 1), : 28 * len(text)], alone)
+    assert counts == {2, 3, 4}
+
+
+def test_pages_are_whole_and_as_wide_as_allowed() -> None:
+    pages = _lines(100, page_share=1.0, padding=(2, 5), max_width=150, plain_share=1.0)
+    for _, page in pages:
+        ink_rows, ink_columns = np.nonzero(draw(page)[..., 0] < 255)
+        assert min(ink_rows.min(), ink_columns.min()) >= 2
+        assert ink_rows.max() < page.height - 2
+        assert ink_columns.max() < page.width - 2
+        assert all(row.strip() == row != "" for row in page.text.split("\n"))
+    assert 100 < max(page.width for _, page in pages) <= 150
+
+
+def test_a_share_of_pictures_are_pages() -> None:
+    pages = sum("\n" in line.text for _, line in _lines(300, page_share=0.5))
+    assert 110 < pages < 190
 
 
 @pytest.mark.parametrize("fonts", ["mono2", "all", "validation"])
