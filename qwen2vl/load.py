@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.errors import CapacityError, InputError
 from qwen2vl.model import Qwen2VL
@@ -160,6 +161,8 @@ def load_model(
     with torch.device("meta"):
         model = Qwen2VL(config)
     _fill(model, tensors, place, chosen)
+    if place.type == "cpu" and chosen == torch.bfloat16:
+        multiply_single_rows(model)
     return model.eval()
 
 

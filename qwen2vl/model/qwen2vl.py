@@ -84,4 +84,6 @@ class Qwen2VL(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Score every word of the vocabulary: logits_TV, in the dtype of the weights."""
-        return F.linear(hidden_TD, self.head_weight)
+        if self.lm_head is None:
+            return F.linear(hidden_TD, self.model.embed_tokens.weight)
+        return self.lm_head(hidden_TD)

@@ -1,0 +1,41 @@
+"""One row at a time: on a CPU, decode as matrix-vector products.
+
+A linear layer hands even a single row to the matrix-matrix kernel, which in bfloat16 reads the
+weights at half the speed of memory. `torch.mv` reads them nearly as fast as they come. Only a
+single row goes that way; prefill, pictures and training keep the matrix kernel. The tied head,
+a bare matrix in the model, becomes a layer over the same parameter. A model so changed answers; it
+is not meant to be saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qwen2vl.model import Qwen2VL
+
+__all__ = ["RowLinear", "multiply_single_rows"]
+
+
+class RowLinear(nn.Linear):
+    """An nn.Linear with another kernel for one row; rounding may differ in the last bit."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply rows (T, in) into (T, out)."""
+        if input.shape[0] != 1:
+            return super().forward(input)
+        if self.bias is None:
+            return torch.mv(self.weight, input[0])[None]
+        return torch.addmv(self.bias, self.weight, input[0])[None]
+
+
+def multiply_single_rows(model: Qwen2VL) -> None:
+    """Give every linear layer of the decoder, and the head, the kernel for single rows."""
+    if model.lm_head is None:
+        embedding = model.model.embed_tokens.weight
+        with torch.device("meta"):
+            model.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False)
+        model.lm_head.weight = embedding
+    for module in (*model.model.modules(), model.lm_head):
+        if type(module) is nn.Linear:
+            module.__class__ = RowLinear
