@@ -105,7 +105,7 @@ class Ours:
             AttnMeta.build([length]),
             vision_MD=self.vision_MD,
             pad_index_M=pad_index(self.prompt.ids, self.config),
-            cache=self.cache,
+            caches=[self.cache],
         )
 
     def logits(self, prompt: Prompt) -> Tensor:
@@ -122,7 +122,7 @@ class Ours:
             torch.tensor([self.next]),
             torch.full((3, 1), index + self.prompt.rope_delta),
             AttnMeta.build([1], [index + 1]),
-            cache=self.cache,
+            caches=[self.cache],
         )
         self.next = int(self.model.logits(hidden_TD).argmax())
 

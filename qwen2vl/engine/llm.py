@@ -262,7 +262,7 @@ class LLM:
             AttnMeta.build([len(prompt.input_ids)]).to(self.device),
             vision_MD=vision_MD,
             pad_index_M=None if vision_MD is None else prompt.pad_index_M.to(self.device),
-            cache=cache,
+            caches=[cache],
         )
 
     def _step(self, token: int, rope_delta: int, cache: KVCache) -> Tensor:
@@ -272,7 +272,7 @@ class LLM:
             torch.tensor([token], device=self.device),
             torch.full((3, 1), position, device=self.device),
             AttnMeta.build([1], [cache.length + 1]),
-            cache=cache,
+            caches=[cache],
         )
 
 

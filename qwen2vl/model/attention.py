@@ -14,6 +14,7 @@ the kernel; `attention_by_segment` does one at a time and is the oracle the test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,8 @@ class KVCache:
     """Keys and values of one sequence: one contiguous block, as CPU kernels like it.
 
     `length` counts the tokens stored; `Qwen2VL.forward` advances it once all layers have written,
-    so that a forward that fails in between leaves the cache as it was.
+    so that a forward that fails in between leaves the cache as it was. Setting it back forgets
+    the tokens behind.
     """
 
     k_LKZC: Tensor
@@ -64,6 +66,18 @@ class KVCache:
         k_LKZC = torch.empty(shape, dtype=dtype, device=device)
         return cls(k_LKZC, torch.empty_like(k_LKZC))
 
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for."""
+        return self.k_LKZC.shape[2]
+
+    def copy_from(self, other: KVCache, num_tokens: int) -> None:
+        """Take over the first `num_tokens` of another sequence; that is now the length."""
+        assert num_tokens <= min(other.length, self.capacity), "a copy longer than its source"
+        self.k_LKZC[:, :, :num_tokens] = other.k_LKZC[:, :, :num_tokens]
+        self.v_LKZC[:, :, :num_tokens] = other.v_LKZC[:, :, :num_tokens]
+        self.length = num_tokens
+
     def layer(self, index: int) -> LayerCache:
         """Give one layer's share."""
         return LayerCache(self.k_LKZC[index], self.v_LKZC[index], self.length)
@@ -76,19 +90,19 @@ def attention(
     meta: AttnMeta,
     *,
     causal: bool,
-    layer_cache: LayerCache | None = None,
+    layer_caches: Sequence[LayerCache] | None = None,
 ) -> Tensor:
     """Let each token attend within its own segment.
 
-    With `layer_cache` the new keys and values are stored first and the queries see all of them;
-    the queries are then the last tokens of a single sequence. Causal masks are aligned to the
+    With `layer_caches`, one for each segment, the new keys and values are stored first and the
+    queries, the last tokens of their sequence, see all of them. Causal masks are aligned to the
     end: the last query sees every key. Scores are scaled by C ** -0.5.
 
     Returns:
         out_THC, in the order of the queries.
     """
-    if layer_cache is not None:
-        k_TKC, v_TKC = layer_cache.append(k_TKC, v_TKC)
+    if layer_caches is not None:
+        return _attend_cached(q_THC, k_TKC, v_TKC, meta, layer_caches, causal)
     return _attend(q_THC, k_TKC, v_TKC, meta.runs, causal)
 
 
@@ -103,6 +117,24 @@ def attention_by_segment(
         start_q += length_q
         start_k += length_k
     return _attend(q_THC, k_TKC, v_TKC, tuple(runs), causal)
+
+
+def _attend_cached(
+    q_THC: Tensor,
+    k_TKC: Tensor,
+    v_TKC: Tensor,
+    meta: AttnMeta,
+    layer_caches: Sequence[LayerCache],
+    causal: bool,
+) -> Tensor:
+    """Store and attend, sequence by sequence: their keys lie in different places."""
+    sizes = list(meta.lengths_q)
+    outs: list[Tensor] = []
+    parts = zip(q_THC.split(sizes), k_TKC.split(sizes), v_TKC.split(sizes), strict=True)
+    for (q, k, v), cache in zip(parts, layer_caches, strict=True):
+        keys, values = cache.append(k, v)
+        outs.append(_attend_run(q, keys, values, Run(0, 0, 1, len(q), len(keys)), causal))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _attend(

@@ -8,6 +8,8 @@ decode are the same `forward`. Parameter names are the names of the official che
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,12 +67,13 @@ class Qwen2VL(nn.Module):
         vision_meta: VisionMeta | None = None,
         vision_MD: Tensor | None = None,
         pad_index_M: Tensor | None = None,
-        cache: KVCache | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> Tensor:
         """Compute hidden_TD, normed and ready for `logits`.
 
         Pictures come either as patches with their meta (training), or as rows encoded before
         (`vision_MD`, answering); never both. Either way `pad_index_M` says where rows go.
+        `caches` hold what came before, one for each segment of `meta`.
         """
         if patches_NP is not None:
             assert vision_MD is None and vision_meta is not None
@@ -80,7 +83,7 @@ class Qwen2VL(nn.Module):
             embeds_TD = self.model.embed_tokens(input_ids_T)
         else:
             embeds_TD = self.embed(input_ids_T, vision_MD, pad_index_M)
-        return self.model(embeds_TD, position_ids_3T, meta, cache)
+        return self.model(embeds_TD, position_ids_3T, meta, caches)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Score every word of the vocabulary: logits_TV, in the dtype of the weights."""

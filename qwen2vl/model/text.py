@@ -7,6 +7,8 @@ pictures: vision tokens have already taken their places among the embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,10 +54,14 @@ class TextAttention(nn.Module):
         return rotate(q_THC, rotation), rotate(k_TKC, rotation), v_TKC
 
     def forward(
-        self, hidden_TD: Tensor, rotation: Rotation, meta: AttnMeta, layer_cache: LayerCache | None
+        self,
+        hidden_TD: Tensor,
+        rotation: Rotation,
+        meta: AttnMeta,
+        layer_caches: Sequence[LayerCache] | None,
     ) -> Tensor:
         q_THC, k_TKC, v_TKC = self.project(hidden_TD, rotation)
-        out_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_cache=layer_cache)
+        out_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_caches=layer_caches)
         return self.o_proj(out_THC.flatten(1))
 
 
@@ -83,10 +89,14 @@ class TextBlock(nn.Module):
         self.mlp = TextMLP(config)
 
     def forward(
-        self, hidden_TD: Tensor, rotation: Rotation, meta: AttnMeta, layer_cache: LayerCache | None
+        self,
+        hidden_TD: Tensor,
+        rotation: Rotation,
+        meta: AttnMeta,
+        layer_caches: Sequence[LayerCache] | None,
     ) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
-        hidden_TD = hidden_TD + self.self_attn(normed_TD, rotation, meta, layer_cache)
+        hidden_TD = hidden_TD + self.self_attn(normed_TD, rotation, meta, layer_caches)
         return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
 
 
@@ -101,17 +111,22 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, embeds_TD: Tensor, position_ids_3T: Tensor, meta: AttnMeta, cache: KVCache | None
+        self,
+        embeds_TD: Tensor,
+        position_ids_3T: Tensor,
+        meta: AttnMeta,
+        caches: Sequence[KVCache] | None,
     ) -> Tensor:
-        """Run all blocks; with a cache, store the new tokens' keys and values and advance it."""
+        """Run all blocks; with caches, store each segment's new keys and values and advance them."""
         config = self.config
         rotation = text_rotation(
             position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section
         )
         hidden_TD = embeds_TD
         for index, layer in enumerate(self.layers):
-            layer_cache = cache.layer(index) if cache is not None else None
-            hidden_TD = layer(hidden_TD, rotation, meta, layer_cache)
-        if cache is not None:
-            cache.length += embeds_TD.shape[0]
+            layer_caches = None if caches is None else [cache.layer(index) for cache in caches]
+            hidden_TD = layer(hidden_TD, rotation, meta, layer_caches)
+        if caches is not None:
+            for cache, length in zip(caches, meta.lengths_q, strict=True):
+                cache.length += length
         return self.norm(hidden_TD)

@@ -107,13 +107,51 @@ def test_a_chunked_prefill_equals_the_whole(chunks: list[int]) -> None:
     for chunk in chunks:
         here = slice(cache.length, cache.length + chunk)
         meta = AttnMeta.build([chunk], [here.stop])
-        parts.append(
-            attention(
-                q_THC[here], k_TKC[here], v_TKC[here], meta, causal=True, layer_cache=cache.layer(1)
-            )
-        )
+        qkv_here = q_THC[here], k_TKC[here], v_TKC[here]
+        parts.append(attention(*qkv_here, meta, causal=True, layer_caches=[cache.layer(1)]))
         cache.length = here.stop
     assert_close(torch.cat(parts), want)
+
+
+@given(
+    before=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_sequences_with_caches_in_one_call_equal_each_alone(
+    before: list[int], data: st.DataObject
+) -> None:
+    """New tokens of several sequences, each with a past of its own, prefill and decode mixed."""
+    new = [data.draw(st.integers(1, 4)) for _ in before]
+    caches = [cache_of(p + n) for p, n in zip(before, new, strict=True)]
+    wholes = [qkv(p + n, p + n, 6, 2) for p, n in zip(before, new, strict=True)]
+    for past, cache, (_, k_TKC, v_TKC) in zip(before, caches, wholes, strict=True):
+        cache.layer(1).append(k_TKC[:past], v_TKC[:past])
+        cache.length = past
+    packed = [
+        torch.cat([whole[part][past:] for past, whole in zip(before, wholes, strict=True)])
+        for part in range(3)
+    ]
+    meta = AttnMeta.build(new, [p + n for p, n in zip(before, new, strict=True)])
+    layer_caches = [cache.layer(1) for cache in caches]
+    got_THC = attention(*packed, meta, causal=True, layer_caches=layer_caches)
+    alone = [
+        attention(*whole, AttnMeta.build([len(whole[0])]), causal=True)[past:]
+        for past, whole in zip(before, wholes, strict=True)
+    ]
+    assert_close(got_THC, torch.cat(alone))
+
+
+def test_a_copied_cache_goes_its_own_way() -> None:
+    source, copy = cache_of(4), cache_of(3)
+    k_TKC = torch.arange(64.0).view(4, 2, 8)
+    source.layer(0).append(k_TKC, -k_TKC)
+    source.length = 4
+    copy.copy_from(source, 2)
+    assert (copy.length, copy.capacity) == (2, 3)
+    keys, values = copy.layer(0).append(k_TKC[:1] + 100, k_TKC[:1])
+    assert torch.equal(keys, torch.cat([k_TKC[:2], k_TKC[:1] + 100]))
+    assert torch.equal(values, torch.cat([-k_TKC[:2], k_TKC[:1]]))
+    assert torch.equal(source.k_LKZC[0, :, 2].flatten(), k_TKC[2].flatten())
 
 
 def test_layers_of_a_cache_do_not_share_rows() -> None:

@@ -125,9 +125,9 @@ def test_a_failed_forward_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[1], "forward", fail)
         with pytest.raises(MemoryError):
-            model(**inputs, cache=cache)
+            model(**inputs, caches=[cache])
     assert cache.length == 0
-    assert torch.equal(model(**inputs, cache=cache), model(**inputs))
+    assert torch.equal(model(**inputs, caches=[cache]), model(**inputs))
     assert cache.length == tokens
 
 

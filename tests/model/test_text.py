@@ -93,7 +93,7 @@ def test_a_cache_changes_nothing(chunks: list[int]) -> None:
     for chunk in chunks:
         here = slice(cache.length, cache.length + chunk)
         meta = AttnMeta.build([chunk], [here.stop])
-        outs.append(model(embeds_TD[here], positions[:, here], meta, cache))
+        outs.append(model(embeds_TD[here], positions[:, here], meta, [cache]))
         assert cache.length == here.stop
     torch.testing.assert_close(torch.cat(outs), run(embeds_TD), rtol=1e-4, atol=1e-5)
 

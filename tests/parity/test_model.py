@@ -145,7 +145,7 @@ def stepwise(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor, chunks: list[in
             AttnMeta.build([chunk], [end]),
             vision_MD=vision_MD[inside],
             pad_index_M=whole["pad_index_M"][inside] - start,
-            cache=cache,
+            caches=[cache],
         )
         logits.append(model.logits(hidden_TD))
     return logits
@@ -175,7 +175,7 @@ def greedy(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor) -> list[int]:
     whole = packed([prompt], [patches_NP], config)
     _, delta = text_positions(prompt.ids, prompt.grids, config)
     cache = KVCache.allocate(config.text, len(prompt.ids) + NUM_GREEDY, torch.float32, "cpu")
-    hidden_TD = model(**whole, cache=cache)
+    hidden_TD = model(**whole, caches=[cache])
     ids: list[int] = []
     while True:
         ids.append(int(model.logits(hidden_TD[-1:]).argmax()))
@@ -186,7 +186,7 @@ def greedy(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor) -> list[int]:
             torch.tensor(ids[-1:]),
             torch.full((3, 1), index + delta),
             AttnMeta.build([1], [index + 1]),
-            cache=cache,
+            caches=[cache],
         )
 
 
