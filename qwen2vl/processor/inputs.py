@@ -68,6 +68,12 @@ class ModelInput:
         return sum(item.num_tokens for item in self.items if item.kind == "video")
 
     @cached_property
+    def item_starts(self) -> tuple[int, ...]:
+        """The token at which each item's placeholders begin."""
+        counts = [item.num_tokens for item in self.items]
+        return tuple(int(pads[0]) for pads in self.pad_index_M.split(counts)) if counts else ()
+
+    @cached_property
     def patches_NP(self) -> Tensor | None:  # noqa: N802 - a tensor's name ends in its letters
         """All items' patches end to end, or None for a prompt of text alone."""
         return torch.cat([item.patches_NP for item in self.items]) if self.items else None
