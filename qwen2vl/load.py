@@ -1,8 +1,9 @@
 """Folder -> running model and its processor: the one place where the rooms meet.
 
 In visible order: find the folder, read what it is, refuse what cannot work (another model's
-tensors, too little memory), build the model on the meta device, fill it from disk. Nothing large
-is read before everything small has been checked. Next rooms: engine/, train/.
+tensors, too little memory), build the model on the meta device, fill it from disk, merge an
+adapter into it. Nothing large is read before everything small has been checked. Next rooms:
+engine/, train/.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from qwen2vl.adapt.lora import LoraFactors, merge_lora, read_lora
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.errors import CapacityError, InputError
@@ -31,6 +33,7 @@ from qwen2vl.weights import (
     find,
     note_chat_template,
     open_tensors,
+    read_adapter,
     read_config,
     read_preprocessor,
 )
@@ -75,6 +78,7 @@ def load(
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
+    adapter: str | Path | None = None,
     max_model_len: int | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -88,6 +92,7 @@ def load(
         device: where the weights go: cpu, cuda, cuda:1, mps.
         dtype: of the weights and the arithmetic. auto: bfloat16 where the hardware has it, else
             float32 if it fits, else bfloat16.
+        adapter: a folder with a LoRA adapter of PEFT, merged into the weights.
         max_model_len: longest prompt and answer to reserve memory for; None: the model's own.
         min_pixels: smallest size a picture is shown at; None: the folder's.
         max_pixels: largest size a picture is shown at; None: the folder's.
@@ -95,7 +100,7 @@ def load(
         limits: on the media that are opened.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, or does not fit together.
+        CheckpointError: a folder is missing, damaged, or does not fit together.
         ConfigError: config.json describes another or an impossible model.
         CapacityError: the memory available is too small, with the numbers and the way out.
         InputError: an argument is wrong.
@@ -113,6 +118,7 @@ def load(
         processor.config,
         device=device,
         dtype=dtype,
+        adapter=adapter,
         max_model_len=max_model_len,
         max_pixels=processor.pixels.max_pixels,
     )
@@ -145,6 +151,7 @@ def load_model(
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
+    adapter: str | Path | None = None,
     max_model_len: int | None = None,
     max_pixels: int = 0,
 ) -> Qwen2VL:
@@ -160,7 +167,9 @@ def load_model(
     chosen = _choose_dtype(config, place, dtype, length, max_pixels)
     with torch.device("meta"):
         model = Qwen2VL(config)
+    factors = {} if adapter is None else _read_lora(adapter, model)
     _fill(model, tensors, place, chosen)
+    merge_lora(model, factors)
     if place.type == "cpu" and chosen == torch.bfloat16:
         multiply_single_rows(model)
     return model.eval()
@@ -206,6 +215,11 @@ def memory_available(device: torch.device) -> int | None:
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     found = [n for n in (_meminfo_available(), _cgroup_available()) if n is not None]
     return min(found, default=None)
+
+
+def _read_lora(adapter: str | Path, model: Qwen2VL) -> dict[str, LoraFactors]:
+    settings, tensors = read_adapter(adapter)
+    return read_lora(settings, tensors, model, where=str(tensors.folder))
 
 
 def _fill(model: Qwen2VL, tensors: TensorFolder, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,5 +1,5 @@
-"""What acts on a finished model, which never knows: compiled parts, single rows.
+"""What acts on a finished model, which never knows: LoRA, compiled parts, single rows.
 
-Each file takes a Qwen2VL and returns nothing: modules are changed in place, parameters and their
-names stay. It must not know files, requests or stages.
+Each file changes a Qwen2VL in place: weights or modules are exchanged, parameters keep their names.
+It must not know files, requests or stages.
 """

@@ -1,10 +1,12 @@
 """A Hugging Face folder <-> config, settings and tensors, checked before anything is trusted.
 
 Read find.py (a name becomes a folder), settings.py (its small files), header.py and tensors.py
-(safetensors, memory-mapped, under official names), fit.py (do they belong to this model?), save.py
-(the way back). This floor builds no running model: load.py, one floor up, does.
+(safetensors, memory-mapped, under official names), fit.py (do they belong to this model?),
+adapter.py (a LoRA folder), save.py (the way back). This floor builds no running model: load.py,
+one floor up, does.
 """
 
+from qwen2vl.weights.adapter import read_adapter
 from qwen2vl.weights.find import find
 from qwen2vl.weights.fit import check_fit, expected_shapes, nonfinite_tensors
 from qwen2vl.weights.save import save_folder
@@ -26,6 +28,7 @@ __all__ = [
     "nonfinite_tensors",
     "note_chat_template",
     "open_tensors",
+    "read_adapter",
     "read_config",
     "read_generation_defaults",
     "read_preprocessor",

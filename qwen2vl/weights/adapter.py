@@ -1,0 +1,49 @@
+"""A PEFT adapter folder -> its settings and its tensors, read but not yet understood.
+
+Two files: adapter_config.json and adapter_model.safetensors, the header verified as for any
+weights, pickle never opened. What the settings mean, and where the tensors go, is the business of
+adapt/lora.py. (PEFT: LoraConfig, save_pretrained.) Next room: load.py, where both meet.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from qwen2vl.errors import CheckpointError
+from qwen2vl.weights.header import read_header
+from qwen2vl.weights.settings import pickle_remedy, read_json
+from qwen2vl.weights.tensors import TensorFolder
+
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "read_adapter"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], TensorFolder]:
+    """Read the settings of an adapter, and open its tensors under the names in the file.
+
+    Raises:
+        CheckpointError: no such folder, one of the two files is missing or damaged, or a pickle.
+    """
+    place = Path(os.path.expanduser(folder))
+    if missing := [n for n in (ADAPTER_CONFIG, ADAPTER_FILE) if not (place / n).is_file()]:
+        raise CheckpointError(_why_no_adapter(place, missing))
+    settings = read_json(place / ADAPTER_CONFIG)
+    path = place / ADAPTER_FILE
+    return settings, TensorFolder(place, {path: read_header(path)})
+
+
+def _why_no_adapter(folder: Path, missing: list[str]) -> str:
+    if not folder.is_dir():
+        return f"adapter {str(folder)!r}: no such folder; give the folder that PEFT saved"
+    if missing == [ADAPTER_FILE] and (folder / _PICKLE).is_file():
+        remedy = pickle_remedy(_PICKLE).replace("'model.safetensors'", f"'{ADAPTER_FILE}'")
+        return f"{folder}: {_PICKLE} is a pickle, which can run code and is never loaded; {remedy}"
+    return (
+        f"{folder}: {' and '.join(missing)} missing; give the folder that PEFT saved, with "
+        f"{ADAPTER_CONFIG} and {ADAPTER_FILE}"
+    )
