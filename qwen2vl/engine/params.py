@@ -2,20 +2,22 @@
 
 `SamplingParams` is checked when it is made, so that nothing impossible travels further; fields
 left None take the checkpoint's own habits (generation_config.json) and then transformers'.
-`Completion` is one answer with its bill: tokens, seconds, and how each picture was seen. Plain
-data only: no tensors, no model. (HF: GenerationConfig.) Next room: sequence.py.
+Names are those of transformers, else of the OpenAI API and vLLM. `Completion` is one answer with
+its bill: tokens, seconds, and how each picture was seen. Plain data only: no tensors, no model.
+(HF: GenerationConfig.) Next room: sequence.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from qwen2vl.errors import InputError
 
 __all__ = [
+    "Biases",
     "Completion",
     "Delta",
     "FinishReason",
@@ -25,10 +27,13 @@ __all__ = [
     "TokenLogprob",
 ]
 
-FinishReason = Literal["stop", "length"]
+Biases = tuple[tuple[int, float], ...]
+FinishReason = Literal["stop", "length", "error"]
 
 MAX_TOKENS = 1_000_000  # far above every context; catches a slip of the keyboard
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
+MAX_BIASES = 1024
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters; also what streaming may have to hold back
 
@@ -44,7 +49,12 @@ class SamplingParams:
     temperature: float | None = None  # 0 is greedy; 1 is the model's own distribution
     top_k: int | None = None  # draw among the k likeliest; 0 turns it off
     top_p: float | None = None  # draw among the likeliest that hold this much probability
+    min_p: float = 0.0  # draw among tokens at least this likely, relative to the likeliest
     repetition_penalty: float | None = None  # above 1 makes every token seen so far less likely
+    presence_penalty: float = 0.0  # taken off the score of each token of the answer so far, once
+    frequency_penalty: float = 0.0  # the same, for each time that it occurred
+    logit_bias: Mapping[int, float] | Biases = ()  # token id -> what is added to its score
+    n: int = 1  # answers to one prompt
     seed: int | None = None  # the same seed and prompt draw the same tokens
     max_tokens: int = 512  # tokens of the answer
     stop: str | Sequence[str] = ()  # the answer ends before the first of these texts
@@ -60,12 +70,25 @@ class SamplingParams:
             )
         _check_number("top_p", self.top_p, 0, 1, "1 turns it off", open_below=True)
         _check_number("repetition_penalty", self.repetition_penalty, 0, 10, "1 turns it off", True)
+        _check_number("min_p", self.min_p, 0, 1, "0 turns it off", required=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), -2, 2, "0 turns it off", required=True)
         _check_integer("top_k", self.top_k, 0, None, "0 turns it off")
+        _check_integer("n", self.n, 1, MAX_SAMPLES, required=True)
         _check_integer("seed", self.seed, 0, 2**64 - 1)
         _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, required=True)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, "None turns it off")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+
+    def of_sample(self, index: int) -> SamplingParams:
+        """Give the parameters of one of the `n` answers: what asks for that answer alone.
+
+        Each has a seed of its own, counted up from `seed`; the first keeps it.
+        """
+        seed = None if self.seed is None else (self.seed + index) % 2**64
+        return replace(self, n=1, seed=seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +142,11 @@ class Completion:
     prompt_tokens: int
     image_tokens: int
     video_tokens: int
+    cached_tokens: int = 0  # of the prompt, found in the cache and not computed again
     items: tuple[ItemReport, ...] = ()
     seconds: Seconds = Seconds()
     logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None  # why it ended, where finish_reason is "error"
 
     def to_dict(self) -> dict[str, Any]:
         """Give the answer as plain JSON values."""
@@ -135,8 +160,9 @@ def _check_number(
     high: float,
     remark: str,
     open_below: bool = False,
+    required: bool = False,
 ) -> None:
-    if value is None:
+    if value is None and not required:
         return
     rule = f"a number {'above' if open_below else 'from'} {low} to {high} ({remark})"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -164,6 +190,25 @@ def _check_integer(
         raise InputError(f"{name}: got {value}, must be {rule}")
 
 
+def _biases(given: Mapping[int, float] | Biases) -> Biases:
+    """Keep the biases as sorted pairs, which compare and hash."""
+    if not isinstance(given, (Mapping, tuple)):
+        raise InputError(f"logit_bias: got {_show(given)}, must be token ids with their biases")
+    if len(given) > MAX_BIASES:
+        raise InputError(f"logit_bias: got {len(given)} tokens, at most {MAX_BIASES} are allowed")
+    pairs = given.items() if isinstance(given, Mapping) else given
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise InputError(f"logit_bias: got {_show(pair)}, must be a token id with its bias")
+        token, bias = pair
+        if not _is_token_id(token):
+            raise InputError(f"logit_bias: got {_show(token)}, must be token ids (0 or above)")
+        _check_number(
+            f"logit_bias: token {token}", bias, -100, 100, "0 does nothing", required=True
+        )
+    return tuple(sorted(pairs))
+
+
 def _stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(stop, Sequence):
         raise InputError(f"stop: got {_show(stop)}, must be a text or a list of texts")
@@ -187,9 +232,13 @@ def _stop_ids(ids: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(ids, Sequence) or isinstance(ids, str):
         raise InputError(f"stop_token_ids: got {_show(ids)}, must be a list of token ids")
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+        if not _is_token_id(token):
             raise InputError(f"stop_token_ids: got {_show(token)}, must be token ids (0 or above)")
     return tuple(ids)
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _show(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,21 @@ from qwen2vl.errors import InputError
         ("top_k", "many", "got 'many'"),
         ("repetition_penalty", 0, "got 0, must be a number above 0"),
         ("repetition_penalty", -1.0, "got -1.0"),
+        ("min_p", 1.1, "got 1.1, must be a number from 0 to 1 (0 turns it off)"),
+        ("min_p", None, "got None"),
+        ("presence_penalty", -2.5, "got -2.5, must be a number from -2 to 2 (0 turns it off)"),
+        ("frequency_penalty", 3, "got 3, must be a number from -2 to 2"),
+        ("frequency_penalty", math.nan, "got nan"),
+        ("n", 0, "got 0, must be a whole number from 1 to 128"),
+        ("n", 129, "got 129"),
+        ("n", True, "got True"),
+        ("logit_bias", {-1: 2}, "got -1, must be token ids"),
+        ("logit_bias", {"5": 2}, "got '5', must be token ids"),
+        ("logit_bias", {5: 101}, "token 5: got 101, must be a number from -100 to 100"),
+        ("logit_bias", {5: None}, "token 5: got None"),
+        ("logit_bias", [5], "got [5], must be token ids with their biases"),
+        ("logit_bias", (5,), "got 5, must be a token id with its bias"),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0), "got 1025 tokens, at most 1024"),
         ("max_tokens", 0, "got 0, must be a whole number from 1"),
         ("max_tokens", -1, "got -1"),
         ("max_tokens", 1e12, "got 1000000000000.0"),
@@ -76,6 +92,8 @@ def test_a_huge_wrong_value_does_not_flood_the_message() -> None:
         {"seed": 2**64 - 1, "max_tokens": 1, "logprobs": 0},
         {"seed": 0, "max_tokens": 1_000_000, "logprobs": 20},
         {"stop": ["x" * 256] * 16, "stop_token_ids": [0]},
+        {"min_p": 1, "presence_penalty": -2, "frequency_penalty": 2, "n": 128},
+        {"logit_bias": {0: -100, 7: 100}},
     ],
 )
 def test_the_bounds_themselves_are_allowed(params: dict[str, Any]) -> None:
@@ -85,6 +103,21 @@ def test_the_bounds_themselves_are_allowed(params: dict[str, Any]) -> None:
 def test_one_stop_text_is_a_list_of_one() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_biases_become_pairs_and_stay_so() -> None:
+    params = SamplingParams(logit_bias={7: 1.5, 3: -2})
+    assert params.logit_bias == ((3, -2), (7, 1.5))
+    assert replace(params, max_tokens=3).logit_bias == params.logit_bias
+    assert hash(params) == hash(SamplingParams(logit_bias={3: -2, 7: 1.5}))
+
+
+def test_each_of_n_samples_has_a_seed_of_its_own() -> None:
+    params = SamplingParams(n=3, seed=2**64 - 2, temperature=0.5)
+    assert [params.of_sample(i) for i in range(3)] == [
+        SamplingParams(seed=seed, temperature=0.5) for seed in (2**64 - 2, 2**64 - 1, 0)
+    ]
+    assert SamplingParams(n=2).of_sample(1) == SamplingParams()
 
 
 def test_params_are_frozen() -> None:
