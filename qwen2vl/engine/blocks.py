@@ -160,6 +160,11 @@ class BlockPool:
         else:
             self._drop(row)
 
+    def discard(self, row: Row) -> None:
+        """Give up a row in use; nobody finds what it held."""
+        del self._busy[row.number]
+        self._drop(row)
+
     def clear(self) -> None:
         """Give up every row at rest."""
         for row in list(self._resting.values()):

@@ -13,10 +13,13 @@ from contextlib import contextmanager
 import torch
 
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.engine.blocks import BLOCK
 from qwen2vl.errors import CapacityError
+from qwen2vl.load import memory_available
+from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 
-__all__ = ["check_context", "fitting_max_pixels", "memory_errors_named"]
+__all__ = ["cache_blocks", "check_context", "fitting_max_pixels", "memory_errors_named"]
 
 # A picture can be shrunk to 56 x 56 (the official min_pixels, 4 tokens) without lowering that too.
 LEAST_IMAGE_TOKENS = 4
@@ -43,6 +46,23 @@ def check_context(
     )
     remedy = _remedy(prompt, config, max_model_len, max_tokens)
     raise CapacityError(f"prompt {total:,} = {made_of} tokens {excess}; {remedy}")
+
+
+def cache_blocks(model: Qwen2VL, tokens: int | None) -> int:
+    """Count the blocks that keys and values may take.
+
+    By default a quarter of the memory available, but at least one context and at most sixteen.
+    Blocks are taken when they are needed, so the number is a bound and costs nothing.
+    """
+    text = model.config.text
+    if tokens is None:
+        weight = model.head_weight
+        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        available = memory_available(weight.device) or 0
+        tokens = available // 4 // (per_token * weight.itemsize)
+        longest = text.max_position_embeddings
+        tokens = min(max(tokens, longest), 16 * longest)
+    return -(-tokens // BLOCK)
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """The door of the engine: conversations in, Completions out, in order.
 
-The walk of one request is `_answer`: encode what is to be seen, prefill, then decode token by
-token; the prompts of a call are all made and checked before the first is answered. One sequence
-at a time, and nothing of a request outlives it: after an interrupt or an error the LLM is ready
-for the next. It must not know the command line or HTTP. (HF: GenerationMixin.generate.)
-Back up: cli/ask.py, which is this door for people.
+Requests become sequences, and `step` moves all of them on: plan -> run -> commit. The prompts of a
+call are all made and checked before the first is answered; after an interrupt or an error the LLM
+is ready for the next. What one request computed (keys and values, vision rows) serves the next one
+that begins alike. It must not know the command line or HTTP. (HF: GenerationMixin.generate.)
+Back up: cli/ask.py, which is this door for people; async_llm.py, the same door for many at once.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.engine.capacity import check_context, memory_errors_named
-from qwen2vl.engine.params import Completion, Delta, SamplingParams, Seconds
+from qwen2vl.engine.blocks import BLOCK, BlockPool
+from qwen2vl.engine.capacity import cache_blocks, check_context, memory_errors_named
+from qwen2vl.engine.config import EngineConfig
+from qwen2vl.engine.params import Completion, Delta, SamplingParams
+from qwen2vl.engine.runner import Runner
 from qwen2vl.engine.sampler import Rule, Sampler
+from qwen2vl.engine.scheduler import Limits, News, Scheduler
 from qwen2vl.engine.sequence import Sequence
-from qwen2vl.errors import InputError
-from qwen2vl.geometry import AttnMeta
+from qwen2vl.engine.shelf import VisionShelf
+from qwen2vl.errors import CapacityError, InputError
 from qwen2vl.load import DTypeName, load
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.media import MediaLimits
 from qwen2vl.processor.processor import Processor
@@ -35,10 +38,18 @@ from qwen2vl.processor.tokenizer import TextStream
 from qwen2vl.processor.tools import STOP_WORDS
 from qwen2vl.weights import GenerationDefaults, find, read_generation_defaults
 
-__all__ = ["LLM", "Conversation", "OnDelta"]
+__all__ = ["LLM", "Conversation", "OnDelta", "Prepared"]
 
 Conversation = SequenceOf[Mapping[str, Any]]
 OnDelta = Callable[[Delta], None]
+
+
+class Prepared(NamedTuple):
+    """A request that may be answered."""
+
+    prompt: ModelInput
+    params: SamplingParams
+    seconds: float  # that making the prompt took
 
 
 class LLM:
@@ -56,6 +67,7 @@ class LLM:
         max_pixels: int | None = None,
         video_preset: str = "paper",
         limits: MediaLimits | None = None,
+        engine: EngineConfig | None = None,
     ) -> None:
         """Load a model; arguments as for `load`, and device "auto" takes a GPU where there is one.
 
@@ -76,7 +88,7 @@ class LLM:
             video_preset=video_preset,
             limits=limits,
         )
-        self._take(network, processor, read_generation_defaults(folder))
+        self._take(network, processor, read_generation_defaults(folder), engine)
         self.max_model_len = max_model_len or self.max_model_len  # `load` has checked it
 
     @classmethod
@@ -86,19 +98,38 @@ class LLM:
         processor: Processor,
         *,
         generation: GenerationDefaults | None = None,
+        engine: EngineConfig | None = None,
     ) -> LLM:
         """Answer with a model that is already in memory, up to the whole of its context."""
         llm = cls.__new__(cls)
-        llm._take(model, processor, generation or GenerationDefaults())
+        llm._take(model, processor, generation or GenerationDefaults(), engine)
         return llm
 
-    def _take(self, model: Qwen2VL, processor: Processor, generation: GenerationDefaults) -> None:
+    def _take(
+        self,
+        model: Qwen2VL,
+        processor: Processor,
+        generation: GenerationDefaults,
+        engine: EngineConfig | None,
+    ) -> None:
         self.model = model
         self.processor = processor
         self.generation = generation
         self.max_model_len = model.config.text.max_position_embeddings
         ends = generation.eos_token_ids or ()
         self._end_ids = frozenset((model.config.eos_token_id, *ends))
+        config = engine or EngineConfig()
+        shelf = VisionShelf.of(model, config)
+        self.runner = Runner(model, shelf)
+        self.scheduler = Scheduler(
+            BlockPool(cache_blocks(model, config.cache_tokens)),
+            shelf,
+            Limits(
+                tokens=config.max_step_tokens,
+                patches=config.max_step_patches,
+                sequences=config.max_sequences,
+            ),
+        )
 
     @property
     def config(self) -> Qwen2VLConfig:
@@ -129,19 +160,31 @@ class LLM:
             CapacityError: a prompt does not fit into the context.
         """
         batch = _as_batch(conversations)
-        each = _one_each(params, len(batch))
+        prepared = [
+            self.prepare(conversation, wish, tools)
+            for conversation, wish in zip(batch, _one_each(params, len(batch)), strict=True)
+        ]
+        return self._answer_all(prepared, on_delta)
+
+    def prepare(
+        self,
+        conversation: Conversation,
+        params: SamplingParams,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+    ) -> Prepared:
+        """Make the prompt of a conversation and check it; may run in any thread.
+
+        Raises:
+            InputError, CapacityError: as `chat` does.
+        """
+        began = time.perf_counter()
+        prompt = self.processor(
+            conversation, tools=tools, continue_final=_is_unfinished(conversation)
+        )
         if tools:  # what a tool returns is for the caller to say, not for the model to make up
-            each = [replace(wish, stop=(*wish.stop, *STOP_WORDS)) for wish in each]
-        clock = _Clock(self.device)
-        prompts: list[ModelInput] = []
-        process: list[float] = []
-        for conversation in batch:
-            prompt = self.processor(
-                conversation, tools=tools, continue_final=_is_unfinished(conversation)
-            )
-            prompts.append(prompt)
-            process.append(clock.lap())
-        return self._answer_all(prompts, each, process, on_delta)
+            params = replace(params, stop=(*params.stop, *STOP_WORDS))
+        self.check(prompt, params)
+        return Prepared(prompt, params, time.perf_counter() - began)
 
     def generate(
         self,
@@ -164,24 +207,59 @@ class LLM:
                 f"prompts: got {strange[0]}, must be text or what the processor makes; messages "
                 "go to LLM.chat"
             )
-        made = [self.processor.from_text(p) if isinstance(p, str) else p for p in batch]
-        return self._answer_all(made, each, [0.0] * len(made), on_delta)
+        prepared: list[Prepared] = []
+        for prompt, wish in zip(batch, each, strict=True):
+            made = self.processor.from_text(prompt) if isinstance(prompt, str) else prompt
+            self.check(made, wish)
+            prepared.append(Prepared(made, wish, 0.0))
+        return self._answer_all(prepared, on_delta)
 
     def _answer_all(
-        self,
-        prompts: SequenceOf[ModelInput],
-        params: SequenceOf[SamplingParams],
-        process: SequenceOf[float],
-        on_delta: OnDelta | None,
+        self, prepared: SequenceOf[Prepared], on_delta: OnDelta | None
     ) -> list[Completion]:
-        for prompt, wish in zip(prompts, params, strict=True):
-            self.check(prompt, wish)
-        say = on_delta or (lambda delta: None)
-        completions: list[Completion] = []
-        for index, request in enumerate(zip(prompts, params, process, strict=True)):
-            with memory_errors_named(request[0]):
-                completions.append(self._answer(index, *request, say))
-        return completions
+        mine: list[Sequence] = []
+        bills: list[float] = []
+        for prompt, params, seconds in prepared:
+            mine += self.sequences(prompt, params, index=len(mine))
+            bills += [seconds] * params.n
+        try:
+            self._finish(mine, on_delta or (lambda delta: None))
+        except BaseException:
+            for sequence in mine:
+                self.cancel(sequence)
+            raise
+        if len(mine) == 1 and mine[0].error is not None:
+            raise mine[0].error
+        return [s.completion(process=seconds) for s, seconds in zip(mine, bills, strict=True)]
+
+    def _finish(self, sequences: SequenceOf[Sequence], say: OnDelta) -> None:
+        """Step until all of `sequences` are over."""
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        while any(sequence.finish_reason is None for sequence in sequences):
+            for news in self.step():
+                one = news.sequence
+                if one in sequences:
+                    say(Delta(index=one.index, text=news.text, finish_reason=one.finish_reason))
+
+    def step(self) -> list[News]:
+        """Move every sequence that can move; returns what became certain."""
+        plan = self.scheduler.plan()
+        try:
+            with memory_errors_named(plan.largest.prompt):
+                results = self.runner.run(plan)
+        except CapacityError as error:
+            return [self.scheduler.fail(plan.largest, error)]  # the others try again
+        return self.scheduler.commit(plan, results)
+
+    def forget(self) -> None:
+        """Drop all keys, values and vision rows at rest; call it after changing the weights."""
+        self.scheduler.pool.clear()
+        self.runner.shelf.cache.clear()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Stop answering; what it computed may serve others."""
+        self.scheduler.cancel(sequence)
 
     def check(self, prompt: ModelInput, params: SamplingParams) -> None:
         """Refuse what cannot be answered, before anything is computed.
@@ -198,100 +276,41 @@ class LLM:
                 f"{vocab_size - 1}"
             )
         check_context(
-            prompt, self.config, max_model_len=self.max_model_len, max_tokens=params.max_tokens
+            prompt, self.config, max_model_len=self._longest, max_tokens=params.max_tokens
         )
 
-    @torch.inference_mode()
-    def _answer(
-        self, index: int, prompt: ModelInput, params: SamplingParams, process: float, say: OnDelta
-    ) -> Completion:
-        clock = _Clock(self.device)
-        sequence = self._sequence(prompt, params)
-        sampler = self._sampler(prompt, params)
-        cache = self._cache(len(prompt.input_ids) + sequence.max_tokens)
-        vision_MD = self._encode(prompt)
-        vision = clock.lap()
-        hidden_TD = self._prefill(prompt, vision_MD, cache)
-        prefill = clock.lap()
-        while True:
-            token, logprob = sampler.sample(self.model.logits(hidden_TD[-1:])[0])
-            text = sequence.append(token, logprob)
-            if text or sequence.finish_reason:
-                say(Delta(index=index, text=text, finish_reason=sequence.finish_reason))
-            if sequence.finish_reason:
-                break
-            hidden_TD = self._step(token, prompt.rope_delta, cache)
-        seconds = Seconds(process=process, vision=vision, prefill=prefill, decode=clock.lap())
-        return sequence.completion(seconds)
+    @property
+    def _longest(self) -> int:
+        """Tokens of prompt and answer at most: the context, or a smaller cache."""
+        return min(self.max_model_len, self.scheduler.pool.num_blocks * BLOCK)
 
-    def _sequence(self, prompt: ModelInput, params: SamplingParams) -> Sequence:
-        return Sequence(
-            prompt,
-            params,
-            TextStream(self.processor.tokenizer),
-            end_ids=(frozenset() if params.ignore_eos else self._end_ids)
-            | frozenset(params.stop_token_ids),
-            max_model_len=self.max_model_len,
-        )
+    def sequences(
+        self, prompt: ModelInput, params: SamplingParams, *, index: int = 0
+    ) -> list[Sequence]:
+        """Make the `params.n` sequences of a request that `check` has let pass."""
+        ends = frozenset() if params.ignore_eos else self._end_ids
+        return [
+            Sequence(
+                prompt,
+                params,
+                TextStream(self.processor.tokenizer),
+                self._sampler(prompt, params, sample),
+                end_ids=ends | frozenset(params.stop_token_ids),
+                max_model_len=self._longest,
+                index=index + sample,
+            )
+            for sample in range(params.n)
+        ]
 
-    def _sampler(self, prompt: ModelInput, params: SamplingParams) -> Sampler:
+    def _sampler(self, prompt: ModelInput, params: SamplingParams, sample: int) -> Sampler:
         return Sampler(
             Rule.resolve(params, self.generation),
             prompt.input_ids,
             vocab_size=self.config.text.vocab_size,
             device=self.device,
-            seed=params.seed,
+            seed=None if params.seed is None else (params.seed + sample) % 2**64,
             num_logprobs=params.logprobs,
         )
-
-    def _cache(self, capacity: int) -> KVCache:
-        dtype = self.model.head_weight.dtype
-        return KVCache.allocate(self.config.text, capacity, dtype, self.device)
-
-    def _encode(self, prompt: ModelInput) -> Tensor | None:
-        """Turn the pixels of all items into vision_MD; None for a prompt of text alone."""
-        if prompt.patches_NP is None or prompt.vision_meta is None:
-            return None
-        return self.model.encode(
-            prompt.patches_NP.to(self.device), prompt.vision_meta.to(self.device)
-        )
-
-    def _prefill(self, prompt: ModelInput, vision_MD: Tensor | None, cache: KVCache) -> Tensor:
-        """Run the whole prompt at once and fill the cache."""
-        return self.model(
-            torch.tensor(prompt.input_ids, device=self.device),
-            prompt.position_ids_3T.to(self.device),
-            AttnMeta.build([len(prompt.input_ids)]).to(self.device),
-            vision_MD=vision_MD,
-            pad_index_M=None if vision_MD is None else prompt.pad_index_M.to(self.device),
-            caches=[cache],
-        )
-
-    def _step(self, token: int, rope_delta: int, cache: KVCache) -> Tensor:
-        """Run one new token; past the prompt its position is index + rope_delta on all axes."""
-        position = cache.length + rope_delta
-        return self.model(
-            torch.tensor([token], device=self.device),
-            torch.full((3, 1), position, device=self.device),
-            AttnMeta.build([1], [cache.length + 1]),
-            caches=[cache],
-        )
-
-
-class _Clock:
-    """Measure laps; waits for the device, whose work runs behind the program's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Return the seconds since the lap before."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
 
 
 def _as_batch(conversations: Conversation | SequenceOf[Conversation]) -> list[Conversation]:

@@ -1,16 +1,20 @@
 """One request's life: tokens come in one by one, text goes out, and at some point it is over.
 
-A Sequence knows its prompt, its limits and how its answer may end. Text is released only when no
-later token can change it: never half a character, never the beginning of a stop text. It must
-not know the model or the cache; the numbers of the prompt it carries are for the Completion.
-Next room: sampler.py.
+A Sequence knows its prompt, its limits and how its answer may end, and how far the scheduler has
+come with it. Text is released only when no later token can change it: never half a character,
+never the beginning of a stop text. It must not know the model. Next room: sampler.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from qwen2vl.engine.blocks import KeyChain, Row
 from qwen2vl.engine.params import (
     Completion,
     FinishReason,
@@ -19,6 +23,8 @@ from qwen2vl.engine.params import (
     Seconds,
     TokenLogprob,
 )
+from qwen2vl.engine.sampler import Sampler
+from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.inputs import Item, ModelInput
 
 __all__ = ["Sequence", "StopBuffer", "TextDecoder"]
@@ -83,25 +89,67 @@ class Sequence:
         prompt: ModelInput,
         params: SamplingParams,
         decoder: TextDecoder,
+        sampler: Sampler,
         *,
         end_ids: frozenset[int],
         max_model_len: int,
+        index: int = 0,
     ) -> None:
         self.prompt = prompt
-        self.token_ids: list[int] = []
+        self.params = params
+        self.sampler = sampler
+        self.index = index  # which of the answers of a call
+        self.ids = list(prompt.input_ids)  # the prompt, then the answer as it grows
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.error: Qwen2VLError | None = None
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt.input_ids))
-        self._num_logprobs = params.logprobs
+        # How far the scheduler has come.
+        self.chain = KeyChain(prompt)
+        self.row: Row | None = None
+        self.num_computed = 0  # tokens whose keys and values are stored
+        self.num_cached = 0  # of them, found and not computed, when it was first admitted
+        self.held_items: list[Item] = []  # whose rows are kept for it
+        self.clock = Clock()
         self._end_ids = end_ids
         self._decoder = decoder
         self._stops = StopBuffer(params.stop)
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer so far."""
+        return self.ids[len(self.prompt.input_ids) :]
+
+    @property
+    def most_ids(self) -> int:
+        """Tokens of prompt and answer, if the answer becomes as long as it may."""
+        return len(self.prompt.input_ids) + self.max_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """More than the newest token is still to be computed."""
+        return len(self.ids) - self.num_computed > 1
+
+    def positions(self, start: int, stop: int) -> Tensor:
+        """Place tokens start..stop: (3, stop - start); past the prompt index + rope_delta."""
+        prompt_3T = self.prompt.position_ids_3T[:, start:stop]
+        if stop <= len(self.prompt.input_ids):
+            return prompt_3T
+        begin = max(start, len(self.prompt.input_ids)) + self.prompt.rope_delta
+        answer = torch.arange(begin, stop + self.prompt.rope_delta).expand(3, -1)
+        return torch.cat([prompt_3T, answer], dim=1)
+
+    def items_after(self, num_tokens: int) -> Iterator[tuple[int, Item]]:
+        """List (first token, item) of what is seen, wholly or in part, after `num_tokens`."""
+        for start, item in zip(self.prompt.item_starts, self.prompt.items, strict=True):
+            if start + item.num_tokens > num_tokens:
+                yield start, item
+
     def append(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
         """Take the next token; return the text that became certain by it."""
         assert self.finish_reason is None, "the answer is over"
-        self.token_ids.append(token_id)
+        self.ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
         if token_id in self._end_ids:
@@ -109,13 +157,18 @@ class Sequence:
         text, found = self._stops.push(self._decoder.push(token_id))
         if found:
             return self._finish("stop", text)
-        if len(self.token_ids) == self.max_tokens:
+        if len(self.ids) == self.most_ids:
             return self._finish("length", text + self._rest())
         self.text += text
         return text
 
-    def completion(self, seconds: Seconds) -> Completion:
-        """Write the bill."""
+    def fail(self, error: Qwen2VLError) -> None:
+        """End with an error; what was said so far stays."""
+        self.error = error
+        self._finish("error", "")
+
+    def completion(self, *, process: float = 0.0) -> Completion:
+        """Write the bill; `process` is the time that making the prompt took."""
         assert self.finish_reason is not None, "the answer is not over"
         prompt = self.prompt
         return Completion(
@@ -126,8 +179,10 @@ class Sequence:
             image_tokens=prompt.image_tokens,
             video_tokens=prompt.video_tokens,
             items=tuple(_report(item) for item in prompt.items),
-            seconds=seconds,
-            logprobs=None if self._num_logprobs is None else tuple(self.logprobs),
+            cached_tokens=self.num_cached,
+            seconds=self.clock.seconds(process),
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            error=None if self.error is None else str(self.error),
         )
 
     def _rest(self) -> str:
@@ -138,7 +193,34 @@ class Sequence:
     def _finish(self, reason: FinishReason, text: str) -> str:
         self.finish_reason = reason
         self.text += text
+        self.clock.finished = time.perf_counter()
         return text
+
+
+class Clock:
+    """When a request began to be computed, saw its first token and ended."""
+
+    def __init__(self) -> None:
+        self.began = self.answered = self.finished = 0.0
+        self.vision = 0.0  # seconds of steps' encoding in which its items took part
+
+    def begin(self) -> None:
+        """Note when the first step of the request begins; later steps change nothing."""
+        self.began = self.began or time.perf_counter()
+
+    def answer(self) -> None:
+        """Note when the prompt is computed and the first token may be chosen."""
+        self.answered = self.answered or time.perf_counter()
+
+    def seconds(self, process: float) -> Seconds:
+        """Divide the time between beginning and end."""
+        answered = self.answered or self.finished
+        return Seconds(
+            process=process,
+            vision=self.vision,
+            prefill=max(0.0, answered - self.began - self.vision),
+            decode=self.finished - answered,
+        )
 
 
 def _report(item: Item) -> ItemReport:

@@ -278,8 +278,10 @@ def test_damaged_weights_fail_their_request_and_no_other(llm: LLM) -> None:
         damaged[0] = float("nan")
     try:
         with pytest.raises(EngineError, match="not finite"):
-            llm.chat([user("Hi", picture())], GREEDY)
-        assert llm.chat([user("Hi")], GREEDY)[0].token_ids == want.token_ids
+            llm.chat([user("Hi", picture(seed=77))], GREEDY)
+        bad, good = llm.chat([[user("Hi", picture(seed=77))], [user("Hi")]], GREEDY)
+        assert bad.finish_reason == "error" and "not finite" in (bad.error or "")
+        assert (good.finish_reason, good.token_ids) == (want.finish_reason, want.token_ids)
     finally:
         with torch.no_grad():
             damaged.copy_(kept)
@@ -321,14 +323,14 @@ def test_memory_that_ran_out_is_named_and_the_llm_stays_ready(
 ) -> None:
     (want,) = llm.chat([user("Hi")], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(llm, "_step", lambda *_: (_ for _ in ()).throw(error))
+        patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(error))
         with pytest.raises(CapacityError, match=r"out of memory.*a prompt of \d+ tokens; lower"):
             llm.chat([user("Hi")], GREEDY)
     assert llm.chat([user("Hi")], GREEDY)[0].token_ids == want.token_ids
 
 
 def test_other_errors_keep_their_names(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shape")))
+    monkeypatch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shape")))
     with pytest.raises(RuntimeError, match="shape"):
         llm.chat([user("Hi")], GREEDY)
 

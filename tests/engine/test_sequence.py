@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl.engine.params import SamplingParams, Seconds
+from qwen2vl.engine.params import SamplingParams
+from qwen2vl.engine.sampler import Rule, Sampler
 from qwen2vl.engine.sequence import Sequence, StopBuffer
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.tokenizer import TextStream
+from qwen2vl.weights import GenerationDefaults
 from tests.tiny import tiny_tokenizer
 
 EOS = 7  # a byte that the texts below do not hold
@@ -26,11 +28,17 @@ def prompt(length: int = 5) -> ModelInput:
     )
 
 
+def greedy() -> Sampler:
+    rule = Rule.resolve(SamplingParams(temperature=0), GenerationDefaults())
+    return Sampler(rule, [], vocab_size=300, device=torch.device("cpu"))
+
+
 def sequence(params: SamplingParams, *, max_model_len: int = 1000) -> Sequence:
     return Sequence(
         prompt(),
         params,
         TextStream(tiny_tokenizer()),
+        greedy(),
         end_ids=frozenset({EOS}),
         max_model_len=max_model_len,
     )
@@ -99,7 +107,7 @@ def test_only_a_possible_beginning_is_held_back() -> None:
 def test_the_end_token_ends_and_is_counted() -> None:
     made = sequence(SamplingParams())
     assert feed(made, [*ids_of("Hi"), EOS, *ids_of("never")]) == ["H", "i", ""]
-    answer = made.completion(Seconds())
+    answer = made.completion()
     assert answer.text == "Hi"
     assert answer.finish_reason == "stop"
     assert answer.token_ids == (*ids_of("Hi"), EOS)
@@ -129,7 +137,7 @@ def test_a_stop_text_cuts_before_itself_and_keeps_the_tokens() -> None:
     pieces = feed(made, ids_of("one END two"))
     assert "".join(pieces) == made.text == "one "
     assert made.finish_reason == "stop"
-    assert made.completion(Seconds()).token_ids == tuple(ids_of("one END"))
+    assert made.completion().token_ids == tuple(ids_of("one END"))
 
 
 def test_what_was_held_back_comes_out_at_the_end() -> None:
