@@ -33,6 +33,7 @@ class VisionShelf:
         self.cache = cache
         self._weights = weights
         self._holds: Counter[bytes] = Counter()
+        self._keys: dict[bytes, VisionKey] = {}  # of the weights as they were when first held
         self._rows: dict[bytes, Tensor] = {}  # by digest; rows of slices not yet ready are empty
         self._ready: dict[bytes, int] = {}
 
@@ -45,15 +46,19 @@ class VisionShelf:
             max_disk_bytes=config.vision_disk_bytes,
             device=model.head_weight.device,
         )
-        lasting = config.vision_cache_dir is not None
-        return cls(model, cache, VisionWeights(model, lasting=lasting))
+        weights = VisionWeights(model, lasting=config.vision_cache_dir is not None)
+        weights.start()  # a second for the official towers, meanwhile the first prompt is made
+        return cls(model, cache, weights)
 
     def hold(self, item: Item) -> None:
         """Keep the item's rows, or what becomes of them, until it is released as often."""
         self._holds[item.digest] += 1
         if self._holds[item.digest] > 1:
             return
-        rows_MD = self.cache.get(self._key(item))
+        key = VisionKey(item.digest, self._weights.fingerprint())
+        self._keys[item.digest] = key
+        self.cache.pin(key)
+        rows_MD = self.cache.get(key)
         if rows_MD is not None:
             self._rows[item.digest], self._ready[item.digest] = rows_MD, item.grid.t
 
@@ -63,6 +68,7 @@ class VisionShelf:
         self._holds[item.digest] -= 1
         if not self._holds[item.digest]:
             del self._holds[item.digest]
+            self.cache.unpin(self._keys.pop(item.digest))
             self._rows.pop(item.digest, None)
             self._ready.pop(item.digest, None)
 
@@ -98,11 +104,10 @@ class VisionShelf:
             each = item.num_tokens // item.grid.t
             whole_MD[each * slices.start : each * slices.stop] = rows_MD
         self._ready[item.digest] = slices.stop
-        if slices.stop == item.grid.t:
-            self.cache.put(self._key(item), self._rows[item.digest])
-
-    def _key(self, item: Item) -> VisionKey:
-        return VisionKey(item.digest, self._weights.fingerprint())
+        key = self._keys[item.digest]
+        # Rows of weights that changed on the way belong to no name.
+        if slices.stop == item.grid.t and key.fingerprint == self._weights.fingerprint():
+            self.cache.put(key, self._rows[item.digest])
 
 
 def _patches(slices: Slices) -> Tensor:
