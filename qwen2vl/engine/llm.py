@@ -22,6 +22,7 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks, check_context, memory_errors_named
 from qwen2vl.engine.config import EngineConfig
+from qwen2vl.engine.draft import Drafter
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
 from qwen2vl.engine.runner import Runner
 from qwen2vl.engine.sampler import Rule, Sampler
@@ -129,6 +130,7 @@ class LLM:
                 patches=config.max_step_patches,
                 sequences=config.max_sequences,
             ),
+            Drafter(config.num_drafts) if config.num_drafts else None,
         )
 
     @property

@@ -10,12 +10,12 @@ Plan says what is to be done, `commit` takes in what came of it. Next room: runn
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
 from qwen2vl.engine.blocks import BLOCK, BlockPool, MemoryOrder, Row
+from qwen2vl.engine.draft import Drafter
 from qwen2vl.engine.params import TokenLogprob
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.errors import Qwen2VLError
@@ -24,7 +24,6 @@ from qwen2vl.processor.inputs import Item
 __all__ = ["Chunk", "Limits", "News", "Plan", "Sampled", "Scheduler", "Shelf", "Slices"]
 
 Sampled = list[tuple[int, TokenLogprob | None]]  # new tokens; empty when the prompt goes on
-Drafter = Callable[[Sequence, int], list[int]]  # guesses at most so many next tokens
 
 _SPARE = 2 * BLOCK  # tokens of room beyond the known ones, when a sequence is admitted
 
@@ -162,6 +161,8 @@ class Scheduler:
                 news += self._take_in(chunk, result)
                 if sequence.finish_reason is not None:
                     self._leave(sequence)
+                    if self.drafter is not None:
+                        self.drafter.learn(sequence)
         return news
 
     def fail(self, sequence: Sequence, error: Qwen2VLError) -> News:
@@ -173,7 +174,10 @@ class Scheduler:
     def _take_in(self, chunk: Chunk, sampled: Sampled) -> list[News]:
         sequence = chunk.sequence
         # Each guess that came true has stored its keys and values in this very step.
-        sequence.num_computed = chunk.stop + max(0, len(sampled) - 1)
+        accepted = max(0, len(sampled) - 1)
+        sequence.num_computed = chunk.stop + accepted
+        sequence.num_drafted += len(chunk.drafts)
+        sequence.num_accepted += accepted
         if not sequence.is_prefilling:
             self._release_items(sequence)
         texts: list[str] = []
@@ -196,7 +200,7 @@ class Scheduler:
         drafts: tuple[int, ...] = ()
         if self.drafter is not None and not sequence.is_prefilling:
             most = min(step.tokens - 1, sequence.most_ids - known - 1)
-            drafts = tuple(self.drafter(sequence, most)) if most > 0 else ()
+            drafts = tuple(self.drafter(sequence, most))
         if not self._find_room(sequence, stop + len(drafts)):
             return
         chunk = Chunk(sequence, sequence.num_computed, stop, drafts)

@@ -110,6 +110,7 @@ class Sequence:
         self.row: Row | None = None
         self.num_computed = 0  # tokens whose keys and values are stored
         self.num_cached = 0  # of them, found and not computed, when it was first admitted
+        self.num_drafted = self.num_accepted = 0  # guesses at its tokens, and those that came true
         self.held_items: list[Item] = []  # whose rows are kept for it
         self.clock = Clock()
         self._end_ids = end_ids
