@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen2vl.config import Qwen2VLConfig
-    from qwen2vl.engine import LLM, Completion, SamplingParams
+    from qwen2vl.engine import LLM, AsyncLLM, Completion, EngineConfig, SamplingParams
     from qwen2vl.load import load
     from qwen2vl.model import Qwen2VL
     from qwen2vl.processor.processor import Processor
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Completion",
+    "EngineConfig",
     "Processor",
     "Qwen2VL",
     "Qwen2VLConfig",
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "LLM": "qwen2vl.engine",
+    "AsyncLLM": "qwen2vl.engine",
+    "EngineConfig": "qwen2vl.engine",
     "Completion": "qwen2vl.engine",
     "Processor": "qwen2vl.processor.processor",
     "Qwen2VL": "qwen2vl.model",
