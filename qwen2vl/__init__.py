@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen2vl.config import Qwen2VLConfig
-    from qwen2vl.engine import LLM, AsyncLLM, Completion, EngineConfig, SamplingParams
+    from qwen2vl.engine import LLM, AsyncLLM, Completion, EngineConfig, Grammar, SamplingParams
     from qwen2vl.load import load
     from qwen2vl.model import Qwen2VL
     from qwen2vl.processor.processor import Processor
@@ -27,6 +27,7 @@ __all__ = [
     "AsyncLLM",
     "Completion",
     "EngineConfig",
+    "Grammar",
     "Processor",
     "Qwen2VL",
     "Qwen2VLConfig",
@@ -40,6 +41,7 @@ _ROOMS = {
     "LLM": "qwen2vl.engine",
     "AsyncLLM": "qwen2vl.engine",
     "EngineConfig": "qwen2vl.engine",
+    "Grammar": "qwen2vl.engine",
     "Completion": "qwen2vl.engine",
     "Processor": "qwen2vl.processor.processor",
     "Qwen2VL": "qwen2vl.model",

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qwen2vl.engine.grammar import Grammar
 from qwen2vl.errors import InputError
 
 __all__ = [
@@ -59,6 +60,7 @@ class SamplingParams:
     max_tokens: int = 512  # tokens of the answer
     stop: str | Sequence[str] = ()  # the answer ends before the first of these texts
     stop_token_ids: Sequence[int] = ()  # besides the checkpoint's own end tokens
+    grammar: Grammar | None = None  # what the whole answer must look like
     ignore_eos: bool = False  # go on through end tokens, for measurements
     logprobs: int | None = None  # report this many likeliest tokens at each step
 
@@ -78,17 +80,10 @@ class SamplingParams:
         _check_integer("seed", self.seed, 0, 2**64 - 1)
         _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, required=True)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, "None turns it off")
+        _check_grammar(self.grammar, self.ignore_eos)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
-
-    def of_sample(self, index: int) -> SamplingParams:
-        """Give the parameters of one of the `n` answers: what asks for that answer alone.
-
-        Each has a seed of its own, counted up from `seed`; the first keeps it.
-        """
-        seed = None if self.seed is None else (self.seed + index) % 2**64
-        return replace(self, n=1, seed=seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +202,17 @@ def _biases(given: Mapping[int, float] | Biases) -> Biases:
             f"logit_bias: token {token}", bias, -100, 100, "0 does nothing", required=True
         )
     return tuple(sorted(pairs))
+
+
+def _check_grammar(grammar: Grammar | None, ignore_eos: bool) -> None:
+    if grammar is None:
+        return
+    if not isinstance(grammar, Grammar):
+        raise InputError(
+            f"grammar: got {_show(grammar)}, must be a Grammar, such as Grammar.regex('yes|no')"
+        )
+    if ignore_eos:
+        raise InputError("ignore_eos: with a grammar nothing can follow the end; set it to False")
 
 
 def _stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:

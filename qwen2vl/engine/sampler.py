@@ -1,10 +1,10 @@
 """Logits -> the next id of one answer.
 
 In this order, with transformers' arithmetic: logit bias, repetition penalty, frequency and presence
-penalty, temperature, top-k, top-p, min-p, one draw. Each answer has its own Sampler, whose n-th
-draw depends on its seed, n and the logits alone: not on what else is running, nor on the device.
-Greedy with nothing else on costs one search of the vocabulary. It must not know text, cache or
-model.
+penalty, grammar, temperature, top-k, top-p, min-p, one draw. Each answer has its own Sampler; its
+n-th draw depends on its seed, n and the logits alone: not on what else is running, nor on the
+device. Greedy with nothing else on costs one search of the vocabulary. It must not know text,
+cache or model.
 (HF: SequenceBiasLogitsProcessor, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
 TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper; OpenAI: frequency and presence penalty.)
 Next room: llm.py.
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen2vl.engine.matcher import Matcher
 from qwen2vl.engine.params import Biases, SamplingParams, TokenLogprob
 from qwen2vl.errors import EngineError, InputError
 from qwen2vl.weights import GenerationDefaults
@@ -85,8 +86,10 @@ class Sampler:
         device: torch.device,
         seed: int | None = None,
         num_logprobs: int | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         self.rule = rule
+        self.matcher = matcher
         self.num_logprobs = num_logprobs
         self._bias = _bias(rule.logit_bias, vocab_size, device) if rule.logit_bias else None
         self._seen_V: Tensor | None = None  # tokens of prompt and answer
@@ -103,10 +106,16 @@ class Sampler:
         else:
             self._generator.manual_seed(seed)
 
+    @property
+    def finished(self) -> bool:
+        """Tell whether a grammar holds, and the answer is whole; only an end token may follow."""
+        return self.matcher is not None and self.matcher.finished
+
     def sample(self, logits_V: Tensor) -> tuple[int, TokenLogprob | None]:
         """Choose the next id and remember it.
 
         Raises:
+            InputError: the grammar has become too costly to follow.
             EngineError: the logits are not finite, which only damaged weights or fp16 do.
         """
         scores_V = self._adjust(logits_V)
@@ -134,6 +143,9 @@ class Sampler:
             )
         if self._counts_V is not None:
             scores_V = penalise_occurrence(scores_V.float(), self._counts_V, self.rule)
+        if self.matcher is not None:
+            forbidden_V = ~self.matcher.mask().to(scores_V.device)
+            scores_V = scores_V.masked_fill(forbidden_V, -math.inf)
         return scores_V
 
     def _draw(self, ids_K: Tensor, weights_K: Tensor) -> int:
@@ -149,6 +161,8 @@ class Sampler:
             self._seen_V[token] = True
         if self._counts_V is not None:
             self._counts_V[token] += 1
+        if self.matcher is not None:
+            self.matcher.accept(token)
 
 
 def penalise_repetition(scores_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:

@@ -112,14 +112,6 @@ def test_biases_become_pairs_and_stay_so() -> None:
     assert hash(params) == hash(SamplingParams(logit_bias={3: -2, 7: 1.5}))
 
 
-def test_each_of_n_samples_has_a_seed_of_its_own() -> None:
-    params = SamplingParams(n=3, seed=2**64 - 2, temperature=0.5)
-    assert [params.of_sample(i) for i in range(3)] == [
-        SamplingParams(seed=seed, temperature=0.5) for seed in (2**64 - 2, 2**64 - 1, 0)
-    ]
-    assert SamplingParams(n=2).of_sample(1) == SamplingParams()
-
-
 def test_params_are_frozen() -> None:
     with pytest.raises(AttributeError):
         SamplingParams().max_tokens = 3  # type: ignore[misc]
