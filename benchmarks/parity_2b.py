@@ -14,19 +14,16 @@ line for results.md.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from record import ROOT, line
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2VLForConditionalGeneration as Reference
@@ -40,7 +37,6 @@ from qwen2vl.model.vision import normalise_pixels
 from qwen2vl.processor.image import patchify
 from qwen2vl.weights import find, read_config
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "official_2b"
 
 SIZE = (448, 448)
@@ -211,20 +207,6 @@ def race(ours: Ours, theirs: Theirs, phase: str, rounds: int) -> dict[str, float
     }
 
 
-def machine() -> str:
-    """Name the processor and what runs on it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} {capability}, {threads} threads, torch {torch.__version__}"
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
 @torch.inference_mode()
 def errors(folder: Path) -> dict[str, Any]:
     """Run fp32 first and drop it, then both in bf16."""
@@ -283,14 +265,7 @@ def main() -> None:
         numbers |= errors(folder)
     if given.only != "errors":
         numbers |= speeds(folder, given.rounds)
-    line = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
-        "command": " ".join(["python", "benchmarks/parity_2b.py", *sys.argv[1:]]),
-        "numbers": numbers,
-    }
-    print(json.dumps(line))
+    print(line(numbers))
     if broken := verdict(numbers):
         print("does not hold: " + ", ".join(broken), file=sys.stderr)
         sys.exit(1)
