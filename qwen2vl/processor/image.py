@@ -178,17 +178,29 @@ def patchify(frames_FCHW: Tensor, vision: VisionConfig) -> tuple[Tensor, Grid]:
     count, channels, height, width = frames_FCHW.shape
     assert height % vision.factor == 0, "height must be a multiple of the factor"
     assert width % vision.factor == 0, "width must be a multiple of the factor"
-    if count == 1:
-        frames_FCHW = frames_FCHW.expand(step, -1, -1, -1)
-    elif missing := -count % step:
-        frames_FCHW = torch.cat((frames_FCHW, frames_FCHW[-1:].expand(missing, -1, -1, -1)))
     grid = Grid(-(-count // step), height // patch, width // patch)
-    blocks = frames_FCHW.reshape(
-        grid.t, step, channels, grid.h // merge, merge, patch, grid.w // merge, merge, patch
+    frames = _whole_pairs(np.ascontiguousarray(frames_FCHW.numpy()), step)
+    # The x of a patch lie together in both orders, so they are copied as one thing: about three
+    # times as fast as number by number.
+    line = np.dtype((np.void, patch * frames.itemsize))
+    blocks = frames.view(line).reshape(
+        grid.t, step, channels, grid.h // merge, merge, patch, grid.w // merge, merge
     )
-    # -> t, block row, block column, row in block, column in block, channel, time, y, x
-    ordered = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return ordered.reshape(grid.t * grid.h * grid.w, vision.patch_dim), grid
+    # -> t, block row, block column, row in block, column in block, channel, time, y
+    ordered = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5)
+    patches = np.empty(ordered.shape, line)
+    for time in range(step):
+        patches[..., time, :] = ordered[..., time, :]
+    patches_NP = patches.view(frames.dtype).reshape(-1, vision.patch_dim)
+    return torch.from_numpy(patches_NP), grid
+
+
+def _whole_pairs(frames: np.ndarray, step: int) -> np.ndarray:
+    """Repeat the last frame until the count is a multiple of `step`; a single one costs nothing."""
+    if len(frames) == 1:
+        return np.broadcast_to(frames, (step, *frames.shape[1:]))
+    missing = -len(frames) % step
+    return np.concatenate((frames, *[frames[-1:]] * missing)) if missing else frames
 
 
 def unpatchify(patches_NP: Tensor, grid: Grid, vision: VisionConfig) -> Tensor:
@@ -229,14 +241,13 @@ def image_item(
     rgb, notes = _rgb(source, limits, name, turn)
     given = rgb.shape[:2] if isinstance(rgb, np.ndarray) else (rgb.height, rgb.width)
     height, width = requested_size(*given, vision=vision, pixels=pixels, options=options, name=name)
-    pixels_HWC = resize_picture(rgb, height, width)
-    frames_FCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)
+    frames_FCHW = torch.from_numpy(resize_picture(rgb, height, width)).unsqueeze(0)
     patches_NP, grid = patchify(frames_FCHW, vision)
     return Item(
         kind="image",
         patches_NP=patches_NP,
         grid=grid,
-        digest=item_digest(pixels_HWC, grid, vision),
+        digest=item_digest(frames_FCHW, grid, vision),
         name=name,
         size_given=given,
         size_seen=(height, width),
@@ -245,23 +256,30 @@ def image_item(
 
 
 def resize_picture(rgb: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
-    """Resize with Pillow's bicubic, which widens its support when shrinking; (H, W, 3) uint8."""
+    """Resize with Pillow's bicubic, which widens its support when shrinking.
+
+    Returns:
+        A copy, (3, height, width) uint8, plane by plane as `patchify` likes it.
+    """
     if isinstance(rgb, np.ndarray):
         if rgb.shape[:2] == (height, width):
-            return np.require(rgb, requirements=["C", "W"])
+            return rgb.transpose(2, 0, 1).copy()
         rgb = Image.fromarray(np.ascontiguousarray(rgb))
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    return np.array(rgb)
+    planes = np.empty((3, height, width), np.uint8)
+    for plane, channel in zip(planes, "RGB", strict=True):
+        plane[:] = np.frombuffer(rgb.tobytes("raw", channel), np.uint8).reshape(height, width)
+    return planes
 
 
-def item_digest(pixels_FHWC: np.ndarray, grid: Grid, vision: VisionConfig) -> bytes:
+def item_digest(frames_FCHW: Tensor, grid: Grid, vision: VisionConfig) -> bytes:
     """Fingerprint what the vision tower will compute on: resized pixels, grid, mean and std.
 
     Never the file: the same file at another pixel limit is another input.
     """
     hasher = blake2b(_digest_head(grid, vision.image_mean, vision.image_std), digest_size=32)
-    hasher.update(np.ascontiguousarray(pixels_FHWC).data)
+    hasher.update(np.ascontiguousarray(frames_FCHW.numpy()).data)
     return hasher.digest()
 
 

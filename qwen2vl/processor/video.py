@@ -140,7 +140,7 @@ def video_item(
         kind="video",
         patches_NP=patches_NP,
         grid=grid,
-        digest=item_digest(frames_FCHW.permute(0, 2, 3, 1).numpy(), grid, vision),
+        digest=item_digest(frames_FCHW, grid, vision),
         name=name,
         size_given=(clip.timeline.height, clip.timeline.width),
         size_seen=(plan.height, plan.width),
@@ -325,4 +325,4 @@ def _resize_as_frame(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
 
 
 def _resize_as_picture(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
-    return torch.from_numpy(resize_picture(pixels_HWC, height, width)).permute(2, 0, 1)
+    return torch.from_numpy(resize_picture(pixels_HWC, height, width))
