@@ -1,26 +1,27 @@
 """Folder -> running model and its processor: the one place where the rooms meet.
 
 In visible order: find the folder, read what it is, refuse what cannot work (another model's
-tensors, too little memory), build the model on the meta device, fill it from disk, merge an
-adapter into it. Nothing large is read before everything small has been checked. Next rooms:
-engine/, train/.
+tensors, too little memory), build the model on the meta device, fill it from disk; layers that
+are to be quantised follow one by one: filled, merged with an adapter, rounded, replaced. Nothing
+large is read before everything small has been checked. Next rooms: engine/, train/.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from dataclasses import dataclass, replace
-from math import prod
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from qwen2vl.adapt.lora import LoraFactors, merge_lora, read_lora
+from qwen2vl.adapt.quantise import HEAD, Kind, Mode, quantise_layer, recipe
 from qwen2vl.adapt.rows import multiply_single_rows
-from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CapacityError, InputError
+from qwen2vl.memory import MemoryNeed, memory_available, memory_needed
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.media import MediaLimits
@@ -29,7 +30,6 @@ from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.weights import (
     TensorFolder,
     check_fit,
-    expected_shapes,
     find,
     note_chat_template,
     open_tensors,
@@ -40,12 +40,9 @@ from qwen2vl.weights import (
 
 __all__ = [
     "DTypeName",
-    "MemoryNeed",
     "load",
     "load_model",
     "load_processor",
-    "memory_available",
-    "memory_needed",
     "preferred_dtypes",
 ]
 
@@ -59,25 +56,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryNeed:
-    """Bytes that a model takes at work, by cause."""
-
-    weights: int
-    cache: int  # keys and values of one sequence of max_model_len tokens
-    activation: int  # the largest moment: a picture in the tower, or a prompt in the decoder
-
-    @property
-    def total(self) -> int:
-        """All of them at once."""
-        return self.weights + self.cache + self.activation
-
-
 def load(
     model: str | Path,
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
+    quantize: Mode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     min_pixels: int | None = None,
@@ -92,6 +76,7 @@ def load(
         device: where the weights go: cpu, cuda, cuda:1, mps.
         dtype: of the weights and the arithmetic. auto: bfloat16 where the hardware has it, else
             float32 if it fits, else bfloat16.
+        quantize: round the linear layers to int8 or int4 as they are read; only on the CPU.
         adapter: a folder with a LoRA adapter of PEFT, merged into the weights.
         max_model_len: longest prompt and answer to reserve memory for; None: the model's own.
         min_pixels: smallest size a picture is shown at; None: the folder's.
@@ -118,6 +103,7 @@ def load(
         processor.config,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         adapter=adapter,
         max_model_len=max_model_len,
         max_pixels=processor.pixels.max_pixels,
@@ -151,6 +137,7 @@ def load_model(
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
+    quantize: Mode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     max_pixels: int = 0,
@@ -164,57 +151,20 @@ def load_model(
     length = _context_length(config, max_model_len)
     tensors = open_tensors(folder)
     check_fit(tensors, config)
-    chosen = _choose_dtype(config, place, dtype, length, max_pixels)
     with torch.device("meta"):
         model = Qwen2VL(config)
+    kinds = _kinds(model, quantize, place)
+    chosen = _choose_dtype(config, place, dtype, length, max_pixels, kinds)
     factors = {} if adapter is None else _read_lora(adapter, model)
-    _fill(model, tensors, place, chosen)
-    merge_lora(model, factors)
+    _fill(model, tensors, place, chosen, later=kinds)
+    merge_lora(model, {name: f for name, f in factors.items() if name not in kinds})
+    for name, kind in kinds.items():
+        _fill_layer(model, name, tensors)
+        merge_lora(model, {name: factors[name]} if name in factors else {})
+        quantise_layer(model, name, kind)
     if place.type == "cpu" and chosen == torch.bfloat16:
         multiply_single_rows(model)
     return model.eval()
-
-
-def memory_needed(
-    config: Qwen2VLConfig, dtype: torch.dtype, max_model_len: int, max_pixels: int
-) -> MemoryNeed:
-    """Estimate the memory of one sequence at work, closely and from above."""
-    text = config.text
-    weights = sum(prod(shape) for shape in expected_shapes(config).values()) * dtype.itemsize
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
-    num_patches = max_pixels // config.vision.patch_size**2
-    in_tower = num_patches * _bytes_per_patch(config.vision, dtype.itemsize)
-    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize)
-    return MemoryNeed(weights, cache * max_model_len, max(in_tower, in_decoder))
-
-
-def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
-    """Bytes alive for one patch in the widest moment of the tower.
-
-    Normalising pixels: the uint8 patch and three float32 ones. A block: uint8 and float32 patch,
-    then either the MLP (input, residual, normed; its width before, within and after the
-    activation) or the rotation (six vectors, and a query in float32 being taken apart).
-    """
-    mlp = size * (3 + 3 * vision.mlp_ratio)
-    rotation = 6 * size + 12
-    in_block = 5 * vision.patch_dim + vision.embed_dim * max(mlp, rotation)
-    return int(max(13 * vision.patch_dim, in_block + 4 * vision.head_dim)) + 64
-
-
-def _bytes_per_token(text: TextConfig, size: int) -> int:
-    """Bytes alive for one token inside SwiGLU: five vectors, gate, up and product, the rotation."""
-    vectors = size * (5 * text.hidden_size + 3 * text.intermediate_size)
-    return vectors + 4 * text.head_dim + 64
-
-
-def memory_available(device: torch.device) -> int | None:
-    """Count the bytes that may still be taken on `device`; None where that cannot be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    found = [n for n in (_meminfo_available(), _cgroup_available()) if n is not None]
-    return min(found, default=None)
 
 
 def _read_lora(adapter: str | Path, model: Qwen2VL) -> dict[str, LoraFactors]:
@@ -222,14 +172,47 @@ def _read_lora(adapter: str | Path, model: Qwen2VL) -> dict[str, LoraFactors]:
     return read_lora(settings, tensors, model, where=str(tensors.folder))
 
 
-def _fill(model: Qwen2VL, tensors: TensorFolder, device: torch.device, dtype: torch.dtype) -> None:
-    """Move and cast tensor by tensor; a second full copy never exists."""
+def _kinds(model: Qwen2VL, quantize: Mode | None, device: torch.device) -> dict[str, Kind]:
+    """Say which layers will be quantised, and how."""
+    if quantize is None:
+        return {}
+    kinds = recipe(model, quantize)
+    if device.type != "cpu":
+        raise InputError(
+            f"quantize {quantize!r} computes on the CPU only; leave it out on {device}, or use "
+            "device cpu"
+        )
+    return kinds
+
+
+def _fill(
+    model: Qwen2VL,
+    tensors: TensorFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    later: Collection[str],
+) -> None:
+    """Move and cast tensor by tensor; a second full copy never exists.
+
+    Layers named in `later` are left empty.
+    """
     state = {
         # A patch embedding stored as a matrix takes the Conv3d shape here.
         name: tensors[name].view(parameter.shape).to(device).to(dtype)
         for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in later
     }
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(state, strict=not later, assign=True)
+
+
+def _fill_layer(model: Qwen2VL, name: str, tensors: TensorFolder) -> None:
+    """Give one layer its weights as they are stored; a tied head has none of its own."""
+    if name == HEAD and model.lm_head is None:
+        return
+    layer = model.get_submodule(name)
+    state = {leaf: tensors[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters()}
+    layer.load_state_dict(state, strict=True, assign=True)
 
 
 def _pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:
@@ -263,7 +246,12 @@ def _device(name: str) -> torch.device:
 
 
 def _choose_dtype(
-    config: Qwen2VLConfig, device: torch.device, name: str, max_model_len: int, max_pixels: int
+    config: Qwen2VLConfig,
+    device: torch.device,
+    name: str,
+    max_model_len: int,
+    max_pixels: int,
+    kinds: Mapping[str, Kind] | None = None,
 ) -> torch.dtype:
     """Take the first dtype of those allowed whose memory is there.
 
@@ -274,7 +262,7 @@ def _choose_dtype(
         raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
     allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
     available = memory_available(device)
-    needs = [memory_needed(config, d, max_model_len, max_pixels) for d in allowed]
+    needs = [memory_needed(config, d, max_model_len, max_pixels, kinds) for d in allowed]
     for chosen, need in zip(allowed, needs, strict=True):
         if available is None or need.total <= available:
             if chosen is not allowed[0]:
@@ -319,22 +307,3 @@ def _too_small(
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB"
-
-
-def _meminfo_available() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        return pages * os.sysconf("SC_PAGE_SIZE") if pages else None
-    rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(rows["MemAvailable"].split()[0]) * 1024
-
-
-def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container (cgroup v2) may still take; its page cache can be given back."""
-    limit = root / "memory.max"
-    if not limit.is_file() or limit.read_text().strip() == "max":
-        return None
-    used = int((root / "memory.current").read_text())
-    stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    return max(0, int(limit.read_text()) - used + int(stat.get("file", 0)))

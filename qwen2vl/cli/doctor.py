@@ -43,7 +43,8 @@ def doctor(model: str | None, check_weights: str | None) -> None:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
-    from qwen2vl.load import memory_available, preferred_dtypes
+    from qwen2vl.load import preferred_dtypes
+    from qwen2vl.memory import memory_available
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield "qwen2vl", qwen2vl.__version__

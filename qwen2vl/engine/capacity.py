@@ -15,7 +15,7 @@ import torch
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.blocks import BLOCK
 from qwen2vl.errors import CapacityError
-from qwen2vl.load import memory_available
+from qwen2vl.memory import memory_available
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 
@@ -56,10 +56,9 @@ def cache_blocks(model: Qwen2VL, tokens: int | None) -> int:
     """
     text = model.config.text
     if tokens is None:
-        weight = model.head_weight
         per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-        available = memory_available(weight.device) or 0
-        tokens = available // 4 // (per_token * weight.itemsize)
+        available = memory_available(model.device) or 0
+        tokens = available // 4 // (per_token * model.dtype.itemsize)
         longest = text.max_position_embeddings
         tokens = min(max(tokens, longest), 16 * longest)
     return -(-tokens // BLOCK)

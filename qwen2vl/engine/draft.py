@@ -2,8 +2,9 @@
 
 The last tokens of a sequence are looked up in its own past and in earlier answers about the same
 pictures; what followed there is the guess. The model verifies all guesses of a step in one forward
-(runner.py), so that a right one costs no step of its own and a wrong one changes no answer. Whose
-guesses fail is left alone. (Prompt lookup decoding; HF: prompt_lookup_num_tokens.)
+(runner.py), so that a right one costs no step of its own and a wrong one changes no answer. A
+sequence begins with a few guesses, gets more as they come true, and none when they fail. (Prompt
+lookup decoding; HF: prompt_lookup_num_tokens.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qwen2vl.engine.sequence import Sequence
 __all__ = ["Drafter"]
 
 _LENGTHS = (6, 4, 3)  # tokens that must agree, the surest first
-_PATIENCE = 24  # guesses in vain, over four times the right ones, until a sequence is left alone
+_CREDIT = 6  # guesses on trust; each one made costs 1, each that came true earns 4
 _REMEMBERED = 64  # sets of pictures whose last answers are kept
 _TOKENS_EACH = 2048  # of such answers
 _LEAD = max(_LENGTHS)  # tokens of the prompt kept before an answer, by which it is found again
@@ -32,8 +33,9 @@ class Drafter:
 
     def __call__(self, sequence: Sequence, most: int) -> list[int]:
         """Guess what follows, at most `most` tokens; often nothing."""
-        most = min(most, self.num_drafts)
-        if most <= 0 or sequence.num_drafted - 4 * sequence.num_accepted > _PATIENCE:
+        credit = _CREDIT + 4 * sequence.num_accepted - sequence.num_drafted
+        most = min(most, self.num_drafts, (credit + 1) // 2)
+        if most <= 0:
             return []
         known = [*self._answers.get(_pictures(sequence), ()), *sequence.ids]
         for length in _LENGTHS:

@@ -96,7 +96,7 @@ def _text_flops(tokens: int, config: Qwen2VLConfig) -> float:
 
 def _probe_vision(model: Qwen2VL, side: int) -> tuple[float, Callable[[], Tensor]]:
     """Prepare a picture of side x side patches: its operations, and what does them."""
-    vision, device = model.config.vision, model.head_weight.device
+    vision, device = model.config.vision, model.device
     meta = VisionMeta.build([Grid(1, side, side)], vision.spatial_merge_size).to(device)
     patches_NP = torch.zeros(side * side, vision.patch_dim, dtype=torch.uint8, device=device)
     return _vision_flops([side * side], model.config), lambda: model.encode(patches_NP, meta)
@@ -104,7 +104,7 @@ def _probe_vision(model: Qwen2VL, side: int) -> tuple[float, Callable[[], Tensor
 
 def _probe_text(model: Qwen2VL, tokens: int) -> tuple[float, Callable[[], Tensor]]:
     """Prepare a prompt of so many words, likewise."""
-    device = model.head_weight.device
+    device = model.device
     ids_T = torch.zeros(tokens, dtype=torch.int64, device=device)
     places_3T = torch.arange(tokens, device=device).expand(3, -1)
     meta = AttnMeta.build([tokens]).to(device)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qwen2vl.adapt.quantise import Mode
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks, check_context, memory_errors_named
@@ -62,6 +63,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: DTypeName = "auto",
+        quantize: Mode | None = None,
         adapter: str | Path | None = None,
         max_model_len: int | None = None,
         min_pixels: int | None = None,
@@ -82,6 +84,7 @@ class LLM:
             folder,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             adapter=adapter,
             max_model_len=max_model_len,
             min_pixels=min_pixels,
@@ -141,7 +144,7 @@ class LLM:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.model.head_weight.device
+        return self.model.device
 
     def chat(
         self,

@@ -39,7 +39,7 @@ class Runner:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.model.head_weight.device
+        return self.model.device
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled | Qwen2VLError]:
@@ -78,7 +78,7 @@ class Runner:
                 self.caches[target].copy_from(self.caches[source], num_tokens)
 
     def _reserve(self, old: KVCache | None, num_tokens: int) -> KVCache:
-        dtype = self.model.head_weight.dtype
+        dtype = self.model.dtype
         cache = KVCache.allocate(self.model.config.text, num_tokens, dtype, self.device)
         if old is not None:
             cache.copy_from(old, old.length)

@@ -111,6 +111,10 @@ class Sampler:
         """Tell whether a grammar holds, and the answer is whole; only an end token may follow."""
         return self.matcher is not None and self.matcher.finished
 
+    def forced(self) -> list[int]:
+        """Guess the tokens that a grammar dictates next; `sample` may still cut them otherwise."""
+        return [] if self.matcher is None else self.matcher.forced()
+
     def sample(self, logits_V: Tensor) -> tuple[int, TokenLogprob | None]:
         """Choose the next id and remember it.
 

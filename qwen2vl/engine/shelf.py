@@ -44,7 +44,7 @@ class VisionShelf:
             max_bytes=config.vision_cache_bytes,
             folder=config.vision_cache_dir,
             max_disk_bytes=config.vision_disk_bytes,
-            device=model.head_weight.device,
+            device=model.device,
         )
         weights = VisionWeights(model, lasting=config.vision_cache_dir is not None)
         weights.start()  # a second for the official towers, meanwhile the first prompt is made
@@ -82,7 +82,7 @@ class VisionShelf:
 
     def encode(self, slices: SequenceOf[Slices]) -> None:
         """Run the tower once over slices of any items, and put the rows where they belong."""
-        device = self.model.head_weight.device
+        device = self.model.device
         grids = [Grid(s.stop - s.start, s.item.grid.h, s.item.grid.w) for s in slices]
         patches_NP = torch.cat([_patches(s) for s in slices]).to(device)
         vision_MD = self.model.encode(patches_NP, VisionMeta.build(grids).to(device))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +37,16 @@ class Qwen2VL(nn.Module):
             if config.text.tie_word_embeddings
             else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; matrices may be stored in fewer bits, norms never are."""
+        return self.model.norm.weight.dtype
 
     @property
     def head_weight(self) -> Tensor:

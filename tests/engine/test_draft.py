@@ -40,7 +40,10 @@ def test_the_lookup_is_the_latest_earlier_place(ids: list[int], length: int, mos
 def test_a_sequence_that_repeats_is_guessed() -> None:
     one = sequence(prompt(*range(10, 20), 1, 2, 3), 50)
     one.ids += [10, 11, 12]
+    assert Drafter(4)(one, 100) == [13, 14, 15]
+    one.num_drafted = one.num_accepted = 3
     assert Drafter(4)(one, 100) == [13, 14, 15, 16]
+    assert Drafter(9)(one, 100) == list(range(13, 20)) + [1]
     assert Drafter(4)(one, 2) == [13, 14]
     assert Drafter(4)(one, 0) == []
 
@@ -51,7 +54,7 @@ def test_an_answer_about_the_same_picture_is_remembered() -> None:
     first = sequence(prompt(1, 2, seen, 3, 4, 5, 6, 7, 8), 50)
     first.ids += [30, 31, 32, 33]
     drafter.learn(first)
-    assert drafter(sequence(prompt(9, seen, 3, 4, 5, 6, 7, 8), 50), 4) == [30, 31, 32, 33]
+    assert drafter(sequence(prompt(9, seen, 3, 4, 5, 6, 7, 8), 50), 4) == [30, 31, 32]
     assert drafter(sequence(prompt(9, other, 3, 4, 5, 6, 7, 8), 50), 100) == []
 
 
@@ -69,9 +72,12 @@ def test_whose_guesses_fail_is_left_alone() -> None:
     one = sequence(prompt(*[1, 2, 3] * 5), 50)
     drafter = Drafter(4)
     assert drafter(one, 100)
-    one.num_drafted, one.num_accepted = 25, 0
-    assert drafter(one, 100) == []
-    one.num_accepted = 10
+    vain = 0
+    while found := drafter(one, 100):
+        one.num_drafted += len(found)
+        vain += 1
+    assert vain <= 3
+    one.num_accepted = 2
     assert drafter(one, 100)
 
 
