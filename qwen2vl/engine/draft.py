@@ -33,6 +33,9 @@ class Drafter:
 
     def __call__(self, sequence: Sequence, most: int) -> list[int]:
         """Guess what follows, at most `most` tokens; often nothing."""
+        forced = sequence.sampler.forced()  # what a grammar dictates is as good as known
+        if forced:
+            return forced[: max(0, min(most, self.num_drafts))]
         credit = _CREDIT + 4 * sequence.num_accepted - sequence.num_drafted
         most = min(most, self.num_drafts, (credit + 1) // 2)
         if most <= 0:

@@ -24,6 +24,7 @@ from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks, check_context, memory_errors_named
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.draft import Drafter
+from qwen2vl.engine.matcher import GrammarCompiler
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
 from qwen2vl.engine.runner import Runner
 from qwen2vl.engine.sampler import Rule, Sampler
@@ -122,6 +123,9 @@ class LLM:
         self.max_model_len = model.config.text.max_position_embeddings
         ends = generation.eos_token_ids or ()
         self._end_ids = frozenset((model.config.eos_token_id, *ends))
+        self._grammars = GrammarCompiler(
+            processor.tokenizer, end_ids=self._end_ids, vocab_size=model.config.text.vocab_size
+        )
         config = engine or EngineConfig()
         shelf = VisionShelf.of(model, config)
         self.runner = Runner(model, shelf)
@@ -270,9 +274,11 @@ class LLM:
         """Refuse what cannot be answered, before anything is computed.
 
         Raises:
-            InputError: a stop token is not of this model.
+            InputError: a stop token is not of this model, or a grammar allows nothing.
             CapacityError: the prompt does not fit into the context.
         """
+        if params.grammar is not None:
+            self._grammars.start(params.grammar)  # compiled now, and kept
         vocab_size = self.config.text.vocab_size
         strangers = [token for token in params.stop_token_ids if token >= vocab_size]
         if strangers:
@@ -315,6 +321,7 @@ class LLM:
             device=self.device,
             seed=None if params.seed is None else (params.seed + sample) % 2**64,
             num_logprobs=params.logprobs,
+            matcher=None if params.grammar is None else self._grammars.start(params.grammar),
         )
 
 

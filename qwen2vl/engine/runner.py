@@ -20,7 +20,7 @@ from torch import Tensor
 from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.scheduler import Chunk, Plan, Sampled
 from qwen2vl.engine.shelf import VisionShelf
-from qwen2vl.errors import EngineError, Qwen2VLError
+from qwen2vl.errors import Qwen2VLError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, Qwen2VL
 
@@ -141,7 +141,7 @@ class Runner:
                 chunk.sequence.clock.answer()
             try:
                 results.append(_verify(chunk, next(logits)))
-            except EngineError as error:
+            except Qwen2VLError as error:
                 results.append(error)
         return results
 

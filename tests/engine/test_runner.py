@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.config import EngineConfig
+from qwen2vl.engine.grammar import Grammar
 from qwen2vl.engine.params import Completion
+from qwen2vl.errors import InputError
 from tests.engine.test_llm import clip, picture, user
 from tests.parity.oracle import random_model
 from tests.tiny import tiny_config, tiny_processor
@@ -208,3 +210,23 @@ def test_nothing_grows_over_many_requests() -> None:
         assert llm.runner.shelf.cache.stats.num_bytes <= 100_000
         assert not llm.runner.shelf._rows
     assert llm.scheduler.pool.num_busy == 0
+
+
+@pytest.mark.parametrize("num_drafts", [0, 6])
+def test_a_grammar_holds_its_answer_and_no_other(num_drafts: int) -> None:
+    pytest.importorskip("llguidance")
+    held = SamplingParams(temperature=0, grammar=Grammar.choice(["a red square", "a blue star"]))
+    llm = fresh(num_drafts=num_drafts)
+    free, bound, again = llm.chat(
+        [CONVERSATIONS[1], CONVERSATIONS[1], CONVERSATIONS[0]], [GREEDY, held, GREEDY]
+    )
+    assert bound.text in ("a red square", "a blue star")
+    assert bound.finish_reason == "stop"
+    assert_same(free, alone(1))
+    assert_same(again, alone(0))
+
+
+def test_an_impossible_grammar_is_refused_before_anything_is_computed() -> None:
+    pytest.importorskip("llguidance")
+    with pytest.raises(InputError, match="regex"):
+        fresh().chat(CONVERSATIONS[0], SamplingParams(grammar=Grammar.regex("(")))
