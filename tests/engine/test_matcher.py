@@ -322,6 +322,16 @@ def test_a_sampler_without_a_grammar_is_never_finished() -> None:
     )
     chooser.sample(torch.randn(9))
     assert not chooser.finished
+    assert chooser.forced() == []
+
+
+def test_what_is_forced_may_be_fed_ahead_and_verified() -> None:
+    chooser = sampler(Grammar.regex("[ab]: dictated"))
+    chooser.sample(torch.randn(len(nano()) + 40))
+    forced = chooser.forced()
+    assert nano().decode(forced) == ": dictated"
+    assert [chooser.sample(torch.randn(len(nano()) + 40))[0] for _ in forced] == forced
+    assert chooser.finished
 
 
 def test_logprobs_are_the_models_own_under_a_grammar_too() -> None:
