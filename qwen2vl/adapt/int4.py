@@ -1,0 +1,170 @@
+"""Linear layers of 4-bit weights, on torch's own operator for the CPU.
+
+Up to FEW_ROWS rows (decode) go through `_weight_int4pack_mm_for_cpu`, which widens the weights in
+registers, again for every few rows. More rows (prefill) are cheaper by widening the matrix once,
+a strip of outputs at a time, for the ordinary product; so nothing larger than a strip ever exists
+in full width. A layer has no parameters and cannot be trained.
+
+    torch packs outputs in blocks:   (O / block, I, block / 2) bytes
+    one byte of a block:             | output j + block / 2 | output j |     4 bits each
+
+Letters: T rows, O outputs, I inputs, G groups of inputs. Next room: quantise.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen2vl.adapt.rounding import Groups
+
+__all__ = ["GROUP_SIZES", "Int4Linear"]
+
+GROUP_SIZES = (128, 64, 32)  # that the operator takes; preferred first
+
+# torch's blocks on processors with AVX-512 and with AVX2; outputs are padded to the larger.
+BLOCKS = (64, 32)
+PAD_TO = max(BLOCKS)
+
+# Where widening a matrix begins to pay: it costs as much as 25 to 35 rows of the operator.
+FEW_ROWS = 24
+
+STRIP = 2**20  # numbers that are widened at once; they stay in a core's own cache
+
+MIDDLE = 8  # the operator computes (q - 8) * scale + shift
+
+
+class Int4Linear(nn.Module):
+    """y = x W^T + b with 16 levels to a group of inputs.
+
+    Scales and shifts are bfloat16, as the operator has them; so are its inputs.
+    """
+
+    packed: Tensor  # uint8, as torch packs on this processor
+    scales_and_shifts: Tensor  # (G, padded O, 2)
+    bias_O: Tensor | None
+
+    def __init__(self, rounded: Groups, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = rounded.ints_OI.shape
+        self.group_size = rounded.group_size
+        missing = -self.out_features % PAD_TO
+        self.register_buffer("packed", _pack(F.pad(rounded.ints_OI, (0, 0, 0, missing))))
+        scale_GO = rounded.scale_GO.to(torch.bfloat16)
+        # Made of the rounded scale, so that a weight of zero stays as near to zero as can be.
+        shift_GO = (MIDDLE - rounded.zero_GO.float()) * scale_GO.float()
+        both = torch.stack((scale_GO, shift_GO.to(torch.bfloat16)), -1)
+        self.register_buffer("scales_and_shifts", F.pad(both, (0, 0, 0, missing)))
+        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
+
+    def integers(self) -> Tensor:
+        """Give the weights as they were rounded, (O, I) uint8."""
+        block = _block()
+        if block is None:
+            return self._ints_by_product()
+        low, high = (half.transpose(1, 2) for half in _halves(self.packed, block))
+        return torch.cat((low, high), 1).flatten(0, 1)[: self.out_features]
+
+    def dequantised(self) -> Tensor:
+        """Compute the matrix this layer stands for, in float32: the oracle of its tests."""
+        scale_OI, shift_OI = (
+            part_GO.T[: self.out_features].float().repeat_interleave(self.group_size, 1)
+            for part_GO in self.scales_and_shifts.unbind(-1)
+        )
+        return (self.integers().float() - MIDDLE) * scale_OI + shift_OI
+
+    def describe(self) -> str:
+        """Name the arithmetic, for keys of caches."""
+        return f"int4/{self.group_size}"
+
+    def extra_repr(self) -> str:
+        """Say the widths, as nn.Linear does."""
+        shape = f"{self.in_features}, {self.out_features}, bias={self.bias_O is not None}"
+        return f"{shape}, group_size={self.group_size}"
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
+        if x_TI.shape[0] <= FEW_ROWS or _block() is None:
+            out_TO = self._by_operator(x_TI.to(torch.bfloat16)).to(x_TI.dtype)
+        else:
+            out_TO = self._by_strips(x_TI)
+        out_TO = out_TO[:, : self.out_features]
+        return out_TO if self.bias_O is None else out_TO + self.bias_O.to(x_TI.dtype)
+
+    def _by_operator(self, x_TI: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x_TI.contiguous(), self.packed, self.group_size, self.scales_and_shifts
+        )
+
+    def _by_strips(self, x_TI: Tensor) -> Tensor:
+        """Widen some blocks of outputs at a time, and multiply by each strip."""
+        block = _block()
+        assert block is not None
+        halves = _halves(self.packed, block)
+        # Without the middle, which each strip would have to subtract: q * scale + shift.
+        scale_GO, shift_GO = self.scales_and_shifts.unbind(-1)
+        shift_GO = (shift_GO.float() - MIDDLE * scale_GO.float()).to(x_TI.dtype)
+        grids = [part.to(x_TI.dtype).unflatten(1, (-1, block)) for part in (scale_GO, shift_GO)]
+        step = max(1, STRIP // (self.in_features * block))
+        strips = []
+        for start in range(0, self.packed.shape[0] // block, step):
+            here = slice(start, start + step)
+            weight_IS = _widen([h[here] for h in halves], [grid[:, here] for grid in grids])
+            strips.append(x_TI @ weight_IS)
+        return torch.cat(strips, 1)
+
+    def _ints_by_product(self) -> Tensor:
+        """Read integers whose packing is unknown: let the operator multiply by ones and zeros."""
+        unit = torch.tensor([1.0, MIDDLE], dtype=torch.bfloat16).expand_as(self.scales_and_shifts)
+        one_II = torch.eye(self.in_features, dtype=torch.bfloat16)
+        ints_IO = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            one_II, self.packed, self.group_size, unit.contiguous()
+        )
+        return ints_IO.T[: self.out_features].to(torch.uint8)
+
+
+def _pack(ints_OI: Tensor) -> Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(ints_OI.to(torch.int32), 1)
+
+
+@lru_cache(maxsize=1)
+def _block() -> int | None:
+    """Find out how torch packs on this processor; None: in a way that is not drawn above."""
+    generator = torch.Generator().manual_seed(0)
+    ints_OI = torch.randint(0, 16, (PAD_TO, 32), dtype=torch.uint8, generator=generator)
+    for block in BLOCKS:
+        low, high = (half.transpose(1, 2) for half in _halves(_pack(ints_OI), block))
+        if torch.equal(torch.cat((low, high), 1).flatten(0, 1), ints_OI):
+            return block
+    return None
+
+
+def _halves(packed: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Take bytes apart: outputs of the lower and the upper half of each block.
+
+    Returns:
+        Two tensors of (O / block, I, block / 2), uint8.
+    """
+    num_inputs = packed.shape[1] * 2
+    bytes_ = packed.view(-1, num_inputs, block // 2)
+    return bytes_ & 15, bytes_ >> 4
+
+
+def _widen(halves: list[Tensor], grids: list[Tensor]) -> Tensor:
+    """Compute the weights of one strip, inputs by outputs.
+
+    Args:
+        halves: integers of the lower and the upper half of each block, (blocks, I, block / 2).
+        grids: scale and shift, (G, blocks, block), in the dtype wanted.
+    """
+    (num_groups, num_blocks, block), num_inputs = grids[0].shape, halves[0].shape[1]
+    weight = grids[0].new_empty(num_groups, num_inputs // num_groups, num_blocks, 2, block // 2)
+    scale, shift = (grid.view(num_groups, 1, num_blocks, 2, block // 2) for grid in grids)
+    for side, half in enumerate(halves):
+        ints = half.to(weight.dtype).transpose(0, 1).unflatten(0, (num_groups, -1))
+        place = weight[..., side, :]
+        torch.addcmul(shift[..., side, :], ints, scale[..., side, :], out=place)
+    return weight.view(num_inputs, num_blocks * block)

@@ -1,0 +1,165 @@
+"""Linear layers of 8-bit weights, on torch's own operators for the CPU.
+
+`Int8Linear` multiplies integers by integers: each row of the input is rounded to 8 bits, too, with
+a scale of its own, and oneDNN adds the products exactly. Up to FEW_ROWS rows (decode) cost only
+the reading of the weights, so there the input gets a second row that holds what rounding lost:
+with 15 bits instead of 8 the input is as good as exact. A row's result never depends on its
+neighbours, but on their number: FEW_ROWS or fewer.
+
+`WideInt8Linear` is for processors without integer products: the input stays as it is.
+Both hold no parameters and cannot be trained. Letters: T rows, O outputs, I inputs.
+(Dettmers et al. 2022, LLM.int8, for scales by row and output.) Next room: int4.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen2vl.adapt.rounding import PIECE, Channels
+
+__all__ = ["Int8Linear", "WideInt8Linear", "has_integer_products", "int8_linear"]
+
+# Rows that a product is free for: half of what an AMX tile holds, as each is there twice.
+FEW_ROWS = 8
+
+# 126, not 127: dividing in bfloat16 can lift the largest number of a row by half a step.
+STEPS = 126
+
+SMALLEST_STEP = 1e-30  # for rows of zeros
+
+# Words of /proc/cpuinfo for processors that multiply int8 by int8.
+_INTEGER_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def has_integer_products() -> bool:
+    """Tell whether this processor multiplies 8-bit integers itself; only Linux says so."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and not _INTEGER_PRODUCTS.isdisjoint(cpuinfo.read_text().split())
+
+
+def int8_linear(rounded: Channels, bias_O: Tensor | None) -> Int8Linear | WideInt8Linear:
+    """Build the layer that suits this processor."""
+    kind = Int8Linear if has_integer_products() else WideInt8Linear
+    return kind(rounded, bias_O)
+
+
+class _Quantised(nn.Module):
+    """What both layers know: widths, scales and the bias, in float32."""
+
+    scale_O: Tensor
+    bias_O: Tensor | None
+
+    def __init__(self, rounded: Channels, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = rounded.ints_OI.shape
+        self.register_buffer("scale_O", rounded.scale_O.float())
+        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
+
+    def integers(self) -> Tensor:
+        """Give the weights as they were rounded, (O, I) int8."""
+        raise NotImplementedError
+
+    def dequantised(self) -> Tensor:
+        """Compute the matrix this layer stands for, in float32: the oracle of its tests."""
+        return Channels(ints_OI=self.integers(), scale_O=self.scale_O).dequantised()
+
+    def describe(self) -> str:
+        """Name the arithmetic, for keys of caches."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Say the widths, as nn.Linear does."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias_O is not None}"
+
+
+class Int8Linear(_Quantised):
+    """y = x W^T + b by integer products; oneDNN's own layout of the weights is the only copy."""
+
+    packed: Tensor
+    no_zeros: Tensor
+
+    def __init__(self, rounded: Channels, bias_O: Tensor | None) -> None:
+        super().__init__(rounded, bias_O)
+        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(rounded.ints_OI, None))
+        self.register_buffer("no_zeros", torch.zeros(self.out_features, dtype=torch.int64))
+
+    def integers(self) -> Tensor:
+        """Give the weights as they were rounded, (O, I) int8."""
+        return self.packed.to_dense().T
+
+    def describe(self) -> str:
+        """Name the arithmetic, for keys of caches."""
+        return "int8"
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
+        if x_TI.shape[0] > FEW_ROWS:
+            step_T1 = _step(x_TI)
+            ints_TI = (x_TI / step_T1).round_().to(torch.int8)
+            return self._finish(self._products(ints_TI, x_TI.dtype), step_T1)
+        step_T1 = _step(x_TI.float())
+        steps_TI = x_TI / step_T1
+        coarse_TI = steps_TI.round()
+        # A remainder is at most half a step: twice STEPS of its own steps fill 8 bits.
+        fine_TI = (steps_TI - coarse_TI).mul_(2 * STEPS).round_()
+        both = self._products(torch.cat((coarse_TI, fine_TI)).to(torch.int8), torch.float32)
+        coarse_TO, fine_TO = both.chunk(2)
+        products_TO = torch.add(coarse_TO, fine_TO, alpha=0.5 / STEPS)
+        return self._finish(products_TO, step_T1).to(x_TI.dtype)
+
+    def _products(self, ints_TI: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add up integers, and scale each output."""
+        nothing = (1.0, 0, dtype, "none", [], "")  # neither a scale, nor an operation after it
+        return torch.ops.onednn.qlinear_pointwise(
+            ints_TI, 1.0, 0, self.packed, self.scale_O, self.no_zeros, None, *nothing
+        )
+
+    def _finish(self, products_TO: Tensor, step_T1: Tensor) -> Tensor:
+        """Scale each row and add the bias, rounding once."""
+        if self.bias_O is None:
+            return products_TO.mul_(step_T1)
+        return torch.addcmul(self.bias_O.to(products_TO.dtype), products_TO, step_T1)
+
+
+class WideInt8Linear(_Quantised):
+    """y = x W^T + b, the weights widened on their way through the processor."""
+
+    plain_OI: Tensor
+
+    # Beyond these rows widening the matrix once is cheaper than widening it row by row.
+    FEW_ROWS = 16
+
+    # torch's operator for few rows reads past the end of other widths, and crashes.
+    ALIGNED = 32
+
+    def __init__(self, rounded: Channels, bias_O: Tensor | None) -> None:
+        super().__init__(rounded, bias_O)
+        self.register_buffer("plain_OI", rounded.ints_OI)
+
+    def integers(self) -> Tensor:
+        """Give the weights as they were rounded, (O, I) int8."""
+        return self.plain_OI
+
+    def describe(self) -> str:
+        """Name the arithmetic, for keys of caches."""
+        return "int8/wide"
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
+        scale_O = self.scale_O.to(x_TI.dtype)
+        if x_TI.shape[0] <= self.FEW_ROWS and self.in_features % self.ALIGNED == 0:
+            out_TO = torch.ops.aten._weight_int8pack_mm(x_TI.contiguous(), self.plain_OI, scale_O)
+        else:
+            pieces = self.plain_OI.split(max(1, PIECE // self.in_features))
+            out_TO = torch.cat([F.linear(x_TI, piece.to(x_TI.dtype)) for piece in pieces], 1)
+            out_TO *= scale_O
+        return out_TO if self.bias_O is None else out_TO + self.bias_O.to(x_TI.dtype)
+
+
+def _step(x_TI: Tensor) -> Tensor:
+    """Choose each row's scale; a row with a NaN keeps it, and spoils no other."""
+    return x_TI.abs().amax(1, keepdim=True).div_(STEPS).clamp_(min=SMALLEST_STEP)

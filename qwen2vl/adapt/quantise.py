@@ -1,0 +1,151 @@
+"""Linear layers of a finished model become layers of small integers; the model never knows.
+
+Which layer becomes what is one table, `recipe`:
+
+    mode    decoder                      head    vision tower
+    int8    8 bits                       8 bits  8 bits
+    int4    4 bits in groups of inputs   8 bits  8 bits
+
+The head stays at 8 bits in both, as 4 would cost accuracy and save no time. Embeddings, norms,
+biases and the patch embedding are never quantised: they are small, or looked up and not
+multiplied. A tied head gets a layer of its own beside the embedding. A model so changed answers;
+it can neither be trained nor saved. Next room: calibrate.py, which rounds with more care.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from qwen2vl.adapt.int4 import GROUP_SIZES, PAD_TO, Int4Linear
+from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear, int8_linear
+from qwen2vl.adapt.rounding import round_channels, round_groups
+from qwen2vl.errors import InputError
+from qwen2vl.model import Qwen2VL
+
+__all__ = [
+    "HEAD",
+    "MODES",
+    "Kind",
+    "Mode",
+    "QuantisedLinear",
+    "describe",
+    "is_of_decoder",
+    "put_layer",
+    "quantise",
+    "quantise_layer",
+    "recipe",
+    "rounded_layer",
+    "weights_of",
+]
+
+Mode = Literal["int8", "int4"]
+MODES: tuple[Mode, ...] = ("int8", "int4")
+
+HEAD = "lm_head"
+
+QuantisedLinear = Int8Linear | WideInt8Linear | Int4Linear
+
+
+class Kind(NamedTuple):
+    """How a layer is quantised."""
+
+    bits: int
+    group_size: int = 0  # inputs that share a scale; 0: all of them
+
+    def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
+        """Count the bytes of such a layer's weights and scales."""
+        if self.bits == 8:
+            return num_outputs * (num_inputs + 12)  # a scale and oneDNN's zero
+        padded = -(-num_outputs // PAD_TO) * PAD_TO
+        return padded * (num_inputs // 2 + 4 * (num_inputs // self.group_size))
+
+
+def recipe(model: Qwen2VL, mode: Mode) -> dict[str, Kind]:
+    """Say what becomes of each linear layer, in the order of the model; a meta model will do.
+
+    Layers of the decoder whose inputs are no multiple of 32, which no group divides, get 8 bits
+    also in mode int4.
+
+    Raises:
+        InputError: no such mode.
+    """
+    if mode not in MODES:
+        raise InputError(f"quantize {mode!r} is unknown; use {' or '.join(MODES)}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = dict.fromkeys(layers, Kind(8)) | {HEAD: Kind(8)}
+    if mode == "int4":
+        fitting = [
+            name
+            for name, layer in layers.items()
+            if is_of_decoder(name) and layer.in_features % min(GROUP_SIZES) == 0
+        ]
+        size = _group_size([layers[name].in_features for name in fitting])
+        kinds |= dict.fromkeys(fitting, Kind(4, size))
+    return kinds
+
+
+def quantise(model: Qwen2VL, mode: Mode) -> None:
+    """Quantise every layer of `recipe` in place, each rounded to the nearest.
+
+    Raises:
+        InputError: no such mode.
+    """
+    for name, kind in recipe(model, mode).items():
+        quantise_layer(model, name, kind)
+
+
+def quantise_layer(model: Qwen2VL, name: str, kind: Kind) -> None:
+    """Replace one linear layer, whose weights are there, by a quantised one."""
+    weight_OI, bias_O = weights_of(model, name)
+    put_layer(model, name, rounded_layer(weight_OI, bias_O, kind))
+
+
+def rounded_layer(weight_OI: Tensor, bias_O: Tensor | None, kind: Kind) -> QuantisedLinear:
+    """Round a matrix to the nearest, and build its layer."""
+    if kind.bits == 8:
+        return int8_linear(round_channels(weight_OI), bias_O)
+    return Int4Linear(round_groups(weight_OI, kind.group_size), bias_O)
+
+
+def weights_of(model: Qwen2VL, name: str) -> tuple[Tensor, Tensor | None]:
+    """Take weight and bias of a linear layer, detached; a tied head has the embedding's."""
+    if name == HEAD and model.lm_head is None:
+        return model.head_weight.detach(), None
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear), f"{name} is quantised already"
+    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+
+def put_layer(model: Qwen2VL, name: str, layer: QuantisedLinear) -> None:
+    """Put a layer where a linear one was, or where a tied head has none."""
+    if name == HEAD:
+        # The model only ever calls it, as every module.
+        model.lm_head = cast("nn.Linear", layer)
+    else:
+        model.set_submodule(name, layer)
+
+
+def describe(model: Qwen2VL) -> str:
+    """Say what is quantised and how, the same for the same arithmetic; "" where nothing is.
+
+    Meant for people and for keys of caches: `visual: 18 int8, model: 28 int4/64, lm_head: 1 int8`.
+    """
+    found = Counter(
+        (name.partition(".")[0], module.describe())
+        for name, module in model.named_modules()
+        if isinstance(module, QuantisedLinear)
+    )
+    return ", ".join(f"{room}: {count} {how}" for (room, how), count in found.items())
+
+
+def is_of_decoder(name: str) -> bool:
+    """Tell the decoder's layers from the tower's and the head."""
+    return name.startswith("model.")
+
+
+def _group_size(widths: list[int]) -> int:
+    """Find the largest group that divides all; one size for a model, as folders record it."""
+    return next(size for size in GROUP_SIZES if all(width % size == 0 for width in widths))

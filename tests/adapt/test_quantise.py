@@ -1,0 +1,159 @@
+"""Which layer becomes what; a quantised model answers like its dequantised self."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qwen2vl.adapt.int4 import Int4Linear
+from qwen2vl.adapt.int8 import int8_linear
+from qwen2vl.adapt.quantise import (
+    MODES,
+    Kind,
+    Mode,
+    QuantisedLinear,
+    describe,
+    quantise,
+    recipe,
+)
+from qwen2vl.adapt.rounding import round_channels
+from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.errors import InputError
+from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
+from qwen2vl.load import load
+from qwen2vl.model import Qwen2VL
+from tests.tiny import tiny_config, tiny_model
+
+INT8 = int8_linear(round_channels(torch.eye(2)), None).describe()  # this processor's kind
+
+
+def dequantised(model: Qwen2VL) -> Qwen2VL:
+    """Build an ordinary model out of the matrices that a quantised one stands for."""
+    plain = Qwen2VL(model.config).eval()
+    if model.lm_head is not None and plain.lm_head is None:
+        text = model.config.text
+        plain.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+    state = {n: p.float() for n, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            state[f"{name}.weight"] = module.dequantised()
+            if module.bias_O is not None:
+                state[f"{name}.bias"] = module.bias_O
+    plain.load_state_dict(state, strict=True)
+    return plain
+
+
+@torch.inference_mode()
+def logits_of(model: Qwen2VL, tokens: int = 40) -> Tensor:
+    """Answer a prompt that begins with a picture of 4 tokens."""
+    grid = Grid(1, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    patches_NP = torch.randint(0, 256, (16, 1176), dtype=torch.uint8, generator=generator)
+    ids_T = torch.randint(0, 200, (tokens,), generator=generator)
+    hidden_TD = model(
+        ids_T,
+        torch.arange(tokens).expand(3, -1),
+        AttnMeta.build([tokens]),
+        patches_NP=patches_NP,
+        vision_meta=VisionMeta.build([grid]),
+        pad_index_M=torch.arange(4),
+    )
+    return model.logits(hidden_TD).float()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_recipe(tied: bool) -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=tied))
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert recipe(model, "int8") == dict.fromkeys(linear | {"lm_head"}, Kind(8))
+    four = recipe(model, "int4")
+    assert set(four) == linear | {"lm_head"}
+    for name, kind in four.items():
+        assert kind == (Kind(4, 64) if name.startswith("model.") else Kind(8))
+
+
+def test_layers_that_no_group_divides_keep_eight_bits() -> None:
+    config = Qwen2VLConfig(
+        vision=VisionConfig(depth=1, embed_dim=32, num_heads=2, hidden_size=96),
+        text=TextConfig(
+            hidden_size=96,
+            intermediate_size=200,
+            num_hidden_layers=1,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=64,
+            mrope_section=(2, 3, 3),
+        ),
+        image_token_id=1,
+        video_token_id=2,
+    )
+    with torch.device("meta"):
+        kinds = recipe(Qwen2VL(config), "int4")
+    assert kinds["model.layers.0.mlp.down_proj"] == Kind(8)
+    assert kinds["model.layers.0.mlp.up_proj"] == Kind(4, 32)
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(InputError, match="quantize 'int2' is unknown; use int8 or int4"):
+        recipe(tiny_model(), "int2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_linear_layer_is_replaced_and_nothing_else(mode: Mode, tied: bool) -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=tied))
+    before = dict(model.named_parameters())
+    kinds = recipe(model, mode)
+    quantise(model, mode)
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+    assert set(found) == set(kinds)
+    for name, layer in found.items():
+        assert isinstance(layer, Int4Linear) == (kinds[name].bits == 4)
+    kept = dict(model.named_parameters())
+    assert set(kept) == {n for n in before if n.rpartition(".")[0] not in kinds}
+    assert all(kept[name] is before[name] for name in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_are_those_of_the_dequantised_model(mode: Mode, dtype: torch.dtype) -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=False)).to(dtype)
+    quantise(model, mode)
+    got_TV, want_TV = logits_of(model), logits_of(dequantised(model))
+    assert got_TV.isfinite().all()
+    assert float((got_TV - want_TV).norm() / want_TV.norm()) < 0.03
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("int8", 0.03), ("int4", 0.25)])
+def test_answers_are_near_those_of_the_whole_model(mode: Mode, limit: float) -> None:
+    model = tiny_model()
+    want_TV = logits_of(model)
+    quantise(model, mode)
+    assert float((logits_of(model) - want_TV).norm() / want_TV.norm()) < limit
+
+
+def test_the_description_tells_arithmetic_apart() -> None:
+    model = tiny_model()
+    assert describe(model) == ""
+    quantise(model, "int8")
+    assert describe(model) == f"visual: 10 {INT8}, model: 14 {INT8}, lm_head: 1 {INT8}"
+    model = tiny_model()
+    quantise(model, "int4")
+    assert describe(model) == f"visual: 10 {INT8}, model: 14 int4/64, lm_head: 1 {INT8}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_loading_quantises_as_quantise_does(mode: Mode, dtype: str) -> None:
+    loaded, _ = load("nano", dtype=dtype, quantize=mode)  # type: ignore[arg-type]
+    made, _ = load("nano", dtype=dtype)  # type: ignore[arg-type]
+    quantise(made, mode)
+    assert describe(loaded) == describe(made)
+    ours, theirs = dict(loaded.named_modules()), dict(made.named_modules())
+    for name, layer in ours.items():
+        if isinstance(layer, QuantisedLinear):
+            other = theirs[name]
+            assert isinstance(other, QuantisedLinear)
+            assert torch.equal(layer.integers(), other.integers())
+    assert torch.equal(logits_of(loaded), logits_of(made))
+    assert loaded.dtype == getattr(torch, dtype)
