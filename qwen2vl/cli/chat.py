@@ -35,6 +35,7 @@ Ctrl-C stops an answer."""
 @options.model_options
 @options.sampling_options
 @options.media_options
+@click.option("-o", "output", metavar="PNG", help="Draw an answer's boxes on its picture.")
 @terminal.debug_option
 def chat(**given: Any) -> None:
     """Talk about pictures and clips; /help inside lists what can be typed."""
@@ -42,20 +43,24 @@ def chat(**given: Any) -> None:
     opened = options.open_model(given)
     options.say_if_greedy(opened.llm, params)
     terminal.note(f"{opened.name} is ready; /image PATH shows a picture, /help lists the rest")
-    Chat(opened.llm, params, given["fps"]).run()
+    Chat(opened.llm, params, given["fps"], given["output"]).run()
     opened.say_what_it_can()
 
 
 class Chat:
     """One conversation, and the pictures that wait for its next question."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, fps: float | None) -> None:
+    def __init__(
+        self, llm: LLM, params: SamplingParams, fps: float | None, output: str | None = None
+    ) -> None:
         self.llm = llm
         self.params = params
         self.fps = fps
+        self.output = output
         self.messages: list[dict[str, Any]] = []
         self.told = 0  # items whose notes were shown
         self.newest = 0  # the item that boxes of an answer belong to
+        self.picture: str | None = None  # its file; None for a clip
         self.waiting: list[dict[str, Any]] = []
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": lambda path: self._attach("image", path),
@@ -108,11 +113,15 @@ class Chat:
         self.told = len(prompt.items)
         if self.waiting:
             self.newest = len(prompt.items) - len(self.waiting)
+            self.picture = self.waiting[0].get("image")
         writer = terminal.Writer()
         try:
             (completion,) = self.llm.generate(prompt, self.params, on_delta=writer)
-            for found in boxes.find(completion.text, completion.items[self.newest :]):
-                terminal.say(found.text)
+            found = boxes.find(completion.text, completion.items[self.newest :])
+            for shape in found:
+                terminal.say(shape.text)
+            if found and self.output and self.picture:
+                boxes.draw(self.picture, found, self.output, self.llm.processor)
             options.say_if_cut(self.llm, self.params, completion)
         finally:
             if writer.text:
@@ -130,6 +139,7 @@ class Chat:
 
     def _clear(self, _: str) -> None:
         self.messages, self.waiting, self.told, self.newest = [], [], 0, 0
+        self.picture = None
         terminal.note("the conversation is forgotten")
 
 

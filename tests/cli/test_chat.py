@@ -80,6 +80,21 @@ def test_boxes_are_in_pixels_of_the_picture_shown_last(
     assert lines == ["box: (0, 0) to (75, 50)"] + 2 * ["box: (0, 0) to (500, 200)"]
 
 
+def test_boxes_are_drawn_on_the_picture_shown_last(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "<|box_start|>(100,100),(500,500)<|box_end|>")
+    Image.new("RGB", (1000, 400)).save("large.png")
+    lines = (f"/image {picture}", "where?", "/image large.png", "where?")
+    result = run("chat", "-o", "boxes.png", stdin="".join(f"{line}\n" for line in lines))
+    assert result.stderr.count("wrote boxes.png") == 2
+    drawn = Image.open("boxes.png")
+    assert drawn.size == (1000, 400)
+    changed = drawn.convert("L").point(lambda v: 255 if v else 0).getbbox()
+    assert changed is not None
+    assert changed[0] in range(95, 105) and changed[2] in range(495, 506)
+
+
 def test_clear_forgets_turns_and_pictures(run: Run, prompts: list[str], picture: Path) -> None:
     chat(run, "one", f"/image {picture}", "/clear", "two")
     assert "one" not in prompts[1]
