@@ -134,12 +134,12 @@ class Sequence:
 
     def positions(self, start: int, stop: int) -> Tensor:
         """Place tokens start..stop: (3, stop - start); past the prompt index + rope_delta."""
+        known, delta = len(self.prompt.input_ids), self.prompt.rope_delta
         prompt_3T = self.prompt.position_ids_3T[:, start:stop]
-        if stop <= len(self.prompt.input_ids):
+        if stop <= known:
             return prompt_3T
-        begin = max(start, len(self.prompt.input_ids)) + self.prompt.rope_delta
-        answer = torch.arange(begin, stop + self.prompt.rope_delta).expand(3, -1)
-        return torch.cat([prompt_3T, answer], dim=1)
+        answer_3T = torch.arange(max(start, known) + delta, stop + delta).expand(3, -1)
+        return answer_3T if start >= known else torch.cat([prompt_3T, answer_3T], dim=1)
 
     def items_after(self, num_tokens: int) -> Iterator[tuple[int, Item]]:
         """List (first token, item) of what is seen, wholly or in part, after `num_tokens`."""

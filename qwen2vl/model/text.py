@@ -117,7 +117,7 @@ class TextModel(nn.Module):
         meta: AttnMeta,
         caches: Sequence[KVCache] | None,
     ) -> Tensor:
-        """Run all blocks; with caches, store each segment's new keys and values and advance them."""
+        """Run all blocks; with caches, store each segment's keys and values and advance them."""
         config = self.config
         rotation = text_rotation(
             position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section

@@ -149,8 +149,8 @@ def test_a_copied_cache_goes_its_own_way() -> None:
     copy.copy_from(source, 2)
     assert (copy.length, copy.capacity) == (2, 3)
     keys, values = copy.layer(0).append(k_TKC[:1] + 100, k_TKC[:1])
-    assert torch.equal(keys, torch.cat([k_TKC[:2], k_TKC[:1] + 100]))
-    assert torch.equal(values, torch.cat([-k_TKC[:2], k_TKC[:1]]))
+    assert torch.equal(keys.transpose(0, 1), torch.cat([k_TKC[:2], k_TKC[:1] + 100]))
+    assert torch.equal(values.transpose(0, 1), torch.cat([-k_TKC[:2], k_TKC[:1]]))
     assert torch.equal(source.k_LKZC[0, :, 2].flatten(), k_TKC[2].flatten())
 
 
@@ -159,7 +159,8 @@ def test_layers_of_a_cache_do_not_share_rows() -> None:
     for layer in range(2):
         k_TKC = torch.full((2, 2, 8), float(layer + 1))
         seen_k, seen_v = cache.layer(layer).append(k_TKC, -k_TKC)
-        assert torch.equal(seen_k, k_TKC) and torch.equal(seen_v, -k_TKC)
+        assert torch.equal(seen_k, k_TKC.transpose(0, 1))
+        assert torch.equal(seen_v, -k_TKC.transpose(0, 1))
     assert cache.length == 0  # the forward advances it, once for all layers
     assert cache.k_LKZC[0, :, :2].unique().tolist() == [1.0]
     assert cache.k_LKZC[1, :, :2].unique().tolist() == [2.0]
