@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from qwen2vl.adapt.rounding import Groups
 
-__all__ = ["GROUP_SIZES", "Int4Linear"]
+__all__ = ["GROUP_SIZES", "PAD_TO", "Int4Linear"]
 
 GROUP_SIZES = (128, 64, 32)  # that the operator takes; preferred first
 

@@ -58,6 +58,26 @@ def test_json_is_one_object_with_exactly_these_keys(
     assert answer["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantised_weights_answer(run: Run, tiny_folder: Path, picture: Path, mode: str) -> None:
+    result = run(
+        *("ask", "--model", tiny_folder, "--quantize", mode, "--image", picture),
+        *("Hi", "--max-tokens", 4, "--json"),
+    )
+    assert result.exit_code == 0
+    llm = qwen2vl.LLM(tiny_folder, quantize=mode)  # type: ignore[arg-type]
+    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "Hi"}]
+    messages = [{"role": "user", "content": content}]
+    (completion,) = llm.chat(messages, qwen2vl.SamplingParams(max_tokens=4))
+    assert json.loads(result.stdout)["token_ids"] == list(completion.token_ids)
+
+
+def test_an_unknown_precision_is_a_usage_error(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, "--quantize", "int2", "Hi")
+    assert result.exit_code == 2
+    assert "'int2' is not one of 'int8', 'int4'" in result.stderr
+
+
 def test_a_clip_is_asked_about_at_the_rate_given(
     run: Run, tiny_folder: Path, tmp_path: Path
 ) -> None:
