@@ -3,8 +3,9 @@
     qwen2vl train nano                    from nothing, in one go
     qwen2vl train nano minutes=40         one leg; the same command again goes on
 
-Short and aligned first, then longer, then free: trained on long proportional lines from the start,
-the loss stays on a plateau. The stages are the published three behind a warm-up of the words.
+Short and aligned first, then free, then dense: trained on long proportional lines from the start,
+the loss stays on a plateau; once single lines are read, pages of them and lists of shapes teach
+most for their tokens. The stages are the published three behind a warm-up of the words.
 """
 
 from __future__ import annotations
@@ -48,15 +49,17 @@ CELLS = Mixture(  # one character in each vision token
     weights={"text": 1.0},
     layout="cells",
     fonts="mono2",
-    text_length=(4, 8),
+    text_length=(3, 8),
     random_share=1.0,
     plain_share=1.0,
+    page_share=0.5,
+    page_lines=(2, 3),
 )
 FONTS = replace(
     CELLS,
     weights={"text": 0.55, "shapes": 0.35, "text_only": 0.1},
     fonts="all",
-    text_length=(2, 6),
+    text_length=(2, 8),
     random_share=0.7,
     plain_share=0.5,
     num_shapes=(1, 1),  # like letters, shapes are learnt alone first
@@ -65,44 +68,46 @@ FONTS = replace(
 )
 FREE = replace(  # proportional letters, anywhere
     FONTS,
-    weights={"text": 0.5, "shapes": 0.2, "grounding": 0.2, "motion": 0.08, "text_only": 0.02},
+    weights={"text": 0.5, "shapes": 0.22, "grounding": 0.2, "motion": 0.06, "text_only": 0.02},
     layout="line",
-    text_length=(1, 5),
+    text_length=(1, 8),
     font_size=(16, 40),
-    max_width=224,
+    max_width=280,
     num_shapes=(1, 2),
     canvas=(56, 98),
     clip_canvas=(56, 84),
 )
-LONGER = replace(
+PAGES = replace(  # many letters, and many shapes, for each question
     FREE,
     weights={
-        "text": 0.52,
-        "shapes": 0.18,
-        "grounding": 0.15,
-        "motion": 0.06,
+        "text": 0.42,
+        "shapes": 0.25,
+        "grounding": 0.2,
+        "motion": 0.04,
         "two_pictures": 0.06,
         "text_only": 0.03,
     },
-    text_length=(1, 10),
-    font_size=(14, 40),
-    max_width=336,
+    text_length=(2, 14),
+    font_size=(12, 40),
+    max_width=392,
     plain_share=0.4,
-    num_shapes=(1, 4),
-    canvas=(56, 112),
+    page_share=0.7,
+    page_lines=(2, 4),
+    list_share=0.45,
+    num_shapes=(1, 5),
+    canvas=(56, 126),
+    questions=3,
 )
 WORLD = replace(  # as the mini suite asks, and larger
-    LONGER,
+    PAGES,
     text_length=(1, 16),
-    font_size=(12, 40),
     max_width=448,
     plain_share=0.3,
-    num_shapes=(1, 5),
-    canvas=(56, 168),
+    page_share=0.5,
+    canvas=(56, 196),
     clip_canvas=(56, 112),
-    questions=3,
-    large_share=0.06,
-    sparse_share=0.06,
+    large_share=0.07,
+    sparse_share=0.08,
 )
 
 
@@ -124,7 +129,7 @@ def recipe() -> TrainConfig:
             Stage(
                 name="see",
                 steps=100,
-                examples=192,
+                examples=160,
                 rules=SEE,
                 mixture=CELLS,
                 min_pixels=784,
@@ -133,7 +138,7 @@ def recipe() -> TrainConfig:
             Stage(
                 name="cells",
                 steps=200,
-                examples=192,
+                examples=160,
                 rules=ALL,
                 mixture=CELLS,
                 min_pixels=784,
@@ -141,8 +146,8 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="fonts",
-                steps=450,
-                examples=160,
+                steps=400,
+                examples=128,
                 rules=ALL,
                 mixture=FONTS,
                 min_pixels=784,
@@ -150,33 +155,33 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="free",
-                steps=1500,
-                examples=112,
+                steps=900,
+                examples=96,
                 rules=ALL,
                 mixture=FREE,
                 default_system=0.02,
             ),
             Stage(
-                name="longer",
-                steps=2500,
-                examples=112,
+                name="pages",
+                steps=1500,
+                examples=80,
                 rules=ALL,
-                mixture=LONGER,
+                mixture=PAGES,
                 default_system=0.02,
             ),
             Stage(
                 name="world",
-                steps=8000,
-                examples=112,
+                steps=3000,
+                examples=80,
                 rules=ALL,
                 mixture=WORLD,
-                default_system=0.15,
-                decay=0.3,
+                default_system=0.1,
+                decay=0.45,
             ),
             Stage(
                 name="answers",
-                steps=500,
-                examples=112,
+                steps=300,
+                examples=80,
                 rules=ANSWER,
                 mixture=WORLD,
                 default_system=0.8,
