@@ -137,8 +137,8 @@ def normalise_pixels(patches_NP: Tensor, config: VisionConfig) -> Tensor:
     """
     mean, std = _channel_constants(config, patches_NP.device)
     # Divide: a product with the rounded 1/255 is off by one bit for 126 of the 256 values.
-    pixels_NCX = patches_NP.unflatten(1, (config.in_channels, -1)).float() / 255
-    return ((pixels_NCX - mean) / std).flatten(1)
+    pixels_NCX = patches_NP.unflatten(1, (config.in_channels, -1)).to(torch.float32, copy=True)
+    return pixels_NCX.div_(255).sub_(mean).div_(std).flatten(1)
 
 
 @lru_cache(maxsize=8)
