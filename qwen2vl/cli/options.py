@@ -67,6 +67,7 @@ def model_options(command: F) -> F:
             show_default=True,
             help="Precision of the weights.",
         ),
+        click.option("--adapter", metavar="DIR", help="A LoRA adapter of PEFT, to be merged in."),
         click.option(
             "--quantize",
             type=click.Choice(["int8", "int4"]),
@@ -134,7 +135,8 @@ def open_model(given: dict[str, Any]) -> Opened:
     from qwen2vl.weights import find
 
     start = time.perf_counter()
-    names = {name: name for name in ("device", "dtype", "quantize", "min_pixels", "max_pixels")}
+    same = ("device", "dtype", "quantize", "adapter", "min_pixels", "max_pixels")
+    names = {name: name for name in same}
     names["preset"] = "video_preset"
     # A command without --max-pixels, say, leaves that to the model.
     wishes = {argument: given[name] for name, argument in names.items() if name in given}

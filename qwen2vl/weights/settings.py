@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, ConfigError
+from qwen2vl.weights.packing import Packing
 from qwen2vl.weights.template import CHAT_TEMPLATE
 
 __all__ = [
@@ -63,7 +64,7 @@ def read_config(folder: Path) -> Qwen2VLConfig:
         raise CheckpointError(_why_no_config(folder))
     raw = read_json(path)
     if quantisation := raw.get("quantization_config"):
-        raise CheckpointError(f"{folder}: {_name_quantisation(quantisation)}")
+        Packing.from_dict(quantisation, str(folder))  # refused before anything else is
     if "auto_map" in raw:
         logger.debug("%s: auto_map ignored, code of a model folder is never run", path)
     preprocessor = _find_preprocessor(folder)
@@ -198,17 +199,9 @@ def _why_no_config(folder: Path) -> str:
             f"`hf download Qwen/Qwen2-VL-2B-Instruct --local-dir {folder}`"
         )
     if "adapter_config.json" in names:
-        return f"{folder}: holds a LoRA adapter, not a model; merge it into its base model first"
+        return (
+            f"{folder}: holds a LoRA adapter, not a model; open its base model, with this folder "
+            "as the adapter"
+        )
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{folder}: config.json is missing (found {shown}); give the folder of a whole model"
-
-
-def _name_quantisation(quantisation: Any) -> str:
-    method, bits = "unknown", ""
-    if isinstance(quantisation, dict):
-        method = str(quantisation.get("quant_method", method)).upper()
-        bits = f" {quantisation['bits']}-bit" if quantisation.get("bits") else ""
-    return (
-        f"the weights are quantised ({method}{bits}), which this version does not run; take the "
-        "unquantised repository of the same name, such as Qwen/Qwen2-VL-7B-Instruct"
-    )

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import qwen2vl
 from qwen2vl.cli import options, outlook
 from qwen2vl.cli.options import Opened
 from qwen2vl.engine import LLM, Completion
 from qwen2vl.engine.estimate import Speed
+from qwen2vl.weights import read_config
 from tests.cli.conftest import Run
 
 KEYS = {
@@ -76,6 +79,33 @@ def test_an_unknown_precision_is_a_usage_error(run: Run, tiny_folder: Path) -> N
     result = run("ask", "--model", tiny_folder, "--quantize", "int2", "Hi")
     assert result.exit_code == 2
     assert "'int2' is not one of 'int8', 'int4'" in result.stderr
+
+
+def test_an_adapter_changes_the_answer(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    vocab_size = read_config(tiny_folder).text.vocab_size
+    letter_x = torch.zeros(vocab_size, 2)
+    letter_x[ord("x") - ord("!")] = 1e4
+    key = "base_model.model.lm_head.lora"
+    ones = torch.ones(2, 64)
+    save_file(
+        {f"{key}_A.weight": ones, f"{key}_B.weight": letter_x}, folder / "adapter_model.safetensors"
+    )
+    ask = ("ask", "--model", tiny_folder, "Hi", "--max-tokens", 4)
+    plain, adapted = run(*ask), run(*ask, "--adapter", folder)
+    assert "x" in adapted.stdout
+    assert plain.stdout != adapted.stdout
+
+
+def test_an_adapter_that_is_not_there(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, "--adapter", "nowhere", "Hi")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "qwen2vl: error: adapter 'nowhere': no such folder; give the folder that PEFT saved\n"
+    )
 
 
 def test_a_clip_is_asked_about_at_the_rate_given(

@@ -98,7 +98,7 @@ def test_quantised_folders_are_named(tmp_path: Path, quantisation: Any, text: st
     ("names", "text"),
     [
         ([], r"the folder is empty; fill it with `hf download Qwen/Qwen2-VL-2B-Instruct --local-d"),
-        (["adapter_config.json"], "holds a LoRA adapter, not a model; merge it"),
+        (["adapter_config.json"], "holds a LoRA adapter, not a model; open its base"),
         (["a.txt", "b.txt"], r"config.json is missing \(found a.txt, b.txt\)"),
         (list("abcdefg"), r"config.json is missing \(found a, b, c, d, e and 2 more\)"),
     ],

@@ -190,7 +190,7 @@ def test_weights_of_another_kind(tmp_path: Path, key: str, dtype: torch.dtype, t
 
 def test_an_adapter_folder(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
-    refuse(tmp_path, "holds a LoRA adapter, not a model; merge it")
+    refuse(tmp_path, "holds a LoRA adapter, not a model; open its base")
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
