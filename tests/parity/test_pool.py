@@ -1,0 +1,57 @@
+"""Embeddings beside transformers: its last hidden states, padded and masked, pooled by the book."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qwen2vl.engine.pool import pool
+from qwen2vl.geometry import text_positions
+from tests import prompts
+from tests.parity.oracle import packed, random_model, relative_error, split_by_kind, twin
+from tests.prompts import Part, Prompt, image, video
+from tests.tiny import tiny_config
+
+CASES: list[list[Part]] = [[23], [3, image(4, 6), 4], [2, video(3, 4, 6), 5], [1, image(4, 4), 9]]
+
+
+def reference_states(reference: Any, prompt: Prompt, patches_NP: Tensor, config: Any) -> Tensor:
+    """Run one sequence through the reference: hidden_TD behind the final norm."""
+    position_ids_3T, _ = text_positions(prompt.ids, prompt.grids, config)
+    return reference.model(
+        input_ids=torch.tensor([prompt.ids]),
+        attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
+        position_ids=position_ids_3T[:, None],
+        **split_by_kind(patches_NP, prompt),
+    ).last_hidden_state[0]
+
+
+@torch.inference_mode()
+def test_pooled_states_equal_transformers() -> None:
+    config = tiny_config()
+    model = random_model(config)
+    reference = twin(model)
+    drawn = [prompts.prompt(parts, config, seed) for seed, parts in enumerate(CASES)]
+    patches = [prompts.patches(prompt, config, seed) for seed, prompt in enumerate(drawn)]
+    hidden_TD = model(**packed(drawn, patches, config))
+    lengths = [len(prompt.ids) for prompt in drawn]
+
+    # As embedders on transformers do it: a padded batch, and the mask that says what counts.
+    states = [
+        reference_states(reference, prompt, patches_NP, config)
+        for prompt, patches_NP in zip(drawn, patches, strict=True)
+    ]
+    padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True, padding_value=7.0)
+    mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+    last = padded[torch.arange(len(states)), mask.sum(1) - 1]
+    mean = (padded * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    assert relative_error(pool(hidden_TD, lengths, "last"), F.normalize(last)) < 1e-5
+    assert relative_error(pool(hidden_TD, lengths, "mean"), F.normalize(mean)) < 1e-5
+    assert pool(hidden_TD, lengths, "last") @ pool(hidden_TD, lengths, "last").T == pytest.approx(
+        F.normalize(last) @ F.normalize(last).T, abs=1e-5
+    )
