@@ -29,6 +29,7 @@ __all__ = ["ask"]
 @click.option("--video", "videos", multiple=True, metavar="PATH", help="A clip; repeatable.")
 @options.model_options
 @options.sampling_options
+@options.form_options
 @options.media_options
 @click.option("-o", "output", metavar="PNG", help="Draw the answer's boxes on the picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -46,12 +47,13 @@ def ask(
     \b
     qwen2vl ask --image receipt.png "What is the total?"
     qwen2vl ask --video goal.mp4 --fps 1 "Who scores?"
+    qwen2vl ask --image cat.jpg --choice yes --choice no "Is it asleep?"
     """
     if output and len(images) != 1:
         raise click.UsageError(f"-o draws on one picture, got {len(images)}; give one --image")
     if output:
         terminal.check_picture_name(output)
-    params = options.sampling_params(given)
+    params = replace(options.sampling_params(given), grammar=options.form(given))
     opened = options.open_model(given)
     options.say_if_greedy(opened.llm, params)
     media = [options.media_part("image", path, None) for path in images]

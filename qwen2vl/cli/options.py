@@ -9,20 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 import qwen2vl
 from qwen2vl.cli import terminal
+from qwen2vl.errors import InputError
 
 if TYPE_CHECKING:
-    from qwen2vl.engine import LLM, Completion, SamplingParams
+    from qwen2vl.engine import LLM, Completion, Grammar, SamplingParams
     from qwen2vl.processor.processor import Processor
 
 __all__ = [
     "NANO_LINE",
     "Opened",
+    "form",
+    "form_options",
     "media_options",
     "media_part",
     "model_option",
@@ -109,6 +113,41 @@ def sampling_params(given: dict[str, Any]) -> SamplingParams:
     """Collect the sampling options of a command into SamplingParams."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
     return qwen2vl.SamplingParams(**{name: given[name] for name in names})
+
+
+def form_options(command: F) -> F:
+    """Add what the whole answer must look like; at most one of them counts."""
+    return _all(
+        command,
+        click.option("--json-schema", metavar="FILE", help="Answer with JSON of this schema."),
+        click.option("--regex", metavar="PATTERN", help="Answer with what this matches whole."),
+        click.option("--choice", multiple=True, metavar="TEXT", help="Answer so; repeatable."),
+        click.option("--boxes", is_flag=True, help="Answer with boxes, named or not."),
+    )
+
+
+def form(given: dict[str, Any]) -> Grammar | None:
+    """Make the grammar that the options describe; None where nothing is asked for."""
+    asked = [name for name in ("json_schema", "regex", "choice", "boxes") if given[name]]
+    if not asked:
+        return None
+    if len(asked) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in asked)
+        raise click.UsageError(f"{flags}: an answer has one form; give one of them")
+    if given["json_schema"]:
+        return qwen2vl.Grammar.json_schema(_text_of(given["json_schema"]))
+    if given["regex"]:
+        return qwen2vl.Grammar.regex(given["regex"])
+    return qwen2vl.Grammar.choice(given["choice"]) if given["choice"] else qwen2vl.Grammar.boxes()
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text in UTF-8") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

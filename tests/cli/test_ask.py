@@ -100,6 +100,49 @@ def test_an_adapter_changes_the_answer(run: Run, tiny_folder: Path, tmp_path: Pa
     assert plain.stdout != adapted.stdout
 
 
+def test_the_form_of_an_answer(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}
+    (tmp_path / "two.json").write_text(json.dumps(schema))
+    ask = ("ask", "--model", tiny_folder, "Well?")
+    assert run(*ask, "--choice", "yes", "--choice", "no").stdout in ("yes\n", "no\n")
+    assert re.fullmatch(r"[0-9]{3}\n", run(*ask, "--regex", "[0-9]{3}").stdout)
+    answer = json.loads(run(*ask, "--json-schema", "two.json").stdout)
+    assert [type(value) for value in answer] == [bool, bool]
+
+
+def test_boxes_may_be_all_an_answer_holds(run: Run, tiny_folder: Path, picture: Path) -> None:
+    result = run(
+        *("ask", "--model", tiny_folder, "--image", picture, "Where?", "--boxes"),
+        *("--max-tokens", 300, "--json"),
+    )
+    answer = json.loads(result.stdout)
+    assert answer["finish_reason"] == "stop"
+    point = r"\(\d{1,3},\d{1,3}\)"
+    named = r"(<\|object_ref_start\|>.+?<\|object_ref_end\|>)?"
+    item = rf"{named}<\|box_start\|>{point},{point}<\|box_end\|>\n?"
+    assert re.fullmatch(rf"({item})+", answer["text"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--boxes", "--regex", "a"], 2, "--regex and --boxes: an answer has one form"),
+        (["--json-schema", "none.json"], 2, "none.json: cannot be read: No such file or directory"),
+        (["--json-schema", "photo"], 2, "photo: is not text in UTF-8"),
+        (["--regex", "("], 2, "regex: at 1(8): invalid regex"),
+        (["--choice", ""], 2, "choice: got '', must be a text"),
+    ],
+)
+def test_forms_that_are_refused(
+    run: Run, tiny_folder: Path, tmp_path: Path, flags: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "photo").write_bytes(b"\xff\xd8\xff")
+    result = run("ask", "--model", tiny_folder, "Hi", *flags)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
 def test_an_adapter_that_is_not_there(run: Run, tiny_folder: Path) -> None:
     result = run("ask", "--model", tiny_folder, "--adapter", "nowhere", "Hi")
     assert result.exit_code == 1
