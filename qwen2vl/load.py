@@ -1,9 +1,10 @@
 """Folder -> running model and its processor: the one place where the rooms meet.
 
 In visible order: find the folder, read what it is, refuse what cannot work (another model's
-tensors, too little memory), build the model on the meta device, fill it from disk; layers that
-are to be quantised follow one by one: filled, merged with an adapter, rounded, replaced. Nothing
-large is read before everything small has been checked. Next rooms: engine/, train/.
+tensors, too little memory), build the model on the meta device, fill it from disk. Layers of
+small integers follow one by one: those that are stored so are replaced, those that shall become so
+are filled, merged with an adapter, rounded, replaced. Nothing large is read before everything
+small has been checked. Next rooms: engine/, train/.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Literal
 import torch
 
 from qwen2vl.adapt.lora import LoraFactors, merge_lora, read_lora
-from qwen2vl.adapt.quantise import HEAD, Kind, Mode, quantise_layer, recipe
+from qwen2vl.adapt.quantise import Kind, Mode, quantise_layer
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.errors import CapacityError, InputError
+from qwen2vl.errors import CapacityError, CheckpointError, InputError
+from qwen2vl.fill import fill, fill_layer, put_stored, rounded_kinds, stored_kinds
 from qwen2vl.memory import MemoryNeed, memory_available, memory_needed
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
@@ -28,7 +30,6 @@ from qwen2vl.processor.media import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.weights import (
-    TensorFolder,
     check_fit,
     find,
     note_chat_template,
@@ -153,13 +154,16 @@ def load_model(
     check_fit(tensors, config)
     with torch.device("meta"):
         model = Qwen2VL(config)
-    kinds = _kinds(model, quantize, place)
-    chosen = _choose_dtype(config, place, dtype, length, max_pixels, kinds)
-    factors = {} if adapter is None else _read_lora(adapter, model)
-    _fill(model, tensors, place, chosen, later=kinds)
-    merge_lora(model, {name: f for name, f in factors.items() if name not in kinds})
-    for name, kind in kinds.items():
-        _fill_layer(model, name, tensors)
+    stored = stored_kinds(tensors, place)
+    rounded = rounded_kinds(model, quantize, tensors, stored, place)
+    chosen = _choose_dtype(config, place, dtype, length, max_pixels, stored | rounded)
+    factors = {} if adapter is None else _read_lora(adapter, model, stored)
+    fill(model, tensors, place, chosen, later=stored | rounded)
+    merge_lora(model, {name: f for name, f in factors.items() if name not in rounded})
+    for name, kind in stored.items():
+        put_stored(model, tensors, name, kind)
+    for name, kind in rounded.items():
+        fill_layer(model, tensors, name)
         merge_lora(model, {name: factors[name]} if name in factors else {})
         quantise_layer(model, name, kind)
     if place.type == "cpu" and chosen == torch.bfloat16:
@@ -167,52 +171,17 @@ def load_model(
     return model.eval()
 
 
-def _read_lora(adapter: str | Path, model: Qwen2VL) -> dict[str, LoraFactors]:
+def _read_lora(
+    adapter: str | Path, model: Qwen2VL, stored: Collection[str]
+) -> dict[str, LoraFactors]:
     settings, tensors = read_adapter(adapter)
-    return read_lora(settings, tensors, model, where=str(tensors.folder))
-
-
-def _kinds(model: Qwen2VL, quantize: Mode | None, device: torch.device) -> dict[str, Kind]:
-    """Say which layers will be quantised, and how."""
-    if quantize is None:
-        return {}
-    kinds = recipe(model, quantize)
-    if device.type != "cpu":
-        raise InputError(
-            f"quantize {quantize!r} computes on the CPU only; leave it out on {device}, or use "
-            "device cpu"
+    factors = read_lora(settings, tensors, model, where=str(tensors.folder))
+    if packed := [name for name in factors if name in stored]:
+        raise CheckpointError(
+            f"{tensors.folder}: cannot be merged into {packed[0]}, which the model's folder stores "
+            "as small integers; merge it into the unquantised model, and quantise that"
         )
-    return kinds
-
-
-def _fill(
-    model: Qwen2VL,
-    tensors: TensorFolder,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    later: Collection[str],
-) -> None:
-    """Move and cast tensor by tensor; a second full copy never exists.
-
-    Layers named in `later` are left empty.
-    """
-    state = {
-        # A patch embedding stored as a matrix takes the Conv3d shape here.
-        name: tensors[name].view(parameter.shape).to(device).to(dtype)
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in later
-    }
-    model.load_state_dict(state, strict=not later, assign=True)
-
-
-def _fill_layer(model: Qwen2VL, name: str, tensors: TensorFolder) -> None:
-    """Give one layer its weights as they are stored; a tied head has none of its own."""
-    if name == HEAD and model.lm_head is None:
-        return
-    layer = model.get_submodule(name)
-    state = {leaf: tensors[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters()}
-    layer.load_state_dict(state, strict=True, assign=True)
+    return factors
 
 
 def _pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:

@@ -80,14 +80,15 @@ def _bytes_of_weights(config: Qwen2VLConfig, dtype: torch.dtype, kinds: Mapping[
 def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
     """Bytes alive for one patch in the widest moment of the tower.
 
-    Normalising pixels: the uint8 patch and three float32 ones. A block: uint8 and float32 patch,
-    then either the MLP (input, residual, normed; its width before, within and after the
-    activation) or the rotation (six vectors, and a query in float32 being taken apart).
+    Embedding: the patch in uint8, float32 and bfloat16. A block: uint8 and float32 patch, then
+    either the MLP (input, residual, normed; its width before, within and after the activation) or
+    the rotation (six vectors, and a query in float32 being taken apart).
     """
     mlp = size * (3 + 3 * vision.mlp_ratio)
     rotation = 6 * size + 12
     in_block = 5 * vision.patch_dim + vision.embed_dim * max(mlp, rotation)
-    return int(max(13 * vision.patch_dim, in_block + 4 * vision.head_dim)) + 64
+    embedding = 7 * vision.patch_dim + size * vision.embed_dim
+    return int(max(embedding, in_block + 4 * vision.head_dim)) + 96
 
 
 def _bytes_per_token(text: TextConfig, size: int) -> int:

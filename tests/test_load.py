@@ -130,7 +130,7 @@ def test_nothing_large_is_read_before_all_is_checked(
     def fail(*_: Any) -> None:
         raise AssertionError("filled")
 
-    monkeypatch.setattr(room, "_fill", fail)
+    monkeypatch.setattr(room, "fill", fail)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"truncated, 1 of [\d,]+ bytes are missing"):

@@ -1,7 +1,8 @@
 """Do these tensors belong to this model? All answers at once, before anything is read.
 
 The model itself, built on the meta device, says which tensors it wants; nothing is listed twice.
-Differences that carry no information pass: a flat patch embedding, a second copy of a tied head.
+Differences that carry no information pass: a flat patch embedding, a second copy of a tied head,
+biases of zeros that GPTQ's tools give to layers without one.
 Next room: save.py.
 """
 
@@ -41,6 +42,7 @@ def check_fit(tensors: TensorFolder, config: Qwen2VLConfig) -> None:
     """
     expected = expected_shapes(config)
     extra = sorted(set(tensors) - set(expected))
+    extra = [name for name in extra if not _is_empty_bias(tensors, name)]
     if config.text.tie_word_embeddings and HEAD in extra:
         if EMBEDDING in tensors:  # else it is named as missing, with everything else
             _check_tied_copy(tensors)
@@ -82,6 +84,11 @@ def _is_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> bool:
     if name == PATCH_EMBED and len(got) == 2:
         return got == (want[0], want[1] * want[2] * want[3] * want[4])
     return got == want
+
+
+def _is_empty_bias(tensors: TensorFolder, name: str) -> bool:
+    layer, _, leaf = name.rpartition(".")
+    return leaf == "bias" and layer in tensors.packed and not tensors[name].any()
 
 
 def _check_tied_copy(tensors: TensorFolder) -> None:

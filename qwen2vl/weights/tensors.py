@@ -80,14 +80,25 @@ class TensorFolder(Mapping[str, Tensor]):
         return self._places[name][2]
 
     def matrix(self, layer: str) -> PackedMatrix:
-        """Read the integers of a packed layer."""
+        """Read the integers of a packed layer.
+
+        Raises:
+            CheckpointError: inputs belong to groups that are not there.
+        """
         assert self.packing is not None
         parts = {
             ending.removeprefix("."): self._read(layer + ending)
             for ending in PACKED_ENDINGS
             if layer + ending in self._places
         }
-        return _layout(self.packing).unpack(parts, self.packing)
+        matrix = _layout(self.packing).unpack(parts, self.packing)
+        groups = matrix.group_I.aminmax()
+        if not 0 <= int(groups.min) <= int(groups.max) < len(matrix.scale_GO):
+            raise CheckpointError(
+                f"{self.folder}: {layer}.g_idx names group {int(groups.max)} of "
+                f"{len(matrix.scale_GO)}; fetch the folder again"
+            )
+        return matrix
 
     def _read(self, name: str) -> Tensor:
         path, key, _ = self._places[name]
@@ -207,11 +218,11 @@ def _check_kind(
 ) -> None:
     """Refuse weights of a kind that we do not run, by its name rather than by its shapes."""
     infos = {key: info for file in files.values() for key, info in file.items()}
-    packed = [key for key in infos if key.endswith(PACKED_ENDINGS)]
+    packed = {key for key in infos if key.endswith(PACKED_ENDINGS)}
     if packed and packing is None:
         raise CheckpointError(
-            f"{folder}: the weights are quantised (GPTQ or AWQ: {packed[0]}), but config.json has "
-            "no quantization_config that says how; fetch config.json again"
+            f"{folder}: the weights are quantised (GPTQ or AWQ: {min(packed)}), but config.json "
+            "has no quantization_config that says how; fetch config.json again"
         )
     if adapter := [key for key in infos if ".lora_" in key]:
         raise CheckpointError(

@@ -80,11 +80,9 @@ def test_code_of_a_folder_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("quantisation", "text"),
     [
-        ({"quant_method": "gptq", "bits": 4}, r"quantised \(GPTQ 4-bit\), which this version does"),
-        ({"quant_method": "awq", "bits": 4}, r"quantised \(AWQ 4-bit\)"),
-        ({"quant_method": "fp8"}, r"quantised \(FP8\)"),
+        ({"quant_method": "fp8"}, r"quantised \(FP8\); this library runs GPTQ of 4 or 8 bits and"),
         ({"bits": 8}, r"quantised \(UNKNOWN 8-bit\)"),
-        ("int8", r"quantised \(unknown\)"),
+        ("int8", r"quantised \(UNKNOWN\)"),
     ],
 )
 def test_quantised_folders_are_named(tmp_path: Path, quantisation: Any, text: str) -> None:
@@ -92,6 +90,15 @@ def test_quantised_folders_are_named(tmp_path: Path, quantisation: Any, text: st
     write(tmp_path, "config.json", raw)
     with pytest.raises(CheckpointError, match=text):
         read_config(tmp_path)
+
+
+def test_official_quantised_folders_are_read(tmp_path: Path) -> None:
+    quantisation = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    write(
+        tmp_path, "config.json", official_config_json("7B") | {"quantization_config": quantisation}
+    )
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert read_config(tmp_path).text.hidden_size == 3584
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Integers that a folder stores -> the same layers that `quantise` makes, if these can hold them.
+
+    4 bits, groups of 32 k inputs in order    Int4Linear; any zeros, larger groups repeat a scale
+    8 bits, one scale a row, zero at 128      Int8Linear
+    8 bits in groups; act-order               neither: the caller widens them
+
+It must not know files; load.py hands over what weights/ has unpacked. Next room: calibrate.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen2vl.adapt.int4 import GROUP_SIZES, Int4Linear
+from qwen2vl.adapt.int8 import int8_linear
+from qwen2vl.adapt.quantise import Kind, QuantisedLinear
+from qwen2vl.adapt.rounding import Channels, Groups
+from qwen2vl.errors import CheckpointError
+
+__all__ = ["stored_kind", "stored_layer"]
+
+MIDDLE = 128  # of the levels of 8 bits
+
+
+def stored_kind(
+    bits: int, group_size: int, num_inputs: int, *, is_symmetric: bool, is_ordered: bool
+) -> Kind | None:
+    """Say which layer can hold a stored matrix as it is; None: none can.
+
+    Args:
+        bits: of an integer, 4 or 8.
+        group_size: inputs that share a scale; -1: all of them.
+        num_inputs: of the matrix.
+        is_symmetric: the zero lies in the middle of the levels.
+        is_ordered: inputs that share a group are neighbours.
+    """
+    size = group_size if group_size > 0 else num_inputs
+    if not is_ordered:
+        return None
+    if bits == 8:
+        return Kind(8) if size >= num_inputs and is_symmetric else None
+    fitting = (ours for ours in GROUP_SIZES if size % ours == 0 and num_inputs % ours == 0)
+    ours = next(fitting, None)
+    return None if ours is None else Kind(4, ours)
+
+
+def stored_layer(
+    ints_OI: Tensor,
+    scale_GO: Tensor,
+    zero_GO: Tensor,
+    group_I: Tensor,
+    bias_O: Tensor | None,
+    kind: Kind,
+) -> QuantisedLinear:
+    """Build the layer that `stored_kind` found, of integers from 0 to 15 or 255.
+
+    Raises:
+        CheckpointError: zeros or groups are not what config.json says of them.
+    """
+    if kind.bits == 8:
+        _demand(bool((zero_GO == MIDDLE).all()), "sym is true", f"zeros other than {MIDDLE}")
+        centred_OI = (ints_OI.to(torch.int16) - MIDDLE).to(torch.int8)
+        return int8_linear(Channels(ints_OI=centred_OI, scale_O=scale_GO[0]), bias_O)
+    groups = group_I.view(-1, kind.group_size)
+    _demand(bool((groups == groups[:, :1]).all()), "desc_act is false", "g_idx out of order")
+    group_G = groups[:, 0]  # of each of our groups, which may be parts of the stored ones
+    return Int4Linear(
+        Groups(ints_OI=ints_OI, scale_GO=scale_GO[group_G], zero_GO=zero_GO[group_G]), bias_O
+    )
+
+
+def _demand(holds: bool, claim: str, found: str) -> None:
+    if not holds:
+        raise CheckpointError(
+            f"quantization_config says that {claim}, but there are {found}; correct config.json"
+        )
