@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from qwen2vl.adapt.quantise import Mode, quantise
 from qwen2vl.engine.fingerprint import VisionWeights, hash_tower
 from qwen2vl.model import Qwen2VL
 from tests.tiny import tiny_model
@@ -165,3 +166,19 @@ def test_start_works_in_the_background() -> None:
     pending = weights.start()
     assert weights.start() is pending
     assert pending.result() == weights.fingerprint()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantised_towers_have_names_of_their_own(mode: Mode) -> None:
+    """Packed weights count by their content, not only by their class."""
+
+    def name(sign: int = 1, *, quantised: bool = True) -> bytes:
+        model = tiny_model().to(torch.bfloat16)
+        with torch.no_grad():
+            model.visual.blocks[0].mlp.fc1.weight[3] *= sign
+        if quantised:
+            quantise(model, mode)
+        return watch(model).fingerprint()
+
+    assert name() == name()
+    assert len({name(), name(-1), name(quantised=False)}) == 3
