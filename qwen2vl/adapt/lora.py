@@ -3,7 +3,7 @@
 Afterwards nothing of the adapter remains; answering costs what it costs without one. Strict where
 PEFT warns: an option or a tensor that would change the answer and is not understood here is
 refused by name, so that what runs is what was trained. It must not know files; load.py hands over
-what weights/adapter.py has read. Letters of this room: R rank, I and O the inputs and outputs of a
+what weights/adapter.py has read. Letters of this room: R rank, X and Y the inputs and outputs of a
 linear layer. (Hu et al. 2021, LoRA; Kalajdzievski 2023, rsLoRA; PEFT: LoraConfig, LoraLayer.merge.)
 """
 
@@ -48,10 +48,10 @@ _PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraFactors:
-    """What one linear layer gains: scale * b_OR @ a_RI."""
+    """What one linear layer gains: scale * b_YR @ a_RX."""
 
-    a_RI: Tensor
-    b_OR: Tensor
+    a_RX: Tensor
+    b_YR: Tensor
     scale: float
 
 
@@ -79,7 +79,7 @@ def read_lora(
             raise CheckpointError(f"{where}: {name} is there twice, in both key layouts")
         _check_layer(model, name, pair, where)
         scale = _scale(settings, path, len(pair["A"]), where)
-        factors[name] = LoraFactors(a_RI=pair["A"], b_OR=pair["B"], scale=scale)
+        factors[name] = LoraFactors(a_RX=pair["A"], b_YR=pair["B"], scale=scale)
     return factors
 
 
@@ -92,9 +92,9 @@ def merge_lora(model: Qwen2VL, factors: Mapping[str, LoraFactors]) -> None:
     for name, found in factors.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        a_RI, b_OR = (f.to(weight.device, torch.float32) for f in (found.a_RI, found.b_OR))
-        merged_OI = torch.addmm(weight.float(), b_OR, a_RI, alpha=found.scale)
-        weight.data = merged_OI.to(weight.dtype)
+        a_RX, b_YR = (f.to(weight.device, torch.float32) for f in (found.a_RX, found.b_YR))
+        merged_YX = torch.addmm(weight.float(), b_YR, a_RX, alpha=found.scale)
+        weight.data = merged_YX.to(weight.dtype)
 
 
 def _check_options(settings: Mapping[str, Any], where: str) -> None:

@@ -3,8 +3,8 @@
 In this order, with transformers' arithmetic: logit bias, repetition penalty, frequency and presence
 penalty, grammar, temperature, top-k, top-p, min-p, one draw. Each answer has its own Sampler; its
 n-th draw depends on its seed, n and the logits alone: not on what else is running, nor on the
-device. Greedy with nothing else on costs one search of the vocabulary. It must not know text,
-cache or model.
+device. Greedy with nothing else on costs one search of the vocabulary. Letter of this room: J, the
+candidates that are left. It must not know text, cache or model.
 (HF: SequenceBiasLogitsProcessor, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
 TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper; OpenAI: frequency and presence penalty.)
 Next room: llm.py.
@@ -152,13 +152,13 @@ class Sampler:
             scores_V = scores_V.masked_fill(forbidden_V, -math.inf)
         return scores_V
 
-    def _draw(self, ids_K: Tensor, weights_K: Tensor) -> int:
+    def _draw(self, ids_J: Tensor, weights_J: Tensor) -> int:
         """Spend one number of the generator to choose by weight."""
         # In float64: among 150,000 candidates, sums in float32 lose the unlikely ones.
-        bounds_K = weights_K.cpu().cumsum(0, dtype=torch.float64)
+        bounds_J = weights_J.cpu().cumsum(0, dtype=torch.float64)
         uniform = torch.rand((), dtype=torch.float64, generator=self._generator)
-        index = torch.searchsorted(bounds_K, uniform * bounds_K[-1], right=True)
-        return int(ids_K[int(index)].item())
+        index = torch.searchsorted(bounds_J, uniform * bounds_J[-1], right=True)
+        return int(ids_J[int(index)].item())
 
     def _remember(self, token: int) -> None:
         if self._seen_V is not None:
@@ -171,17 +171,17 @@ class Sampler:
 
 def penalise_repetition(scores_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
     """Divide positive scores of seen tokens by `penalty`, and multiply negative ones."""
-    ids_K = _find(seen_V)
-    scores_K = scores_V[ids_K]
-    penalised_K = torch.where(scores_K < 0, scores_K * penalty, scores_K / penalty)
-    return scores_V.index_copy(0, ids_K, penalised_K)
+    ids_J = _find(seen_V)
+    scores_J = scores_V[ids_J]
+    penalised_J = torch.where(scores_J < 0, scores_J * penalty, scores_J / penalty)
+    return scores_V.index_copy(0, ids_J, penalised_J)
 
 
 def penalise_occurrence(scores_V: Tensor, counts_V: Tensor, rule: Rule) -> Tensor:
     """Subtract the presence penalty once, and the frequency penalty for each occurrence."""
-    ids_K = _find(counts_V > 0)
-    costs_K = rule.presence_penalty + rule.frequency_penalty * counts_V[ids_K]
-    return scores_V.index_add(0, ids_K, costs_K, alpha=-1)
+    ids_J = _find(counts_V > 0)
+    costs_J = rule.presence_penalty + rule.frequency_penalty * counts_V[ids_J]
+    return scores_V.index_add(0, ids_J, costs_J, alpha=-1)
 
 
 def shortlist(scores_V: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -189,28 +189,28 @@ def shortlist(scores_V: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
 
     Ties at an edge all stay.
     """
-    scores_K = scores_V.float()
+    scores_J = scores_V.float()
     if 0 < rule.top_k < len(scores_V):
-        ids_K = _find(scores_K >= _kth_best(scores_K, rule.top_k))
-        scores_K = scores_K[ids_K]
+        ids_J = _find(scores_J >= _kth_best(scores_J, rule.top_k))
+        scores_J = scores_J[ids_J]
     else:
-        ids_K = torch.arange(len(scores_V), device=scores_V.device)
-    weights_K = (scores_K / rule.temperature).softmax(dim=-1)
+        ids_J = torch.arange(len(scores_V), device=scores_V.device)
+    weights_J = (scores_J / rule.temperature).softmax(dim=-1)
     if rule.top_p < 1.0:
-        kept_K = _find(weights_K >= _least_in_top_p(weights_K, rule.top_p))
-        ids_K, weights_K = ids_K[kept_K], weights_K[kept_K]
+        kept_J = _find(weights_J >= _least_in_top_p(weights_J, rule.top_p))
+        ids_J, weights_J = ids_J[kept_J], weights_J[kept_J]
     if rule.min_p > 0.0:
-        kept_K = _find(weights_K >= rule.min_p * weights_K.max())
-        ids_K, weights_K = ids_K[kept_K], weights_K[kept_K]
-    return ids_K, weights_K
+        kept_J = _find(weights_J >= rule.min_p * weights_J.max())
+        ids_J, weights_J = ids_J[kept_J], weights_J[kept_J]
+    return ids_J, weights_J
 
 
-def _least_in_top_p(weights_K: Tensor, top_p: float) -> Tensor:
+def _least_in_top_p(weights_J: Tensor, top_p: float) -> Tensor:
     """Find the least weight above the unlikely tail that holds at most 1 - top_p."""
-    ascending_K = _sort(weights_K)
-    in_tail_K = ascending_K.cumsum(dim=0) <= 1 - top_p
+    ascending_J = _sort(weights_J)
+    in_tail_J = ascending_J.cumsum(dim=0) <= 1 - top_p
     # The best stays even where rounding puts the whole below 1 - top_p.
-    return ascending_K[min(int(in_tail_K.sum()), len(weights_K) - 1)]
+    return ascending_J[min(int(in_tail_J.sum()), len(weights_J) - 1)]
 
 
 # On a CPU, numpy searches and sorts a vocabulary 10 to 40 times as fast as torch does.
@@ -232,17 +232,17 @@ def _kth_best(scores_V: Tensor, k: int) -> Tensor:
     return scores_V.topk(k).values[-1]
 
 
-def _sort(values_K: Tensor) -> Tensor:
-    if values_K.device.type == "cpu":
-        return torch.from_numpy(np.sort(values_K.numpy()))
-    return values_K.sort().values
+def _sort(values_J: Tensor) -> Tensor:
+    if values_J.device.type == "cpu":
+        return torch.from_numpy(np.sort(values_J.numpy()))
+    return values_J.sort().values
 
 
-def _find(mask_K: Tensor) -> Tensor:
+def _find(mask_J: Tensor) -> Tensor:
     """List where a mask is true."""
-    if mask_K.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask_K.numpy()))
-    return mask_K.nonzero()[:, 0]
+    if mask_J.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask_J.numpy()))
+    return mask_J.nonzero()[:, 0]
 
 
 def _bias(biases: Biases, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -244,6 +244,27 @@ def test_a_draw_depends_on_its_place_and_its_logits_alone() -> None:
     assert one.sample(logits(77)) == two.sample(logits(77))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "by",
+    [
+        rule(0.0, repetition_penalty=1.5, presence_penalty=0.5, logit_bias=((3, 2.0),)),
+        rule(0.9, 20, 0.9, min_p=0.01),
+        rule(1.0, 0, 0.8),
+        rule(),
+    ],
+)
+def test_a_gpu_draws_what_the_cpu_draws(by: Rule) -> None:
+    here, there = (
+        Sampler(by, [1, 2], vocab_size=5000, device=torch.device(device), seed=4)
+        for device in ("cpu", "cuda")
+    )
+    for i in range(50):
+        logits_V = logits(i, 5000)
+        assert here.sample(logits_V)[0] == there.sample(logits_V.cuda())[0]
+
+
 def test_unlikely_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should() -> None:
     """Half the odds on the first token, half on 100,000 others."""
     scores_V = torch.zeros(100_001)
