@@ -214,8 +214,10 @@ def _scale(settings: Mapping[str, Any], path: str, rank: int, where: str) -> flo
 
 def _number(settings: Mapping[str, Any], option: str, table: str, path: str, where: str) -> float:
     """Look up an option that a table may set apart for modules; its first match counts."""
-    found = settings.get(option)
-    for pattern, value in (settings.get(table) or {}).items():
+    found, patterns = settings.get(option), settings.get(table) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{where}: {table} is {patterns!r}, expected names and numbers")
+    for pattern, value in patterns.items():
         if not _PLAIN_NAME.fullmatch(pattern):
             raise CheckpointError(
                 f"{where}: {table} holds the regular expression {pattern!r}; only names of "

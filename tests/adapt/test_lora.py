@@ -180,6 +180,7 @@ def test_the_model_may_be_empty_when_an_adapter_is_read() -> None:
         ({"lora_alpha": math.inf}, "lora_alpha is inf"),
         ({"r": 8}, "has factors of rank 4, adapter_config.json says 8"),
         ({"alpha_pattern": {"up_proj": "x"}}, "alpha_pattern of up_proj is 'x', expected a number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj'], expected names and numbers"),
         ({"rank_pattern": {".*q_proj": 2}}, "rank_pattern holds the regular expression '.*q_proj'"),
         ({"target_modules": ["q_proj", "up_proj"]}, f"adapts {QKV}, which target_modules does not"),
         (
