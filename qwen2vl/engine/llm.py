@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qwen2vl.adapt.quantise import Mode
 from qwen2vl.config import Qwen2VLConfig
@@ -24,8 +25,10 @@ from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks, check_context, memory_errors_named
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.draft import Drafter
+from qwen2vl.engine.embed import embed
 from qwen2vl.engine.matcher import GrammarCompiler
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
+from qwen2vl.engine.pool import Pooling
 from qwen2vl.engine.runner import Runner
 from qwen2vl.engine.sampler import Rule, Sampler
 from qwen2vl.engine.scheduler import Limits, News, Scheduler
@@ -174,6 +177,30 @@ class LLM:
             for conversation, wish in zip(batch, _one_each(params, len(batch)), strict=True)
         ]
         return self._answer_all(prepared, on_delta)
+
+    def embed(
+        self, conversations: Conversation | SequenceOf[Conversation], *, pooling: Pooling = "last"
+    ) -> Tensor:
+        """Give each conversation a vector of length one: (S, D) float32, on the CPU.
+
+        The states are those after the final norm: of the last token of the prompt (which opens
+        the assistant's turn), or the mean over all its tokens.
+
+        Raises:
+            InputError, CapacityError: as `chat` does.
+        """
+        wish = SamplingParams(max_tokens=1)
+        prompts = [self.prepare(one, wish).prompt for one in _as_batch(conversations)]
+        if not prompts:
+            return torch.empty(0, self.config.text.hidden_size)
+        return embed(
+            self.model,
+            self.runner.shelf,
+            prompts,
+            pooling=pooling,
+            max_tokens=self.scheduler.limits.tokens,
+            max_patches=self.scheduler.limits.patches,
+        )
 
     def prepare(
         self,

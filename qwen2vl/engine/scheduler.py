@@ -306,7 +306,7 @@ class _Step:
         if item.digest in self._encoded:
             return self._encoded[item.digest]
         area = item.grid.h * item.grid.w
-        count = min(item.grid.t - ready, self.patches // area)
+        count = min(item.grid.t - ready, max(0, self.patches) // area)
         if count == 0 and ready < item.grid.t and not self.slices:
             count = 1  # larger than any budget, so alone
         if count > 0:

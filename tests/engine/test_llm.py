@@ -209,7 +209,7 @@ def test_stop_tokens_outside_the_vocabulary_are_refused(llm: LLM) -> None:
 def test_a_greedy_checkpoint_is_greedy_and_a_sampling_one_samples() -> None:
     model, processor = random_model(tiny_config()), tiny_processor()
     greedy = LLM.of(model, processor).chat([user("Hi")], GREEDY)[0].token_ids
-    open_params = SamplingParams(max_tokens=12)
+    open_params = SamplingParams(max_tokens=12, seed=1)
     assert LLM.of(model, processor).chat([user("Hi")], open_params)[0].token_ids == greedy
     habits = GenerationDefaults(do_sample=True, temperature=5.0, top_k=0)
     sampled = LLM.of(model, processor, generation=habits).chat([user("Hi")], open_params)[0]
@@ -330,7 +330,9 @@ def test_memory_that_ran_out_is_named_and_the_llm_stays_ready(
 
 
 def test_other_errors_keep_their_names(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shape")))
+    monkeypatch.setattr(
+        llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shape"))
+    )
     with pytest.raises(RuntimeError, match="shape"):
         llm.chat([user("Hi")], GREEDY)
 

@@ -1,0 +1,56 @@
+"""Vectors: packed equals alone, pictures count, known ones cost no vision work."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+from qwen2vl.engine.pool import pool
+from qwen2vl.geometry import AttnMeta
+from tests.engine.test_llm import picture, user
+from tests.engine.test_runner import CONVERSATIONS, MODEL, fresh
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@torch.inference_mode()
+def test_packed_is_each_alone(pooling: Literal["last", "mean"]) -> None:
+    llm = fresh(max_step_tokens=100, max_step_patches=20)
+    vectors_SD = llm.embed(CONVERSATIONS, pooling=pooling)
+    assert vectors_SD.shape == (len(CONVERSATIONS), MODEL.config.text.hidden_size)
+    assert vectors_SD.dtype == torch.float32
+    for vector_D, conversation in zip(vectors_SD, CONVERSATIONS, strict=True):
+        prompt = llm.processor(conversation)
+        hidden_TD = MODEL(
+            torch.tensor(prompt.input_ids),
+            prompt.position_ids_3T,
+            AttnMeta.build([len(prompt.input_ids)]),
+            patches_NP=prompt.patches_NP,
+            vision_meta=prompt.vision_meta,
+            pad_index_M=prompt.pad_index_M if prompt.items else None,
+        )
+        want_SD = pool(hidden_TD, [len(hidden_TD)], pooling)
+        torch.testing.assert_close(vector_D[None], want_SD, rtol=0, atol=1e-5)
+
+
+def test_a_vector_has_length_one_and_knows_its_picture() -> None:
+    one, same, other = fresh().embed([[user("What?", picture(seed=s))] for s in (1, 1, 2)])
+    assert torch.linalg.vector_norm(one).item() == pytest.approx(1)
+    assert torch.equal(one, same)
+    assert (one @ other).item() < 0.9999
+
+
+def test_a_picture_asked_about_before_is_not_encoded_again() -> None:
+    llm = fresh()
+    llm.chat([user("What?", picture())])
+    llm.model.encode = None  # type: ignore[assignment]
+    try:
+        assert llm.embed([user("And this?", picture())]).shape[0] == 1
+    finally:
+        del llm.model.encode
+    assert not llm.runner.shelf._holds
+
+
+def test_nothing_gives_nothing() -> None:
+    assert fresh().embed([]).shape == (0, MODEL.config.text.hidden_size)
