@@ -40,7 +40,8 @@ def test_example_runs(
 
 
 def test_there_are_examples() -> None:
-    assert [path.name for path in EXAMPLES] == ["01_ask.py", "02_video.py", "03_grounding.py"]
+    names = ["01_ask", "02_video", "03_grounding", "04_batch", "05_async"]
+    assert [path.stem for path in EXAMPLES] == names
 
 
 def test_grounding_draws_on_the_picture(model: str, tmp_path: Path) -> None:
