@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PIECE", "Channels", "Groups", "grid_of", "round_channels", "round_groups"]
+__all__ = ["LEVELS", "PIECE", "Channels", "Groups", "grid_of", "round_channels", "round_groups"]
 
 LEVELS = 15  # steps of a grid of 4 bits
 

@@ -8,14 +8,12 @@ not installed are left out, and it is said. Next room: eval/mini.py, what is ask
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen2vl.cli import options, terminal
 from qwen2vl.errors import ConfigError
@@ -108,29 +106,16 @@ def _run(tasks: list[DrawnTask], ask: Ask, limit: int | None) -> dict[str, Resul
     from qwen2vl.eval.task import run_task
 
     runs: dict[str, Results] = {}
-    with _progress(sum(len(task.cases[:limit]) for task in tasks)) as step:
+    total = sum(len(task.cases[:limit]) for task in tasks)
+    done = count(1)
+    with terminal.progress() as step:
         for task in tasks:
-            step(task.name, 0)
             name = task.name
+            step(name, sum(results.count for results in runs.values()), total)
             runs[name] = run_task(
-                task, ask, limit=limit, on_result=lambda _, name=name: step(name, 1)
+                task, ask, limit=limit, on_result=lambda _, name=name: step(name, next(done), total)
             )
     return runs
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Show how far it is, where a person is watching."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
-        bar = p.add_task("", total=total)
-        yield lambda name, count: p.update(bar, description=name, advance=count)
 
 
 def _show(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": "Score a model on questions with known answers.",
     "parity": "Compare a model folder with transformers, step by step.",
     "train": "Train a model by a recipe, or go on where the last run stopped.",
+    "quantize": "Write a model folder in small integers, rounded with care.",
     "doctor": "Check this machine and, if wished, a model folder.",
 }
 

@@ -38,6 +38,7 @@ __all__ = [
     "person_size",
     "plain",
     "prepare_streams",
+    "progress",
     "read_line",
     "save_picture",
     "say",
@@ -129,6 +130,29 @@ def waiting(what: str) -> Iterator[None]:
         return
     with console.status(what, spinner="line"):
         yield
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show how far something is, where a person is watching: `step(name, done, total)`."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+        bar = p.add_task("", total=None)
+        yield lambda name, done, total: p.update(bar, description=name, completed=done, total=total)
 
 
 def plain(text: str, keep: str = "") -> str:

@@ -1,8 +1,9 @@
 """A model -> a folder that every program that knows Qwen2-VL opens, transformers included.
 
 The official flat layout: names of parameters as they are, safetensors, config and settings as the
-released repositories spell them. Written aside and renamed as a whole, so that a crash or a full
-disk leaves either the finished folder or none. Next: load.py, the way back in.
+released repositories spell them, packed layers as GPTQ and AWQ have them. Written aside and
+renamed as a whole, so that a crash or a full disk leaves either the finished folder or none.
+Next: load.py, the way back in.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from torch import Tensor
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.fit import expected_shapes
+from qwen2vl.weights.packing import PACKED_ENDINGS, Packing
 from qwen2vl.weights.settings import GenerationDefaults, read_json
 from qwen2vl.weights.template import CHAT_TEMPLATE
-from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE
+from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, layout_of
 
 if TYPE_CHECKING:
     from qwen2vl.processor.image import PixelLimits
 
-__all__ = ["save_folder"]
+__all__ = ["check_target", "save_folder"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,6 +56,7 @@ def save_folder(
     pixels: PixelLimits,
     generation: GenerationDefaults | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    packing: Packing | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a whole model folder to `path`, which must not exist yet (or be empty).
@@ -61,11 +64,13 @@ def save_folder(
     Args:
         path: the folder to make; its parent must exist.
         config: what the model is.
-        state_dict: every parameter under its official name, on any device and of any dtype.
+        state_dict: every parameter under its official name, on any device and of any dtype; of
+            a packed layer its parts (`....qweight` and so on) in place of `....weight`.
         tokenizer_folder: the folder whose tokenizer files are copied.
         pixels: the limits a picture is resized to, for preprocessor_config.json.
         generation: what generation_config.json shall propose; None writes only the end token.
-        dtype: what the weights are stored as.
+        dtype: what the weights are stored as, but for the parts of packed layers.
+        packing: how those parts are packed, for config.json.
         max_shard_bytes: begin another file beyond this size; a larger tensor gets its own.
 
     Raises:
@@ -73,15 +78,16 @@ def save_folder(
             full or not writable.
     """
     target = Path(path)
-    _check_target(target)
+    check_target(target)
     _check_tokenizer(Path(tokenizer_folder))
-    _check_state(state_dict, config)
+    _check_state(state_dict, config, packing)
     partial = target.with_name(f".{target.name}.partial")
     try:
         # What a killed run left behind under this name was never finished: nobody can need it.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write_settings(partial, config, pixels, generation or GenerationDefaults(), dtype)
+        _write_config(partial, config, dtype, packing)
+        _write_settings(partial, config, pixels, generation or GenerationDefaults())
         _write_tokenizer(partial, Path(tokenizer_folder))
         _write_tensors(partial, state_dict, dtype, max_shard_bytes)
         _flush(partial)
@@ -98,7 +104,13 @@ def save_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(target: Path) -> None:
+def check_target(path: str | Path) -> None:
+    """Find out before the work whether a folder can be made at `path`.
+
+    Raises:
+        CheckpointError: something is there already, or there is no folder to make it in.
+    """
+    target = Path(path)
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
@@ -106,6 +118,8 @@ def _check_target(target: Path) -> None:
             f"{target}: exists already and is not an empty folder; choose another name, or remove "
             "it first"
         )
+    if not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{target}: there is no folder {target.parent}; make it first")
 
 
 def _check_tokenizer(source: Path) -> None:
@@ -116,19 +130,33 @@ def _check_tokenizer(source: Path) -> None:
         )
 
 
-def _check_state(state_dict: Mapping[str, Tensor], config: Qwen2VLConfig) -> None:
-    given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+def _check_state(
+    state_dict: Mapping[str, Tensor], config: Qwen2VLConfig, packing: Packing | None
+) -> None:
+    given = {
+        name: tuple(tensor.shape)
+        for name, tensor in state_dict.items()
+        if not name.endswith(PACKED_ENDINGS)
+    }
+    for name, tensor in state_dict.items():
+        if packing and name.endswith(".qweight"):
+            layer = name.removesuffix(".qweight")
+            given[f"{layer}.weight"] = layout_of(packing).shape_of(tuple(tensor.shape), packing)
     assert given == expected_shapes(config), "state_dict is not that of the model in config"
 
 
-def _write_settings(
-    folder: Path,
-    config: Qwen2VLConfig,
-    pixels: PixelLimits,
-    generation: GenerationDefaults,
-    dtype: torch.dtype,
+def _write_config(
+    folder: Path, config: Qwen2VLConfig, dtype: torch.dtype, packing: Packing | None
 ) -> None:
-    _write_json(folder / "config.json", config.to_dict(str(dtype).removeprefix("torch.")))
+    content = config.to_dict(str(dtype).removeprefix("torch."))
+    if packing:
+        content["quantization_config"] = packing.to_dict()
+    _write_json(folder / "config.json", content)
+
+
+def _write_settings(
+    folder: Path, config: Qwen2VLConfig, pixels: PixelLimits, generation: GenerationDefaults
+) -> None:
     _write_json(folder / "preprocessor_config.json", _preprocessor(config, pixels))
     _write_json(folder / "generation_config.json", _generation(config, generation))
     _write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
@@ -173,7 +201,8 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
 def _write_tensors(
     folder: Path, state_dict: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    shards = list(_shards(state_dict, dtype.itemsize, max_shard_bytes))
+    sizes = {name: t.numel() * _dtype(name, t, dtype).itemsize for name, t in state_dict.items()}
+    shards = list(_shards(sizes, max_shard_bytes))
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file_name = (
@@ -182,23 +211,25 @@ def _write_tensors(
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
         # One shard at a time is brought to the CPU and cast.
-        shard = {n: state_dict[n].detach().to("cpu", dtype).contiguous() for n in names}
+        given = {name: state_dict[name].detach() for name in names}
+        shard = {n: t.to("cpu", _dtype(n, t, dtype)).contiguous() for n, t in given.items()}
         save_file(shard, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in state_dict.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / INDEX_FILE, index)
 
 
-def _shards(
-    state_dict: Mapping[str, Tensor], item_bytes: int, max_shard_bytes: int
-) -> Iterator[list[str]]:
+def _dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Parts of packed layers stay what their format makes them."""
+    return tensor.dtype if name.endswith(PACKED_ENDINGS) else dtype
+
+
+def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
     """Fill one file after the other, in the order of the model."""
     names: list[str] = []
     filled = 0
-    for name, tensor in state_dict.items():
-        size = tensor.numel() * item_bytes
+    for name, size in sizes.items():
         if names and filled + size > max_shard_bytes:
             yield names
             names, filled = [], 0

@@ -23,7 +23,15 @@ from qwen2vl.weights.header import TensorInfo, read_header
 from qwen2vl.weights.packing import PACKED_ENDINGS, PackedMatrix, Packing
 from qwen2vl.weights.settings import PICKLE_SUFFIXES, pickle_remedy, read_json
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "TensorFolder", "official_name", "open_tensors", "shorten"]
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "TensorFolder",
+    "layout_of",
+    "official_name",
+    "open_tensors",
+    "shorten",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -91,7 +99,7 @@ class TensorFolder(Mapping[str, Tensor]):
             for ending in PACKED_ENDINGS
             if layer + ending in self._places
         }
-        matrix = _layout(self.packing).unpack(parts, self.packing)
+        matrix = layout_of(self.packing).unpack(parts, self.packing)
         groups = matrix.group_I.aminmax()
         if not 0 <= int(groups.min) <= int(groups.max) < len(matrix.scale_GO):
             raise CheckpointError(
@@ -128,6 +136,11 @@ def open_tensors(folder: Path) -> TensorFolder:
         raise CheckpointError(_why_no_weights(folder))
     _check_kind(folder, files, packing)
     return TensorFolder(folder, files, packing)
+
+
+def layout_of(packing: Packing) -> ModuleType:
+    """Choose the module that knows a layout: pack, unpack, shape_of, wanted_shapes."""
+    return gptq if packing.method == "gptq" else awq
 
 
 def official_name(key: str) -> str:
@@ -184,15 +197,11 @@ def _check_index(
         )
 
 
-def _layout(packing: Packing) -> ModuleType:
-    return gptq if packing.method == "gptq" else awq
-
-
 def _find_packed(
     folder: Path, places: Mapping[str, tuple[Path, str, TensorInfo]], packing: Packing
 ) -> dict[str, tuple[int, int]]:
     """List the packed layers with the shapes of their matrices, having checked all their parts."""
-    layout = _layout(packing)
+    layout = layout_of(packing)
     found: dict[str, tuple[int, int]] = {}
     wrong: list[str] = []
     for name in (name for name in places if name.endswith(".qweight")):

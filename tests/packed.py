@@ -1,0 +1,79 @@
+"""Folders as the official quantised repositories have them, of random integers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qwen2vl.model import Qwen2VL
+from qwen2vl.weights import layout_of
+from qwen2vl.weights.packing import PackedMatrix, Packing
+from tests.folders import edit_json, write_tiny
+
+GPTQ = {"quant_method": "gptq", "desc_act": False, "sym": True, "true_sequential": True}
+AWQ = {"quant_method": "awq", "version": "gemm", "zero_point": True}
+
+
+def write_packed(
+    path: Path, settings: dict[str, Any], *, model: Qwen2VL | None = None, seed: int = 0
+) -> Qwen2VL:
+    """Write a folder whose decoder is packed; return the plain model that it stands for."""
+    plain = write_tiny(path, model=model)
+    packing = Packing.from_dict(settings, "test")
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in decoder_layers(plain):
+        matrix = random_matrix(layer.weight.shape, packing, generator)
+        parts = layout_of(packing).pack(matrix, packing)
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        if layer.bias is None and packing.method == "gptq":  # AutoGPTQ gives it one of zeros
+            tensors[f"{name}.bias"] = torch.zeros(layer.out_features, dtype=torch.float16)
+        with torch.no_grad():
+            layer.weight.copy_(matrix.dequantised())
+    save_file(tensors, path / "model.safetensors")
+    edit_json(path / "config.json", quantization_config=settings)
+    return plain
+
+
+def decoder_layers(model: Qwen2VL) -> Iterator[tuple[str, nn.Linear]]:
+    """List the linear layers that the official repositories quantise."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("model."):
+            yield name, module
+
+
+def random_matrix(
+    shape: tuple[int, ...], packing: Packing, generator: torch.Generator
+) -> PackedMatrix:
+    """Draw integers and scales, of the size that weights have."""
+    outputs, inputs = shape
+    size = packing.group_size if packing.group_size > 0 else inputs
+    groups, levels = -(-inputs // size), 1 << packing.bits
+
+    def draw(low: int, high: int, *of: int) -> Tensor:
+        return torch.randint(low, high, of, generator=generator)
+
+    scale_GO = (0.5 + torch.rand(groups, outputs, generator=generator)) / levels / inputs**0.5
+    middle = torch.full((groups, outputs), levels // 2)
+    zero_GO = middle if packing.is_symmetric else draw(1, levels, groups, outputs)
+    group_I = torch.arange(inputs) // size
+    if not packing.is_ordered:
+        group_I = group_I[torch.randperm(inputs, generator=generator)]
+    return PackedMatrix(
+        ints_OI=draw(0, levels, outputs, inputs).to(torch.uint8),
+        scale_GO=scale_GO.half(),
+        zero_GO=zero_GO.to(torch.int16),
+        group_I=group_I,
+    )
+
+
+def quantisation_of(path: Path) -> dict[str, Any]:
+    """Read what a folder says about how it is packed."""
+    return json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]

@@ -1,0 +1,119 @@
+"""A folder in small integers opens without a flag, and answers as its source does with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen2vl.adapt.quantise import MODES, Mode, describe
+from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.convert import quantise_folder
+from qwen2vl.errors import CheckpointError
+from qwen2vl.load import load, load_processor
+from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.weights import read_generation_defaults, read_preprocessor
+from tests.adapt.test_quantise import logits_of
+from tests.folders import write_tiny
+from tests.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tiny(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def example(folder: Path, text: str) -> ModelInput:
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+    return load_processor(folder)(turns, add_generation_prompt=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_are_those_of_the_flag(
+    tmp_path: Path, mode: Mode, dtype: torch.dtype, tied: bool
+) -> None:
+    source, target = tmp_path / "model", tmp_path / "small"
+    write_tiny(source, model=tiny_model(config=tiny_config(tie_word_embeddings=tied)), dtype=dtype)
+    packing = quantise_folder(source, target, mode)
+    assert (packing.method, packing.bits) == {"int8": ("gptq", 8), "int4": ("awq", 4)}[mode]
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    small, processor = load(target, dtype=name)
+    flagged, _ = load(source, dtype=name, quantize=mode)
+    assert describe(small) == describe(flagged)
+    assert torch.equal(logits_of(small), logits_of(flagged))
+    assert processor.config == small.config == flagged.config
+
+
+def test_settings_go_along(folder: Path, tmp_path: Path) -> None:
+    quantise_folder(folder, tmp_path / "small", "int4")
+    assert read_generation_defaults(tmp_path / "small") == read_generation_defaults(folder)
+    ours, theirs = read_preprocessor(tmp_path / "small"), read_preprocessor(folder)
+    assert ours == theirs
+    config = json.loads((tmp_path / "small" / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"] == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": ["visual"],
+        "head_and_vision": "int8",
+    }
+
+
+def test_the_folder_is_smaller(folder: Path, tmp_path: Path) -> None:
+    def size(path: Path) -> int:
+        return (path / "model.safetensors").stat().st_size
+
+    quantise_folder(folder, tmp_path / "four", "int4")
+    quantise_folder(folder, tmp_path / "eight", "int8")
+    assert size(tmp_path / "four") < size(tmp_path / "eight") < size(folder)
+
+
+def test_examples_change_how_int4_is_rounded(folder: Path, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    examples = [example(folder, text) for text in ("one", "two and three", "four, five, six")]
+    quantise_folder(folder, tmp_path / "near", "int4")
+    quantise_folder(
+        folder, tmp_path / "shown", "int4", examples=examples, on_layer=lambda *a: heard.append(a)
+    )
+    assert heard[0] == ("model.layers.0.self_attn.q_proj", 1, 14)
+    assert heard[-1] == ("model.layers.1.mlp.down_proj", 14, 14)
+    near, _ = load(tmp_path / "near", dtype="float32")
+    shown, _ = load(tmp_path / "shown", dtype="float32")
+    assert describe(near) == describe(shown)
+    assert not torch.equal(logits_of(near), logits_of(shown))
+
+
+def test_what_is_quantised_already(folder: Path, tmp_path: Path) -> None:
+    quantise_folder(folder, tmp_path / "small", "int4")
+    with pytest.raises(
+        CheckpointError, match=r"is quantised already \(AWQ of 4 bits\); give the f"
+    ):
+        quantise_folder(tmp_path / "small", tmp_path / "smaller", "int8")
+
+
+def test_a_target_that_is_there(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="exists already and is not an empty folder"):
+        quantise_folder(folder, folder, "int4")
+
+
+def test_widths_that_cannot_be_packed(tmp_path: Path) -> None:
+    raw = tiny_config(tie_word_embeddings=True).to_dict()
+    raw |= {"hidden_size": 48, "intermediate_size": 50}
+    raw["vision_config"]["hidden_size"] = 48
+    raw["rope_scaling"]["mrope_section"] = [2, 2, 2]
+    write_tiny(tmp_path / "odd", model=tiny_model(config=Qwen2VLConfig.from_dict(raw)))
+    with pytest.raises(
+        CheckpointError, match="packed in 4 bits: their widths are no multiples of 3"
+    ):
+        quantise_folder(tmp_path / "odd", tmp_path / "small", "int4")
+    quantise_folder(tmp_path / "odd", tmp_path / "small", "int8")  # 48 is a multiple of 4
+    small, _ = load(tmp_path / "small", dtype="float32")
+    flagged, _ = load(tmp_path / "odd", dtype="float32", quantize="int8")
+    assert torch.equal(logits_of(small), logits_of(flagged))

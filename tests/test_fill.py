@@ -1,0 +1,250 @@
+"""Folders of GPTQ and AWQ open without a flag and answer like the matrices they stand for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import qwen2vl
+from qwen2vl.adapt.int4 import Int4Linear
+from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
+from qwen2vl.adapt.quantise import QuantisedLinear, describe
+from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.errors import CheckpointError, InputError
+from qwen2vl.fill import rounded_kinds, stored_kinds
+from qwen2vl.load import load, load_model
+from qwen2vl.model import Qwen2VL
+from qwen2vl.weights import nonfinite_tensors, open_tensors, read_config
+from tests.adapt.test_quantise import logits_of
+from tests.folders import edit_json
+from tests.packed import AWQ, GPTQ, decoder_layers, write_packed
+from tests.tiny import tiny_config, tiny_model
+
+Kind = type[nn.Module] | tuple[type[nn.Module], ...]
+
+INT8: Kind = (Int8Linear, WideInt8Linear)
+# What is stored, and the layer that holds it.
+FORMATS: list[tuple[dict[str, Any], Kind]] = [
+    (GPTQ | {"bits": 4, "group_size": 32}, Int4Linear),
+    (GPTQ | {"bits": 4, "group_size": 64}, Int4Linear),
+    (GPTQ | {"bits": 4, "group_size": -1}, Int4Linear),
+    (GPTQ | {"bits": 4, "group_size": 32, "sym": False}, Int4Linear),
+    (AWQ | {"bits": 4, "group_size": 32}, Int4Linear),
+    (AWQ | {"bits": 4, "group_size": -1}, Int4Linear),
+    (GPTQ | {"bits": 8, "group_size": -1}, INT8),
+    (GPTQ | {"bits": 8, "group_size": 32}, nn.Linear),
+    (GPTQ | {"bits": 8, "group_size": -1, "sym": False}, nn.Linear),
+    (GPTQ | {"bits": 4, "group_size": 32, "desc_act": True}, nn.Linear),
+    (GPTQ | {"bits": 8, "group_size": 32, "desc_act": True}, nn.Linear),
+]
+
+
+def difference(model: Qwen2VL, plain: Qwen2VL) -> float:
+    got_TV, want_TV = logits_of(model), logits_of(plain)
+    return float((got_TV - want_TV).norm() / want_TV.norm())
+
+
+@pytest.mark.parametrize(("settings", "kind"), FORMATS)
+def test_a_folder_opens_and_answers(tmp_path: Path, settings: dict[str, Any], kind: Kind) -> None:
+    plain = write_packed(tmp_path / "model", settings)
+    model, _ = load(tmp_path / "model", dtype="float32")
+    exact = kind is nn.Linear
+    for name, _ in decoder_layers(plain):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, kind)
+        if isinstance(layer, QuantisedLinear):
+            want_OI = plain.get_submodule(name).weight.detach()  # type: ignore[union-attr]
+            # Scales and zeros are rounded to bfloat16 in layers of 4 bits, not in those of 8.
+            limit = 0.02 * float(want_OI.abs().max()) if kind is Int4Linear else 0.0
+            torch.testing.assert_close(layer.dequantised(), want_OI, rtol=1e-6, atol=limit)
+    assert model.lm_head is not None
+    assert type(model.lm_head) is nn.Linear, "head and tower stay whole"
+    assert difference(model, plain) < (1e-5 if exact else 0.03)
+
+
+@pytest.mark.parametrize("settings", [FORMATS[0][0], FORMATS[4][0]])
+def test_an_llm_answers_from_it(tmp_path: Path, settings: dict[str, Any]) -> None:
+    plain = write_packed(tmp_path / "model", settings)
+    llm = qwen2vl.LLM(tmp_path / "model", dtype="float32")
+    params = qwen2vl.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    (completion,) = llm.chat([{"role": "user", "content": "Hi"}], params)
+    same = qwen2vl.LLM.of(plain, llm.processor)
+    (wanted,) = same.chat([{"role": "user", "content": "Hi"}], params)
+    assert completion.token_ids[0] == wanted.token_ids[0]
+
+
+def test_the_rest_is_rounded_on_demand(tmp_path: Path) -> None:
+    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+    model, _ = load(tmp_path / "model", dtype="float32", quantize="int8")
+    counts = [part.rpartition(" ")[2] for part in describe(model).split(", ")]
+    assert counts[1] == "int4/32"
+    assert counts[0].startswith("int8")
+    assert counts[2].startswith("int8")
+
+
+def test_the_rest_is_rounded_where_the_folder_says_so(tmp_path: Path) -> None:
+    settings = AWQ | {"bits": 4, "group_size": 32, "head_and_vision": "int8"}
+    write_packed(tmp_path / "model", settings)
+    model, _ = load(tmp_path / "model", dtype="float32")
+    asked, _ = load(tmp_path / "model", dtype="float32", quantize="int8")
+    assert describe(model) == describe(asked)
+    assert torch.equal(logits_of(model), logits_of(asked))
+
+
+def test_what_no_layer_holds_is_widened_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_packed(tmp_path / "model", GPTQ | {"bits": 8, "group_size": 32, "desc_act": True})
+    with caplog.at_level(logging.WARNING, "qwen2vl"):
+        load(tmp_path / "model", dtype="float32")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "14 layers are stored as GPTQ of 8 bits in groups of 32, out of order, for which there is "
+        "no kernel on cpu: they are widened, and take more memory"
+    )
+    model, _ = load(tmp_path / "model", dtype="float32", quantize="int8")
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+
+
+def test_other_devices_widen_everything(tmp_path: Path) -> None:
+    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32, "head_and_vision": "int8"})
+    tensors = open_tensors(tmp_path / "model")
+    model = tiny_model(config=tiny_config(tie_word_embeddings=False))
+    device = torch.device("cuda")
+    assert stored_kinds(tensors, device) == {}
+    assert rounded_kinds(model, None, tensors, {}, device) == {}
+    with pytest.raises(InputError, match="quantize 'int8' computes on the CPU only; leave it out"):
+        rounded_kinds(model, "int8", tensors, {}, device)
+
+
+def test_the_padded_72b_answers_as_the_unpadded(tmp_path: Path) -> None:
+    """The released ones have 29696 in place of 29568 columns, so that groups can be split."""
+    whole = write_packed(tmp_path / "whole", GPTQ | {"bits": 4, "group_size": 32})
+    raw = read_config(tmp_path / "whole").to_dict() | {"intermediate_size": 160}
+    padded = tiny_model(config=Qwen2VLConfig.from_dict(raw))
+    write_packed(tmp_path / "padded", GPTQ | {"bits": 4, "group_size": 32}, model=padded)
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "padded"))
+    for name, tensor in ours.items():
+        if "gate_proj" in name or "up_proj" in name or "down_proj" in name:
+            room = theirs[name]
+            room.fill_(0x77777777) if name.endswith("qzeros") else room.zero_()
+            if name.endswith("qweight"):
+                room.fill_(-0x77777778)  # eight times 8, which is the zero
+            if name.endswith("g_idx"):
+                room.copy_(torch.arange(len(room)) // 32)
+            room[tuple(slice(n) for n in tensor.shape)] = tensor
+        else:
+            theirs[name] = tensor
+    save_file(theirs, tmp_path / "padded" / "model.safetensors")
+    model, _ = load(tmp_path / "padded", dtype="float32")
+    assert model.config.text.intermediate_size == 160
+    assert difference(model, whole) < 0.03
+    unpadded, _ = load(tmp_path / "whole", dtype="float32")
+    assert difference(model, unpadded) < 1e-5
+
+
+def test_a_packed_folder_is_a_mapping_of_matrices(tmp_path: Path) -> None:
+    plain = write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+    tensors = open_tensors(tmp_path / "model")
+    assert set(tensors) == set(plain.state_dict())
+    assert len(tensors) == len(plain.state_dict())
+    assert not nonfinite_tensors(tensors)
+    for name, tensor in plain.state_dict().items():
+        assert tensors.info(name).shape == tuple(tensor.shape)
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0)
+
+
+# Refusals ---------------------------------------------------------------------------------------
+
+
+def change(folder: Path, **tensors: Any) -> None:
+    """Replace tensors, named with _ for .; None removes one."""
+    path = folder / "model.safetensors"
+    content = load_file(path)
+    for ending, tensor in tensors.items():
+        name = f"model.layers.0.self_attn.k_proj.{ending}"
+        del content[name]
+        if tensor is not None:
+            content[name] = tensor
+    save_file(content, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"scales": None}, r"k_proj.scales is missing, expected \[2, 32\]; fetch the folder again"),
+        ({"qzeros": torch.zeros(1, 4, dtype=torch.int32)}, r"k_proj.qzeros is \[1, 4\], expected"),
+        ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "g_idx names group 2 of 2"),
+        (
+            {"g_idx": torch.arange(64, dtype=torch.int32) % 2},
+            "desc_act is false, but there are g_idx out of order; correct config.json",
+        ),
+    ],
+)
+def test_damaged_layers(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    write_packed(tmp_path / "model", GPTQ | {"bits": 4, "group_size": 32})
+    change(tmp_path / "model", **changes)
+    with pytest.raises(CheckpointError, match=text):
+        load(tmp_path / "model")
+
+
+def test_zeros_that_are_not_in_the_middle(tmp_path: Path) -> None:
+    write_packed(tmp_path / "model", GPTQ | {"bits": 8, "group_size": -1})
+    change(tmp_path / "model", qzeros=torch.zeros(1, 8, dtype=torch.int32))
+    with pytest.raises(CheckpointError, match="sym is true, but there are zeros other than 128"):
+        load(tmp_path / "model")
+
+
+def test_a_bias_that_is_not_of_zeros(tmp_path: Path) -> None:
+    write_packed(tmp_path / "model", GPTQ | {"bits": 4, "group_size": 32})
+    path = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}, path)
+    with pytest.raises(CheckpointError, match=r"1 not of this model: .*o_proj.bias"):
+        load(tmp_path / "model")
+
+
+def test_settings_and_tensors_that_disagree(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_packed(folder, GPTQ | {"bits": 4, "group_size": 32})
+    edit_json(folder / "config.json", quantization_config=GPTQ | {"bits": 8, "group_size": 32})
+    with pytest.raises(
+        CheckpointError, match=r"config.json says GPTQ of 8 bits in groups of 32, b"
+    ):
+        load(folder)
+    edit_json(folder / "config.json", quantization_config=None)
+    with pytest.raises(CheckpointError, match=r"but config.json has no quantization_config"):
+        load(folder)
+
+
+def test_settings_without_packed_tensors(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    plain = write_packed(folder, AWQ | {"bits": 4, "group_size": 32})
+    save_file(dict(plain.state_dict()), folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="but no tensor is packed; fetch the folder again"):
+        load(folder)
+
+
+def test_an_adapter_cannot_be_merged_into_integers(tmp_path: Path) -> None:
+    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {
+        f"{layer}.lora_A.weight": torch.ones(2, 64),
+        f"{layer}.lora_B.weight": torch.ones(64, 2),
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}'
+    )
+    folder = tmp_path / "model"
+    with pytest.raises(
+        CheckpointError, match=r"cannot be merged into model.layers.0.self_attn.q_p"
+    ):
+        load_model(folder, read_config(folder), adapter=adapter)
