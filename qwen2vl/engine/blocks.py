@@ -95,20 +95,14 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.orders: list[MemoryOrder] = []  # to be carried out in this order, by the runner
+        self.num_free = num_blocks  # blocks that nobody owns and no resting row occupies
+        self.num_busy = 0  # blocks of rows in use
+        # Thousands of rows rest after some hours: nothing below walks over all of them.
         self._numbers = count()
         self._busy: dict[int, Row] = {}
         self._resting: dict[int, Row] = {}  # the longest at rest first
-        self._holders: dict[bytes, dict[int, Row]] = {}  # key -> rows that hold such a block
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that nobody owns and no resting row occupies."""
-        return self.num_blocks - self._size(self._busy) - self._size(self._resting)
-
-    @property
-    def num_busy(self) -> int:
-        """Blocks of rows in use."""
-        return self._size(self._busy)
+        self._ends: dict[bytes, Row] = {}  # last key -> the newest resting row that ends there
+        self._holders: dict[bytes, dict[int, Row]] = {}  # key -> rows that hold it, oldest first
 
     def match(self, keys: SequenceOf[bytes]) -> int:
         """Count the leading blocks that some row holds."""
@@ -124,9 +118,10 @@ class BlockPool:
             The row and how many of its blocks need no computing; None when there is no room.
         """
         held = self.match(keys)
-        source = self._source(keys[held - 1]) if held else None
-        if source is not None and source.number in self._resting and len(source.keys) == held:
-            return self._take_over(source, held, num_blocks)
+        if held and keys[held - 1] in self._ends:
+            return self._take_over(self._ends[keys[held - 1]], held, num_blocks)
+        # The oldest, since what a younger one holds may itself be a copy still to be made.
+        source = next(iter(self._holders[keys[held - 1]].values())) if held else None
         if self._make_room(num_blocks, spare=source):
             return self._branch_off(keys[:held], source, num_blocks), held
         if source is not None and source.number in self._resting:
@@ -142,6 +137,7 @@ class BlockPool:
         if not self._make_room(more):
             return False
         row.num_blocks = num_blocks
+        self._own(more)
         self.orders.append(Reserve(row.number, num_blocks * BLOCK))
         return True
 
@@ -155,14 +151,17 @@ class BlockPool:
     def release(self, row: Row) -> None:
         """Let a row rest: it may be found again, and is given up when room is needed."""
         del self._busy[row.number]
+        self.num_busy -= row.num_blocks
         if row.keys:
             self._resting[row.number] = row
+            self._ends[row.keys[-1]] = row
         else:
             self._drop(row)
 
     def discard(self, row: Row) -> None:
         """Give up a row in use; nobody finds what it held."""
         del self._busy[row.number]
+        self.num_busy -= row.num_blocks
         self._drop(row)
 
     def clear(self) -> None:
@@ -172,8 +171,9 @@ class BlockPool:
 
     def _take_over(self, row: Row, held: int, num_blocks: int) -> tuple[Row, int] | None:
         """Go on with a resting row after its first `held` blocks."""
-        del self._resting[row.number]
+        self._wake(row)
         self._busy[row.number] = row
+        self.num_busy += row.num_blocks
         if not self.grow(row, num_blocks):
             self.release(row)
             return None
@@ -184,37 +184,42 @@ class BlockPool:
         """Begin a new row with a copy of what `source` holds of it."""
         row = Row(next(self._numbers), num_blocks)
         self._busy[row.number] = row
+        self._own(num_blocks)
         self.orders.append(Reserve(row.number, num_blocks * BLOCK))
         if source is not None:
             self.orders.append(Copy(source.number, row.number, len(keys) * BLOCK))
             self.record(row, keys)
         return row
 
-    def _source(self, key: bytes) -> Row:
-        """Choose among the rows that hold a block: best one at rest that ends there."""
-        rows = self._holders[key].values()
-        return min(rows, key=lambda row: (row.number not in self._resting, len(row.keys)))
-
     def _make_room(self, num_blocks: int, spare: Row | None = None) -> bool:
         """Evict resting rows until `num_blocks` are free, `spare` only if it cannot be helped."""
-        evictable = self.num_free + self._size(self._resting)
+        evictable = self.num_blocks - self.num_busy
         if spare is not None and spare.number in self._resting:
             evictable -= spare.num_blocks
         if evictable < num_blocks:
             return False
-        for row in list(self._resting.values()):
-            if self.num_free >= num_blocks:
-                break
-            if row is not spare:
-                self._evict(row)
+        while self.num_free < num_blocks:
+            self._evict(next(row for row in self._resting.values() if row is not spare))
         return True
 
-    def _evict(self, row: Row) -> None:
+    def _own(self, num_blocks: int) -> None:
+        """Count blocks that were free as in use."""
+        self.num_free -= num_blocks
+        self.num_busy += num_blocks
+
+    def _wake(self, row: Row) -> None:
+        """Take a row from those at rest."""
         del self._resting[row.number]
+        if self._ends.get(row.keys[-1]) is row:
+            del self._ends[row.keys[-1]]
+
+    def _evict(self, row: Row) -> None:
+        self._wake(row)
         self._drop(row)
 
     def _drop(self, row: Row) -> None:
         self._forget(row, 0)
+        self.num_free += row.num_blocks
         self.orders.append(Free(row.number))
 
     def _forget(self, row: Row, held: int) -> None:
@@ -225,7 +230,3 @@ class BlockPool:
             if not holders:
                 del self._holders[key]
         del row.keys[held:]
-
-    @staticmethod
-    def _size(rows: dict[int, Row]) -> int:
-        return sum(row.num_blocks for row in rows.values())

@@ -3,8 +3,8 @@
 A step has a budget of tokens and one of patches. Answers that are being written go first, one token
 each (and its drafts); what is left goes to prompts, in chunks, first come first served. A chunk
 may end inside a picture: it ends where rows are missing. When cache rows run out the youngest gives
-way and begins again later, usually finding its own row still there. No tensor is touched here: a
-Plan says what is to be done, `commit` takes in what came of it. Next room: runner.py.
+way, row and all, and begins again later with what others still hold of it. No tensor is touched
+here: a Plan says what is to be done, `commit` takes in what came of it. Next room: runner.py.
 """
 
 from __future__ import annotations

@@ -135,6 +135,29 @@ def test_a_beginning_in_use_is_copied_too() -> None:
     assert claimed is not None and claimed[1] == 3 and claimed[0] is not row
 
 
+def test_a_copy_is_made_from_the_oldest_row_that_holds_it() -> None:
+    """A younger one may hold no more than a copy that memory has yet to be found for."""
+    pool, parts = BlockPool(12), keys(*range(4 * BLOCK))
+    oldest = filled(pool, parts)
+    for _ in range(2):
+        pool.orders.clear()
+        claimed = pool.claim(parts[:2], 3)
+        assert claimed is not None and claimed[1] == 2
+        assert pool.orders[1] == Copy(oldest.number, claimed[0].number, 2 * BLOCK)
+
+
+def test_of_rows_at_rest_that_end_alike_the_newest_is_taken_and_the_other_copied() -> None:
+    pool, parts = BlockPool(10), keys(*range(2 * BLOCK))
+    older, newer = filled(pool, parts), filled(pool, parts)
+    pool.release(older)
+    pool.release(newer)
+    assert pool.claim(parts, 3) == (newer, 2)
+    pool.orders.clear()
+    claimed = pool.claim(parts, 3)
+    assert claimed is not None and claimed[1] == 2
+    assert pool.orders[1] == Copy(older.number, claimed[0].number, 2 * BLOCK)
+
+
 def test_the_longest_at_rest_goes_first() -> None:
     pool = BlockPool(4)
     old, new = (filled(pool, keys(i, *range(1, 2 * BLOCK))) for i in (100, 200))
