@@ -2,14 +2,19 @@
 
 A wording is a format string; its fields are filled by the family that asks. Every fourth wording
 of a task (index 3, 7, 11, ...) is held out, so that the split is fixed, readable below, and adding
-a wording at the end of a list moves no other. It must not know pictures. Next room: shapes.py.
+a wording at the end of a list moves no other. A quarter of the training questions is put as
+people type, with an opening or without capitals and stops. It must not know pictures. Next room:
+shapes.py.
 """
 
 from __future__ import annotations
 
 from random import Random
 
-__all__ = ["WORDINGS", "ask", "wordings_of"]
+__all__ = ["OPENINGS", "WORDINGS", "ask", "wordings_of"]
+
+_CASUAL_SHARE = 0.25  # of training questions
+OPENINGS = ("Please tell me: ", "And now: ", "Hi, ", "Look at this: ", "One question: ", "So, ")
 
 _COLOR_OF = (
     "What colour is the {0}?",
@@ -48,6 +53,18 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Read the line of text.",
         "Text?",
         "Copy the text from the image.",
+        "What are the letters?",
+        "Please transcribe this.",
+        "What does this say?",
+        "Tell me the text.",
+        "What is printed here?",
+        "Which words are in the picture?",
+        "Please tell me what it says.",
+        "Give me the text.",
+        "Can you tell what is written?",
+        "Read it to me.",
+        "What is the text in the image?",
+        "Which letters do you see?",
     ),
     "read_page": (
         "Read the text.",
@@ -62,6 +79,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Read this.",
         "Write down all the text.",
         "Copy all lines from the image.",
+        "Please read everything.",
+        "Tell me all that is written.",
+        "What is the text?",
+        "Which lines do you see?",
     ),
     "list": (
         "Name all shapes from left to right.",
@@ -72,6 +93,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "What shapes are there?",
         "List every shape with its color.",
         "Which shapes are in the picture?",
+        "Say which shapes are there, from left to right.",
+        "Go from left to right: which shapes are there?",
+        "Please list all shapes.",
+        "What do you see, from left to right?",
     ),
     "find_all": (
         "Find all shapes.",
@@ -82,6 +107,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Draw a box around every shape.",
         "Detect every object.",
         "Find every shape in the picture.",
+        "Please find all shapes.",
+        "Give me the coordinates of all shapes.",
+        "List all shapes with their boxes.",
+        "Mark all objects.",
     ),
     "name_shape": (
         "What shape is this?",
@@ -100,6 +129,14 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Is this a circle, a square, a triangle, a star, a cross or a diamond?",
         "What is the name of this shape?",
         "Identify the shape.",
+        "Can you name this shape?",
+        "Please name the form.",
+        "What figure is it?",
+        "Which form is this?",
+        "What is this shape called?",
+        "Tell me what shape it is.",
+        "Say which shape you see.",
+        "What shape do you see?",
     ),
     "name_shape_of_color": (
         "What shape is the {0} one?",
@@ -114,6 +151,14 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Which shape has the colour {0}?",
         "Tell me what the {0} shape is.",
         "What is the shape of the {0} object?",
+        "Which form is the {0} one?",
+        "Please name the {0} object.",
+        "What is {0} here?",
+        "Say which shape is {0}.",
+        "What shape do you see in {0}?",
+        "Tell me the shape of the {0} thing.",
+        "The {0} one: which shape is it?",
+        "Which {0} shape is there?",
     ),
     "describe": (
         "What is this?",
@@ -128,6 +173,14 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Tell me what you see.",
         "Name the object and its color.",
         "What is here?",
+        "What object is this?",
+        "Tell me what is shown.",
+        "Please describe what you see.",
+        "What is on the picture?",
+        "Say what this is.",
+        "What thing do you see?",
+        "Which object is here?",
+        "Describe it.",
     ),
     "color": tuple(wording.format("shape") for wording in _COLOR_OF)
     + ("What colour is it?", "What color is this?", "Which colour do you see?", "What color?"),
@@ -149,6 +202,18 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "How many are there?",
         "Tell me how many shapes there are.",
         "How many objects are shown?",
+        "What number of shapes is there?",
+        "Can you count the shapes?",
+        "Please tell me the number of objects.",
+        "How many items are in the picture?",
+        "Give the number of shapes.",
+        "What is the count of the objects?",
+        "How many shapes in total?",
+        "How many figures are there?",
+        "Tell me the number of things.",
+        "How many of them do you see?",
+        "Say how many shapes are in the picture.",
+        "How many pieces are here?",
     ),
     "count_some": (
         "How many {0} are there?",
@@ -163,6 +228,18 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Please count the {0}.",
         "Tell me how many {0} there are.",
         "How many {0} are shown?",
+        "What number of {0} is there?",
+        "Can you count the {0}?",
+        "Please tell me the number of {0}.",
+        "How many {0} are here?",
+        "Give the number of {0}.",
+        "What is the count of the {0}?",
+        "How many {0} in total?",
+        "In the picture, how many {0} are there?",
+        "Say how many {0} you see.",
+        "Tell me the number of {0}.",
+        "The number of {0}, please.",
+        "How many {0} have you found?",
     ),
     "position": (
         "In which part of the picture is the {0}?",
@@ -177,6 +254,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Name the position of the {0}.",
         "Roughly where is the {0}: left, right, top, bottom or middle?",
         "In which area is the {0}?",
+        "Where in the picture is the {0}: left, right, top, bottom or middle?",
+        "At which side is the {0}?",
+        "Tell me on which side the {0} is.",
+        "Is the {0} left, right, top, bottom or middle?",
     ),
     "left_or_right": (
         "Is the {0} on the left or on the right?",
@@ -267,6 +348,22 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Find {0}",
         "Locate <|object_ref_start|>the {0}<|object_ref_end|>.",
         "Where do you see the {0}?",
+        "Please find the {0}.",
+        "Please locate <|object_ref_start|>the {0}<|object_ref_end|>.",
+        "Can you find the {0}?",
+        "Where exactly is the {0}?",
+        "Show me <|object_ref_start|>the {0}<|object_ref_end|>.",
+        "What are the coordinates of the {0}?",
+        "Give me the box of the {0}.",
+        "Could you locate the {0}?",
+        "Find <|object_ref_start|>the {0}<|object_ref_end|> in the image.",
+        "Please show me where the {0} is.",
+        "Can you detect <|object_ref_start|>the {0}<|object_ref_end|>?",
+        "Tell me where the {0} is.",
+        "The {0}, where is it?",
+        "Please give the bounding box of <|object_ref_start|>the {0}<|object_ref_end|>.",
+        "At which place do you see the {0}?",
+        "Box of the {0}?",
     ),
     "name_box": (
         "What is in {0}?",
@@ -281,6 +378,14 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Which shape is in the box {0}?",
         "What stands in {0}?",
         "Tell me what is in {0}.",
+        "Please tell me what is in {0}.",
+        "Which thing do you see in {0}?",
+        "What is shown in {0}?",
+        "Say what stands in {0}.",
+        "Which object does {0} hold?",
+        "What is there in {0}?",
+        "Identify what is inside {0}.",
+        "Look at {0}. What is it?",
     ),
     "same_shape": (
         "Do both pictures show the same shape?",
@@ -625,6 +730,17 @@ def ask(rng: Random, task: str, split: str, *fields: str, article: bool = False)
         article: the wording says "a" before the first field; say "an" where English does.
     """
     wording = rng.choice(wordings_of(task, split))
+    if split == "train" and rng.random() < _CASUAL_SHARE:
+        wording = _casual(rng, wording)
     if article and fields[0].startswith("o"):
         wording = wording.replace("a {0}", "an {0}")
     return wording.format(*fields)
+
+
+def _casual(rng: Random, wording: str) -> str:
+    """Put a wording as people type: politely, without capitals, without a full stop."""
+    how = rng.randrange(3)
+    if how == 0:
+        return rng.choice(OPENINGS) + wording[0].lower() + wording[1:]
+    bare = wording.rstrip(".?")
+    return bare.lower() if how == 1 else bare

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from random import Random
 
 import pytest
 
 from qwen2vl.synth import Mixture, sample
-from qwen2vl.synth.wordings import WORDINGS, wordings_of
+from qwen2vl.synth.wordings import OPENINGS, WORDINGS, ask, wordings_of
 from tests.fonts import needs_training_fonts
 
 MAIN = "read name_shape describe color color_of_kind count_all count_some position larger exists "
@@ -42,7 +43,15 @@ def test_no_wording_is_held_out_of_one_task_and_trained_in_another() -> None:
 def _pattern(task: str, split: str) -> re.Pattern[str]:
     name = {"count_kind": "count_some", "count_color": "count_some"}.get(task, task)
     wordings = wordings_of(name, split)
-    return re.compile("|".join(re.sub(r"\\{\d\\}", ".+", re.escape(w)) for w in wordings))
+    plain = (_plain(wording) for wording in wordings)
+    return re.compile("|".join(re.sub(r"\\{\d\\}", ".+", re.escape(w)) for w in plain))
+
+
+def _plain(text: str) -> str:
+    """Take off what a casual question adds or leaves out."""
+    for opening in OPENINGS:
+        text = text.removeprefix(opening)
+    return text.rstrip(".?").lower()
 
 
 @needs_training_fonts
@@ -52,9 +61,20 @@ def test_each_split_asks_in_its_own_wordings(split: str, other: str) -> None:
     for index in range(1200):
         for question in sample(0, index, mixture).questions:
             text = re.sub(r"\ban (?=orange)", "a ", question.text)
-            assert _pattern(question.task, split).fullmatch(text), text
+            assert _pattern(question.task, split).fullmatch(_plain(text)), text
             if question.task != "repeat":  # "Copy {0}" matches "Copy the text {0}"
-                assert not _pattern(question.task, other).fullmatch(text), text
+                assert not _pattern(question.task, other).fullmatch(_plain(text)), text
+
+
+def test_training_asks_casually_at_times_and_judging_never() -> None:
+    rng = Random(0)
+    asked = [ask(rng, "find", "train", "red circle") for _ in range(800)]
+    opened = sum(question.startswith(OPENINGS) for question in asked)
+    bare = sum(question[-1] not in ".?>" for question in asked)
+    assert 30 < opened < 120
+    assert bare > 60
+    official = {w.format("red circle") for w in wordings_of("find", "held_out")}
+    assert {ask(rng, "find", "held_out", "red circle") for _ in range(300)} == official
 
 
 @needs_training_fonts
