@@ -67,7 +67,7 @@ def _hidden(
     finally:
         for item in items:
             shelf.release(item)
-    device = model.head_weight.device
+    device = model.device
     lengths = [len(prompt.input_ids) for prompt in prompts]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     pads = [prompt.pad_index_M + start for prompt, start in zip(prompts, starts, strict=True)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
+from qwen2vl.engine import LLM
 from qwen2vl.engine.pool import pool
 from qwen2vl.geometry import AttnMeta
 from tests.engine.test_llm import picture, user
 from tests.engine.test_runner import CONVERSATIONS, MODEL, fresh
+from tests.folders import write_tiny
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -50,6 +53,13 @@ def test_a_picture_asked_about_before_is_not_encoded_again() -> None:
     finally:
         del llm.model.encode
     assert not llm.runner.shelf._holds
+
+
+def test_a_model_of_small_integers_embeds_too(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny")
+    plain, small = (LLM(tmp_path / "tiny", quantize=q) for q in (None, "int8"))
+    (want,), (got,) = (llm.embed([user("What?", picture())]) for llm in (plain, small))
+    assert (want @ got).item() > 0.99
 
 
 def test_nothing_gives_nothing() -> None:
