@@ -22,19 +22,19 @@ from torch import Tensor
 from qwen2vl.adapt.quantise import Mode
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.blocks import BLOCK, BlockPool
-from qwen2vl.engine.capacity import cache_blocks, check_context, memory_errors_named
+from qwen2vl.engine.capacity import cache_blocks, check_context
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.draft import Drafter
 from qwen2vl.engine.embed import embed
 from qwen2vl.engine.matcher import GrammarCompiler
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
 from qwen2vl.engine.pool import Pooling
-from qwen2vl.engine.runner import Runner
+from qwen2vl.engine.runner import OverloadError, Runner
 from qwen2vl.engine.sampler import Rule, Sampler
 from qwen2vl.engine.scheduler import Limits, News, Scheduler
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
-from qwen2vl.errors import CapacityError, InputError
+from qwen2vl.errors import InputError
 from qwen2vl.load import DTypeName, load
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
@@ -272,20 +272,24 @@ class LLM:
         """Step until all of `sequences` are over."""
         for sequence in sequences:
             self.scheduler.add(sequence)
-        while any(sequence.finish_reason is None for sequence in sequences):
+        left = set(sequences)
+        while left:
             for news in self.step():
                 one = news.sequence
-                if one in sequences:
+                if one in left:
                     say(Delta(index=one.index, text=news.text, finish_reason=one.finish_reason))
+                if one.finish_reason is not None:
+                    left.discard(one)
 
     def step(self) -> list[News]:
         """Move every sequence that can move; returns what became certain."""
+        if not self.scheduler.has_work:
+            return []
         plan = self.scheduler.plan()
         try:
-            with memory_errors_named(plan.largest.prompt):
-                results = self.runner.run(plan)
-        except CapacityError as error:
-            return [self.scheduler.fail(plan.largest, error)]  # the others try again
+            results = self.runner.run(plan)
+        except OverloadError as overload:  # the others try again
+            return [self.scheduler.fail(overload.sequence, overload.error)]
         return self.scheduler.commit(plan, results)
 
     def forget(self) -> None:

@@ -4,27 +4,41 @@
     chunks --prepare--> one packed forward over every sequence's cache --> hidden_TD
     last rows --logits--> sampler of each sequence --> tokens, or the error of that sequence alone
 
-A step that fails leaves every cache as it was, since lengths advance last. It must not know why a
-plan is as it is. Next room: llm.py, which turns the wheel.
+A step that fails leaves every cache as it was, since lengths advance last, and every sampler, since
+sampling cannot fail but for one sequence. Letter of this room: R, the rows from which a token is
+chosen. It must not know why a plan is as it is. Next room: llm.py, which turns the wheel.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
+from qwen2vl.engine.capacity import memory_errors_named
 from qwen2vl.engine.scheduler import Chunk, Plan, Sampled
+from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
-from qwen2vl.errors import Qwen2VLError
+from qwen2vl.errors import CapacityError, Qwen2VLError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, Qwen2VL
 
-__all__ = ["Runner"]
+__all__ = ["OverloadError", "Runner"]
+
+
+class OverloadError(Exception):
+    """Memory ran out in a step, for what `sequence` asked of it; caught by llm.py."""
+
+    def __init__(self, sequence: Sequence, error: CapacityError) -> None:
+        super().__init__(str(error))
+        self.sequence = sequence
+        self.error = error
 
 
 class Runner:
@@ -46,18 +60,25 @@ class Runner:
         """Do one step; returns one result for each chunk.
 
         Raises:
-            CapacityError: memory ran out; nothing of the step has happened but what was encoded.
+            OverloadError: memory ran out; nothing of the step has happened but what was encoded.
         """
-        self.arrange(plan.orders)
+        with _blaming(plan.largest):
+            self.arrange(plan.orders)
         if plan.slices:
-            began = time.perf_counter()
-            self.shelf.encode(plan.slices)
-            for sequence in plan.viewers:
-                sequence.clock.vision += time.perf_counter() - began
+            with _blaming(plan.largest_viewer):
+                self._encode(plan)
         if not plan.chunks:
             return []
-        hidden_TD = self._forward(plan.chunks)
-        return self._sample(plan.chunks, hidden_TD)
+        with _blaming(plan.largest):
+            hidden_TD = self._forward(plan.chunks)
+            logits_RV = self._logits(plan.chunks, hidden_TD)
+        return _sample(plan.chunks, logits_RV)
+
+    def _encode(self, plan: Plan) -> None:
+        began = time.perf_counter()
+        self.shelf.encode(plan.slices)
+        for sequence in plan.viewers:
+            sequence.clock.vision += time.perf_counter() - began
 
     def arrange(self, orders: SequenceOf[MemoryOrder]) -> None:
         """Reserve, copy and free rows as the pool ordered."""
@@ -70,12 +91,20 @@ class Runner:
         match order:
             case Free(row):
                 self.caches.pop(row, None)
-            case Reserve(row) | Copy(_, row) if Free(row) in self._orders:
+            case Reserve(row) | Copy(_, row) if not self._is_wanted(row):
                 pass  # left over from a step that ran out of memory; its owner is gone
             case Reserve(row, num_tokens):
                 self.caches[row] = self._reserve(self.caches.get(row), num_tokens)
             case Copy(source, target, num_tokens):
                 self.caches[target].copy_from(self.caches[source], num_tokens)
+
+    def _is_wanted(self, row: int) -> bool:
+        """Tell whether a row is to stay, or is copied into one that is to stay."""
+        return Free(row) not in self._orders or any(
+            order.source == row and self._is_wanted(order.target)
+            for order in self._orders
+            if isinstance(order, Copy)
+        )
 
     def _reserve(self, old: KVCache | None, num_tokens: int) -> KVCache:
         dtype = self.model.dtype
@@ -123,27 +152,43 @@ class Runner:
                 seen.append((first, self.shelf.rows(item)[first - start : last - start]))
         return seen
 
-    def _sample(self, chunks: SequenceOf[Chunk], hidden_TD: Tensor) -> list[Sampled | Qwen2VLError]:
+    def _logits(self, chunks: SequenceOf[Chunk], hidden_TD: Tensor) -> Tensor:
+        """Score the words after each row from which a token is chosen; R such rows."""
         wanted: list[int] = []
         end = 0
         for chunk in chunks:
             end += len(chunk.ids)
             wanted += range(end - chunk.num_sampled, end)
-        results: list[Sampled | Qwen2VLError] = []
         if not wanted:
-            return [[] for _ in chunks]
-        everything = len(wanted) == len(hidden_TD)
-        index = torch.tensor(wanted, device=self.device)
-        logits_TV = self.model.logits(hidden_TD if everything else hidden_TD[index])
-        logits = iter(logits_TV.split([chunk.num_sampled for chunk in chunks]))
-        for chunk in chunks:
-            if chunk.num_sampled:
-                chunk.sequence.clock.answer()
-            try:
-                results.append(_verify(chunk, next(logits)))
-            except Qwen2VLError as error:
-                results.append(error)
-        return results
+            return hidden_TD.new_empty(0, self.model.config.text.vocab_size)
+        if len(wanted) == len(hidden_TD):
+            return self.model.logits(hidden_TD)
+        return self.model.logits(hidden_TD[torch.tensor(wanted, device=self.device)])
+
+
+def _sample(chunks: SequenceOf[Chunk], logits_RV: Tensor) -> list[Sampled | Qwen2VLError]:
+    """Choose the tokens of each sequence, which has its own draws and its own errors."""
+    results: list[Sampled | Qwen2VLError] = []
+    parts = logits_RV.split([chunk.num_sampled for chunk in chunks])
+    for chunk, part_RV in zip(chunks, parts, strict=True):
+        if chunk.num_sampled:
+            chunk.sequence.clock.answer()
+        try:
+            # Memory, too: draws that were made cannot be made again by another attempt.
+            with memory_errors_named(chunk.sequence.prompt):
+                results.append(_verify(chunk, part_RV))
+        except Qwen2VLError as error:
+            results.append(error)
+    return results
+
+
+@contextmanager
+def _blaming(sequence: Sequence) -> Iterator[None]:
+    try:
+        with memory_errors_named(sequence.prompt):
+            yield
+    except CapacityError as error:
+        raise OverloadError(sequence, error) from error
 
 
 def _verify(chunk: Chunk, logits_TV: Tensor) -> Sampled:

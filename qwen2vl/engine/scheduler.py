@@ -77,10 +77,17 @@ class Plan:
 
     @property
     def largest(self) -> Sequence:
-        """The sequence that asks most of this step."""
+        """The sequence with most tokens in this step."""
         if self.chunks:
             return max(self.chunks, key=lambda chunk: len(chunk.ids)).sequence
-        return self.viewers[0]
+        return self.largest_viewer
+
+    @property
+    def largest_viewer(self) -> Sequence:
+        """A sequence that waits for the most patches of one item."""
+        most = max(self.slices, key=lambda s: (s.stop - s.start) * s.item.grid.h * s.item.grid.w)
+        digest = most.item.digest
+        return next(v for v in self.viewers if digest in (item.digest for item in v.held_items))
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,8 @@ class Sequence:
 
     def fail(self, error: Qwen2VLError) -> None:
         """End with an error; what was said so far stays."""
+        # The frames it came through would keep a failed step's tensors, just when memory is short.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         self.error = error
         self._finish("error", "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
@@ -15,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2vl.engine import LLM, SamplingParams
+from qwen2vl.engine.blocks import Copy, Free, Reserve
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.grammar import Grammar
 from qwen2vl.engine.params import Completion
-from qwen2vl.errors import InputError
+from qwen2vl.errors import CapacityError, InputError
 from tests.engine.test_llm import clip, picture, user
 from tests.parity.oracle import random_model
 from tests.tiny import tiny_config, tiny_processor
@@ -104,7 +106,7 @@ def test_a_row_that_gave_way_goes_on_as_if_nothing_had_been() -> None:
             left.append(len(sequence.token_ids))
         leave(sequence, **kwargs)
 
-    llm.scheduler._leave = watched  # type: ignore[method-assign]
+    llm.scheduler._leave = watched
     for index, one in enumerate(llm.chat(CONVERSATIONS[:3], params)):
         assert_same(one, alone(index, params))
     assert max(left) > 10  # somebody had begun to answer
@@ -188,6 +190,127 @@ def test_one_that_needs_too_much_memory_fails_alone(monkeypatch: pytest.MonkeyPa
     large, small = llm.chat([CONVERSATIONS[6], CONVERSATIONS[0]], GREEDY)
     assert large.finish_reason == "error" and "out of memory" in (large.error or "")
     assert_same(small, alone(0))
+
+
+def test_a_picture_that_needs_too_much_memory_fails_its_own_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also beside a prompt that has more tokens in this step."""
+    llm = fresh(max_step_tokens=150)
+    long = [user("A long story. " * 14)]
+    encode = llm.runner.shelf.encode
+
+    def limited(slices: Any) -> None:
+        if any(one.item.grid.h > 8 for one in slices):
+            raise MemoryError
+        encode(slices)
+
+    monkeypatch.setattr(llm.runner.shelf, "encode", limited)
+    beside, large = llm.chat([long, CONVERSATIONS[6]], GREEDY)
+    assert large.finish_reason == "error" and "out of memory" in (large.error or "")
+    assert_same(beside, fresh().chat(long, GREEDY)[0])
+
+
+def test_a_sampler_that_finds_no_memory_fails_alone() -> None:
+    """Trying again would draw twice for all that had drawn before it."""
+    llm = fresh()
+    params = replace(GREEDY, temperature=3.0, top_k=0, seed=5)
+    before, bad = (
+        llm.sequences(llm.processor(CONVERSATIONS[index]), params)[0] for index in (0, 1)
+    )
+    sample, attempts = bad.sampler.sample, iter(range(9))
+
+    def failing(logits_V: torch.Tensor) -> Any:
+        if next(attempts) == 2:
+            raise MemoryError
+        return sample(logits_V)
+
+    bad.sampler.sample = failing
+    for one in (before, bad):
+        llm.scheduler.add(one)
+    while llm.scheduler.has_work:
+        llm.step()
+    assert bad.finish_reason == "error" and isinstance(bad.error, CapacityError)
+    assert tuple(before.token_ids) == alone(0, params).token_ids
+
+
+def test_a_copy_is_still_made_from_a_row_whose_owner_is_gone() -> None:
+    """Memory ran out for row 1, its owner failed, and row 2 waits for what it was to hold."""
+    runner = fresh().runner
+    runner.arrange([Reserve(0, 64)])
+    runner.caches[0].k_LKZC.fill_(7.0)
+    runner.caches[0].length = 64
+    runner.arrange(
+        [Reserve(1, 96), Copy(0, 1, 64), Reserve(2, 64), Copy(1, 2, 32), Free(1), Free(0)]
+    )
+    assert list(runner.caches) == [2]
+    assert runner.caches[2].length == 32
+    assert (runner.caches[2].k_LKZC[:, :, :32] == 7.0).all()
+
+
+def test_what_nobody_waits_for_any_more_is_not_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = fresh().runner
+    runner.arrange([Reserve(0, 64)])
+    runner.caches[0].length = 64
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_reserve", out_of_memory)
+        with pytest.raises(MemoryError):
+            runner.arrange([Reserve(1, 96), Copy(0, 1, 64)])
+        runner.arrange([Free(1), Free(0)])
+    assert not runner.caches
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), cache=st.integers(320, 640), drafts=st.sampled_from([0, 4]))
+def test_memory_that_runs_out_anywhere_changes_no_other_answer(
+    data: st.DataObject, cache: int, drafts: int
+) -> None:
+    llm = fresh(cache_tokens=cache, max_step_tokens=64, max_step_patches=32, num_drafts=drafts)
+    runner = llm.runner
+
+    def failing(function: Any) -> Any:
+        def attempt(*args: Any) -> Any:
+            if data.draw(st.integers(0, 19)) == 19:
+                raise MemoryError
+            return function(*args)
+
+        return attempt
+
+    runner._reserve = failing(runner._reserve)
+    runner._forward = failing(runner._forward)
+    runner.shelf.encode = failing(runner.shelf.encode)
+    order = data.draw(st.permutations(range(len(CONVERSATIONS))))
+    for index, one in zip(order, llm.chat([CONVERSATIONS[i] for i in order], GREEDY), strict=True):
+        if one.finish_reason == "error":
+            assert "out of memory" in (one.error or "")
+        else:
+            assert_same(one, alone(index))
+    assert llm.scheduler.pool.num_busy == 0
+    assert not runner.shelf._holds
+
+
+def test_an_error_keeps_no_tensors_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = fresh()
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(*_: object) -> None:
+        large = torch.zeros(9)
+        made.append(weakref.ref(large))
+        raise MemoryError
+
+    monkeypatch.setattr(llm.runner, "_forward", forward)
+    with pytest.raises(CapacityError, match="out of memory") as caught:
+        llm.chat(CONVERSATIONS[0], GREEDY)
+    assert made[0]() is None
+    assert caught.value.__cause__ is None
+
+
+def test_a_step_without_work_does_nothing() -> None:
+    assert fresh().step() == []
 
 
 @pytest.mark.slow
