@@ -38,38 +38,47 @@ class Answer:
         self._process = process
         self._loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
-        self._open = len(sequences)
+        self._open = len(sequences)  # samples that are not over
+        self._failure: EngineError | None = None  # why they never will be
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Yield news of all samples as they come; leaving early cancels the request."""
+        """Yield news of all samples as they come; leaving early cancels the request.
+
+        Raises:
+            EngineError: the engine died, or somebody else cancelled the request.
+        """
         try:
-            while self._open:
+            while self._open and self._failure is None:
                 delta = await self._deltas.get()
                 if isinstance(delta, EngineError):
+                    self._failure = delta
                     raise delta
                 self._open -= delta.finish_reason is not None
                 yield delta
         finally:
-            if self._open:
-                self.cancel()
+            self.cancel()
 
     async def completions(self) -> list[Completion]:
         """Wait for the end; one Completion for each sample.
 
         Raises:
-            Qwen2VLError: the only sample failed, or the engine died.
+            Qwen2VLError: the only sample failed, the request was cancelled, or the engine died.
         """
         async for _ in self:
             pass
+        if self._failure is not None:
+            raise self._failure
         first = self._sequences[0]
         if len(self._sequences) == 1 and first.error is not None:
             raise first.error
         return [sequence.completion(process=self._process) for sequence in self._sequences]
 
     def cancel(self) -> None:
-        """Stop answering; nothing more is heard of it."""
-        self._open = 0
-        self._owner._send(_Cancel(self._sequences))
+        """Stop answering, unless it is over; whoever still listens hears that it was cancelled."""
+        if self._open and self._failure is None:
+            self._failure = EngineError("the request was cancelled before its answer was whole")
+            self._owner._send(_Cancel(self._sequences))
+            self._deltas.put_nowait(self._failure)
 
     def _hear(self, delta: Delta | EngineError) -> None:
         """Take news from the engine thread; a loop that is closed has nobody listening."""
@@ -113,13 +122,13 @@ class AsyncLLM:
             InputError, CapacityError: as `LLM.chat` does, before anything is queued.
             EngineError: the engine has died; carries the first cause.
         """
+        self._check_alive()
         wish = params or SamplingParams()
         prompt, wish, seconds = await asyncio.to_thread(self.llm.prepare, messages, wish, tools)
-        if self._death is not None:
-            raise self._death
         sequences = self.llm.sequences(prompt, wish)
         answer = Answer(self, sequences, seconds)
         self._send((answer, sequences))
+        self._check_alive()  # after sending, since one that has died reads its inbox no more
         return answer
 
     async def chat(
@@ -129,9 +138,13 @@ class AsyncLLM:
         return await (await self.ask(messages, params)).completions()
 
     def close(self) -> None:
-        """Stop the engine thread; answers under way end with an EngineError."""
+        """Stop the engine thread; answers under way end with an EngineError, the LLM is free."""
         self._send(None)
         self._thread.join()
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise self._death
 
     def _send(self, message: tuple[Answer, list[Sequence]] | _Cancel | None) -> None:
         self._inbox.put(message)
@@ -146,6 +159,8 @@ class AsyncLLM:
             log.exception("the engine died")
             self._die(EngineError(f"the engine died: {type(error).__name__}: {error}"))
         else:
+            for sequence in self._answers:
+                self.llm.cancel(sequence)
             self._die(EngineError("the engine was closed"))
 
     def _take_in(self) -> bool:

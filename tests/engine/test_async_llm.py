@@ -67,6 +67,44 @@ def test_a_cancelled_task_cancels_its_request(engine: AsyncLLM) -> None:
     assert not engine.llm.scheduler.has_work
 
 
+ENDLESS = SamplingParams(temperature=0, max_tokens=20_000, ignore_eos=True)
+
+
+def test_completions_after_leaving_early_say_that_it_was_cancelled(engine: AsyncLLM) -> None:
+    async def leave() -> None:
+        answer = await engine.ask([user("Hi")], ENDLESS)
+        async for _ in answer:
+            break
+        for _ in range(2):
+            with pytest.raises(EngineError, match="was cancelled"):
+                await asyncio.wait_for(answer.completions(), 20)
+
+    asyncio.run(leave())
+
+
+def test_who_still_listens_hears_that_another_cancelled(engine: AsyncLLM) -> None:
+    async def listen_and_cancel() -> None:
+        answer = await engine.ask([user("Hi")], ENDLESS)
+        listener = asyncio.create_task(answer.completions())
+        await asyncio.sleep(0.02)
+        answer.cancel()
+        with pytest.raises(EngineError, match="was cancelled"):
+            await asyncio.wait_for(listener, 20)
+
+    asyncio.run(listen_and_cancel())
+
+
+def test_cancelling_what_is_over_does_nothing(engine: AsyncLLM) -> None:
+    async def finish() -> Any:
+        answer = await engine.ask([user("Hi")], GREEDY)
+        before = await answer.completions()
+        answer.cancel()
+        return before, await answer.completions()
+
+    before, after = asyncio.run(finish())
+    assert before[0].token_ids == after[0].token_ids == alone(0).token_ids
+
+
 def test_bad_input_is_told_to_its_caller_alone(engine: AsyncLLM) -> None:
     async def both() -> list[Any]:
         bad = engine.chat([user("Hi")], SamplingParams(stop_token_ids=[10**6]))
@@ -115,3 +153,23 @@ def test_closing_ends_what_is_under_way() -> None:
             await answer.completions()
 
     asyncio.run(close())
+    assert not engine.llm.scheduler.has_work
+    assert engine.llm.scheduler.pool.num_busy == 0
+    assert_same(engine.llm.chat(CONVERSATIONS[0], GREEDY)[0], alone(0))
+
+
+def test_an_engine_that_ends_while_a_request_is_made_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = AsyncLLM(LLM.of(MODEL, tiny_processor()))
+    make = engine.llm.sequences
+
+    def closing(*args: Any) -> Any:
+        engine.close()
+        return make(*args)
+
+    monkeypatch.setattr(engine.llm, "sequences", closing)
+    for _ in range(2):
+        with pytest.raises(EngineError, match="closed"):
+            asyncio.run(asyncio.wait_for(engine.chat([user("Hi")], GREEDY), 20))
+    assert engine._inbox.qsize() <= 1
