@@ -15,6 +15,7 @@ be done to memory comes out as a list of orders. Next room: scheduler.py, which 
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -94,7 +95,8 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.orders: list[MemoryOrder] = []  # to be carried out in this order, by the runner
+        # To be carried out in this order by the runner, which takes away what is done.
+        self.orders: deque[MemoryOrder] = deque()
         self.num_free = num_blocks  # blocks that nobody owns and no resting row occupies
         self.num_busy = 0  # blocks of rows in use
         # Thousands of rows rest after some hours: nothing below walks over all of them.

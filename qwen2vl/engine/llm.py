@@ -129,11 +129,16 @@ class LLM:
         self._grammars = GrammarCompiler(
             processor.tokenizer, end_ids=self._end_ids, vocab_size=model.config.text.vocab_size
         )
-        config = engine or EngineConfig()
-        shelf = VisionShelf.of(model, config)
-        self.runner = Runner(model, shelf)
+        self._engine = engine or EngineConfig()
+        self._begin(cache_blocks(model, self._engine.cache_tokens))
+
+    def _begin(self, num_blocks: int) -> None:
+        """Set up the engine: nothing waits, runs or is kept, but for vision rows on disk."""
+        config = self._engine
+        shelf = VisionShelf.of(self.model, config)
+        self.runner = Runner(self.model, shelf)
         self.scheduler = Scheduler(
-            BlockPool(cache_blocks(model, config.cache_tokens)),
+            BlockPool(num_blocks),
             shelf,
             Limits(
                 tokens=config.max_step_tokens,
@@ -142,6 +147,11 @@ class LLM:
             ),
             Drafter(config.num_drafts) if config.num_drafts else None,
         )
+
+    def _mend(self) -> None:
+        """Begin anew where an interrupt has come while the books were written."""
+        if self.scheduler.is_torn:
+            self._begin(self.scheduler.pool.num_blocks)
 
     @property
     def config(self) -> Qwen2VLConfig:
@@ -193,6 +203,7 @@ class LLM:
         prompts = [self.prepare(one, wish).prompt for one in _as_batch(conversations)]
         if not prompts:
             return torch.empty(0, self.config.text.hidden_size)
+        self._mend()
         return embed(
             self.model,
             self.runner.shelf,
@@ -253,6 +264,7 @@ class LLM:
     def _answer_all(
         self, prepared: SequenceOf[Prepared], on_delta: OnDelta | None
     ) -> list[Completion]:
+        self._mend()
         mine: list[Sequence] = []
         bills: list[float] = []
         for prompt, params, seconds in prepared:
@@ -261,8 +273,9 @@ class LLM:
         try:
             self._finish(mine, on_delta or (lambda delta: None))
         except BaseException:
-            for sequence in mine:
-                self.cancel(sequence)
+            if not self.scheduler.is_torn:
+                for sequence in mine:
+                    self.cancel(sequence)
             raise
         if len(mine) == 1 and mine[0].error is not None:
             raise mine[0].error
@@ -295,6 +308,7 @@ class LLM:
     def forget(self) -> None:
         """Drop all keys, values and vision rows at rest; call it after changing the weights."""
         self.scheduler.pool.clear()
+        self.runner.arrange(self.scheduler.pool.orders)
         self.runner.shelf.cache.clear()
 
     def cancel(self, sequence: Sequence) -> None:

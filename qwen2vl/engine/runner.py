@@ -48,7 +48,6 @@ class Runner:
         self.model = model
         self.shelf = shelf
         self.caches: dict[int, KVCache] = {}  # by row
-        self._orders: deque[MemoryOrder] = deque()  # not yet carried out
 
     @property
     def device(self) -> torch.device:
@@ -80,31 +79,22 @@ class Runner:
         for sequence in plan.viewers:
             sequence.clock.vision += time.perf_counter() - began
 
-    def arrange(self, orders: SequenceOf[MemoryOrder]) -> None:
-        """Reserve, copy and free rows as the pool ordered."""
-        self._orders += orders
-        while self._orders:
-            self._carry_out(self._orders[0])
-            self._orders.popleft()
+    def arrange(self, orders: deque[MemoryOrder]) -> None:
+        """Reserve, copy and free rows as the pool ordered; an order is taken away when it is done.
 
-    def _carry_out(self, order: MemoryOrder) -> None:
-        match order:
-            case Free(row):
-                self.caches.pop(row, None)
-            case Reserve(row) | Copy(_, row) if not self._is_wanted(row):
-                pass  # left over from a step that ran out of memory; its owner is gone
-            case Reserve(row, num_tokens):
-                self.caches[row] = self._reserve(self.caches.get(row), num_tokens)
-            case Copy(source, target, num_tokens):
-                self.caches[target].copy_from(self.caches[source], num_tokens)
-
-    def _is_wanted(self, row: int) -> bool:
-        """Tell whether a row is to stay, or is copied into one that is to stay."""
-        return Free(row) not in self._orders or any(
-            order.source == row and self._is_wanted(order.target)
-            for order in self._orders
-            if isinstance(order, Copy)
-        )
+        Carrying one out twice does no harm, so that an interrupt may come at any time.
+        """
+        while orders:
+            match orders[0]:
+                case Free(row):
+                    self.caches.pop(row, None)
+                case Reserve(row) | Copy(_, row) if not _is_wanted(row, orders):
+                    pass  # left over from a step that ran out of memory; its owner is gone
+                case Reserve(row, num_tokens):
+                    self.caches[row] = self._reserve(self.caches.get(row), num_tokens)
+                case Copy(source, target, num_tokens):
+                    self.caches[target].copy_from(self.caches[source], num_tokens)
+            orders.popleft()
 
     def _reserve(self, old: KVCache | None, num_tokens: int) -> KVCache:
         dtype = self.model.dtype
@@ -180,6 +170,15 @@ def _sample(chunks: SequenceOf[Chunk], logits_RV: Tensor) -> list[Sampled | Qwen
         except Qwen2VLError as error:
             results.append(error)
     return results
+
+
+def _is_wanted(row: int, orders: deque[MemoryOrder]) -> bool:
+    """Tell whether a row is to stay, or is copied into one that is to stay."""
+    return Free(row) not in orders or any(
+        order.source == row and _is_wanted(order.target, orders)
+        for order in orders
+        if isinstance(order, Copy)
+    )
 
 
 @contextmanager

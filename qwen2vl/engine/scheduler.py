@@ -10,7 +10,9 @@ here: a Plan says what is to be done, `commit` takes in what came of it. Next ro
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,7 +72,7 @@ class Slices:
 class Plan:
     """One step: first memory, then pictures, then tokens."""
 
-    orders: tuple[MemoryOrder, ...]
+    orders: deque[MemoryOrder]  # the pool's own: what is done is taken away
     slices: tuple[Slices, ...]
     viewers: tuple[Sequence, ...]  # who waits for the slices
     chunks: tuple[Chunk, ...]
@@ -126,6 +128,7 @@ class Scheduler:
         self.drafter = drafter
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the oldest first
+        self.is_torn = False  # an interrupt came while the books were written: begin with new ones
 
     @property
     def has_work(self) -> bool:
@@ -140,40 +143,47 @@ class Scheduler:
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; one that is over already is no error."""
-        if sequence in self.running:
-            self._leave(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        with self._writing():
+            if sequence in self.running:
+                self._leave(sequence)
+            elif sequence in self.waiting:
+                self.waiting.remove(sequence)
 
     def plan(self) -> Plan:
         """Decide the next step."""
         step = _Step(self.limits)
-        for sequence in sorted(self.running, key=lambda s: s.is_prefilling):
-            if sequence.row is not None:  # else it has just given way
-                self._add_chunk(step, sequence)
-        self._admit(step)
-        orders, self.pool.orders = tuple(self.pool.orders), []
+        with self._writing():
+            for sequence in sorted(self.running, key=lambda s: s.is_prefilling):
+                if sequence.row is not None:  # else it has just given way
+                    self._add_chunk(step, sequence)
+            self._admit(step)
         assert step.chunks or step.slices or not self.has_work, "a step without progress"
         viewers = tuple(dict.fromkeys(step.viewers))
-        return Plan(orders, tuple(step.slices), viewers, tuple(step.chunks))
+        return Plan(self.pool.orders, tuple(step.slices), viewers, tuple(step.chunks))
 
     def commit(self, plan: Plan, results: SequenceOf[Sampled | Qwen2VLError]) -> list[News]:
         """Take in what a step brought: one result for each chunk."""
         news: list[News] = []
-        for chunk, result in zip(plan.chunks, results, strict=True):
-            sequence = chunk.sequence
-            if isinstance(result, Qwen2VLError):
-                news.append(self.fail(sequence, result))
-            else:
-                news += self._take_in(chunk, result)
-                if sequence.finish_reason is not None:
-                    self._leave(sequence)
-                    if self.drafter is not None:
-                        self.drafter.learn(sequence)
+        with self._writing():
+            for chunk, result in zip(plan.chunks, results, strict=True):
+                if isinstance(result, Qwen2VLError):
+                    news.append(self._fail(chunk.sequence, result))
+                else:
+                    news += self._take_in(chunk, result)
         return news
 
     def fail(self, sequence: Sequence, error: Qwen2VLError) -> News:
         """End a running sequence with an error; what it stored is not used again."""
+        with self._writing():
+            return self._fail(sequence, error)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self.is_torn = True
+        yield
+        self.is_torn = False  # not where something is raised
+
+    def _fail(self, sequence: Sequence, error: Qwen2VLError) -> News:
         sequence.fail(error)
         self._leave(sequence, discard=True)
         return News(sequence, "")
@@ -195,6 +205,10 @@ class Scheduler:
         assert sequence.row is not None
         full = min(sequence.num_computed, len(sequence.ids)) // BLOCK
         self.pool.record(sequence.row, sequence.chain.extend(sequence.ids)[:full])
+        if sequence.finish_reason is not None:
+            self._leave(sequence)
+            if self.drafter is not None:
+                self.drafter.learn(sequence)
         text = "".join(texts)
         return [News(sequence, text)] if text or sequence.finish_reason is not None else []
 

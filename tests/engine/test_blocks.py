@@ -101,7 +101,7 @@ def test_a_row_at_rest_is_taken_over_by_what_continues_it() -> None:
     pool.orders.clear()
     claimed = pool.claim(parts, 5)
     assert claimed == (row, 3)
-    assert pool.orders == [Reserve(row.number, 5 * BLOCK)]  # nothing is copied
+    assert list(pool.orders) == [Reserve(row.number, 5 * BLOCK)]  # nothing is copied
 
 
 def test_what_only_begins_alike_copies_the_beginning() -> None:
@@ -113,7 +113,7 @@ def test_what_only_begins_alike_copies_the_beginning() -> None:
     assert claimed is not None
     branch, held = claimed
     assert held == 2 and branch is not row
-    assert pool.orders == [
+    assert list(pool.orders) == [
         Reserve(branch.number, 3 * BLOCK),
         Copy(row.number, branch.number, 2 * BLOCK),
     ]
@@ -177,7 +177,7 @@ def test_no_room_is_none_and_changes_nothing() -> None:
     pool.orders.clear()
     assert pool.claim([], 2) is None
     assert not pool.grow(row, 5)
-    assert (pool.num_free, pool.num_busy, pool.orders) == (1, 3, [])
+    assert (pool.num_free, pool.num_busy, list(pool.orders)) == (1, 3, [])
 
 
 class Pool(RuleBasedStateMachine):

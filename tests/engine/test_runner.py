@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import weakref
+from collections import deque
 from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2vl.engine import LLM, SamplingParams
-from qwen2vl.engine.blocks import Copy, Free, Reserve
+from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.grammar import Grammar
 from qwen2vl.engine.params import Completion
@@ -237,11 +241,11 @@ def test_a_sampler_that_finds_no_memory_fails_alone() -> None:
 def test_a_copy_is_still_made_from_a_row_whose_owner_is_gone() -> None:
     """Memory ran out for row 1, its owner failed, and row 2 waits for what it was to hold."""
     runner = fresh().runner
-    runner.arrange([Reserve(0, 64)])
+    runner.arrange(deque([Reserve(0, 64)]))
     runner.caches[0].k_LKZC.fill_(7.0)
     runner.caches[0].length = 64
     runner.arrange(
-        [Reserve(1, 96), Copy(0, 1, 64), Reserve(2, 64), Copy(1, 2, 32), Free(1), Free(0)]
+        deque([Reserve(1, 96), Copy(0, 1, 64), Reserve(2, 64), Copy(1, 2, 32), Free(1), Free(0)])
     )
     assert list(runner.caches) == [2]
     assert runner.caches[2].length == 32
@@ -250,18 +254,21 @@ def test_a_copy_is_still_made_from_a_row_whose_owner_is_gone() -> None:
 
 def test_what_nobody_waits_for_any_more_is_not_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = fresh().runner
-    runner.arrange([Reserve(0, 64)])
+    runner.arrange(deque([Reserve(0, 64)]))
     runner.caches[0].length = 64
 
     def out_of_memory(*_: object) -> None:
         raise MemoryError
 
+    orders: deque[MemoryOrder] = deque([Reserve(1, 96), Copy(0, 1, 64)])
     with monkeypatch.context() as patch:
         patch.setattr(runner, "_reserve", out_of_memory)
         with pytest.raises(MemoryError):
-            runner.arrange([Reserve(1, 96), Copy(0, 1, 64)])
-        runner.arrange([Free(1), Free(0)])
-    assert not runner.caches
+            runner.arrange(orders)
+        assert len(orders) == 2
+        orders.extend([Free(1), Free(0)])
+        runner.arrange(orders)
+    assert not runner.caches and not orders
 
 
 @settings(max_examples=15, deadline=None)
@@ -307,6 +314,68 @@ def test_an_error_keeps_no_tensors_of_its_step(monkeypatch: pytest.MonkeyPatch) 
         llm.chat(CONVERSATIONS[0], GREEDY)
     assert made[0]() is None
     assert caught.value.__cause__ is None
+
+
+FILES = ("blocks.py", "scheduler.py", "runner.py", "llm.py", "shelf.py", "sequence.py")
+
+
+def interrupt_after(lines: int) -> Any:
+    """Make a tracer that lets Ctrl-C come at a line of the engine."""
+    left = lines
+
+    def trace(frame: FrameType, event: str, _arg: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(FILES):
+            return None
+        left -= event == "line"
+        if left > 0:
+            return trace
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+    return trace
+
+
+def chat_until_interrupted(llm: LLM, rng: random.Random) -> None:
+    sys.settrace(interrupt_after(rng.randrange(200, 6000)))
+    try:
+        while True:
+            llm.chat([CONVERSATIONS[i] for i in rng.sample(range(6), 3)], GREEDY)
+    finally:
+        sys.settrace(None)
+
+
+def test_an_interrupt_at_any_line_leaves_the_llm_ready() -> None:
+    llm = fresh(cache_tokens=480, max_step_tokens=64, max_step_patches=32, num_drafts=3)
+    rng = random.Random(0)
+    for _ in range(30):
+        with pytest.raises(KeyboardInterrupt):
+            chat_until_interrupted(llm, rng)
+        index = rng.randrange(6)
+        assert_same(llm.chat(CONVERSATIONS[index], GREEDY)[0], alone(index))
+        assert llm.scheduler.pool.num_busy == 0 and not llm.scheduler.has_work
+        assert not llm.runner.shelf._holds
+        assert set(llm.runner.caches) <= set(llm.scheduler.pool._resting)
+
+
+def test_an_interrupt_of_the_model_keeps_what_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = fresh()
+    llm.chat(CONVERSATIONS[6], GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            llm.chat(CONVERSATIONS[6], GREEDY)
+    (again,) = llm.chat(CONVERSATIONS[6], GREEDY)
+    assert again.cached_tokens >= 96 and again.seconds.vision == 0
+    assert_same(again, alone(6))
+
+
+def test_forgetting_gives_memory_back_at_once() -> None:
+    llm = fresh()
+    llm.chat(CONVERSATIONS, GREEDY)
+    assert llm.runner.caches
+    llm.forget()
+    assert not llm.runner.caches
 
 
 def test_a_step_without_work_does_nothing() -> None:

@@ -73,8 +73,8 @@ class Machine:
         return plan
 
     def run(self, plan: Plan) -> list[Sampled | EngineError]:
-        for order in plan.orders:
-            match order:
+        while plan.orders:
+            match plan.orders.popleft():
                 case Reserve(row, tokens):
                     self.memory.setdefault(row, [])
                     self.room[row] = tokens
