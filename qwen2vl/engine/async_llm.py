@@ -18,7 +18,8 @@ from collections.abc import Sequence as SequenceOf
 from queue import SimpleQueue
 from typing import Any
 
-from qwen2vl.engine.llm import LLM, Conversation
+from qwen2vl.engine.arguments import Conversation
+from qwen2vl.engine.llm import LLM
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
 from qwen2vl.engine.scheduler import News
 from qwen2vl.engine.sequence import Sequence

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qwen2vl.adapt.quantise import Mode
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.engine.arguments import Conversation, as_batch, is_unfinished, one_each
 from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks, check_context
 from qwen2vl.engine.config import EngineConfig
@@ -44,9 +45,8 @@ from qwen2vl.processor.tokenizer import TextStream
 from qwen2vl.processor.tools import STOP_WORDS
 from qwen2vl.weights import GenerationDefaults, find, read_generation_defaults
 
-__all__ = ["LLM", "Conversation", "OnDelta", "Prepared"]
+__all__ = ["LLM", "OnDelta", "Prepared"]
 
-Conversation = SequenceOf[Mapping[str, Any]]
 OnDelta = Callable[[Delta], None]
 
 
@@ -181,10 +181,10 @@ class LLM:
             InputError: a message, medium or parameter cannot be used.
             CapacityError: a prompt does not fit into the context.
         """
-        batch = _as_batch(conversations)
+        batch = as_batch(conversations)
         prepared = [
             self.prepare(conversation, wish, tools)
-            for conversation, wish in zip(batch, _one_each(params, len(batch)), strict=True)
+            for conversation, wish in zip(batch, one_each(params, len(batch)), strict=True)
         ]
         return self._answer_all(prepared, on_delta)
 
@@ -200,7 +200,7 @@ class LLM:
             InputError, CapacityError: as `chat` does.
         """
         wish = SamplingParams(max_tokens=1)
-        prompts = [self.prepare(one, wish).prompt for one in _as_batch(conversations)]
+        prompts = [self.prepare(one, wish).prompt for one in as_batch(conversations)]
         if not prompts:
             return torch.empty(0, self.config.text.hidden_size)
         self._mend()
@@ -226,7 +226,7 @@ class LLM:
         """
         began = time.perf_counter()
         prompt = self.processor(
-            conversation, tools=tools, continue_final=_is_unfinished(conversation)
+            conversation, tools=tools, continue_final=is_unfinished(conversation)
         )
         if tools:  # what a tool returns is for the caller to say, not for the model to make up
             params = replace(params, stop=(*params.stop, *STOP_WORDS))
@@ -247,7 +247,7 @@ class LLM:
             CapacityError: a prompt does not fit into the context.
         """
         batch = [prompts] if isinstance(prompts, (str, ModelInput)) else list(prompts)
-        each = _one_each(params, len(batch))
+        each = one_each(params, len(batch))
         strange = [type(p).__name__ for p in batch if not isinstance(p, (str, ModelInput))]
         if strange:
             raise InputError(
@@ -368,35 +368,3 @@ class LLM:
             num_logprobs=params.logprobs,
             matcher=None if params.grammar is None else self._grammars.start(params.grammar),
         )
-
-
-def _as_batch(conversations: Conversation | SequenceOf[Conversation]) -> list[Conversation]:
-    """Tell one conversation (its first element is a message) from a list of them."""
-    if not isinstance(conversations, SequenceOf) or isinstance(conversations, str):
-        raise InputError(
-            "conversations: expected a list of messages or a list of such lists, got "
-            f"{type(conversations).__name__}; wrap text as "
-            '[{"role": "user", "content": text}]'
-        )
-    if conversations and isinstance(conversations[0], Mapping):
-        return [conversations]  # type: ignore[list-item]
-    return list(conversations)  # type: ignore[arg-type]
-
-
-def _is_unfinished(conversation: Conversation) -> bool:
-    """Tell whether the assistant has the last word; what is no message the processor names."""
-    last = conversation[-1] if conversation else None
-    return isinstance(last, Mapping) and last.get("role") == "assistant"
-
-
-def _one_each(
-    params: SamplingParams | SequenceOf[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InputError(f"params: got {len(params)} for {count} prompts; give one, or one each")
-    strange = [type(wish).__name__ for wish in params if not isinstance(wish, SamplingParams)]
-    if strange:
-        raise InputError(f"params: got {strange[0]}, must be SamplingParams, one or one each")
-    return list(params)
