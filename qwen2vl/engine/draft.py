@@ -40,9 +40,11 @@ class Drafter:
         most = min(most, self.num_drafts, (credit + 1) // 2)
         if most <= 0:
             return []
-        known = [*self._answers.get(_pictures(sequence), ()), *sequence.ids]
+        known = array("i", self._answers.get(_pictures(sequence), ()))
+        known.extend(array("i", sequence.ids))
+        text = known.tobytes()
         for length in _LENGTHS:
-            found = _continuation(known, length, most)
+            found = _continuation(text, length, most)
             if found:
                 return found
         return []
@@ -63,17 +65,16 @@ def _pictures(sequence: Sequence) -> tuple[bytes, ...]:
     return tuple(item.digest for item in sequence.prompt.items)
 
 
-def _continuation(ids: list[int], length: int, most: int) -> list[int]:
-    """Find the last earlier place where the last `length` ids stand, and what follows there."""
-    if len(ids) <= length:
-        return []
-    # Searching bytes runs in C; a hit that is not aligned to whole ids is none.
-    text = array("i", ids).tobytes()
+def _continuation(text: bytes, length: int, most: int) -> list[int]:
+    """Find the last earlier place where the last `length` ids stand, and what follows there.
+
+    Searching bytes runs in C; a hit that is not aligned to whole ids is none.
+    """
     pattern = text[-length * _BYTES :]
     end = len(text) - _BYTES
     while (at := text.rfind(pattern, 0, end)) >= 0:
         if at % _BYTES == 0:
-            first = at // _BYTES + length
-            return ids[first : first + most]
+            first = at + len(pattern)
+            return array("i", text[first : first + most * _BYTES]).tolist()
         end = at + len(pattern) - 1
     return []
