@@ -26,25 +26,33 @@ LEAST_IMAGE_TOKENS = 4
 
 
 def check_context(
-    prompt: ModelInput, config: Qwen2VLConfig, *, max_model_len: int, max_tokens: int
+    prompt: ModelInput,
+    config: Qwen2VLConfig,
+    *,
+    max_model_len: int,
+    max_tokens: int,
+    cache_tokens: int | None = None,
 ) -> None:
-    """Make sure that the prompt and at least one token of an answer fit into the context.
+    """Make sure that the prompt and at least one token of an answer fit into context and cache.
 
     Raises:
         CapacityError: they do not; says how the prompt is made up and what would fit.
     """
     total = len(prompt.input_ids)
-    if total < max_model_len:
+    room, place, setting = max_model_len, "context", "max_model_len"
+    if cache_tokens is not None and cache_tokens < max_model_len:
+        room, place, setting = cache_tokens, "cache", "cache_tokens"
+    if total < room:
         return
     kinds = {"image": prompt.image_tokens, "video": prompt.video_tokens}
     parts = {"text": total - sum(kinds.values()), **{k: n for k, n in kinds.items() if n}}
     made_of = " + ".join(f"{count:,} {kind}" for kind, count in parts.items())
     excess = (
-        f"> {max_model_len:,}, the context (max_model_len)"
-        if total > max_model_len
-        else f"fill the context (max_model_len {max_model_len:,}) and leave no room for an answer"
+        f"> {room:,}, the {place} ({setting})"
+        if total > room
+        else f"fill the {place} ({setting} {room:,}) and leave no room for an answer"
     )
-    remedy = _remedy(prompt, config, max_model_len, max_tokens)
+    remedy = _remedy(prompt, config, room, setting, max_tokens)
     raise CapacityError(f"prompt {total:,} = {made_of} tokens {excess}; {remedy}")
 
 
@@ -99,20 +107,22 @@ def fitting_max_pixels(prompt: ModelInput, config: Qwen2VLConfig, room: int) -> 
     return None
 
 
-def _remedy(prompt: ModelInput, config: Qwen2VLConfig, max_model_len: int, max_tokens: int) -> str:
+def _remedy(
+    prompt: ModelInput, config: Qwen2VLConfig, room: int, setting: str, max_tokens: int
+) -> str:
     longest = config.text.max_position_embeddings
     others = len(prompt.input_ids) - prompt.image_tokens
-    is_text_alone_too_long = others - prompt.video_tokens >= max_model_len
-    answer = min(max_tokens, max_model_len // 4)
+    is_text_alone_too_long = others - prompt.video_tokens >= room
+    answer = min(max_tokens, room // 4)
     ways: list[str] = []
     if prompt.image_tokens and not is_text_alone_too_long:
-        pixels = fitting_max_pixels(prompt, config, max_model_len - others - answer)
+        pixels = fitting_max_pixels(prompt, config, room - others - answer)
         if pixels is not None:
             ways.append(f"lower max_pixels to {pixels:,}, which leaves {answer:,} for the answer")
         else:
             ways.append("give fewer pictures")
     if prompt.video_tokens and not is_text_alone_too_long:
         ways.append("give a shorter clip, or lower its fps or max_pixels")
-    if len(prompt.input_ids) < longest and max_model_len < longest:
-        ways.append(f"raise max_model_len (this model: up to {longest:,})")
+    if len(prompt.input_ids) < longest and room < longest:
+        ways.append(f"raise {setting} (this model: up to {longest:,})")
     return ", or ".join(ways or ["shorten the text"])

@@ -332,7 +332,11 @@ class LLM:
                 f"{vocab_size - 1}"
             )
         check_context(
-            prompt, self.config, max_model_len=self._longest, max_tokens=params.max_tokens
+            prompt,
+            self.config,
+            max_model_len=self.max_model_len,
+            max_tokens=params.max_tokens,
+            cache_tokens=self.scheduler.pool.num_blocks * BLOCK,
         )
 
     @property

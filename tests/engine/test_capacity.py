@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen2vl.engine import LLM
 from qwen2vl.engine.capacity import check_context, fitting_max_pixels
+from qwen2vl.engine.config import EngineConfig
 from qwen2vl.errors import CapacityError
 from qwen2vl.processor.inputs import ModelInput
-from tests.tiny import tiny_config, tiny_processor
+from tests.tiny import tiny_config, tiny_model, tiny_processor
 
 CONFIG = tiny_config()
 Size = tuple[int, int]
@@ -50,6 +52,23 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
     assert text.startswith(f"prompt {total} = {total} text tokens fill the context")
     assert "no room for an answer" in text
     assert "raise max_model_len (this model: up to 32,768)" in text
+
+
+def test_a_cache_smaller_than_the_context_is_named() -> None:
+    made = prompt("Hello " * 20)
+    total = len(made.input_ids)
+    for room, want in (
+        (64, f"prompt {total} = {total} text tokens > 64, the cache (cache_tokens); "),
+        (total, f"prompt {total} = {total} text tokens fill the cache (cache_tokens {total}) and "),
+    ):
+        with pytest.raises(CapacityError) as caught:
+            check_context(made, CONFIG, max_model_len=1000, max_tokens=9, cache_tokens=room)
+        assert str(caught.value).startswith(want)
+        assert "raise cache_tokens (this model: up to 32,768)" in str(caught.value)
+    check_context(made, CONFIG, max_model_len=1000, max_tokens=9, cache_tokens=total + 1)
+    llm = LLM.of(tiny_model(), tiny_processor(), engine=EngineConfig(cache_tokens=64))
+    with pytest.raises(CapacityError, match="the cache"):
+        llm.generate(made)
 
 
 def test_text_alone_at_the_models_own_limit() -> None:

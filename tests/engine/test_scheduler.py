@@ -237,8 +237,11 @@ def test_everything_ends_whatever_the_budgets(
     assert machine.pool.num_busy == 0
 
 
+BROKEN = EngineError("broken")
+
+
 class Life(RuleBasedStateMachine):
-    """Admit, step and cancel in any order: blocks and holds are conserved."""
+    """Admit, step, fail and cancel in any order: blocks and holds are conserved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,6 +269,19 @@ class Life(RuleBasedStateMachine):
         for _ in range(times):
             if self.machine.scheduler.has_work:
                 self.machine.step()
+        self.alive = [one for one in self.alive if one.finish_reason is None]
+
+    @precondition(lambda self: self.machine.scheduler.has_work)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        scheduler = self.machine.scheduler
+        plan = scheduler.plan()
+        if not plan.chunks or data.draw(st.booleans()):  # memory ran out: nothing of it happened
+            scheduler.fail(data.draw(st.sampled_from([plan.largest, *plan.viewers])), BROKEN)
+        else:
+            results = self.machine.run(plan)
+            results[data.draw(st.integers(0, len(results) - 1))] = BROKEN
+            scheduler.commit(plan, results)
         self.alive = [one for one in self.alive if one.finish_reason is None]
 
     @precondition(lambda self: self.alive)
