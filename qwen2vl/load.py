@@ -3,8 +3,8 @@
 In visible order: find the folder, read what it is, refuse what cannot work (another model's
 tensors, too little memory), build the model on the meta device, fill it from disk. Layers of
 small integers follow one by one: those that are stored so are replaced, those that shall become so
-are filled, merged with an adapter, rounded, replaced. Nothing large is read before everything
-small has been checked. Next rooms: engine/, train/.
+are filled, merged with an adapter, rounded, replaced, and joined with their siblings. Nothing
+large is read before everything small has been checked. Next rooms: engine/, train/.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from qwen2vl.adapt.join import join_siblings
 from qwen2vl.adapt.lora import LoraFactors, merge_lora, read_lora
 from qwen2vl.adapt.quantise import Kind, Mode, quantise_layer
 from qwen2vl.adapt.rows import multiply_single_rows
@@ -166,6 +167,7 @@ def load_model(
         fill_layer(model, tensors, name)
         merge_lora(model, {name: factors[name]} if name in factors else {})
         quantise_layer(model, name, kind)
+    join_siblings(model)
     if place.type == "cpu" and chosen == torch.bfloat16:
         multiply_single_rows(model)
     return model.eval()

@@ -14,6 +14,7 @@ from torch import nn
 import qwen2vl
 from qwen2vl.adapt.int4 import Int4Linear
 from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
+from qwen2vl.adapt.join import Share
 from qwen2vl.adapt.quantise import QuantisedLinear, describe
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError
@@ -57,8 +58,8 @@ def test_a_folder_opens_and_answers(tmp_path: Path, settings: dict[str, Any], ki
     exact = kind is nn.Linear
     for name, _ in decoder_layers(plain):
         layer = model.get_submodule(name)
-        assert isinstance(layer, kind)
-        if isinstance(layer, QuantisedLinear):
+        assert isinstance(layer.layer if isinstance(layer, Share) else layer, kind)
+        if isinstance(layer, QuantisedLinear | Share):
             want_OI = plain.get_submodule(name).weight.detach()  # type: ignore[union-attr]
             # Scales and zeros are rounded to bfloat16 in layers of 4 bits, not in those of 8.
             limit = 0.02 * float(want_OI.abs().max()) if kind is Int4Linear else 0.0

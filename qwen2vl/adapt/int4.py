@@ -13,6 +13,7 @@ Letters: T rows, O outputs, I inputs, G groups of inputs. Next room: quantise.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -29,10 +30,10 @@ GROUP_SIZES = (128, 64, 32)  # that the operator takes; preferred first
 BLOCKS = (64, 32)
 PAD_TO = max(BLOCKS)
 
-# Where widening a matrix begins to pay: it costs as much as 25 to 35 rows of the operator.
-FEW_ROWS = 24
+# Where widening a matrix begins to pay: it costs as much as 40 to 50 rows of the operator.
+FEW_ROWS = 40
 
-STRIP = 2**20  # numbers that are widened at once; they stay in a core's own cache
+STRIP = 512  # outputs that are widened at once
 
 MIDDLE = 8  # the operator computes (q - 8) * scale + shift
 
@@ -47,26 +48,51 @@ class Int4Linear(nn.Module):
     scales_and_shifts: Tensor  # (G, padded O, 2)
     bias_O: Tensor | None
 
-    def __init__(self, rounded: Groups, bias_O: Tensor | None) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        scales_and_shifts: Tensor,
+        bias_O: Tensor | None,
+        *,
+        out_features: int,
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = rounded.ints_OI.shape
-        self.group_size = rounded.group_size
-        missing = -self.out_features % PAD_TO
-        self.register_buffer("packed", _pack(F.pad(rounded.ints_OI, (0, 0, 0, missing))))
+        self.out_features, self.in_features = out_features, 2 * packed.shape[1]
+        self.group_size = self.in_features // len(scales_and_shifts)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales_and_shifts", scales_and_shifts)
+        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
+
+    @classmethod
+    def of(cls, rounded: Groups, bias_O: Tensor | None) -> Int4Linear:
+        """Pack a rounded matrix."""
+        missing = -len(rounded.ints_OI) % PAD_TO
         scale_GO = rounded.scale_GO.to(torch.bfloat16)
         # Made of the rounded scale, so that a weight of zero stays as near to zero as can be.
         shift_GO = (MIDDLE - rounded.zero_GO.float()) * scale_GO.float()
         both = torch.stack((scale_GO, shift_GO.to(torch.bfloat16)), -1)
-        self.register_buffer("scales_and_shifts", F.pad(both, (0, 0, 0, missing)))
-        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
+        return cls(
+            _pack(F.pad(rounded.ints_OI, (0, 0, 0, missing))),
+            F.pad(both, (0, 0, 0, missing)),
+            bias_O,
+            out_features=len(rounded.ints_OI),
+        )
+
+    @classmethod
+    def joined(cls, layers: Sequence[Int4Linear], bias_O: Tensor | None) -> Int4Linear:
+        """Put the outputs of several layers, none of them padded, side by side."""
+        return cls(
+            torch.cat([layer.packed for layer in layers]),
+            torch.cat([layer.scales_and_shifts for layer in layers], 1),
+            bias_O,
+            out_features=sum(layer.out_features for layer in layers),
+        )
 
     def integers(self) -> Tensor:
         """Give the weights as they were rounded, (O, I) uint8."""
         block = _block()
-        if block is None:
-            return self._ints_by_product()
-        low, high = (half.transpose(1, 2) for half in _halves(self.packed, block))
-        return torch.cat((low, high), 1).flatten(0, 1)[: self.out_features]
+        ints_IO = self._ints_by_product() if block is None else _unpack(self.packed, block)
+        return ints_IO.T[: self.out_features]
 
     def dequantised(self) -> Tensor:
         """Compute the matrix this layer stands for, in float32: the oracle of its tests."""
@@ -95,35 +121,35 @@ class Int4Linear(nn.Module):
         return out_TO if self.bias_O is None else out_TO + self.bias_O.to(x_TI.dtype)
 
     def _by_operator(self, x_TI: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+        return torch.ops.aten._weight_int4pack_mm_for_cpu.default(
             x_TI.contiguous(), self.packed, self.group_size, self.scales_and_shifts
         )
 
     def _by_strips(self, x_TI: Tensor) -> Tensor:
-        """Widen some blocks of outputs at a time, and multiply by each strip."""
+        """Widen some outputs at a time, and multiply by each strip."""
         block = _block()
         assert block is not None
-        halves = _halves(self.packed, block)
-        # Without the middle, which each strip would have to subtract: q * scale + shift.
         scale_GO, shift_GO = self.scales_and_shifts.unbind(-1)
+        # q * scale + shift, without the middle that would have to be subtracted first.
         shift_GO = (shift_GO.float() - MIDDLE * scale_GO.float()).to(x_TI.dtype)
-        grids = [part.to(x_TI.dtype).unflatten(1, (-1, block)) for part in (scale_GO, shift_GO)]
-        step = max(1, STRIP // (self.in_features * block))
+        scale_GO = scale_GO.to(x_TI.dtype)
         strips = []
-        for start in range(0, self.packed.shape[0] // block, step):
-            here = slice(start, start + step)
-            weight_IS = _widen([h[here] for h in halves], [grid[:, here] for grid in grids])
-            strips.append(x_TI @ weight_IS)
+        for start in range(0, len(self.packed), STRIP):
+            here = slice(start, start + STRIP)
+            ints = _unpack(self.packed[here], block).to(x_TI.dtype)
+            weight = ints.unflatten(0, (len(scale_GO), -1))  # (G, inputs of one group, strip)
+            torch.addcmul(shift_GO[:, None, here], weight, scale_GO[:, None, here], out=weight)
+            strips.append(x_TI @ weight.flatten(0, 1))
         return torch.cat(strips, 1)
 
     def _ints_by_product(self) -> Tensor:
         """Read integers whose packing is unknown: let the operator multiply by ones and zeros."""
         unit = torch.tensor([1.0, MIDDLE], dtype=torch.bfloat16).expand_as(self.scales_and_shifts)
         one_II = torch.eye(self.in_features, dtype=torch.bfloat16)
-        ints_IO = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        ints_IO = torch.ops.aten._weight_int4pack_mm_for_cpu.default(
             one_II, self.packed, self.group_size, unit.contiguous()
         )
-        return ints_IO.T[: self.out_features].to(torch.uint8)
+        return ints_IO.to(torch.uint8)
 
 
 def _pack(ints_OI: Tensor) -> Tensor:
@@ -136,35 +162,14 @@ def _block() -> int | None:
     generator = torch.Generator().manual_seed(0)
     ints_OI = torch.randint(0, 16, (PAD_TO, 32), dtype=torch.uint8, generator=generator)
     for block in BLOCKS:
-        low, high = (half.transpose(1, 2) for half in _halves(_pack(ints_OI), block))
-        if torch.equal(torch.cat((low, high), 1).flatten(0, 1), ints_OI):
+        if torch.equal(_unpack(_pack(ints_OI), block).T, ints_OI):
             return block
     return None
 
 
-def _halves(packed: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Take bytes apart: outputs of the lower and the upper half of each block.
-
-    Returns:
-        Two tensors of (O / block, I, block / 2), uint8.
-    """
-    num_inputs = packed.shape[1] * 2
-    bytes_ = packed.view(-1, num_inputs, block // 2)
-    return bytes_ & 15, bytes_ >> 4
-
-
-def _widen(halves: list[Tensor], grids: list[Tensor]) -> Tensor:
-    """Compute the weights of one strip, inputs by outputs.
-
-    Args:
-        halves: integers of the lower and the upper half of each block, (blocks, I, block / 2).
-        grids: scale and shift, (G, blocks, block), in the dtype wanted.
-    """
-    (num_groups, num_blocks, block), num_inputs = grids[0].shape, halves[0].shape[1]
-    weight = grids[0].new_empty(num_groups, num_inputs // num_groups, num_blocks, 2, block // 2)
-    scale, shift = (grid.view(num_groups, 1, num_blocks, 2, block // 2) for grid in grids)
-    for side, half in enumerate(halves):
-        ints = half.to(weight.dtype).transpose(0, 1).unflatten(0, (num_groups, -1))
-        place = weight[..., side, :]
-        torch.addcmul(shift[..., side, :], ints, scale[..., side, :], out=place)
-    return weight.view(num_inputs, num_blocks * block)
+def _unpack(packed: Tensor, block: int) -> Tensor:
+    """Take bytes apart into integers, inputs by outputs (I, O), uint8."""
+    num_inputs = 2 * packed.shape[1]
+    # The order of bytes is changed before they are taken apart, while they are few.
+    bytes_ = packed.view(-1, num_inputs, block // 2).transpose(0, 1).contiguous()
+    return torch.stack((bytes_ & 15, bytes_ >> 4), 2).flatten(1)

@@ -2,8 +2,8 @@
 
 `Int8Linear` multiplies integers by integers: each row of the input is rounded to 8 bits, too, with
 a scale of its own, and oneDNN adds the products exactly. Up to FEW_ROWS rows (decode) cost only
-the reading of the weights, so there the input gets a second row that holds what rounding lost:
-with 15 bits instead of 8 the input is as good as exact. A row's result never depends on its
+the reading of the weights, so there the input gets a second row of 8 bits that holds what the
+first has lost: with 15 bits it is as good as exact. A row's result never depends on its
 neighbours, but on their number: FEW_ROWS or fewer.
 
 `WideInt8Linear` is for processors without integer products: the input stays as it is.
@@ -28,6 +28,7 @@ FEW_ROWS = 8
 
 # 126, not 127: dividing in bfloat16 can lift the largest number of a row by half a step.
 STEPS = 126
+FINE = 256  # parts of a step that few rows are rounded to: one more byte
 
 SMALLEST_STEP = 1e-30  # for rows of zeros
 
@@ -101,21 +102,23 @@ class Int8Linear(_Quantised):
             step_T1 = _step(x_TI)
             ints_TI = (x_TI / step_T1).round_().to(torch.int8)
             return self._finish(self._products(ints_TI, x_TI.dtype), step_T1)
-        step_T1 = _step(x_TI.float())
-        steps_TI = x_TI / step_T1
-        coarse_TI = steps_TI.round()
-        # A remainder is at most half a step: twice STEPS of its own steps fill 8 bits.
-        fine_TI = (steps_TI - coarse_TI).mul_(2 * STEPS).round_()
-        both = self._products(torch.cat((coarse_TI, fine_TI)).to(torch.int8), torch.float32)
-        coarse_TO, fine_TO = both.chunk(2)
-        products_TO = torch.add(coarse_TO, fine_TO, alpha=0.5 / STEPS)
-        return self._finish(products_TO, step_T1).to(x_TI.dtype)
+        # A row of zeros divides by zero here, and what that gives is multiplied by zero below.
+        top_T1 = x_TI.abs().amax(1, keepdim=True).float()
+        parts_TI = torch.mul(x_TI, STEPS * FINE / top_T1).round_().to(torch.int16)
+        # v = 256 high + low with both bytes signed: 128 more carry into the high one.
+        high_TI = (parts_TI + FINE // 2).view(torch.int8)[:, 1::2]
+        low_TI = parts_TI.view(torch.int8)[:, ::2]
+        both = self._products(torch.cat((high_TI, low_TI)), torch.float32)
+        high_TO, low_TO = both.chunk(2)
+        products_TO = torch.add(high_TO, low_TO, alpha=1 / FINE)
+        return self._finish(products_TO, top_T1.mul_(1 / STEPS)).to(x_TI.dtype)
 
     def _products(self, ints_TI: Tensor, dtype: torch.dtype) -> Tensor:
         """Add up integers, and scale each output."""
-        nothing = (1.0, 0, dtype, "none", [], "")  # neither a scale, nor an operation after it
-        return torch.ops.onednn.qlinear_pointwise(
-            ints_TI, 1.0, 0, self.packed, self.scale_O, self.no_zeros, None, *nothing
+        # Without a bias, a scale of the result, or an operation after it.
+        rest = (None, 1.0, 0, dtype, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise.default(
+            ints_TI, 1.0, 0, self.packed, self.scale_O, self.no_zeros, *rest
         )
 
     def _finish(self, products_TO: Tensor, step_T1: Tensor) -> Tensor:
@@ -152,7 +155,9 @@ class WideInt8Linear(_Quantised):
         """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
         scale_O = self.scale_O.to(x_TI.dtype)
         if x_TI.shape[0] <= self.FEW_ROWS and self.in_features % self.ALIGNED == 0:
-            out_TO = torch.ops.aten._weight_int8pack_mm(x_TI.contiguous(), self.plain_OI, scale_O)
+            out_TO = torch.ops.aten._weight_int8pack_mm.default(
+                x_TI.contiguous(), self.plain_OI, scale_O
+            )
         else:
             pieces = self.plain_OI.split(max(1, PIECE // self.in_features))
             out_TO = torch.cat([F.linear(x_TI, piece.to(x_TI.dtype)) for piece in pieces], 1)

@@ -107,7 +107,7 @@ def rounded_layer(weight_OI: Tensor, bias_O: Tensor | None, kind: Kind) -> Quant
     """Round a matrix to the nearest, and build its layer."""
     if kind.bits == 8:
         return int8_linear(round_channels(weight_OI), bias_O)
-    return Int4Linear(round_groups(weight_OI, kind.group_size), bias_O)
+    return Int4Linear.of(round_groups(weight_OI, kind.group_size), bias_O)
 
 
 def weights_of(model: Qwen2VL, name: str) -> tuple[Tensor, Tensor | None]:

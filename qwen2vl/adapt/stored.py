@@ -65,7 +65,7 @@ def stored_layer(
     groups = group_I.view(-1, kind.group_size)
     _demand(bool((groups == groups[:, :1]).all()), "desc_act is false", "g_idx out of order")
     group_G = groups[:, 0]  # of each of our groups, which may be parts of the stored ones
-    return Int4Linear(
+    return Int4Linear.of(
         Groups(ints_OI=ints_OI, scale_GO=scale_GO[group_G], zero_GO=zero_GO[group_G]), bias_O
     )
 
