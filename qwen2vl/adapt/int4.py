@@ -129,7 +129,8 @@ class Int4Linear(nn.Module):
         """Widen some outputs at a time, and multiply by each strip."""
         block = _block()
         assert block is not None
-        scale_GO, shift_GO = self.scales_and_shifts.unbind(-1)
+        # Neighbours in memory again: every second number would be read one by one.
+        scale_GO, shift_GO = (part.contiguous() for part in self.scales_and_shifts.unbind(-1))
         # q * scale + shift, without the middle that would have to be subtracted first.
         shift_GO = (shift_GO.float() - MIDDLE * scale_GO.float()).to(x_TI.dtype)
         scale_GO = scale_GO.to(x_TI.dtype)
