@@ -42,7 +42,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 NANO_LINE = (
-    "nano reads short lines of text, names, counts and finds coloured shapes, and follows simple "
+    "nano reads lines of text, names and finds coloured shapes, and follows simple "
     "motion; for photographs use --model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)"
 )
 
