@@ -245,7 +245,16 @@ def _choose_dtype(
                 )
             return chosen
     assert available is not None
-    raise CapacityError(_too_small(needs[-1], allowed[-1], available, max_model_len, max_pixels))
+    ways = [f"lower max_model_len ({max_model_len:,}) or max_pixels ({max_pixels:,})"]
+    if needs[-1].weights >= available:
+        ways.clear()  # these would not do
+    if allowed[-1] == torch.float32:
+        ways.append("use dtype bfloat16")
+    if device.type == "cpu" and not kinds:
+        ways.append("quantize to int8 or int4")
+    raise CapacityError(
+        _too_small(needs[-1], allowed[-1], available, [*ways, "use a smaller model"])
+    )
 
 
 def preferred_dtypes(device: torch.device) -> list[torch.dtype]:
@@ -261,14 +270,7 @@ def _has_native_bf16() -> bool:
     return cpuinfo.is_file() and not _NATIVE_BF16.isdisjoint(cpuinfo.read_text().split())
 
 
-def _too_small(
-    need: MemoryNeed, dtype: torch.dtype, available: int, max_model_len: int, max_pixels: int
-) -> str:
-    ways = ["use a smaller model"]
-    if dtype == torch.float32:
-        ways.insert(0, "use dtype bfloat16")
-    if need.weights < available:
-        ways.insert(0, f"lower max_model_len ({max_model_len:,}) or max_pixels ({max_pixels:,})")
+def _too_small(need: MemoryNeed, dtype: torch.dtype, available: int, ways: list[str]) -> str:
     return (
         f"the model needs {_gib(need.total)} in {str(dtype).removeprefix('torch.')} = "
         f"{_gib(need.weights)} weights + {_gib(need.cache)} cache + {_gib(need.activation)} "

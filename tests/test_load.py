@@ -198,13 +198,30 @@ def test_too_little_memory_is_said_with_numbers(
     ("available", "text"),
     [
         (9 * GIB, r"lower max_model_len \(32,768\) or max_pixels \(12,845,056\), or use dtype bf"),
-        (5 * GIB, "but 5.0 GiB are available; use dtype bfloat16, or use a smaller model"),
+        (
+            5 * GIB,
+            "but 5.0 GiB are available; use dtype bfloat16, or quantize to int8 or int4, or use a",
+        ),
     ],
 )
 def test_the_ways_out(monkeypatch: pytest.MonkeyPatch, available: int, text: str) -> None:
     monkeypatch.setattr(room, "memory_available", lambda _: available)
     with pytest.raises(CapacityError, match=text):
         room._choose_dtype(PRESETS["2B"], torch.device("cpu"), "float32", 32_768, 12_845_056)
+
+
+def test_a_quantised_model_needs_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(folder)
+    need = memory_needed(config, torch.bfloat16, 100, 0)
+    monkeypatch.setattr(room, "memory_available", lambda _: need.total - 1)
+    options = {"dtype": "bfloat16", "max_model_len": 100}
+    with pytest.raises(CapacityError, match="quantize to int8 or int4, or use a smaller model"):
+        load_model(folder, config, **options)  # type: ignore[arg-type]
+    for mode in ("int8", "int4"):
+        load_model(folder, config, quantize=mode, **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(room, "memory_available", lambda _: 2**16)
+    with pytest.raises(CapacityError, match="are available; use a smaller model"):
+        load_model(folder, config, quantize="int8", **options)  # type: ignore[arg-type]
 
 
 def test_less_context_needs_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
