@@ -23,8 +23,8 @@ import torch
 from record import line
 from torch import Tensor
 
-from qwen2vl.adapt.join import join_siblings
-from qwen2vl.adapt.quantise import is_of_decoder, quantise_layer, recipe
+from qwen2vl.adapt.join import siblings
+from qwen2vl.adapt.quantise import is_of_decoder, quantise_layers, recipe
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import PRESETS
 from qwen2vl.convert import quantise_folder
@@ -117,10 +117,9 @@ def decoder(mode: str | None) -> Qwen2VL:
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.02)
-    for name, kind in recipe(model, mode).items() if mode else ():  # type: ignore[arg-type]
-        if is_of_decoder(name):
-            quantise_layer(model, name, kind)
-    join_siblings(model)
+    for names, kind in siblings(recipe(model, mode)) if mode else ():  # type: ignore[arg-type]
+        if is_of_decoder(names[0]):
+            quantise_layers(model, names, kind)
     multiply_single_rows(model)
     return model.eval()
 

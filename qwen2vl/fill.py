@@ -8,12 +8,12 @@ of a rounded one not even the first. Next room: load.py, which says in which ord
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
-from qwen2vl.adapt.quantise import HEAD, Kind, Mode, put_layer, recipe
+from qwen2vl.adapt.quantise import HEAD, Kind, Mode, put_layers, recipe
 from qwen2vl.adapt.stored import stored_kind, stored_layer
 from qwen2vl.errors import InputError
 from qwen2vl.model import Qwen2VL
@@ -107,21 +107,26 @@ def fill_layer(model: Qwen2VL, tensors: TensorFolder, name: str) -> None:
     layer.load_state_dict(state, strict=True, assign=True)
 
 
-def put_stored(model: Qwen2VL, tensors: TensorFolder, name: str, kind: Kind) -> None:
-    """Replace a layer by one of the integers that are stored for it.
+def put_stored(model: Qwen2VL, tensors: TensorFolder, names: Sequence[str], kind: Kind) -> None:
+    """Replace a layer, or siblings, by one of the integers that are stored for them.
 
     Raises:
         CheckpointError: zeros or groups are not what config.json says of them.
     """
-    empty = model.get_submodule(name)
-    assert isinstance(empty, nn.Linear)
-    matrix = tensors.matrix(name)
+    matrices = [tensors.matrix(name) for name in names]
+    biases = [tensors[f"{name}.bias"] for name in names if _has_bias(model, name)]
     layer = stored_layer(
-        matrix.ints_OI,
-        matrix.scale_GO,
-        matrix.zero_GO,
-        matrix.group_I,
-        None if empty.bias is None else tensors[f"{name}.bias"],
+        torch.cat([matrix.ints_OI for matrix in matrices]),
+        torch.cat([matrix.scale_GO for matrix in matrices], 1),
+        torch.cat([matrix.zero_GO for matrix in matrices], 1),
+        [matrix.group_I for matrix in matrices],
+        torch.cat(biases) if biases else None,
         kind,
     )
-    put_layer(model, name, layer)
+    put_layers(model, names, layer)
+
+
+def _has_bias(model: Qwen2VL, name: str) -> bool:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer.bias is not None

@@ -2,9 +2,9 @@
 
 In visible order: find the folder, read what it is, refuse what cannot work (another model's
 tensors, too little memory), build the model on the meta device, fill it from disk. Layers of
-small integers follow one by one: those that are stored so are replaced, those that shall become so
-are filled, merged with an adapter, rounded, replaced, and joined with their siblings. Nothing
-large is read before everything small has been checked. Next rooms: engine/, train/.
+small integers follow one by one, or with their siblings: those that are stored so are replaced,
+those that shall become so are filled, merged with an adapter, rounded, replaced. Nothing large is
+read before everything small has been checked. Next rooms: engine/, train/.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Literal
 
 import torch
 
-from qwen2vl.adapt.join import join_siblings
+from qwen2vl.adapt.join import siblings
 from qwen2vl.adapt.lora import LoraFactors, merge_lora, read_lora
-from qwen2vl.adapt.quantise import Kind, Mode, quantise_layer
+from qwen2vl.adapt.quantise import Kind, Mode, quantise_layers
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CapacityError, CheckpointError, InputError
@@ -161,13 +161,13 @@ def load_model(
     factors = {} if adapter is None else _read_lora(adapter, model, stored)
     fill(model, tensors, place, chosen, later=stored | rounded)
     merge_lora(model, {name: f for name, f in factors.items() if name not in rounded})
-    for name, kind in stored.items():
-        put_stored(model, tensors, name, kind)
-    for name, kind in rounded.items():
-        fill_layer(model, tensors, name)
-        merge_lora(model, {name: factors[name]} if name in factors else {})
-        quantise_layer(model, name, kind)
-    join_siblings(model)
+    for names, kind in siblings(stored):
+        put_stored(model, tensors, names, kind)
+    for names, kind in siblings(rounded):
+        for name in names:
+            fill_layer(model, tensors, name)
+        merge_lora(model, {name: factors[name] for name in names if name in factors})
+        quantise_layers(model, names, kind)
     if place.type == "cpu" and chosen == torch.bfloat16:
         multiply_single_rows(model)
     return model.eval()

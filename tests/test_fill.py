@@ -14,8 +14,8 @@ from torch import nn
 import qwen2vl
 from qwen2vl.adapt.int4 import Int4Linear
 from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
-from qwen2vl.adapt.join import Share
-from qwen2vl.adapt.quantise import QuantisedLinear, describe
+from qwen2vl.adapt.join import QuantisedLinear, Share
+from qwen2vl.adapt.quantise import describe
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.fill import rounded_kinds, stored_kinds

@@ -13,7 +13,6 @@ Letters: T rows, O outputs, I inputs, G groups of inputs. Next room: quantise.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -48,45 +47,18 @@ class Int4Linear(nn.Module):
     scales_and_shifts: Tensor  # (G, padded O, 2)
     bias_O: Tensor | None
 
-    def __init__(
-        self,
-        packed: Tensor,
-        scales_and_shifts: Tensor,
-        bias_O: Tensor | None,
-        *,
-        out_features: int,
-    ) -> None:
+    def __init__(self, rounded: Groups, bias_O: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = out_features, 2 * packed.shape[1]
-        self.group_size = self.in_features // len(scales_and_shifts)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales_and_shifts", scales_and_shifts)
-        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
-
-    @classmethod
-    def of(cls, rounded: Groups, bias_O: Tensor | None) -> Int4Linear:
-        """Pack a rounded matrix."""
-        missing = -len(rounded.ints_OI) % PAD_TO
+        self.out_features, self.in_features = rounded.ints_OI.shape
+        self.group_size = rounded.group_size
+        missing = -self.out_features % PAD_TO
+        self.register_buffer("packed", _pack(F.pad(rounded.ints_OI, (0, 0, 0, missing))))
         scale_GO = rounded.scale_GO.to(torch.bfloat16)
         # Made of the rounded scale, so that a weight of zero stays as near to zero as can be.
         shift_GO = (MIDDLE - rounded.zero_GO.float()) * scale_GO.float()
         both = torch.stack((scale_GO, shift_GO.to(torch.bfloat16)), -1)
-        return cls(
-            _pack(F.pad(rounded.ints_OI, (0, 0, 0, missing))),
-            F.pad(both, (0, 0, 0, missing)),
-            bias_O,
-            out_features=len(rounded.ints_OI),
-        )
-
-    @classmethod
-    def joined(cls, layers: Sequence[Int4Linear], bias_O: Tensor | None) -> Int4Linear:
-        """Put the outputs of several layers, none of them padded, side by side."""
-        return cls(
-            torch.cat([layer.packed for layer in layers]),
-            torch.cat([layer.scales_and_shifts for layer in layers], 1),
-            bias_O,
-            out_features=sum(layer.out_features for layer in layers),
-        )
+        self.register_buffer("scales_and_shifts", F.pad(both, (0, 0, 0, missing)))
+        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
 
     def integers(self) -> Tensor:
         """Give the weights as they were rounded, (O, I) uint8."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwen2vl.adapt.rounding import PIECE, Channels
+from qwen2vl.adapt.rounding import Channels
 
 __all__ = ["Int8Linear", "WideInt8Linear", "has_integer_products", "int8_linear"]
 
@@ -136,6 +136,8 @@ class WideInt8Linear(_Quantised):
     # Beyond these rows widening the matrix once is cheaper than widening it row by row.
     FEW_ROWS = 16
 
+    STRIP = 2**22  # numbers that are widened at once
+
     # torch's operator for few rows reads past the end of other widths, and crashes.
     ALIGNED = 32
 
@@ -159,7 +161,7 @@ class WideInt8Linear(_Quantised):
                 x_TI.contiguous(), self.plain_OI, scale_O
             )
         else:
-            pieces = self.plain_OI.split(max(1, PIECE // self.in_features))
+            pieces = self.plain_OI.split(max(1, self.STRIP // self.in_features))
             out_TO = torch.cat([F.linear(x_TI, piece.to(x_TI.dtype)) for piece in pieces], 1)
             out_TO *= scale_O
         return out_TO if self.bias_O is None else out_TO + self.bias_O.to(x_TI.dtype)

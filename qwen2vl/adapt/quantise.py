@@ -6,21 +6,24 @@ Which layer becomes what is one table, `recipe`:
     int8    8 bits                       8 bits  8 bits
     int4    4 bits in groups of inputs   8 bits  8 bits
 
-The head stays at 8 bits in both, as 4 would cost accuracy and save no time. Embeddings, norms,
-biases and the patch embedding are never quantised: they are small, or looked up and not
-multiplied. A tied head gets a layer of its own beside the embedding. A model so changed answers;
-it can neither be trained nor saved. Next room: calibrate.py, which rounds with more care.
+The head stays at 8 bits, as 4 would cost accuracy and save no time. Embeddings, norms, biases and
+the patch embedding are small, or looked up, and stay whole; a tied head gets a layer of its own.
+Layers that read the same input are joined (join.py). A model so changed answers; it can neither be
+trained nor saved. Next room: calibrate.py, which rounds with more care.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from qwen2vl.adapt.int4 import GROUP_SIZES, PAD_TO, Int4Linear
-from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear, int8_linear
+from qwen2vl.adapt.int8 import int8_linear
+from qwen2vl.adapt.join import Joined, QuantisedLinear, Share, siblings
 from qwen2vl.adapt.rounding import round_channels, round_groups
 from qwen2vl.errors import InputError
 from qwen2vl.model import Qwen2VL
@@ -30,14 +33,12 @@ __all__ = [
     "MODES",
     "Kind",
     "Mode",
-    "QuantisedLinear",
     "describe",
     "is_of_decoder",
-    "put_layer",
+    "put_layers",
     "quantise",
-    "quantise_layer",
+    "quantise_layers",
     "recipe",
-    "rounded_layer",
     "weights_of",
 ]
 
@@ -45,8 +46,6 @@ Mode = Literal["int8", "int4"]
 MODES: tuple[Mode, ...] = ("int8", "int4")
 
 HEAD = "lm_head"
-
-QuantisedLinear = Int8Linear | WideInt8Linear | Int4Linear
 
 
 class Kind(NamedTuple):
@@ -93,21 +92,22 @@ def quantise(model: Qwen2VL, mode: Mode) -> None:
     Raises:
         InputError: no such mode.
     """
-    for name, kind in recipe(model, mode).items():
-        quantise_layer(model, name, kind)
+    for names, kind in siblings(recipe(model, mode)):
+        quantise_layers(model, names, kind)
 
 
-def quantise_layer(model: Qwen2VL, name: str, kind: Kind) -> None:
-    """Replace one linear layer, whose weights are there, by a quantised one."""
-    weight_OI, bias_O = weights_of(model, name)
-    put_layer(model, name, rounded_layer(weight_OI, bias_O, kind))
-
-
-def rounded_layer(weight_OI: Tensor, bias_O: Tensor | None, kind: Kind) -> QuantisedLinear:
-    """Round a matrix to the nearest, and build its layer."""
+def quantise_layers(model: Qwen2VL, names: Sequence[str], kind: Kind) -> None:
+    """Replace one linear layer, or siblings, whose weights are there, by a quantised one."""
+    weights, biases = zip(*(weights_of(model, name) for name in names), strict=True)
+    weight_OI, bias_O = weights[0], biases[0]
+    if len(names) > 1:
+        weight_OI = torch.cat(weights)
+        bias_O = None if bias_O is None else torch.cat(biases)
     if kind.bits == 8:
-        return int8_linear(round_channels(weight_OI), bias_O)
-    return Int4Linear.of(round_groups(weight_OI, kind.group_size), bias_O)
+        layer = int8_linear(round_channels(weight_OI), bias_O)
+    else:
+        layer = Int4Linear(round_groups(weight_OI, kind.group_size), bias_O)
+    put_layers(model, names, layer)
 
 
 def weights_of(model: Qwen2VL, name: str) -> tuple[Tensor, Tensor | None]:
@@ -119,13 +119,20 @@ def weights_of(model: Qwen2VL, name: str) -> tuple[Tensor, Tensor | None]:
     return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
-def put_layer(model: Qwen2VL, name: str, layer: QuantisedLinear) -> None:
-    """Put a layer where a linear one was, or where a tied head has none."""
-    if name == HEAD:
+def put_layers(model: Qwen2VL, names: Sequence[str], layer: QuantisedLinear) -> None:
+    """Put a layer where linear ones were, or where a tied head has none."""
+    if list(names) == [HEAD]:
         # The model only ever calls it, as every module.
         model.lm_head = cast("nn.Linear", layer)
-    else:
-        model.set_submodule(name, layer)
+        return
+    if len(names) == 1:
+        model.set_submodule(names[0], layer)
+        return
+    joined, start = Joined(layer), 0
+    for name in names:
+        stop = start + len(weights_of(model, name)[0])
+        model.set_submodule(name, Share(joined, start, stop))
+        start = stop
 
 
 def describe(model: Qwen2VL) -> str:

@@ -9,12 +9,15 @@ It must not know files; load.py hands over what weights/ has unpacked. Next room
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from qwen2vl.adapt.int4 import GROUP_SIZES, Int4Linear
 from qwen2vl.adapt.int8 import int8_linear
-from qwen2vl.adapt.quantise import Kind, QuantisedLinear
+from qwen2vl.adapt.join import QuantisedLinear
+from qwen2vl.adapt.quantise import Kind
 from qwen2vl.adapt.rounding import Channels, Groups
 from qwen2vl.errors import CheckpointError
 
@@ -49,11 +52,19 @@ def stored_layer(
     ints_OI: Tensor,
     scale_GO: Tensor,
     zero_GO: Tensor,
-    group_I: Tensor,
+    groups: Sequence[Tensor],
     bias_O: Tensor | None,
     kind: Kind,
 ) -> QuantisedLinear:
-    """Build the layer that `stored_kind` found, of integers from 0 to 15 or 255.
+    """Build the layer that `stored_kind` found.
+
+    Args:
+        ints_OI: from 0 to 15 or 255; of siblings, their outputs one after the other.
+        scale_GO: of each stored group.
+        zero_GO: likewise.
+        groups: of each layer in it, the stored group of each input.
+        bias_O: of the layer, if it has one.
+        kind: what was found.
 
     Raises:
         CheckpointError: zeros or groups are not what config.json says of them.
@@ -62,10 +73,12 @@ def stored_layer(
         _demand(bool((zero_GO == MIDDLE).all()), "sym is true", f"zeros other than {MIDDLE}")
         centred_OI = (ints_OI.to(torch.int16) - MIDDLE).to(torch.int8)
         return int8_linear(Channels(ints_OI=centred_OI, scale_O=scale_GO[0]), bias_O)
-    groups = group_I.view(-1, kind.group_size)
-    _demand(bool((groups == groups[:, :1]).all()), "desc_act is false", "g_idx out of order")
-    group_G = groups[:, 0]  # of each of our groups, which may be parts of the stored ones
-    return Int4Linear.of(
+    ours = groups[0].view(-1, kind.group_size)  # our groups may be parts of the stored ones
+    is_ordered = bool((ours == ours[:, :1]).all())
+    is_ordered &= all(torch.equal(group_I, groups[0]) for group_I in groups)
+    _demand(is_ordered, "desc_act is false", "g_idx out of order")
+    group_G = ours[:, 0]
+    return Int4Linear(
         Groups(ints_OI=ints_OI, scale_GO=scale_GO[group_G], zero_GO=zero_GO[group_G]), bias_O
     )
 

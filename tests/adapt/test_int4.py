@@ -20,7 +20,7 @@ def make(shape: tuple[int, int, int], *, bias: bool = True) -> tuple[Int4Linear,
     outputs, inputs, size = shape
     rounded = round_groups(torch.randn(outputs, inputs) * 0.05, size)
     bias_O = torch.randn(outputs) * 0.1 if bias else None
-    return Int4Linear.of(rounded, bias_O), rounded, bias_O
+    return Int4Linear(rounded, bias_O), rounded, bias_O
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -88,7 +88,7 @@ def test_every_level_and_zero() -> None:
     ints_OI = torch.arange(16, dtype=torch.uint8).repeat(16, 4)
     zero_GO = torch.arange(16, dtype=torch.uint8).expand(2, -1)
     scale_GO = torch.full((2, 16), 0.25)
-    layer = Int4Linear.of(Groups(ints_OI=ints_OI, scale_GO=scale_GO, zero_GO=zero_GO), None)
+    layer = Int4Linear(Groups(ints_OI=ints_OI, scale_GO=scale_GO, zero_GO=zero_GO), None)
     want_OI = (ints_OI.float() - torch.arange(16.0)[:, None]) * 0.25
     assert torch.equal(layer.dequantised(), want_OI)
     one_II = torch.eye(64)

@@ -9,66 +9,65 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen2vl.adapt.int4 import Int4Linear
-from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
-from qwen2vl.adapt.join import Joined, Share, join_siblings
-from qwen2vl.adapt.quantise import MODES, Kind, Mode, quantise, quantise_layer, recipe
-from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.adapt.join import Joined, QuantisedLinear, Share, siblings
+from qwen2vl.adapt.quantise import MODES, Mode, quantise, quantise_layers, recipe
+from qwen2vl.model import Qwen2VL
 from tests.adapt.test_quantise import logits_of
-from tests.tiny import tiny_config, tiny_model
-
-NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+from tests.tiny import tiny_model
 
 
-def wide_config() -> Qwen2VLConfig:
-    """Make q, k and v multiples of 64 outputs, as those of the official models are."""
-    raw = tiny_config().to_dict() | {"num_attention_heads": 4, "num_key_value_heads": 4}
-    return Qwen2VLConfig.from_dict(raw)
+def apart(model: Qwen2VL, mode: Mode) -> None:
+    """Quantise every layer by itself."""
+    for name, kind in recipe(model, mode).items():
+        quantise_layers(model, [name], kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_answers_are_the_same_to_the_bit(mode: Mode, dtype: torch.dtype) -> None:
-    model = tiny_model(config=wide_config()).to(dtype)
-    quantise(model, mode)
-    want = {tokens: logits_of(model, tokens) for tokens in (4, 8, 60)}
-    matrices = {n: model.get_submodule(f"model.layers.1.{n}").dequantised() for n in NAMES}  # type: ignore[union-attr,operator]
-    join_siblings(model)
-    for name in NAMES:
-        share = model.get_submodule(f"model.layers.1.{name}")
-        assert isinstance(share, Share)
-        assert torch.equal(share.dequantised(), matrices[name])
-    for tokens, want_TV in want.items():
-        assert torch.equal(logits_of(model, tokens), want_TV)
+    joined, alone = tiny_model().to(dtype), tiny_model().to(dtype)
+    kinds = recipe(alone, mode)
+    quantise(joined, mode)
+    apart(alone, mode)
+    for name in kinds:
+        ours, theirs = joined.get_submodule(name), alone.get_submodule(name)
+        assert isinstance(ours, QuantisedLinear | Share)
+        assert isinstance(theirs, QuantisedLinear)
+        assert torch.equal(ours.integers(), theirs.integers())
+        assert torch.equal(ours.dequantised(), theirs.dequantised())
+    for tokens in (4, 8, 60):
+        assert torch.equal(logits_of(joined, tokens), logits_of(alone, tokens))
 
 
 def test_a_block_has_four_layers_then() -> None:
-    model = tiny_model(config=wide_config())
+    model = tiny_model()
     quantise(model, "int4")
-    join_siblings(model)
-    kinds = (Int4Linear, Int8Linear, WideInt8Linear)
-    layers = [m for m in model.model.layers[0].modules() if isinstance(m, kinds)]
+    names = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    shares = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Share)}
+    assert shares == names
+    layers = [m for m in model.model.layers[0].modules() if isinstance(m, QuantisedLinear)]
     assert len(layers) == 4
 
 
-def test_padded_layers_stay_alone() -> None:
-    model = tiny_model()  # k and v have 32 outputs, which 4 bits are padded for
-    quantise(model, "int4")
-    join_siblings(model)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, Int4Linear)
-    assert isinstance(model.model.layers[0].mlp.up_proj, Share)
-
-
-def test_layers_of_different_kinds_stay_alone() -> None:
-    model = tiny_model()
-    for name, kind in recipe(model, "int8").items():
-        if "q_proj" not in name:
-            quantise_layer(model, name, kind)
-    quantise_layer(model, "model.layers.0.self_attn.q_proj", Kind(4, 32))
-    join_siblings(model)
-    assert not isinstance(model.model.layers[0].self_attn.k_proj, Share)
-    assert isinstance(model.model.layers[1].self_attn.q_proj, nn.Linear)
-    assert isinstance(model.model.layers[1].mlp.gate_proj, Share)
+def test_only_layers_of_one_kind_are_siblings() -> None:
+    kinds = {
+        "a.q_proj": 8,
+        "a.k_proj": 4,
+        "a.v_proj": 8,
+        "a.o_proj": 8,
+        "b.q_proj": 8,
+        "b.gate_proj": 4,
+        "b.up_proj": 4,
+        "lm_head": 8,
+    }
+    assert siblings(kinds) == [
+        (("a.q_proj", "a.v_proj"), 8),
+        (("a.k_proj",), 4),
+        (("a.o_proj",), 8),
+        (("b.q_proj",), 8),
+        (("b.gate_proj", "b.up_proj"), 4),
+        (("lm_head",), 8),
+    ]
 
 
 class Counting(nn.Module):
@@ -105,8 +104,7 @@ def test_the_first_computes_and_the_last_forgets() -> None:
 
 
 def test_a_joined_layer_is_held_once() -> None:
-    model = tiny_model(config=wide_config())
-    quantise(model, "int8")
-    held = sum(b.numel() for b in model.buffers())
-    join_siblings(model)
-    assert sum(b.numel() for b in model.buffers()) == held
+    joined, alone = tiny_model(), tiny_model()
+    quantise(joined, "int8")
+    apart(alone, "int8")
+    assert sum(b.numel() for b in joined.buffers()) == sum(b.numel() for b in alone.buffers())

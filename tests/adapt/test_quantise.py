@@ -6,12 +6,11 @@ from torch import Tensor, nn
 
 from qwen2vl.adapt.int4 import Int4Linear
 from qwen2vl.adapt.int8 import int8_linear
-from qwen2vl.adapt.join import Share, join_siblings
+from qwen2vl.adapt.join import QuantisedLinear, Share
 from qwen2vl.adapt.quantise import (
     MODES,
     Kind,
     Mode,
-    QuantisedLinear,
     describe,
     quantise,
     recipe,
@@ -35,7 +34,11 @@ def dequantised(model: Qwen2VL) -> Qwen2VL:
         plain.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
     state = {n: p.float() for n, p in model.named_parameters()}
     for name, module in model.named_modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, Share):
+            state[f"{name}.weight"] = module.dequantised()
+            if module.layer.bias_O is not None:
+                state[f"{name}.bias"] = module.layer.bias_O[module.start : module.stop]
+        elif isinstance(module, QuantisedLinear) and not name.endswith(".layer"):
             state[f"{name}.weight"] = module.dequantised()
             if module.bias_O is not None:
                 state[f"{name}.bias"] = module.bias_O
@@ -106,10 +109,11 @@ def test_every_linear_layer_is_replaced_and_nothing_else(mode: Mode, tied: bool)
     kinds = recipe(model, mode)
     quantise(model, mode)
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
-    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}
-    assert set(found) == set(kinds)
-    for name, layer in found.items():
-        assert isinstance(layer, Int4Linear) == (kinds[name].bits == 4)
+    for name, kind in kinds.items():
+        layer = model.get_submodule(name)
+        own = layer.layer if isinstance(layer, Share) else layer
+        assert isinstance(own, QuantisedLinear)
+        assert isinstance(own, Int4Linear) == (kind.bits == 4)
     kept = dict(model.named_parameters())
     assert set(kept) == {n for n in before if n.rpartition(".")[0] not in kinds}
     assert all(kept[name] is before[name] for name in kept)
@@ -137,10 +141,10 @@ def test_the_description_tells_arithmetic_apart() -> None:
     model = tiny_model()
     assert describe(model) == ""
     quantise(model, "int8")
-    assert describe(model) == f"visual: 10 {INT8}, model: 14 {INT8}, lm_head: 1 {INT8}"
+    assert describe(model) == f"visual: 10 {INT8}, model: 8 {INT8}, lm_head: 1 {INT8}"
     model = tiny_model()
     quantise(model, "int4")
-    assert describe(model) == f"visual: 10 {INT8}, model: 14 int4/64, lm_head: 1 {INT8}"
+    assert describe(model) == f"visual: 10 {INT8}, model: 8 int4/64, lm_head: 1 {INT8}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -148,14 +152,14 @@ def test_the_description_tells_arithmetic_apart() -> None:
 def test_loading_quantises_as_quantise_does(mode: Mode, dtype: str) -> None:
     loaded, _ = load("nano", dtype=dtype, quantize=mode)  # type: ignore[arg-type]
     made, _ = load("nano", dtype=dtype)  # type: ignore[arg-type]
+    whole, _ = load("nano", dtype=dtype)  # type: ignore[arg-type]
     quantise(made, mode)
-    for name, layer in made.named_modules():
-        if isinstance(layer, QuantisedLinear):
-            ours = loaded.get_submodule(name)
-            assert isinstance(ours, QuantisedLinear | Share)
-            assert torch.equal(ours.integers(), layer.integers())
-            assert torch.equal(ours.dequantised(), layer.dequantised())
-    assert torch.equal(logits_of(loaded), logits_of(made))
-    join_siblings(made)
     assert describe(loaded) == describe(made)
+    for name in recipe(whole, mode):
+        ours, theirs = loaded.get_submodule(name), made.get_submodule(name)
+        assert isinstance(ours, QuantisedLinear | Share)
+        assert isinstance(theirs, QuantisedLinear | Share)
+        assert torch.equal(ours.integers(), theirs.integers())
+        assert torch.equal(ours.dequantised(), theirs.dequantised())
+    assert torch.equal(logits_of(loaded), logits_of(made))
     assert loaded.dtype == getattr(torch, dtype)

@@ -48,7 +48,7 @@ def test_groups_of_any_size(seed: int, inputs: int, size: int) -> None:
     scale_GO = torch.randint(1, 9, (groups, 24), generator=generator) / 64
     zero_GO = torch.randint(0, 17, (groups, 24), generator=generator)
     group_I = torch.arange(inputs) // size
-    layer = stored_layer(ints_OI, scale_GO, zero_GO, group_I, None, kind)
+    layer = stored_layer(ints_OI, scale_GO, zero_GO, [group_I], None, kind)
     want_OI = (ints_OI - zero_GO[group_I].T) * scale_GO[group_I].T
     assert torch.equal(layer.dequantised(), want_OI)
 
@@ -57,7 +57,7 @@ def test_eight_bits_are_centred() -> None:
     ints_OI = torch.arange(256, dtype=torch.uint8).view(4, 64)
     scale_GO, zero_GO = torch.tensor([[1.0, 2.0, 0.5, 0.25]]), torch.full((1, 4), 128)
     bias_O = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    layer = stored_layer(ints_OI, scale_GO, zero_GO, torch.zeros(64).long(), bias_O, Kind(8))
+    layer = stored_layer(ints_OI, scale_GO, zero_GO, [torch.zeros(64).long()], bias_O, Kind(8))
     want_OI = (ints_OI.float() - 128) * scale_GO.T
     assert torch.equal(layer.dequantised(), want_OI)
     x_TI = torch.randn(3, 64)
