@@ -140,7 +140,7 @@ def test_a_folder_is_never_saved_without_words(tmp_path: Path) -> None:
 
 
 def test_a_missing_parent(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no folder .*; make it first"):
+    with pytest.raises(CheckpointError, match=r"there is no folder .*; make it first"):
         write_tiny(tmp_path / "no" / "such" / "model")
 
 
