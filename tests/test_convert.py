@@ -58,7 +58,7 @@ def test_settings_go_along(folder: Path, tmp_path: Path) -> None:
     assert config["quantization_config"] == {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": 64,
+        "group_size": 32,
         "version": "gemm",
         "zero_point": True,
         "modules_to_not_convert": ["visual"],

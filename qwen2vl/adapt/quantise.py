@@ -47,6 +47,9 @@ MODES: tuple[Mode, ...] = ("int8", "int4")
 
 HEAD = "lm_head"
 
+# Narrow models feel rounding more: a row has at least so many groups, or the smallest.
+MIN_GROUPS = 6
+
 
 class Kind(NamedTuple):
     """How a layer is quantised."""
@@ -155,4 +158,6 @@ def is_of_decoder(name: str) -> bool:
 
 def _group_size(widths: list[int]) -> int:
     """Find the largest group that divides all; one size for a model, as folders record it."""
-    return next(size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
+    fitting = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
+    few = min(GROUP_SIZES)
+    return next((size for size in fitting if MIN_GROUPS * size <= min(widths, default=few)), few)

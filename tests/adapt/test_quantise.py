@@ -11,12 +11,13 @@ from qwen2vl.adapt.quantise import (
     MODES,
     Kind,
     Mode,
+    _group_size,
     describe,
     quantise,
     recipe,
 )
 from qwen2vl.adapt.rounding import round_channels
-from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.config import PRESETS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.load import load
@@ -72,7 +73,22 @@ def test_the_recipe(tied: bool) -> None:
     four = recipe(model, "int4")
     assert set(four) == linear | {"lm_head"}
     for name, kind in four.items():
-        assert kind == (Kind(4, 64) if name.startswith("model.") else Kind(8))
+        assert kind == (Kind(4, 32) if name.startswith("model.") else Kind(8))
+
+
+@pytest.mark.parametrize(("size", "group"), [("2B", 128), ("7B", 128), ("72B", 128)])
+def test_the_official_models_have_the_official_groups(size: str, group: int) -> None:
+    with torch.device("meta"):
+        model = Qwen2VL(PRESETS[size])
+    assert recipe(model, "int4")["model.layers.0.mlp.down_proj"] == Kind(4, group)
+
+
+@pytest.mark.parametrize(
+    ("widths", "group"),
+    [([192, 512], 32), ([384, 512], 64), ([768, 3072], 128), ([768, 800], 32), ([64], 32)],
+)
+def test_narrow_models_have_smaller_groups(widths: list[int], group: int) -> None:
+    assert _group_size(widths) == group
 
 
 def test_layers_that_no_group_divides_keep_eight_bits() -> None:
@@ -144,7 +160,7 @@ def test_the_description_tells_arithmetic_apart() -> None:
     assert describe(model) == f"visual: 10 {INT8}, model: 8 {INT8}, lm_head: 1 {INT8}"
     model = tiny_model()
     quantise(model, "int4")
-    assert describe(model) == f"visual: 10 {INT8}, model: 8 int4/64, lm_head: 1 {INT8}"
+    assert describe(model) == f"visual: 10 {INT8}, model: 8 int4/32, lm_head: 1 {INT8}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

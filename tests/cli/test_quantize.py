@@ -19,12 +19,12 @@ def test_int4_by_drawn_examples(run: Run, tiny_folder: Path, tmp_path: Path) -> 
     lines = result.stdout.splitlines()
     assert lines[0].startswith("model: small (")
     assert lines[1] == (
-        "the decoder has 4 bits, a scale for 64 inputs (AWQ); head and vision tower are rounded to "
+        "the decoder has 4 bits, a scale for 32 inputs (AWQ); head and vision tower are rounded to "
         "8 bits as they are read"
     )
     assert lines[2] == "calibrated on 3 conversations"
     assert lines[3].startswith("try:   qwen2vl ask --model small")
-    assert "int4/64" in describe(qwen2vl.LLM(tmp_path / "small").model)
+    assert "int4/32" in describe(qwen2vl.LLM(tmp_path / "small").model)
     answer = run("ask", "--model", "small", "Hi", "--max-tokens", 2)
     assert answer.exit_code == 0
 
