@@ -60,14 +60,7 @@ def log_odds(model: Qwen2VL, questions: list[Batch]) -> Tensor:
     """Compute the log-probabilities of all words, at each token of each answer."""
     rows: list[Tensor] = []
     for batch in questions:
-        hidden_TD = model(
-            batch.input_ids_T,
-            batch.position_ids_3T,
-            batch.meta,
-            patches_NP=batch.patches_NP,
-            vision_meta=batch.vision_meta,
-            pad_index_M=batch.pad_index_M,
-        )
+        hidden_TD = batch.run(model)
         rows.append(model.logits(hidden_TD[batch.target_index_R]).float().log_softmax(-1))
     return torch.cat(rows)
 

@@ -127,14 +127,7 @@ def _forward_backward(config: TrainConfig, model: Qwen2VL, batch: Batch) -> Outc
     """Run one batch and leave its gradients on the parameters."""
     place = torch.device(config.device).type
     with torch.autocast(place, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        hidden_TD = model(
-            batch.input_ids_T,
-            batch.position_ids_3T,
-            batch.meta,
-            patches_NP=batch.patches_NP,
-            vision_meta=batch.vision_meta,
-            pad_index_M=batch.pad_index_M,
-        )
+        hidden_TD = batch.run(model)
         outcome = token_loss(hidden_TD, model.head_weight, batch, float(batch.weights_R.sum()))
     outcome.loss.backward()
     return outcome

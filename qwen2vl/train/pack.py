@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.geometry import AttnMeta, VisionMeta
+from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
 __all__ = ["Batch", "Example", "pack"]
@@ -48,6 +49,17 @@ class Batch:
     weights_R: Tensor  # (R,) float32
     owner_R: Tensor  # (R,) int64, which conversation of this batch
     families: tuple[str, ...]  # of each conversation
+
+    def run(self, model: Qwen2VL) -> Tensor:
+        """Let a model read all conversations in one forward: hidden_TD."""
+        return model(
+            self.input_ids_T,
+            self.position_ids_3T,
+            self.meta,
+            patches_NP=self.patches_NP,
+            vision_meta=self.vision_meta,
+            pad_index_M=self.pad_index_M,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy once to where the model is."""

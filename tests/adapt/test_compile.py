@@ -18,14 +18,7 @@ def test_compiled_parts_compute_the_same_loss_and_gradients() -> None:
     assert eager.state_dict().keys() == compiled.state_dict().keys()
     for model in (eager, compiled):
         model.requires_grad_(True)
-        hidden_TD = model(
-            batch.input_ids_T,
-            batch.position_ids_3T,
-            batch.meta,
-            patches_NP=batch.patches_NP,
-            vision_meta=batch.vision_meta,
-            pad_index_M=batch.pad_index_M,
-        )
+        hidden_TD = batch.run(model)
         token_loss(hidden_TD, model.head_weight, batch, 1.0).loss.backward()
     for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert a.grad is not None, name

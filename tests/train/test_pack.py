@@ -45,14 +45,7 @@ def conversations() -> list[Example]:
 def loss_and_gradients(batch: Batch, divisor: float) -> tuple[float, dict[str, torch.Tensor]]:
     model = tiny_model(seed=0)
     model.requires_grad_(True)
-    hidden_TD = model(
-        batch.input_ids_T,
-        batch.position_ids_3T,
-        batch.meta,
-        patches_NP=batch.patches_NP,
-        vision_meta=batch.vision_meta,
-        pad_index_M=batch.pad_index_M,
-    )
+    hidden_TD = batch.run(model)
     outcome = token_loss(hidden_TD, model.head_weight, batch, divisor)
     outcome.loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
