@@ -121,8 +121,8 @@ class Runner:
             cache.length = chunk.start
             caches.append(cache)
         meta = AttnMeta.build(
-            [len(chunk.ids) for chunk in chunks],
-            [chunk.start + len(chunk.ids) for chunk in chunks],
+            [chunk.num_ids for chunk in chunks],
+            [chunk.start + chunk.num_ids for chunk in chunks],
         )
         return self.model(
             torch.tensor(ids, device=self.device),
@@ -147,7 +147,7 @@ class Runner:
         wanted: list[int] = []
         end = 0
         for chunk in chunks:
-            end += len(chunk.ids)
+            end += chunk.num_ids
             wanted += range(end - chunk.num_sampled, end)
         if not wanted:
             return hidden_TD.new_empty(0, self.model.config.text.vocab_size)

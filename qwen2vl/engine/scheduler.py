@@ -54,6 +54,11 @@ class Chunk:
         return [*self.sequence.ids[self.start : self.stop], *self.drafts]
 
     @property
+    def num_ids(self) -> int:
+        """Count them, without making the list."""
+        return self.stop - self.start + len(self.drafts)
+
+    @property
     def num_sampled(self) -> int:
         """Rows at the end from which a next token is chosen; 0 when the prompt goes on."""
         return 1 + len(self.drafts) if self.stop == len(self.sequence.ids) else 0
@@ -81,7 +86,7 @@ class Plan:
     def largest(self) -> Sequence:
         """The sequence with most tokens in this step."""
         if self.chunks:
-            return max(self.chunks, key=lambda chunk: len(chunk.ids)).sequence
+            return max(self.chunks, key=lambda chunk: chunk.num_ids).sequence
         return self.largest_viewer
 
     @property
@@ -225,7 +230,7 @@ class Scheduler:
         if not self._find_room(sequence, stop + len(drafts)):
             return
         chunk = Chunk(sequence, sequence.num_computed, stop, drafts)
-        step.tokens -= len(chunk.ids)
+        step.tokens -= chunk.num_ids
         step.chunks.append(chunk)
 
     def _visible(self, step: _Step, sequence: Sequence, stop: int) -> int:

@@ -98,11 +98,10 @@ class VisionShelf:
         if slices.stop - slices.start == item.grid.t:
             self._rows[item.digest] = rows_MD
         else:
-            whole_MD = self._rows.setdefault(
-                item.digest, rows_MD.new_empty(item.num_tokens, rows_MD.shape[1])
-            )
+            if item.digest not in self._rows:
+                self._rows[item.digest] = rows_MD.new_empty(item.num_tokens, rows_MD.shape[1])
             each = item.num_tokens // item.grid.t
-            whole_MD[each * slices.start : each * slices.stop] = rows_MD
+            self._rows[item.digest][each * slices.start : each * slices.stop] = rows_MD
         self._ready[item.digest] = slices.stop
         key = self._keys[item.digest]
         # Rows of weights that changed on the way belong to no name.
