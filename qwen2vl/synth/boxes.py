@@ -12,6 +12,7 @@ from random import Random
 
 from qwen2vl.grounding import Box, Ref
 from qwen2vl.synth.scenes import from_the_left, phrases, sample_scene
+from qwen2vl.synth.shapes import enumerated
 from qwen2vl.synth.spec import Draft, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import ask
 
@@ -27,9 +28,10 @@ def sample(rng: Random, mixture: Mixture) -> Draft:
         if names:
             break
     if mixture.list_share and rng.random() < mixture.list_share:
-        listed = _find_all(rng, scene, mixture.split)
-        if listed is not None:
+        if rng.random() < 0.3 and (listed := _find_all(rng, scene, mixture.split)) is not None:
             return Draft((listed,), (scene,))
+        if len(names) > 1:
+            return Draft((_find_each(rng, scene, names, mixture.split),), (scene,))
     shapes = rng.sample(list(names), min(mixture.questions, len(names)))
     questions = [
         _find(rng, scene, shape, names[shape], mixture.split)
@@ -51,7 +53,19 @@ def _names_by_shape(scene: Scene) -> dict[Shape, list[str]]:
 def _find(rng: Random, scene: Scene, shape: Shape, names: list[str], split: str) -> Question:
     name = shape.phrase if rng.random() < 0.6 else rng.choice(names)
     text = ask(rng, "find", split, name)
-    return Question(task="find", text=text, answer=_box_text(scene, shape), box=shape.box)
+    answer = Ref(name).to_text() + _box_text(scene, shape)
+    return Question(task="find", text=text, answer=answer, box=shape.box)
+
+
+def _find_each(rng: Random, scene: Scene, names: dict[Shape, list[str]], split: str) -> Question:
+    """Ask for several shapes by name, in an order that says nothing about their places."""
+    asked = {
+        shape.phrase if rng.random() < 0.6 else rng.choice(names[shape]): shape
+        for shape in rng.sample(list(names), len(names))
+    }
+    text = ask(rng, "find_each", split, enumerated([f"the {name}" for name in asked]))
+    answer = "\n".join(Ref(n).to_text() + _box_text(scene, s) for n, s in asked.items())
+    return Question(task="find_each", text=text, answer=answer)
 
 
 def _find_all(rng: Random, scene: Scene, split: str) -> Question | None:

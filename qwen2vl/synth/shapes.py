@@ -9,7 +9,7 @@ other families. Next room: boxes.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from qwen2vl.synth.colors import COLORS, colors_on
@@ -18,7 +18,7 @@ from qwen2vl.synth.scenes import from_the_left, phrases, sample_scene
 from qwen2vl.synth.spec import MAX_SHAPES, Draft, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import ask
 
-__all__ = ["plural", "sample"]
+__all__ = ["enumerated", "plural", "sample"]
 
 # What makes a comparison or a position beyond doubt.
 _CLEARLY_LARGER = 1.35  # ratio of sides
@@ -33,11 +33,16 @@ def sample(rng: Random, mixture: Mixture) -> Draft:
     """Make up a scene and ask about it."""
     scene = sample_scene(rng, mixture)
     if mixture.list_share and rng.random() < mixture.list_share:
-        listed = _list(rng, scene, mixture.split)
-        if listed is not None:
-            return Draft((listed,), (scene,))
+        at_once = rng.choice(_AT_ONCE)(rng, scene, mixture.split)
+        if at_once is not None:
+            return Draft((at_once,), (scene,))
     tasks = _SINGLE if len(scene.shapes) == 1 else _SEVERAL
     return Draft(_pick(rng, tasks, scene, mixture), (scene,))
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Put "the star", "the cross" and more into "the star, the cross and the circle"."""
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
 def plural(phrase: str) -> str:
@@ -68,6 +73,49 @@ def _list(rng: Random, scene: Scene, split: str) -> Question | None:
         return None
     text = ask(rng, "list", split)
     return Question(task="list", text=text, answer=", ".join(s.phrase for s in shapes))
+
+
+def _each_color(rng: Random, scene: Scene, split: str) -> Question | None:
+    """Ask for the colours of several kinds, in an order that says nothing about their places."""
+    kinds = _used_once(shape.kind for shape in scene.shapes)
+    color_of = {shape.kind: shape.color for shape in scene.shapes}
+    asked = rng.sample(kinds, len(kinds))
+    return _each(rng, "each_color", "the ", {kind: color_of[kind] for kind in asked}, split)
+
+
+def _each_kind(rng: Random, scene: Scene, split: str) -> Question | None:
+    colors = _used_once(shape.color for shape in scene.shapes)
+    kind_of = {shape.color: shape.kind for shape in scene.shapes}
+    asked = rng.sample(colors, len(colors))
+    return _each(rng, "each_kind", "", {color: kind_of[color] for color in asked}, split)
+
+
+def _each_count(rng: Random, scene: Scene, split: str) -> Question | None:
+    """Ask how many there are of several kinds, or colours; one of them may be missing."""
+    by_kind = rng.random() < 0.5
+    counts = Counter(s.kind if by_kind else s.color for s in scene.shapes)
+    names = [*counts, *rng.sample(KINDS if by_kind else colors_on(scene.ground), 2)]
+    asked = rng.sample(names, rng.randint(2, len(names)))
+    if by_kind:
+        answers = {plural(name): str(counts[name]) for name in asked}
+    else:
+        answers = {name: str(counts[name]) for name in asked}
+    return _each(rng, "each_count" if by_kind else "each_color_count", "", answers, split)
+
+
+def _each(
+    rng: Random, task: str, article: str, answers: dict[str, str], split: str
+) -> Question | None:
+    """Ask for several things by name: every answer stands behind the name that it belongs to."""
+    if len(answers) < 2:
+        return None
+    text = ask(rng, task, split, enumerated([article + name for name in answers]))
+    answer = ", ".join(f"{name}: {value}" for name, value in answers.items())
+    return Question(task=task, text=text, answer=answer)
+
+
+def _used_once(names: Iterable[str]) -> list[str]:
+    return [name for name, uses in Counter(names).items() if uses == 1]
 
 
 def _name_shape(rng: Random, scene: Scene, split: str) -> Question:
@@ -235,6 +283,7 @@ def _part(dx: float, dy: float) -> str | None:
     return None
 
 
+_AT_ONCE: tuple[_Asker, ...] = (_list, _each_color, _each_kind, _each_count)
 _SINGLE: tuple[_Asker, ...] = (
     _name_shape,
     _describe,

@@ -75,7 +75,7 @@ class Mixture:
     num_shapes: tuple[int, int] = (1, 5)
     canvas: tuple[int, int] = (56, 224)  # pixels a side, each side on its own
     textured_share: float = 0.3
-    list_share: float = 0.0  # shapes, grounding: name or box all of them in one answer
+    list_share: float = 0.0  # shapes, grounding: several answers at once
     # motion
     num_frames: tuple[int, ...] = (4, 6, 8)  # one of these
     clip_canvas: tuple[int, int] = (56, 112)
