@@ -32,19 +32,22 @@ _Asker = Callable[[Random, tuple[Scene, Scene], str], Question | None]
 def sample(rng: Random, mixture: Mixture) -> Draft:
     """Make up two pictures and compare them."""
     kind = rng.random()
+    at_once = rng.random() < mixture.list_share
     if kind < 0.25:
-        return _two_lines(rng, mixture)
+        return _two_lines(rng, mixture, at_once)
     if kind < 0.65:
-        scenes, tasks = _two_shapes(rng, mixture), list(_ABOUT_SHAPES)
+        scenes, tasks, compare = _two_shapes(rng, mixture), list(_ABOUT_SHAPES), _compare_shapes
     else:
-        scenes, tasks = _two_scenes(rng, mixture), list(_ABOUT_SCENES)
+        scenes, tasks, compare = _two_scenes(rng, mixture), list(_ABOUT_SCENES), _compare_numbers
+    if at_once:
+        return Draft((compare(rng, scenes, mixture.split),), scenes)
     rng.shuffle(tasks)
     asked = (task(rng, scenes, mixture.split) for task in tasks)
     questions = [question for question in asked if question is not None]
     return Draft(tuple(questions[: mixture.questions]), scenes)
 
 
-def _two_lines(rng: Random, mixture: Mixture) -> Draft:
+def _two_lines(rng: Random, mixture: Mixture, at_once: bool) -> Draft:
     """Write the same twice, each in its own look, or two different texts."""
     low, high = mixture.text_length
     short = replace(mixture, text_length=(min(low, _MAX_TEXT), min(high, _MAX_TEXT)))
@@ -56,7 +59,10 @@ def _two_lines(rng: Random, mixture: Mixture) -> Draft:
     second = one.text if same else _other_text(rng, short, one.text, fonts[1])
     two = write_line(rng, short, second, fonts[1])
     if same != (one.text == two.text):
-        return _two_lines(rng, mixture)
+        return _two_lines(rng, mixture, at_once)
+    if at_once:
+        compared = _compare(rng, mixture.split, (one.text, two.text), {"text": same})
+        return Draft((compared,), (one, two))
     answer = "yes" if same else "no"
     text = ask(rng, "same_text", mixture.split)
     questions = [Question(task="same_text", text=text, answer=answer, choices=2)]
@@ -120,6 +126,25 @@ def _two_scenes(rng: Random, mixture: Mixture) -> tuple[Scene, Scene]:
 def _canvas(mixture: Mixture) -> tuple[int, int]:
     low, high = mixture.canvas
     return low, max(low, min(high, _MAX_SIDE))
+
+
+def _compare_shapes(rng: Random, scenes: tuple[Scene, Scene], split: str) -> Question:
+    one, two = (scene.shapes[0] for scene in scenes)
+    same = {"color": one.color == two.color, "shape": one.kind == two.kind}
+    return _compare(rng, split, (one.phrase, two.phrase), same)
+
+
+def _compare_numbers(rng: Random, scenes: tuple[Scene, Scene], split: str) -> Question:
+    one, two = (len(scene.shapes) for scene in scenes)
+    return _compare(rng, split, (str(one), str(two)), {"number": one == two})
+
+
+def _compare(rng: Random, split: str, shown: tuple[str, str], same: dict[str, bool]) -> Question:
+    """Ask for both pictures and what they share: the comparison stands behind what it compares."""
+    both = ", ".join(f"{ordinal}: {what}" for ordinal, what in zip(_ORDINALS, shown, strict=True))
+    verdicts = [f"{name}: {'same' if holds else 'different'}" for name, holds in same.items()]
+    task = f"compare_{next(reversed(same))}"
+    return Question(task=task, text=ask(rng, task, split), answer=", ".join([both, *verdicts]))
 
 
 def _same_shape(rng: Random, scenes: tuple[Scene, Scene], split: str) -> Question:

@@ -86,3 +86,34 @@ def test_different_texts_differ_beyond_case() -> None:
         one, two = spec.pictures
         if isinstance(one, Line) and isinstance(two, Line) and one.text != two.text:
             assert one.text.lower() != two.text.lower()
+
+
+def test_comparisons_name_both_and_say_what_is_the_same() -> None:
+    mixture = Mixture(weights={"two_pictures": 1.0}, list_share=1.0)
+    verdicts: Counter[tuple[str, str]] = Counter()
+    for index in range(300):
+        spec = sample(42, index, mixture)
+        one, two = spec.pictures
+        (question,) = spec.questions
+        said = dict(part.split(": ") for part in question.answer.split(", "))
+        first, second = said.pop("first"), said.pop("second")
+        if isinstance(one, Scene) and isinstance(two, Scene):
+            a, b = one.shapes[0], two.shapes[0]
+            truth = {
+                "color": (a.color, b.color),
+                "shape": (a.kind, b.kind),
+                "number": (str(len(one.shapes)), str(len(two.shapes))),
+            }
+            shown = truth["number"] if "number" in said else (a.phrase, b.phrase)
+        else:
+            assert isinstance(one, Line)
+            assert isinstance(two, Line)
+            shown = (one.text, two.text)
+            truth = {"text": shown}
+        assert (first, second) == shown
+        for name, verdict in said.items():
+            left, right = truth[name]
+            assert verdict == ("same" if left == right else "different")
+            verdicts[name, verdict] += 1
+    assert len(verdicts) == 8
+    assert min(verdicts.values()) > 15
