@@ -1,9 +1,9 @@
 """Answers requests: a prompt and SamplingParams in, a Completion out.
 
-Read params.py (what is asked, what comes back), sequence.py (one request's life), blocks.py and
-scheduler.py (who runs now, and where), runner.py (a plan becomes tensors), sampler.py (logits ->
-one id), grammar.py and matcher.py (answers of a given form), llm.py (the wheel). Pictures and words
-arrive as a ModelInput; this floor never opens a file or renders a message itself.
+Read params.py (what is asked, what comes back), sequence.py (one request's life), blocks.py,
+plan.py and scheduler.py (who runs now, and where), runner.py (a plan becomes tensors), sampler.py
+(logits -> one id), grammar.py and matcher.py (answers of a given form), llm.py (the wheel).
+Pictures and words arrive as a ModelInput; this floor never opens a file or renders a message.
 """
 
 from qwen2vl.engine.async_llm import AsyncLLM

@@ -12,8 +12,8 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from qwen2vl.engine.plan import Slices
 from qwen2vl.engine.pool import Pooling, pool
-from qwen2vl.engine.scheduler import Slices
 from qwen2vl.engine.shelf import VisionShelf
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import Qwen2VL

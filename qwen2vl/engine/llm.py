@@ -29,10 +29,11 @@ from qwen2vl.engine.draft import Drafter
 from qwen2vl.engine.embed import embed
 from qwen2vl.engine.matcher import GrammarCompiler
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
+from qwen2vl.engine.plan import Limits
 from qwen2vl.engine.pool import Pooling
 from qwen2vl.engine.runner import OverloadError, Runner
 from qwen2vl.engine.sampler import Rule, Sampler
-from qwen2vl.engine.scheduler import Limits, News, Scheduler
+from qwen2vl.engine.scheduler import News, Scheduler
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
 from qwen2vl.errors import InputError

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.capacity import memory_errors_named
-from qwen2vl.engine.scheduler import Chunk, Plan, Sampled
+from qwen2vl.engine.plan import Chunk, Plan, Sampled
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
 from qwen2vl.errors import CapacityError, Qwen2VLError

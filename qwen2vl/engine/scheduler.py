@@ -16,85 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwen2vl.engine.blocks import BLOCK, BlockPool, MemoryOrder, Row
+from qwen2vl.engine.blocks import BLOCK, BlockPool, Row
 from qwen2vl.engine.draft import Drafter
-from qwen2vl.engine.params import TokenLogprob
+from qwen2vl.engine.plan import Budget, Chunk, Limits, Plan, Sampled
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.inputs import Item
 
-__all__ = ["Chunk", "Limits", "News", "Plan", "Sampled", "Scheduler", "Shelf", "Slices"]
-
-Sampled = list[tuple[int, TokenLogprob | None]]  # new tokens; empty when the prompt goes on
+__all__ = ["News", "Scheduler", "Shelf"]
 
 _SPARE = 2 * BLOCK  # tokens of room beyond the known ones, when a sequence is admitted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one step may do at most."""
-
-    tokens: int = 1024  # of all chunks together
-    patches: int = 4096  # of all pictures; a frame pair that is larger goes alone
-    sequences: int = 16  # at work at the same time
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens start..stop of one sequence, and guesses at what follows."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def ids(self) -> list[int]:
-        """What the model is fed."""
-        return [*self.sequence.ids[self.start : self.stop], *self.drafts]
-
-    @property
-    def num_ids(self) -> int:
-        """Count them, without making the list."""
-        return self.stop - self.start + len(self.drafts)
-
-    @property
-    def num_sampled(self) -> int:
-        """Rows at the end from which a next token is chosen; 0 when the prompt goes on."""
-        return 1 + len(self.drafts) if self.stop == len(self.sequence.ids) else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Slices:
-    """Frame pairs start..stop of one item, to be encoded."""
-
-    item: Item
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: first memory, then pictures, then tokens."""
-
-    orders: deque[MemoryOrder]  # the pool's own: what is done is taken away
-    slices: tuple[Slices, ...]
-    viewers: tuple[Sequence, ...]  # who waits for the slices
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def largest(self) -> Sequence:
-        """The sequence with most tokens in this step."""
-        if self.chunks:
-            return max(self.chunks, key=lambda chunk: chunk.num_ids).sequence
-        return self.largest_viewer
-
-    @property
-    def largest_viewer(self) -> Sequence:
-        """A sequence that waits for the most patches of one item."""
-        most = max(self.slices, key=lambda s: (s.stop - s.start) * s.item.grid.h * s.item.grid.w)
-        digest = most.item.digest
-        return next(v for v in self.viewers if digest in (item.digest for item in v.held_items))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +87,7 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """Decide the next step."""
-        step = _Step(self.limits)
+        step = Budget(self.limits)
         with self._writing():
             for sequence in sorted(self.running, key=lambda s: s.is_prefilling):
                 if sequence.row is not None:  # else it has just given way
@@ -217,7 +148,7 @@ class Scheduler:
         text = "".join(texts)
         return [News(sequence, text)] if text or sequence.finish_reason is not None else []
 
-    def _add_chunk(self, step: _Step, sequence: Sequence) -> None:
+    def _add_chunk(self, step: Budget, sequence: Sequence) -> None:
         """Give a running sequence what it can use of the step."""
         known = len(sequence.ids)
         stop = self._visible(step, sequence, min(known, sequence.num_computed + step.tokens))
@@ -233,7 +164,7 @@ class Scheduler:
         step.tokens -= chunk.num_ids
         step.chunks.append(chunk)
 
-    def _visible(self, step: _Step, sequence: Sequence, stop: int) -> int:
+    def _visible(self, step: Budget, sequence: Sequence, stop: int) -> int:
         """Cut a chunk where a picture's rows are missing; have them encoded as the budget goes."""
         for start, item in sequence.items_after(sequence.num_computed):
             if start >= stop:
@@ -262,7 +193,7 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: Budget) -> None:
         """Let waiting sequences in, in order, while the step and the cache have room."""
         for sequence in list(self.waiting):
             if step.tokens <= 0 or len(self.running) >= self.limits.sequences:
@@ -312,34 +243,6 @@ class Scheduler:
         for item in sequence.held_items:
             self.shelf.release(item)
         sequence.held_items = []
-
-
-class _Step:
-    """What is left of a step's budgets, and what has been given."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.tokens = limits.tokens
-        self.patches = limits.patches
-        self.slices: list[Slices] = []
-        self.viewers: list[Sequence] = []
-        self.chunks: list[Chunk] = []
-        self._encoded: dict[bytes, int] = {}  # digest -> frame pairs there after this step
-
-    def encode(self, viewer: Sequence, item: Item, ready: int) -> int:
-        """Encode more of an item if the budget allows; count what will be there."""
-        if ready < item.grid.t:
-            self.viewers.append(viewer)
-        if item.digest in self._encoded:
-            return self._encoded[item.digest]
-        area = item.grid.h * item.grid.w
-        count = min(item.grid.t - ready, max(0, self.patches) // area)
-        if count == 0 and ready < item.grid.t and not self.slices:
-            count = 1  # larger than any budget, so alone
-        if count > 0:
-            self.slices.append(Slices(item, ready, ready + count))
-            self.patches -= count * area
-        self._encoded[item.digest] = ready + count
-        return ready + count
 
 
 def _blocks(num_tokens: int) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.fingerprint import VisionWeights
+from qwen2vl.engine.plan import Slices
 from qwen2vl.engine.rows_folder import VisionKey
-from qwen2vl.engine.scheduler import Slices
 from qwen2vl.engine.vision_cache import VisionCache
 from qwen2vl.geometry import Grid, VisionMeta
 from qwen2vl.model import Qwen2VL

@@ -316,7 +316,7 @@ def test_an_error_keeps_no_tensors_of_its_step(monkeypatch: pytest.MonkeyPatch) 
     assert caught.value.__cause__ is None
 
 
-FILES = ("blocks.py", "scheduler.py", "runner.py", "llm.py", "shelf.py", "sequence.py")
+FILES = ("blocks.py", "plan.py", "scheduler.py", "runner.py", "llm.py", "shelf.py", "sequence.py")
 
 
 def interrupt_after(lines: int) -> Any:

@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from qwen2vl.engine.blocks import BLOCK, BlockPool, Copy, Free, Reserve
 from qwen2vl.engine.params import SamplingParams
+from qwen2vl.engine.plan import Limits, Plan, Sampled
 from qwen2vl.engine.sampler import Rule, Sampler
-from qwen2vl.engine.scheduler import Limits, Plan, Sampled, Scheduler
+from qwen2vl.engine.scheduler import Scheduler
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.errors import EngineError
 from qwen2vl.geometry import Grid

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2vl.engine.fingerprint import VisionWeights
-from qwen2vl.engine.scheduler import Slices
+from qwen2vl.engine.plan import Slices
 from qwen2vl.engine.shelf import VisionShelf
 from qwen2vl.engine.vision_cache import VisionCache
 from qwen2vl.geometry import Grid, VisionMeta
