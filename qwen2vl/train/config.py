@@ -18,7 +18,17 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
 from qwen2vl.synth import Mixture
 
-__all__ = ["FROZEN", "OptimConfig", "Rules", "Stage", "TrainConfig", "dump", "override"]
+__all__ = [
+    "FROZEN",
+    "MeshConfig",
+    "OptimConfig",
+    "RecomputeConfig",
+    "Rules",
+    "Stage",
+    "TrainConfig",
+    "dump",
+    "override",
+]
 
 FROZEN: float = 0.0  # a rule's rate that keeps its parameters as they are
 
@@ -28,16 +38,38 @@ Node = TypeVar("Node")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """How weights move. Muon takes the matrices inside blocks, AdamW everything else."""
+    """How weights move. By Muon: the matrices inside blocks, and by AdamW everything else."""
 
+    method: Literal["muon", "adamw", "sgd"] = "muon"  # the last two move everything alike
     lr: float = 2e-3  # peak; a rule's number multiplies it
     warmup: int = 100  # steps, at the start of each stage
     weight_decay: float = 0.01  # matrices only
-    momentum: float = 0.95  # Muon
+    momentum: float = 0.95  # Muon, SGD
     beta1: float = 0.9  # AdamW
     beta2: float = 0.98  # AdamW
     eps: float = 1e-8  # AdamW
     clip: float = 1.0  # largest norm of all gradients together
+    fall: Literal["linear", "cosine"] = "linear"  # shape of a stage's decay
+    floor: float = 0.1  # of the peak rate, where a stage's decay ends
+    spike_sigmas: float = 6.0  # a loss or norm this far above the last 128 moves nothing; 0 = off
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshConfig:
+    """How the processes of one run, as torchrun starts them, share the weights."""
+
+    replicate: int = 1  # copies of the whole model, each sharded over ranks / replicate
+    frozen: Literal["shard", "replicate"] = "shard"  # what no stage from here on moves
+    reshard: bool = True  # free a block's weights between forward and backward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputeConfig:
+    """What the backward computes again instead of keeping it (activation checkpointing)."""
+
+    visual: Literal["none", "block", "selective"] = "none"  # selective keeps what is dear
+    text: Literal["none", "block", "selective"] = "none"
+    every: int = 1  # one block of so many is computed again, the others are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +81,7 @@ class Stage:
     examples: int  # conversations in one optimiser step
     mixture: Mixture  # what the procedural world shows
     rules: Rules = ((r".*", 1.0),)  # (pattern, multiple of optim.lr, or FROZEN)
-    decay: float = 0.0  # share of the steps, at the end, in which the rate falls to a tenth
+    decay: float = 0.0  # share of the steps, at the end, in which the rate falls to optim.floor
     min_pixels: int = 0  # of a picture, instead of the model's own limit; 0 = the model's
     default_system: float = 0.3  # share of conversations with the default system sentence
     weighting: Literal["token", "root"] = "root"  # weight of a target: 1, or 1/sqrt(its answer)
@@ -68,6 +100,9 @@ class TrainConfig:
     out: str = ""  # where checkpoints go; default runs/<name>
     seed: int = 0
     optim: OptimConfig = OptimConfig()
+    accumulate: int = 1  # batches in one optimiser step and rank; they share the step's examples
+    mesh: MeshConfig = MeshConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the products; weights stay float32
     device: str = "cpu"
     compile: bool = False  # fused kernels: half a minute to begin, then about a quarter faster

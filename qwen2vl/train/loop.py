@@ -29,7 +29,8 @@ from qwen2vl.train.metrics import Metrics
 from qwen2vl.train.objective import Outcome, token_loss
 from qwen2vl.train.optim import Optimisers, apply_rules
 from qwen2vl.train.pack import Batch
-from qwen2vl.train.schedule import locate, rate
+from qwen2vl.train.rate import rate
+from qwen2vl.train.schedule import locate
 from qwen2vl.weights.save import save_folder
 from qwen2vl.weights.settings import GenerationDefaults
 

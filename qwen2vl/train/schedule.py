@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 from qwen2vl.train.config import Stage, TrainConfig
 
-__all__ = ["Draw", "draw", "locate", "rate"]
-
-FLOOR = 0.1  # of the peak rate, where decay ends
+__all__ = ["Draw", "draw", "locate"]
 
 
 class Draw(NamedTuple):
@@ -42,14 +40,3 @@ def draw(config: TrainConfig, step: int, *, rank: int = 0, ranks: int = 1) -> Dr
     # A stage's own seed keeps its samples apart from those of every other stage.
     seed = config.seed * 1_000 + index
     return Draw(stage, seed, range(first + rank, first + stage.examples, ranks))
-
-
-def rate(config: TrainConfig, step: int) -> float:
-    """Give the multiple of the peak rate: up over the warm-up, flat, down over the decay."""
-    index, inner = locate(config, step)
-    stage = config.stages[index]
-    up = min(1.0, (inner + 1) / max(1, config.optim.warmup))
-    falling = stage.decay * stage.steps
-    left = stage.steps - inner
-    down = 1.0 if left >= falling else FLOOR + (1 - FLOOR) * left / falling
-    return min(up, down)

@@ -1,10 +1,10 @@
-"""The schedule is a pure function: no sample twice, ranks share a step, rates follow the plan."""
+"""The schedule is a pure function: no sample twice, and ranks share a step."""
 
 import pytest
 
 from qwen2vl.recipes import tiny
 from qwen2vl.train.config import override
-from qwen2vl.train.schedule import draw, locate, rate
+from qwen2vl.train.schedule import draw, locate
 
 CONFIG = override(tiny.recipe(), ["stages.0.steps=3", "stages.1.steps=0", "stages.2.steps=4"])
 
@@ -35,12 +35,3 @@ def test_ranks_share_the_samples_of_a_step(ranks: int) -> None:
 def test_seeking_far_is_arithmetic() -> None:
     config = override(CONFIG, ["stages.3.steps=100000000"])
     assert draw(config, 10_000_000).indices.start == (10_000_000 - 7) * 16
-
-
-def test_rate_rises_holds_and_falls_to_a_tenth_in_every_stage() -> None:
-    config = override(tiny.recipe(), ["optim.warmup=4", "stages.0.decay=0.5"])
-    rates = [rate(config, step) for step in range(10)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[5] == 1.0
-    assert rates[6:] == pytest.approx([0.82, 0.64, 0.46, 0.28])
-    assert rate(config, 10) == 0.25
