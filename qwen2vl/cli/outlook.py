@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["item_line", "say_outlook"]
 
 LONG_SECONDS = 10.0
+HINT_SHARE = 0.25  # of a clip's frames
 HINT_TOKENS = 1280  # an image of 1003520 pixels, which qwen-vl-utils' documents recommend
 
 # So many operations in ten seconds are within the reach of any machine: no need to measure.
@@ -69,4 +70,18 @@ def _wait(llm: LLM, prompt: ModelInput) -> str:
             f"; --max-pixels {pixels} gives at most {HINT_TOKENS:,}, "
             f"about {terminal.person_seconds(faster)}"
         )
+    elif rate := max((_rate(item) for item in prompt.items), default=0.0):
+        faster = speed.seconds(Work.with_frames(prompt, llm.config, HINT_SHARE))
+        text += (
+            f"; --fps {rate * HINT_SHARE:.1g} shows a quarter of the frames, "
+            f"about {terminal.person_seconds(faster)}"
+        )
     return text
+
+
+def _rate(item: Item) -> float:
+    """Tell how many frames a second of a clip are used; 0 for a picture, or a very short clip."""
+    times = item.frame_times
+    if not times or len(times) < 2 / HINT_SHARE or times[-1] <= times[0]:
+        return 0.0
+    return (len(times) - 1) / (times[-1] - times[0])

@@ -51,6 +51,20 @@ class Work:
         return cls._count(lengths, len(prompt.input_ids) - saved, config)
 
     @classmethod
+    def with_frames(cls, prompt: ModelInput, config: Qwen2VLConfig, share: float) -> Work:
+        """Count for the same prompt with only a share of each clip's frames."""
+        saved = 0
+        lengths: list[int] = []
+        for item in prompt.items:
+            frames = frame_lengths([item.grid])
+            if item.kind == "video":
+                kept = max(1, round(share * len(frames)))
+                saved += item.num_tokens - item.num_tokens * kept // len(frames)
+                frames = frames[:kept]
+            lengths += frames
+        return cls._count(lengths, len(prompt.input_ids) - saved, config)
+
+    @classmethod
     def _count(cls, lengths: Sequence[int], tokens: int, config: Qwen2VLConfig) -> Work:
         return cls(vision=_vision_flops(lengths, config), text=_text_flops(tokens, config))
 

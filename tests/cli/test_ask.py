@@ -19,6 +19,7 @@ from qwen2vl.cli.options import Opened
 from qwen2vl.engine import LLM, Completion
 from qwen2vl.engine.estimate import Speed
 from qwen2vl.weights import read_config
+from tests import media
 from tests.cli.conftest import Run
 
 KEYS = {
@@ -377,6 +378,22 @@ def test_a_long_wait_is_said_before_it_starts(
         line,
     )
     assert len(fake.asked) == 1
+
+
+def test_a_long_wait_for_a_clip_names_a_lower_rate(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.mp4"
+    path.write_bytes(media.clip(64, rate=8))
+    monkeypatch.setattr(outlook, "SMALL_WORK", 0.0)
+    monkeypatch.setattr(Speed, "measure", lambda model: Speed(vision=2e5, text=1e5))
+    scripted(monkeypatch, tiny_folder, "Grey.")
+    line = run("ask", "--video", path, "Hi", "--max-tokens", 1).stderr.splitlines()[0]
+    assert re.search(
+        r"16 frames -> \d+ tokens, about \d+ min here; "
+        r"--fps 0\.5 shows a quarter of the frames, about \d+",
+        line,
+    ), line
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_its_wait_is_estimated(

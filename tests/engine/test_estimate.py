@@ -60,3 +60,13 @@ def test_a_speed_is_measured() -> None:
     speed = Speed.measure(tiny_model())
     assert speed.vision > 0
     assert speed.text > 0
+
+
+def test_fewer_frames_cost_what_a_shorter_clip_does() -> None:
+    def clip(frames: int) -> ModelInput:
+        video = {"type": "video", "video": np.zeros((frames, 112, 112, 3), np.uint8)}
+        return tiny_processor()([{"role": "user", "content": [video]}])
+
+    config = tiny_config()
+    assert Work.with_frames(clip(16), config, 0.25) == Work.of(clip(4), config)
+    assert Work.with_frames(clip(2), config, 0.25) == Work.of(clip(2), config)
