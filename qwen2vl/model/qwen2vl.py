@@ -58,8 +58,14 @@ class Qwen2VL(nn.Module):
         return self.visual(patches_NP, vision_meta)
 
     def embed(self, input_ids_T: Tensor, vision_MD: Tensor | None, pad_index_M: Tensor) -> Tensor:
-        """Look up the ids, then overwrite token pad_index_M[m] with row m of `vision_MD`."""
+        """Look up the ids, then overwrite token pad_index_M[m] with row m of `vision_MD`.
+
+        A training batch without a picture brings the one row of a null item and an empty index:
+        the row goes nowhere, and the tower's gradients are exact zeros.
+        """
         num_rows = 0 if vision_MD is None else len(vision_MD)
+        if vision_MD is not None and num_rows == 1 and len(pad_index_M) == 0:
+            vision_MD, num_rows = vision_MD[:0], 0
         assert num_rows == len(pad_index_M), (
             f"{num_rows} vision tokens for {len(pad_index_M)} placeholders"
         )

@@ -4,9 +4,9 @@
     pos     0 1 2 3   0 1   0 1 2 3 ...           positions restart with each
     labels  a a a -   b -   c c ...               shifted inside each, never across
 
-Conversations are sorted by length and rounded up to a multiple, so that neighbours share a length
-and attention handles them in one call. Pictures form one stream, sorted by area. Everything
-is built in the worker; the step searches for nothing. Next room: objective.py.
+Conversations are sorted by length and rounded up, so that neighbours share an attention call.
+Pictures form one stream, sorted by area; a batch without any carries a null item, so that every
+rank's tower runs. All is built and checked in the worker. Next room: objective.py.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen2vl.geometry import AttnMeta, VisionMeta
+from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["Batch", "Example", "pack"]
+__all__ = ["BadSample", "Batch", "Example", "pack", "rounded"]
 
 ROUND = 8  # lengths are rounded up to a multiple of this
+NULL = Grid(1, 2, 2)  # the smallest item: four black patches, one row that stands nowhere
 
 
 class Example(NamedTuple):
@@ -34,6 +35,15 @@ class Example(NamedTuple):
     family: str
 
 
+class BadSample(NamedTuple):
+    """A sample that could not be used; nothing took its place."""
+
+    id: str
+    source: str
+    reason: str  # one word, to count by
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """What one forward and backward eat. R counts the target rows: tokens that carry loss."""
@@ -41,14 +51,15 @@ class Batch:
     input_ids_T: Tensor  # (T,) int64
     position_ids_3T: Tensor  # (3, T) int64
     meta: AttnMeta  # one segment for each conversation
-    patches_NP: Tensor | None  # (N, P) uint8; None when no conversation has a picture
-    vision_meta: VisionMeta | None
-    pad_index_M: Tensor | None
+    patches_NP: Tensor  # (N, P) uint8; four of a null item when no conversation has a picture
+    vision_meta: VisionMeta
+    pad_index_M: Tensor  # (M,) int64; empty for a null item
     target_index_R: Tensor  # (R,) int64, rows of hidden_TD that carry loss
     targets_R: Tensor  # (R,) int64, the next token of each
     weights_R: Tensor  # (R,) float32
     owner_R: Tensor  # (R,) int64, which conversation of this batch
-    families: tuple[str, ...]  # of each conversation
+    families: tuple[str, ...]  # of each conversation; none where every sample was bad
+    bad: tuple[BadSample, ...] = ()  # samples that the schedule chose and that are not here
 
     def run(self, model: Qwen2VL) -> Tensor:
         """Let a model read all conversations in one forward: hidden_TD."""
@@ -73,55 +84,82 @@ class Batch:
         return replace(self, **moved)
 
 
+def rounded(length: int) -> int:
+    """Tell how many tokens a conversation of `length` takes up in a batch."""
+    return -(-length // ROUND) * ROUND
+
+
 def pack(
     examples: Sequence[Example],
     *,
     pad_id: int,
     weighting: Literal["token", "root"] = "token",
+    patch_dim: int = 1176,
+    bad: Sequence[BadSample] = (),
 ) -> Batch:
-    """Lay out what the schedule chose; every conversation must have supervised tokens."""
+    """Lay out what the schedule chose; every conversation must have supervised tokens.
+
+    Without any conversation, as when each was bad, the batch is one empty document that nothing
+    is learnt from: other ranks wait for this one's step.
+    """
     ordered = sorted(examples, key=lambda example: len(example.input.input_ids))
-    lengths = [-(-len(e.input.input_ids) // ROUND) * ROUND for e in ordered]
+    lengths = [rounded(len(e.input.input_ids)) for e in ordered] or [ROUND]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    ids: list[int] = []
+    ids: list[int] = [] if ordered else [pad_id] * ROUND
+    positions = [] if ordered else [torch.arange(ROUND).expand(3, -1)]
     targets: list[tuple[int, int, float, int]] = []
-    for owner, (example, length, start) in enumerate(zip(ordered, lengths, starts, strict=True)):
-        own = example.input.input_ids
+    for owner, (example, start) in enumerate(zip(ordered, starts, strict=False)):
+        own, length = example.input.input_ids, lengths[owner]
         ids += own + [pad_id] * (length - len(own))
+        positions.append(_padded(example.input.position_ids_3T, length))
         targets += _targets(example.input, start, owner, weighting)
     items, pad_index_M = _stream(ordered, starts)
-    index, target, weight, owner_of = zip(*targets, strict=True)
-    return Batch(
+    null = torch.zeros(NULL.h * NULL.w, patch_dim, dtype=torch.uint8)
+    index, target, weight, owner_of = zip(*targets, strict=True) if targets else ((), (), (), ())
+    batch = Batch(
         input_ids_T=torch.tensor(ids),
-        position_ids_3T=torch.cat(
-            [_padded(e.input.position_ids_3T, n) for e, n in zip(ordered, lengths, strict=True)], 1
-        ),
+        position_ids_3T=torch.cat(positions, 1),
         meta=AttnMeta.build(lengths),
-        patches_NP=torch.cat([item.patches_NP for item in items]) if items else None,
-        vision_meta=VisionMeta.build([item.grid for item in items]) if items else None,
+        patches_NP=torch.cat([item.patches_NP for item in items]) if items else null,
+        vision_meta=VisionMeta.build([item.grid for item in items] or [NULL]),
         pad_index_M=pad_index_M,
-        target_index_R=torch.tensor(index),
-        targets_R=torch.tensor(target),
-        weights_R=torch.tensor(weight),
-        owner_R=torch.tensor(owner_of),
+        target_index_R=torch.tensor(index, dtype=torch.int64),
+        targets_R=torch.tensor(target, dtype=torch.int64),
+        weights_R=torch.tensor(weight, dtype=torch.float32),
+        owner_R=torch.tensor(owner_of, dtype=torch.int64),
         families=tuple(e.family for e in ordered),
+        bad=tuple(bad),
     )
+    _check(batch)
+    return batch
 
 
-def _stream(ordered: Sequence[Example], starts: Sequence[int]) -> tuple[list[Item], Tensor | None]:
+def _check(batch: Batch) -> None:
+    """Compare what a kernel would only answer with a crash, or with a wrong number."""
+    length, rows = len(batch.input_ids_T), len(batch.targets_R)
+    assert batch.position_ids_3T.shape == (3, length), "one position for each token"
+    assert sum(batch.meta.lengths_q) == length, "segments cover the tokens"
+    assert sum(batch.vision_meta.frames.lengths_q) == len(batch.patches_NP), "frames cover patches"
+    assert len(batch.pad_index_M) in (0, len(batch.patches_NP) // 4), "a token for each row"
+    assert len(batch.pad_index_M.unique()) == len(batch.pad_index_M), "one row for each token"
+    assert all(len(r) == rows for r in (batch.target_index_R, batch.weights_R, batch.owner_R))
+    assert not rows or int(batch.target_index_R.max()) + 1 < length, "targets lie inside"
+
+
+def _stream(ordered: Sequence[Example], starts: Sequence[int]) -> tuple[list[Item], Tensor]:
     """Sort the items of all conversations by area, and say where the rows of each belong.
 
     Their order in the stream is free, since every row names its token; sorted, pictures of one
     area are neighbours and share a call of the attention kernel.
     """
     placed: list[tuple[Item, Tensor]] = []
-    for example, start in zip(ordered, starts, strict=True):
+    for example, start in zip(ordered, starts, strict=False):
         items = example.input.items
         rows = example.input.pad_index_M.split([item.num_tokens for item in items])
         placed += [(item, own + start) for item, own in zip(items, rows, strict=True)]
     placed.sort(key=lambda pair: pair[0].grid.h * pair[0].grid.w)
-    items = [item for item, _ in placed]
-    return items, torch.cat([own for _, own in placed]) if placed else None
+    nowhere = torch.empty(0, dtype=torch.int64)
+    return [item for item, _ in placed], torch.cat([nowhere, *(own for _, own in placed)])
 
 
 def _targets(

@@ -1,5 +1,6 @@
 """Packing: labels shift inside a conversation, rows find their tokens, packed equals separate."""
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from qwen2vl.train.objective import token_loss
-from qwen2vl.train.pack import ROUND, Batch, Example, pack
+from qwen2vl.train.pack import ROUND, BadSample, Batch, Example, pack
 from tests.tiny import tiny_model, tiny_processor
 
 
@@ -99,11 +100,39 @@ def test_pictures_of_one_area_are_neighbours_and_rows_still_find_their_tokens() 
     assert len(set(batch.pad_index_M.tolist())) == len(batch.pad_index_M)
 
 
-def test_text_alone_has_no_pictures() -> None:
+def test_without_a_picture_the_tower_runs_on_a_null_item_whose_gradients_are_exact_zeros() -> None:
     batch = pack(conversations()[:1], pad_id=0)
-    assert batch.patches_NP is None
-    assert batch.vision_meta is None
-    assert batch.pad_index_M is None
+    assert batch.patches_NP.shape == (4, 1176)
+    assert batch.vision_meta.frames.lengths_q == (4,)
+    assert len(batch.pad_index_M) == 0
+    loss, grads = loss_and_gradients(batch, 1.0)
+    bare = replace(batch, patches_NP=None, vision_meta=None, pad_index_M=None)  # the tower skipped
+    bare_loss, bare_grads = loss_and_gradients(bare, 1.0)
+    assert loss == bare_loss
+    visual = {name for name in grads if name.startswith("visual.")}
+    assert visual == grads.keys() - bare_grads.keys()
+    assert len(visual) == len([n for n, _ in tiny_model().named_parameters() if "visual." in n])
+    for name, grad in grads.items():
+        assert torch.equal(grad, bare_grads.get(name, torch.zeros_like(grad))), name
+
+
+def test_a_batch_of_bad_samples_is_an_empty_document_that_moves_nothing() -> None:
+    bad = BadSample("a.jsonl:7", "a", "missing", "cat.png is missing")
+    batch = pack([], pad_id=3, bad=[bad])
+    assert batch.bad == (bad,)
+    assert batch.families == ()
+    assert batch.input_ids_T.tolist() == [3] * ROUND
+    assert len(batch.targets_R) == len(batch.weights_R) == 0
+    loss, grads = loss_and_gradients(batch, 1.0)
+    assert loss == 0
+    assert all(not grad.any() for grad in grads.values())
+
+
+def test_rows_without_a_placeholder_are_no_null_item() -> None:
+    batch = pack(conversations()[1:2], pad_id=0)
+    broken = replace(batch, pad_index_M=batch.pad_index_M[:0])
+    with pytest.raises(AssertionError, match="8 vision tokens for 0 placeholders"):
+        broken.run(tiny_model())
 
 
 def test_root_weighting_gives_each_answer_the_root_of_its_length() -> None:
