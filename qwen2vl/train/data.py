@@ -26,25 +26,42 @@ __all__ = ["WorldBatches", "batches"]
 
 
 class WorldBatches(Dataset[Batch]):
-    """Batch number `step` of a run, whoever asks and whenever."""
+    """Batch number `index` of one rank of a run, whoever asks and whenever.
 
-    def __init__(self, config: TrainConfig, processor: Processor) -> None:
+    A step has `config.accumulate` batches on each rank, and its samples are dealt out to all.
+    """
+
+    def __init__(
+        self, config: TrainConfig, processor: Processor, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.config = config
         self.processor = processor
+        self.rank = rank
+        self.ranks = ranks
 
     def __len__(self) -> int:
-        return self.config.steps
+        return self.config.steps * self.config.accumulate
 
-    def __getitem__(self, step: int) -> Batch:
-        stage, seed, indices = draw(self.config, step)
+    def __getitem__(self, index: int) -> Batch:
+        step, turn = divmod(index, self.config.accumulate)
+        stage, seed, indices = draw(
+            self.config,
+            step,
+            rank=turn * self.ranks + self.rank,
+            ranks=self.ranks * self.config.accumulate,
+        )
         processor = _processor_of(stage, self.processor)
         examples = [_example(processor, stage, seed, index) for index in indices]
         pad_id = self.processor.config.bos_token_id  # <|endoftext|>, as everywhere in Qwen2
         return pack(examples, pad_id=pad_id, weighting=stage.weighting)
 
 
-def batches(config: TrainConfig, processor: Processor, start: int) -> Iterator[Batch]:
-    """Yield the batches from step `start` on, prepared ahead by `config.workers` processes.
+def batches(
+    config: TrainConfig, processor: Processor, start: int, *, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Yield a rank's batches from step `start` on, prepared ahead by `config.workers` processes.
+
+    Every rank gets `config.accumulate` of them for each step.
 
     Raises:
         FontError: fonts of any stage are not installed. A worker could say so only when its stage
@@ -53,9 +70,9 @@ def batches(config: TrainConfig, processor: Processor, start: int) -> Iterator[B
     for stage in config.stages:
         check_fonts(stage.mixture)
     loader = DataLoader(
-        WorldBatches(config, processor),
+        WorldBatches(config, processor, rank, ranks),
         batch_size=None,
-        sampler=range(start, config.steps),
+        sampler=range(start * config.accumulate, config.steps * config.accumulate),
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_one_thread,
