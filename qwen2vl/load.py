@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 
 from qwen2vl.adapt.join import siblings
-from qwen2vl.adapt.lora import LoraFactors, merge_lora, read_lora
+from qwen2vl.adapt.lora import LoraFactors, merge_lora
+from qwen2vl.adapt.peft import read_lora
 from qwen2vl.adapt.quantise import Kind, Mode, quantise_layers
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import Qwen2VLConfig

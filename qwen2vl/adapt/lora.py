@@ -1,49 +1,66 @@
-"""A LoRA adapter, merged: W becomes W + scale * B @ A, once, when a model is loaded.
+"""Low-rank adapters of linear layers: y = W x + scale * B A x; A and B are learnt, W stays.
 
-Afterwards nothing of the adapter remains; answering costs what it costs without one. Strict where
-PEFT warns: an option or a tensor that would change the answer and is not understood here is
-refused by name, so that what runs is what was trained. It must not know files; load.py hands over
-what weights/adapter.py has read. Letters of this room: R rank, X and Y the inputs and outputs of a
-linear layer. (Hu et al. 2021, LoRA; Kalajdzievski 2023, rsLoRA; PEFT: LoraConfig, LoraLayer.merge.)
+Three lives of the same factors. In training a LoraLinear stands where the layer stood, under the
+names of its parameters, and the model never knows. For a while it may be merged, and is unmerged to
+the bit. Loaded or exported, W becomes W + scale * B A once, and answering costs what it costs
+without. The head is no layer to train: the loss reads it as a matrix.
+
+Letters of this room: R rank, X and Y the inputs and outputs of a linear layer. (Hu et al. 2021,
+LoRA; Kalajdzievski 2023, rsLoRA; Dettmers et al. 2023, QLoRA.) Next room: peft.py, the files.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qwen2vl.errors import CheckpointError
+from qwen2vl.adapt.nf4 import Nf4Weight, Quantize, dequantise
+from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["LoraFactors", "merge_lora", "read_lora"]
+__all__ = [
+    "DECODER",
+    "LoraConfig",
+    "LoraFactors",
+    "LoraLinear",
+    "factors_of",
+    "fresh_factors",
+    "lora_layers",
+    "merge_in_place",
+    "merge_lora",
+    "merged_state",
+    "put_lora",
+    "unmerge",
+]
 
-# Options that only say how the adapter was trained, found or shipped.
-_INERT = frozenset(
-    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "lora_dropout target_modules exclude_modules layers_to_transform layers_pattern megatron_core "
-    "loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config "
-    "ensure_weight_tying".split()
-)
-# Options that `_scale` obeys, and the kind itself.
-_OBEYED = frozenset("peft_type r lora_alpha use_rslora rank_pattern alpha_pattern".split())
-# What else is allowed, besides "off". The starts of training that are not listed here (pissa,
-# olora, corda, loftq, ...) take a part out of the base weights, which a merge would have to undo.
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-}
-_OFF = (None, False, {}, [])
+DECODER = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the seven layers of every block
 
-# A name in a file is PEFT's prefix, then the module in one of the layouts of transformers.
-_LAYOUTS = (("model.visual.", "visual."), ("model.language_model.", "model."))
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
+_A, _B, _NF4 = "lora_A", "lora_B", "nf4"
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Which layers learn a low-rank change, and of which size."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the change counts alpha / rank times
+    dropout: float = 0.0  # share of a layer's inputs that the change does not see, in training
+    rank_stabilised: bool = False  # alpha / sqrt(rank) instead, for high ranks
+    targets: tuple[str, ...] = (DECODER,)  # patterns of the names of layers; full matches
+    quantize_base: Quantize = "none"  # what the adapted layers' own weights are stored as
+    init: str = ""  # an adapter folder of PEFT to go on from, in place of fresh factors
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,32 +72,111 @@ class LoraFactors:
     scale: float
 
 
-def read_lora(
-    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Qwen2VL, *, where: str
-) -> dict[str, LoraFactors]:
-    """Understand an adapter: official name of each changed linear layer -> its factors.
+class LoraLinear(nn.Linear):
+    """A linear layer, its own weight as it was or in 4 bits, and the factors beside it."""
 
-    Args:
-        settings: the content of adapter_config.json.
-        tensors: the content of adapter_model.safetensors, names as in the file.
-        model: what it is to be merged into; the meta device will do.
-        where: the adapter's folder, for errors.
+    def __init__(
+        self, layer: nn.Linear, factors: LoraFactors, *, dropout: float, quantize: Quantize
+    ) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.scale, self.dropout = factors.scale, dropout
+        self.bias = layer.bias
+        self.weight = layer.weight
+        self.nf4: Nf4Weight | None = None
+        if quantize != "none":
+            self.nf4 = Nf4Weight(layer.weight, double=quantize == "nf4_double")
+            self.register_parameter("weight", None)
+        place = layer.weight.device
+        self.lora_A = nn.Parameter(factors.a_RX.to(place, torch.float32, copy=True))
+        self.lora_B = nn.Parameter(factors.b_YR.to(place, torch.float32, copy=True))
+        self.merged_YX: Tensor | None = None  # instead of all three, while it is there
+
+    @property
+    def factors(self) -> LoraFactors:
+        """What is learnt, as it stands; the tensors themselves, not copies."""
+        return LoraFactors(a_RX=self.lora_A, b_YR=self.lora_B, scale=self.scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply rows (T, X) into (T, Y)."""
+        if self.merged_YX is not None:
+            return F.linear(input, self.merged_YX, self.bias)
+        if self.nf4 is None:
+            out_TY = F.linear(input, self.weight, self.bias)
+        else:
+            out_TY = self.nf4(input)
+            out_TY = out_TY if self.bias is None else out_TY + self.bias.to(out_TY.dtype)
+        seen_TX = F.dropout(input, self.dropout, self.training)
+        if not torch.is_autocast_enabled(input.device.type):
+            seen_TX = seen_TX.to(
+                self.lora_A.dtype
+            )  # the factors stay precise beside a short weight
+        change_TY = F.linear(F.linear(seen_TX, self.lora_A), self.lora_B)
+        return out_TY + (change_TY * self.scale).to(out_TY.dtype)
+
+
+def fresh_factors(model: Qwen2VL, config: LoraConfig, seed: int) -> dict[str, LoraFactors]:
+    """Draw factors for the layers that `config` names: A uniform, B zero, so that nothing changes.
 
     Raises:
-        CheckpointError: an option or a tensor is not understood, does not fit, or is missing.
+        ConfigError: a pattern matches no layer of the towers; a size is impossible.
     """
-    _check_options(settings, where)
-    pairs = _pair(tensors, where)
-    _check_targets(settings.get("target_modules"), list(pairs), where)
+    _check(config)
+    draw = torch.Generator().manual_seed(seed)
     factors: dict[str, LoraFactors] = {}
-    for path, pair in pairs.items():
-        name = _official(path)
-        if name in factors:
-            raise CheckpointError(f"{where}: {name} is there twice, in both key layouts")
-        _check_layer(model, name, pair, where)
-        scale = _scale(settings, path, len(pair["A"]), where)
-        factors[name] = LoraFactors(a_RX=pair["A"], b_YR=pair["B"], scale=scale)
+    for name in _targets(model, config.targets):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        bound = layer.in_features**-0.5
+        a_RX = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=draw)
+        b_YR = torch.zeros(layer.out_features, config.rank)
+        factors[name] = LoraFactors(a_RX=a_RX, b_YR=b_YR, scale=config.scale)
     return factors
+
+
+def put_lora(
+    model: Qwen2VL,
+    factors: Mapping[str, LoraFactors],
+    *,
+    dropout: float = 0.0,
+    quantize: Quantize = "none",
+) -> None:
+    """Replace layers by LoraLinears of the same names; who may learn is for the caller to say.
+
+    Raises:
+        ConfigError: the head is among them.
+    """
+    for name, found in factors.items():
+        if name == _HEAD:
+            raise ConfigError(
+                "lm_head: the head cannot be adapted while training, the loss reads its matrix; "
+                "name layers of the towers"
+            )
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear), f"{name} is a {type(layer).__name__}"
+        parent, _, leaf = name.rpartition(".")
+        new = LoraLinear(layer, found, dropout=dropout, quantize=quantize)
+        setattr(model.get_submodule(parent), leaf, new.train(layer.training))
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """List the adapted layers by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+@torch.no_grad()
+def merge_in_place(model: nn.Module) -> None:
+    """Let every adapted layer multiply once instead of three times; costs a second weight each."""
+    for _, layer in lora_layers(model):
+        weight_YX = layer.weight if layer.nf4 is None else layer.nf4.dequantised()
+        layer.merged_YX = _merged(weight_YX, layer.factors)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take `merge_in_place` back: weight and factors were never touched."""
+    for _, layer in lora_layers(model):
+        layer.merged_YX = None
 
 
 @torch.no_grad()
@@ -92,140 +188,81 @@ def merge_lora(model: Qwen2VL, factors: Mapping[str, LoraFactors]) -> None:
     for name, found in factors.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        a_RX, b_YR = (f.to(weight.device, torch.float32) for f in (found.a_RX, found.b_YR))
-        merged_YX = torch.addmm(weight.float(), b_YR, a_RX, alpha=found.scale)
-        weight.data = merged_YX.to(weight.dtype)
+        weight.data = _merged(weight, found)
 
 
-def _check_options(settings: Mapping[str, Any], where: str) -> None:
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{where}: peft_type is {kind!r}; only LORA adapters can be merged here"
-        )
-    refused = [
-        f"{option} {value!r}"
-        for option, value in sorted(settings.items())
-        if option not in _INERT | _OBEYED and not _is_harmless(option, value)
-    ]
-    if refused:
-        raise CheckpointError(
-            f"{where}: this adapter uses {', '.join(refused)}, which is not supported; merge it "
-            "into its base model with PEFT and load the result"
-        )
+@torch.no_grad()
+def merged_state(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """Turn the state of an adapted model into that of the plain one it computes like.
 
+    Works on names alone, so `state` may have been gathered from many processes.
 
-def _is_harmless(option: str, value: Any) -> bool:
-    allowed = (*_OFF, *_HARMLESS.get(option, ()))
-    # 0 == False: an option set to the number 0 is not off.
-    return any(value == one and type(value) is type(one) for one in allowed)
-
-
-def _pair(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, Tensor]]:
-    """Sort the tensors by module, named as in the file: path -> {"A": ..., "B": ...}."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key)
-        if match is None:
-            raise CheckpointError(
-                f"{where}: {key} is no LoRA factor of a linear layer "
-                "(base_model.model.MODULE.lora_A.weight or lora_B); only those can be merged"
-            )
-        pairs.setdefault(match[1], {})[match[2]] = tensor
-    if not pairs:
-        raise CheckpointError(f"{where}: the adapter holds no tensors")
-    if halves := sorted(path for path, pair in pairs.items() if len(pair) < 2):
-        (there,) = pairs[halves[0]]
-        raise CheckpointError(
-            f"{where}: {halves[0]} has lora_{there} alone ({len(halves)} such modules); fetch the "
-            "adapter again"
-        )
-    return pairs
-
-
-def _check_targets(targets: Any, paths: list[str], where: str) -> None:
-    """Modules that were to be adapted must be, and no others: PEFT ignores tensors of others.
-
-    Only a list says which they are. A regular expression is a program of a stranger and is not
-    run, and "all-linear" says nothing that the tensors do not.
+    Args:
+        state: the state dict of a model with LoraLinears.
+        scales: of each adapted layer, by name.
     """
-    if isinstance(targets, str):
-        return
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise CheckpointError(f"{where}: target_modules is {targets!r}, expected names of modules")
-    if idle := [t for t in targets if not any(_is_named(path, t) for path in paths)]:
-        raise CheckpointError(
-            f"{where}: target_modules names {', '.join(idle)}, of which the file holds no tensors; "
-            "fetch the adapter again"
-        )
-    if strange := [path for path in paths if not any(_is_named(path, t) for t in targets)]:
-        raise CheckpointError(
-            f"{where}: the file adapts {strange[0]}, which target_modules does not name"
-        )
+    plain = {name: t for name, t in state.items() if _owner(name) not in scales}
+    for name, found in factors_of(state, scales).items():
+        weight_YX = state.get(f"{name}.weight")
+        if weight_YX is None:
+            shape = torch.Size((len(found.b_YR), found.a_RX.shape[1]))
+            weight_YX = dequantise(dict(_below(state, f"{name}.{_NF4}.")), shape)
+        plain[f"{name}.weight"] = _merged(weight_YX, found)
+        if (bias := state.get(f"{name}.bias")) is not None:
+            plain[f"{name}.bias"] = bias
+    return plain
 
 
-def _is_named(path: str, name: str) -> bool:
-    """Match as PEFT does: the whole path, or the end of it from some dot on."""
-    return path == name or path.endswith("." + name)
+def factors_of(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, LoraFactors]:
+    """Pick the factors of every adapted layer out of a state dict."""
+    return {
+        name: LoraFactors(a_RX=state[f"{name}.{_A}"], b_YR=state[f"{name}.{_B}"], scale=scale)
+        for name, scale in scales.items()
+    }
 
 
-def _official(path: str) -> str:
-    for nested, flat in _LAYOUTS:
-        if path.startswith(nested):
-            return flat + path.removeprefix(nested)
-    return path
+def _merged(weight_YX: Tensor, found: LoraFactors) -> Tensor:
+    a_RX, b_YR = (f.to(weight_YX.device, torch.float32) for f in (found.a_RX, found.b_YR))
+    merged_YX = torch.addmm(weight_YX.float(), b_YR, a_RX, alpha=found.scale)
+    return merged_YX.to(weight_YX.dtype)
 
 
-def _check_layer(model: Qwen2VL, name: str, pair: Mapping[str, Tensor], where: str) -> None:
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        layer = None
-    if not isinstance(layer, nn.Linear):
-        what = "not in this model" if layer is None else f"a {type(layer).__name__}"
-        raise CheckpointError(
-            f"{where}: {name} is {what}; only linear layers of the base model can be adapted"
-        )
-    rank = pair["A"].shape[:1]
-    wanted = {"A": (*rank, layer.in_features), "B": (layer.out_features, *rank)}
-    for letter, want in wanted.items():
-        factor = pair[letter]
-        if tuple(factor.shape) != want:
-            raise CheckpointError(
-                f"{where}: lora_{letter} of {name} is {list(factor.shape)}, this model asks for "
-                f"{list(want)}; the adapter belongs to another base model"
+def _owner(name: str) -> str:
+    """Name the layer that a tensor of the state belongs to."""
+    return name.rpartition(".")[0].removesuffix(f".{_NF4}")
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    yield from ((n.removeprefix(prefix), t) for n, t in state.items() if n.startswith(prefix))
+
+
+def _check(config: LoraConfig) -> None:
+    rules = [
+        (config.rank >= 1, f"rank is {config.rank}, must be at least 1"),
+        (config.alpha > 0, f"alpha is {config.alpha}, must be above 0"),
+        (0 <= config.dropout < 1, f"dropout is {config.dropout}, must be from 0 to below 1"),
+    ]
+    if broken := [text for holds, text in rules if not holds]:
+        raise ConfigError("adapter: " + "; ".join(broken))
+
+
+def _targets(model: Qwen2VL, patterns: tuple[str, ...]) -> list[str]:
+    """List the linear layers whose whole name one of the patterns matches."""
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != _HEAD
+    ]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        try:
+            own = [name for name in linears if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise ConfigError(f"adapter.targets: {pattern!r} is no pattern: {error}") from None
+        if not own:
+            raise ConfigError(
+                f"adapter.targets: {pattern!r} matches no linear layer; names are like "
+                f"{linears[0]} and {linears[-1]}"
             )
-        if not factor.is_floating_point() or not bool(factor.float().isfinite().all()):
-            raise CheckpointError(
-                f"{where}: lora_{letter} of {name} holds no finite numbers; fetch it again"
-            )
-
-
-def _scale(settings: Mapping[str, Any], path: str, rank: int, where: str) -> float:
-    """Compute alpha / rank, or alpha / sqrt(rank) for rsLoRA; patterns set single modules apart."""
-    told = _number(settings, "r", "rank_pattern", path, where)
-    alpha = _number(settings, "lora_alpha", "alpha_pattern", path, where)
-    if rank != told or rank < 1:
-        raise CheckpointError(
-            f"{where}: {path} has factors of rank {rank}, adapter_config.json says {told}"
-        )
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _number(settings: Mapping[str, Any], option: str, table: str, path: str, where: str) -> float:
-    """Look up an option that a table may set apart for modules; its first match counts."""
-    found, patterns = settings.get(option), settings.get(table) or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(f"{where}: {table} is {patterns!r}, expected names and numbers")
-    for pattern, value in patterns.items():
-        if not _PLAIN_NAME.fullmatch(pattern):
-            raise CheckpointError(
-                f"{where}: {table} holds the regular expression {pattern!r}; only names of "
-                "modules are supported"
-            )
-        if _is_named(path, pattern):
-            option, found = f"{table} of {pattern}", value
-            break
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
-        raise CheckpointError(f"{where}: {option} is {found!r}, expected a number")
-    return found
+        found |= dict.fromkeys(own)
+    return [name for name in linears if name in found]

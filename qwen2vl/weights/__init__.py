@@ -6,7 +6,7 @@ small integers), fit.py (do they belong to this model?), adapter.py (a LoRA fold
 way back). This floor builds no running model: load.py, one floor up, does.
 """
 
-from qwen2vl.weights.adapter import read_adapter
+from qwen2vl.weights.adapter import read_adapter, save_adapter
 from qwen2vl.weights.find import find
 from qwen2vl.weights.fit import check_fit, expected_shapes, nonfinite_tensors
 from qwen2vl.weights.packing import PackedMatrix, Packing
@@ -37,5 +37,6 @@ __all__ = [
     "read_config",
     "read_generation_defaults",
     "read_preprocessor",
+    "save_adapter",
     "save_folder",
 ]

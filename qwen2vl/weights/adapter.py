@@ -1,22 +1,31 @@
-"""A PEFT adapter folder -> its settings and its tensors, read but not yet understood.
+"""A PEFT adapter folder <-> its settings and its tensors, which are not understood here.
 
 Two files: adapter_config.json and adapter_model.safetensors, the header verified as for any
-weights, pickle never opened. What the settings mean, and where the tensors go, is the business of
-adapt/lora.py. (PEFT: LoraConfig, save_pretrained.) Next room: load.py, where both meet.
+weights, pickle never opened; written aside and renamed as a whole. What the settings mean, and
+where the tensors go, is the business of adapt/peft.py. (PEFT: LoraConfig, save_pretrained.)
+Next room: load.py, where both meet.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.header import read_header
+from qwen2vl.weights.save import check_target
 from qwen2vl.weights.settings import pickle_remedy, read_json
 from qwen2vl.weights.tensors import TensorFolder
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "read_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "read_adapter", "save_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -35,6 +44,37 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], TensorFolder]:
     settings = read_json(place / ADAPTER_CONFIG)
     path = place / ADAPTER_FILE
     return settings, TensorFolder(place, {path: read_header(path)})
+
+
+def save_adapter(
+    folder: str | Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write an adapter to `folder`, which must not exist yet (or be empty).
+
+    Raises:
+        CheckpointError: something is there already, or the disk is full or not writable.
+    """
+    target = Path(folder)
+    check_target(target)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(ready, partial / ADAPTER_FILE, metadata={"format": "pt"})
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(
+            f"{target}: the adapter cannot be saved: {reason}; free some space or choose another "
+            "folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _why_no_adapter(folder: Path, missing: list[str]) -> str:

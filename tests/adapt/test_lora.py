@@ -1,264 +1,239 @@
-"""Adapters merged by the written formula, and everything that is refused by name.
+"""Layers that learn beside their weights: what they compute, who they are, how they are merged.
 
-Merges are compared with PEFT's own in tests/parity/test_lora.py.
+Gradients and files are compared with PEFT's in tests/parity/test_lora_training.py.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen2vl.adapt.lora import merge_lora, read_lora
-from qwen2vl.adapt.rows import multiply_single_rows
-from qwen2vl.errors import CheckpointError
+from qwen2vl.adapt.lora import (
+    DECODER,
+    LoraConfig,
+    LoraFactors,
+    LoraLinear,
+    factors_of,
+    fresh_factors,
+    lora_layers,
+    merge_in_place,
+    merge_lora,
+    merged_state,
+    put_lora,
+    unmerge,
+)
+from qwen2vl.adapt.nf4 import Nf4Weight, Quantize
+from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
-from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+from tests.parity.oracle import packed, relative_error
+from tests.prompts import image, patches, prompt
+from tests.tiny import tiny_config, tiny_model
 
 Q = "model.layers.1.self_attn.q_proj"
-UP = "model.layers.0.mlp.up_proj"
 QKV = "visual.blocks.0.attn.qkv"
-SHAPES = {Q: (64, 64), UP: (128, 64), QKV: (96, 32), "lm_head": (len(tiny_tokenizer()), 64)}
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    """Spell adapter_config.json as PEFT does, with everything that it writes by default."""
+def learnt(model: Qwen2VL, **options: Any) -> dict[str, LoraFactors]:
+    """Factors as they are after training: B is not zero any more."""
+    generator = torch.Generator().manual_seed(3)
+    fresh = fresh_factors(model, LoraConfig(**options), seed=1)
     return {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 6,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": ["q_proj", "up_proj", "qkv"],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "lora_bias": False,
-        "layer_replication": None,
-        "task_type": "CAUSAL_LM",
-        "lora_dropout": 0.05,
-        "inference_mode": True,
-        "base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct",
-        **changes,
+        name: LoraFactors(
+            a_RX=f.a_RX, b_YR=0.1 * torch.randn(f.b_YR.shape, generator=generator), scale=f.scale
+        )
+        for name, f in fresh.items()
     }
 
 
-def factors(name: str, rank: int = 4, prefix: str = "", seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    (rows, columns), key = SHAPES[name], f"base_model.model.{prefix}{name}"
-    return {
-        f"{key}.lora_A.weight": torch.randn(rank, columns, generator=generator),
-        f"{key}.lora_B.weight": torch.randn(rows, rank, generator=generator),
-    }
-
-
-def flat() -> dict[str, Tensor]:
-    return factors(Q) | factors(UP, seed=1) | factors(QKV, seed=2)
-
-
-def model(**options: Any) -> Qwen2VL:
-    return tiny_model(config=tiny_config(**options))
-
-
-def merged(settings: dict[str, Any], tensors: dict[str, Tensor], base: Qwen2VL) -> Qwen2VL:
-    merge_lora(base, read_lora(settings, tensors, base, where="adapter"))
-    return base
-
-
-def gain(name: str, tensors: dict[str, Tensor]) -> Tensor:
-    a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-    return (b.double() @ a.double()).float()
-
-
-@pytest.mark.parametrize(("rs", "scale"), [(False, 6 / 4), (True, 6 / math.sqrt(4))])
-def test_the_formula(rs: bool, scale: float) -> None:
-    plain, tensors = model(), flat()
-    adapted = merged(settings(use_rslora=rs), tensors, model())
-    for name, parameter in plain.named_parameters():
-        now = adapted.get_parameter(name)
-        module = name.removesuffix(".weight")
-        if module in SHAPES and name.endswith("weight"):
-            torch.testing.assert_close(now, parameter + scale * gain(module, tensors))
-        else:
-            assert torch.equal(now, parameter), name
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [("model.visual.", "visual."), ("model.language_model.", "model.")],
-)
-def test_both_key_layouts_are_one(old: str, new: str) -> None:
-    nested = {
-        key.replace(f"base_model.model.{new}", f"base_model.model.{old}"): tensor
-        for key, tensor in flat().items()
-    }
-    assert nested.keys() != flat().keys()
-    want, got = merged(settings(), flat(), model()), merged(settings(), nested, model())
-    assert all(map(torch.equal, got.state_dict().values(), want.state_dict().values()))
-
-
-def test_an_untied_head_may_be_adapted() -> None:
-    base = model(tie_word_embeddings=False)
-    before = base.head_weight.clone()
-    tensors = factors("lm_head")
-    merged(settings(target_modules=["lm_head"]), tensors, base)
-    torch.testing.assert_close(base.head_weight, before + 1.5 * gain("lm_head", tensors))
-
-
-def test_patterns_set_single_modules_apart() -> None:
-    tensors = factors(Q, rank=2) | factors(UP)
-    options = settings(
-        target_modules=["q_proj", "up_proj"],
-        rank_pattern={"layers.1.self_attn.q_proj": 2},
-        alpha_pattern={"mlp.up_proj": 1, "up_proj": 100},
-    )
-    plain, adapted = model(), merged(options, tensors, model())
-    for name, scale in ((Q, 6 / 2), (UP, 1 / 4)):
-        want = plain.get_parameter(f"{name}.weight") + scale * gain(name, tensors)
-        torch.testing.assert_close(adapted.get_parameter(f"{name}.weight"), want)
-
-
-def test_half_precision_is_rounded_once() -> None:
-    base = model().to(torch.bfloat16)
-    before = base.get_parameter(f"{UP}.weight").float()
-    tensors = {key: tensor.bfloat16() for key, tensor in flat().items()}
-    merged(settings(), tensors, base)
-    want = (before + 1.5 * gain(UP, tensors)).bfloat16()
-    assert torch.equal(base.get_parameter(f"{UP}.weight"), want)
-
-
-def test_without_factors_nothing_is_touched() -> None:
-    base = model()
-    before = {name: (p.data_ptr(), p._version) for name, p in base.named_parameters()}
-    merge_lora(base, {})
-    assert {name: (p.data_ptr(), p._version) for name, p in base.named_parameters()} == before
-
-
-def test_a_model_with_rows_kernels_merges_as_well() -> None:
-    base = model()
-    multiply_single_rows(base)
-    adapted = merged(settings(), flat(), base)
-    assert torch.equal(
-        adapted.get_parameter(f"{Q}.weight"),
-        merged(settings(), flat(), model()).get_parameter(f"{Q}.weight"),
+def ask(model: Qwen2VL) -> Tensor:
+    question = prompt([3, image(4, 6), 4], model.config)
+    return model.logits(
+        model(**packed([question], [patches(question, model.config)], model.config))
     )
 
 
-def test_the_model_may_be_empty_when_an_adapter_is_read() -> None:
-    with torch.device("meta"):
-        base = Qwen2VL(tiny_config())
-    assert set(read_lora(settings(), flat(), base, where="adapter")) == {Q, UP, QKV}
+def test_fresh_factors_change_nothing() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        before = ask(model)
+        put_lora(model, fresh_factors(model, LoraConfig(targets=(r".*",)), seed=1))
+        assert torch.equal(ask(model), before)
+
+
+def test_factors_are_drawn_from_the_seed() -> None:
+    one, two, other = (fresh_factors(tiny_model(), LoraConfig(rank=3), seed=s) for s in (1, 1, 2))
+    assert torch.equal(one[Q].a_RX, two[Q].a_RX)
+    assert not torch.equal(one[Q].a_RX, other[Q].a_RX)
+    assert one[Q].a_RX.shape == (3, 64)
+    assert one[Q].a_RX.abs().max() <= 1 / 8
+
+
+@pytest.mark.parametrize(("stabilised", "scale"), [(False, 6 / 4), (True, 6 / math.sqrt(4))])
+def test_the_formula(stabilised: bool, scale: float) -> None:
+    model = tiny_model()
+    layer = model.get_submodule(Q)
+    assert isinstance(layer, nn.Linear)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    factors = learnt(model, rank=4, alpha=6, rank_stabilised=stabilised)
+    want = layer(x) + scale * x @ (factors[Q].b_YR @ factors[Q].a_RX).T
+    put_lora(model, factors)
+    torch.testing.assert_close(model.get_submodule(Q)(x), want)
+
+
+def test_names_of_parameters_stay_and_two_come_for_each_layer() -> None:
+    model = tiny_model()
+    before = set(model.state_dict())
+    put_lora(model, learnt(model, targets=(QKV.replace(".", r"\."),)))
+    assert set(model.state_dict()) - before == {f"{QKV}.lora_A", f"{QKV}.lora_B"}
+    assert before <= set(model.state_dict())
+
+
+def test_any_linear_layer_of_either_tower_can_learn() -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=False))
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    put_lora(model, fresh_factors(model, LoraConfig(targets=(r".*",)), seed=0))
+    assert {name for name, _ in lora_layers(model)} == linears - {"lm_head"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    ask(model).square().sum().backward()
+    for name, layer in lora_layers(model):
+        assert layer.lora_B.grad is not None, name
+        # While B is zero nothing flows to A.
+        assert layer.lora_B.grad.any() and not layer.lora_A.grad.any(), name
+        assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "nf4_double"])
+def test_merged_computes_the_same_and_unmerged_is_as_before_to_the_bit(quantize: Quantize) -> None:
+    model = tiny_model()
+    put_lora(model, learnt(model, targets=(DECODER, r"visual.*qkv")), quantize=quantize)
+    with torch.no_grad():
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        apart = ask(model)
+        merge_in_place(model)
+        merged = ask(model)
+        assert not torch.equal(merged, apart)
+        assert relative_error(merged, apart) < 1e-5
+        unmerge(model)
+        assert torch.equal(ask(model), apart)
+        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "nf4_double"])
+def test_a_state_is_merged_by_names_alone(quantize: Quantize) -> None:
+    plain, model = tiny_model(), tiny_model()
+    factors = learnt(plain, targets=(DECODER, r"visual.*"))
+    put_lora(model, factors, quantize=quantize)
+    scales = {name: layer.scale for name, layer in lora_layers(model)}
+    state = merged_state(model.state_dict(), scales)
+    assert state.keys() == plain.state_dict().keys()
+    for name in factors if quantize != "none" else ():
+        weight = plain.get_parameter(f"{name}.weight")
+        weight.data = Nf4Weight(weight, double=quantize == "nf4_double").dequantised()
+    merge_lora(plain, factors)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+    back = factors_of(model.state_dict(), scales)
+    assert all(torch.equal(back[name].b_YR, factors[name].b_YR) for name in factors)
+
+
+def test_a_merged_weight_is_rounded_once() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    before = model.get_parameter(f"{Q}.weight").float()
+    factors = learnt(model, rank=4, alpha=6)
+    put_lora(model, factors)
+    state = merged_state(model.state_dict(), {n: layer.scale for n, layer in lora_layers(model)})
+    want = before + 1.5 * factors[Q].b_YR @ factors[Q].a_RX
+    assert torch.equal(state[f"{Q}.weight"], want.bfloat16())
+
+
+def test_dropout_is_for_training_and_for_the_change_alone() -> None:
+    model = tiny_model()
+    put_lora(model, learnt(model), dropout=0.5)
+    layer = model.get_submodule(Q)
+    assert isinstance(layer, LoraLinear)
+    x = torch.ones(2000, 64)
+    with torch.no_grad():
+        quiet = layer(x)
+        assert torch.equal(layer(x), quiet)
+        layer.train()
+        loud = layer(x)
+        assert not torch.equal(loud, quiet)
+        torch.testing.assert_close(loud.mean(0), quiet.mean(0), rtol=0, atol=0.2)
+        layer.lora_B.zero_()
+        assert torch.equal(layer(x), layer.eval()(x))
+
+
+def test_a_short_weight_has_precise_factors() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    put_lora(model, learnt(model))
+    layer = model.get_submodule(Q)
+    assert isinstance(layer, LoraLinear)
+    assert layer.weight.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32
+    assert layer(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, 64)).dtype == torch.bfloat16
+
+
+def test_a_quantised_base_is_all_that_is_kept_of_a_weight() -> None:
+    model = tiny_model()
+    put_lora(model, learnt(model), quantize="nf4")
+    layer = model.get_submodule(Q)
+    assert isinstance(layer, LoraLinear)
+    assert layer.weight is None
+    assert f"{Q}.weight" not in model.state_dict()
+    assert f"{Q}.nf4.codes" in model.state_dict()
+    assert [n for n, _ in layer.named_parameters()] == ["bias", "lora_A", "lora_B"]
+
+
+def test_an_adapted_model_comes_back_from_its_state() -> None:
+    model, other = tiny_model(), tiny_model(seed=1)
+    put_lora(model, learnt(model), quantize="nf4_double")
+    put_lora(other, fresh_factors(other, LoraConfig(), seed=9), quantize="nf4_double")
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(ask(other), ask(model))
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("options", "text"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA adapters"),
-        ({"peft_type": None}, "peft_type is None"),
-        ({"use_dora": True}, "uses use_dora True, which is not supported; merge it"),
-        ({"bias": "all"}, "uses bias 'all'"),
-        ({"bias": "lora_only"}, "uses bias 'lora_only'"),
-        ({"lora_bias": True}, "uses lora_bias True"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save ['lm_head']"),
-        ({"fan_in_fan_out": True}, "uses fan_in_fan_out True"),
-        ({"init_lora_weights": "pissa"}, "uses init_lora_weights 'pissa'"),
-        ({"init_lora_weights": "loftq"}, "uses init_lora_weights 'loftq'"),
-        ({"layer_replication": [[0, 2]]}, "uses layer_replication [[0, 2]]"),
-        ({"trainable_token_indices": [5]}, "uses trainable_token_indices [5]"),
-        ({"alora_invocation_tokens": [1, 2]}, "uses alora_invocation_tokens [1, 2]"),
-        ({"kasa_config": {"beta": 1}}, "uses kasa_config {'beta': 1}"),
-        ({"invented_in_2031": 0}, "uses invented_in_2031 0"),
-        ({"use_dora": True, "bias": "all"}, "uses bias 'all', use_dora True"),
-        ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
-        ({"lora_alpha": math.inf}, "lora_alpha is inf"),
-        ({"r": 8}, "has factors of rank 4, adapter_config.json says 8"),
-        ({"alpha_pattern": {"up_proj": "x"}}, "alpha_pattern of up_proj is 'x', expected a number"),
-        ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj'], expected names and numbers"),
-        ({"rank_pattern": {".*q_proj": 2}}, "rank_pattern holds the regular expression '.*q_proj'"),
-        ({"target_modules": ["q_proj", "up_proj"]}, f"adapts {QKV}, which target_modules does not"),
-        (
-            {"target_modules": ["q_proj", "up_proj", "qkv", "o_proj", "fc1"]},
-            "target_modules names o_proj, fc1, of which the file holds no tensors",
-        ),
-        ({"target_modules": None}, "target_modules is None, expected names"),
+        ({"targets": (r"model.*q_prj",)}, r"targets: 'model\.\*q_prj' matches no linear layer; na"),
+        ({"targets": (r".*q_proj", r"visual\.blocks")}, r"'visual\\\\.blocks' matches no linear"),
+        ({"targets": ("lm_head",)}, "'lm_head' matches no linear layer"),
+        ({"targets": ("(",)}, r"targets: '\(' is no pattern: missing \)"),
+        ({"rank": 0}, "adapter: rank is 0, must be at least 1"),
+        ({"alpha": 0.0, "dropout": 1.0}, r"alpha is 0\.0, must be above 0; dropout is 1\.0, must"),
     ],
 )
-def test_options_that_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(words)) as caught:
-        read_lora(settings(**changes), flat(), model(), where="some/adapter")
-    assert str(caught.value).startswith("some/adapter: ")
-    assert "\n" not in str(caught.value)
+def test_what_cannot_be_is_refused(options: dict[str, Any], text: str) -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=False))
+    with pytest.raises(ConfigError, match=text):
+        fresh_factors(model, LoraConfig(**options), seed=0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"target_modules": "all-linear"},
-        {"target_modules": r"^(?!.*visual).*(q_proj|v_proj)"},
-        {
-            "target_modules": [
-                "layers.1.self_attn.q_proj",
-                "mlp.up_proj",
-                "visual.blocks.0.attn.qkv",
-            ]
-        },
-        {"init_lora_weights": "gaussian", "modules_to_save": [], "loftq_config": {}},
-        {"kasa_config": None, "use_bdlora": None, "invented_in_2031": None},
-    ],
-)
-def test_options_that_change_nothing(changes: dict[str, Any]) -> None:
-    assert len(read_lora(settings(**changes), flat(), model(), where="adapter")) == 3
+def test_the_head_of_a_read_adapter_cannot_learn_on() -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=False))
+    rows = model.config.text.vocab_size
+    factors = LoraFactors(a_RX=torch.ones(2, 64), b_YR=torch.ones(rows, 2), scale=1.0)
+    with pytest.raises(ConfigError, match="lm_head: the head cannot be adapted while training"):
+        put_lora(model, {"lm_head": factors})
 
 
-def renamed(old: str, new: str) -> dict[str, Tensor]:
-    return {key.replace(old, new): tensor for key, tensor in flat().items()}
-
-
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        ({}, "the adapter holds no tensors"),
-        (renamed("base_model.model.", ""), "is no LoRA factor of a linear layer"),
-        (renamed("q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"), "_vector is no LoRA"),
-        (renamed("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is no LoRA factor"),
-        (renamed("q_proj.lora_B.weight", "q_proj.base_layer.weight"), "base_layer.weight is no"),
-        (flat() | {"base_model.model.lm_head.weight": torch.ones(1)}, "lm_head.weight is no LoRA"),
-        (
-            {k: t for k, t in flat().items() if "q_proj.lora_B" not in k},
-            f"{Q} has lora_A alone (1 such modules)",
-        ),
-        (renamed("layers.1", "layers.7"), "layers.7.self_attn.q_proj is not in this model"),
-        (renamed(UP, "model.layers.0.mlp"), "model.layers.0.mlp is a TextMLP; only linear"),
-        (renamed(QKV, "visual.patch_embed.proj"), "visual.patch_embed.proj is a Conv3d"),
-        (renamed(Q, "model.embed_tokens"), "model.embed_tokens is a Embedding"),
-        (renamed(Q, "lm_head"), "lm_head is not in this model"),
-        (renamed(Q, "model.layers.0.mlp.down_proj"), "is [4, 64], this model asks for [4, 128]"),
-        (
-            flat() | {f"base_model.model.{UP}.lora_B.weight": torch.ones(128, 3)},
-            f"lora_B of {UP} is [128, 3], this model asks for [128, 4]",
-        ),
-        (flat() | {f"base_model.model.{UP}.lora_A.weight": torch.tensor(1.0)}, "is [], this model"),
-        (
-            flat() | {f"base_model.model.{UP}.lora_A.weight": torch.full((4, 64), math.nan)},
-            f"lora_A of {UP} holds no finite numbers",
-        ),
-        (
-            flat() | {f"base_model.model.{UP}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)},
-            f"lora_A of {UP} holds no finite numbers",
-        ),
-        (
-            flat() | factors(QKV, prefix="model."),
-            f"{QKV} is there twice, in both key layouts",
-        ),
-    ],
-)
-def test_tensors_that_are_refused(tensors: dict[str, Tensor], words: str) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(words)):
-        read_lora(settings(target_modules="all-linear"), tensors, model(), where="adapter")
+@pytest.mark.parametrize("quantize", ["nf4", "nf4_double"])
+def test_gradients_over_a_quantised_base_are_those_over_the_widened_one(quantize: Quantize) -> None:
+    narrow, wide = tiny_model(), tiny_model()
+    factors = learnt(narrow, targets=(DECODER, r"visual.*"))
+    put_lora(narrow, factors, quantize=quantize)
+    put_lora(wide, factors)
+    for name, layer in lora_layers(narrow):
+        assert layer.nf4 is not None
+        wide.get_parameter(f"{name}.weight").data = layer.nf4.dequantised()
+    for model in (narrow, wide):
+        ask(model).log_softmax(-1)[:, 0].sum().backward()
+    for (name, layer), (_, other) in zip(lora_layers(narrow), lora_layers(wide), strict=True):
+        assert layer.lora_A.grad is not None and other.lora_A.grad is not None
+        assert relative_error(layer.lora_A.grad, other.lora_A.grad) < 1e-5, name

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights import read_adapter
+from qwen2vl.weights import adapter, read_adapter, save_adapter
 
 KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 
@@ -60,3 +61,27 @@ def test_settings_that_are_no_json(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: not valid JSON"):
         read_adapter(folder)
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2}, {KEY: torch.ones(3, 2).T})
+    settings, tensors = read_adapter(tmp_path / "a")
+    assert settings == {"peft_type": "LORA", "r": 2}
+    assert torch.equal(tensors[KEY], torch.ones(2, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_what_is_there_is_not_overwritten(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="exists already and is not an empty folder"):
+        save_adapter(folder, {}, {KEY: torch.zeros(2, 3)})
+    assert torch.equal(read_adapter(folder)[1][KEY], torch.ones(2, 3))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapter, "save_file", full)
+    with pytest.raises(CheckpointError, match="cannot be saved: No space left on device; free"):
+        save_adapter(tmp_path / "a", {}, {KEY: torch.zeros(2, 3)})
+    assert not list(tmp_path.iterdir())
