@@ -20,10 +20,12 @@ from qwen2vl.synth import Mixture
 
 __all__ = [
     "FROZEN",
+    "DataConfig",
     "MeshConfig",
     "OptimConfig",
     "RecomputeConfig",
     "Rules",
+    "Source",
     "Stage",
     "TrainConfig",
     "dump",
@@ -73,18 +75,97 @@ class RecomputeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One body of samples: a file of conversations, packed text, or a piece of the world.
+
+    Raises:
+        ConfigError: neither a path nor a mixture, or a share that means nothing.
+    """
+
+    path: str = ""  # JSON lines, parquet, packed text; a pattern; here or at any fsspec address
+    name: str = ""  # in metrics and reports; default: of the file, or "world"
+    media: str = ""  # where relative names of media begin; default: beside the file
+    mixture: Mixture | None = None  # the procedural world, instead of a path
+    samples: int = 0  # of the world: how many make a pass
+    repeats: float = 1.0  # how often a sample comes in a pass; 0.1: a fixed tenth of them comes
+    weight: float = 0.0  # share of a pass, whatever the source's size; then repeats must stay 1
+
+    def __post_init__(self) -> None:
+        what = f"source {self.name or self.path or 'world'}"
+        if bool(self.path) == (self.mixture is not None):
+            raise ConfigError(f"{what}: give either a path or a mixture of the world")
+        if self.mixture is not None and self.samples < 1:
+            raise ConfigError(f"{what}: samples is {self.samples}; say how many make a pass")
+        if self.repeats <= 0 or self.weight < 0 or (self.weight and self.repeats != 1):
+            raise ConfigError(
+                f"{what}: repeats is {self.repeats:g} and weight {self.weight:g}; repeats must be "
+                "positive, weight not negative, and only one of them given"
+            )
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        bare = self.path.rstrip("/").rpartition("/")[2].partition(".")[0]
+        return self.name or ("world" if self.mixture else bare.replace("*", "") or "data")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What a stage reads instead of the endless world: sources, and how they become steps.
+
+    Raises:
+        ConfigError: no source, two of one name, some with a weight and some without, or a number
+            that means nothing.
+    """
+
+    sources: tuple[Source, ...]
+    max_tokens: int = 8192  # of a bin: what one forward reads
+    max_vision: float = 0.0  # vision cost of a bin, in patches (lengths.vision_cost); 0 = no limit
+    bins: int = 8  # in one optimiser step, over all ranks and batches
+    oversize: Literal["refuse", "resize", "drop"] = "refuse"  # of samples larger than a bin
+    max_bad: float = 0.01  # share of samples that may be bad before the run stops
+    max_frames: int = 20_000  # of one video file, before frames are chosen
+    decode_seconds: float = 60.0  # for one video
+    fetch_seconds: float = 30.0  # for one object from elsewhere, each try
+    retries: int = 4  # after a failed fetch, waiting longer each time
+    concurrency: int = 16  # objects fetched at a time, in each worker
+    video_preset: str = "paper"  # which frames of a video are taken
+    cache: str = ""  # folder of length tables, plans and frames; default: in the user's cache
+    cache_gb: float = 20.0  # of decoded frames; 0 = keep none
+
+    def __post_init__(self) -> None:
+        names = [source.label for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"data: sources are {names}; give at least one, each its own name")
+        if len({source.weight > 0 for source in self.sources}) > 1:
+            raise ConfigError(f"data: give all of {', '.join(names)} a weight, or none of them")
+        for name, least in (("max_tokens", 64), ("bins", 1), ("concurrency", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}, must be {least} or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stretch of a run: what is shown, what may move, for how many steps."""
+    """A stretch of a run: what is shown, what may move, for how many steps.
+
+    Raises:
+        ConfigError: there is nothing to show.
+    """
 
     name: str
     steps: int
-    examples: int  # conversations in one optimiser step
-    mixture: Mixture  # what the procedural world shows
+    examples: int = 0  # conversations in one optimiser step, where a mixture is shown
+    mixture: Mixture | None = None  # what the procedural world shows
+    data: DataConfig | None = None  # what is read instead
     rules: Rules = ((r".*", 1.0),)  # (pattern, multiple of optim.lr, or FROZEN)
     decay: float = 0.0  # share of the steps, at the end, in which the rate falls to optim.floor
     min_pixels: int = 0  # of a picture, instead of the model's own limit; 0 = the model's
     default_system: float = 0.3  # share of conversations with the default system sentence
     weighting: Literal["token", "root"] = "root"  # weight of a target: 1, or 1/sqrt(its answer)
+
+    def __post_init__(self) -> None:
+        if self.mixture is None and self.data is None:
+            raise ConfigError(f"stage {self.name}: give a mixture of the world, or data")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +215,8 @@ def dump(config: TrainConfig) -> str:
 def override(config: Node, words: Sequence[str]) -> Node:
     """Apply `key=value` words such as `optim.lr=1e-3` or `stages.2.steps=500`.
 
-    Values are parsed by the type of the field they replace.
+    Values are parsed by the type of the field they replace. A path stands for data with this one
+    source; `data=PATH` and `data.KEY=VALUE` mean every stage that reads data.
 
     Raises:
         ConfigError: a word without "=", an unknown key (the nearest is named), a bad value.
@@ -143,8 +225,23 @@ def override(config: Node, words: Sequence[str]) -> Node:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"override {word!r} has no '='; write key=value, as optim.lr=1e-3")
-        config = _put(config, key.split("."), value, key)
+        for path in _paths(config, key):
+            config = _put(config, path, value, key)
     return config
+
+
+def _paths(config: Any, key: str) -> list[list[str]]:
+    """Spell `data` out as the data of every stage that has any."""
+    path = key.split(".")
+    if path[0] != "data" or not isinstance(config, TrainConfig):
+        return [path]
+    reading = [["stages", str(i), *path] for i, s in enumerate(config.stages) if s.data is not None]
+    if not reading:
+        raise ConfigError(
+            f"override {key}: no stage of {config.name} reads data; write stages.0.data=FILE to "
+            "let one do so"
+        )
+    return reading
 
 
 def _put(node: Any, path: list[str], value: str, key: str) -> Any:
@@ -166,6 +263,10 @@ def _put(node: Any, path: list[str], value: str, key: str) -> Any:
             raise ConfigError(f"override {key}: {head!r} has no parts")
         return replace(node, **{head: _put(old, rest, value, key)})
     kind = get_type_hints(type(node))[head]
+    if DataConfig in get_args(kind):
+        sources = (Source(path=value),)
+        new = DataConfig(sources=sources) if old is None else replace(old, sources=sources)
+        return replace(node, **{head: new})
     return replace(node, **{head: _parse(value, kind, key)})
 
 
