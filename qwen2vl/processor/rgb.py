@@ -29,7 +29,16 @@ from qwen2vl.processor.media import (
     sniff_type,
 )
 
-__all__ = ["FORMATS", "array_to_image", "check_size", "decode", "open_image", "opened", "to_8_bit"]
+__all__ = [
+    "FORMATS",
+    "array_to_image",
+    "check_size",
+    "decode",
+    "open_image",
+    "opened",
+    "shown_size",
+    "to_8_bit",
+]
 
 # Pillow reports damaged files by logging; without any handler that would reach the terminal.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -47,6 +56,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # those that swap height and width
 _WIDE_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
@@ -111,6 +121,12 @@ def check_size(image: Image.Image, limits: MediaLimits, name: str) -> None:
             f"{name} is {width} x {height} = {width * height:,} pixels, limit is "
             f"{limits.max_image_pixels:,}; resize it first"
         )
+
+
+def shown_size(image: Image.Image, *, turn: bool = True) -> tuple[int, int]:
+    """Tell (height, width) of the picture as `decode` will give it, by its header alone."""
+    width, height = image.size
+    return (width, height) if turn and _orientation(image) in _SIDEWAYS else (height, width)
 
 
 def decode(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -102,6 +103,10 @@ class Tokenizer:
     def __len__(self) -> int:
         """Count the tokens, special ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def digest(self) -> str:
+        """Name what turns text into ids, for what is kept on disk in ids."""
+        return sha256(self._backend.to_str().encode()).hexdigest()[:32]
 
     def id_of(self, token: str) -> int:
         """Give the id of a special token."""

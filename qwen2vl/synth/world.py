@@ -7,7 +7,7 @@ know models, processors or files. Next room: text.py, the first family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,7 @@ from qwen2vl.synth.draw import draw
 from qwen2vl.synth.fonts import files_of
 from qwen2vl.synth.spec import Draft, Example, Mixture, Spec
 
-__all__ = ["FAMILIES", "check_fonts", "render", "sample"]
+__all__ = ["FAMILIES", "check_fonts", "converse", "render", "sample"]
 
 FAMILIES: Mapping[str, Callable[[Random, Mixture], Draft]] = MappingProxyType(
     {
@@ -68,7 +68,12 @@ def sample(seed: int, index: int, mixture: Mixture) -> Spec:
 
 def render(spec: Spec) -> Example:
     """Draw the pictures of a spec and lay out its conversation; pictures come first."""
-    frames = [draw(picture) for picture in spec.pictures]
+    messages = converse(spec, [draw(picture) for picture in spec.pictures])
+    return Example(messages=messages, truth=spec.questions, spec=spec)
+
+
+def converse(spec: Spec, frames: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Lay out a spec's conversation around its pictures, drawn as `frames`."""
     media: list[dict[str, Any]]
     if spec.clip:
         media = [{"type": "video", "video": np.stack(frames)}]
@@ -80,4 +85,4 @@ def render(spec: Spec) -> Example:
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": question.answer})
         media = []
-    return Example(messages=messages, truth=spec.questions, spec=spec)
+    return messages

@@ -51,17 +51,19 @@ class Storage:
         # one of threads, and each fetch here has a thread.
         self._systems: dict[tuple[int, str], Any] = {}
 
-    def read(self, address: str) -> bytes:
-        """Fetch one object, in as many tries as it is allowed.
+    def read(self, address: str, first: int | None = None) -> bytes:
+        """Fetch one object, or its `first` bytes, in as many tries as it is allowed.
 
         Raises:
             MissingError: there is none of this name.
             InputError: it did not come; the text names the last cause.
             ConfigError: the package that speaks this protocol is not installed.
         """
-        return self._tried(address, lambda: self._fetch(address))
+        return self._tried(address, lambda: self._fetch(address, first))
 
-    def read_all(self, addresses: Iterable[str]) -> dict[str, bytes | InputError]:
+    def read_all(
+        self, addresses: Iterable[str], first: int | None = None
+    ) -> dict[str, bytes | InputError]:
         """Fetch many objects at a time; what fails is told in its place."""
         queue: SimpleQueue[tuple[str, Future[bytes]]] = SimpleQueue()
         futures: dict[str, Future[bytes]] = {}
@@ -69,7 +71,7 @@ class Storage:
             futures[address] = Future()
             queue.put((address, futures[address]))
         for _ in range(min(self.concurrency, len(futures))):
-            Thread(target=self._work, args=(queue,), daemon=True).start()
+            Thread(target=self._work, args=(queue, first), daemon=True).start()
         wait_for(futures.values())
         return {address: _outcome(future) for address, future in futures.items()}
 
@@ -112,14 +114,14 @@ class Storage:
             return [pattern]
         return sorted(system.unstrip_protocol(name) for name in found)
 
-    def _work(self, queue: SimpleQueue[tuple[str, Future[bytes]]]) -> None:
+    def _work(self, queue: SimpleQueue[tuple[str, Future[bytes]]], first: int | None) -> None:
         while True:
             try:
                 address, future = queue.get_nowait()
             except Empty:
                 return
             try:
-                future.set_result(self.read(address))
+                future.set_result(self.read(address, first))
             except BaseException as error:  # whatever it is belongs to who asked
                 future.set_exception(error)
 
@@ -137,10 +139,11 @@ class Storage:
             time.sleep(self.scale * pause * (0.5 + random.random()))
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _fetch(self, address: str) -> bytes:
+    def _fetch(self, address: str, first: int | None) -> bytes:
         if address.lower().startswith(("http://", "https://")):
+            # A head costs as much as the whole here: not every server cuts.
             return download(address, max_bytes=MAX_BYTES, timeout=self.seconds, name=address)[0]
-        return self._system(address).cat_file(address)
+        return self._system(address).cat_file(address, end=first)
 
     def _system(self, address: str) -> Any:
         """Find the file system that speaks the address's protocol."""
