@@ -133,7 +133,7 @@ def _judge_and_normalise(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right, rounded at most once."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     else:
         total += left @ right
 
