@@ -1,0 +1,43 @@
+"""Worker of peers.py: qwen2vl, through the engine that users have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from turns import PICTURE, Answer, Case, Watch, serve
+
+from qwen2vl import LLM, SamplingParams, __version__
+
+
+def begin(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
+    torch.set_num_threads(options["threads"])
+    precision = options["precision"]
+    llm = LLM(
+        options["model"],
+        dtype="bfloat16",
+        quantize=None if precision == "bf16" else precision,
+        max_model_len=4096,
+    )
+
+    def answer(case: Case) -> dict[str, float]:
+        if case.size is None:
+            prompt = llm.processor.from_text(case.text)
+        else:
+            prompt = llm.processor.from_text(PICTURE + case.text, [case.pixels()])
+        params = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=True)
+        watch = Watch()
+        (sequence,) = llm.sequences(prompt, params)
+        llm.scheduler.add(sequence)
+        while sequence.finish_reason is None:
+            known = len(sequence.token_ids)
+            llm.step()
+            if len(sequence.token_ids) > known:
+                watch.token()
+        return watch.figures(len(prompt.input_ids))
+
+    return answer, {"qwen2vl": __version__, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    serve(begin)

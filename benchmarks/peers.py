@@ -1,0 +1,382 @@
+"""Beside others on the same machine: transformers, llama.cpp and OpenVINO GenAI, by turns.
+
+    python benchmarks/peers.py [--full] [--only-install] [--rounds 5]
+
+All answer on the official 2B shape with random weights: a picture of 448 x 448 and 50 tokens of
+text, 32 tokens long; with --full also 1344 x 1008 and text alone. Measured are the time from a
+prompt that is ready to its first token, and the time between two tokens. Each peer and precision
+is a process of its own that answers when it is its turn, once unmeasured and once measured; every
+question has another picture and other words, so that no cache answers. Of ours a second question
+on the same picture is measured as well. Prints one line for results.md; needs 16 GB of memory, and
+the first time 25 GB of disk and an hour to install the peers (peers_install.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tokenizers
+import torch
+from peers_install import WORKERS, InstallError, Kitchen
+from record import ROOT, line
+
+FOLDER = ROOT / "build" / "official_2b"
+CACHE = Path.home() / ".cache" / "qwen2vl" / "peers"
+
+NEW_TOKENS = 32
+WARM_TOKENS = 4
+SECOND_TOKENS = 8  # of the answer to a second question on a picture
+
+# A worker stays between its turns while so much memory is free after them.
+KEEP_FREE = 5 * 2**30
+
+# Each one token with the space before it; drawn at random, they give prompts that share nothing.
+WORDS = (
+    "the of and to in is was for that on with as by at from are were this be have not which one "
+    "all new two more when would about time people first water long little very after words called "
+    "just where most know get through back much before right good man our want same tell boy came "
+    "show form three small set put end does another well large must big even such because turn here"
+).split()
+
+UNMEASURED = {
+    "vLLM": "no build for CPUs in the package registry",
+    "SGLang": "no build for CPUs in the package registry",
+}
+
+Figures = dict[str, float]
+Found = dict[str, dict[str, Figures]]  # "peer/precision" -> case -> medians
+
+
+class WorkerError(Exception):
+    """A worker has ended; the text says how."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of question."""
+
+    num_words: int
+    size: tuple[int, int] | None = None  # height and width of the picture
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the prompt: words, vision tokens and their two marks."""
+        return self.num_words + (self.size[0] * self.size[1] // 784 + 2 if self.size else 0)
+
+
+SHAPES = {
+    "448x448": Shape(50, (448, 448)),
+    "1344x1008": Shape(50, (1344, 1008)),
+    "text": Shape(300),
+    # llama.cpp decodes after a prompt of the same length where its vision tower is not measured.
+    "448x448, words only": Shape(50 + 256 + 2),
+}
+
+
+@dataclass
+class Contestant:
+    """One peer at one precision: how to start it, and what it is asked."""
+
+    peer: str
+    precision: str
+    script: str
+    prepare: Callable[[], tuple[Path, dict[str, Any]]]  # interpreter, options
+    shapes: tuple[str, ...]
+    worker: Worker | None = None
+    times: dict[str, list[Figures]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name it in figures."""
+        return f"{self.peer}/{self.precision}"
+
+
+class Worker:
+    """A process that answers questions, one JSON line each."""
+
+    def __init__(self, contestant: Contestant, threads: int, log: Path) -> None:
+        python, options = contestant.prepare()
+        options |= {"precision": contestant.precision, "threads": threads}
+        self.log = log
+        with log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [str(python), str(WORKERS / contestant.script), json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+            )
+        self.about: dict[str, Any] = self._hear("ready")
+
+    def ask(self, case: dict[str, Any]) -> Figures:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"case": case}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; how, is found out below
+        return self._hear("figures")
+
+    def _hear(self, key: str) -> Any:
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        message = json.loads(said) if said else {}
+        if key in message:
+            return message[key]
+        code = self.process.wait()
+        why = message.get("error") or " ".join(self.log.read_text().strip().splitlines()[-1:])
+        raise WorkerError(f"ended with {code}: {why[:200]}")
+
+    def close(self) -> None:
+        """End it: a worker stops when nothing more can come."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Questions:
+    """Draws questions that share nothing with those before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.seeds = itertools.count(1)
+
+    def draw(self, shape: Shape, new_tokens: int, *, seed: int | None = None) -> dict[str, Any]:
+        """Ask about the picture of `seed`, or a new one, in new words."""
+        own = next(self.seeds)
+        text = "".join(f" {word}" for word in random.Random(own).choices(WORDS, k=shape.num_words))
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        assert len(ids) == shape.num_words, "a word of WORDS is not one token"
+        return {
+            "text": text,
+            "ids": ids,
+            "size": shape.size,
+            "seed": own if seed is None else seed,
+            "new_tokens": new_tokens,
+        }
+
+
+class Race:
+    """Lets the contestants answer by turns."""
+
+    def __init__(self, contestants: list[Contestant], folder: Path, logs: Path, threads: int):
+        self.contestants = contestants
+        self.questions = Questions(folder)
+        self.logs = logs
+        self.threads = threads
+        self.unmeasured = dict(UNMEASURED)
+
+    def run(self, rounds: int) -> None:
+        """Ask everybody `rounds` times, changing who goes first."""
+        for number in range(rounds):
+            for contestant in list(self.contestants)[:: 1 if number % 2 else -1]:
+                try:
+                    self._turn(contestant)
+                except (InstallError, WorkerError) as error:
+                    self.unmeasured[contestant.name] = str(error)
+                    self.contestants.remove(contestant)
+        for contestant in self.contestants:
+            self._dismiss(contestant)
+
+    def _turn(self, contestant: Contestant) -> None:
+        if contestant.worker is None:
+            log = self.logs / f"{contestant.name.replace('/', '-')}.log"
+            contestant.worker = Worker(contestant, self.threads, log)
+            contestant.about = contestant.worker.about
+        for name in contestant.shapes:
+            self._ask(contestant, name, WARM_TOKENS)
+            case = self._ask(contestant, name, NEW_TOKENS, note=name)
+            if contestant.peer == "ours" and SHAPES[name].size:
+                seen = case["seed"]
+                self._ask(contestant, name, SECOND_TOKENS, note=f"{name}, again", seed=seen)
+        if memory_free() < KEEP_FREE:
+            self._dismiss(contestant)
+
+    def _ask(
+        self,
+        contestant: Contestant,
+        shape: str,
+        new_tokens: int,
+        *,
+        note: str | None = None,
+        seed: int | None = None,
+    ) -> dict[str, Any]:
+        """Put a question, and keep the figures under the name `note`."""
+        assert contestant.worker is not None
+        case = self.questions.draw(SHAPES[shape], new_tokens, seed=seed)
+        figures = contestant.worker.ask(case)
+        asked = (SHAPES[shape].num_tokens, new_tokens)
+        if (figures["prompt_tokens"], figures["new_tokens"]) != asked:
+            raise WorkerError(f"{shape}: {figures} for a prompt and an answer of {asked} tokens")
+        if note is not None:
+            contestant.times.setdefault(note, []).append(figures)
+            print(contestant.name, note, json.dumps(figures), file=sys.stderr, flush=True)
+        return case
+
+    def _dismiss(self, contestant: Contestant) -> None:
+        if contestant.worker is not None:
+            contestant.worker.close()
+            contestant.worker = None
+
+
+def memory_free() -> int:
+    """Give the bytes that can be had without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(text.split()[1]) for text in lines if text.startswith("MemAvailable"))
+
+
+def contestants(kitchen: Kitchen, *, full: bool) -> Iterator[Contestant]:
+    """List who takes part."""
+    seen = ("448x448", "1344x1008", "text") if full else ("448x448",)
+    own = Path(sys.executable)
+    folder = {"model": str(kitchen.model)}
+    for precision in ("bf16", "int8", "int4"):
+        yield Contestant("ours", precision, "run_ours.py", lambda: (own, dict(folder)), seen)
+    yield Contestant(
+        "transformers", "bf16", "run_transformers.py", lambda: (own, dict(folder)), seen
+    )
+    for kind in ("bf16", "Q8_0", "Q4_K_M"):
+        shapes = seen if full else ("448x448, words only",)
+        yield Contestant("llama.cpp", kind, "run_llama.py", llama(kitchen, kind, full), shapes)
+    for kind in ("fp16", "int8", "int4") if full else ("int8", "int4"):
+        # Weights of 16 bits are stored as fp16; the arithmetic is bf16 where there is any.
+        precision = "bf16" if kind == "fp16" else kind
+        yield Contestant("OpenVINO", precision, "run_openvino.py", openvino(kitchen, kind), seen)
+
+
+def llama(kitchen: Kitchen, kind: str, full: bool) -> Callable[[], tuple[Path, dict[str, Any]]]:
+    def prepare() -> tuple[Path, dict[str, Any]]:
+        options = {"model": str(kitchen.gguf(kind))}
+        if full:
+            options["mmproj"] = str(kitchen.gguf("mmproj"))
+        return kitchen.python("llama"), options
+
+    return prepare
+
+
+def openvino(kitchen: Kitchen, kind: str) -> Callable[[], tuple[Path, dict[str, Any]]]:
+    return lambda: (kitchen.python("openvino"), {"model": str(kitchen.openvino(kind))})
+
+
+def medians(contestant: Contestant) -> dict[str, Figures]:
+    """Sum up each case."""
+    return {
+        name: {
+            key: round(median(figures[key] for figures in times), 1)
+            for key in ("first_ms", "step_ms")
+        }
+        for name, times in contestant.times.items()
+    }
+
+
+# What is compared with what: of ours the fastest of these precisions, of others the fastest.
+BITS_16, BITS_8, BITS_4 = ("bf16",), ("int8", "Q8_0"), ("int4", "Q4_K_M")
+COMPARED = {
+    "first, bf16": ("first_ms", BITS_16),
+    "first, any": ("first_ms", BITS_16 + BITS_8 + BITS_4),
+    "step, bf16": ("step_ms", BITS_16),
+    "step, 8 bits": ("step_ms", BITS_8),
+    "step, 4 bits": ("step_ms", BITS_4),
+}
+
+
+def ratios(found: Found, case: str) -> dict[str, Any]:
+    """Divide the best of the others by ours: above one we are faster.
+
+    A peer that decoded after words only is compared where the picture makes no difference.
+    """
+    compared: dict[str, Any] = {}
+    for title, (key, precisions) in COMPARED.items():
+        cases = (case, f"{case}, words only") if key == "step_ms" else (case,)
+        times = {
+            name: figures[key]
+            for name, by_case in found.items()
+            for label, figures in by_case.items()
+            if label in cases and name.partition("/")[2] in precisions
+        }
+        ours = {name: value for name, value in times.items() if name.startswith("ours/")}
+        others = {name: value for name, value in times.items() if name not in ours}
+        if ours and others:
+            mine, best = min(ours, key=ours.__getitem__), min(others, key=others.__getitem__)
+            ratio = round(others[best] / ours[mine], 2)
+            compared[title] = {"ratio": ratio, "ours": mine, "best": best}
+    return compared
+
+
+def second(found: Found, case: str) -> dict[str, float]:
+    """Divide the first token of a second question on a picture by one step, for each of ours."""
+    return {
+        name: round(by_case[f"{case}, again"]["first_ms"] / by_case[case]["step_ms"], 2)
+        for name, by_case in found.items()
+        if f"{case}, again" in by_case
+    }
+
+
+def summary(race: Race) -> dict[str, Any]:
+    """Collect everything for the line of results.md."""
+    found = {contestant.name: medians(contestant) for contestant in race.contestants}
+    cases = [name for name in SHAPES if any(name in by_case for by_case in found.values())]
+    peaks = {
+        c.name: max(figures["peak_gib"] for times in c.times.values() for figures in times)
+        for c in race.contestants
+    }
+    return {
+        "found": found,
+        "ratios": {case: got for case in cases if (got := ratios(found, case))},
+        "second": {case: got for case in cases if (got := second(found, case))},
+        "peak_gib": {name: round(peak, 1) for name, peak in peaks.items()},
+        "versions": {
+            name: version
+            for contestant in race.contestants
+            for name, version in contestant.about["versions"].items()
+        },
+        "unmeasured": race.unmeasured,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--full", action="store_true", help="more pictures, more of the peers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help='such as "ours" or "ours/int8"')
+    parser.add_argument("--only-install", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)  # for the line alone: nothing is computed here
+    if not given.model.is_dir():
+        build = [sys.executable, str(ROOT / "benchmarks" / "official_2b.py")]
+        subprocess.run([*build, "--folder", str(given.model)], check=True, stdout=sys.stderr)
+    chosen = [
+        contestant
+        for contestant in contestants(Kitchen(given.cache, given.model), full=given.full)
+        if not given.only or {contestant.peer, contestant.name} & set(given.only)
+    ]
+    race = Race(chosen, given.model, given.cache, given.threads)
+    for contestant in list(chosen):
+        try:
+            contestant.prepare()
+        except InstallError as error:
+            race.unmeasured[contestant.name] = str(error)
+            chosen.remove(contestant)
+    if not given.only_install:
+        race.run(given.rounds)
+        print(line(summary(race)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Environments and files of the peers that peers.py measures, made once in a cache folder.
+
+    CACHE/llama, CACHE/openvino      one Python environment each, never among our dependencies
+    CACHE/sources                    llama-cpp-python's, which hold the converter to GGUF
+    CACHE/models                     the random 2B in each peer's own format
+
+A finished environment or file is kept; one whose pins have changed is made anew. Compiling takes
+all cores unless CMAKE_BUILD_PARALLEL_LEVEL says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["InstallError", "Kitchen"]
+
+WORKERS = Path(__file__).resolve().parent / "peer"
+
+LLAMA = "llama-cpp-python==0.3.36"
+
+# With native AMX its quantised kernels crashed (0.3.36); AVX-512 and its bf16 and int8 products are
+# what it is given instead.
+LLAMA_FLAGS = (
+    "-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON "
+    "-DGGML_AVX512_BF16=ON"
+)
+
+
+class InstallError(Exception):
+    """A peer cannot be had here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What is installed, in this order: torch first, so that nothing asks for one with CUDA."""
+
+    name: str
+    steps: tuple[tuple[str, ...], ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+ENVIRONMENTS = {
+    "llama": Environment(
+        "llama",
+        (
+            ("torch==2.13.0",),
+            ("transformers==4.57.1", "sentencepiece", "protobuf"),
+            ("--no-binary", "llama-cpp-python", LLAMA),
+        ),
+        {"CMAKE_ARGS": LLAMA_FLAGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)},
+    ),
+    # torchvision is the one that belongs to this torch: another would bring its own torch along.
+    "openvino": Environment(
+        "openvino",
+        (
+            ("torch==2.13.0",),
+            (
+                "torch==2.13.0",
+                "torchvision==0.28.0",
+                "optimum-intel==2.2.0",
+                "transformers==4.57.1",
+                "openvino-genai==2026.4.1.0",
+            ),
+        ),
+    ),
+}
+
+
+class Kitchen:
+    """Makes what a peer needs when it is asked for."""
+
+    def __init__(self, cache: Path, model: Path) -> None:
+        self.cache = cache
+        self.model = model
+        self.models = cache / "models"
+        self.models.mkdir(parents=True, exist_ok=True)
+
+    def python(self, name: str) -> Path:
+        """Give an environment's interpreter.
+
+        Raises:
+            InstallError: pip could not install it.
+        """
+        environment = ENVIRONMENTS[name]
+        folder = self.cache / name
+        python = folder / "bin" / "python"
+        stamp = folder / "installed.json"
+        wanted = json.dumps([environment.steps, LLAMA_FLAGS if name == "llama" else ""])
+        if stamp.is_file() and stamp.read_text() == wanted:
+            return python
+        self._run([sys.executable, "-m", "venv", "--clear", str(folder)])
+        for step in environment.steps:
+            pip = [str(python), "-m", "pip", "install", "--quiet", *step]
+            self._run(pip, {**environment.variables, **os.environ})
+        stamp.write_text(wanted)
+        return python
+
+    def gguf(self, kind: str) -> Path:
+        """Give the model for llama.cpp: bf16, Q8_0, Q4_K_M, or mmproj for its vision tower.
+
+        Raises:
+            InstallError: it could not be converted.
+        """
+        target = self.models / f"{kind}.gguf"
+        if target.is_file():
+            return target
+        python, half = str(self.python("llama")), target.with_suffix(".half")
+        if kind in ("bf16", "mmproj"):
+            converter = self._llama_sources() / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
+            given = ["--outtype", "bf16", "--outfile", str(half)]
+            given += ["--mmproj"] if kind == "mmproj" else []
+            self._run([python, str(converter), str(self.model), *given])
+        else:
+            quantise = str(WORKERS / "quantise_llama.py")
+            self._run([python, quantise, str(self.gguf("bf16")), str(half), kind])
+        half.rename(target)
+        return target
+
+    def openvino(self, kind: str) -> Path:
+        """Give the model for OpenVINO: fp16, int8 or int4, as optimum-intel exports by itself.
+
+        Raises:
+            InstallError: it could not be exported.
+        """
+        target = self.models / f"openvino-{kind}"
+        if target.is_dir():
+            return target
+        half = target.with_suffix(".half")
+        shutil.rmtree(half, ignore_errors=True)
+        export = [str(WORKERS / "export_openvino.py"), "export", "openvino"]
+        given = ["--model", str(self.model), "--weight-format", kind]
+        given += ["--task", "image-text-to-text", str(half)]
+        variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self._run([str(self.python("openvino")), *export, *given], variables)
+        half.rename(target)
+        return target
+
+    def _llama_sources(self) -> Path:
+        name = LLAMA.replace("-", "_").replace("==", "-")
+        folder = self.cache / "sources" / name
+        if folder.is_dir():
+            return folder
+        python = str(self.python("llama"))
+        given = ["--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder.parent)]
+        self._run([python, "-m", "pip", "download", *given, LLAMA])
+        with tarfile.open(folder.parent / f"{name}.tar.gz") as archive:
+            archive.extractall(folder.parent, filter="data")
+        return folder
+
+    def _run(self, command: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
+        """Run to the end; its output goes to a log beside the models."""
+        log = self.cache / "install.log"
+        print("+", *command, file=sys.stderr)
+        with log.open("ab") as out:
+            done = subprocess.run(command, env=variables, stdout=out, stderr=out)
+        if done.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise InstallError(f"{Path(command[0]).name} {command[1]}: {' '.join(last)[:200]}")
