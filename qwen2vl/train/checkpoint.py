@@ -1,35 +1,70 @@
-"""Save and resume, exactly: weights and moments in float32, and the number of the next step.
+"""Save and resume, exactly: weights, moments, the guard's history, and the next step's number.
 
     runs/nano/
-      step-000500/   model.safetensors  optimiser.safetensors  state.json
-      step-001000/   ...                                       (the last `keep` stay)
+      step-000500/   shard-00001-....safetensors  one a rank     state.json  the manifest
+      step-001000/   ...                                         (the last `keep` stay)
 
-A checkpoint is written aside, flushed and renamed, so that a folder with this name is whole. The
-schedule is a pure function, so the step's number is all there is to say about data. No pickle.
+Written in the background by torch.distributed.checkpoint, in its safetensors layout: every rank
+its own parts, and any other number of ranks reads what it needs of them. Files go aside, are
+flushed and read back for the manifest, which comes last; then the folder gets its name, so that a
+folder with this name is whole. The schedule is a pure function, so the step's number is all there
+is to say about data. No pickle. Several machines need one file system. Next room: export.py.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from qwen2vl.errors import CheckpointError, ConfigError
+from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.train.config import TrainConfig, dump
-from qwen2vl.train.optim import Optimisers
 
-__all__ = ["latest", "make_folder", "read_step", "restore", "save"]
+__all__ = [
+    "MANIFEST",
+    "Saver",
+    "latest",
+    "make_folder",
+    "read",
+    "read_state",
+    "read_step",
+    "shapes",
+    "verify",
+]
 
-# What decides the bits of a run; the rest (workers, minutes, reports) may change from leg to leg.
+logger = logging.getLogger(__name__)
+
+MANIFEST = "state.json"
+
+# What decides the bits of a run; the rest (ranks, workers, minutes, reports) may change from leg
+# to leg.
 _BINDING = ("stages", "seed", "optim", "dtype", "init", "model", "min_pixels", "max_pixels")
 
 _NAME = re.compile(r"step-(\d{6,})")
+
+# A run of one process is what we mean: nobody needs to be told at every checkpoint.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 
 def make_folder(folder: Path) -> None:
@@ -48,40 +83,106 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"{folder}: cannot be written to; give another folder, out=FOLDER")
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimisers: Optimisers, config: TrainConfig
-) -> Path:
-    """Write checkpoint `step` (steps done so far) and drop all but the last `config.keep`.
+class Saver:
+    """Writes a run's checkpoints, one at a time, while the run goes on."""
 
-    Raises:
-        CheckpointError: the disk is full, or no longer writable.
-    """
-    target = folder / f"step-{step:06d}"
-    aside = folder / f".{target.name}.partial"
-    state = {"step": step, "config": json.loads(dump(config))}
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        save_file(
-            {k: v.contiguous() for k, v in model.state_dict().items()}, aside / "model.safetensors"
-        )
-        save_file(optimisers.state(), aside / "optimiser.safetensors")
-        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in aside.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"{target}: cannot be saved: {reason}; free some space and start again: the run goes "
-            "on from the checkpoint before"
-        ) from error
-    for old in _all(folder)[: -config.keep]:
-        shutil.rmtree(old)
-    return target
+    def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
+        """Keep the last `keep` checkpoints in `folder`."""
+        self.folder = folder
+        self.keep = keep
+        self.ranks = ranks
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+        """Begin to write checkpoint `step` (steps done so far), as the tensors are now.
+
+        Returns when they are copied to the CPU; every rank must call it, with its own parts.
+
+        Args:
+            step: names the folder; one that is there already is left as it is.
+            tensors: DTensors, or tensors that all ranks have alike or under names of their own.
+            facts: for the manifest, beside the step.
+
+        Raises:
+            CheckpointError: the checkpoint before could not be written.
+        """
+        self.wait()
+        target = self.folder / f"step-{step:06d}"
+        if target.is_dir():
+            return target
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        copies = stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
+        stager.close()
+        assert not isinstance(copies, Future), "asked to copy before it returns"
+        manifest = {"step": step, **facts}
+        self._pending = self._thread.submit(self._write, target, copies, manifest)
+        return target
+
+    def wait(self) -> None:
+        """Return when what was begun is on disk.
+
+        Raises:
+            CheckpointError: the disk is full, or no longer writable.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and let the thread end; raises as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, target: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        aside = target.with_name(f".{target.name}.partial")
+        try:
+            self._first(lambda: _make_empty(aside))
+            state_dict_saver.save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
+                process_group=self.ranks.saving,
+                no_dist=self.ranks.mesh is None,
+            )
+            files = self._digests(aside)
+            self._first(lambda: _finish(aside, target, {**manifest, "files": files}))
+        except (OSError, SafetensorError, CheckpointException) as error:
+            self._first(lambda: shutil.rmtree(aside, ignore_errors=True), together=False)
+            raise CheckpointError(
+                f"{target}: cannot be saved: {_reason(error)}; free some space and start again: "
+                "the run goes on from the checkpoint before"
+            ) from error
+        self._first(self._drop_old, together=False)
+
+    def _first(self, act: Callable[[], None], *, together: bool = True) -> None:
+        """Let the first rank act, and the others wait for it."""
+        if self.ranks.rank == 0:
+            act()
+        if together and self.ranks.saving is not None:
+            dist.barrier(group=self.ranks.saving)
+
+    def _digests(self, folder: Path) -> dict[str, list[Any]]:
+        """Read back what all ranks wrote: name -> [bytes, digest]; each rank reads a share."""
+        names = sorted(path.name for path in folder.iterdir())
+        rank, size = self.ranks.rank, self.ranks.size
+        own = {name: _measure(folder / name) for name in names[rank::size]}
+        if self.ranks.saving is None:
+            return own
+        found: list[dict[str, list[Any]]] = [{} for _ in range(size)]
+        dist.all_gather_object(found, own, group=self.ranks.saving)
+        return {name: entry for part in found for name, entry in sorted(part.items())}
+
+    def _drop_old(self) -> None:
+        """Drop what is older than the last `keep` checkpoints whose files are all there."""
+        whole = [path for path in _all(self.folder) if _is_complete(path)]
+        if len(whole) < self.keep:
+            return
+        for path in _all(self.folder):
+            if path == whole[-self.keep]:
+                return
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -90,36 +191,82 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint: its step, the run's config, the model's, the files.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {**state, "step": int(state["step"]), "config": dict(state["config"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"no readable {MANIFEST}") from error
+
+
 def read_step(path: Path, config: TrainConfig) -> int:
     """Read how many steps a checkpoint has done.
 
     Raises:
         CheckpointError: it belongs to a run that differs in what decides its bits, or is damaged.
     """
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        step, saved = int(state["step"]), dict(state["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: damaged checkpoint; delete it to resume before it"
-        ) from error
+    state = read_state(path)
     own = json.loads(dump(config))
-    differ = [key for key in _BINDING if own[key] != saved.get(key)]
+    differ = [key for key in _BINDING if _differs(own[key], state["config"].get(key))]
     if differ:
         raise CheckpointError(
             f"{path} was made with other values of {', '.join(differ)}; resume with the same, "
             "or begin another run with out=FOLDER"
         )
-    return step
+    return state["step"]
 
 
-def restore(path: Path, model: nn.Module, optimisers: Optimisers | None) -> None:
-    """Fill the weights and, unless a new stage begins, the optimisers' moments."""
+def verify(path: Path, ranks: Ranks) -> None:
+    """Compare a checkpoint's files with its manifest; each rank reads a share.
+
+    Raises:
+        CheckpointError: a file is missing or holds something else.
+    """
+    files = sorted(read_state(path).get("files", {}).items())
+    for name, entry in files[ranks.rank :: ranks.size]:
+        if not (path / name).is_file() or _measure(path / name) != entry:
+            raise _damaged(path, f"{name} is not what was written")
+
+
+def shapes(path: Path) -> dict[str, torch.Size]:
+    """List the tensors of a checkpoint, whole as they are across ranks.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
-        if optimisers is not None:
-            optimisers.load_state(load_file(path / "optimiser.safetensors"))
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata()
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, _reason(error)) from error
+    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr] - tensors only
+
+
+def read(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Fill `tensors` in place, each rank its parts, whatever the number of ranks that wrote.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, or cannot be read.
+    """
+    try:
+        state_dict_loader.load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            process_group=ranks.control,
+            no_dist=ranks.mesh is None,
+        )
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        CheckpointException,
+    ) as error:
         raise CheckpointError(
             f"{path}: the checkpoint does not fit this run; delete it to resume before it"
         ) from error
@@ -131,3 +278,56 @@ def _all(folder: Path) -> list[Path]:
         return []
     named = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted((int(m[1]), p) for m, p in named)]
+
+
+def _make_empty(folder: Path) -> None:
+    # What a killed run left behind here was never finished, and may be of another number of ranks.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finish(aside: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, and give the folder its name once everything is on disk."""
+    with (aside / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(target)
+
+
+def _measure(path: Path) -> list[Any]:
+    """Give the size and digest of a file."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _is_complete(path: Path) -> bool:
+    """Tell whether all files of the manifest are there, in their size."""
+    try:
+        files = read_state(path).get("files", {})
+        return all((path / name).stat().st_size == size for name, (size, _) in files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def _differs(own: Any, saved: Any) -> bool:
+    """Compare values of a config; a field that an older version did not have had its default."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        return any(_differs(value, saved[key]) for key, value in own.items() if key in saved)
+    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        return any(_differs(a, b) for a, b in zip(own, saved, strict=True))
+    return own != saved
+
+
+def _damaged(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged checkpoint ({how}); delete it to resume before it")
+
+
+def _reason(error: BaseException) -> str:
+    """Find words for what went wrong; other ranks' failures come wrapped."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

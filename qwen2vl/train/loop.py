@@ -1,42 +1,45 @@
-"""A whole run on one screen: build, resume, then batch -> loss -> step -> report -> checkpoint.
+"""A whole run on one screen: build, resume, then batches -> loss -> step -> report -> checkpoint.
 
-    folder or preset --build--> model, processor
-    step --data--> Batch --model--> hidden_TD --objective--> loss --backward--> optim.step
+    folder or preset --build--> model, processor --shard--> this rank's part
+    step --data--> Batches --model--> hidden_TD --objective--> loss --backward--> optim.step
 
-Weights are float32 and products bfloat16 (autocast). A run that is stopped and started again
-gives the same bits as one that was not. (Qwen2-VL sec. 2.2, 2.3.)
+Weights are float32 and products bfloat16. Inside a step the host never waits for the device: it
+asks at reports and checkpoints. A run of one process that is stopped and started again gives the
+same bits as one that was not; under torchrun the same loop runs in every process, each on its
+share of the samples. (Qwen2-VL sec. 2.2, 2.3.)
 """
 
 from __future__ import annotations
 
-import math
+import json
+import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qwen2vl.adapt.compile import compile_parts
-from qwen2vl.errors import EngineError
+from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
-from qwen2vl.train import checkpoint
-from qwen2vl.train.begin import begin
-from qwen2vl.train.config import Stage, TrainConfig
+from qwen2vl.parallel.mesh import Ranks, join
+from qwen2vl.parallel.shard import is_sharded, reduce_over_copies
+from qwen2vl.train.checkpoint import Saver, make_folder
+from qwen2vl.train.config import TrainConfig, dump
 from qwen2vl.train.data import batches
+from qwen2vl.train.export import describe, export
 from qwen2vl.train.metrics import Metrics
 from qwen2vl.train.objective import Outcome, token_loss
-from qwen2vl.train.optim import Optimisers, apply_rules
 from qwen2vl.train.pack import Batch
 from qwen2vl.train.rate import rate
-from qwen2vl.train.schedule import locate
-from qwen2vl.weights.save import save_folder
-from qwen2vl.weights.settings import GenerationDefaults
+from qwen2vl.train.run import Run, build, resume
+from qwen2vl.train.stop import Stop, Wish
 
-__all__ = ["train"]
+__all__ = ["forward_backward", "sum_of_weights", "train"]
 
-GREEDY = GenerationDefaults(do_sample=False)
+logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -46,7 +49,7 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
 
     Args:
         config: the run.
-        report: called with every line of metrics.
+        report: called with every line of metrics, on the first rank.
 
     Returns:
         The folder with the model as it stands: an ordinary one, which every engine opens.
@@ -54,89 +57,129 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
     Raises:
         EngineError: a loss or gradient is not finite; no weight has taken it in.
         CheckpointError: the run's folder holds checkpoints of another run, or is full.
-        ConfigError: the run's folder cannot be made, or a rule of a stage is wrong.
+        ConfigError: the run's folder cannot be made, a rule of a stage is wrong, or there are more
+            ranks than samples.
+        SystemExit: SIGTERM came: with code 0, after a checkpoint.
+        KeyboardInterrupt: Ctrl-C came: after a checkpoint.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = Path(config.folder)
-    checkpoint.make_folder(folder)
-    model, processor, tokenizer = begin(config)
-    step, optimisers = _resume(config, folder, model)
-    if config.compile:
-        compile_parts(model)
-    metrics = Metrics(folder / "metrics.jsonl")
-    stream = batches(config, processor, step)
-    ends = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
-    while step < config.steps and time.monotonic() < ends:
-        if optimisers is None or locate(config, step)[1] == 0:
-            optimisers = _optimisers(config, step, model)
+    stop = Stop(config.minutes)
+    with stop.listening(), join(config.device, replicate=config.mesh.replicate) as ranks:
+        _check_shares(config, ranks)
+        make_folder(Path(config.folder))
+        run = build(config, ranks)
+        resume(run)
+        with stop.unheard():  # the workers begin here
+            stream = batches(config, run.processor, run.step, rank=ranks.rank, ranks=ranks.size)
+        facts = {
+            "config": json.loads(dump(config)),
+            **describe(run.processor, run.tokenizer, run.folder),
+        }
+        saver = Saver(run.folder, config.keep, ranks)
+        try:
+            wish = _steps(run, stream, saver, facts, stop, report)
+            last = saver.save(run.step, run.tensors(), facts)
+        finally:
+            saver.close()
+        if wish in ("SIGTERM", "SIGINT"):
+            logger.warning("%s: saved %s; the same command goes on from there", wish, last)
+            raise SystemExit(0) if wish == "SIGTERM" else KeyboardInterrupt
+        return _export(run, last, facts)
+
+
+def _steps(
+    run: Run,
+    stream: Iterator[Batch],
+    saver: Saver,
+    facts: Mapping[str, Any],
+    stop: Stop,
+    report: Report,
+) -> Wish:
+    """Step to the end, or until somebody wishes to stop."""
+    config, ranks = run.config, run.ranks
+    name = f"metrics-{ranks.rank:05d}.jsonl" if ranks.rank else "metrics.jsonl"
+    metrics = Metrics(run.folder / name)
+    wish = stop.heard(ranks)
+    while run.step < config.steps and not wish:
+        if run.optimisers is None or run.begins_stage:
+            run.begin_stage()
         asked = time.perf_counter()
-        batch = next(stream).to(config.device)
-        waited = time.perf_counter() - asked
-        outcome = _forward_backward(config, model, batch)
-        norm = optimisers.clip()
-        _check_finite(step + 1, outcome.loss.item(), norm.item())
-        optimisers.step(rate(config, step))
-        step += 1
-        metrics.add(batch, outcome, norm, waited)
-        if step % config.log_every == 0 or step == config.steps:
-            line = metrics.report(
-                step=step, steps=config.steps, stage=_stage(config, step - 1).name
-            )
-            report(line)
-        if step % config.save_every == 0:
-            checkpoint.save(folder, step, model, optimisers, config)
-    if optimisers is not None and step % config.save_every:
-        checkpoint.save(folder, step, model, optimisers, config)
-    target = folder / f"model-{step:06d}"
-    shutil.rmtree(target, ignore_errors=True)
-    save_folder(
-        target,
-        config=model.config,
-        state_dict=model.state_dict(),
-        tokenizer_folder=tokenizer,
-        pixels=processor.pixels,
-        generation=GREEDY,
-    )
-    return target
+        # All batches of the step at once: their weight together divides the loss of each.
+        own = [next(stream) for _ in range(config.accumulate)]
+        _one_step(run, own, metrics, time.perf_counter() - asked)
+        if run.step % config.log_every == 0 or run.step == config.steps:
+            _tell(run, metrics, report)
+        if run.step % config.save_every == 0:
+            saver.save(run.step, run.tensors(), facts)
+        wish = stop.heard(ranks)
+    return wish
 
 
-def _resume(config: TrainConfig, folder: Path, model: Qwen2VL) -> tuple[int, Optimisers | None]:
-    """Fill model and optimisers from the last checkpoint; (0, None) when there is none."""
-    path = checkpoint.latest(folder)
-    if path is None:
-        return 0, None
-    step = checkpoint.read_step(path, config)
-    if step == config.steps or locate(config, step)[1] == 0:
-        checkpoint.restore(path, model, None)  # the next stage begins with fresh optimisers
-        return step, None
-    optimisers = _optimisers(config, step, model)
-    checkpoint.restore(path, model, optimisers)
-    return step, optimisers
+def _one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -> None:
+    """Move the weights once, by the gradients of all batches of all ranks."""
+    assert run.optimisers is not None and run.guard is not None
+    ranks = run.ranks
+    divisor = ranks.sum(sum_of_weights(own)).to(ranks.device)
+    moved = [batch.to(ranks.device) for batch in own]
+    outcomes: list[Outcome] = []
+    for number, batch in enumerate(moved, 1):
+        reduce_over_copies(run.model, number == len(moved))
+        outcomes.append(forward_backward(run.model, batch, divisor, run.config.dtype))
+    norm = run.optimisers.clip()
+    loss = ranks.sum(torch.stack([outcome.loss.detach() for outcome in outcomes]).sum())
+    skip = run.guard.judge(run.step + 1, loss, norm)
+    run.optimisers.step(rate(run.config, run.step), skip)
+    run.step += 1
+    for batch, outcome in zip(moved, outcomes, strict=True):
+        metrics.add(batch, outcome, norm, waited / len(moved))
 
 
-def _stage(config: TrainConfig, step: int) -> Stage:
-    return config.stages[locate(config, step)[0]]
+def sum_of_weights(batches_of_step: Sequence[Batch]) -> Tensor:
+    """Add up the weights of all targets, on the CPU: what the loss of a step is divided by."""
+    return torch.stack([b.weights_R.sum(dtype=torch.float64) for b in batches_of_step]).sum()
 
 
-def _optimisers(config: TrainConfig, step: int, model: Qwen2VL) -> Optimisers:
-    """Freeze and group as the stage of `step` says."""
-    return Optimisers(model, apply_rules(model, _stage(config, step).rules), config.optim)
-
-
-def _forward_backward(config: TrainConfig, model: Qwen2VL, batch: Batch) -> Outcome:
-    """Run one batch and leave its gradients on the parameters."""
-    place = torch.device(config.device).type
-    with torch.autocast(place, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+def forward_backward(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> Outcome:
+    """Run one batch, and add its gradients to those on the parameters."""
+    # Sharded weights are gathered in bfloat16 already.
+    casts = dtype == "bfloat16" and not is_sharded(model)
+    with torch.autocast(batch.input_ids_T.device.type, torch.bfloat16, enabled=casts):
         hidden_TD = batch.run(model)
-        outcome = token_loss(hidden_TD, model.head_weight, batch, float(batch.weights_R.sum()))
+        outcome = token_loss(hidden_TD, model.head_weight, batch, divisor)
     outcome.loss.backward()
     return outcome
 
 
-def _check_finite(step: int, loss: float, norm: float) -> None:
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise EngineError(
-            f"step {step}: loss {loss}, gradient norm {norm}; start again to go on "
-            "from the last checkpoint, or begin another run with a lower optim.lr and out=FOLDER"
-        )
+def _tell(run: Run, metrics: Metrics, report: Report) -> None:
+    assert run.guard is not None
+    run.guard.check()
+    line = metrics.report(
+        step=run.step,
+        steps=run.config.steps,
+        stage=run.stage(run.step - 1).name,
+        skipped=run.guard.take_skipped(),
+    )
+    if run.ranks.rank == 0:
+        report(line)
+
+
+def _export(run: Run, last: Path, facts: Mapping[str, Any]) -> Path:
+    """Let the first rank put the model together from the checkpoint just written."""
+    target = run.folder / f"model-{run.step:06d}"
+    if run.ranks.rank == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        export(last, target, facts)
+    run.ranks.wait_for_all()
+    return target
+
+
+def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
+    parts = ranks.size * config.accumulate
+    for stage in config.stages:
+        if stage.mixture is not None and stage.steps and stage.examples < parts:
+            raise ConfigError(
+                f"stage {stage.name}: {stage.examples} examples a step cannot be dealt out to "
+                f"{ranks.size} ranks x {config.accumulate} batches; raise examples to {parts} or "
+                "more"
+            )

@@ -1,45 +1,121 @@
 """Checkpoints: whole or not there, the last few stay, foreign and damaged ones are refused."""
 
+from __future__ import annotations
+
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qwen2vl.errors import CheckpointError, ConfigError
+from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.recipes import tiny
-from qwen2vl.recipes.nano import ALL
 from qwen2vl.train import checkpoint
-from qwen2vl.train.config import OptimConfig, override
-from qwen2vl.train.optim import Optimisers, apply_rules
-from tests.tiny import tiny_model
+from qwen2vl.train.checkpoint import HuggingFaceStorageWriter, Saver
+from qwen2vl.train.config import dump, override
+
+ONE = Ranks(torch.device("cpu"))
+FACTS: dict[str, Any] = {"config": json.loads(dump(tiny.recipe()))}
 
 
-def saved(folder: Path, *steps: int) -> tuple[torch.nn.Module, Optimisers]:
-    model = tiny_model(seed=0)
-    optimisers = Optimisers(model, apply_rules(model, ALL), OptimConfig())
+def tensors(value: float = 1.0) -> dict[str, Tensor]:
+    """Weights, a moment, a counter and a random state, as a run has them."""
+    return {
+        "a.weight": torch.full((7, 3), value),
+        "a.weight|exp_avg": torch.full((7, 3), -value),
+        "a.weight|step": torch.tensor(value),
+        "random|0|cpu": torch.get_rng_state(),
+    }
+
+
+def saved(folder: Path, *steps: int, keep: int = 2) -> None:
+    saver = Saver(folder, keep, ONE)
     for step in steps:
-        checkpoint.save(folder, step, model, optimisers, tiny.recipe())
-    return model, optimisers
+        saver.save(step, tensors(step), FACTS)
+    saver.close()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def loaded(path: Path) -> dict[str, Tensor]:
+    found = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+    checkpoint.read(path, found, ONE)
+    return found
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    saved(tmp_path, 3)
+    path = tmp_path / "step-000003"
+    checkpoint.verify(path, ONE)
+    assert checkpoint.shapes(path) == {name: t.shape for name, t in tensors().items()}
+    for name, tensor in loaded(path).items():
+        assert torch.equal(tensor, tensors(3.0)[name]), name
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    assert {p.suffix for p in (tmp_path / "step-000001").iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_save_keeps_what_the_tensors_were_when_it_was_asked_for(tmp_path: Path) -> None:
+    given = tensors(1.0)
+    saver = Saver(tmp_path, 2, ONE)
+    path = saver.save(1, given, FACTS)
+    given["a.weight"].zero_()
+    saver.close()
+    assert torch.equal(loaded(path)["a.weight"], torch.ones(7, 3))
 
 
 def test_the_last_ones_stay_and_the_newest_is_found(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "nowhere") is None
     saved(tmp_path, 10, 20, 30)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000020", "step-000030"]
+    assert names(tmp_path) == ["step-000020", "step-000030"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000030"
 
 
-def test_an_unfinished_save_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_lost_a_file_does_not_count_among_the_last(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20)
+    next((tmp_path / "step-000020").glob("*.safetensors")).unlink()
+    saved(tmp_path, 30)
+    assert names(tmp_path) == ["step-000010", "step-000020", "step-000030"]
+    saved(tmp_path, 40)
+    assert names(tmp_path) == ["step-000030", "step-000040"]
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
     saved(tmp_path, 10)
-    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        saved(tmp_path, 20)
-    monkeypatch.undo()
+    before = (tmp_path / "step-000010" / "state.json").stat()
+    saved(tmp_path, 10)
+    assert (tmp_path / "step-000010" / "state.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_an_unfinished_save_is_not_seen_and_leaves_nothing_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 20)
+    aside = tmp_path / ".step-000020.partial"
+    # As a run of more ranks would have left it.
+    save_file({"a.weight": torch.zeros(99, 3)}, aside / "shard-00002-model-00001.safetensors")
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000010"
     saved(tmp_path, 20)
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-000020"
+    assert torch.equal(loaded(tmp_path / "step-000020")["a.weight"], torch.full((7, 3), 20.0))
 
 
 @pytest.mark.parametrize(
@@ -49,10 +125,17 @@ def test_a_full_disk_costs_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     saved(tmp_path, 10)
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(error))
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    saver = Saver(tmp_path, 2, ONE)
+    saver.save(20, tensors(), FACTS)  # it returns before it is on disk
     with pytest.raises(CheckpointError, match="step-000020: cannot be saved: No space left on"):
-        saved(tmp_path, 20)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+        saver.wait()
+    saver.close()
+    assert names(tmp_path) == ["step-000010"]
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -65,7 +148,8 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     path = tmp_path / "step-000010"
     assert checkpoint.read_step(path, tiny.recipe()) == 10
-    assert checkpoint.read_step(path, override(tiny.recipe(), ["workers=0", "out=x"])) == 10
+    same = override(tiny.recipe(), ["workers=0", "out=x", "accumulate=2", "mesh.replicate=2"])
+    assert checkpoint.read_step(path, same) == 10
     with pytest.raises(CheckpointError, match="other values of stages, seed"):
         checkpoint.read_step(path, override(tiny.recipe(), ["seed=3", "stages.0.examples=4"]))
 
@@ -80,6 +164,16 @@ def test_what_decides_the_bits_must_stay(tmp_path: Path, word: str) -> None:
         checkpoint.read_step(tmp_path / "step-000010", override(tiny.recipe(), [word]))
 
 
+def test_a_checkpoint_from_before_a_field_existed_is_of_the_same_run(tmp_path: Path) -> None:
+    saved(tmp_path, 10)
+    state = tmp_path / "step-000010" / "state.json"
+    old = json.loads(state.read_text())
+    for part in (old["config"]["optim"], old["config"]["stages"][0]):
+        part.popitem()
+    state.write_text(json.dumps(old))
+    assert checkpoint.read_step(state.parent, tiny.recipe()) == 10
+
+
 @pytest.mark.parametrize(
     "damage", ["", "{}", json.dumps({"step": "x", "config": {}}), '{"step":1,"config":3}']
 )
@@ -90,9 +184,102 @@ def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
         checkpoint.read_step(tmp_path / "step-000010", tiny.recipe())
 
 
-def test_cut_weights_are_refused(tmp_path: Path) -> None:
-    model, optimisers = saved(tmp_path, 10)
-    path = tmp_path / "step-000010" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_weights_that_are_not_what_was_written_are_refused(tmp_path: Path, damage: str) -> None:
+    saved(tmp_path, 10)
+    path = next((tmp_path / "step-000010").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content[:-100] if damage == "cut" else content)
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"step-000010: damaged checkpoint \(shard-00001"):
+        checkpoint.verify(tmp_path / "step-000010", ONE)
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"b.weight": torch.zeros(2)}, {"a.weight": torch.zeros(8, 3)}], ids=["name", "shape"]
+)
+def test_tensors_of_another_model_are_refused(tmp_path: Path, wanted: dict[str, Tensor]) -> None:
+    saved(tmp_path, 10)
     with pytest.raises(CheckpointError, match="does not fit this run"):
-        checkpoint.restore(tmp_path / "step-000010", model, optimisers)
+        checkpoint.read(tmp_path / "step-000010", wanted, ONE)
+
+
+def test_files_of_before_the_manifest_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "step-000010"
+    path.mkdir()
+    given = tensors(5.0)
+    save_file({"a.weight": given.pop("a.weight")}, path / "model.safetensors")
+    save_file(given, path / "optimiser.safetensors")
+    (path / "state.json").write_text(json.dumps({"step": 10, **FACTS}))
+    checkpoint.verify(path, ONE)
+    assert checkpoint.read_step(path, tiny.recipe()) == 10
+    assert torch.equal(loaded(path)["a.weight"], torch.full((7, 3), 5.0))
+
+
+# Killed ---------------------------------------------------------------------------------------
+
+# Saves one checkpoint after the other, each of equal numbers, and says when it begins.
+ENDLESS = """
+import sys, json, torch
+from pathlib import Path
+from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.train.checkpoint import Saver
+saver = Saver(Path(sys.argv[1]), 2, Ranks(torch.device("cpu")))
+step = int(sys.argv[2])
+print("begun", flush=True)
+while True:
+    step += 1
+    given = {f"w{i}": torch.full((64, 1024), float(step)) for i in range(8)}
+    saver.save(step, given, {"config": {}})
+    print(step, flush=True)
+"""
+
+
+def kill_while_saving(folder: Path, tries: int, seed: int) -> None:
+    """Kill a process that saves, at random moments; what it said was begun before must load."""
+    draw = random.Random(seed)
+    step = 0
+    for _ in range(tries):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS, str(folder), str(step)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout is not None
+        begun = [process.stdout.readline() for _ in range(draw.randint(2, 4))][-1]
+        time.sleep(draw.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        said = [begun, *process.stdout.read().split()]
+        process.wait()
+        path = checkpoint.latest(folder)
+        # A save begins when the one before it is on disk, so all but the last one said must be.
+        done = max((int(word) for word in said if word.strip().isdigit()), default=0) - 1
+        if path is None:
+            assert done < 1
+            continue
+        checkpoint.verify(path, ONE)
+        step = checkpoint.read_state(path)["step"]
+        assert step >= done
+        found = {f"w{i}": torch.zeros(64, 1024) for i in range(8)}
+        checkpoint.read(path, found, ONE)
+        assert all(bool((tensor == step).all()) for tensor in found.values())
+
+
+def test_killed_while_it_saves_the_checkpoint_before_loads(tmp_path: Path) -> None:
+    kill_while_saving(tmp_path, tries=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_two_hundred_times_the_checkpoint_before_loads(tmp_path: Path) -> None:
+    kill_while_saving(tmp_path, tries=200, seed=1)
+
+
+def test_every_rank_has_a_file_of_its_own_that_safetensors_opens(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    (path,) = (tmp_path / "step-000001").glob("*.safetensors")
+    assert path.name.startswith("shard-00001-")
+    assert torch.equal(load_file(path)["a.weight"], torch.ones(7, 3))

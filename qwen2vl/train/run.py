@@ -1,0 +1,171 @@
+"""What a run is made of while it runs: the model, this rank's part of it, and what steps it.
+
+Built here, filled from the last checkpoint here, and laid open for the next one here; loop.py
+turns the wheel. The order matters: the model's parts are wrapped while it is whole, then sharded,
+then filled, and optimisers come last, since they step what is left on this rank.
+Next room: loop.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen2vl.adapt.compile import compile_parts
+from qwen2vl.errors import ConfigError
+from qwen2vl.model import Qwen2VL
+from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.recompute import recompute
+from qwen2vl.parallel.shard import shard
+from qwen2vl.processor.processor import Processor
+from qwen2vl.train import checkpoint
+from qwen2vl.train.begin import begin
+from qwen2vl.train.config import FROZEN, Stage, TrainConfig
+from qwen2vl.train.guard import Guard
+from qwen2vl.train.optim import Optimisers, apply_rules, match_rules
+from qwen2vl.train.schedule import locate
+
+__all__ = ["Run", "build", "resume"]
+
+
+@dataclass(slots=True)
+class Run:
+    """The same on every rank, but for its parts."""
+
+    config: TrainConfig
+    ranks: Ranks
+    model: Qwen2VL
+    processor: Processor
+    tokenizer: Path  # the folder of its files
+    step: int = 0  # done so far
+    optimisers: Optimisers | None = None  # of the stage under way
+    guard: Guard | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints go."""
+        return Path(self.config.folder)
+
+    @property
+    def begins_stage(self) -> bool:
+        """Whether the next step is the first of its stage; False behind the last."""
+        return self.step < self.config.steps and locate(self.config, self.step)[1] == 0
+
+    def stage(self, step: int) -> Stage:
+        """Give the stage that a step, counted from 0, belongs to."""
+        return self.config.stages[locate(self.config, step)[0]]
+
+    def begin_stage(self) -> None:
+        """Freeze and group as the stage of the next step says, with fresh moments."""
+        scales = apply_rules(self.model, self.stage(self.step).rules)
+        self.optimisers = Optimisers(self.model, scales, self.config.optim, self.ranks)
+        self.guard = Guard(self.config.optim.spike_sigmas, self.ranks.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name all that a checkpoint keeps; the tensors themselves, of this rank its parts.
+
+        Raises:
+            EngineError: a step broke; nothing is worth keeping.
+        """
+        kept: dict[str, Tensor] = dict(self.model.state_dict())
+        if self.optimisers is not None and self.guard is not None:
+            self.guard.check()
+            kept |= self.optimisers.state() | self.guard.state()
+        return kept | _random_state(self.ranks)
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Run:
+    """Load or make the model, and leave this rank its part.
+
+    Raises:
+        ConfigError: there is nothing to begin from, or a rule is wrong.
+        CheckpointError: `init` names no folder with a model.
+    """
+    if ranks.mesh is None:
+        model, processor, tokenizer = begin(config)
+    else:
+        # On the CPU first, so that a GPU never holds more than one whole block in float32; and
+        # the first rank before the others, since it may write the tokenizer.
+        if ranks.rank:
+            ranks.wait_for_all()
+        model, processor, tokenizer = begin(replace(config, device="cpu"))
+        if not ranks.rank:
+            ranks.wait_for_all()
+    asked = config.recompute
+    recompute(model, visual=asked.visual, text=asked.text, every=asked.every)
+    if config.compile:
+        compile_parts(model)
+    if ranks.mesh is not None:
+        _shard(config, ranks, model)
+    return Run(config, ranks, model, processor, tokenizer)
+
+
+def resume(run: Run) -> None:
+    """Fill a run just built from its last checkpoint, if there is one.
+
+    Raises:
+        CheckpointError: it is damaged, or of another run.
+    """
+    path = checkpoint.latest(run.folder)
+    if path is None:
+        return
+    run.step = checkpoint.read_step(path, run.config)
+    checkpoint.verify(path, run.ranks)
+    stored = checkpoint.shapes(path)
+    wanted: dict[str, Tensor] = dict(run.model.state_dict())
+    history: dict[str, Tensor] = {}
+    if run.step < run.config.steps and not run.begins_stage:
+        run.begin_stage()
+        assert run.optimisers is not None and run.guard is not None
+        history = run.guard.state()
+        wanted |= run.optimisers.room_for(stored)
+    # A checkpoint of another number of ranks may lack a random state, an old one the history.
+    extra = {n: t for n, t in (history | _random_state(run.ranks)).items() if n in stored}
+    checkpoint.read(path, wanted | extra, run.ranks)
+    if run.guard is not None and history.keys() <= extra.keys():
+        run.guard.load_state(extra)
+    _set_random_state(run.ranks, extra)
+
+
+def _shard(config: TrainConfig, ranks: Ranks, model: Qwen2VL) -> None:
+    assert ranks.mesh is not None
+    never = _never_moving(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in never)
+    shard(
+        model,
+        ranks.mesh,
+        device=ranks.device,
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        whole=never if config.mesh.frozen == "replicate" else (),
+        reshard=config.mesh.reshard,
+    )
+
+
+def _never_moving(config: TrainConfig, model: Qwen2VL) -> set[str]:
+    """List the parameters that every stage freezes."""
+    names = [name for name, _ in model.named_parameters()]
+    scales = [match_rules(names, stage.rules) for stage in config.stages]
+    never = {name for name in names if all(own[name] == FROZEN for own in scales)}
+    if len(never) == len(names):
+        raise ConfigError(f"run {config.name}: its rules freeze every parameter in every stage")
+    return never
+
+
+def _random_state(ranks: Ranks) -> dict[str, Tensor]:
+    """Name the states of torch's generators; nothing in a step draws, but an adapter's may."""
+    states = {f"random|{ranks.rank}|cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states[f"random|{ranks.rank}|cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return states
+
+
+def _set_random_state(ranks: Ranks, states: dict[str, Tensor]) -> None:
+    for name, state in states.items():
+        if name.endswith("|cpu"):
+            torch.set_rng_state(state)
+        elif name.endswith("|cuda"):
+            torch.cuda.set_rng_state(state, ranks.device)
