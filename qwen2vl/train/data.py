@@ -1,59 +1,100 @@
-"""From a step's number to its batch: sample, render, process, pack, all in a worker.
+"""From a step's number to its batch: choose, read or render, process, pack, all in a worker.
 
-The procedural world is the source here. The very same Processor that serves answers prepares the
-examples, so what the model learns from is what it will be shown. It must not know weights or the
-clock. Next room: pack.py for the layout, loop.py for who asks.
+A stage shows the procedural world, or reads data. The very same Processor that serves answers
+prepares the examples, so what the model learns from is what it will be shown. It must not know
+weights or the clock. Next rooms: schedule.py (what), corpus.py (from where), pack.py (the layout),
+loop.py (who asks).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from random import Random
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from qwen2vl.errors import ConfigError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.synth import render, sample
 from qwen2vl.synth.world import check_fonts
+from qwen2vl.train.bad import BadSamples
 from qwen2vl.train.config import Stage, TrainConfig
-from qwen2vl.train.pack import Batch, Example, pack
-from qwen2vl.train.schedule import draw
+from qwen2vl.train.corpus import Corpus
+from qwen2vl.train.pack import BadSample, Batch, Example, pack
+from qwen2vl.train.schedule import bins_of, deal, draw, locate, stage_seed
+from qwen2vl.train.world import with_system
 
-__all__ = ["WorldBatches", "batches"]
+__all__ = ["Batches", "batches", "open_corpora", "processor_of"]
+
+FINGERPRINTS = "data.json"  # in the run's folder: what each stage reads
 
 
-class WorldBatches(Dataset[Batch]):
+class Batches(Dataset[Batch]):
     """Batch number `index` of one rank of a run, whoever asks and whenever.
 
     A step has `config.accumulate` batches on each rank, and its samples are dealt out to all.
     """
 
     def __init__(
-        self, config: TrainConfig, processor: Processor, rank: int = 0, ranks: int = 1
+        self,
+        config: TrainConfig,
+        processor: Processor,
+        corpora: dict[int, Corpus],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.config = config
-        self.processor = processor
-        self.rank = rank
-        self.ranks = ranks
+        self.config, self.processor, self.corpora = config, processor, corpora
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
         return self.config.steps * self.config.accumulate
 
     def __getitem__(self, index: int) -> Batch:
         step, turn = divmod(index, self.config.accumulate)
+        number, _ = locate(self.config, step)
+        return self._read(step, turn) if number in self.corpora else self._render(step, turn)
+
+    def _render(self, step: int, turn: int) -> Batch:
+        """Draw a batch of the world."""
         stage, seed, indices = draw(
             self.config,
             step,
             rank=turn * self.ranks + self.rank,
             ranks=self.ranks * self.config.accumulate,
         )
-        processor = _processor_of(stage, self.processor)
-        examples = [_example(processor, stage, seed, index) for index in indices]
-        pad_id = self.processor.config.bos_token_id  # <|endoftext|>, as everywhere in Qwen2
-        return pack(examples, pad_id=pad_id, weighting=stage.weighting)
+        processor = processor_of(stage, self.processor)
+        return self._pack(stage, [_example(processor, stage, seed, index) for index in indices])
+
+    def _read(self, step: int, turn: int) -> Batch:
+        """Read a batch of data."""
+        number, inner = locate(self.config, step)
+        stage, corpus = self.config.stages[number], self.corpora[number]
+        seed, bins = stage_seed(self.config, number), corpus.data.bins
+        own = deal(
+            bins_of(corpus.plan, inner, bins=bins, seed=seed),
+            rank=self.rank,
+            ranks=self.ranks,
+            turn=turn,
+            turns=self.config.accumulate,
+        )
+        entries = [entry for b in own.tolist() for entry in corpus.plan.members(b).tolist()]
+        examples, bad = corpus.read(entries)
+        return self._pack(stage, examples, tuple(bad))
+
+    def _pack(
+        self, stage: Stage, examples: list[Example], bad: tuple[BadSample, ...] = ()
+    ) -> Batch:
+        config = self.processor.config
+        return pack(
+            examples,
+            pad_id=config.bos_token_id,  # <|endoftext|>, as everywhere in Qwen2
+            weighting=stage.weighting,
+            patch_dim=config.vision.patch_dim,
+            bad=bad,
+        )
 
 
 def batches(
@@ -61,30 +102,56 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield a rank's batches from step `start` on, prepared ahead by `config.workers` processes.
 
-    Every rank gets `config.accumulate` of them for each step.
+    Every rank gets `config.accumulate` of them for each step. Which samples a step has depends on
+    none of rank, ranks, accumulate and workers.
 
     Raises:
         FontError: fonts of any stage are not installed. A worker could say so only when its stage
             comes, and as a traceback.
+        InputError: data are missing, damaged or too large for a bin; later: too many are bad.
+        ConfigError: data are not those that the run began with, or cannot be dealt out evenly.
     """
     for stage in config.stages:
-        check_fonts(stage.mixture)
+        if stage.data is None and stage.mixture is not None:
+            check_fonts(stage.mixture)
+    corpora = open_corpora(config, processor)
+    for corpus in corpora.values():
+        evenly = torch.arange(corpus.data.bins).numpy()
+        deal(evenly, rank=rank, ranks=ranks, turn=0, turns=config.accumulate)
+    if corpora and rank == 0:
+        _check_same(Path(config.folder), config, corpora, start)
     loader = DataLoader(
-        WorldBatches(config, processor, rank, ranks),
+        Batches(config, processor, corpora, rank, ranks),
         batch_size=None,
         sampler=range(start * config.accumulate, config.steps * config.accumulate),
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_one_thread,
     )
-    return iter(loader)
+    ready = iter(loader)  # the workers begin here
+    return _watched(ready, config, start, rank) if corpora else ready
 
 
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)  # the other cores belong to the training step
+def open_corpora(config: TrainConfig, processor: Processor) -> dict[int, Corpus]:
+    """Open what each stage reads, by the stage's number.
+
+    Raises:
+        InputError: data are missing, damaged or too large for a bin.
+        ConfigError: nothing can read a source, or there is too little for a step.
+    """
+    return {
+        number: Corpus.open(
+            stage,
+            processor_of(stage, processor),
+            seed=stage_seed(config, number),
+            workers=config.workers,
+        )
+        for number, stage in enumerate(config.stages)
+        if stage.data is not None and stage.steps
+    }
 
 
-def _processor_of(stage: Stage, processor: Processor) -> Processor:
+def processor_of(stage: Stage, processor: Processor) -> Processor:
     """Apply the stage's own lower limit of pixels, if it has one."""
     if not stage.min_pixels:
         return processor
@@ -92,18 +159,38 @@ def _processor_of(stage: Stage, processor: Processor) -> Processor:
     return Processor(processor.config, processor.tokenizer, pixels=limits)
 
 
+def _watched(ready: Iterator[Batch], config: TrainConfig, start: int, rank: int) -> Iterator[Batch]:
+    """Count bad samples as their batches come."""
+    bad = BadSamples(Path(config.folder), rank=rank)
+    for index, batch in enumerate(ready, start * config.accumulate):
+        step = index // config.accumulate
+        data = config.stages[locate(config, step)[0]].data
+        if data is not None:
+            bad.take(batch, step + 1, data.max_bad)
+        yield batch
+
+
+def _check_same(folder: Path, config: TrainConfig, corpora: dict[int, Corpus], start: int) -> None:
+    """Refuse to go on with other data than the run began with: steps would mean others."""
+    own = {config.stages[number].name: corpus.fingerprint for number, corpus in corpora.items()}
+    path = folder / FINGERPRINTS
+    if start and path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in own if held.get(name) != own[name]]:
+            raise ConfigError(
+                f"{folder}: the data of {', '.join(changed)} are not those that this run began "
+                "with; bring those back, or begin another run with out=FOLDER"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(own, indent=1), encoding="utf-8")
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)  # the other cores belong to the training step
+
+
 def _example(processor: Processor, stage: Stage, seed: int, index: int) -> Example:
+    assert stage.mixture is not None
     example = render(sample(seed, index, stage.mixture))
-    messages = _with_system(example.messages, stage, Random(f"system {seed} {index}"))
+    messages = with_system(example.messages, stage.default_system, seed, index)
     return Example(processor(messages, for_training=True), example.spec.family)
-
-
-def _with_system(messages: list[dict[str, Any]], stage: Stage, rng: Random) -> list[dict[str, Any]]:
-    """Give most conversations an empty system turn.
-
-    The default sentence costs 28 tokens of a byte-level vocabulary, more than many a question and
-    its picture; a share of the examples keeps it, since that is what a user's prompt has.
-    """
-    if rng.random() < stage.default_system:
-        return messages
-    return [{"role": "system", "content": ""}, *messages]

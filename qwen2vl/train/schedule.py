@@ -1,17 +1,23 @@
 """Which samples a step sees: a pure function of the run's config and the step's number.
 
 Nothing is counted along the way, so seeking to any step is arithmetic and the whole state of the
-data is one integer. Every stage draws from its own stretch of an endless world, so no sample comes
-twice. It knows no pixels, no tensors and no clock. Next room: pack.py.
+data is one integer. A stage of the world draws from its own stretch, so no sample comes twice. A
+stage of data reads the groups of its plan's bins, in another order in every pass; the bins of a
+step are the same for any number of ranks. It knows no pixels and no clock. Next room: pack.py.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
+from qwen2vl.errors import ConfigError
+from qwen2vl.train.bins import Plan, shuffled
 from qwen2vl.train.config import Stage, TrainConfig
 
-__all__ = ["Draw", "draw", "locate"]
+__all__ = ["Draw", "bins_of", "deal", "draw", "locate", "stage_seed"]
 
 
 class Draw(NamedTuple):
@@ -37,6 +43,49 @@ def draw(config: TrainConfig, step: int, *, rank: int = 0, ranks: int = 1) -> Dr
     index, inner = locate(config, step)
     stage = config.stages[index]
     first = inner * stage.examples
-    # A stage's own seed keeps its samples apart from those of every other stage.
-    seed = config.seed * 1_000 + index
+    seed = stage_seed(config, index)
     return Draw(stage, seed, range(first + rank, first + stage.examples, ranks))
+
+
+def stage_seed(config: TrainConfig, index: int) -> int:
+    """Give a stage its own seed, which keeps its samples apart from those of every other one."""
+    return config.seed * 1_000 + index
+
+
+def bins_of(plan: Plan, step: int, *, bins: int, seed: int) -> np.ndarray:
+    """Choose the bins of a stage's step, dearest first: whole groups, each once in a pass.
+
+    A step may end one pass and begin the next.
+    """
+    groups, wanted = len(plan) // plan.group, bins // plan.group
+    chosen = []
+    for place in range(step * wanted, (step + 1) * wanted):
+        number, inner = divmod(place, groups)
+        group = int(_order(groups, seed, number)[inner])
+        chosen.append(np.arange(group * plan.group, (group + 1) * plan.group))
+    return np.sort(np.concatenate(chosen))  # a plan numbers its bins by their cost
+
+
+def deal(numbers: np.ndarray, *, rank: int, ranks: int, turn: int, turns: int) -> np.ndarray:
+    """Pick the bins of one rank's batch: `turn` of `turns` in the step.
+
+    Ranks that work at the same time get neighbours in cost; where a batch holds several bins, who
+    had the dearest of one round has the cheapest of the next.
+
+    Raises:
+        ConfigError: the bins cannot be dealt out evenly.
+    """
+    if len(numbers) % (ranks * turns):
+        raise ConfigError(
+            f"data.bins is {len(numbers)}, which {ranks} ranks x {turns} batches cannot share "
+            f"evenly; make it a multiple of {ranks * turns}"
+        )
+    rounds_JR = numbers.reshape(turns, -1, ranks)[turn].copy()
+    rounds_JR[1::2] = rounds_JR[1::2, ::-1]
+    return rounds_JR[:, rank]
+
+
+@lru_cache(maxsize=4)
+def _order(groups: int, seed: int, number: int) -> np.ndarray:
+    """Shuffle the groups for one pass."""
+    return shuffled(groups, "pass", seed, number)

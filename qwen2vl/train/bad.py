@@ -1,0 +1,56 @@
+"""Bad samples: counted by reason, listed in a file, and too many of them end the run.
+
+    runs/nano/bad_samples.jsonl   {"step": 12, "id": "rows.jsonl:17", "source": "rows", ...}
+
+A sample that cannot be used leaves its place empty; nothing else is shown instead, so what a step
+sees stays a function of its number. Each rank keeps its own list. It must not know why a sample
+is bad. Next room: data.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from qwen2vl.errors import InputError
+from qwen2vl.train.pack import Batch
+
+__all__ = ["BadSamples"]
+
+FEWEST = 1000  # samples that the share is taken of at least, so that a bad start is no verdict
+NAMED = 3  # that an error names
+
+
+class BadSamples:
+    """What was seen and what was bad since this process began."""
+
+    def __init__(self, folder: Path, *, rank: int = 0) -> None:
+        name = f"bad_samples-{rank:05d}.jsonl" if rank else "bad_samples.jsonl"
+        self.path = folder / name
+        self.seen = 0
+        self.reasons: Counter[str] = Counter()
+        self._last: list[str] = []
+
+    def take(self, batch: Batch, step: int, limit: float) -> None:
+        """Count one batch.
+
+        Raises:
+            InputError: the share of bad samples exceeds `limit`; counted by reason.
+        """
+        self.seen += len(batch.families) + len(batch.bad)
+        if not batch.bad:
+            return
+        self.reasons.update(sample.reason for sample in batch.bad)
+        self._last = [f"{sample.id}: {sample.text}" for sample in batch.bad[:NAMED]]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for sample in batch.bad:
+                file.write(json.dumps({"step": step, **sample._asdict()}) + "\n")
+        if self.reasons.total() > limit * max(self.seen, FEWEST):
+            kinds = ", ".join(f"{count:,} {name}" for name, count in self.reasons.most_common())
+            raise InputError(
+                f"step {step}: {self.reasons.total():,} of {self.seen:,} samples are bad ({kinds}),"
+                f" the limit is {limit:.2%}; {'; '.join(self._last)}; all are in {self.path}: mend "
+                "them, or raise data.max_bad"
+            )

@@ -1,0 +1,195 @@
+"""What one stage reads: sources opened, measured, mixed and packed into bins; any bin at any time.
+
+    sources --lengths.py--> tables --plan.py--> bins of a pass
+    samples of bin 17 --prepare.py--> examples, and the bad ones by name
+
+The bins of a pass stay the same in every pass, their order does not (schedule.py). Everything here
+is a function of the sources' content, the config and the seed, and has one fingerprint. It must
+not know steps or ranks. Next rooms: data.py, preview.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from qwen2vl.processor.processor import Processor
+from qwen2vl.train.bins import Plan
+from qwen2vl.train.config import DataConfig, Stage
+from qwen2vl.train.dialects import Sample, SampleError
+from qwen2vl.train.frames import FrameCache
+from qwen2vl.train.kept import cache_folder, keep
+from qwen2vl.train.lengths import Lengths, Progress, measure
+from qwen2vl.train.pack import BadSample, Example
+from qwen2vl.train.plan import Planner, plan_of
+from qwen2vl.train.prepare import Measurer, Preparer
+from qwen2vl.train.sources import Samples, open_source
+
+__all__ = ["Corpus"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Entry e of a pass is sample e - first[s] of source s."""
+
+    data: DataConfig
+    processor: Processor
+    sources: tuple[Samples, ...]
+    labels: tuple[str, ...]
+    lengths: tuple[Lengths, ...]
+    first: np.ndarray  # where each source's entries begin, and where the last ends
+    tokens: np.ndarray  # of every sample, as it will be read
+    targets: np.ndarray
+    shrunk: Mapping[int, int]  # entry -> pixels of its pictures at most, to fit into a bin
+    plan: Plan
+    fingerprint: str
+    cache: Path
+
+    @classmethod
+    def open(
+        cls,
+        stage: Stage,
+        processor: Processor,
+        *,
+        seed: int,
+        workers: int = 0,
+        progress: Progress = lambda what, done, total: None,
+    ) -> Corpus:
+        """Open what a stage reads.
+
+        Raises:
+            InputError: a source is missing or damaged, too many of its samples are bad, or some
+                are larger than a bin.
+            ConfigError: nothing can read a source, or there is too little for a step.
+        """
+        data = stage.data
+        assert data is not None, "this stage shows the world"
+        cache = cache_folder(data.cache)
+        opened = [
+            open_source(
+                source,
+                data,
+                tokenizer=processor.tokenizer,
+                cache=cache,
+                seed=seed,
+                default_system=stage.default_system,
+            )
+            for source in data.sources
+        ]
+        labels = tuple(source.label for source in data.sources)
+        measured = [
+            measure(
+                source,
+                Measurer(processor, data, base=source.base),
+                cache=cache,
+                label=label,
+                workers=workers,
+                progress=progress,
+            )
+            for source, label in zip(opened, labels, strict=True)
+        ]
+        lengths = tuple(table for table, _ in measured)
+        planner = Planner(data, processor, opened, lengths, seed)
+        planner.check_bad()
+        key = _fingerprint(data, [key for _, key in measured], seed)
+        arrays = keep(cache / "plans" / f"{key}.npz", planner.arrays)
+        return cls(
+            data=data,
+            processor=processor,
+            sources=tuple(opened),
+            labels=labels,
+            lengths=lengths,
+            first=planner.first,
+            tokens=arrays["tokens"],
+            targets=arrays["targets"],
+            shrunk=dict(zip(arrays["shrunk"].tolist(), arrays["pixels"].tolist(), strict=True)),
+            plan=plan_of(arrays, data),
+            fingerprint=key,
+            cache=cache,
+        )
+
+    def read(self, entries: Iterable[int]) -> tuple[list[Example], list[BadSample]]:
+        """Prepare samples; what cannot be used is told, and nothing takes its place."""
+        examples: list[Example] = []
+        bad: list[BadSample] = []
+        for number, group in _by_source(entries, self.first).items():
+            self._read_source(number, group, examples, bad)
+        return examples, bad
+
+    def _read_source(
+        self, number: int, entries: Sequence[int], examples: list[Example], bad: list[BadSample]
+    ) -> None:
+        source, label = self.sources[number], self.labels[number]
+        known = self.lengths[number].bad
+        found: list[tuple[int, Sample]] = []
+
+        def refuse(entry: int, error: SampleError) -> None:
+            name = source.name(entry - int(self.first[number]))
+            bad.append(BadSample(name, label, error.reason, str(error)))
+
+        for entry in entries:
+            index = entry - int(self.first[number])
+            try:
+                if index in known:
+                    raise SampleError(*known[index])
+                if not self.tokens[entry]:
+                    raise _too_large(self.lengths[number].tokens[index], self.data)
+                found.append((entry, source.read(index)))
+            except SampleError as error:
+                refuse(entry, error)
+        preparer = self._preparer(number, 0)
+        preparer.fetch(sample for _, sample in found)
+        for entry, sample in found:
+            pixels = self.shrunk.get(entry, 0)
+            try:
+                examples.append(self._example(preparer, number, entry, sample, pixels))
+            except SampleError as error:
+                refuse(entry, error)
+
+    def _example(
+        self, preparer: Preparer, number: int, entry: int, sample: Sample, pixels: int
+    ) -> Example:
+        if pixels:
+            preparer = self._preparer(number, pixels)
+        made = preparer.prepare(sample)
+        if len(made.input_ids) != self.tokens[entry]:
+            raise SampleError(
+                "length",
+                f"{len(made.input_ids)} tokens, where its headers promised {self.tokens[entry]}; "
+                "its files are damaged, or have changed since they were measured",
+            )
+        return Example(made, self.labels[number])
+
+    def _preparer(self, number: int, pixels: int) -> Preparer:
+        gigabytes = self.data.cache_gb
+        frames = (
+            FrameCache(self.cache / "frames", limit=int(gigabytes * 1e9)) if gigabytes else None
+        )
+        base = self.sources[number].base
+        return Preparer(self.processor, self.data, base=base, frames=frames, max_pixels=pixels)
+
+
+def _too_large(tokens: int, data: DataConfig) -> SampleError:
+    return SampleError("oversize", f"{tokens:,} tokens, the limit of a bin is {data.max_tokens:,}")
+
+
+def _fingerprint(data: DataConfig, tables: Sequence[str], seed: int) -> str:
+    """Name all that decides what a step sees; how it is fetched and where it is kept do not."""
+    shares = [(source.label, source.repeats, source.weight) for source in data.sources]
+    sizes = (data.max_tokens, data.max_vision, data.bins, data.oversize)
+    about = json.dumps([tables, shares, sizes, seed])
+    return blake2b(about.encode(), digest_size=16).hexdigest()
+
+
+def _by_source(entries: Iterable[int], first: np.ndarray) -> dict[int, list[int]]:
+    """Sort entries by source, in their order: media of one source are fetched together."""
+    groups: dict[int, list[int]] = {}
+    for entry in entries:
+        number = int(np.searchsorted(first, entry, side="right")) - 1
+        groups.setdefault(number, []).append(int(entry))
+    return groups

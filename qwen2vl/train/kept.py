@@ -1,0 +1,75 @@
+"""Arrays that cost minutes to make, kept on disk by name: made once, by one process.
+
+A file is written aside and renamed, so that it is whole or not there; a damaged one counts as not
+there. Where several ranks of a machine want the same, the first makes it and the others wait. It
+must not know what the arrays mean. Next rooms: lengths.py, corpus.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from qwen2vl.errors import ConfigError
+
+__all__ = ["Arrays", "cache_folder", "keep"]
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def cache_folder(given: str) -> Path:
+    """Say where things are kept: in `given`, or else in the user's cache."""
+    if given:
+        return Path(given).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "qwen2vl"
+
+
+def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
+    """Read the arrays in `path`, or make them and write them there.
+
+    Raises:
+        ConfigError: the folder cannot be written. And whatever `make` raises.
+    """
+    found = _read(path)
+    if found is not None:
+        return found
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise _refusal(path, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed, or its process dies
+        found = _read(path)  # another process may have made it in the meantime
+        if found is not None:
+            return found
+        made = make()
+        try:
+            aside = path.with_name(f".{path.stem}.partial.npz")
+            np.savez(aside, **made)  # pyright: ignore[reportArgumentType] - arrays by name
+            os.replace(aside, path)
+        except OSError as error:
+            raise _refusal(path, error) from error
+        path.with_suffix(".lock").unlink(missing_ok=True)
+    return made
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {name: held[name] for name in held.files}
+    except (OSError, ValueError, EOFError, BadZipFile):
+        return None
+
+
+def _refusal(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path.parent}: nothing can be kept here: {error.strerror}; give another folder, "
+        "data.cache=FOLDER"
+    )
