@@ -23,6 +23,7 @@ __all__ = [
     "DataConfig",
     "MeshConfig",
     "OptimConfig",
+    "ProbeConfig",
     "RecomputeConfig",
     "Rules",
     "Source",
@@ -61,7 +62,7 @@ class MeshConfig:
     """How the processes of one run, as torchrun starts them, share the weights."""
 
     replicate: int = 1  # copies of the whole model, each sharded over ranks / replicate
-    frozen: Literal["shard", "replicate"] = "shard"  # what no stage from here on moves
+    frozen: Literal["shard", "replicate"] = "shard"  # what no stage of the run moves
     reshard: bool = True  # free a block's weights between forward and backward
 
 
@@ -72,6 +73,16 @@ class RecomputeConfig:
     visual: Literal["none", "block", "selective"] = "none"  # selective keeps what is dear
     text: Literal["none", "block", "selective"] = "none"
     every: int = 1  # one block of so many is computed again, the others are kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeConfig:
+    """What a run is asked between steps, on conversations it does not learn from."""
+
+    every: int = 500  # steps; 0 = never
+    examples: int = 64  # conversations; of the world, others than training sees
+    path: str = ""  # a file of conversations instead, as in Source; a stage with data needs one
+    questions: int = 0  # of each part of the mini suite; 0 = leave the suite out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +172,8 @@ class Stage:
     decay: float = 0.0  # share of the steps, at the end, in which the rate falls to optim.floor
     min_pixels: int = 0  # of a picture, instead of the model's own limit; 0 = the model's
     default_system: float = 0.3  # share of conversations with the default system sentence
-    weighting: Literal["token", "root"] = "root"  # weight of a target: 1, or 1/sqrt(its answer)
+    # Weight of a target: 1, or 1 / (targets of its conversation), or the root of that.
+    weighting: Literal["token", "sample", "root"] = "root"
 
     def __post_init__(self) -> None:
         if self.mixture is None and self.data is None:
@@ -191,6 +203,9 @@ class TrainConfig:
     threads: int = 0  # compute threads; 0 = torch's choice
     minutes: float = 0.0  # stop with a checkpoint after so long; 0 = run to the end
     log_every: int = 20  # steps
+    log: Literal["jsonl", "tensorboard", "wandb"] = "jsonl"  # where else; JSON lines in any case
+    peak_tflops: float = 0.0  # of one device, for MFU; 0 = as published, where it is known
+    probe: ProbeConfig = ProbeConfig()
     save_every: int = 500  # steps
     keep: int = 2  # checkpoints that stay on disk
 

@@ -24,6 +24,9 @@ from qwen2vl.processor.inputs import Item, ModelInput
 
 __all__ = ["BadSample", "Batch", "Example", "pack", "rounded"]
 
+# Of the number of targets of a conversation: what each of them weighs.
+_EXPONENT = {"token": 0.0, "sample": -1.0, "root": -0.5}
+
 ROUND = 8  # lengths are rounded up to a multiple of this
 NULL = Grid(1, 2, 2)  # the smallest item: four black patches, one row that stands nowhere
 
@@ -93,7 +96,7 @@ def pack(
     examples: Sequence[Example],
     *,
     pad_id: int,
-    weighting: Literal["token", "root"] = "token",
+    weighting: Literal["token", "sample", "root"] = "token",
     patch_dim: int = 1176,
     bad: Sequence[BadSample] = (),
 ) -> Batch:
@@ -170,7 +173,7 @@ def _targets(
     # Row i predicts token i + 1: the shift happens here, inside one conversation.
     rows = [i - 1 for i, supervised in enumerate(example.loss_mask) if supervised and i > 0]
     assert rows, "a conversation without supervised tokens reached the packer"
-    weight = len(rows) ** -0.5 if weighting == "root" else 1.0
+    weight = len(rows) ** _EXPONENT[weighting]
     return [(start + i, example.input_ids[i + 1], weight, owner) for i in rows]
 
 

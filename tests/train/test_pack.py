@@ -53,8 +53,10 @@ def loss_and_gradients(batch: Batch, divisor: float) -> tuple[float, dict[str, t
     return outcome.loss.item(), grads
 
 
-@pytest.mark.parametrize("weighting", ["token", "root"])
-def test_packed_equals_the_sum_of_single_conversations(weighting: Literal["token", "root"]) -> None:
+@pytest.mark.parametrize("weighting", ["token", "sample", "root"])
+def test_packed_equals_the_sum_of_single_conversations(
+    weighting: Literal["token", "sample", "root"],
+) -> None:
     examples = conversations()
     packed = pack(examples, pad_id=0, weighting=weighting)
     divisor = float(packed.weights_R.sum())
@@ -135,11 +137,14 @@ def test_rows_without_a_placeholder_are_no_null_item() -> None:
         broken.run(tiny_model())
 
 
-def test_root_weighting_gives_each_answer_the_root_of_its_length() -> None:
-    batch = pack(conversations(), pad_id=0, weighting="root")
+@pytest.mark.parametrize(("weighting", "power"), [("token", 1), ("sample", 0), ("root", 0.5)])
+def test_weighting_gives_each_answer_a_power_of_its_length(
+    weighting: Literal["token", "sample", "root"], power: float
+) -> None:
+    batch = pack(conversations(), pad_id=0, weighting=weighting)
     for owner in range(5):
         weights = batch.weights_R[batch.owner_R == owner]
-        assert weights.sum().item() == pytest.approx(len(weights) ** 0.5)
+        assert weights.sum().item() == pytest.approx(len(weights) ** power)
 
 
 def test_a_conversation_without_supervised_tokens_is_our_own_bug() -> None:
