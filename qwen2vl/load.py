@@ -22,6 +22,7 @@ from qwen2vl.adapt.lora import LoraFactors, merge_lora
 from qwen2vl.adapt.peft import read_lora
 from qwen2vl.adapt.quantise import Kind, Mode, quantise_layers
 from qwen2vl.adapt.rows import multiply_single_rows
+from qwen2vl.adapt.served import Adapter
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CapacityError, CheckpointError, InputError
 from qwen2vl.fill import fill, fill_layer, put_stored, rounded_kinds, stored_kinds
@@ -44,6 +45,7 @@ from qwen2vl.weights import (
 __all__ = [
     "DTypeName",
     "load",
+    "load_adapters",
     "load_model",
     "load_processor",
     "preferred_dtypes",
@@ -172,6 +174,24 @@ def load_model(
     if place.type == "cpu" and chosen == torch.bfloat16:
         multiply_single_rows(model)
     return model.eval()
+
+
+def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str, Adapter]:
+    """Read adapters that stay unmerged, so that each request may ask for one by its name.
+
+    Unlike a merged one they may stand on small integers, also on those that a folder stores.
+
+    Raises:
+        CheckpointError: an adapter is missing, damaged, or of another model.
+    """
+    with torch.device("meta"):
+        plain = Qwen2VL(model.config)  # with the layers that an adapter names
+    adapters: dict[str, Adapter] = {}
+    for name, folder in folders.items():
+        settings, tensors = read_adapter(folder)
+        factors = read_lora(settings, tensors, plain, where=str(tensors.folder))
+        adapters[name] = Adapter.of(factors, model)
+    return adapters
 
 
 def _read_lora(

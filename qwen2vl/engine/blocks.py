@@ -7,9 +7,9 @@ needs the room, and is found again by the keys of its blocks:
     key 0 = H(ids 0..Z-1, pictures there)    key 1 = H(key 0, ids Z..2Z-1, pictures there)    ...
 
 Every picture of one size has the same ids, so a key also holds the digest of each item its block
-overlaps, and where in the item it stands. A new sequence that continues a resting row takes it
-over; one that only begins like another copies the beginning. Integers and bytes alone: what is to
-be done to memory comes out as a list of orders. Next room: scheduler.py, which asks for rows.
+overlaps, and where in the item it stands; key 0 holds the adapter's. A sequence that continues a
+resting row takes it over; one that only begins like another copies the beginning. What is to be
+done to memory comes out as a list of orders. Next room: scheduler.py, which asks for rows.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ BLOCK = 32  # tokens; Z in docs/conventions.md
 class KeyChain:
     """The keys of one sequence's full blocks, made as its tokens come."""
 
-    def __init__(self, prompt: ModelInput) -> None:
+    def __init__(self, prompt: ModelInput, salt: bytes = b"") -> None:
+        """Begin with `salt`: sequences of different salts never share a block."""
         self.keys: list[bytes] = []
+        self._salt = salt
         self._spans = [
             (start, start + item.num_tokens, item.digest)
             for start, item in zip(prompt.item_starts, prompt.items, strict=True)
@@ -46,7 +48,7 @@ class KeyChain:
         return self.keys
 
     def _key(self, start: int, ids: SequenceOf[int]) -> bytes:
-        hasher = blake2b(self.keys[-1] if self.keys else b"", digest_size=32)
+        hasher = blake2b(self.keys[-1] if self.keys else self._salt, digest_size=32)
         hasher.update(array("q", ids).tobytes())
         for first, stop, digest in self._spans:
             if first < start + BLOCK and start < stop:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from qwen2vl.adapt.quantise import Mode
+from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.engine.adapters import find_adapter, seen_through
 from qwen2vl.engine.arguments import Conversation, as_batch, is_unfinished, one_each
 from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks, check_context
@@ -37,7 +39,7 @@ from qwen2vl.engine.scheduler import News, Scheduler
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
 from qwen2vl.errors import InputError
-from qwen2vl.load import DTypeName, load
+from qwen2vl.load import DTypeName, load, load_adapters
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.media import MediaLimits
@@ -70,6 +72,7 @@ class LLM:
         dtype: DTypeName = "auto",
         quantize: Mode | None = None,
         adapter: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         max_model_len: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -78,6 +81,8 @@ class LLM:
         engine: EngineConfig | None = None,
     ) -> None:
         """Load a model; arguments as for `load`, and device "auto" takes a GPU where there is one.
+
+        Of `adapters` (name -> folder) each request may ask for one: SamplingParams(adapter=name).
 
         Raises:
             CheckpointError, ConfigError, CapacityError, InputError: as `load` does.
@@ -97,7 +102,7 @@ class LLM:
             video_preset=video_preset,
             limits=limits,
         )
-        self._take(network, processor, read_generation_defaults(folder), engine)
+        self._take(network, processor, read_generation_defaults(folder), engine, adapters)
         self.max_model_len = max_model_len or self.max_model_len  # `load` has checked it
 
     @classmethod
@@ -108,10 +113,11 @@ class LLM:
         *,
         generation: GenerationDefaults | None = None,
         engine: EngineConfig | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> LLM:
         """Answer with a model that is already in memory, up to the whole of its context."""
         llm = cls.__new__(cls)
-        llm._take(model, processor, generation or GenerationDefaults(), engine)
+        llm._take(model, processor, generation or GenerationDefaults(), engine, adapters)
         return llm
 
     def _take(
@@ -120,6 +126,7 @@ class LLM:
         processor: Processor,
         generation: GenerationDefaults,
         engine: EngineConfig | None,
+        adapters: Mapping[str, str | Path] | None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -131,13 +138,15 @@ class LLM:
             processor.tokenizer, end_ids=self._end_ids, vocab_size=model.config.text.vocab_size
         )
         self._engine = engine or EngineConfig()
+        self._switch = AdapterSwitch(model)
+        self._adapters = load_adapters(model, adapters or {})
         self._begin(cache_blocks(model, self._engine.cache_tokens))
 
     def _begin(self, num_blocks: int) -> None:
         """Set up the engine: nothing waits, runs or is kept, but for vision rows on disk."""
         config = self._engine
-        shelf = VisionShelf.of(self.model, config)
-        self.runner = Runner(self.model, shelf)
+        shelf = VisionShelf.of(self.model, config, self._switch)
+        self.runner = Runner(self.model, shelf, self._switch)
         self.scheduler = Scheduler(
             BlockPool(num_blocks),
             shelf,
@@ -320,9 +329,10 @@ class LLM:
         """Refuse what cannot be answered, before anything is computed.
 
         Raises:
-            InputError: a stop token is not of this model, or a grammar allows nothing.
+            InputError: a stop token or adapter is not there, or a grammar allows nothing.
             CapacityError: the prompt does not fit into the context.
         """
+        find_adapter(self._adapters, params.adapter)
         if params.grammar is not None:
             self._grammars.start(params.grammar)  # compiled now, and kept
         vocab_size = self.config.text.vocab_size
@@ -350,6 +360,8 @@ class LLM:
     ) -> list[Sequence]:
         """Make the `params.n` sequences of a request that `check` has let pass."""
         ends = frozenset() if params.ignore_eos else self._end_ids
+        adapter = find_adapter(self._adapters, params.adapter)
+        prompt = seen_through(prompt, adapter)
         return [
             Sequence(
                 prompt,
@@ -359,6 +371,7 @@ class LLM:
                 end_ids=ends | frozenset(params.stop_token_ids),
                 max_model_len=self._longest,
                 index=index + sample,
+                adapter=adapter,
             )
             for sample in range(params.n)
         ]

@@ -61,6 +61,7 @@ class SamplingParams:
     stop: str | Sequence[str] = ()  # the answer ends before the first of these texts
     stop_token_ids: Sequence[int] = ()  # besides the checkpoint's own end tokens
     grammar: Grammar | None = None  # what the whole answer must look like
+    adapter: str | None = None  # which of the LLM's adapters answers; None: the model alone
     ignore_eos: bool = False  # go on through end tokens, for measurements
     logprobs: int | None = None  # report this many likeliest tokens at each step
 
@@ -81,6 +82,8 @@ class SamplingParams:
         _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, required=True)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, "None turns it off")
         _check_grammar(self.grammar, self.ignore_eos)
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InputError(f"adapter: got {_show(self.adapter)}, must be the name of one")
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from qwen2vl.adapt.served import Adapter
 from qwen2vl.engine.blocks import MemoryOrder
 from qwen2vl.engine.params import TokenLogprob
 from qwen2vl.engine.sequence import Sequence
@@ -61,6 +62,12 @@ class Slices:
     item: Item
     start: int
     stop: int
+    adapter: Adapter | None = None  # of the tower that looks
+
+    @property
+    def num_patches(self) -> int:
+        """Count the patches to be encoded."""
+        return (self.stop - self.start) * self.item.grid.h * self.item.grid.w
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ class Plan:
     @property
     def largest_viewer(self) -> Sequence:
         """A sequence that waits for the most patches of one item."""
-        most = max(self.slices, key=lambda s: (s.stop - s.start) * s.item.grid.h * s.item.grid.w)
+        most = max(self.slices, key=lambda slices: slices.num_patches)
         digest = most.item.digest
         return next(v for v in self.viewers if digest in (item.digest for item in v.held_items))
 
@@ -109,7 +116,7 @@ class Budget:
         if count == 0 and ready < item.grid.t and not self.slices:
             count = 1  # larger than any budget, so alone
         if count > 0:
-            self.slices.append(Slices(item, ready, ready + count))
+            self.slices.append(Slices(item, ready, ready + count, viewer.adapter))
             self.patches -= count * area
         self._encoded[item.digest] = ready + count
         return ready + count

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.capacity import memory_errors_named
 from qwen2vl.engine.plan import Chunk, Plan, Sampled
@@ -44,9 +45,10 @@ class OverloadError(Exception):
 class Runner:
     """Carries out plans on one device."""
 
-    def __init__(self, model: Qwen2VL, shelf: VisionShelf) -> None:
+    def __init__(self, model: Qwen2VL, shelf: VisionShelf, switch: AdapterSwitch) -> None:
         self.model = model
         self.shelf = shelf
+        self.switch = switch
         self.caches: dict[int, KVCache] = {}  # by row
 
     @property
@@ -124,14 +126,15 @@ class Runner:
             [chunk.num_ids for chunk in chunks],
             [chunk.start + chunk.num_ids for chunk in chunks],
         )
-        return self.model(
-            torch.tensor(ids, device=self.device),
-            torch.cat(positions, dim=1).to(self.device),
-            meta.to(self.device),
-            vision_MD=torch.cat(rows) if rows else None,
-            pad_index_M=torch.tensor(pads, device=self.device) if rows else None,
-            caches=caches,
-        )
+        with self.switch.at_work("model", [(c.sequence.adapter, c.num_ids) for c in chunks]):
+            return self.model(
+                torch.tensor(ids, device=self.device),
+                torch.cat(positions, dim=1).to(self.device),
+                meta.to(self.device),
+                vision_MD=torch.cat(rows) if rows else None,
+                pad_index_M=torch.tensor(pads, device=self.device) if rows else None,
+                caches=caches,
+            )
 
     def _vision_of(self, chunk: Chunk) -> list[tuple[int, Tensor]]:
         """List (first token, rows) of what a chunk sees of each item."""
@@ -151,9 +154,11 @@ class Runner:
             wanted += range(end - chunk.num_sampled, end)
         if not wanted:
             return hidden_TD.new_empty(0, self.model.config.text.vocab_size)
-        if len(wanted) == len(hidden_TD):
+        if len(wanted) < len(hidden_TD):
+            hidden_TD = hidden_TD[torch.tensor(wanted, device=self.device)]
+        owners = [(chunk.sequence.adapter, chunk.num_sampled) for chunk in chunks]
+        with self.switch.at_work("lm_head", owners):
             return self.model.logits(hidden_TD)
-        return self.model.logits(hidden_TD[torch.tensor(wanted, device=self.device)])
 
 
 def _sample(chunks: SequenceOf[Chunk], logits_RV: Tensor) -> list[Sampled | Qwen2VLError]:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qwen2vl.adapt.served import Adapter
 from qwen2vl.engine.blocks import KeyChain, Row
 from qwen2vl.engine.params import (
     Completion,
@@ -94,11 +95,13 @@ class Sequence:
         end_ids: frozenset[int],
         max_model_len: int,
         index: int = 0,
+        adapter: Adapter | None = None,
     ) -> None:
         self.prompt = prompt
         self.params = params
         self.sampler = sampler
         self.index = index  # which of the answers of a call
+        self.adapter = adapter
         self.ids = list(prompt.input_ids)  # the prompt, then the answer as it grows
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
@@ -106,7 +109,7 @@ class Sequence:
         self.error: Qwen2VLError | None = None
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt.input_ids))
         # How far the scheduler has come.
-        self.chain = KeyChain(prompt)
+        self.chain = KeyChain(prompt, b"" if adapter is None else adapter.digest)
         self.row: Row | None = None
         self.num_computed = 0  # tokens whose keys and values are stored
         self.num_cached = 0  # of them, found and not computed, when it was first admitted

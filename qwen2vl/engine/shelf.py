@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.fingerprint import VisionWeights
 from qwen2vl.engine.plan import Slices
@@ -28,17 +29,20 @@ __all__ = ["VisionShelf"]
 class VisionShelf:
     """Holds the rows of each item as long as some sequence needs them."""
 
-    def __init__(self, model: Qwen2VL, cache: VisionCache, weights: VisionWeights) -> None:
+    def __init__(
+        self, model: Qwen2VL, cache: VisionCache, weights: VisionWeights, switch: AdapterSwitch
+    ) -> None:
         self.model = model
         self.cache = cache
         self._weights = weights
+        self._switch = switch
         self._holds: Counter[bytes] = Counter()
         self._keys: dict[bytes, VisionKey] = {}  # of the weights as they were when first held
         self._rows: dict[bytes, Tensor] = {}  # by digest; rows of slices not yet ready are empty
         self._ready: dict[bytes, int] = {}
 
     @classmethod
-    def of(cls, model: Qwen2VL, config: EngineConfig) -> VisionShelf:
+    def of(cls, model: Qwen2VL, config: EngineConfig, switch: AdapterSwitch) -> VisionShelf:
         """Set up shelf and cache as `config` says."""
         cache = VisionCache(
             max_bytes=config.vision_cache_bytes,
@@ -48,7 +52,7 @@ class VisionShelf:
         )
         weights = VisionWeights(model, lasting=config.vision_cache_dir is not None)
         weights.start()  # a second for the official towers, meanwhile the first prompt is made
-        return cls(model, cache, weights)
+        return cls(model, cache, weights, switch)
 
     def hold(self, item: Item) -> None:
         """Keep the item's rows, or what becomes of them, until it is released as often."""
@@ -85,7 +89,9 @@ class VisionShelf:
         device = self.model.device
         grids = [Grid(s.stop - s.start, s.item.grid.h, s.item.grid.w) for s in slices]
         patches_NP = torch.cat([_patches(s) for s in slices]).to(device)
-        vision_MD = self.model.encode(patches_NP, VisionMeta.build(grids).to(device))
+        meta = VisionMeta.build(grids).to(device)
+        with self._switch.at_work("visual", [(s.adapter, s.num_patches) for s in slices]):
+            vision_MD = self.model.encode(patches_NP, meta)
         sizes = [s.item.num_tokens // s.item.grid.t * (s.stop - s.start) for s in slices]
         for one, rows_MD in zip(slices, vision_MD.split(sizes), strict=True):
             self._place(one, rows_MD)

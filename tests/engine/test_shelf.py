@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.engine.fingerprint import VisionWeights
 from qwen2vl.engine.plan import Slices
 from qwen2vl.engine.shelf import VisionShelf
@@ -39,7 +40,8 @@ def item(grid: Grid, seed: int = 0) -> Item:
 
 def shelf(model: Qwen2VL = MODEL, *, max_bytes: int = 10**6) -> VisionShelf:
     cache = VisionCache(max_bytes=max_bytes)
-    return VisionShelf(model, cache, VisionWeights(model, lasting=False))
+    weights = VisionWeights(model, lasting=False)
+    return VisionShelf(model, cache, weights, AdapterSwitch(model))
 
 
 @torch.inference_mode()
@@ -194,7 +196,8 @@ def test_rows_of_weights_that_changed_on_the_way_are_not_kept() -> None:
     model = random_model(tiny_config())
     old = {name: value.clone() for name, value in model.state_dict().items()}
     clip = item(Grid(2, 2, 4))
-    held = VisionShelf(model, VisionCache(), VisionWeights(model, lasting=True))
+    weights = VisionWeights(model, lasting=True)
+    held = VisionShelf(model, VisionCache(), weights, AdapterSwitch(model))
     held.hold(clip)
     encode(held, [Slices(clip, 0, 1)])
     with torch.no_grad():
