@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": "Draw pictures, ask about them, show answers beside the truth.",
     "eval": "Score a model on questions with known answers.",
     "parity": "Compare a model folder with transformers, step by step.",
+    "init": "Build a model to train, out of a Qwen2 and a CLIP vision tower.",
     "train": "Train a model by a recipe, or go on where the last run stopped.",
     "quantize": "Write a model folder in small integers, rounded with care.",
     "doctor": "Check this machine and, if wished, a model folder.",

@@ -9,6 +9,7 @@ reads it. It must not know messages or models. (HF: Qwen2Tokenizer.) Next: token
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from qwen2vl.errors import CheckpointError
 from qwen2vl.grounding import GROUNDING_TOKENS
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "VISION_END",
     "VISION_START",
     "build_backend",
+    "complete_tokenizer",
     "to_bytes",
     "write_byte_tokenizer",
 ]
@@ -108,6 +111,39 @@ def write_byte_tokenizer(folder: str | Path, characters: Iterable[str]) -> None:
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(first_special=len(tokens)))
+
+
+def complete_tokenizer(source: Path, target: Path) -> list[int]:
+    """Write the tokenizer of a Qwen2 folder to `target`, with all fourteen special tokens.
+
+    Returns:
+        The ids of those that were missing: they follow the last one, in the official order.
+
+    Raises:
+        CheckpointError: there is no tokenizer.json, or it cannot be read.
+    """
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; fetch the tokenizer of the model")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception for bad files
+        raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from error
+    there = _ids_of_added(backend)
+    missing = [token for token in SPECIAL_TOKENS if token not in there]
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in missing])
+    backend.save(str(target / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    ids = _ids_of_added(backend)
+    settings = _tokenizer_config(first_special=ids[END_OF_TEXT])
+    _write_json(target / "tokenizer_config.json", settings)
+    return [ids[token] for token in missing]
+
+
+def _ids_of_added(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    return {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
 
 
 def _merges(characters: Iterable[str]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights.tensors import TensorFolder, shorten
 
-__all__ = ["HEAD", "PATCH_EMBED", "check_fit", "expected_shapes", "nonfinite_tensors"]
+__all__ = ["EMBEDDING", "HEAD", "PATCH_EMBED", "check_fit", "expected_shapes", "nonfinite_tensors"]
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen2vl.errors import CheckpointError
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.processor.vocabulary import SPECIAL_TOKENS, to_bytes, write_byte_tokenizer
+from qwen2vl.processor.vocabulary import (
+    SPECIAL_TOKENS,
+    complete_tokenizer,
+    to_bytes,
+    write_byte_tokenizer,
+)
 from tests.tiny import CHARACTERS, tiny_tokenizer, tiny_tokenizer_dir
 
 
@@ -94,3 +100,20 @@ def test_transformers_gives_the_same_ids(theirs: object, text: str) -> None:
     ids = tiny_tokenizer().encode_text(text, special="all")
     assert theirs(text).input_ids == ids  # pyright: ignore[reportCallIssue] - untyped oracle
     assert len(theirs) == len(tiny_tokenizer())  # pyright: ignore[reportArgumentType] - same
+
+
+def test_a_tokenizer_that_has_all_special_tokens_stays_as_it_is(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path, "")
+    (tmp_path / "copy").mkdir()
+    assert complete_tokenizer(tmp_path, tmp_path / "copy") == []
+    one, two = (Tokenizer.from_folder(p) for p in (tmp_path, tmp_path / "copy"))
+    assert one.special_ids == two.special_ids
+    assert (tmp_path / "copy" / "vocab.json").is_file()
+
+
+def test_a_tokenizer_to_complete_must_be_there_and_be_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file"):
+        complete_tokenizer(tmp_path, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be read: "):
+        complete_tokenizer(tmp_path, tmp_path)
