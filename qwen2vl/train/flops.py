@@ -100,6 +100,10 @@ class Costs:
     token_pair: Price
     target: Price
 
+    def of_batch(self, batch: Batch) -> Flops:
+        """Price a batch as the mathematics asks for it."""
+        return self.of(Work.of(batch))
+
     def of(self, work: Work, *, causal: bool = True) -> Flops:
         """Price a batch; with causal=False as kernels do that compute whole squares."""
         pairs = work.token_pairs - (work.future_pairs if causal else 0)
