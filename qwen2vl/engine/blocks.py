@@ -108,6 +108,11 @@ class BlockPool:
         self._ends: dict[bytes, Row] = {}  # last key -> the newest resting row that ends there
         self._holders: dict[bytes, dict[int, Row]] = {}  # key -> rows that hold it, oldest first
 
+    @property
+    def num_resting(self) -> int:
+        """Blocks of rows that nobody uses now."""
+        return self.num_blocks - self.num_free - self.num_busy
+
     def match(self, keys: SequenceOf[bytes]) -> int:
         """Count the leading blocks that some row holds."""
         held = 0

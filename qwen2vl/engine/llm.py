@@ -22,19 +22,17 @@ from torch import Tensor
 from qwen2vl.adapt.quantise import Mode
 from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.engine.adapters import find_adapter, seen_through
 from qwen2vl.engine.arguments import Conversation, as_batch, is_unfinished, one_each
 from qwen2vl.engine.blocks import BLOCK, BlockPool
-from qwen2vl.engine.capacity import cache_blocks, check_context
+from qwen2vl.engine.capacity import cache_blocks
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.draft import Drafter
 from qwen2vl.engine.embed import embed
-from qwen2vl.engine.matcher import GrammarCompiler
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
 from qwen2vl.engine.plan import Limits
 from qwen2vl.engine.pool import Pooling
+from qwen2vl.engine.reception import Reception
 from qwen2vl.engine.runner import OverloadError, Runner
-from qwen2vl.engine.sampler import Rule, Sampler
 from qwen2vl.engine.scheduler import News, Scheduler
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
@@ -44,7 +42,6 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.media import MediaLimits
 from qwen2vl.processor.processor import Processor
-from qwen2vl.processor.tokenizer import TextStream
 from qwen2vl.processor.tools import STOP_WORDS
 from qwen2vl.weights import GenerationDefaults, find, read_generation_defaults
 
@@ -132,14 +129,11 @@ class LLM:
         self.processor = processor
         self.generation = generation
         self.max_model_len = model.config.text.max_position_embeddings
-        ends = generation.eos_token_ids or ()
-        self._end_ids = frozenset((model.config.eos_token_id, *ends))
-        self._grammars = GrammarCompiler(
-            processor.tokenizer, end_ids=self._end_ids, vocab_size=model.config.text.vocab_size
-        )
         self._engine = engine or EngineConfig()
         self._switch = AdapterSwitch(model)
-        self._adapters = load_adapters(model, adapters or {})
+        self._reception = Reception(
+            model, processor.tokenizer, generation, load_adapters(model, adapters or {})
+        )
         self._begin(cache_blocks(model, self._engine.cache_tokens))
 
     def _begin(self, num_blocks: int) -> None:
@@ -311,19 +305,33 @@ class LLM:
         plan = self.scheduler.plan()
         try:
             results = self.runner.run(plan)
-        except OverloadError as overload:  # the others try again
-            return [self.scheduler.fail(overload.sequence, overload.error)]
-        return self.scheduler.commit(plan, results)
+        except OverloadError as overload:
+            if self._give_up_rest():
+                return []  # and the next step tries again
+            news = [self.scheduler.fail(overload.sequence, overload.error)]
+        else:
+            news = self.scheduler.commit(plan, results)
+        self.runner.free(self.scheduler.pool.orders)
+        return news
+
+    def _give_up_rest(self) -> bool:
+        """Give up what is kept for requests to come; False: nothing was."""
+        pool, cache = self.scheduler.pool, self.runner.shelf.cache
+        if not pool.num_resting and cache.pinned_bytes == cache.stats.num_bytes:
+            return False
+        self.scheduler.forget()
+        self.runner.free(pool.orders)
+        cache.clear()
+        return True
 
     def forget(self) -> None:
         """Drop all keys, values and vision rows at rest; call it after changing the weights."""
-        self.scheduler.pool.clear()
-        self.runner.arrange(self.scheduler.pool.orders)
-        self.runner.shelf.cache.clear()
+        self._give_up_rest()
 
     def cancel(self, sequence: Sequence) -> None:
-        """Stop answering; what it computed may serve others."""
+        """Stop answering; what it computed rests until somebody needs the room."""
         self.scheduler.cancel(sequence)
+        self.runner.free(self.scheduler.pool.orders)
 
     def check(self, prompt: ModelInput, params: SamplingParams) -> None:
         """Refuse what cannot be answered, before anything is computed.
@@ -332,21 +340,10 @@ class LLM:
             InputError: a stop token or adapter is not there, or a grammar allows nothing.
             CapacityError: the prompt does not fit into the context.
         """
-        find_adapter(self._adapters, params.adapter)
-        if params.grammar is not None:
-            self._grammars.start(params.grammar)  # compiled now, and kept
-        vocab_size = self.config.text.vocab_size
-        strangers = [token for token in params.stop_token_ids if token >= vocab_size]
-        if strangers:
-            raise InputError(
-                f"stop_token_ids: {strangers[0]} is not a token of this model, whose ids end at "
-                f"{vocab_size - 1}"
-            )
-        check_context(
+        self._reception.check(
             prompt,
-            self.config,
+            params,
             max_model_len=self.max_model_len,
-            max_tokens=params.max_tokens,
             cache_tokens=self.scheduler.pool.num_blocks * BLOCK,
         )
 
@@ -359,30 +356,4 @@ class LLM:
         self, prompt: ModelInput, params: SamplingParams, *, index: int = 0
     ) -> list[Sequence]:
         """Make the `params.n` sequences of a request that `check` has let pass."""
-        ends = frozenset() if params.ignore_eos else self._end_ids
-        adapter = find_adapter(self._adapters, params.adapter)
-        prompt = seen_through(prompt, adapter)
-        return [
-            Sequence(
-                prompt,
-                params,
-                TextStream(self.processor.tokenizer),
-                self._sampler(prompt, params, sample),
-                end_ids=ends | frozenset(params.stop_token_ids),
-                max_model_len=self._longest,
-                index=index + sample,
-                adapter=adapter,
-            )
-            for sample in range(params.n)
-        ]
-
-    def _sampler(self, prompt: ModelInput, params: SamplingParams, sample: int) -> Sampler:
-        return Sampler(
-            Rule.resolve(params, self.generation),
-            prompt.input_ids,
-            vocab_size=self.config.text.vocab_size,
-            device=self.device,
-            seed=None if params.seed is None else (params.seed + sample) % 2**64,
-            num_logprobs=params.logprobs,
-            matcher=None if params.grammar is None else self._grammars.start(params.grammar),
-        )
+        return self._reception.sequences(prompt, params, longest=self._longest, index=index)

@@ -86,6 +86,7 @@ class Runner:
 
         Carrying one out twice does no harm, so that an interrupt may come at any time.
         """
+        self.free(orders)
         while orders:
             match orders[0]:
                 case Free(row):
@@ -97,6 +98,15 @@ class Runner:
                 case Copy(source, target, num_tokens):
                     self.caches[target].copy_from(self.caches[source], num_tokens)
             orders.popleft()
+
+    def free(self, orders: SequenceOf[MemoryOrder]) -> None:
+        """Give back at once what nobody copies from any more, before memory is asked for."""
+        if not orders:
+            return
+        sources = {o.source for o in orders if isinstance(o, Copy) and _is_wanted(o.target, orders)}
+        for order in orders:
+            if isinstance(order, Free) and order.row not in sources:
+                self.caches.pop(order.row, None)
 
     def _reserve(self, old: KVCache | None, num_tokens: int) -> KVCache:
         dtype = self.model.dtype
@@ -177,7 +187,7 @@ def _sample(chunks: SequenceOf[Chunk], logits_RV: Tensor) -> list[Sampled | Qwen
     return results
 
 
-def _is_wanted(row: int, orders: deque[MemoryOrder]) -> bool:
+def _is_wanted(row: int, orders: SequenceOf[MemoryOrder]) -> bool:
     """Tell whether a row is to stay, or is copied into one that is to stay."""
     return Free(row) not in orders or any(
         order.source == row and _is_wanted(order.target, orders)

@@ -113,6 +113,11 @@ class Scheduler:
         with self._writing():
             return self._fail(sequence, error)
 
+    def forget(self) -> None:
+        """Give up the rows of sequences that are over."""
+        with self._writing():
+            self.pool.clear()
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         self.is_torn = True

@@ -24,7 +24,7 @@ from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.grammar import Grammar
 from qwen2vl.engine.params import Completion
-from qwen2vl.errors import CapacityError, InputError
+from qwen2vl.errors import CapacityError, EngineError, InputError
 from tests.engine.test_llm import clip, picture, user
 from tests.parity.oracle import random_model
 from tests.tiny import tiny_config, tiny_processor
@@ -194,6 +194,54 @@ def test_one_that_needs_too_much_memory_fails_alone(monkeypatch: pytest.MonkeyPa
     large, small = llm.chat([CONVERSATIONS[6], CONVERSATIONS[0]], GREEDY)
     assert large.finish_reason == "error" and "out of memory" in (large.error or "")
     assert_same(small, alone(0))
+
+
+def test_what_rests_is_given_up_before_a_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = fresh()
+    runner, reserve, given_up = llm.runner, llm.runner._reserve, 0
+
+    def limited(old: Any, num_tokens: int) -> Any:
+        nonlocal given_up
+        if sum(cache.capacity for cache in runner.caches.values()) + num_tokens > 320:
+            given_up += 1
+            raise MemoryError
+        return reserve(old, num_tokens)
+
+    monkeypatch.setattr(runner, "_reserve", limited)
+    for index in (*range(len(CONVERSATIONS)), *range(len(CONVERSATIONS))):
+        assert_same(llm.chat(CONVERSATIONS[index], GREEDY)[0], alone(index))
+    assert given_up > 2
+
+
+def test_vision_rows_at_rest_are_given_up_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = fresh()
+    cache = llm.runner.shelf.cache
+    llm.chat(CONVERSATIONS[1], GREEDY)
+    assert cache.stats.num_bytes
+    llm.scheduler.forget()
+    encode = llm.model.encode
+
+    def limited(*given: Any) -> torch.Tensor:
+        if cache.stats.num_bytes:
+            raise MemoryError
+        return encode(*given)
+
+    monkeypatch.setattr(llm.model, "encode", limited)
+    assert_same(llm.chat(CONVERSATIONS[2], GREEDY)[0], alone(2))
+
+
+def test_what_failed_holds_no_memory_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(CapacityError):
+            llm.chat(CONVERSATIONS[1], GREEDY)
+    assert not llm.runner.caches
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model, "logits", lambda x: torch.full((len(x), 300), torch.nan))
+        with pytest.raises(EngineError, match="not finite"):
+            llm.chat(CONVERSATIONS[1], GREEDY)
+    assert not llm.runner.caches and llm.scheduler.pool.num_free == llm.scheduler.pool.num_blocks
 
 
 def test_a_picture_that_needs_too_much_memory_fails_its_own_request(

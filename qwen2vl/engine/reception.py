@@ -1,0 +1,112 @@
+"""A prompt and its wishes -> refused in words, or made into sequences that can be answered.
+
+Everything that is known of a request before it is computed is decided here: whether its tokens,
+its grammar and its adapter exist and its prompt fits, how its tokens are chosen, and when its
+answer is over. Nothing is queued. Next room: llm.py, the door that this stands behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen2vl.adapt.served import Adapter
+from qwen2vl.engine.adapters import find_adapter, seen_through
+from qwen2vl.engine.capacity import check_context
+from qwen2vl.engine.matcher import GrammarCompiler
+from qwen2vl.engine.params import SamplingParams
+from qwen2vl.engine.sampler import Rule, Sampler
+from qwen2vl.engine.sequence import Sequence
+from qwen2vl.errors import InputError
+from qwen2vl.model import Qwen2VL
+from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.processor.tokenizer import TextStream, Tokenizer
+from qwen2vl.weights import GenerationDefaults
+
+__all__ = ["Reception"]
+
+
+class Reception:
+    """Receives the requests of one model."""
+
+    def __init__(
+        self,
+        model: Qwen2VL,
+        tokenizer: Tokenizer,
+        generation: GenerationDefaults,
+        adapters: Mapping[str, Adapter],
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._generation = generation
+        self._adapters = adapters
+        ends = generation.eos_token_ids or ()
+        self._end_ids = frozenset((model.config.eos_token_id, *ends))
+        self._vocab_size = model.config.text.vocab_size
+        self._grammars = GrammarCompiler(
+            tokenizer, end_ids=self._end_ids, vocab_size=self._vocab_size
+        )
+
+    def check(
+        self, prompt: ModelInput, params: SamplingParams, *, max_model_len: int, cache_tokens: int
+    ) -> None:
+        """Refuse what cannot be answered; may run in any thread.
+
+        Raises:
+            InputError: a stop token or adapter is not there, or a grammar allows nothing.
+            CapacityError: the prompt does not fit into context or cache.
+        """
+        find_adapter(self._adapters, params.adapter)
+        if params.grammar is not None:
+            self._grammars.start(params.grammar)  # compiled now, and kept
+        strangers = [token for token in params.stop_token_ids if token >= self._vocab_size]
+        if strangers:
+            raise InputError(
+                f"stop_token_ids: {strangers[0]} is not a token of this model, whose ids end at "
+                f"{self._vocab_size - 1}"
+            )
+        check_context(
+            prompt,
+            self._model.config,
+            max_model_len=max_model_len,
+            max_tokens=params.max_tokens,
+            cache_tokens=cache_tokens,
+        )
+
+    def sequences(
+        self, prompt: ModelInput, params: SamplingParams, *, longest: int, index: int
+    ) -> list[Sequence]:
+        """Make the `params.n` sequences of a request that `check` has let pass.
+
+        Args:
+            prompt: the prompt they share.
+            params: what is wished of each.
+            longest: tokens of prompt and answer at most.
+            index: which of the answers of a call the first of them is.
+        """
+        ends = frozenset() if params.ignore_eos else self._end_ids
+        adapter = find_adapter(self._adapters, params.adapter)
+        prompt = seen_through(prompt, adapter)
+        return [
+            Sequence(
+                prompt,
+                params,
+                TextStream(self._tokenizer),
+                self._sampler(prompt, params, sample),
+                end_ids=ends | frozenset(params.stop_token_ids),
+                max_model_len=longest,
+                index=index + sample,
+                adapter=adapter,
+            )
+            for sample in range(params.n)
+        ]
+
+    def _sampler(self, prompt: ModelInput, params: SamplingParams, sample: int) -> Sampler:
+        return Sampler(
+            Rule.resolve(params, self._generation),
+            prompt.input_ids,
+            vocab_size=self._vocab_size,
+            device=self._model.device,
+            seed=None if params.seed is None else (params.seed + sample) % 2**64,
+            num_logprobs=params.logprobs,
+            matcher=None if params.grammar is None else self._grammars.start(params.grammar),
+        )
