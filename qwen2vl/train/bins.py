@@ -72,15 +72,10 @@ def plan_bins(
     A pure function of its arguments. `max_vision` 0 leaves tokens the only capacity.
 
     Raises:
-        ConfigError: an entry exceeds a capacity by itself, or there are fewer than `group`.
+        ConfigError: an entry exceeds a capacity by itself.
     """
     limit = max_vision or np.inf
     sizes, costs = tokens[entries].astype(np.float64), vision[entries].astype(np.float64)
-    if len(entries) < group:
-        raise ConfigError(
-            f"{len(entries)} samples cannot fill {group} bins, which are read at the same time; "
-            "give more data, or lower data.bins"
-        )
     if (sizes > max_tokens).any() or (costs > limit).any():
         raise ConfigError("a sample is larger than a bin; leave it out before packing")
     order = shuffled(len(entries), "bins", seed)  # samples of one size share bins by chance
@@ -92,8 +87,19 @@ def plan_bins(
         placed = own >= 0
         owner[left[placed]] = own[placed] + first
         first, left = first + bins.count, left[~placed]
-    owner = _whole_groups(owner, group)
-    return _sorted_plan(entries, owner, sizes, costs, group)
+    owner, count = _whole_groups(owner, group)
+    tokens_of, vision_of = (np.bincount(owner, each, count) for each in (sizes, costs))
+    ranked = np.lexsort((-tokens_of, -vision_of))
+    number = np.empty(count, np.int64)
+    number[ranked] = np.arange(count)
+    owner = number[owner]
+    return Plan(
+        entries=entries[np.argsort(owner, kind="stable")],
+        starts=np.concatenate(([0], np.cumsum(np.bincount(owner, minlength=count)))),
+        tokens=np.rint(tokens_of[ranked]).astype(np.int64),
+        vision=vision_of[ranked],
+        group=group,
+    )
 
 
 class _Bins:
@@ -189,42 +195,19 @@ def _bounded(values: np.ndarray) -> np.ndarray:
     return values / (1 + np.abs(values))
 
 
-def _whole_groups(owner: np.ndarray, group: int) -> np.ndarray:
+def _whole_groups(owner: np.ndarray, group: int) -> tuple[np.ndarray, int]:
     """Split bins in two until their number is a multiple of `group`, those of most samples first.
 
-    No bin is empty: an owner's number counts only where a sample names it.
+    Returns:
+        Each sample's bin, and the number of bins; the last are empty where nothing can be split.
     """
     _, owner = np.unique(owner, return_inverse=True)
     counts = np.bincount(owner)
-    order = np.argsort(owner, kind="stable")
-    ends = np.cumsum(counts)
-    while missing := -len(counts) % group:
+    while (missing := -len(counts) % group) and counts.max() > 1:
         widest = np.argsort(-counts, kind="stable")[:missing]
-        widest = widest[counts[widest] > 1]
-        for number in widest:
-            half = int(counts[number]) // 2
-            owner[order[ends[number] - half : ends[number]]] = len(counts)
-            counts = np.append(counts, half)
-            counts[number] -= half
-        order, ends = np.argsort(owner, kind="stable"), np.cumsum(counts)
-    return owner
-
-
-def _sorted_plan(
-    entries: np.ndarray, owner: np.ndarray, sizes: np.ndarray, costs: np.ndarray, group: int
-) -> Plan:
-    """Number the bins by their vision cost, and list their entries."""
-    tokens, vision = np.bincount(owner, sizes), np.bincount(owner, costs)
-    ranked = np.lexsort((tokens, -vision))
-    number = np.empty(len(ranked), np.int64)
-    number[ranked] = np.arange(len(ranked))
-    owner = number[owner]
-    counts = np.bincount(owner)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    return Plan(
-        entries=entries[np.argsort(owner, kind="stable")],
-        starts=starts,
-        tokens=np.rint(tokens[ranked]).astype(np.int64),
-        vision=vision[ranked],
-        group=group,
-    )
+        for number in widest[counts[widest] > 1]:
+            half = np.flatnonzero(owner == number)[: counts[number] // 2]
+            owner[half] = len(counts)
+            counts[number] -= len(half)
+            counts = np.append(counts, len(half))
+    return owner, len(counts) + missing
