@@ -9,7 +9,7 @@ all of it as data. It must not know pixels, text or parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -66,6 +66,10 @@ class AttnMeta:
     max_seqlen_q: int
     max_seqlen_k: int
     runs: tuple[Run, ...]
+    # What attention has drawn for these lengths: the first layer draws, all layers read.
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(
+        default_factory=dict[tuple[int, int, torch.dtype], Tensor], compare=False, repr=False
+    )
 
     @classmethod
     def build(cls, lengths_q: Sequence[int], lengths_k: Sequence[int] | None = None) -> AttnMeta:
@@ -90,6 +94,7 @@ class AttnMeta:
             self,
             cu_seqlens_q=self.cu_seqlens_q.to(device, non_blocking=True),
             cu_seqlens_k=self.cu_seqlens_k.to(device, non_blocking=True),
+            masks={},
         )
 
 

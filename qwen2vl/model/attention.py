@@ -14,6 +14,7 @@ the kernel; `attention_by_segment` does one at a time and is the oracle the test
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ def attention(
     """
     if layer_caches is not None:
         return _attend_cached(q_THC, k_TKC, v_TKC, meta, layer_caches, causal)
-    return _attend(q_THC, k_TKC, v_TKC, meta.runs, causal)
+    return _attend(q_THC, k_TKC, v_TKC, meta, meta.runs, causal)
 
 
 def attention_by_segment(
@@ -116,7 +117,7 @@ def attention_by_segment(
         runs.append(Run(start_q, start_k, 1, length_q, length_k))
         start_q += length_q
         start_k += length_k
-    return _attend(q_THC, k_TKC, v_TKC, tuple(runs), causal)
+    return _attend(q_THC, k_TKC, v_TKC, meta, runs, causal)
 
 
 def _attend_cached(
@@ -133,12 +134,14 @@ def _attend_cached(
     parts = zip(q_THC.split(sizes), k_TKC.split(sizes), v_TKC.split(sizes), strict=True)
     for (q, k, v), cache in zip(parts, layer_caches, strict=True):
         keys, values = cache.append(k, v)
-        attend = _attend_token if len(q) == 1 else _attend_chunk
-        outs.append(attend(q, keys, values, causal))
+        if len(q) == 1:
+            outs.append(_attend_token(q, keys, values))
+        else:
+            outs.append(_attend_chunk(q, keys, values, meta, causal))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _attend_token(q_1HC: Tensor, k_KTC: Tensor, v_KTC: Tensor, _causal: bool) -> Tensor:
+def _attend_token(q_1HC: Tensor, k_KTC: Tensor, v_KTC: Tensor) -> Tensor:
     """Let one token see all keys.
 
     The heads of a group share their keys, so they stand as the queries: the same bits, in 29
@@ -148,13 +151,12 @@ def _attend_token(q_1HC: Tensor, k_KTC: Tensor, v_KTC: Tensor, _causal: bool) ->
     return F.scaled_dot_product_attention(queries, k_KTC[None], v_KTC[None]).flatten(1, 2)
 
 
-def _attend_chunk(q_THC: Tensor, k_KTC: Tensor, v_KTC: Tensor, causal: bool) -> Tensor:
+def _attend_chunk(
+    q_THC: Tensor, k_KTC: Tensor, v_KTC: Tensor, meta: AttnMeta, causal: bool
+) -> Tensor:
     """Let the last tokens of a sequence see all of it."""
-    length_q, length_k = len(q_THC), k_KTC.shape[1]
-    mask = None
-    if causal and length_q != length_k:
-        mask = torch.ones(length_q, length_k, dtype=torch.bool, device=q_THC.device)
-        mask = mask.tril(length_k - length_q)
+    is_whole = len(q_THC) == k_KTC.shape[1]
+    mask = _mask(meta, len(q_THC), k_KTC.shape[1], q_THC.dtype) if causal and not is_whole else None
     out = F.scaled_dot_product_attention(
         q_THC.transpose(0, 1)[None],
         k_KTC[None],
@@ -166,26 +168,43 @@ def _attend_chunk(q_THC: Tensor, k_KTC: Tensor, v_KTC: Tensor, causal: bool) -> 
     return out[0].transpose(0, 1)
 
 
+def _mask(meta: AttnMeta, length_q: int, length_k: int, dtype: torch.dtype) -> Tensor:
+    """Hide from the last `length_q` of `length_k` tokens what comes after each: (q, k).
+
+    Numbers to be added to the scores, since the CPU kernel makes truth values into such numbers in
+    every layer.
+    """
+    key = (length_q, length_k, dtype)
+    if key not in meta.masks:
+        device = meta.cu_seqlens_q.device
+        hidden = torch.full((length_q, length_k), -math.inf, dtype=dtype, device=device)
+        meta.masks[key] = hidden.triu_(length_k - length_q + 1)
+    return meta.masks[key]
+
+
 def _attend(
-    q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, runs: tuple[Run, ...], causal: bool
+    q_THC: Tensor,
+    k_TKC: Tensor,
+    v_TKC: Tensor,
+    meta: AttnMeta,
+    runs: Sequence[Run],
+    causal: bool,
 ) -> Tensor:
     # Split, not narrow: the backward of a split is one concatenation, that of every narrow fills
     # and adds a tensor as large as all runs together.
     sizes_q = [run.num * run.length_q for run in runs]
     sizes_k = [run.num * run.length_k for run in runs]
     parts = zip(q_THC.split(sizes_q), k_TKC.split(sizes_k), v_TKC.split(sizes_k), strict=True)
-    outs = [_attend_run(*part, run, causal) for part, run in zip(parts, runs, strict=True)]
+    outs = [_attend_run(*part, meta, run, causal) for part, run in zip(parts, runs, strict=True)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, causal: bool) -> Tensor:
+def _attend_run(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, run: Run, causal: bool) -> Tensor:
     """Stack the segments of one run along a batch axis and call the kernel once."""
     square = run.length_q == run.length_k
-    mask = None
-    if causal and not square and run.length_q > 1:
-        mask = torch.ones(run.length_q, run.length_k, dtype=torch.bool, device=q.device)
-        mask = mask.tril(run.length_k - run.length_q)
     dtype = _kernel_dtype(q)
+    is_cut = causal and not square and run.length_q > 1
+    mask = _mask(meta, run.length_q, run.length_k, dtype) if is_cut else None
     with torch.autocast(q.device.type, enabled=False):
         out = F.scaled_dot_product_attention(
             q.to(dtype).unflatten(0, (run.num, run.length_q)).transpose(1, 2),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
@@ -111,6 +112,29 @@ def test_a_chunked_prefill_equals_the_whole(chunks: list[int]) -> None:
         parts.append(attention(*qkv_here, meta, causal=True, layer_caches=[cache.layer(1)]))
         cache.length = here.stop
     assert_close(torch.cat(parts), want)
+
+
+def test_a_mask_is_drawn_once_for_all_layers_and_is_what_truth_values_are() -> None:
+    q_THC, k_TKC, v_TKC = qkv(7, 7, 6, 2)
+    meta = AttnMeta.build([3], [7]).to("cpu")
+    cache = cache_of(7)
+    drawn: list[Tensor] = []
+    for layer in (0, 1):
+        layer_cache = cache.layer(layer)
+        layer_cache.append(k_TKC[:4], v_TKC[:4])
+        layer_cache.length = 4
+        parts = q_THC[4:], k_TKC[4:], v_TKC[4:]
+        got = attention(*parts, meta, causal=True, layer_caches=[layer_cache])
+        drawn += meta.masks.values()
+        seen = torch.ones(3, 7, dtype=torch.bool).tril(4)
+        want = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (q_THC[4:], k_TKC, v_TKC)),
+            attn_mask=seen,
+            enable_gqa=True,
+        )
+        assert torch.equal(got, want[0].transpose(0, 1))
+    assert len(drawn) == 2 and drawn[0] is drawn[1]
+    assert not AttnMeta.build([3], [7]).masks and not meta.to("cpu").masks
 
 
 @given(
