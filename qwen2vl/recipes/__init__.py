@@ -14,10 +14,17 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from qwen2vl.errors import ConfigError
 from qwen2vl.train.config import TrainConfig
 
-__all__ = ["build", "names"]
+__all__ = ["best_device", "build", "names"]
+
+
+def best_device() -> str:
+    """Name the device that a run of an official model should take: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def names() -> list[str]:

@@ -1,7 +1,7 @@
 """The model a run begins with: a folder's weights, or fresh ones for a new small model.
 
 A fresh model speaks bytes: its tokenizer is written into the run's folder, and the special ids of
-its config are taken from there. It must not know stages or steps. Next room: loop.py.
+its config are taken from there. It must not know stages or steps. Next rooms: adapter.py, run.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
-from qwen2vl.load import load
+from qwen2vl.load import load, load_processor
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
@@ -28,6 +28,7 @@ from qwen2vl.processor.vocabulary import (
     VISION_START,
     write_byte_tokenizer,
 )
+from qwen2vl.train.adapter import load_quantised, put_adapter
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.weights import find
 
@@ -44,12 +45,16 @@ def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
 
     Raises:
         ConfigError: neither `init` nor `model` is given.
-        CheckpointError: `init` names no folder with a model.
+        CheckpointError: `init` names no folder with a model, or its adapter does not fit.
     """
     if config.init:
         source = find(config.init)
-        model, processor = load(source, device=config.device, dtype="float32")
-        return _own_copy(model), processor, source
+        model, processor = _open(source, config)
+        return model, processor, source
+    if config.adapter is not None:
+        raise ConfigError(
+            f"run {config.name}: an adapter needs a model that has learnt; give model=FOLDER"
+        )
     if config.model is None:
         raise ConfigError(
             f"run {config.name}: nothing to begin from; give init=FOLDER, or a model in the recipe"
@@ -94,8 +99,23 @@ def initialise(model: Qwen2VL, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * std)
 
 
-def _own_copy(model: Qwen2VL) -> Qwen2VL:
+def _open(source: Path, config: TrainConfig) -> tuple[Qwen2VL, Processor]:
+    """Load a folder, and put the run's adapter on it."""
+    adapter = config.adapter
+    if adapter is not None and adapter.quantize_base != "none":
+        processor = load_processor(source)
+        model = load_quantised(
+            source, processor.config, adapter, device=config.device, seed=config.seed
+        )
+        return model, processor
+    model, processor = load(source, device=config.device, dtype="float32")
+    _own_copy(model)
+    if adapter is not None:
+        put_adapter(model, adapter, config.seed)
+    return model, processor
+
+
+def _own_copy(model: Qwen2VL) -> None:
     """Loaded weights may be mapped from the file, read-only: training needs its own."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model

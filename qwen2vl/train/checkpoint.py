@@ -59,7 +59,9 @@ MANIFEST = "state.json"
 
 # What decides the bits of a run; the rest (ranks, workers, minutes, reports) may change from leg
 # to leg.
-_BINDING = ("stages", "seed", "optim", "dtype", "init", "model", "min_pixels", "max_pixels")
+_BINDING = (
+    *("stages", "seed", "optim", "dtype", "init", "model", "adapter", "min_pixels", "max_pixels"),
+)
 
 _NAME = re.compile(r"step-(\d{6,})")
 

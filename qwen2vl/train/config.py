@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from qwen2vl.adapt.lora import LoraConfig
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
 from qwen2vl.synth import Mixture
@@ -188,6 +189,7 @@ class TrainConfig:
     stages: tuple[Stage, ...]
     model: Qwen2VLConfig | None = None  # built fresh from this, unless `init` is given
     init: str = ""  # a model to start from, as in --model; its config and tokenizer are kept
+    adapter: LoraConfig | None = None  # low-rank factors to train; rules freeze what is beneath
     min_pixels: int = 16 * 784  # of a fresh model's preprocessor_config.json
     max_pixels: int = 1024 * 784
     out: str = ""  # where checkpoints go; default runs/<name>
@@ -231,7 +233,8 @@ def override(config: Node, words: Sequence[str]) -> Node:
     """Apply `key=value` words such as `optim.lr=1e-3` or `stages.2.steps=500`.
 
     Values are parsed by the type of the field they replace. A path stands for data with this one
-    source; `data=PATH` and `data.KEY=VALUE` mean every stage that reads data.
+    source; `data=PATH` and `data.KEY=VALUE` mean every stage that reads data, and `model=FOLDER`
+    the model to start from.
 
     Raises:
         ConfigError: a word without "=", an unknown key (the nearest is named), a bad value.
@@ -246,8 +249,10 @@ def override(config: Node, words: Sequence[str]) -> Node:
 
 
 def _paths(config: Any, key: str) -> list[list[str]]:
-    """Spell `data` out as the data of every stage that has any."""
+    """Spell short words out: `data` is that of every stage that has any, `model` is `init`."""
     path = key.split(".")
+    if path == ["model"] and isinstance(config, TrainConfig):
+        return [["init"]]
     if path[0] != "data" or not isinstance(config, TrainConfig):
         return [path]
     reading = [["stages", str(i), *path] for i, s in enumerate(config.stages) if s.data is not None]

@@ -127,6 +127,7 @@ def batches(
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # the global one is a checkpoint's: dropout draws from it
     )
     ready = iter(loader)  # the workers begin here
     return _watched(ready, config, start, rank) if corpora else ready

@@ -1,7 +1,8 @@
 """A checkpoint of a run -> an ordinary model folder, which every engine opens.
 
 The manifest says what the model is, how large it is shown pictures, and whose tokenizer it has;
-weights of any number of ranks are put together on the CPU. It must not know steps or optimisers.
+weights of any number of ranks are put together on the CPU. Of a run with an adapter the model is
+the merged one, and the factors alone make a second folder. It must not know steps or optimisers.
 Back up: loop.py, which ends a run with it; cli/export.py does so for any step.
 """
 
@@ -14,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from qwen2vl.adapt.lora import LoraConfig
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train import checkpoint
+from qwen2vl.train.adapter import adapter_in, merged, room_for, write_adapter
 from qwen2vl.weights.fit import expected_shapes
 from qwen2vl.weights.save import save_folder
 from qwen2vl.weights.settings import GenerationDefaults
 
-__all__ = ["describe", "export"]
+__all__ = ["describe", "export", "export_adapter"]
 
 GREEDY = GenerationDefaults(do_sample=False)
 
@@ -70,14 +74,39 @@ def export(source: Path, target: Path, facts: Mapping[str, Any] | None = None) -
             f"{path}: made by an older version, which exported at the end of a run only; resume "
             "the run with minutes=0.01 to export it"
         ) from error
-    tensors = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
-    checkpoint.read(path, tensors, one)
     save_folder(
         target,
         config=config,
-        state_dict=tensors,
+        state_dict=_weights(path, config, adapter_in(state), one),
         tokenizer_folder=tokenizer,
         pixels=pixels,
         generation=GREEDY,
     )
     return path
+
+
+def export_adapter(path: Path, target: Path, facts: Mapping[str, Any]) -> None:
+    """Write the factors of a checkpoint to `target`, as PEFT does.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or `target` cannot be made.
+    """
+    adapter = adapter_in(facts)
+    assert adapter is not None, "this run has no adapter"
+    stored = {name: size for name, size in checkpoint.shapes(path).items() if ".lora_" in name}
+    factors = room_for(stored)
+    checkpoint.read(path, factors, Ranks(torch.device("cpu")))
+    config = Qwen2VLConfig.from_dict(facts["model"], facts["preprocessor"])
+    write_adapter(target, factors, adapter, config, base=facts["config"]["init"])
+
+
+def _weights(
+    path: Path, config: Qwen2VLConfig, adapter: LoraConfig | None, one: Ranks
+) -> dict[str, Tensor]:
+    if adapter is None:
+        tensors = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
+        checkpoint.read(path, tensors, one)
+        return tensors
+    state = room_for(checkpoint.shapes(path))
+    checkpoint.read(path, state, one)
+    return merged(state, adapter)

@@ -161,6 +161,7 @@ def _rows(
         batch_size=None,
         num_workers=workers if len(source) > CHUNK else 0,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # the global one is a checkpoint's
     )
     for chunk in loader:
         rows += chunk

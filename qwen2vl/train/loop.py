@@ -29,7 +29,7 @@ from qwen2vl.parallel.shard import is_sharded, reduce_over_copies
 from qwen2vl.train.checkpoint import Saver, make_folder
 from qwen2vl.train.config import TrainConfig, dump
 from qwen2vl.train.data import batches
-from qwen2vl.train.export import describe, export
+from qwen2vl.train.export import describe, export, export_adapter
 from qwen2vl.train.metrics import Metrics
 from qwen2vl.train.objective import Outcome, token_loss
 from qwen2vl.train.pack import Batch
@@ -170,6 +170,10 @@ def _export(run: Run, last: Path, facts: Mapping[str, Any]) -> Path:
     if run.ranks.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
         export(last, target, facts)
+        if run.config.adapter is not None:
+            factors = run.folder / f"adapter-{run.step:06d}"
+            shutil.rmtree(factors, ignore_errors=True)
+            export_adapter(last, factors, facts)
     run.ranks.wait_for_all()
     return target
 

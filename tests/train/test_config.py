@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from qwen2vl.errors import ConfigError
-from qwen2vl.recipes import tiny
+from qwen2vl.recipes import lora, tiny
 from qwen2vl.train.config import TrainConfig, dump, override
 
 
@@ -63,3 +63,18 @@ def test_dump_is_json_and_tells_configs_apart() -> None:
     assert json.loads(dump(config))["stages"][0]["name"] == "words"
     assert dump(config) == dump(tiny.recipe())
     assert dump(config) != dump(override(config, ["seed=1"]))
+
+
+def test_model_is_a_short_word_for_what_a_run_starts_from() -> None:
+    assert override(lora.recipe(), ["model=DIR"]).init == "DIR"
+
+
+def test_the_parts_of_an_adapter_are_replaced_like_any_other() -> None:
+    words = ["adapter.rank=4", 'adapter.targets=["visual.*"]', "adapter.quantize_base=nf4"]
+    adapter = override(lora.recipe(), words).adapter
+    assert adapter is not None
+    assert (adapter.rank, adapter.targets, adapter.quantize_base) == (4, ("visual.*",), "nf4")
+    with pytest.raises(ConfigError, match="unknown key 'rnk'; did you mean rank"):
+        override(lora.recipe(), ["adapter.rnk=4"])
+    with pytest.raises(ConfigError, match="'int3' is not one of none, nf4, nf4_double"):
+        override(lora.recipe(), ["adapter.quantize_base=int3"])
