@@ -1,43 +1,125 @@
-"""Prompts -> vectors: one packed forward for many prompts, without cache and without answers.
+"""Prompts -> vectors: packed forwards for many prompts, chunks for a long one, and no answers.
 
-Prompts are packed as they come, up to a budget of tokens; pictures go through the same shelf as
-those of questions, so that a picture asked about before costs no vision work. Next room: pool.py.
+Prompts are packed as they come, up to a budget of tokens; one that exceeds it is read in chunks of
+that size over keys and values of its own, so that its length does not decide how much memory a
+forward takes. Pictures go through the same shelf as those of questions: one asked about before
+costs no vision work. Next room: pool.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from qwen2vl.engine.plan import Slices
+from qwen2vl.adapt.served import Adapter, AdapterSwitch
+from qwen2vl.engine.plan import Limits, Slices
 from qwen2vl.engine.pool import Pooling, pool
 from qwen2vl.engine.shelf import VisionShelf
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["embed"]
+__all__ = ["Embedder"]
 
 
-@torch.inference_mode()
-def embed(
-    model: Qwen2VL,
-    shelf: VisionShelf,
-    prompts: SequenceOf[ModelInput],
-    *,
-    pooling: Pooling,
-    max_tokens: int,
-    max_patches: int,
-) -> Tensor:
-    """Compute (S, D) float32 on the CPU, each of length one; budgets are of one forward."""
-    vectors = [
-        pool(_hidden(model, shelf, group, max_patches), [len(p.input_ids) for p in group], pooling)
-        for group in _groups(prompts, max_tokens)
-    ]
-    return torch.cat(vectors).cpu()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedder:
+    """Reads prompts with one model, each forward within the limits of a step."""
+
+    model: Qwen2VL
+    shelf: VisionShelf
+    switch: AdapterSwitch
+    limits: Limits
+    adapter: Adapter | None = None
+
+    @torch.inference_mode()
+    def embed(self, prompts: SequenceOf[ModelInput], pooling: Pooling) -> Tensor:
+        """Compute (S, D) float32 on the CPU, each of length one."""
+        vectors = [
+            pool(self._read(group), [len(p.input_ids) for p in group], pooling)
+            for group in _groups(prompts, self.limits.tokens)
+        ]
+        return torch.cat(vectors).cpu()
+
+    def _read(self, prompts: SequenceOf[ModelInput]) -> Tensor:
+        """Compute the states of prompts, end to end: hidden_TD."""
+        vision_MD = self._vision([item for prompt in prompts for item in prompt.items])
+        if len(prompts) == 1 and len(prompts[0].input_ids) > self.limits.tokens:
+            return self._read_in_chunks(prompts[0], vision_MD)
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        starts = accumulate(lengths[:-1], initial=0)
+        return self._forward(
+            torch.tensor([token for prompt in prompts for token in prompt.input_ids]),
+            torch.cat([prompt.position_ids_3T for prompt in prompts], dim=1),
+            AttnMeta.build(lengths),
+            vision_MD,
+            torch.cat([p.pad_index_M + start for p, start in zip(prompts, starts, strict=True)]),
+        )
+
+    def _read_in_chunks(self, prompt: ModelInput, vision_MD: Tensor | None) -> Tensor:
+        total, pads_M = len(prompt.input_ids), prompt.pad_index_M
+        text, dtype, device = self.model.config.text, self.model.dtype, self.model.device
+        caches = [KVCache.allocate(text, total, dtype, device)]
+        parts: list[Tensor] = []
+        for start in range(0, total, self.limits.tokens):
+            stop = min(start + self.limits.tokens, total)
+            first, last = torch.searchsorted(pads_M, torch.tensor([start, stop])).tolist()
+            part_TD = self._forward(
+                torch.tensor(prompt.input_ids[start:stop]),
+                prompt.position_ids_3T[:, start:stop],
+                AttnMeta.build([stop - start], [stop]),
+                None if vision_MD is None else vision_MD[first:last],
+                pads_M[first:last] - start,
+                caches,
+            )
+            parts.append(part_TD)
+        return torch.cat(parts)
+
+    def _forward(
+        self,
+        ids_T: Tensor,
+        position_ids_3T: Tensor,
+        meta: AttnMeta,
+        vision_MD: Tensor | None,
+        pads_M: Tensor,
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        device = self.model.device
+        with self.switch.at_work("model", [(self.adapter, len(ids_T))]):
+            return self.model(
+                ids_T.to(device),
+                position_ids_3T.to(device),
+                meta.to(device),
+                vision_MD=vision_MD,
+                pad_index_M=None if vision_MD is None else pads_M.to(device),
+                caches=caches,
+            )
+
+    def _vision(self, items: SequenceOf[Item]) -> Tensor | None:
+        """Take the rows of items, encoding those that are new."""
+        if not items:
+            return None
+        for item in items:
+            self.shelf.hold(item)
+        try:
+            for item in items:
+                self._encode(item)
+            return torch.cat([self.shelf.rows(item) for item in items])
+        finally:
+            for item in items:
+                self.shelf.release(item)
+
+    def _encode(self, item: Item) -> None:
+        """Make an item's rows whole, a few frame pairs at a time."""
+        each = max(1, self.limits.patches // (item.grid.h * item.grid.w))
+        while (ready := self.shelf.ready(item)) < item.grid.t:
+            stop = min(ready + each, item.grid.t)
+            self.shelf.encode([Slices(item, ready, stop, self.adapter)])
 
 
 def _groups(prompts: SequenceOf[ModelInput], max_tokens: int) -> Iterator[list[ModelInput]]:
@@ -52,36 +134,3 @@ def _groups(prompts: SequenceOf[ModelInput], max_tokens: int) -> Iterator[list[M
         total += len(prompt.input_ids)
     if group:
         yield group
-
-
-def _hidden(
-    model: Qwen2VL, shelf: VisionShelf, prompts: SequenceOf[ModelInput], max_patches: int
-) -> Tensor:
-    items = [item for prompt in prompts for item in prompt.items]
-    for item in items:
-        shelf.hold(item)
-    try:
-        for item in items:
-            _encode(shelf, item, max_patches)
-        rows = [shelf.rows(item) for item in items]
-    finally:
-        for item in items:
-            shelf.release(item)
-    device = model.device
-    lengths = [len(prompt.input_ids) for prompt in prompts]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    pads = [prompt.pad_index_M + start for prompt, start in zip(prompts, starts, strict=True)]
-    return model(
-        torch.tensor([token for prompt in prompts for token in prompt.input_ids], device=device),
-        torch.cat([prompt.position_ids_3T for prompt in prompts], dim=1).to(device),
-        AttnMeta.build(lengths).to(device),
-        vision_MD=torch.cat(rows) if rows else None,
-        pad_index_M=torch.cat(pads).to(device) if rows else None,
-    )
-
-
-def _encode(shelf: VisionShelf, item: Item, max_patches: int) -> None:
-    """Make an item's rows whole, a few frame pairs at a time."""
-    each = max(1, max_patches // (item.grid.h * item.grid.w))
-    while (ready := shelf.ready(item)) < item.grid.t:
-        shelf.encode([Slices(item, ready, min(ready + each, item.grid.t))])

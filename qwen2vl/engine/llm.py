@@ -22,12 +22,13 @@ from torch import Tensor
 from qwen2vl.adapt.quantise import Mode
 from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.engine.adapters import seen_through
 from qwen2vl.engine.arguments import Conversation, as_batch, is_unfinished, one_each
 from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.draft import Drafter
-from qwen2vl.engine.embed import embed
+from qwen2vl.engine.embed import Embedder
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
 from qwen2vl.engine.plan import Limits
 from qwen2vl.engine.pool import Pooling
@@ -193,29 +194,34 @@ class LLM:
         return self._answer_all(prepared, on_delta)
 
     def embed(
-        self, conversations: Conversation | SequenceOf[Conversation], *, pooling: Pooling = "last"
+        self,
+        conversations: Conversation | SequenceOf[Conversation],
+        *,
+        pooling: Pooling = "last",
+        adapter: str | None = None,
     ) -> Tensor:
         """Give each conversation a vector of length one: (S, D) float32, on the CPU.
 
-        The states are those after the final norm: of the last token of the prompt (which opens
-        the assistant's turn), or the mean over all its tokens.
+        The states are those after the final norm, as the model or an adapter of its reads: of the
+        last token of the prompt (which opens the assistant's turn), or the mean over all tokens.
 
         Raises:
             InputError, CapacityError: as `chat` does.
         """
-        wish = SamplingParams(max_tokens=1)
+        wish = SamplingParams(max_tokens=1, adapter=adapter)
         prompts = [self.prepare(one, wish).prompt for one in as_batch(conversations)]
         if not prompts:
             return torch.empty(0, self.config.text.hidden_size)
         self._mend()
-        return embed(
-            self.model,
-            self.runner.shelf,
-            prompts,
-            pooling=pooling,
-            max_tokens=self.scheduler.limits.tokens,
-            max_patches=self.scheduler.limits.patches,
+        reader = self._reception.adapter(adapter)
+        embedder = Embedder(
+            model=self.model,
+            shelf=self.runner.shelf,
+            switch=self._switch,
+            limits=self.scheduler.limits,
+            adapter=reader,
         )
+        return embedder.embed([seen_through(prompt, reader) for prompt in prompts], pooling)
 
     def prepare(
         self,

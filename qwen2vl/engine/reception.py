@@ -55,7 +55,7 @@ class Reception:
             InputError: a stop token or adapter is not there, or a grammar allows nothing.
             CapacityError: the prompt does not fit into context or cache.
         """
-        find_adapter(self._adapters, params.adapter)
+        self.adapter(params.adapter)
         if params.grammar is not None:
             self._grammars.start(params.grammar)  # compiled now, and kept
         strangers = [token for token in params.stop_token_ids if token >= self._vocab_size]
@@ -72,6 +72,14 @@ class Reception:
             cache_tokens=cache_tokens,
         )
 
+    def adapter(self, name: str | None) -> Adapter | None:
+        """Look up an adapter; None: the model alone.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        return find_adapter(self._adapters, name)
+
     def sequences(
         self, prompt: ModelInput, params: SamplingParams, *, longest: int, index: int
     ) -> list[Sequence]:
@@ -84,7 +92,7 @@ class Reception:
             index: which of the answers of a call the first of them is.
         """
         ends = frozenset() if params.ignore_eos else self._end_ids
-        adapter = find_adapter(self._adapters, params.adapter)
+        adapter = self.adapter(params.adapter)
         prompt = seen_through(prompt, adapter)
         return [
             Sequence(
