@@ -22,7 +22,7 @@ from qwen2vl.errors import Qwen2VLError
 
 __all__ = ["COMMANDS", "Program", "main"]
 
-# Name of the command, which is also its module and its function -> the line in --help.
+# Name of the command, which is also its module and its function ("-" is "_") -> its line in --help.
 COMMANDS = {
     "ask": "Ask a question about pictures and clips.",
     "chat": "Talk about pictures and clips, turn by turn.",
@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": "Score a model on questions with known answers.",
     "parity": "Compare a model folder with transformers, step by step.",
     "init": "Build a model to train, out of a Qwen2 and a CLIP vision tower.",
+    "pack-text": "Tokenise plain text once, for training to read from disk.",
     "train": "Train a model by a recipe, or go on where the last run stopped.",
     "quantize": "Write a model folder in small integers, rounded with care.",
     "doctor": "Check this machine and, if wished, a model folder.",
@@ -52,7 +53,8 @@ class Program(click.Group):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return None
-        return getattr(import_module(f"qwen2vl.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        return getattr(import_module(f"qwen2vl.cli.{name}"), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands' lines without importing them."""

@@ -20,8 +20,9 @@ __all__ = ["train"]
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Only check the data, and tell what would be done.")
 @terminal.debug_option
-def train(recipe: str, overrides: tuple[str, ...]) -> None:
+def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Train by RECIPE, a name (nano, tiny) or the path of a Python file.
 
     KEY=VALUE words replace fields: minutes=40, optim.lr=1e-3, stages.2.steps=500, init=FOLDER.
@@ -32,6 +33,11 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     from qwen2vl.train.loop import train as run
 
     config = override(recipes.build(recipe), overrides)
+    if dry_run:
+        from qwen2vl.cli.dry_run import dry_run as say_plan
+
+        say_plan(config)
+        return
     began = time.monotonic()
     folder = run(config, report=lambda line: terminal.say(_line(line, time.monotonic() - began)))
     terminal.say(f"model: {folder}")

@@ -1,0 +1,194 @@
+"""What a run would do, found out without a model: `qwen2vl train RECIPE --dry-run`.
+
+Data are opened, measured and packed as for the run itself, so a dry run is also the preparation of
+a real one. It tells what comes how often, what is bad, how full and how even bins are, how long a
+pass is, and shows samples token by token, with what is learnt from. It must not know weights or
+devices. Next room: cli/dry_run.py.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from qwen2vl.errors import ConfigError
+from qwen2vl.load import load_processor
+from qwen2vl.processor.image import PixelLimits
+from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.processor.processor import Processor
+from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.processor.vocabulary import write_byte_tokenizer
+from qwen2vl.train.begin import with_ids_of
+from qwen2vl.train.config import TrainConfig
+from qwen2vl.train.corpus import Corpus
+from qwen2vl.train.data import processor_of
+from qwen2vl.train.lengths import Progress
+from qwen2vl.train.schedule import stage_seed
+
+__all__ = [
+    "Piece",
+    "SourceFacts",
+    "StageFacts",
+    "open_processor",
+    "pieces",
+    "preview",
+    "seconds_left",
+]
+
+RANKS = (2, 4, 8)  # that the balance is told for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFacts:
+    """One source, as a stage will read it."""
+
+    name: str
+    samples: int
+    entries: int  # in a pass
+    tokens: int  # of a pass
+    targets: int  # of a pass
+    bad: Mapping[str, int]  # reason -> samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFacts:
+    """One stage that reads data."""
+
+    name: str
+    steps: int
+    sources: Sequence[SourceFacts]
+    bins: int  # of a pass
+    bins_per_step: int
+    max_tokens: int
+    fill: float  # share of the bins' capacity that holds tokens
+    imbalance: Mapping[int, float]  # ranks -> the tower's time over that of equal shares
+    shrunk: int  # samples whose pictures are made smaller to fit
+    tokens_per_step: float
+    samples: Sequence[tuple[str, ModelInput]]  # a few, to be looked at
+
+    @property
+    def passes(self) -> float:
+        """How often the stage goes through its data."""
+        return self.steps * self.bins_per_step / self.bins
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring tokens of one kind, as text."""
+
+    text: str
+    learnt: bool
+
+
+def open_processor(config: TrainConfig) -> Processor:
+    """Make what feeds the run's model, without the model.
+
+    Raises:
+        ConfigError: the run has nothing to begin from.
+        CheckpointError: `init` names no folder with a model.
+    """
+    if config.init:
+        return load_processor(config.init)
+    if config.model is None:
+        raise ConfigError(f"run {config.name}: nothing to begin from; give model=FOLDER")
+    with tempfile.TemporaryDirectory() as folder:
+        write_byte_tokenizer(folder, characters="✿")
+        tokenizer = Tokenizer.from_folder(folder)
+    pixels = PixelLimits(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    return Processor(with_ids_of(config.model, tokenizer), tokenizer, pixels=pixels)
+
+
+def preview(
+    config: TrainConfig,
+    processor: Processor,
+    *,
+    show: int = 2,
+    progress: Progress = lambda what, done, total: None,
+) -> Iterator[StageFacts]:
+    """Prepare the data of each stage that reads any, and tell about them.
+
+    Raises:
+        InputError: data are missing, damaged, too large for a bin, or too many are bad.
+    """
+    for number, stage in enumerate(config.stages):
+        if stage.data is None:
+            continue
+        corpus = Corpus.open(
+            stage,
+            processor_of(stage, processor),
+            seed=stage_seed(config, number),
+            workers=config.workers,
+            progress=progress,
+        )
+        yield _facts(stage.name, stage.steps, corpus, show)
+
+
+def seconds_left(config: TrainConfig, tokens: float) -> float | None:
+    """Estimate by the run's own last report; None where it has not reported yet."""
+    path = Path(config.folder) / "metrics.jsonl"
+    try:
+        last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        return tokens / float(last["tokens_per_second"])
+    except (OSError, ValueError, IndexError, KeyError, ZeroDivisionError):
+        return None
+
+
+def pieces(sample: ModelInput, tokenizer: Tokenizer, pads: tuple[int, ...]) -> Iterator[Piece]:
+    """Turn a sample back into text, what is learnt apart; runs of placeholders become one word."""
+    assert sample.loss_mask is not None
+    told = zip(sample.input_ids, sample.loss_mask, strict=True)
+    for (learnt, pad), group in groupby(told, lambda t: (t[1], t[0] if t[0] in pads else 0)):
+        ids = [token for token, _ in group]
+        text = tokenizer.decode(ids[:1] if pad else ids, keep="all")
+        yield Piece(f"{text} x {len(ids)} " if pad else text, learnt)
+
+
+def _facts(name: str, steps: int, corpus: Corpus, show: int) -> StageFacts:
+    plan, data = corpus.plan, corpus.data
+    tokens = int(corpus.tokens[plan.entries].sum(dtype=np.int64))
+    return StageFacts(
+        name=name,
+        steps=steps,
+        sources=[_source(number, corpus) for number in range(len(corpus.sources))],
+        bins=len(plan),
+        bins_per_step=data.bins,
+        max_tokens=data.max_tokens,
+        fill=tokens / (len(plan) * data.max_tokens),
+        imbalance={n: plan.imbalance(n) for n in RANKS if data.bins % n == 0 and n <= len(plan)},
+        shrunk=len(corpus.shrunk),
+        tokens_per_step=tokens * data.bins / len(plan),
+        samples=_some(corpus, show),
+    )
+
+
+def _source(number: int, corpus: Corpus) -> SourceFacts:
+    first, last = corpus.first[number : number + 2].tolist()
+    own = corpus.plan.entries[(corpus.plan.entries >= first) & (corpus.plan.entries < last)]
+    table = corpus.lengths[number]
+    return SourceFacts(
+        name=corpus.labels[number],
+        samples=len(table),
+        entries=len(own),
+        tokens=int(corpus.tokens[own].sum(dtype=np.int64)),
+        targets=int(corpus.targets[own].sum(dtype=np.int64)),
+        bad=Counter(reason for reason, _ in table.bad.values()),
+    )
+
+
+def _some(corpus: Corpus, show: int) -> list[tuple[str, ModelInput]]:
+    """Prepare the first good samples of each source."""
+    found: list[tuple[str, ModelInput]] = []
+    for number, first in enumerate(corpus.first[:-1].tolist()):
+        good = (i for i in range(len(corpus.lengths[number])) if corpus.tokens[first + i])
+        for index, _ in zip(good, range(show), strict=False):
+            examples, _bad = corpus.read([first + index])
+            name = corpus.sources[number].name(index)
+            found += [(name, example.input) for example in examples]
+    return found
