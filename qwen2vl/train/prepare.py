@@ -88,7 +88,7 @@ class Preparer(Processor):
             SampleError: it cannot be used.
         """
         try:
-            made = self._made(sample)
+            made = self._processed(sample)
         except SampleError:
             raise
         except InputError as error:
@@ -103,7 +103,7 @@ class Preparer(Processor):
         wanted = [a for s in samples for _, source in _media_of(s) for a in self._remote(source)]
         self._fetched = self.storage.read_all(wanted) if wanted else {}
 
-    def _made(self, sample: Sample) -> ModelInput:
+    def _processed(self, sample: Sample) -> ModelInput:
         if isinstance(sample, Conversation):
             return self(sample.messages, tools=sample.tools, for_training=True)
         if isinstance(sample, Page):
