@@ -20,20 +20,31 @@ __all__ = ["train"]
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Only check the data, and tell what would be done.")
 @terminal.debug_option
-def train(recipe: str, overrides: tuple[str, ...]) -> None:
+def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Train by RECIPE, a name (nano, tiny) or the path of a Python file.
+
+    Under torchrun all its processes share the work: torchrun --nproc-per-node 8 -m qwen2vl train
+    RECIPE. SIGTERM and Ctrl-C save before they end the run.
 
     KEY=VALUE words replace fields: minutes=40, optim.lr=1e-3, stages.2.steps=500, init=FOLDER.
     """
     # Imported here: torch takes a second, and a misspelt option should not cost that.
     from qwen2vl import recipes
+    from qwen2vl.parallel.mesh import is_first
     from qwen2vl.train.config import override
     from qwen2vl.train.loop import train as run
 
     config = override(recipes.build(recipe), overrides)
+    if dry_run:
+        from qwen2vl.cli.dry_run import dry_run as say_plan
+
+        say_plan(config)
+        return
     began = time.monotonic()
     told = Progress()
     folder = run(config, report=lambda line: terminal.say(told(line, time.monotonic() - began)))
-    terminal.say(f"model: {folder}")
-    terminal.say(f"try:   qwen2vl ask --model {folder} --image PICTURE QUESTION")
+    if is_first():  # of the processes that torchrun started
+        terminal.say(f"model: {folder}")
+        terminal.say(f"try:   qwen2vl ask --model {folder} --image PICTURE QUESTION")

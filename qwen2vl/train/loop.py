@@ -15,7 +15,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from qwen2vl.train.rate import rate
 from qwen2vl.train.run import Run, build, resume
 from qwen2vl.train.stop import Stop, Wish
 
-__all__ = ["forward_backward", "sum_of_weights", "train"]
+__all__ = ["one_step", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +72,21 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
         run = build(config, ranks)
         resume(run)
         with stop.unheard():  # the workers begin here
-            stream = batches(config, run.processor, run.step, rank=ranks.rank, ranks=ranks.size)
+            run.stream = batches(config, run.processor, run.step, rank=ranks.rank, ranks=ranks.size)
         facts = {
             "config": json.loads(dump(config)),
             **describe(run.processor, run.tokenizer, run.folder),
         }
         saver = Saver(run.folder, config.keep, ranks)
         try:
-            wish = _steps(run, stream, saver, facts, stop, report)
+            wish = _steps(run, saver, facts, stop, report)
             last = saver.save(run.step, run.tensors(), facts)
+        except BaseException as error:
+            # A frame that failed may hold the stream, and so the workers; see below.
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
+            run.stream = iter(())  # ends the workers, who are deaf to what would end them at exit
             saver.close()
         if wish in ("SIGTERM", "SIGINT"):
             logger.warning("%s: saved %s; the same command goes on from there", wish, last)
@@ -90,7 +96,6 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
 
 def _steps(
     run: Run,
-    stream: Iterator[Batch],
     saver: Saver,
     facts: Mapping[str, Any],
     stop: Stop,
@@ -106,8 +111,8 @@ def _steps(
             run.begin_stage()
         asked = time.perf_counter()
         # All batches of the step at once: their weight together divides the loss of each.
-        own = [next(stream) for _ in range(config.accumulate)]
-        _one_step(run, own, metrics, time.perf_counter() - asked)
+        own = [next(run.stream) for _ in range(config.accumulate)]
+        one_step(run, own, metrics, time.perf_counter() - asked)
         if run.step % config.log_every == 0 or run.step == config.steps:
             _tell(run, metrics, report)
         if run.step % config.save_every == 0:
@@ -116,16 +121,16 @@ def _steps(
     return wish
 
 
-def _one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -> None:
+def one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -> None:
     """Move the weights once, by the gradients of all batches of all ranks."""
     assert run.optimisers is not None and run.guard is not None
     ranks = run.ranks
-    divisor = ranks.sum(sum_of_weights(own)).to(ranks.device)
+    divisor = ranks.sum(_sum_of_weights(own)).to(ranks.device)
     moved = [batch.to(ranks.device) for batch in own]
     outcomes: list[Outcome] = []
     for number, batch in enumerate(moved, 1):
         reduce_over_copies(run.model, number == len(moved))
-        outcomes.append(forward_backward(run.model, batch, divisor, run.config.dtype))
+        outcomes.append(_forward_backward(run.model, batch, divisor, run.config.dtype))
     norm = run.optimisers.clip()
     loss = ranks.sum(torch.stack([outcome.loss.detach() for outcome in outcomes]).sum())
     skip = run.guard.judge(run.step + 1, loss, norm)
@@ -135,12 +140,12 @@ def _one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -
         metrics.add(batch, outcome, norm, waited / len(moved))
 
 
-def sum_of_weights(batches_of_step: Sequence[Batch]) -> Tensor:
+def _sum_of_weights(batches_of_step: Sequence[Batch]) -> Tensor:
     """Add up the weights of all targets, on the CPU: what the loss of a step is divided by."""
     return torch.stack([b.weights_R.sum(dtype=torch.float64) for b in batches_of_step]).sum()
 
 
-def forward_backward(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> Outcome:
+def _forward_backward(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> Outcome:
     """Run one batch, and add its gradients to those on the parameters."""
     # Sharded weights are gathered in bfloat16 already.
     casts = dtype == "bfloat16" and not is_sharded(model)

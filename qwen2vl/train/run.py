@@ -8,7 +8,8 @@ Next room: loop.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from qwen2vl.train.begin import begin
 from qwen2vl.train.config import FROZEN, Stage, TrainConfig
 from qwen2vl.train.guard import Guard
 from qwen2vl.train.optim import Optimisers, apply_rules, match_rules
+from qwen2vl.train.pack import Batch
 from qwen2vl.train.schedule import locate
 
 __all__ = ["Run", "build", "resume"]
@@ -43,6 +45,8 @@ class Run:
     step: int = 0  # done so far
     optimisers: Optimisers | None = None  # of the stage under way
     guard: Guard | None = None
+    # This rank's batches, from the next step on.
+    stream: Iterator[Batch] = field(default_factory=lambda: iter(()))
 
     @property
     def folder(self) -> Path:
@@ -59,8 +63,15 @@ class Run:
         return self.config.stages[locate(self.config, step)[0]]
 
     def begin_stage(self) -> None:
-        """Freeze and group as the stage of the next step says, with fresh moments."""
-        scales = apply_rules(self.model, self.stage(self.step).rules)
+        """Freeze and group as the stage of the next step says, with fresh moments.
+
+        Raises:
+            ConfigError: a rule is wrong, or the rules leave nothing to move.
+        """
+        stage = self.stage(self.step)
+        scales = apply_rules(self.model, stage.rules)
+        if not scales:
+            raise ConfigError(f"stage {stage.name}: its rules freeze every parameter")
         self.optimisers = Optimisers(self.model, scales, self.config.optim, self.ranks)
         self.guard = Guard(self.config.optim.spike_sigmas, self.ranks.device)
 
@@ -149,10 +160,7 @@ def _never_moving(config: TrainConfig, model: Qwen2VL) -> set[str]:
     """List the parameters that every stage freezes."""
     names = [name for name, _ in model.named_parameters()]
     scales = [match_rules(names, stage.rules) for stage in config.stages]
-    never = {name for name in names if all(own[name] == FROZEN for own in scales)}
-    if len(never) == len(names):
-        raise ConfigError(f"run {config.name}: its rules freeze every parameter in every stage")
-    return never
+    return {name for name in names if all(own[name] == FROZEN for own in scales)}
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from qwen2vl.recipes import tiny
 from qwen2vl.train import checkpoint
 from qwen2vl.train.checkpoint import HuggingFaceStorageWriter, Saver
 from qwen2vl.train.config import dump, override
+from tests.parallel.gang import FORKS
 
 ONE = Ranks(torch.device("cpu"))
 FACTS: dict[str, Any] = {"config": json.loads(dump(tiny.recipe()))}
@@ -220,56 +218,51 @@ def test_files_of_before_the_manifest_can_be_read(tmp_path: Path) -> None:
 
 # Killed ---------------------------------------------------------------------------------------
 
-# Saves one checkpoint after the other, each of equal numbers, and says when it begins.
-ENDLESS = """
-import sys, json, torch
-from pathlib import Path
-from qwen2vl.parallel.mesh import Ranks
-from qwen2vl.train.checkpoint import Saver
-saver = Saver(Path(sys.argv[1]), 2, Ranks(torch.device("cpu")))
-step = int(sys.argv[2])
-print("begun", flush=True)
-while True:
-    step += 1
-    given = {f"w{i}": torch.full((64, 1024), float(step)) for i in range(8)}
-    saver.save(step, given, {"config": {}})
-    print(step, flush=True)
-"""
+
+def save_without_end(folder: Path, step: int, said: Connection) -> None:
+    """Save one checkpoint after the other, each of equal numbers, and say when each begins."""
+    torch.set_num_threads(1)
+    saver = Saver(folder, 2, ONE)
+    while True:
+        step += 1
+        saver.save(step, equal_numbers(step), FACTS)
+        said.send(step)
+
+
+def equal_numbers(value: float) -> dict[str, Tensor]:
+    return {f"w{i}": torch.full((64, 256), float(value)) for i in range(8)}
 
 
 def kill_while_saving(folder: Path, tries: int, seed: int) -> None:
-    """Kill a process that saves, at random moments; what it said was begun before must load."""
+    """Kill a process that saves, at random moments; what must be on disk must load."""
     draw = random.Random(seed)
-    step = 0
+    step = begun = 0
     for _ in range(tries):
-        process = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS, str(folder), str(step)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert process.stdout is not None
-        begun = [process.stdout.readline() for _ in range(draw.randint(2, 4))][-1]
-        time.sleep(draw.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        said = [begun, *process.stdout.read().split()]
-        process.wait()
+        ours, theirs = FORKS.Pipe()
+        process = FORKS.Process(target=save_without_end, args=(folder, step, theirs))
+        process.start()
+        for _ in range(draw.randint(1, 3)):
+            begun = ours.recv()
+        time.sleep(draw.random() * 0.05)
+        process.kill()
+        process.join()
+        while ours.poll():
+            begun = ours.recv()
         path = checkpoint.latest(folder)
-        # A save begins when the one before it is on disk, so all but the last one said must be.
-        done = max((int(word) for word in said if word.strip().isdigit()), default=0) - 1
+        # A save begins when the one before it is on disk, so all but the last must be.
         if path is None:
-            assert done < 1
+            assert begun == 1
             continue
         checkpoint.verify(path, ONE)
         step = checkpoint.read_state(path)["step"]
-        assert step >= done
-        found = {f"w{i}": torch.zeros(64, 1024) for i in range(8)}
+        assert step >= begun - 1
+        found = equal_numbers(0)
         checkpoint.read(path, found, ONE)
         assert all(bool((tensor == step).all()) for tensor in found.values())
 
 
 def test_killed_while_it_saves_the_checkpoint_before_loads(tmp_path: Path) -> None:
-    kill_while_saving(tmp_path, tries=2, seed=0)
+    kill_while_saving(tmp_path, tries=4, seed=0)
 
 
 @pytest.mark.slow
