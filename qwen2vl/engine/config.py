@@ -32,6 +32,7 @@ class EngineConfig:
     vision_cache_bytes: int = 512 * MIB  # vision rows kept in memory
     vision_cache_dir: str | Path | None = None  # and on disk; None: not on disk
     vision_disk_bytes: int = 4096 * MIB
+    item_cache_bytes: int = 256 * MIB  # patches of pictures and clips that may be shown again
 
     def __post_init__(self) -> None:
         for f in fields(self):

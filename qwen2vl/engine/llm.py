@@ -127,10 +127,10 @@ class LLM:
         adapters: Mapping[str, str | Path] | None,
     ) -> None:
         self.model = model
-        self.processor = processor
+        self._engine = engine or EngineConfig()
+        self.processor = processor.keeping(self._engine.item_cache_bytes)
         self.generation = generation
         self.max_model_len = model.config.text.max_position_embeddings
-        self._engine = engine or EngineConfig()
         self._switch = AdapterSwitch(model)
         self._reception = Reception(
             model, processor.tokenizer, generation, load_adapters(model, adapters or {})

@@ -8,6 +8,7 @@ ModelInput.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import PurePath
 from typing import Any
 
@@ -17,6 +18,7 @@ from qwen2vl.geometry import num_tokens, pad_index, text_positions
 from qwen2vl.processor.chat import KIND_OF, Segment, render, tokenize
 from qwen2vl.processor.image import PixelLimits, image_item
 from qwen2vl.processor.inputs import Item, ModelInput
+from qwen2vl.processor.kept import KeptItems, content_digest
 from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits
 from qwen2vl.processor.messages import Kind, MediaPart, normalise, read_media
 from qwen2vl.processor.tokenizer import Tokenizer
@@ -58,6 +60,16 @@ class Processor:
         self.pixels = pixels
         self.video_preset = video_preset
         self.limits = limits or DEFAULT_LIMITS
+        self._kept: KeptItems | None = None
+
+    def keeping(self, max_bytes: int) -> Processor:
+        """Make the same processor with a memory: so many bytes of the items it has made.
+
+        For conversations, which show the same pictures turn after turn.
+        """
+        same = copy(self)
+        same._kept = KeptItems(max_bytes)
+        return same
 
     def __call__(
         self,
@@ -140,6 +152,19 @@ class Processor:
 
     def _item(self, part: MediaPart, numbered: str) -> Item:
         name = _name_of(part.source) or numbered
+        if self._kept is None:
+            return self._made(part, name)
+        digest = content_digest(part.source, self.limits, name)
+        if digest is None:
+            return self._made(part, name)
+        key = (part.kind, name, part.options, self.pixels, self.video_preset, digest)
+        item = self._kept.get(key)
+        if item is None:
+            item = self._made(part, name)
+            self._kept.put(key, item)
+        return item
+
+    def _made(self, part: MediaPart, name: str) -> Item:
         vision, pixels, options = self.config.vision, self.pixels, part.options
         if part.kind == "image":
             return image_item(
