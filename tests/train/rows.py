@@ -45,8 +45,9 @@ def good_rows() -> list[dict[str, Any]]:
 
 
 def data_of(folder: Path, *paths: Path, **fields: Any) -> DataConfig:
-    given = {"max_tokens": 512, "bins": 4, "cache": str(folder / "cache")}
-    return DataConfig(sources=tuple(Source(path=str(p)) for p in paths), **{**given, **fields})
+    sources = tuple(Source(path=str(path)) for path in paths)
+    given = {"sources": sources, "max_tokens": 512, "bins": 4, "cache": str(folder / "cache")}
+    return DataConfig(**{**given, **fields})
 
 
 def run_of(folder: Path, data: DataConfig, *, steps: int = 8, **fields: Any) -> TrainConfig:
