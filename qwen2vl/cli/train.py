@@ -32,6 +32,7 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     """
     # Imported here: torch takes a second, and a misspelt option should not cost that.
     from qwen2vl import recipes
+    from qwen2vl.cli.probes import probe_of
     from qwen2vl.parallel.mesh import is_first
     from qwen2vl.train.config import override
     from qwen2vl.train.loop import train as run
@@ -44,7 +45,11 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         return
     began = time.monotonic()
     told = Progress()
-    folder = run(config, report=lambda line: terminal.say(told(line, time.monotonic() - began)))
+    folder = run(
+        config,
+        report=lambda line: terminal.say(told(line, time.monotonic() - began)),
+        probe=probe_of(config),
+    )
     if is_first():  # of the processes that torchrun started
         terminal.say(f"model: {folder}")
         terminal.say(f"try:   qwen2vl ask --model {folder} --image PICTURE QUESTION")

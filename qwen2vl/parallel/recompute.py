@@ -50,8 +50,8 @@ def recompute(model: Qwen2VL, *, visual: Mode, text: Mode, every: int = 1) -> No
 def _wrap(blocks: Iterable[nn.Module], mode: Mode) -> None:
     if mode == "none":
         return
-    # Nothing in a block is random, so that no state of a generator needs to be kept.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # An adapter may drop inputs at random: what is computed again must drop the same.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _choose)
     for block in blocks:

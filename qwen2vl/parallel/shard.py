@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["is_sharded", "reduce_over_copies", "shard"]
+__all__ = ["free_gathered", "is_sharded", "reduce_over_copies", "shard"]
 
 
 def shard(
@@ -68,6 +68,12 @@ def shard(
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether `shard` was here."""
     return isinstance(model, FSDPModule)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what a forward without a backward left gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def reduce_over_copies(model: nn.Module, now: bool) -> None:

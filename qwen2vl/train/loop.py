@@ -26,16 +26,19 @@ from torch import Tensor
 from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks, join
-from qwen2vl.parallel.shard import is_sharded, reduce_over_copies
+from qwen2vl.parallel.shard import free_gathered, is_sharded, reduce_over_copies
 from qwen2vl.train.checkpoint import Saver, make_folder
 from qwen2vl.train.config import TrainConfig, dump
 from qwen2vl.train.data import batches
 from qwen2vl.train.export import describe, export, export_adapter
-from qwen2vl.train.metrics import Metrics
+from qwen2vl.train.flops import costs, peak_of
+from qwen2vl.train.metrics import Metrics, families_of
 from qwen2vl.train.objective import Outcome, token_loss
 from qwen2vl.train.pack import Batch
+from qwen2vl.train.probe import Probe
 from qwen2vl.train.rate import rate
 from qwen2vl.train.run import Run, build, resume
+from qwen2vl.train.sinks import open_sinks
 from qwen2vl.train.stop import Stop, Wish
 
 __all__ = ["one_step", "train"]
@@ -45,12 +48,15 @@ logger = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
+def train(
+    config: TrainConfig, *, report: Report = lambda line: None, probe: Probe | None = None
+) -> Path:
     """Run `config` from its last checkpoint, or from the start, to its end or its time limit.
 
     Args:
         config: the run.
         report: called with every line of metrics, on the first rank.
+        probe: asked every `config.probe.every` steps, on every rank.
 
     Returns:
         The folder with the model as it stands: an ordinary one, which every engine opens.
@@ -79,7 +85,7 @@ def train(config: TrainConfig, *, report: Report = lambda line: None) -> Path:
         }
         saver = Saver(run.folder, config.keep, ranks)
         try:
-            wish = _steps(run, saver, facts, stop, report)
+            wish = _steps(run, saver, facts, stop, report, probe)
             last = saver.save(run.step, run.tensors(), facts)
         except BaseException as error:
             # A frame that failed may hold the stream, and so the workers; see below.
@@ -100,23 +106,29 @@ def _steps(
     facts: Mapping[str, Any],
     stop: Stop,
     report: Report,
+    probe: Probe | None,
 ) -> Wish:
     """Step to the end, or until somebody wishes to stop."""
     config, ranks = run.config, run.ranks
-    name = f"metrics-{ranks.rank:05d}.jsonl" if ranks.rank else "metrics.jsonl"
-    metrics = Metrics(run.folder / name)
+    metrics = _open_metrics(run)
     wish = stop.heard(ranks)
     while run.step < config.steps and not wish:
         if run.optimisers is None or run.begins_stage:
             run.begin_stage()
+            metrics.costs = None  # who learns may have changed
+        metrics.costs = metrics.costs or costs(run.model, config.recompute)
+        metrics.enter("data")
         asked = time.perf_counter()
         # All batches of the step at once: their weight together divides the loss of each.
         own = [next(run.stream) for _ in range(config.accumulate)]
         one_step(run, own, metrics, time.perf_counter() - asked)
+        metrics.enter("other")
         if run.step % config.log_every == 0 or run.step == config.steps:
             _tell(run, metrics, report)
         if run.step % config.save_every == 0:
             saver.save(run.step, run.tensors(), facts)
+        if probe is not None and config.probe.every and run.step % config.probe.every == 0:
+            _ask(run, metrics, report, probe)
         wish = stop.heard(ranks)
     return wish
 
@@ -130,7 +142,11 @@ def one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) ->
     outcomes: list[Outcome] = []
     for number, batch in enumerate(moved, 1):
         reduce_over_copies(run.model, number == len(moved))
-        outcomes.append(_forward_backward(run.model, batch, divisor, run.config.dtype))
+        metrics.enter("forward")
+        outcomes.append(_forward(run.model, batch, divisor, run.config.dtype))
+        metrics.enter("backward")
+        outcomes[-1].loss.backward()
+    metrics.enter("optimiser")
     norm = run.optimisers.clip()
     loss = ranks.sum(torch.stack([outcome.loss.detach() for outcome in outcomes]).sum())
     skip = run.guard.judge(run.step + 1, loss, norm)
@@ -145,15 +161,32 @@ def _sum_of_weights(batches_of_step: Sequence[Batch]) -> Tensor:
     return torch.stack([b.weights_R.sum(dtype=torch.float64) for b in batches_of_step]).sum()
 
 
-def _forward_backward(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> Outcome:
-    """Run one batch, and add its gradients to those on the parameters."""
+def _forward(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> Outcome:
+    """Run one batch to its share of the step's loss."""
     # Sharded weights are gathered in bfloat16 already.
     casts = dtype == "bfloat16" and not is_sharded(model)
     with torch.autocast(batch.input_ids_T.device.type, torch.bfloat16, enabled=casts):
         hidden_TD = batch.run(model)
-        outcome = token_loss(hidden_TD, model.head_weight, batch, divisor)
-    outcome.loss.backward()
-    return outcome
+        return token_loss(hidden_TD, model.head_weight, batch, divisor)
+
+
+def _open_metrics(run: Run) -> Metrics:
+    config, ranks = run.config, run.ranks
+    return Metrics(
+        run.folder / "metrics.jsonl",
+        ranks=ranks,
+        families=families_of(config),
+        sinks=() if ranks.rank else open_sinks(config),
+        peak=peak_of(ranks.device, config.peak_tflops),
+    )
+
+
+def _ask(run: Run, metrics: Metrics, report: Report, probe: Probe) -> None:
+    """Let a probe look at the model as it stands."""
+    line = metrics.look(run.step, lambda: probe(run.model, run.processor, run.step))
+    free_gathered(run.model)
+    if run.ranks.rank == 0:
+        report(line)
 
 
 def _tell(run: Run, metrics: Metrics, report: Report) -> None:

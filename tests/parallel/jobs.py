@@ -126,6 +126,9 @@ class Losses(Metrics):
     def __init__(self) -> None:
         self.per_step: list[Tensor] = []
 
+    def enter(self, phase: str) -> None:
+        pass
+
     def add(self, batch: Batch, outcome: Any, norm: Tensor, waited: float) -> None:
         self.per_step.append(outcome.loss.detach())
 
