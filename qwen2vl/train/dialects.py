@@ -3,7 +3,8 @@
     {"messages": [{"role": "user", "content": ...}, ...]}                OpenAI's, Qwen's, HF's
     {"conversations": [{"from": "human", "value": "<image>..."}, ...]}   ShareGPT, LLaVA
     {"texts": [{"user": ..., "assistant": ...}, ...]}                    The Cauldron, FineVision
-    {"text": "<image>A cat on a mat."}                                   pages, to be read on
+    {"texts": ["A cat.", null], "images": [null, "b.png"]}               OBELICS: an article
+    {"text": "A cat on a mat.", "image": "a.png"}                        pairs, pages, plain text
 
 Media stand in `image`, `images`, `video` or `videos`, one for each tag. Whatever else a row holds
 is none of our business. It must not open media or know tokens. Next room: prepare.py.
@@ -82,19 +83,23 @@ def read_row(row: Any, name: str) -> Conversation | Page:
         raise SampleError("messages", f"the row is a {type(row).__name__}, not an object")
     own = row.get("id")
     name = f"{name} ({own})" if isinstance(own, str | int) and own != "" else name
+    if _is_article(row):
+        return Page(name, tuple(_article(row)))
     media = _Media(row)
     for key, read in (("messages", _messages), ("conversations", _turns), ("texts", _pairs)):
         if row.get(key) is not None:
             messages = read(row[key], media, row)
             media.check_used()
             return Conversation(name, messages, _tools(row.get("tools")))
-    if isinstance(row.get("text"), str):
-        page = Page(name, tuple(media.split(row["text"], tagged=media.given)))
+    text = row.get("text", row.get("caption"))
+    if isinstance(text, str):
+        # Without a tag the words are about what stands before them.
+        before = media.unplaced() if not _TAG.search(text) else []
+        page = Page(name, (*before, *media.split(text, tagged=media.given)))
         media.check_used()
         return page
-    raise SampleError(
-        "messages", f"none of messages, conversations, texts or text in {', '.join(map(str, row))}"
-    )
+    keys = ", ".join(map(str, row))
+    raise SampleError("messages", f"none of messages, conversations, texts or text in {keys}")
 
 
 class _Media:
@@ -205,6 +210,27 @@ def _pairs(given: Any, media: _Media, _row: Mapping[str, Any]) -> list[Mapping[s
         found.append({"role": "user", "content": content})
         found.append({"role": "assistant", "content": pair["assistant"]})
     return found
+
+
+def _is_article(row: Mapping[str, Any]) -> bool:
+    """Tell texts and pictures side by side, one of them empty in each place."""
+    texts = row.get("texts")
+    return isinstance(texts, list) and any(isinstance(text, str) for text in texts)
+
+
+def _article(row: Mapping[str, Any]) -> Iterator[str | Mapping[str, Any]]:
+    """Read an article in its order: in each place a text or a picture."""
+    texts, images = row["texts"], row.get("images") or [None] * len(row["texts"])
+    if not isinstance(images, list) or len(images) != len(texts):
+        raise SampleError(
+            "placeholders",
+            f"{len(texts)} texts beside {len(images)} images; each place needs one of both",
+        )
+    for text, image in zip(texts, images, strict=True):
+        if image is not None:
+            yield _item(image, "image")
+        if isinstance(text, str) and text.strip():
+            yield text
 
 
 def _tools(given: Any) -> Any:

@@ -101,6 +101,23 @@ def test_a_page_without_media_is_text_alone_tags_and_all() -> None:
     assert page.parts == ("an <image> tag of HTML ",)
 
 
+@pytest.mark.parametrize("key", ["text", "caption"])
+def test_a_pair_is_a_picture_and_its_words(key: str) -> None:
+    assert read({key: "A cat.", "image": "a.png"}).parts == (
+        {"type": "image", "image": "a.png"},
+        "A cat.",
+    )
+
+
+def test_an_article_keeps_its_order() -> None:
+    row = {"texts": ["One.", None, "Two <image>."], "images": [None, "b.png", None]}
+    assert read(row).parts == ("One.", {"type": "image", "image": "b.png"}, "Two <image>.")
+    assert read({"texts": ["One.", "Two."]}).parts == ("One.", "Two.")
+    with pytest.raises(SampleError, match="2 texts beside 1 images") as caught:
+        read({"texts": ["One.", "Two."], "images": ["b.png"]})
+    assert caught.value.reason == "placeholders"
+
+
 def test_words_that_look_like_tags_stay_words_where_no_media_are_given() -> None:
     said = [{"role": "user", "content": "what is <image>?"}, {"role": "assistant", "content": "x"}]
     assert read({"messages": said}).messages[0]["content"] == "what is <image>?"
