@@ -2,7 +2,7 @@
 
     CACHE/llama, CACHE/openvino      one Python environment each, never among our dependencies
     CACHE/sources                    llama-cpp-python's, which hold the converter to GGUF
-    CACHE/models                     the random 2B in each peer's own format
+    CACHE/models/NAME-DIGEST         the random 2B in each peer's own format
 
 A finished environment or file is kept; one whose pins have changed is made anew. Compiling takes
 all cores unless CMAKE_BUILD_PARALLEL_LEVEL says otherwise.
@@ -10,6 +10,7 @@ all cores unless CMAKE_BUILD_PARALLEL_LEVEL says otherwise.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -80,7 +81,8 @@ class Kitchen:
     def __init__(self, cache: Path, model: Path) -> None:
         self.cache = cache
         self.model = model
-        self.models = cache / "models"
+        digest = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()[:8]
+        self.models = cache / "models" / f"{model.name}-{digest}"
         self.models.mkdir(parents=True, exist_ok=True)
 
     def python(self, name: str) -> Path:
