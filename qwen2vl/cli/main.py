@@ -33,6 +33,7 @@ COMMANDS = {
     "init": "Build a model to train, out of a Qwen2 and a CLIP vision tower.",
     "pack-text": "Tokenise plain text once, for training to read from disk.",
     "train": "Train a model by a recipe, or go on where the last run stopped.",
+    "plot": "Draw the curves of training runs.",
     "export": "Write a model folder from a run's last checkpoint, or from any.",
     "quantize": "Write a model folder in small integers, rounded with care.",
     "doctor": "Check this machine and, if wished, a model folder.",
