@@ -306,7 +306,9 @@ def cli_commands() -> set[str]:
     """List the subcommands of `qwen2vl` that can be called."""
     from qwen2vl.cli.main import COMMANDS
 
-    return {name for name in COMMANDS if (PACKAGE / "cli" / f"{name}.py").exists()}
+    return {
+        name for name in COMMANDS if (PACKAGE / "cli" / f"{name.replace('-', '_')}.py").exists()
+    }
 
 
 @pytest.mark.parametrize("page", documents(), ids=place)
