@@ -71,9 +71,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Free what a forward without a backward left gathered."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Free what a forward without a backward left gathered.
+
+    Until then the model's parameters are not the sharded ones that optimisers step.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def reduce_over_copies(model: nn.Module, now: bool) -> None:

@@ -71,6 +71,9 @@ class Optimisers:
         self.config = config
         self.ranks = ranks
         self.named = {n: p for n, p in model.named_parameters() if n in scales}
+        if ranks is not None and ranks.mesh is not None:
+            is_part = all(isinstance(p, DTensor) for p in self.named.values())
+            assert is_part, "a parameter is still gathered; what is stepped would be thrown away"
         # A sharded parameter's own part, on the same memory: an ordinary leaf to step.
         self.parts = {n: _own_part(p) for n, p in self.named.items()}
         matrices = [n for n, p in self.named.items() if _is_matrix(n, p)]
