@@ -77,6 +77,11 @@ def model_options(command: F) -> F:
             type=click.Choice(["int8", "int4"]),
             help="Round the weights as they are read, to answer faster on a CPU.",
         ),
+        click.option(
+            "--compile",
+            is_flag=True,
+            help="Compile first: half a minute once, then faster reading.",
+        ),
     )
 
 
@@ -174,7 +179,7 @@ def open_model(given: dict[str, Any]) -> Opened:
     from qwen2vl.weights import find
 
     start = time.perf_counter()
-    same = ("device", "dtype", "quantize", "adapter", "min_pixels", "max_pixels")
+    same = ("device", "dtype", "quantize", "compile", "adapter", "min_pixels", "max_pixels")
     names = {name: name for name in same}
     names["preset"] = "video_preset"
     # A command without --max-pixels, say, leaves that to the model.
@@ -182,6 +187,8 @@ def open_model(given: dict[str, Any]) -> Opened:
     folder = find(given["model"])  # shows its own progress where it must fetch
     with terminal.waiting(f"loading {given['model']}"):
         llm = qwen2vl.LLM(folder, **wishes)
+    if llm.compile_seconds is not None:
+        terminal.note(f"compiled in {llm.compile_seconds:.0f} s; the next start finds most of it")
     return Opened(llm=llm, name=given["model"], load_seconds=time.perf_counter() - start)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qwen2vl.adapt.compile import compile_for_answers
 from qwen2vl.adapt.quantise import Mode
 from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.config import Qwen2VLConfig
@@ -69,6 +70,7 @@ class LLM:
         device: str = "auto",
         dtype: DTypeName = "auto",
         quantize: Mode | None = None,
+        compile: bool = False,
         adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         max_model_len: int | None = None,
@@ -81,10 +83,17 @@ class LLM:
         """Load a model; arguments as for `load`, and device "auto" takes a GPU where there is one.
 
         Of `adapters` (name -> folder) each request may ask for one: SamplingParams(adapter=name).
+        `compile` takes half a minute once, and less when it is asked for again; without a C++
+        compiler it says so and does nothing.
 
         Raises:
             CheckpointError, ConfigError, CapacityError, InputError: as `load` does.
         """
+        if compile and adapters:
+            raise InputError(
+                "compile: layers of adapters that stay unmerged cannot be compiled; leave either "
+                "out, or merge one by adapter="
+            )
         folder = find(model)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,6 +111,8 @@ class LLM:
         )
         self._take(network, processor, read_generation_defaults(folder), engine, adapters)
         self.max_model_len = max_model_len or self.max_model_len  # `load` has checked it
+        if compile:
+            self.compile_seconds = compile_for_answers(network)
 
     @classmethod
     def of(
@@ -127,6 +138,7 @@ class LLM:
         adapters: Mapping[str, str | Path] | None,
     ) -> None:
         self.model = model
+        self.compile_seconds: float | None = None  # None: it was not compiled
         self._engine = engine or EngineConfig()
         self.processor = processor.keeping(self._engine.item_cache_bytes)
         self.generation = generation

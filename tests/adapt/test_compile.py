@@ -1,12 +1,27 @@
 """Compiled equals eager within rounding, names stay; slow, for it runs a C++ compiler."""
 
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from qwen2vl.adapt.compile import compile_parts
+from qwen2vl.adapt import compile as room
+from qwen2vl.adapt.compile import compile_for_answers, compile_parts
+from qwen2vl.adapt.quantise import quantise
+from qwen2vl.engine import LLM
+from qwen2vl.errors import InputError
+from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
+from qwen2vl.load import load_model
+from qwen2vl.model import Qwen2VL
 from qwen2vl.train.objective import token_loss
 from qwen2vl.train.pack import pack
-from tests.tiny import tiny_model
+from qwen2vl.weights import find, read_config
+from tests.tiny import tiny_config, tiny_model
 from tests.train.test_pack import conversations
 
 
@@ -23,3 +38,79 @@ def test_compiled_parts_compute_the_same_loss_and_gradients() -> None:
     for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert a.grad is not None, name
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5 * float(a.grad.abs().max()))
+
+
+@torch.inference_mode()
+def see(model: Qwen2VL, *sides: tuple[int, int]) -> Tensor:
+    grids = [Grid(1, h, w) for h, w in sides]
+    generator = torch.Generator().manual_seed(0)
+    size = (sum(h * w for h, w in sides), model.config.vision.patch_dim)
+    patches_NP = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    return model.encode(patches_NP, VisionMeta.build(grids))
+
+
+@torch.inference_mode()
+def read(model: Qwen2VL, *lengths: int) -> Tensor:
+    places = torch.cat([torch.arange(length) for length in lengths])
+    return model(places % 200, places.expand(3, -1), AttnMeta.build(lengths))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nano_compiled_is_nano_for_any_shape_and_compiles_once() -> None:
+    folder = find("nano")
+    eager = load_model(folder, read_config(folder), dtype="float32")
+    compiled = copy.deepcopy(eager)
+    seconds = compile_for_answers(compiled)
+    assert seconds is not None and seconds > 0
+    assert eager.state_dict().keys() == compiled.state_dict().keys()
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        for sides in ([(2, 2)], [(4, 6), (16, 16)], [(24, 32)] * 2, [(2, 192)]):
+            want = see(eager, *sides)
+            error = (see(compiled, *sides) - want).abs().max()
+            assert error < 1e-4 * want.abs().max(), sides
+        for lengths in ([1], [5], [1] * 40, [33, 1, 8], [384], [300, 300]):
+            want = read(eager, *lengths)
+            error = (read(compiled, *lengths) - want).abs().max()
+            assert error < 1e-4 * want.abs().max(), lengths
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+
+
+def test_few_rows_run_as_they_are() -> None:
+    many: list[int] = []
+    choose = room._by_rows(lambda x: x, lambda x: many.append(len(x)))
+    for rows in (1, room.FEW_ROWS - 1, room.FEW_ROWS, 500):
+        choose(torch.zeros(rows, 3))
+    assert many == [room.FEW_ROWS, 500]
+
+
+def test_without_a_compiler_the_model_stays_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def no_compiler(*_: Any) -> None:
+        raise BackendCompilerFailed("inductor", RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(room.torch, "compile", lambda *_, **__: no_compiler)
+    model = tiny_model()
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    with caplog.at_level(logging.WARNING):
+        assert compile_for_answers(model) is None
+    assert [r.getMessage() for r in caplog.records if "nothing here can compile" in r.getMessage()]
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
+    torch.testing.assert_close(read(model, 40), read(tiny_model(), 40))
+
+
+def test_small_integers_are_not_compiled() -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=False))
+    quantise(model, "int8")
+    with pytest.raises(InputError, match=r"compile: .* small integers.*leave quantize out"):
+        compile_for_answers(model)
+
+
+def test_nor_are_adapters_that_stay_unmerged() -> None:
+    with pytest.raises(InputError, match=r"compile: .*unmerged cannot be compiled.*adapter="):
+        LLM("nano", compile=True, adapters={"a": "anywhere"})
