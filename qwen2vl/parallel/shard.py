@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["free_gathered", "is_sharded", "reduce_over_copies", "shard"]
+__all__ = ["free_gathered", "is_sharded", "note_frozen", "reduce_over_copies", "shard"]
 
 
 def shard(
@@ -77,6 +77,18 @@ def free_gathered(model: nn.Module) -> None:
     """
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def note_frozen(model: nn.Module) -> None:
+    """Let units look again at which of their parameters learn, as a new stage says.
+
+    They decide at their first gathering in which dtype gradients are summed and kept; one that
+    was frozen then would keep them in that of the products.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
             unit.reshard()
 
 

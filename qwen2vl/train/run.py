@@ -20,7 +20,7 @@ from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.parallel.recompute import recompute
-from qwen2vl.parallel.shard import shard
+from qwen2vl.parallel.shard import note_frozen, shard
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train import checkpoint
 from qwen2vl.train.begin import begin
@@ -72,6 +72,8 @@ class Run:
         scales = apply_rules(self.model, stage.rules)
         if not scales:
             raise ConfigError(f"stage {stage.name}: its rules freeze every parameter")
+        if self.optimisers is not None:
+            note_frozen(self.model)
         self.optimisers = Optimisers(self.model, scales, self.config.optim, self.ranks)
         self.guard = Guard(self.config.optim.spike_sigmas, self.ranks.device)
 

@@ -69,7 +69,9 @@ def test_two_ranks_train_what_one_process_does(gang: Gang, tmp_path: Path) -> No
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
     for mine, theirs in zip(told(several), told(alone), strict=True):
         for key in ("step", "loss", "grad_norm", "held_out"):
-            assert _numbers(mine.get(key)) == pytest.approx(_numbers(theirs.get(key)), rel=1e-5)
+            assert _numbers(mine.get(key)) == pytest.approx(
+                _numbers(theirs.get(key)), rel=1e-5, abs=1e-5
+            )
     # What two ranks began, one goes on with.
     longer = ("stages.3.steps=4",)
     state = several / "step-000008" / "state.json"
@@ -77,6 +79,18 @@ def test_two_ranks_train_what_one_process_does(gang: Gang, tmp_path: Path) -> No
     content["config"]["stages"][3]["steps"] = 4
     state.write_text(json.dumps(content))
     assert loop.train(config(several, *longer)).name == "model-000010"
+
+
+def test_stages_that_freeze_and_free_go_through_in_bfloat16(gang: Gang, tmp_path: Path) -> None:
+    words = ("dtype=bfloat16", "log_every=1", "optim.method=muon")
+    gang.run(2, run_recipe, tmp_path / "several", *words, "mesh.replicate=2")
+    run_recipe(tmp_path / "alone", *words)
+    one, two = (
+        [line["loss"] for line in told(tmp_path / name) if "loss" in line]
+        for name in ("alone", "several")
+    )
+    assert len(one) == 8
+    assert two == pytest.approx(one, rel=2e-2)
 
 
 def command(*words: str) -> None:
