@@ -186,10 +186,15 @@ class Race:
                 try:
                     self._turn(contestant)
                 except (InstallError, WorkerError) as error:
-                    self.unmeasured[contestant.name] = str(error)
-                    self.contestants.remove(contestant)
+                    self.give_up(contestant, error)
         for contestant in self.contestants:
             self._dismiss(contestant)
+
+    def give_up(self, contestant: Contestant, error: Exception) -> None:
+        """Go on without one, and say why; the line is for everybody, so folders are not named."""
+        self.unmeasured[contestant.name] = str(error).replace(str(Path.home()), "~")
+        self.contestants.remove(contestant)
+        print(f"{contestant.name} is not measured: {error}", file=sys.stderr)
 
     def _turn(self, contestant: Contestant) -> None:
         if contestant.worker is None:
@@ -367,12 +372,11 @@ def main() -> None:
         if not given.only or {contestant.peer, contestant.name} & set(given.only)
     ]
     race = Race(chosen, given.model, given.cache, given.threads)
-    for contestant in list(chosen):
+    for contestant in list(race.contestants):
         try:
             contestant.prepare()
         except InstallError as error:
-            race.unmeasured[contestant.name] = str(error)
-            chosen.remove(contestant)
+            race.give_up(contestant, error)
     if not given.only_install:
         race.run(given.rounds)
         print(line(summary(race)))

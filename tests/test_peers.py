@@ -1,0 +1,61 @@
+"""What benchmarks/peers.py makes of figures: who is compared with whom, and by what."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+CASE = "448x448"
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return import_module("peers")
+
+
+def figures(first: float, step: float) -> dict[str, float]:
+    return {"first_ms": first, "step_ms": step}
+
+
+def test_the_fastest_of_each_side_are_compared_at_like_precision(peers: Any) -> None:
+    found = {
+        "ours/bf16": {CASE: figures(2000, 100)},
+        "ours/int8": {CASE: figures(1000, 60)},
+        "transformers/bf16": {CASE: figures(3000, 200)},
+        "OpenVINO/int8": {CASE: figures(1500, 90)},
+        "llama.cpp/Q8_0": {f"{CASE}, words only": figures(1, 75)},
+        "llama.cpp/bf16": {f"{CASE}, words only": figures(1, 150)},
+    }
+    assert peers.ratios(found, CASE) == {
+        "first, bf16": {"ratio": 1.5, "ours": "ours/bf16", "best": "transformers/bf16"},
+        "first, any": {"ratio": 1.5, "ours": "ours/int8", "best": "OpenVINO/int8"},
+        "step, bf16": {"ratio": 1.5, "ours": "ours/bf16", "best": "llama.cpp/bf16"},
+        "step, 8 bits": {"ratio": 1.25, "ours": "ours/int8", "best": "llama.cpp/Q8_0"},
+    }
+
+
+def test_nobody_is_compared_with_nobody(peers: Any) -> None:
+    assert peers.ratios({"ours/bf16": {CASE: figures(1, 1)}}, CASE) == {}
+    assert peers.ratios({"transformers/bf16": {CASE: figures(1, 1)}}, CASE) == {}
+
+
+def test_a_second_question_is_measured_in_steps(peers: Any) -> None:
+    found = {
+        "ours/bf16": {CASE: figures(2000, 100), f"{CASE}, again": figures(150, 110)},
+        "transformers/bf16": {CASE: figures(3000, 200)},
+    }
+    assert peers.second(found, CASE) == {"ours/bf16": 1.5}
+
+
+def test_a_shape_counts_its_vision_tokens_and_their_marks(peers: Any) -> None:
+    assert {name: shape.num_tokens for name, shape in peers.SHAPES.items()} == {
+        "448x448": 308,
+        "1344x1008": 1780,
+        "text": 300,
+        "448x448, words only": 308,
+    }
