@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen2vl.cli import probes
+from qwen2vl.eval.mini import build
 from tests.cli.conftest import Run
 
 SHORT = ["workers=0", "threads=1", "log_every=2", "out=here"] + [
@@ -27,6 +29,29 @@ def test_a_run_reports_its_steps_and_ends_with_a_folder_that_answers(run: Run) -
     assert [line["stage"] for line in told] == ["words", "see", "world", "answers"]
     answer = run("ask", "--model", "here/model-000008", "Hi", "--max-tokens", 2, "--json")
     assert len(json.loads(answer.stdout)["token_ids"]) <= 2
+
+
+def test_between_steps_the_model_is_asked_what_it_does_not_learn_from(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "_plain_tasks", lambda: [build("shapes")])
+    words = ["probe.every=3", "probe.examples=8", "probe.questions=1", "log=tensorboard"]
+    result = run("train", "tiny", *SHORT, *words, "peak_tflops=1")
+    assert result.exit_code == 0, result.stderr
+    *told, _, _ = result.stdout.splitlines()
+    asked = [line for line in told if "held out" in line]
+    assert [re.search(r"(\d+) held out", line)[1] for line in asked] == ["3", "6"]
+    assert all(re.search(r"loss \d\.\d+  vision gain -?\d\.\d+  \| shapes", p) for p in asked)
+    assert all(re.search(r"\| mini .*shapes \d+%", line) for line in asked)
+    assert all(re.search(r"img/s  MFU \d\.\d%  wait", line) for line in told if "/8 " in line)
+    lines = [json.loads(line) for line in Path("here/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6, 8]
+    shares = lines[0]["phases"]
+    assert set(shares) == {"data", "forward", "backward", "optimiser", "other"}
+    assert all(share > 0 for share in shares.values())
+    assert any(Path("here/tensorboard").iterdir())
+    drawn = run("plot", "here", "-o", "here.png")
+    assert drawn.exit_code == 0, drawn.stderr
 
 
 def test_a_finished_run_is_not_run_again(run: Run) -> None:
