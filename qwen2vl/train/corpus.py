@@ -11,8 +11,10 @@ not know steps or ranks. Next rooms: data.py, preview.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
@@ -35,7 +37,7 @@ __all__ = ["Corpus"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Entry e of a pass is sample e - first[s] of source s."""
+    """A stage's samples, numbered through: entry e is sample e - first[s] of source s."""
 
     data: DataConfig
     processor: Processor
@@ -49,6 +51,7 @@ class Corpus:
     plan: Plan
     fingerprint: str
     cache: Path
+    _preparers: dict[tuple[int, int, int], Preparer] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(
@@ -118,45 +121,38 @@ class Corpus:
         examples: list[Example] = []
         bad: list[BadSample] = []
         for number, group in _by_source(entries, self.first).items():
-            self._read_source(number, group, examples, bad)
+            found: list[tuple[int, Sample]] = []
+            for entry in group:
+                with self._told(number, entry, bad):
+                    found.append((entry, self._sample(number, entry)))
+            # Media from elsewhere come for all of the bin at a time.
+            self._preparer(number).fetch(sample for _, sample in found)
+            for entry, sample in found:
+                with self._told(number, entry, bad):
+                    examples.append(self._example(number, entry, sample))
         return examples, bad
 
-    def _read_source(
-        self, number: int, entries: Sequence[int], examples: list[Example], bad: list[BadSample]
-    ) -> None:
-        source, label = self.sources[number], self.labels[number]
-        known = self.lengths[number].bad
-        found: list[tuple[int, Sample]] = []
+    @contextmanager
+    def _told(self, number: int, entry: int, bad: list[BadSample]) -> Iterator[None]:
+        """Note a sample that cannot be used, and go on."""
+        try:
+            yield
+        except SampleError as error:
+            name = self.sources[number].name(entry - int(self.first[number]))
+            bad.append(BadSample(name, self.labels[number], error.reason, str(error)))
 
-        def refuse(entry: int, error: SampleError) -> None:
-            name = source.name(entry - int(self.first[number]))
-            bad.append(BadSample(name, label, error.reason, str(error)))
+    def _sample(self, number: int, entry: int) -> Sample:
+        """Read a sample, unless it is known to be bad or too large."""
+        index, table = entry - int(self.first[number]), self.lengths[number]
+        if index in table.bad:
+            raise SampleError(*table.bad[index])
+        if not self.tokens[entry]:
+            limit = f"the limit of a bin is {self.data.max_tokens:,}"
+            raise SampleError("oversize", f"{table.tokens[index]:,} tokens, {limit}")
+        return self.sources[number].read(index)
 
-        for entry in entries:
-            index = entry - int(self.first[number])
-            try:
-                if index in known:
-                    raise SampleError(*known[index])
-                if not self.tokens[entry]:
-                    raise _too_large(self.lengths[number].tokens[index], self.data)
-                found.append((entry, source.read(index)))
-            except SampleError as error:
-                refuse(entry, error)
-        preparer = self._preparer(number, 0)
-        preparer.fetch(sample for _, sample in found)
-        for entry, sample in found:
-            pixels = self.shrunk.get(entry, 0)
-            try:
-                examples.append(self._example(preparer, number, entry, sample, pixels))
-            except SampleError as error:
-                refuse(entry, error)
-
-    def _example(
-        self, preparer: Preparer, number: int, entry: int, sample: Sample, pixels: int
-    ) -> Example:
-        if pixels:
-            preparer = self._preparer(number, pixels)
-        made = preparer.prepare(sample)
+    def _example(self, number: int, entry: int, sample: Sample) -> Example:
+        made = self._preparer(number, self.shrunk.get(entry, 0)).prepare(sample)
         if len(made.input_ids) != self.tokens[entry]:
             raise SampleError(
                 "length",
@@ -165,22 +161,24 @@ class Corpus:
             )
         return Example(made, self.labels[number])
 
-    def _preparer(self, number: int, pixels: int) -> Preparer:
-        gigabytes = self.data.cache_gb
-        frames = (
-            FrameCache(self.cache / "frames", limit=int(gigabytes * 1e9)) if gigabytes else None
-        )
-        base = self.sources[number].base
-        return Preparer(self.processor, self.data, base=base, frames=frames, max_pixels=pixels)
-
-
-def _too_large(tokens: int, data: DataConfig) -> SampleError:
-    return SampleError("oversize", f"{tokens:,} tokens, the limit of a bin is {data.max_tokens:,}")
+    def _preparer(self, number: int, pixels: int = 0) -> Preparer:
+        """Make what prepares a source, once in each process, for the sake of its connections."""
+        key = (os.getpid(), number, pixels)
+        if key not in self._preparers:
+            limit = int(self.data.cache_gb * 1e9)
+            self._preparers[key] = Preparer(
+                self.processor,
+                self.data,
+                base=self.sources[number].base,
+                frames=FrameCache(self.cache / "frames", limit=limit) if limit else None,
+                max_pixels=pixels,
+            )
+        return self._preparers[key]
 
 
 def _fingerprint(data: DataConfig, tables: Sequence[str], seed: int) -> str:
     """Name all that decides what a step sees; how it is fetched and where it is kept do not."""
-    shares = [(source.label, source.repeats, source.weight) for source in data.sources]
+    shares = [(source.repeats, source.weight) for source in data.sources]
     sizes = (data.max_tokens, data.max_vision, data.bins, data.oversize)
     about = json.dumps([tables, shares, sizes, seed])
     return blake2b(about.encode(), digest_size=16).hexdigest()
