@@ -21,9 +21,9 @@ import numpy as np
 from record import line
 
 from qwen2vl.config import VisionConfig
-from qwen2vl.train.bins import Plan, plan_bins
-from qwen2vl.train.kept import keep
-from qwen2vl.train.lengths import vision_cost
+from qwen2vl.data.bins import Plan, plan_bins
+from qwen2vl.data.kept import keep
+from qwen2vl.data.lengths import vision_cost
 from qwen2vl.train.schedule import bins_of
 
 MAX_TOKENS = 8192

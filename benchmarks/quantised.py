@@ -28,13 +28,14 @@ from qwen2vl.adapt.quantise import is_of_decoder, quantise_layers, recipe
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import PRESETS
 from qwen2vl.convert import quantise_folder
+from qwen2vl.data.example import Example
 from qwen2vl.eval.mini import build
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.load import load
 from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.processor.processor import Processor
 from qwen2vl.synth import Mixture, render, sample
-from qwen2vl.train.pack import Batch, Example, pack
+from qwen2vl.train.pack import Batch, pack
 
 PARTS = "text shapes counting relations find name_box motion two_pictures".split()
 QUESTIONS = 50  # of each part

@@ -32,8 +32,8 @@ def pack_text(files: tuple[str, ...], output: str, model: str) -> None:
     qwen2vl pack-text books/*.txt pages.jsonl -o text --model Qwen/Qwen2-VL-2B-Instruct
     qwen2vl train stage2_joint data.sources.5.path=text
     """
+    from qwen2vl.data.tokens import pack_text as pack
     from qwen2vl.load import load_processor
-    from qwen2vl.train.tokens import pack_text as pack
 
     tokenizer = load_processor(model).tokenizer
     with terminal.progress() as progress:

@@ -11,12 +11,11 @@ says for how long: one step reads 8 bins of 8,192 tokens.
 
 from __future__ import annotations
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.recipes import best_device
 from qwen2vl.train.config import (
-    DataConfig,
     OptimConfig,
     ProbeConfig,
-    Source,
     Stage,
     TrainConfig,
 )

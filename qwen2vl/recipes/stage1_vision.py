@@ -12,13 +12,12 @@ tower, since it is new. (Qwen2-VL sec. 2.2.) Next: stage2_joint.py.
 
 from __future__ import annotations
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.recipes import best_device
 from qwen2vl.train.config import (
     FROZEN,
-    DataConfig,
     OptimConfig,
     ProbeConfig,
-    Source,
     Stage,
     TrainConfig,
 )

@@ -10,12 +10,11 @@ rates, lengths. (Qwen2-VL sec. 2.2.) Next: stage3_instruct.py.
 
 from __future__ import annotations
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.recipes import best_device
 from qwen2vl.train.config import (
-    DataConfig,
     OptimConfig,
     ProbeConfig,
-    Source,
     Stage,
     TrainConfig,
 )

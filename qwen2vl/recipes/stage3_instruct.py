@@ -11,13 +11,12 @@ Qwen's own later fine-tuning script. (Qwen2-VL sec. 2.2, 2.2.1.) Next: full_fine
 
 from __future__ import annotations
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.recipes import best_device
 from qwen2vl.train.config import (
     FROZEN,
-    DataConfig,
     OptimConfig,
     ProbeConfig,
-    Source,
     Stage,
     TrainConfig,
 )

@@ -4,7 +4,7 @@
 
 A sample that cannot be used leaves its place empty; nothing else is shown instead, so what a step
 sees stays a function of its number. Each rank keeps its own list. It must not know why a sample
-is bad. Next room: data.py.
+is bad. Next room: batches.py.
 """
 
 from __future__ import annotations

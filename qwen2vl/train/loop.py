@@ -27,9 +27,9 @@ from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks, join
 from qwen2vl.parallel.shard import free_gathered, is_sharded, reduce_over_copies
+from qwen2vl.train.batches import batches
 from qwen2vl.train.checkpoint import Saver, make_folder
 from qwen2vl.train.config import TrainConfig, dump
-from qwen2vl.train.data import batches
 from qwen2vl.train.export import describe, export, export_adapter
 from qwen2vl.train.flops import costs, peak_of
 from qwen2vl.train.metrics import Metrics, families_of

@@ -13,38 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qwen2vl.data.example import ROUND, BadSample, Example, rounded
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["BadSample", "Batch", "Example", "pack", "rounded"]
+__all__ = ["Batch", "pack"]
 
 # Of the number of targets of a conversation: what each of them weighs.
 _EXPONENT = {"token": 0.0, "sample": -1.0, "root": -0.5}
 
-ROUND = 8  # lengths are rounded up to a multiple of this
 NULL = Grid(1, 2, 2)  # the smallest item: four black patches, one row that stands nowhere
-
-
-class Example(NamedTuple):
-    """One supervised conversation, and which family of tasks it belongs to."""
-
-    input: ModelInput
-    family: str
-
-
-class BadSample(NamedTuple):
-    """A sample that could not be used; nothing took its place."""
-
-    id: str
-    source: str
-    reason: str  # one word, to count by
-    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +69,6 @@ class Batch:
             if isinstance(value := getattr(self, name), Tensor | AttnMeta | VisionMeta)
         }
         return replace(self, **moved)
-
-
-def rounded(length: int) -> int:
-    """Tell how many tokens a conversation of `length` takes up in a batch."""
-    return -(-length // ROUND) * ROUND
 
 
 def pack(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.lengths import Progress
 from qwen2vl.errors import ConfigError
 from qwen2vl.load import load_processor
 from qwen2vl.processor.image import PixelLimits
@@ -25,11 +27,9 @@ from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.vocabulary import write_byte_tokenizer
+from qwen2vl.train.batches import processor_of
 from qwen2vl.train.begin import with_ids_of
 from qwen2vl.train.config import TrainConfig
-from qwen2vl.train.corpus import Corpus
-from qwen2vl.train.data import processor_of
-from qwen2vl.train.lengths import Progress
 from qwen2vl.train.schedule import stage_seed
 
 __all__ = [
@@ -121,9 +121,10 @@ def preview(
         if stage.data is None:
             continue
         corpus = Corpus.open(
-            stage,
+            stage.data,
             processor_of(stage, processor),
             seed=stage_seed(config, number),
+            default_system=stage.default_system,
             workers=config.workers,
             progress=progress,
         )

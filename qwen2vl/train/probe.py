@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.geometry import Grid
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.shard import is_sharded
 from qwen2vl.processor.processor import Processor
-from qwen2vl.train.config import DataConfig, Source, Stage, TrainConfig
-from qwen2vl.train.data import batches
+from qwen2vl.train.batches import batches
+from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.objective import token_loss
 from qwen2vl.train.pack import Batch
 from qwen2vl.train.schedule import locate

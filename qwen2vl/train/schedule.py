@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwen2vl.data.bins import Plan, shuffled
 from qwen2vl.errors import ConfigError
-from qwen2vl.train.bins import Plan, shuffled
 from qwen2vl.train.config import Stage, TrainConfig
 
 __all__ = ["Draw", "bins_of", "deal", "draw", "locate", "stage_seed"]

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Run
-from tests.train.rows import conversation, write_media, write_rows
+from tests.data.rows import conversation, write_media, write_rows
 
 WORDS = ["data.max_tokens=512", "data.bins=4", "data.cache=kept", "stages.0.steps=6", "workers=0"]
 
 RECIPE = """
 from dataclasses import replace
 from qwen2vl.recipes import tiny
-from qwen2vl.train.config import DataConfig, Source, Stage
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.train.config import Stage
 
 def recipe():
     stage = Stage(name="read", steps=9, data=DataConfig(sources=(Source(path="none"),)))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen2vl.data.tokens import TokenStore
 from qwen2vl.load import load_processor
-from qwen2vl.train.tokens import TokenStore
 from tests.cli.conftest import Run
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.recipes import tiny
 from qwen2vl.recipes.nano import ALL
 from qwen2vl.train import loop
-from qwen2vl.train.config import DataConfig, Source, Stage, TrainConfig
-from tests.train.rows import conversation, good_rows, write_media, write_rows
+from qwen2vl.train.config import Stage, TrainConfig
+from tests.data.rows import conversation, good_rows, write_media, write_rows
 
 STEPS = 4
 

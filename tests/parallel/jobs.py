@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qwen2vl.data.example import Example
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks, join
 from qwen2vl.parallel.recompute import Mode, recompute
@@ -28,7 +29,7 @@ from qwen2vl.train.config import OptimConfig, Rules, Stage, TrainConfig
 from qwen2vl.train.loop import one_step
 from qwen2vl.train.metrics import Metrics
 from qwen2vl.train.optim import match_rules
-from qwen2vl.train.pack import Batch, Example, pack
+from qwen2vl.train.pack import Batch, pack
 from qwen2vl.train.run import Run, resume
 from tests.tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer_dir
 

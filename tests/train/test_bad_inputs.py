@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.dialects import Conversation, SampleError
+from qwen2vl.data.lengths import size_of
+from qwen2vl.data.prepare import Measurer, Preparer
 from qwen2vl.errors import ConfigError, InputError
-from qwen2vl.train.config import DataConfig, Source
-from qwen2vl.train.corpus import Corpus
-from qwen2vl.train.dialects import Conversation, SampleError
-from qwen2vl.train.lengths import size_of
-from qwen2vl.train.prepare import Measurer, Preparer
+from tests.data.rows import conversation, data_of, write_media, write_rows
 from tests.media import animation, clip, encoded, noise, smooth, with_matrix
 from tests.processor import test_bad_images, test_bad_videos
 from tests.tiny import tiny_processor
-from tests.train.rows import conversation, data_of, run_of, write_media, write_rows
 
 DATA = DataConfig(sources=(Source(path="x"),), cache_gb=0)
 SLOW = "real bomb"  # seconds to make, and refused for its header like the other one
@@ -146,7 +146,7 @@ def test_a_video_of_too_many_frames_is_refused_by_its_packets() -> None:
 
 def opened(folder: Path, rows: list[dict[str, Any]], **fields: Any) -> Corpus:
     data = data_of(folder, write_rows(folder / "rows.jsonl", rows), **{"max_bad": 1.0, **fields})
-    return Corpus.open(run_of(folder, data).stages[0], tiny_processor(), seed=0)
+    return Corpus.open(data, tiny_processor(), seed=0)
 
 
 BAD_ROWS: list[tuple[str, Any, str, str]] = [
@@ -218,7 +218,7 @@ def test_text_that_cannot_be_decoded(tmp_path: Path, line: bytes, text: str) -> 
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "three"}')
     data = data_of(tmp_path, path, max_bad=1.0, bins=1)
-    corpus = Corpus.open(run_of(tmp_path, data).stages[0], tiny_processor(), seed=0)
+    corpus = Corpus.open(data, tiny_processor(), seed=0)
     examples, bad = corpus.read(range(3))
     assert len(examples) == 2
     assert [(b.id, b.reason) for b in bad] == [("rows.jsonl:3", "text")]  # as editors count lines
@@ -263,7 +263,7 @@ def test_words_cannot_be_made_smaller(tmp_path: Path) -> None:
 def test_dataset_file_missing_or_empty(tmp_path: Path) -> None:
     def open_file(name: str) -> None:
         data = data_of(tmp_path, tmp_path / name)
-        Corpus.open(run_of(tmp_path, data).stages[0], tiny_processor(), seed=0)
+        Corpus.open(data, tiny_processor(), seed=0)
 
     with pytest.raises(InputError, match=r"none.jsonl: no such file"):
         open_file("none.jsonl")

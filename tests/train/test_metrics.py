@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.example import BadSample, Example
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.recipes import tiny
 from qwen2vl.train import metrics as room
-from qwen2vl.train.config import DataConfig, Source
 from qwen2vl.train.flops import Costs, Price
 from qwen2vl.train.metrics import Metrics, families_of
 from qwen2vl.train.objective import Outcome
-from qwen2vl.train.pack import BadSample, Batch, Example, pack
+from qwen2vl.train.pack import Batch, pack
 from tests.tiny import tiny_processor
 from tests.train.test_pack import conversations
 

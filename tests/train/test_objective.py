@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.live import live_bytes
+from qwen2vl.data.example import Example
 from qwen2vl.train import objective
 from qwen2vl.train.objective import Outcome, token_loss
-from qwen2vl.train.pack import Batch, Example, pack
+from qwen2vl.train.pack import Batch, pack
 from tests.tiny import tiny_processor
 
 T, D, V = 40, 16, 97

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from qwen2vl.data.example import ROUND, BadSample, Example
 from qwen2vl.train.objective import token_loss
-from qwen2vl.train.pack import ROUND, BadSample, Batch, Example, pack
+from qwen2vl.train.pack import Batch, pack
 from tests.tiny import tiny_model, tiny_processor
 
 

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen2vl.data.example import Example
 from qwen2vl.recipes import tiny
 from qwen2vl.synth import Mixture
+from qwen2vl.train.batches import batches
 from qwen2vl.train.config import ProbeConfig, TrainConfig
-from qwen2vl.train.data import batches
 from qwen2vl.train.objective import token_loss
-from qwen2vl.train.pack import Batch, Example, pack
+from qwen2vl.train.pack import Batch, pack
 from qwen2vl.train.probe import HeldOut, held_out_batches, with_wrong_pictures
 from tests.tiny import tiny_model, tiny_processor
 

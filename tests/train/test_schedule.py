@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from qwen2vl.data.bins import Plan, plan_bins
 from qwen2vl.recipes import tiny
-from qwen2vl.train.bins import Plan, plan_bins
 from qwen2vl.train.config import override
 from qwen2vl.train.schedule import bins_of, deal, draw, locate
 

@@ -12,9 +12,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from qwen2vl.data import storage
+from qwen2vl.data.storage import MissingError, Storage, is_remote, join
 from qwen2vl.errors import ConfigError, InputError
-from qwen2vl.train import storage
-from qwen2vl.train.storage import MissingError, Storage, is_remote, join
 
 
 class Moody(MemoryFileSystem):

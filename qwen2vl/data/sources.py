@@ -19,14 +19,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.dialects import Sample, SampleError, read_row
+from qwen2vl.data.parquet import Parquet
+from qwen2vl.data.storage import Storage, is_remote
+from qwen2vl.data.tokens import STORE, TokenStore
+from qwen2vl.data.world import World
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.train.config import DataConfig, Source
-from qwen2vl.train.dialects import Sample, SampleError, read_row
-from qwen2vl.train.parquet import Parquet
-from qwen2vl.train.storage import Storage, is_remote
-from qwen2vl.train.tokens import STORE, TokenStore
-from qwen2vl.train.world import World
 
 __all__ = ["JsonLines", "Samples", "open_source"]
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen2vl.data import frames
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.dialects import Conversation
+from qwen2vl.data.frames import FrameCache
+from qwen2vl.data.prepare import Preparer
 from qwen2vl.errors import InputError
 from qwen2vl.processor.inputs import Item
-from qwen2vl.train import frames
-from qwen2vl.train.config import DataConfig, Source
-from qwen2vl.train.dialects import Conversation
-from qwen2vl.train.frames import FrameCache
-from qwen2vl.train.prepare import Preparer
 from tests.media import clip, video
 from tests.tiny import tiny_processor
 

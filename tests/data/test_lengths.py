@@ -12,15 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen2vl.config import VisionConfig
+from qwen2vl.data import lengths
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.lengths import Lengths, measure, vision_cost
+from qwen2vl.data.prepare import Measurer, Preparer
+from qwen2vl.data.sources import JsonLines
 from qwen2vl.geometry import Grid, VisionMeta
 from qwen2vl.model.vision import VisionTower
-from qwen2vl.train import lengths
-from qwen2vl.train.config import DataConfig, Source
-from qwen2vl.train.lengths import Lengths, measure, vision_cost
-from qwen2vl.train.prepare import Measurer, Preparer
-from qwen2vl.train.sources import JsonLines
+from tests.data.rows import conversation, good_rows, write_media, write_rows
 from tests.tiny import tiny_config, tiny_processor
-from tests.train.rows import conversation, good_rows, write_media, write_rows
 
 DATA = DataConfig(sources=(Source(path="x"),))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.kept import cache_folder, keep
+from qwen2vl.data.plan import mix
 from qwen2vl.errors import ConfigError
-from qwen2vl.train.config import DataConfig, Source
-from qwen2vl.train.kept import cache_folder, keep
-from qwen2vl.train.plan import mix
 
 
 def data_with(*fields: dict[str, float]) -> DataConfig:

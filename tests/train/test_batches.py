@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.synth import Mixture
-from qwen2vl.train.config import DataConfig, Source, TrainConfig, override
-from qwen2vl.train.data import batches
+from qwen2vl.train.batches import batches
+from qwen2vl.train.config import TrainConfig, override
 from qwen2vl.train.pack import Batch
+from tests.data.rows import conversation, data_of, good_rows, run_of, write_media, write_rows
 from tests.tiny import tiny_model, tiny_processor
-from tests.train.rows import conversation, data_of, good_rows, run_of, write_media, write_rows
 
 
 @pytest.fixture(scope="module")

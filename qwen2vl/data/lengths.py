@@ -25,12 +25,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwen2vl.config import VisionConfig
+from qwen2vl.data.dialects import Sample, SampleError
+from qwen2vl.data.kept import Arrays, keep
+from qwen2vl.data.prepare import Measurer
+from qwen2vl.data.sources import Samples
+from qwen2vl.data.tokens import TokenStore
 from qwen2vl.geometry import Grid
-from qwen2vl.train.dialects import Sample, SampleError
-from qwen2vl.train.kept import Arrays, keep
-from qwen2vl.train.prepare import Measurer
-from qwen2vl.train.sources import Samples
-from qwen2vl.train.tokens import TokenStore
 
 __all__ = ["Lengths", "Progress", "Size", "measure", "size_of", "vision_cost"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from qwen2vl.data.dialects import Sample, SampleError, read_row
+from qwen2vl.data.storage import Storage
 from qwen2vl.errors import ConfigError, InputError
-from qwen2vl.train.dialects import Sample, SampleError, read_row
-from qwen2vl.train.storage import Storage
 
 __all__ = ["Parquet"]
 

@@ -112,7 +112,7 @@ class _Bins:
         self.tokens, self.vision = np.zeros(self.count), np.zeros(self.count)
         self.owner = np.full(len(sizes), -1, np.int64)
         # In shares of an average bin, tokens and costs can be compared.
-        self.one_token = self.count / sizes.sum()
+        self.one_token = self.count / (sizes.sum() or 1.0)
         self.one_cost = self.count / (costs.sum() or 1.0)
 
     def pack(self) -> np.ndarray:

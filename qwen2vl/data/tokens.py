@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen2vl.data.dialects import Words
 from qwen2vl.errors import InputError
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.vocabulary import END_OF_TEXT
-from qwen2vl.train.dialects import Words
 
 __all__ = ["STORE", "Packed", "TokenStore", "pack_text"]
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.prepare import Preparer
+from qwen2vl.data.tokens import TokenStore, pack_text
 from qwen2vl.errors import InputError
-from qwen2vl.train.config import DataConfig, Source
-from qwen2vl.train.corpus import Corpus
-from qwen2vl.train.prepare import Preparer
-from qwen2vl.train.tokens import TokenStore, pack_text
 from tests.tiny import tiny_processor, tiny_tokenizer
-from tests.train.rows import run_of
 
 DOCUMENTS = ["one", "", "two <|im_end|> three", "x" * 150]
 
@@ -57,7 +56,7 @@ def test_a_store_is_a_source_like_any(folder: Path, tmp_path: Path) -> None:
     data = DataConfig(
         sources=(Source(path=str(folder)),), max_tokens=64, bins=1, cache=str(tmp_path / "c")
     )
-    corpus = Corpus.open(run_of(tmp_path, data).stages[0], tiny_processor(), seed=0)
+    corpus = Corpus.open(data, tiny_processor(), seed=0)
     examples, bad = corpus.read(range(len(corpus.tokens)))
     assert not bad
     assert {e.family for e in examples} == {"store"}

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.recipes import tiny
-from qwen2vl.train.config import DataConfig, Source, Stage, TrainConfig
+from qwen2vl.train.config import Stage, TrainConfig
 from tests.media import clip, encoded, smooth
 
 

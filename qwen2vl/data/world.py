@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from qwen2vl.data.dialects import Conversation
 from qwen2vl.synth import Mixture, render, sample
 from qwen2vl.synth.world import check_fonts, converse
-from qwen2vl.train.dialects import Conversation
 
 __all__ = ["World", "with_system"]
 

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.example import BadSample, Example
+from qwen2vl.data.world import with_system
 from qwen2vl.errors import ConfigError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
@@ -22,10 +25,8 @@ from qwen2vl.synth import render, sample
 from qwen2vl.synth.world import check_fonts
 from qwen2vl.train.bad import BadSamples
 from qwen2vl.train.config import Stage, TrainConfig
-from qwen2vl.train.corpus import Corpus
-from qwen2vl.train.pack import BadSample, Batch, Example, pack
+from qwen2vl.train.pack import Batch, pack
 from qwen2vl.train.schedule import bins_of, deal, draw, locate, stage_seed
-from qwen2vl.train.world import with_system
 
 __all__ = ["Batches", "batches", "open_corpora", "processor_of"]
 
@@ -142,9 +143,10 @@ def open_corpora(config: TrainConfig, processor: Processor) -> dict[int, Corpus]
     """
     return {
         number: Corpus.open(
-            stage,
+            stage.data,
             processor_of(stage, processor),
             seed=stage_seed(config, number),
+            default_system=stage.default_system,
             workers=config.workers,
         )
         for number, stage in enumerate(config.stages)

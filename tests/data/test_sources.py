@@ -10,18 +10,18 @@ from typing import Any
 import fsspec
 import pytest
 
+from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.dialects import SampleError
+from qwen2vl.data.lengths import size_of
+from qwen2vl.data.prepare import Measurer, Preparer
+from qwen2vl.data.sources import Samples, open_source
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.processor.messages import normalise
 from qwen2vl.synth import Mixture
-from qwen2vl.train.config import DataConfig, Source
-from qwen2vl.train.corpus import Corpus
-from qwen2vl.train.dialects import SampleError
-from qwen2vl.train.lengths import size_of
-from qwen2vl.train.prepare import Measurer, Preparer
-from qwen2vl.train.sources import Samples, open_source
+from tests.data.rows import conversation, data_of, write_rows
 from tests.media import encoded, smooth
 from tests.tiny import tiny_processor, tiny_tokenizer
-from tests.train.rows import conversation, data_of, run_of, write_rows
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -136,7 +136,7 @@ def test_media_may_lie_at_an_address_and_are_measured_by_their_heads(tmp_path: P
     path = write_rows(tmp_path / "rows.jsonl", rows)
     sources = (Source(path=str(path), media=f"memory://{tmp_path.name}"),)
     data = data_of(tmp_path, sources=sources, max_bad=0.5, bins=1, retries=0)
-    corpus = Corpus.open(run_of(tmp_path, data).stages[0], tiny_processor(), seed=0)
+    corpus = Corpus.open(data, tiny_processor(), seed=0)
     examples, bad = corpus.read(range(4))
     assert [e.input.items[0].size_seen for e in examples] == [(56, 84), (84, 84), (112, 84)]
     assert [(b.id, b.reason) for b in bad] == [("rows.jsonl:4", "missing")]

@@ -3,7 +3,7 @@
 `Preparer` finds media where the data lie and keeps decoded videos; `Measurer` walks the same path
 but opens headers only, so that what was planned is what comes. Whatever is wrong with a sample is
 a SampleError with the word it is counted by. It must not know files of samples, bins or steps.
-Next rooms: lengths.py (measures all), data.py (prepares what a step needs).
+Next rooms: lengths.py (measures all), corpus.py (prepares what a step needs).
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from qwen2vl.data.config import DataConfig
+from qwen2vl.data.dialects import Conversation, Page, Sample, SampleError, Words
+from qwen2vl.data.frames import FrameCache
+from qwen2vl.data.storage import MissingError, Storage, is_remote, join
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import Grid
 from qwen2vl.grounding import GROUNDING_TOKENS
@@ -31,10 +35,6 @@ from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.rgb import opened, shown_size
 from qwen2vl.processor.video import find_preset, plan_frames
 from qwen2vl.processor.vocabulary import END_OF_TEXT, VISION_END, VISION_START
-from qwen2vl.train.config import DataConfig
-from qwen2vl.train.dialects import Conversation, Page, Sample, SampleError, Words
-from qwen2vl.train.frames import FrameCache
-from qwen2vl.train.storage import MissingError, Storage, is_remote, join
 
 __all__ = ["Measurer", "Preparer"]
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen2vl.data.bins import plan_bins, shuffled
 from qwen2vl.errors import ConfigError
-from qwen2vl.train.bins import plan_bins, shuffled
 
 CAP = 512
 

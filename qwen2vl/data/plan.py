@@ -15,15 +15,15 @@ from math import gcd
 
 import numpy as np
 
+from qwen2vl.data.bins import Plan, plan_bins, shuffled
+from qwen2vl.data.config import DataConfig
+from qwen2vl.data.example import rounded
+from qwen2vl.data.kept import Arrays
+from qwen2vl.data.lengths import Lengths, size_of
+from qwen2vl.data.prepare import Measurer
+from qwen2vl.data.sources import Samples
 from qwen2vl.errors import InputError
 from qwen2vl.processor.processor import Processor
-from qwen2vl.train.bins import Plan, plan_bins, shuffled
-from qwen2vl.train.config import DataConfig
-from qwen2vl.train.kept import Arrays
-from qwen2vl.train.lengths import Lengths, size_of
-from qwen2vl.train.pack import rounded
-from qwen2vl.train.prepare import Measurer
-from qwen2vl.train.sources import Samples
 
 __all__ = ["Planner", "mix", "plan_of"]
 

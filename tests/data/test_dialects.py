@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qwen2vl.train.dialects import Conversation, Page, SampleError, read_row
+from qwen2vl.data.dialects import Conversation, Page, SampleError, read_row
 
 TEXT = {"type": "text", "text": "what?"}
 WANTED = [

@@ -3,9 +3,9 @@
     sources --lengths.py--> tables --plan.py--> bins of a pass
     samples of bin 17 --prepare.py--> examples, and the bad ones by name
 
-The bins of a pass stay the same in every pass, their order does not (schedule.py). Everything here
-is a function of the sources' content, the config and the seed, and has one fingerprint. It must
-not know steps or ranks. Next rooms: data.py, preview.py.
+The bins of a pass stay the same in every pass, their order does not (train/schedule.py).
+Everything here is a function of the sources' content, the config and the seed, and has one
+fingerprint. It must not know steps or ranks. Next rooms: train/batches.py, train/preview.py.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen2vl.data.bins import Plan
+from qwen2vl.data.config import DataConfig
+from qwen2vl.data.dialects import Sample, SampleError
+from qwen2vl.data.example import BadSample, Example
+from qwen2vl.data.frames import FrameCache
+from qwen2vl.data.kept import cache_folder, keep
+from qwen2vl.data.lengths import Lengths, Progress, measure
+from qwen2vl.data.plan import Planner, plan_of
+from qwen2vl.data.prepare import Measurer, Preparer
+from qwen2vl.data.sources import Samples, open_source
 from qwen2vl.processor.processor import Processor
-from qwen2vl.train.bins import Plan
-from qwen2vl.train.config import DataConfig, Stage
-from qwen2vl.train.dialects import Sample, SampleError
-from qwen2vl.train.frames import FrameCache
-from qwen2vl.train.kept import cache_folder, keep
-from qwen2vl.train.lengths import Lengths, Progress, measure
-from qwen2vl.train.pack import BadSample, Example
-from qwen2vl.train.plan import Planner, plan_of
-from qwen2vl.train.prepare import Measurer, Preparer
-from qwen2vl.train.sources import Samples, open_source
 
 __all__ = ["Corpus"]
 
@@ -56,22 +56,24 @@ class Corpus:
     @classmethod
     def open(
         cls,
-        stage: Stage,
+        data: DataConfig,
         processor: Processor,
         *,
         seed: int,
+        default_system: float = 0.0,
         workers: int = 0,
         progress: Progress = lambda what, done, total: None,
     ) -> Corpus:
         """Open what a stage reads.
+
+        Args:
+            default_system: share of the world's conversations with the default system sentence.
 
         Raises:
             InputError: a source is missing or damaged, too many of its samples are bad, or some
                 are larger than a bin.
             ConfigError: nothing can read a source, or there is too little for a step.
         """
-        data = stage.data
-        assert data is not None, "this stage shows the world"
         cache = cache_folder(data.cache)
         opened = [
             open_source(
@@ -80,7 +82,7 @@ class Corpus:
                 tokenizer=processor.tokenizer,
                 cache=cache,
                 seed=seed,
-                default_system=stage.default_system,
+                default_system=default_system,
             )
             for source in data.sources
         ]
