@@ -172,7 +172,9 @@ class Questions:
 class Race:
     """Lets the contestants answer by turns."""
 
-    def __init__(self, contestants: list[Contestant], folder: Path, logs: Path, threads: int):
+    def __init__(
+        self, contestants: list[Contestant], folder: Path, logs: Path, threads: int
+    ) -> None:
         self.contestants = contestants
         self.questions = Questions(folder)
         self.logs = logs
