@@ -19,7 +19,7 @@ from tests.parallel.jobs import MIXED, NOTHING, TEXT, Case, make, packed
 
 
 class Reading(TorchDispatchMode):
-    """Fails where a number is brought to the host, as `.item()` and `.tolist()` do."""
+    """Fails where a number is brought to the host, as `.item()` and `float()` do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
