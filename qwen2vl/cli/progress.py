@@ -40,7 +40,7 @@ class Progress:
         if "mfu" in line:
             yield f"MFU {line['mfu']:.1%}"
         yield f"wait {line['data_wait']:.0%}"
-        if self._last_step is not None:
+        if self._last_step is not None and line["step"] < line["steps"]:
             each = line["seconds"] / (line["step"] - self._last_step)
             yield f"ETA {terminal.person_seconds(each * (line['steps'] - line['step']))}"
         self._last_step = line["step"]

@@ -129,7 +129,8 @@ class Metrics:
     @contextmanager
     def _paused(self) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self.clock.stopped():
+            yield
         self._began += time.perf_counter() - start
 
     def _write(self, line: Mapping[str, Any]) -> None:

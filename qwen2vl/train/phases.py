@@ -9,18 +9,15 @@ not know what happens in a phase. Next room: metrics.py.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 __all__ = ["PHASES", "PhaseClock"]
 
-PHASES: tuple[str, ...] = (
-    "data",
-    "forward",
-    "backward",
-    "optimiser",
-    "other",
-)  # other: probes, checkpoints
+# other: reports and checkpoints
+PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimiser", "other")
 
 
 class PhaseClock:
@@ -35,17 +32,28 @@ class PhaseClock:
         assert phase in PHASES, f"phases are {', '.join(PHASES)}"
         self._marks.append((phase, _mark(self._device)))
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Count what happens inside for no phase; the one that runs goes on behind it."""
+        if not self._marks:
+            yield
+            return
+        running = self._marks[-1][0]
+        self._marks.append(("", _mark(self._device)))
+        yield
+        self._marks.append((running, _mark(self._device)))
+
     def take_seconds(self) -> dict[str, float]:
         """Add up the phases since the last call; waits for a GPU. The last one goes on."""
         if not self._marks:
             return dict.fromkeys(PHASES, 0.0)
-        running = self._marks[-1][0]
-        self.enter(running)
-        now = self._marks[-1]
+        now = (self._marks[-1][0], _mark(self._device))
+        self._marks.append(now)
         now[1].wait()
         seconds = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            seconds[phase] += begin.seconds_until(end)
+            if phase:
+                seconds[phase] += begin.seconds_until(end)
         self._marks = [now]
         return seconds
 

@@ -40,6 +40,12 @@ def test_from_the_second_on_it_says_when_the_run_ends() -> None:
     assert "  ETA 4 min  |" in later()  # 160 steps of 1.5 s
 
 
+def test_the_last_has_nothing_left() -> None:
+    progress = Progress()
+    progress(LINE, 90)
+    assert "ETA" not in progress({**LINE, "step": 200}, 120)
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [

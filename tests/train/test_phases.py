@@ -39,6 +39,24 @@ def test_what_runs_goes_on_behind_a_report() -> None:
     assert (found["backward"], found["optimiser"]) == (1.0, 1.0)
 
 
+def test_what_happens_while_it_is_stopped_counts_for_no_phase() -> None:
+    clock = PhaseClock()
+    clock.enter("other")
+    with clock.stopped():
+        for _ in range(10):
+            phases.time.perf_counter()
+    clock.enter("data")
+    assert clock.take_seconds() == {**dict.fromkeys(PHASES, 0.0), "other": 2.0, "data": 1.0}
+
+
+def test_a_clock_may_be_stopped_before_any_phase() -> None:
+    clock = PhaseClock()
+    with clock.stopped():
+        pass
+    clock.enter("data")
+    assert clock.take_seconds()["data"] == 1.0
+
+
 def test_a_clock_that_nobody_used_shows_nothing() -> None:
     assert PhaseClock().take_seconds() == dict.fromkeys(PHASES, 0.0)
 
