@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined] - public by its documents
 
 TIMEOUT = 150  # seconds for one job, on a machine that is busy with others
 

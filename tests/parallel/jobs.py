@@ -222,11 +222,11 @@ def step(run: Run, case: Case, number: int, result: Result) -> None:
         result.norms.append(norm.item())
         return judge(at, loss, norm)
 
-    optimisers.clip = note_gradients  # type: ignore[method-assign] - watched, not changed
-    guard.judge = note_loss  # type: ignore[method-assign]
+    optimisers.clip = note_gradients
+    guard.judge = note_loss
     own = [packed(ids) for ids in case.shares[number % len(case.shares)][run.ranks.rank]]
     one_step(run, own, Losses(), 0.0)
-    optimisers.clip, guard.judge = clip, judge  # type: ignore[method-assign]
+    optimisers.clip, guard.judge = clip, judge
 
 
 def packed(ids: Sequence[int]) -> Batch:
