@@ -13,7 +13,7 @@ sec. 3 and App. E; Dettmers et al. 2022 for the 8-bit levels.) Next room: lora.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -70,7 +70,7 @@ class Nf4Weight(nn.Module):
         place = x_TI.device.type
         if torch.is_autocast_enabled(place):
             x_TI = x_TI.to(torch.get_autocast_dtype(place))
-        return cast("Tensor", _Multiply.apply(x_TI, self))
+        return _multiply(x_TI, self)
 
 
 class _Multiply(torch.autograd.Function):
@@ -85,6 +85,10 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient_TO,) = gradients
         return gradient_TO @ ctx.weight.dequantised().to(gradient_TO.dtype), None
+
+
+# With tables and a backward of our own, it is one opaque call to a tracer.
+_multiply = cast("Callable[[Tensor, Nf4Weight], Tensor]", torch.compiler.disable(_Multiply.apply))
 
 
 def dequantise(stored: Mapping[str, Tensor | None], shape: torch.Size) -> Tensor:

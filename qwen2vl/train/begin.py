@@ -107,6 +107,7 @@ def _open(source: Path, config: TrainConfig) -> tuple[Qwen2VL, Processor]:
         model = load_quantised(
             source, processor.config, adapter, device=config.device, seed=config.seed
         )
+        _own_copy(model)
         return model, processor
     model, processor = load(source, device=config.device, dtype="float32")
     _own_copy(model)

@@ -136,3 +136,13 @@ def test_bitsandbytes_stores_the_same(double: bool) -> None:
     back = bitsandbytes.dequantize_4bit(codes, state)
     atol = 1e-4 if double else 0
     torch.testing.assert_close(ours.dequantised(), back, atol=atol, rtol=0)
+
+
+def test_it_may_stand_inside_what_is_compiled() -> None:
+    weight = Nf4Weight(matrix(40, 64), double=True)
+    double = torch.compile(lambda x: 2 * weight(x), backend="aot_eager", dynamic=True)
+    x = matrix(7, 64, seed=1).requires_grad_()
+    out = double(x)
+    assert torch.equal(out, 2 * weight(x))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * torch.ones(7, 40) @ weight.dequantised())
