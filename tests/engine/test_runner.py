@@ -430,28 +430,6 @@ def test_a_step_without_work_does_nothing() -> None:
     assert fresh().step() == []
 
 
-@pytest.mark.slow
-def test_nothing_grows_over_many_requests() -> None:
-    llm = fresh(cache_tokens=2048, vision_cache_bytes=100_000)
-    rng = np.random.default_rng(0)
-    for batch in range(100):
-        asked = [
-            [
-                user(
-                    f"Question {rng.integers(50)}",
-                    picture(56, 28 * int(rng.integers(2, 6)), int(seed)),
-                )
-            ]
-            for seed in rng.integers(0, 200, 20)
-        ]
-        llm.chat(asked, SamplingParams(temperature=0, max_tokens=int(rng.integers(1, 9))))
-        held = sum(cache.capacity for cache in llm.runner.caches.values())
-        assert held <= 2048, batch
-        assert llm.runner.shelf.cache.stats.num_bytes <= 100_000
-        assert not llm.runner.shelf._rows
-    assert llm.scheduler.pool.num_busy == 0
-
-
 @pytest.mark.parametrize("num_drafts", [0, 6])
 def test_a_grammar_holds_its_answer_and_no_other(num_drafts: int) -> None:
     pytest.importorskip("llguidance")
