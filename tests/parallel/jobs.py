@@ -217,10 +217,10 @@ def step(run: Run, case: Case, number: int, result: Result) -> None:
                 result.gradients[name] = whole(parameter.grad)
         return clip()
 
-    def note_loss(at: int, loss: Tensor, norm: Tensor) -> Tensor:
+    def note_loss(step: int, loss: Tensor, norm: Tensor) -> Tensor:
         result.losses.append(loss.item())
         result.norms.append(norm.item())
-        return judge(at, loss, norm)
+        return judge(step, loss, norm)
 
     optimisers.clip = note_gradients
     guard.judge = note_loss
