@@ -1,0 +1,53 @@
+"""From two donors through the three published stages: each moves what it should, and no more."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from qwen2vl import recipes
+from qwen2vl.train.config import override
+from qwen2vl.train.loop import train
+from qwen2vl.weights.transplant import transplant
+from tests.donors import write_open_clip, write_text
+
+STAGES = ("stage1_vision", "stage2_joint", "stage3_instruct", "full_finetune")
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    """Name the tensors in which two folders differ."""
+    one, two = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert one.keys() == two.keys()
+    return {name for name, tensor in one.items() if not torch.equal(tensor, two[name])}
+
+
+def test_from_donors_to_answers(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    write_open_clip(tmp_path / "vision")
+    transplant(tmp_path / "text", tmp_path / "vision", tmp_path / "start")
+    Image.effect_noise((60, 60), 80).convert("RGB").save(tmp_path / "noise.png")
+    rows = [
+        {"image": "noise.png", "text": f"noise of number {n}, seen from afar"} for n in range(8)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"data={tmp_path / 'data.jsonl'}", f"data.cache={tmp_path / 'cache'}", "data.bins=1"]
+    words += ["data.max_tokens=512", "stages.0.steps=1", "optim.lr=1e-2", "optim.warmup=1"]
+    words += ["device=cpu", "workers=0", "threads=1"]
+    folders = [tmp_path / "start"]
+    for name in STAGES:
+        where = [f"model={folders[-1]}", f"out={tmp_path / name}"]
+        folders.append(train(override(recipes.build(name), [*words, *where])))
+    changes = [moved(*pair) for pair in pairwise(folders)]
+    names = load_file(folders[0] / "model.safetensors").keys()
+    tower = {name for name in names if name.startswith("visual.")}
+    merger = {name for name in tower if "merger" in name}
+    assert changes[0] <= tower and changes[0] & merger and changes[0] - merger
+    assert changes[1] & tower and changes[1] - tower
+    assert not changes[2] & (tower - merger)
+    assert changes[2] & merger and changes[2] - tower
+    assert changes[3] & (tower - merger) and changes[3] - tower
