@@ -47,8 +47,8 @@ def sample_scene(
         low = min(low + 8, high)
     ground = sample_ground(rng)
     # Few kinds and colours now and then, or counts by kind would nearly always be one.
-    kinds = rng.sample(KINDS, rng.choice((2, 3, 6)))
-    colors = rng.sample(colors_on(ground), rng.choice((3, 4, 7)))
+    kinds = rng.sample(KINDS, rng.choice((1, 2, 3, 6)))
+    colors = rng.sample(colors_on(ground), rng.choice((1, 2, 4, 7)))
     shapes: list[Shape] = []
     for box in boxes:
         # Neighbours of one colour that touch would melt into one shape.
