@@ -93,21 +93,31 @@ PAGES = replace(  # many letters, and many shapes, for each question
     plain_share=0.4,
     page_share=0.7,
     page_lines=(2, 4),
-    list_share=0.45,
-    num_shapes=(1, 5),
-    canvas=(56, 126),
+    list_share=0.7,  # a truth for every name is what teaches which shape a name means
+    num_shapes=(1, 4),
+    canvas=(56, 140),
     questions=3,
 )
 WORLD = replace(  # as the mini suite asks, and larger
     PAGES,
+    weights={
+        "text": 0.33,
+        "shapes": 0.29,
+        "grounding": 0.2,
+        "motion": 0.03,
+        "two_pictures": 0.13,
+        "text_only": 0.02,
+    },
     text_length=(1, 16),
     max_width=448,
     plain_share=0.3,
-    page_share=0.5,
-    canvas=(56, 196),
+    page_share=0.4,
+    list_share=0.5,
+    num_shapes=(1, 5),
+    canvas=(56, 210),
     clip_canvas=(56, 112),
-    large_share=0.07,
-    sparse_share=0.08,
+    large_share=0.08,
+    sparse_share=0.14,
 )
 
 
