@@ -90,7 +90,7 @@ def peft_settings(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
-        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.rank_stabilised,
         "target_modules": _endings(set(adapted), [name for name, _ in model.named_modules()]),
