@@ -5,7 +5,8 @@
     CACHE/models/NAME-DIGEST         the random 2B in each peer's own format
 
 A finished environment or file is kept; one whose pins have changed is made anew. Compiling takes
-all cores unless CMAKE_BUILD_PARALLEL_LEVEL says otherwise.
+all cores unless CMAKE_BUILD_PARALLEL_LEVEL says otherwise. torch is whichever build pip finds: let
+it find one for CPUs (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), or gigabytes for CUDA come along.
 """
 
 from __future__ import annotations
