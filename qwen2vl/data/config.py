@@ -12,7 +12,12 @@ from typing import Literal
 from qwen2vl.errors import ConfigError
 from qwen2vl.synth import Mixture
 
-__all__ = ["DataConfig", "Source"]
+__all__ = ["MANNERS", "DataConfig", "Source"]
+
+# How samples are fetched, kept and given up, not which: they may change in the course of a run.
+MANNERS = frozenset(
+    ("max_bad", "decode_seconds", "fetch_seconds", "retries", "concurrency", "cache", "cache_gb")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,7 +101,7 @@ class Corpus:
         lengths = tuple(table for table, _ in measured)
         planner = Planner(data, processor, opened, lengths, seed)
         planner.check_bad()
-        key = _fingerprint(data, [key for _, key in measured], seed)
+        key = _fingerprint(data, [(key, table.digest()) for table, key in measured], seed)
         arrays = keep(cache / "plans" / f"{key}.npz", planner.arrays)
         return cls(
             data=data,
@@ -178,8 +178,8 @@ class Corpus:
         return self._preparers[key]
 
 
-def _fingerprint(data: DataConfig, tables: Sequence[str], seed: int) -> str:
-    """Name all that decides what a step sees; how it is fetched and where it is kept do not."""
+def _fingerprint(data: DataConfig, tables: Sequence[tuple[str, str]], seed: int) -> str:
+    """Name all that decides what a step sees; config.MANNERS do not."""
     shares = [(source.repeats, source.weight) for source in data.sources]
     sizes = (data.max_tokens, data.max_vision, data.bins, data.oversize)
     about = json.dumps([tables, shares, sizes, seed])

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from qwen2vl.data.config import MANNERS
 from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.train.config import TrainConfig, dump
@@ -57,8 +58,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "state.json"
 
-# What decides the bits of a run; the rest (ranks, workers, minutes, reports) may change from leg
-# to leg.
+# What a run learns, and how; all else may change from leg to leg. Workers, minutes and reports
+# change no bit by that; ranks, accumulate, compile and recompute may change the last ones.
 _BINDING = (
     *("stages", "seed", "optim", "dtype", "init", "model", "adapter", "min_pixels", "max_pixels"),
 )
@@ -210,7 +211,7 @@ def read_step(path: Path, config: TrainConfig) -> int:
     """Read how many steps a checkpoint has done.
 
     Raises:
-        CheckpointError: it belongs to a run that differs in what decides its bits, or is damaged.
+        CheckpointError: it belongs to a run that differs in what it learns or how, or is damaged.
     """
     state = read_state(path)
     own = json.loads(dump(config))
@@ -318,7 +319,7 @@ def _is_complete(path: Path) -> bool:
 def _differs(own: Any, saved: Any) -> bool:
     """Compare values of a config; a field that an older version did not have had its default."""
     if isinstance(own, dict) and isinstance(saved, dict):
-        return any(_differs(value, saved[key]) for key, value in own.items() if key in saved)
+        return any(_differs(own[key], saved[key]) for key in own.keys() & saved.keys() - MANNERS)
     if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
         return any(_differs(a, b) for a, b in zip(own, saved, strict=True))
     return own != saved

@@ -152,6 +152,33 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
         checkpoint.read_step(path, override(tiny.recipe(), ["seed=3", "stages.0.examples=4"]))
 
 
+READING = override(tiny.recipe(), ["stages.0.data=a.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("word", "may_change"),
+    [
+        *((f"data.{name}=0.5", True) for name in ("max_bad", "decode_seconds", "fetch_seconds")),
+        *(("data.retries=9", True), ("data.concurrency=2", True)),
+        *(("data.cache=elsewhere", True), ("data.cache_gb=0", True)),
+        *(("data.bins=3", False), ("data.video_preset=hf", False), ("data.max_frames=9", False)),
+        *(("data.oversize=drop", False), ("data=b.jsonl", False)),
+    ],
+)
+def test_how_data_are_fetched_and_kept_may_change(
+    tmp_path: Path, word: str, may_change: bool
+) -> None:
+    saver = Saver(tmp_path, 2, ONE)
+    path = saver.save(10, tensors(), {"config": json.loads(dump(READING))})
+    saver.close()
+    again = override(READING, [word])
+    if may_change:
+        assert checkpoint.read_step(path, again) == 10
+        return
+    with pytest.raises(CheckpointError, match="other values of stages;"):
+        checkpoint.read_step(path, again)
+
+
 @pytest.mark.parametrize(
     "word", ["model.text.rms_norm_eps=1e-5", "min_pixels=784", "max_pixels=784000", "init=x"]
 )
