@@ -6,6 +6,7 @@ its config are taken from there. It must not know stages or steps. Next rooms: a
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
             f"run {config.name}: nothing to begin from; give init=FOLDER, or a model in the recipe"
         )
     folder = Path(config.folder) / "tokenizer"
-    write_byte_tokenizer(folder, characters="✿")  # the mark of the agent format's keywords
+    _write_tokenizer(folder)
     tokenizer = Tokenizer.from_folder(folder)
     own = with_ids_of(config.model, tokenizer)
     model = Qwen2VL(own)
@@ -97,6 +98,16 @@ def initialise(model: Qwen2VL, seed: int) -> None:
             std = EMBEDDING_STD
         with torch.no_grad():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * std)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Write the tokenizer, once and whole: other ranks may be reading it."""
+    if folder.is_dir():
+        return
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    write_byte_tokenizer(aside, characters="✿")  # the mark of the agent format's keywords
+    aside.rename(folder)
 
 
 def _open(source: Path, config: TrainConfig) -> tuple[Qwen2VL, Processor]:

@@ -21,6 +21,16 @@ def test_a_fresh_model_takes_its_special_ids_from_its_tokenizer(tmp_path: Path) 
     assert len(processor.tokenizer) <= model.config.text.vocab_size
 
 
+def test_a_tokenizer_that_is_there_is_left_to_its_readers(tmp_path: Path) -> None:
+    config = override(tiny.recipe(), [f"out={tmp_path}"])
+    (tmp_path / ".tokenizer.partial").mkdir()  # of a run that was killed
+    _, _, folder = begin(config)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    begin(config)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
 def test_fresh_weights_are_seeded(tmp_path: Path) -> None:
     config = override(tiny.recipe(), [f"out={tmp_path}"])
     one, two = begin(config)[0], begin(config)[0]
