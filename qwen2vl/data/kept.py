@@ -1,8 +1,8 @@
 """Arrays that cost minutes to make, kept on disk by name: made once, by one process.
 
 A file is written aside and renamed, so that it is whole or not there; a damaged one counts as not
-there. Where several ranks of a machine want the same, the first makes it and the others wait. It
-must not know what the arrays mean. Next rooms: lengths.py, corpus.py.
+there. Where several ranks of a machine want the same, the first makes (or mends) it and the others
+wait. It must not know what the arrays mean. Next rooms: lengths.py, corpus.py.
 """
 
 from __future__ import annotations
@@ -30,15 +30,28 @@ def cache_folder(given: str) -> Path:
     return Path(home) / "qwen2vl"
 
 
-def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
+def keep(
+    path: Path,
+    make: Callable[[], Arrays],
+    *,
+    mender: Callable[[Arrays], Callable[[], Arrays] | None] = lambda found: None,
+) -> Arrays:
     """Read the arrays in `path`, or make them and write them there.
+
+    Args:
+        path: of the file.
+        make: makes the arrays.
+        mender: looks at arrays that were kept, and gives what makes better ones where it can.
 
     Raises:
         ConfigError: the folder cannot be written. And whatever `make` raises.
     """
+    stamp = _stamp(path)
     found = _read(path)
-    if found is not None:
+    wanted = make if found is None else mender(found)
+    if found is not None and wanted is None:
         return found
+    assert wanted is not None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
@@ -46,10 +59,10 @@ def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
         raise _refusal(path, error) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed, or its process dies
-        found = _read(path)  # another process may have made it in the meantime
-        if found is not None:
+        # Another process may have made it in the meantime.
+        if _stamp(path) != stamp and (found := _read(path)) is not None:
             return found
-        made = make()
+        made = wanted()
         try:
             aside = path.with_name(f".{path.stem}.partial.npz")
             np.savez(aside, **made)  # pyright: ignore[reportArgumentType] - arrays by name
@@ -58,6 +71,13 @@ def keep(path: Path, make: Callable[[], Arrays]) -> Arrays:
             raise _refusal(path, error) from error
         path.with_suffix(".lock").unlink(missing_ok=True)
     return made
+
+
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read(path: Path) -> Arrays | None:

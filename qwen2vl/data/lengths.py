@@ -6,8 +6,9 @@
     2             0        0       0   bad: missing
 
 The schedule packs by these numbers before anything is decoded. A table is named by the source's
-content and by all that decides sizes (tokenizer, pixel limits, preset), so it never goes stale.
-It must not know bins. Next room: corpus.py.
+content and by all that decides sizes (tokenizer, pixel limits, preset), but not by the files that
+media lie in: bad samples are measured again at each opening, and a good one whose files change
+later is found out when it is prepared. It must not know bins. Next room: corpus.py.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ class Lengths:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def digest(self) -> str:
+        """Name all sizes; why a bad sample is bad may be told in other words the next time."""
+        whole = blake2b(digest_size=16)
+        for array in (self.tokens, self.targets, self.vision, self.grids_K3, self.starts):
+            whole.update(np.ascontiguousarray(array).data)
+        return whole.hexdigest()
+
 
 class Size(NamedTuple):
     """One sample's row."""
@@ -90,17 +98,23 @@ def measure(
     workers: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Lengths, str]:
-    """Measure all samples of a source, unless its table is on disk; gives table and its name."""
+    """Measure a source, of a table that is on disk only what is bad; gives table and its name."""
     key = _key(source, measurer)
     if isinstance(source, TokenStore):
         return _of_text(source), key
 
-    def make() -> Arrays:
-        rows = _rows(source, measurer, label, workers, progress)
+    def make(indices: Sequence[int]) -> Arrays:
+        rows = _rows(source, indices, measurer, label, workers, progress)
         return _arrays(rows, measurer.config.vision)
 
-    arrays = dict(keep(cache / "lengths" / f"{key}.npz", make))
-    told = json.loads(arrays.pop("bad").tobytes())
+    def mender(held: Arrays) -> Callable[[], Arrays] | None:
+        bad = [index for index, *_ in _bad_of(held)]
+        return (lambda: _mended(held, bad, make(bad))) if bad else None
+
+    path = cache / "lengths" / f"{key}.npz"
+    arrays = dict(keep(path, lambda: make(range(len(source))), mender=mender))
+    told = _bad_of(arrays)
+    del arrays["bad"]
     return Lengths(**arrays, bad={i: (reason, text) for i, reason, text in told}), key
 
 
@@ -119,18 +133,17 @@ def _key(source: Samples, measurer: Measurer) -> str:
 
 
 class _Chunks(Dataset[list[Size]]):
-    """Stretches of a source, each measured in one go."""
+    """Samples of a source by their numbers, so many of them measured in one go."""
 
-    def __init__(self, source: Samples, measurer: Measurer) -> None:
-        self.source, self.measurer = source, measurer
+    def __init__(self, source: Samples, indices: Sequence[int], measurer: Measurer) -> None:
+        self.source, self.indices, self.measurer = source, indices, measurer
 
     def __len__(self) -> int:
-        return -(-len(self.source) // CHUNK)
+        return -(-len(self.indices) // CHUNK)
 
     def __getitem__(self, number: int) -> list[Size]:
-        last = min(len(self.source), (number + 1) * CHUNK)
         samples: list[Sample | SampleError] = []
-        for index in range(number * CHUNK, last):
+        for index in self.indices[number * CHUNK : (number + 1) * CHUNK]:
             try:
                 samples.append(self.source.read(index, pixels=False))
             except SampleError as error:
@@ -152,20 +165,25 @@ def size_of(sample: Sample | SampleError, measurer: Measurer) -> Size:
 
 
 def _rows(
-    source: Samples, measurer: Measurer, label: str, workers: int, progress: Progress
+    source: Samples,
+    indices: Sequence[int],
+    measurer: Measurer,
+    label: str,
+    workers: int,
+    progress: Progress,
 ) -> list[Size]:
-    logger.info("measuring the %s samples of %s", f"{len(source):,}", label)
+    logger.info("measuring %s samples of %s", f"{len(indices):,}", label)
     rows: list[Size] = []
     loader = DataLoader(
-        _Chunks(source, measurer),
+        _Chunks(source, indices, measurer),
         batch_size=None,
-        num_workers=workers if len(source) > CHUNK else 0,
+        num_workers=workers if len(indices) > CHUNK else 0,
         worker_init_fn=_one_thread,
         generator=torch.Generator(),  # the global one is a checkpoint's
     )
     for chunk in loader:
         rows += chunk
-        progress(f"measuring {label}", len(rows), len(source))
+        progress(f"measuring {label}", len(rows), len(indices))
     return rows
 
 
@@ -184,8 +202,33 @@ def _arrays(rows: Sequence[Size], vision: VisionConfig) -> Arrays:
         "vision": np.bincount(owner, vision_cost(grids_K3, vision), minlength=len(rows)),
         "grids_K3": grids_K3,
         "starts": starts,
-        "bad": np.frombuffer(json.dumps(bad).encode(), np.uint8),
+        "bad": _bad_array(bad),
     }
+
+
+def _mended(held: Arrays, bad: Sequence[int], fresh: Arrays) -> Arrays:
+    """Put rows that were measured again into the places of the bad ones, which had no grids."""
+    made = {name: held[name].copy() for name in ("tokens", "targets", "vision")}
+    for name, column in made.items():
+        column[bad] = fresh[name]
+    more, counts = np.diff(fresh["starts"]), np.diff(held["starts"])
+    counts[bad] = more
+    places = np.repeat(held["starts"][bad], more)
+    return {
+        **made,
+        "grids_K3": np.insert(held["grids_K3"], places, fresh["grids_K3"], axis=0),
+        "starts": np.cumsum([0, *counts]),
+        "bad": _bad_array([[bad[i], *why] for i, *why in _bad_of(fresh)]),
+    }
+
+
+def _bad_array(bad: Sequence[Sequence[int | str]]) -> np.ndarray:
+    return np.frombuffer(json.dumps(bad).encode(), np.uint8)
+
+
+def _bad_of(arrays: Arrays) -> list[tuple[int, str, str]]:
+    """List index, reason and text of each bad sample."""
+    return [(i, reason, text) for i, reason, text in json.loads(arrays["bad"].tobytes())]
 
 
 def _grids_of(rows: Sequence[Size]) -> np.ndarray:

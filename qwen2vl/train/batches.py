@@ -182,7 +182,8 @@ def _check_same(folder: Path, config: TrainConfig, corpora: dict[int, Corpus], s
         if changed := [name for name in own if held.get(name) != own[name]]:
             raise ConfigError(
                 f"{folder}: the data of {', '.join(changed)} are not those that this run began "
-                "with; bring those back, or begin another run with out=FOLDER"
+                "with (a bad sample that was mended counts too); bring those back, or begin "
+                "another run with out=FOLDER"
             )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(own, indent=1), encoding="utf-8")

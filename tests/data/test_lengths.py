@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwen2vl.config import VisionConfig
 from qwen2vl.data import lengths
 from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.data.lengths import Lengths, measure, vision_cost
+from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.lengths import Lengths, Size, measure, vision_cost
 from qwen2vl.data.prepare import Measurer, Preparer
-from qwen2vl.data.sources import JsonLines
+from qwen2vl.data.sources import JsonLines, Samples
 from qwen2vl.geometry import Grid, VisionMeta
 from qwen2vl.model.vision import VisionTower
-from tests.data.rows import conversation, good_rows, write_media, write_rows
+from tests.data.rows import conversation, data_of, good_rows, write_media, write_rows
 from tests.tiny import tiny_config, tiny_processor
 
 DATA = DataConfig(sources=(Source(path="x"),))
@@ -31,7 +34,7 @@ def source_in(folder: Path) -> JsonLines:
     return JsonLines([write_rows(folder / "rows.jsonl", [*good_rows(), bad])], str(folder))
 
 
-def measured(source: JsonLines, folder: Path, **given: object) -> tuple[Lengths, str]:
+def measured(source: JsonLines, folder: Path, **given: int) -> tuple[Lengths, str]:
     measurer = Measurer(tiny_processor(**given), DATA, base=source.base)
     return measure(source, measurer, cache=folder / "cache", label="rows")
 
@@ -54,12 +57,42 @@ def test_headers_promise_what_comes(tmp_path: Path) -> None:
 def test_a_table_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_in(tmp_path)
     first, name = measured(source, tmp_path)
-    monkeypatch.setattr(lengths, "_rows", lambda *_: pytest.fail("measured again"))
+    rows, wanted = lengths._rows, []
+
+    def counted(source: Samples, indices: Sequence[int], *args: Any) -> list[Size]:
+        wanted.extend(indices)
+        return rows(source, indices, *args)
+
+    monkeypatch.setattr(lengths, "_rows", counted)
     again, same = measured(source, tmp_path)
+    assert wanted == [len(source) - 1]  # the bad one, and no other
     assert same == name
     assert again.bad == first.bad
     for field in ("tokens", "targets", "vision", "grids_K3", "starts"):
         assert np.array_equal(getattr(first, field), getattr(again, field))
+
+
+def test_what_was_bad_is_measured_again_once_it_is_mended(tmp_path: Path) -> None:
+    write_media(tmp_path)
+    lost = [
+        conversation("<image><image>what?", "x", images=["late.png", "1.png"]),
+        conversation("<image>what?", "y", image="never.png"),
+    ]
+    rows = [*good_rows()[:3], lost[0], *good_rows()[3:], lost[1], lost[0]]
+    source = JsonLines([write_rows(tmp_path / "rows.jsonl", rows)], str(tmp_path))
+    data = data_of(tmp_path, tmp_path / "rows.jsonl", max_bad=1.0, bins=1)
+    before = Corpus.open(data, tiny_processor(), seed=0)
+    assert set(before.lengths[0].bad) == {3, len(rows) - 2, len(rows) - 1}
+    assert Corpus.open(data, tiny_processor(), seed=0).fingerprint == before.fingerprint
+    (tmp_path / "late.png").write_bytes((tmp_path / "3.png").read_bytes())
+    mended = Corpus.open(data, tiny_processor(), seed=0)
+    fresh, _ = measured(source, tmp_path / "elsewhere")
+    assert mended.fingerprint != before.fingerprint
+    assert dict(mended.lengths[0].bad) == dict(fresh.bad)
+    assert set(fresh.bad) == {len(rows) - 2}
+    assert mended.lengths[0].digest() == fresh.digest()
+    examples, bad = mended.read(mended.plan.entries)
+    assert (len(examples), len(bad)) == (len(rows) - 1, 1)
 
 
 def test_another_size_of_pictures_or_another_content_is_another_table(tmp_path: Path) -> None:
