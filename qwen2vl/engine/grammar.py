@@ -59,6 +59,10 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
         """Allow the JSON values of a schema, given as a mapping or as JSON text.
 
+        An object has the properties it names and no others, unless the schema says otherwise
+        (`additionalProperties`, `patternProperties`) or is put together by `allOf`: a model that
+        may always add one more property finds no end.
+
         Raises:
             InputError: no JSON, too large or deep, or a keyword that is not obeyed here.
         """
@@ -68,7 +72,9 @@ class Grammar:
                 f"JSON schema: {len(text):,} characters, at most {MAX_SCHEMA_CHARS:,} are allowed"
             )
         _check_schema(parsed, "#", 0)
-        return cls("json_schema", text)
+        if not _has_all_of(parsed):
+            _close(parsed)
+        return cls("json_schema", json.dumps(parsed))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -150,6 +156,23 @@ def _check_schema(schema: Any, where: str, depth: int) -> None:
         )
     for pointer, child in _children(schema):
         _check_schema(child, f"{where}/{pointer}", depth + 1)
+
+
+def _has_all_of(schema: Any) -> bool:
+    """Tell whether parts that must hold together stand apart, each with properties of its own."""
+    if not isinstance(schema, dict):
+        return False
+    return "allOf" in schema or any(_has_all_of(child) for _, child in _children(schema))
+
+
+def _close(schema: Any) -> None:
+    """Let objects have no other properties than those they name, in place."""
+    if not isinstance(schema, dict):
+        return
+    if "properties" in schema and not {"additionalProperties", "patternProperties"} & set(schema):
+        schema["additionalProperties"] = False
+    for _, child in _children(schema):
+        _close(child)
 
 
 def _children(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,20 @@ def test_a_schema_comes_as_text_or_as_a_mapping() -> None:
     assert Grammar.json_schema(schema) == Grammar.json_schema(json.dumps(schema))
 
 
+def test_objects_have_the_properties_they_name_unless_the_schema_opens_them() -> None:
+    inner: dict[str, Any] = {"type": "object", "properties": {"b": {}}}
+    closed = json.loads(Grammar.json_schema({"properties": {"a": inner}}).text)
+    assert closed["additionalProperties"] is False
+    assert closed["properties"]["a"]["additionalProperties"] is False
+    for opened in (
+        {"properties": {"a": {}}, "additionalProperties": True},
+        {"properties": {"a": {}}, "patternProperties": {"^x": {}}},
+        {"type": "object"},
+        {"allOf": [inner, {"properties": {"c": {}}}]},
+    ):
+        assert json.loads(Grammar.json_schema(opened).text) == opened
+
+
 def test_grammars_compare_and_hash() -> None:
     assert len({Grammar.boxes(), Grammar.boxes(), Grammar.regex("a"), Grammar.lark("a")}) == 3
 
