@@ -99,23 +99,28 @@ class Batches(Dataset[Batch]):
 
 
 def batches(
-    config: TrainConfig, processor: Processor, start: int, *, rank: int = 0, ranks: int = 1
+    config: TrainConfig,
+    processor: Processor,
+    start: int,
+    *,
+    corpora: dict[int, Corpus] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
     """Yield a rank's batches from step `start` on, prepared ahead by `config.workers` processes.
 
     Every rank gets `config.accumulate` of them for each step. Which samples a step has depends on
     none of rank, ranks, accumulate and workers.
 
+    Args:
+        corpora: what `open_corpora` gave, where it was asked before; it may take hours.
+
     Raises:
-        FontError: fonts of any stage are not installed. A worker could say so only when its stage
-            comes, and as a traceback.
-        InputError: data are missing, damaged or too large for a bin; later: too many are bad.
+        InputError: too many samples are bad, as they come; or as `open_corpora`, and so FontError.
         ConfigError: data are not those that the run began with, or cannot be dealt out evenly.
     """
-    for stage in config.stages:
-        if stage.data is None and stage.mixture is not None:
-            check_fonts(stage.mixture)
-    corpora = open_corpora(config, processor)
+    if corpora is None:
+        corpora = open_corpora(config, processor)
     for corpus in corpora.values():
         evenly = torch.arange(corpus.data.bins).numpy()
         deal(evenly, rank=rank, ranks=ranks, turn=0, turns=config.accumulate)
@@ -135,12 +140,17 @@ def batches(
 
 
 def open_corpora(config: TrainConfig, processor: Processor) -> dict[int, Corpus]:
-    """Open what each stage reads, by the stage's number.
+    """Open what each stage reads, by the stage's number; the first time it is measured.
 
     Raises:
+        FontError: fonts of any stage are not installed. A worker could say so only when its stage
+            comes, and as a traceback.
         InputError: data are missing, damaged or too large for a bin.
         ConfigError: nothing can read a source, or there is too little for a step.
     """
+    for stage in config.stages:
+        if stage.data is None and stage.mixture is not None:
+            check_fonts(stage.mixture)
     return {
         number: Corpus.open(
             stage.data,

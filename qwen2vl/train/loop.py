@@ -27,7 +27,7 @@ from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks, join
 from qwen2vl.parallel.shard import free_gathered, is_sharded, reduce_over_copies
-from qwen2vl.train.batches import batches
+from qwen2vl.train.batches import batches, open_corpora
 from qwen2vl.train.checkpoint import Saver, make_folder
 from qwen2vl.train.config import TrainConfig, dump
 from qwen2vl.train.export import describe, export, export_adapter
@@ -66,38 +66,53 @@ def train(
         CheckpointError: the run's folder holds checkpoints of another run, or is full.
         ConfigError: the run's folder cannot be made, a rule of a stage is wrong, or there are more
             ranks than samples.
-        SystemExit: SIGTERM came: with code 0, after a checkpoint.
-        KeyboardInterrupt: Ctrl-C came: after a checkpoint.
+        SystemExit: SIGTERM came between two steps: with code 0, after a checkpoint.
+        KeyboardInterrupt: Ctrl-C came: after a checkpoint, where there were steps.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     stop = Stop(config.minutes)
-    with stop.listening(), join(config.device, replicate=config.mesh.replicate) as ranks:
+    with join(config.device, replicate=config.mesh.replicate) as ranks:
         _check_shares(config, ranks)
         make_folder(Path(config.folder))
         run = build(config, ranks)
         resume(run)
-        with stop.unheard():  # the workers begin here
-            run.stream = batches(config, run.processor, run.step, rank=ranks.rank, ranks=ranks.size)
-        facts = {
-            "config": json.loads(dump(config)),
-            **describe(run.processor, run.tokenizer, run.folder),
-        }
-        saver = Saver(run.folder, config.keep, ranks)
-        try:
-            wish = _steps(run, saver, facts, stop, report, probe)
-            last = saver.save(run.step, run.tensors(), facts)
-        except BaseException as error:
-            # A frame that failed may hold the stream, and so the workers; see below.
-            traceback.clear_frames(error.__traceback__)
-            raise
-        finally:
-            run.stream = iter(())  # ends the workers, who are deaf to what would end them at exit
-            saver.close()
-        if wish in ("SIGTERM", "SIGINT"):
-            logger.warning("%s: saved %s; the same command goes on from there", wish, last)
-            raise SystemExit(0) if wish == "SIGTERM" else KeyboardInterrupt
-        return _export(run, last, facts)
+        # Until here there is nothing to save, and measuring may take hours: signals end it at once.
+        corpora = open_corpora(config, run.processor)
+        with stop.listening():
+            with stop.unheard():  # the workers begin here
+                run.stream = batches(
+                    config,
+                    run.processor,
+                    run.step,
+                    corpora=corpora,
+                    rank=ranks.rank,
+                    ranks=ranks.size,
+                )
+            return _go(run, stop, report, probe)
+
+
+def _go(run: Run, stop: Stop, report: Report, probe: Probe | None) -> Path:
+    """Step, save what the last step left, and put it together unless somebody wishes to stop."""
+    facts = {
+        "config": json.loads(dump(run.config)),
+        **describe(run.processor, run.tokenizer, run.folder),
+    }
+    saver = Saver(run.folder, run.config.keep, run.ranks)
+    try:
+        wish = _steps(run, saver, facts, stop, report, probe)
+        last = saver.save(run.step, run.tensors(), facts)
+    except BaseException as error:
+        # A frame that failed may hold the stream, and so the workers; see below.
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        run.stream = iter(())  # ends the workers, who are deaf to what would end them at exit
+        saver.close()
+    if wish in ("SIGTERM", "SIGINT"):
+        logger.warning("%s: saved %s; the same command goes on from there", wish, last)
+        raise SystemExit(0) if wish == "SIGTERM" else KeyboardInterrupt
+    return _export(run, last, facts)
 
 
 def _steps(

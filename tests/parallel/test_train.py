@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.cli.main import main
+from qwen2vl.data.corpus import Corpus
 from qwen2vl.errors import ConfigError
 from qwen2vl.parallel.mesh import Ranks, is_first, join
 from qwen2vl.recipes import tiny
@@ -111,7 +112,7 @@ def test_a_signal_saves_before_it_ends_the_run(tmp_path: Path, name: str, code: 
         assert process.is_alive()
         time.sleep(0.05)
     os.kill(process.pid or 0, getattr(signal, name))
-    process.join(60)
+    process.join(180)  # on a machine that is busy with others
     ended = process.exitcode
     process.kill()
     assert ended == code
@@ -120,6 +121,21 @@ def test_a_signal_saves_before_it_ends_the_run(tmp_path: Path, name: str, code: 
     checkpoint.verify(path, ONE)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert path.name == f"step-{steps[-1]:06d}"  # the last step it took, and no other
+
+
+def test_measuring_is_interrupted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the signal was not heard")
+
+    monkeypatch.setattr(Corpus, "open", measure)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config(tmp_path, "stages.0.data=none.jsonl"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_one_process_never_starts_torch_distributed(tmp_path: Path) -> None:
