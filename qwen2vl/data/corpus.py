@@ -141,7 +141,8 @@ class Corpus:
             yield
         except SampleError as error:
             name = self.sources[number].name(entry - int(self.first[number]))
-            bad.append(BadSample(name, self.labels[number], error.reason, str(error)))
+            known = not self.tokens[entry]
+            bad.append(BadSample(name, self.labels[number], error.reason, str(error), known))
 
     def _sample(self, number: int, entry: int) -> Sample:
         """Read a sample, unless it is known to be bad or too large."""

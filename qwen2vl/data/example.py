@@ -29,6 +29,7 @@ class BadSample(NamedTuple):
     source: str
     reason: str  # one word, to count by
     text: str
+    known: bool = False  # before the run began, and judged then: bad by its header, or too large
 
 
 def rounded(length: int) -> int:

@@ -3,8 +3,8 @@
     runs/nano/bad_samples.jsonl   {"step": 12, "id": "rows.jsonl:17", "source": "rows", ...}
 
 A sample that cannot be used leaves its place empty; nothing else is shown instead, so what a step
-sees stays a function of its number. Each rank keeps its own list. It must not know why a sample
-is bad. Next room: batches.py.
+sees stays a function of its number. What was known and accepted before the run is listed, not
+counted. Each rank keeps its own list. It must not know why a sample is bad. Next room: batches.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMED = 3  # that an error names
 
 
 class BadSamples:
-    """What was seen and what was bad since this process began."""
+    """What was seen and what turned out bad since this process began."""
 
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
         name = f"bad_samples-{rank:05d}.jsonl" if rank else "bad_samples.jsonl"
@@ -33,16 +33,17 @@ class BadSamples:
         self._last: list[str] = []
 
     def take(self, batch: Batch, step: int, limit: float) -> None:
-        """Count one batch.
+        """List what is bad in one batch, and count what was not known before.
 
         Raises:
             InputError: the share of bad samples exceeds `limit`; counted by reason.
         """
-        self.seen += len(batch.families) + len(batch.bad)
+        fresh = [sample for sample in batch.bad if not sample.known]
+        self.seen += len(batch.families) + len(fresh)
         if not batch.bad:
             return
-        self.reasons.update(sample.reason for sample in batch.bad)
-        self._last = [f"{sample.id}: {sample.text}" for sample in batch.bad[:NAMED]]
+        self.reasons.update(sample.reason for sample in fresh)
+        self._last = [f"{sample.id}: {sample.text}" for sample in fresh[:NAMED]] or self._last
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for sample in batch.bad:

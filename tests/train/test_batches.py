@@ -146,6 +146,17 @@ def test_samples_that_turn_bad_stop_the_run_above_the_limit(tmp_path: Path) -> N
         list(stream)
 
 
+def test_dropped_samples_are_listed_and_do_not_stop_the_run(tmp_path: Path) -> None:
+    rows = [conversation("q", "a"), *(conversation("q", "a" * 600) for _ in range(30))]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = data_of(tmp_path, path, oversize="drop", bins=1)
+    config = run_of(tmp_path, data, steps=50)
+    told = [bad.reason for batch in batches(config, tiny_processor(), 0) for bad in batch.bad]
+    assert told == ["oversize"] * 30 * 50
+    lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert len(lines) == len(told)
+
+
 def test_media_that_changed_since_they_were_measured_are_bad(tmp_path: Path) -> None:
     write_media(tmp_path)
     rows = [conversation("<image>what?", "x", image="0.png"), conversation("q", "a")]
