@@ -36,6 +36,7 @@ __all__ = [
     "merge_lora",
     "merged_state",
     "put_lora",
+    "target_names",
     "unmerge",
 ]
 
@@ -123,7 +124,7 @@ def fresh_factors(model: Qwen2VL, config: LoraConfig, seed: int) -> dict[str, Lo
     _check(config)
     draw = torch.Generator().manual_seed(seed)
     factors: dict[str, LoraFactors] = {}
-    for name in _targets(model, config.targets):
+    for name in target_names(model, config.targets):
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         bound = layer.in_features**-0.5
@@ -131,6 +132,32 @@ def fresh_factors(model: Qwen2VL, config: LoraConfig, seed: int) -> dict[str, Lo
         b_YR = torch.zeros(layer.out_features, config.rank)
         factors[name] = LoraFactors(a_RX=a_RX, b_YR=b_YR, scale=config.scale)
     return factors
+
+
+def target_names(model: Qwen2VL, patterns: tuple[str, ...]) -> list[str]:
+    """List the linear layers whose whole name one of the patterns matches.
+
+    Raises:
+        ConfigError: a pattern is none, or matches no layer of the towers.
+    """
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != _HEAD
+    ]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        try:
+            own = [name for name in linears if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise ConfigError(f"adapter.targets: {pattern!r} is no pattern: {error}") from None
+        if not own:
+            raise ConfigError(
+                f"adapter.targets: {pattern!r} matches no linear layer; names are like "
+                f"{linears[0]} and {linears[-1]}"
+            )
+        found |= dict.fromkeys(own)
+    return [name for name in linears if name in found]
 
 
 def put_lora(
@@ -244,25 +271,3 @@ def _check(config: LoraConfig) -> None:
     ]
     if broken := [text for holds, text in rules if not holds]:
         raise ConfigError("adapter: " + "; ".join(broken))
-
-
-def _targets(model: Qwen2VL, patterns: tuple[str, ...]) -> list[str]:
-    """List the linear layers whose whole name one of the patterns matches."""
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != _HEAD
-    ]
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        try:
-            own = [name for name in linears if re.fullmatch(pattern, name)]
-        except re.error as error:
-            raise ConfigError(f"adapter.targets: {pattern!r} is no pattern: {error}") from None
-        if not own:
-            raise ConfigError(
-                f"adapter.targets: {pattern!r} matches no linear layer; names are like "
-                f"{linears[0]} and {linears[-1]}"
-            )
-        found |= dict.fromkeys(own)
-    return [name for name in linears if name in found]

@@ -23,6 +23,7 @@ from qwen2vl.adapt.lora import (
     fresh_factors,
     merged_state,
     put_lora,
+    target_names,
 )
 from qwen2vl.adapt.peft import peft_settings, peft_tensors, read_lora
 from qwen2vl.config import Qwen2VLConfig
@@ -118,6 +119,11 @@ def _factors(model: Qwen2VL, adapter: LoraConfig, seed: int) -> dict[str, LoraFa
         return fresh_factors(model, adapter, seed)
     settings, tensors = read_adapter(adapter.init)
     factors = read_lora(settings, tensors, model, where=adapter.init)
+    if other := factors.keys() ^ set(target_names(model, adapter.targets)):
+        raise ConfigError(
+            f"adapter.init {adapter.init} and adapter.targets {list(adapter.targets)} differ in "
+            f"{len(other)} layers, such as {min(other)}; give the targets that it was trained with"
+        )
     for name, found in factors.items():
         if len(found.a_RX) != adapter.rank or found.scale != adapter.scale:
             raise ConfigError(

@@ -179,6 +179,9 @@ def test_a_run_goes_on_from_an_adapter(base: Path, data: Path) -> None:
     assert torch.equal(layer.lora_B, stored[key])
     with pytest.raises(ConfigError, match=r"has rank 16 and scale 2, adapter\.rank 8 and adapter"):
         begin(config(lora.recipe(), base, f"adapter.init={first}", "adapter.rank=8"))
+    words = (f"adapter.init={first}", 'adapter.targets=["model.*q_proj"]')
+    with pytest.raises(ConfigError, match=r"differ in \d+ layers, such as model.*; give"):
+        begin(config(lora.recipe(), base, *words))
 
 
 def test_any_checkpoint_can_be_exported(base: Path, data: Path) -> None:
