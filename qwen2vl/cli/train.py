@@ -8,6 +8,7 @@ Next room: train/loop.py.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import click
 
@@ -45,11 +46,18 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         return
     began = time.monotonic()
     told = Progress()
-    folder = run(
-        config,
-        report=lambda line: terminal.say(told(line, time.monotonic() - began)),
-        probe=probe_of(config),
-    )
+    step = 0
+
+    def report(line: dict[str, Any]) -> None:
+        nonlocal step
+        step = line["step"]
+        terminal.say(told(line, time.monotonic() - began))
+
+    folder = run(config, report=report, probe=probe_of(config))
     if is_first():  # of the processes that torchrun started
+        if 0 < step < config.steps:
+            terminal.say(f"stopped at step {step} of {config.steps}; the same command goes on")
+        if config.adapter is not None:
+            terminal.say(f"adapter: {folder.parent / folder.name.replace('model', 'adapter', 1)}")
         terminal.say(f"model: {folder}")
         terminal.say(f"try:   qwen2vl ask --model {folder} --image PICTURE QUESTION")

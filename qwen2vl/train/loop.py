@@ -126,7 +126,7 @@ def _steps(
     """Step to the end, or until somebody wishes to stop."""
     config, ranks = run.config, run.ranks
     metrics = _open_metrics(run)
-    wish = stop.heard(ranks)
+    told, wish = run.step, stop.heard(ranks)
     while run.step < config.steps and not wish:
         if run.optimisers is None or run.begins_stage:
             run.begin_stage()
@@ -138,13 +138,16 @@ def _steps(
         own = [next(run.stream) for _ in range(config.accumulate)]
         one_step(run, own, metrics, time.perf_counter() - asked)
         metrics.enter("other")
-        if run.step % config.log_every == 0 or run.step == config.steps:
+        if run.step % config.log_every == 0:
             _tell(run, metrics, report)
+            told = run.step
         if run.step % config.save_every == 0:
             saver.save(run.step, run.tensors(), facts)
         if probe is not None and config.probe.every and run.step % config.probe.every == 0:
             _ask(run, metrics, report, probe)
         wish = stop.heard(ranks)
+    if told < run.step:  # a short leg, too, has something to tell
+        _tell(run, metrics, report)
     return wish
 
 
