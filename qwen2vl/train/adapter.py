@@ -46,7 +46,7 @@ def put_adapter(model: Qwen2VL, adapter: LoraConfig, seed: int) -> None:
     """
     factors = _factors(model, adapter, seed)
     put_lora(model, factors, dropout=adapter.dropout, quantize=adapter.quantize_base)
-    _prepare(model, seed)
+    model.train()  # only the factors' dropout asks
 
 
 def load_quantised(
@@ -70,7 +70,7 @@ def load_quantised(
         model.get_submodule(name).to(place, torch.float32)
         one = {name: found}
         put_lora(model, one, dropout=adapter.dropout, quantize=adapter.quantize_base)
-    _prepare(model, seed)
+    model.train()  # only the factors' dropout asks
     return model
 
 
@@ -132,11 +132,6 @@ def _factors(model: Qwen2VL, adapter: LoraConfig, seed: int) -> dict[str, LoraFa
                 f"mean scale {adapter.scale:g}; give those that it was trained with"
             )
     return factors
-
-
-def _prepare(model: Qwen2VL, seed: int) -> None:
-    model.train()  # only the factors' dropout asks
-    torch.manual_seed(seed)  # what dropout draws from; a checkpoint keeps its state
 
 
 def _scales(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str, float]:

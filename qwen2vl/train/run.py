@@ -107,6 +107,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         model, processor, tokenizer = begin(replace(config, device="cpu"))
         if not ranks.rank:
             ranks.wait_for_all()
+    # What an adapter's dropout draws from, on each rank something else; a checkpoint keeps it.
+    torch.manual_seed(config.seed + ranks.rank)
     asked = config.recompute
     recompute(model, visual=asked.visual, text=asked.text, every=asked.every)
     if config.compile:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwen2vl.parallel.mesh import join
 from qwen2vl.recipes import lora
 from qwen2vl.train import loop
 from qwen2vl.train.config import override
+from qwen2vl.train.run import build
 from tests.folders import write_tiny
 from tests.parallel.gang import Gang
 
@@ -28,6 +30,23 @@ def train_adapter(root: Path, out: str, *words: str) -> str:
         *("device=cpu", "dtype=float32", "workers=0", "threads=1"),
     ]
     return str(loop.train(override(lora.recipe(), [*short, *words])))
+
+
+def masked(root: Path) -> list[bool]:
+    """Tell what dropout would draw for a run that begins."""
+    run = override(lora.recipe(), [f"model={root / 'base'}", f"out={root}", "device=cpu"])
+    with join(run.device) as ranks:
+        build(run, ranks)
+    return (torch.rand(64) < 0.5).tolist()
+
+
+def test_every_rank_draws_other_masks_and_the_first_those_of_one_process(
+    gang: Gang, tmp_path: Path
+) -> None:
+    write_tiny(tmp_path / "base")
+    first, second = gang.run(2, masked, tmp_path)
+    assert first == masked(tmp_path)
+    assert first != second
 
 
 @pytest.mark.parametrize(
