@@ -190,10 +190,10 @@ def _turns(given: Any, media: _Media, row: Mapping[str, Any]) -> list[Mapping[st
         if not isinstance(turn, Mapping):
             raise SampleError("messages", f"conversations[{i}] is {turn!r:.40}, not an object")
         who = turn.get("from", turn.get("role"))
-        if who not in _ROLES:
+        if not isinstance(who, str) or who not in _ROLES:
             raise SampleError(
                 "messages",
-                f"conversations[{i}] is from {who!r}; known are {', '.join(sorted(_ROLES))}",
+                f"conversations[{i}] is from {who!r:.40}; known are {', '.join(sorted(_ROLES))}",
             )
         text = turn.get("value", turn.get("content"))
         found.append({"role": _ROLES[who], "content": media.content(text)})
@@ -235,12 +235,15 @@ def _article(row: Mapping[str, Any]) -> Iterator[str | Mapping[str, Any]]:
 
 def _tools(given: Any) -> Any:
     """Read tools, which some files hold as JSON in a string."""
-    if not isinstance(given, str):
-        return given or None
     try:
-        return json.loads(given) if given.strip() else None
+        found = json.loads(given.strip() or "null") if isinstance(given, str) else given
     except ValueError as error:
         raise SampleError("messages", f"tools is not JSON: {error}") from error
+    if not found:
+        return None
+    if not isinstance(found, list | tuple) or not all(isinstance(tool, Mapping) for tool in found):
+        raise SampleError("messages", f"tools is {found!r:.40}; it must be a list of objects")
+    return found
 
 
 def _a_list(given: Any, key: str) -> list[Any]:

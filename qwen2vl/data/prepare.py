@@ -9,6 +9,7 @@ Next rooms: lengths.py (measures all), corpus.py (prepares what a step needs).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -155,8 +156,12 @@ class Preparer(Processor):
             return self._bytes(address)
         if address.startswith(("data:", "file:")):
             return address
-        path = Path(address).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(address))
+        try:
+            found = path.is_file()
+        except OSError as error:
+            raise MissingError(f"{source:.80} cannot be looked for: {error.strerror}") from error
+        if not found:
             raise MissingError(f"{source} is missing in {path.parent}")
         return path
 

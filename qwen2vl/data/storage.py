@@ -167,7 +167,7 @@ def join(base: str, name: str) -> str:
         return name
     if is_remote(base):
         return name if name.startswith("/") else posixpath.join(base, name)
-    return str(Path(base) / Path(name).expanduser())
+    return str(Path(base) / os.path.expanduser(name))  # as it is, where there is no such user
 
 
 def _local(address: str) -> Path:
