@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -57,6 +57,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "state.json"
+
+Found = TypeVar("Found")
 
 # What a run learns, and how; all else may change from leg to leg. Workers, minutes and reports
 # change no bit by that; ranks, accumulate, compile and recompute may change the last ones.
@@ -149,33 +151,42 @@ class Saver:
                 process_group=self.ranks.saving,
                 no_dist=self.ranks.mesh is None,
             )
-            files = self._digests(aside)
+            parts = self._together(lambda: self._digests(aside))
+            files = {name: entry for part in parts for name, entry in sorted(part.items())}
             self._first(lambda: _finish(aside, target, {**manifest, "files": files}))
         except (OSError, SafetensorError, CheckpointException) as error:
-            self._first(lambda: shutil.rmtree(aside, ignore_errors=True), together=False)
+            if self.ranks.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
                 f"{target}: cannot be saved: {_reason(error)}; free some space and start again: "
                 "the run goes on from the checkpoint before"
             ) from error
-        self._first(self._drop_old, together=False)
-
-    def _first(self, act: Callable[[], None], *, together: bool = True) -> None:
-        """Let the first rank act, and the others wait for it."""
         if self.ranks.rank == 0:
-            act()
-        if together and self.ranks.saving is not None:
-            dist.barrier(group=self.ranks.saving)
+            self._drop_old()
+
+    def _first(self, act: Callable[[], None]) -> None:
+        """Let the first rank act, and the others wait for it."""
+        self._together(act if self.ranks.rank == 0 else lambda: None)
+
+    def _together(self, act: Callable[[], Found]) -> list[Found]:
+        """Let every rank act, and give what each found; where one fails, all do."""
+        if self.ranks.saving is None:
+            return [act()]
+        found, failed = None, ""
+        try:
+            found = act()
+        except OSError as error:
+            failed = _reason(error)
+        told: list[Any] = [None] * self.ranks.size
+        dist.all_gather_object(told, (found, failed), group=self.ranks.saving)
+        if reasons := [reason for _, reason in told if reason]:
+            raise OSError(reasons[0])
+        return [part for part, _ in told]
 
     def _digests(self, folder: Path) -> dict[str, list[Any]]:
-        """Read back what all ranks wrote: name -> [bytes, digest]; each rank reads a share."""
+        """Read back a share of what all ranks wrote: name -> [bytes, digest]."""
         names = sorted(path.name for path in folder.iterdir())
-        rank, size = self.ranks.rank, self.ranks.size
-        own = {name: _measure(folder / name) for name in names[rank::size]}
-        if self.ranks.saving is None:
-            return own
-        found: list[dict[str, list[Any]]] = [{} for _ in range(size)]
-        dist.all_gather_object(found, own, group=self.ranks.saving)
-        return {name: entry for part in found for name, entry in sorted(part.items())}
+        return {n: _measure(folder / n) for n in names[self.ranks.rank :: self.ranks.size]}
 
     def _drop_old(self) -> None:
         """Drop what is older than the last `keep` checkpoints whose files are all there."""

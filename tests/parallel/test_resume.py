@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.errors import CheckpointError
+from qwen2vl.parallel.mesh import Ranks, join
 from qwen2vl.train import checkpoint
 from qwen2vl.train.config import OptimConfig
 from tests.parallel import jobs
@@ -54,6 +55,32 @@ def test_any_number_of_ranks_goes_on_where_two_stopped(
     limit = 1e-10 if optim is ADAMW else 1e-2
     assert largest_difference(kept, four) < limit
     assert largest_difference(kept, one) < limit
+
+
+def fail_to_save(folder: str, name: str, failing: int) -> str:
+    """Save while a function fails on one rank; say how it is told."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with join("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == failing:
+            patch.setattr(checkpoint, name, fail)
+        saver = checkpoint.Saver(Path(folder), 2, ranks)
+        saver.save(1, {f"own|{ranks.rank}": torch.ones(2)}, {})
+        with pytest.raises(CheckpointError) as told:
+            saver.close()
+        return str(told.value)
+
+
+@pytest.mark.parametrize(("name", "failing"), [("_make_empty", 0), ("_measure", 1), ("_finish", 0)])
+def test_what_one_rank_cannot_save_all_tell(
+    gang: Gang, tmp_path: Path, name: str, failing: int
+) -> None:
+    first, second = gang.run(2, fail_to_save, str(tmp_path), name, failing)
+    assert first == second
+    assert "step-000001: cannot be saved: No space left on device; free" in first
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_two_ranks_wrote_is_whole_in_the_files(gang: Gang, tmp_path: Path) -> None:
