@@ -1,9 +1,9 @@
 """Rows of parquet files, with the bytes of their pictures inside, as Hugging Face writes them.
 
 A row is read with its whole row group, and the last groups stay in memory: files with groups of a
-hundred rows are read at random for little. A file is named by its footer, which holds the sizes
-and places of all it contains. pyarrow comes only when a parquet file does (extra `data`).
-It must not know dialects. Next rooms: sources.py, dialects.py.
+hundred rows are read at random for little. Of many files only the last used are open. A file is
+named by its footer, which holds the sizes and places of all it contains. pyarrow comes only when a
+parquet file does (extra `data`). It must not know dialects. Next rooms: sources.py, dialects.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from qwen2vl.errors import ConfigError, InputError
 __all__ = ["Parquet"]
 
 GROUPS = 4  # row groups that each process keeps
+HANDLES = 16  # files that each process keeps open
 
 
 class Parquet:
@@ -40,10 +41,12 @@ class Parquet:
         self._files: list[int] = []  # of each row group: its file, and its number there
         self._numbers: list[int] = []
         rows: list[int] = []
-        self._handles: dict[tuple[int, int], Any] = {}
+        self._handles: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
         for i, path in enumerate(self.paths):
-            about = self._open(i).metadata
+            file = self._open(i)
+            about = file.metadata
+            file.close(force=True)  # pyarrow leaves a file open that it did not open itself
             footer.update(_footer(self.storage, path, about.serialized_size))
             for number in range(about.num_row_groups):
                 self._files.append(i)
@@ -58,7 +61,7 @@ class Parquet:
         return int(self._first[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}, "_groups": OrderedDict()}
+        return {**self.__dict__, "_handles": OrderedDict(), "_groups": OrderedDict()}
 
     def fingerprint(self) -> str:
         """Name the content by the footers."""
@@ -92,32 +95,39 @@ class Parquet:
     def _group(self, group: int) -> Any:
         key = (os.getpid(), group)
         if key not in self._groups:
-            self._groups[key] = self._open(self._files[group]).read_row_group(self._numbers[group])
+            file = self._handle(self._files[group])
+            self._groups[key] = file.read_row_group(self._numbers[group])
             while len(self._groups) > GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
 
-    def _open(self, number: int) -> Any:
-        """Open a file, once in each process: workers must not share a place in it."""
+    def _handle(self, number: int) -> Any:
+        """Keep a file open, in each process its own: workers must not share a place in it."""
         key = (os.getpid(), number)
         if key not in self._handles:
-            path = self.paths[number]
-            try:
-                from pyarrow.parquet import ParquetFile
-            except ImportError as error:
-                raise ConfigError(
-                    f"{path}: parquet needs the package pyarrow; pip install 'qwen2vl[data]'"
-                ) from error
-            try:
-                self._handles[key] = ParquetFile(self.storage.open(path))
-            except FileNotFoundError as error:
-                raise InputError(f"{path}: no such file; check the path") from error
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"{path} cannot be read as parquet: {_first_line(error)}; is it cut short?"
-                ) from error
+            self._handles[key] = self._open(number)
+            while len(self._handles) > HANDLES:
+                self._handles.popitem(last=False)[1].close(force=True)
+        self._handles.move_to_end(key)
         return self._handles[key]
+
+    def _open(self, number: int) -> Any:
+        path = self.paths[number]
+        try:
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise ConfigError(
+                f"{path}: parquet needs the package pyarrow; pip install 'qwen2vl[data]'"
+            ) from error
+        try:
+            return ParquetFile(self.storage.open(path))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file; check the path") from error
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read as parquet: {_first_line(error)}; is it cut short?"
+            ) from error
 
 
 def _footer(storage: Storage, path: str, size: int) -> bytes:

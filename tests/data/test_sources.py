@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pytest
 
+from qwen2vl.data import parquet
 from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.data.corpus import Corpus
 from qwen2vl.data.dialects import SampleError
 from qwen2vl.data.lengths import size_of
 from qwen2vl.data.prepare import Measurer, Preparer
 from qwen2vl.data.sources import Samples, open_source
+from qwen2vl.data.storage import Storage
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.processor.messages import normalise
 from qwen2vl.synth import Mixture
@@ -47,6 +49,7 @@ def texts(source: Samples) -> list[str]:
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], *, group: int = 4) -> Path:
+    path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
     return path
 
@@ -105,6 +108,27 @@ def test_a_parquet_file_that_is_cut_short_is_refused_at_the_start(tmp_path: Path
         open_path(path, tmp_path)
     with pytest.raises(InputError, match=r"none.parquet: no such file"):
         open_path(tmp_path / "none.parquet", tmp_path)
+
+
+def test_of_many_parquet_files_few_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles: list[BinaryIO] = []
+    plain = Storage.open
+
+    def told(self: Storage, address: str) -> BinaryIO:
+        handles.append(plain(self, address))
+        return handles[-1]
+
+    monkeypatch.setattr(Storage, "open", told)
+    count = parquet.HANDLES + 4
+    for i in range(count):
+        write_parquet(tmp_path / "parts" / f"{i:02d}.parquet", [{"text": f"page {i}"}])
+    source = open_path(tmp_path / "parts", tmp_path)
+    assert all(handle.closed for handle in handles)
+    for _ in range(2):
+        assert texts(source) == [f"page {i}" for i in range(count)]
+    assert sum(not handle.closed for handle in handles) == parquet.HANDLES
 
 
 def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
