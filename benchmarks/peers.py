@@ -14,6 +14,7 @@ the first time 25 GB of disk and an hour to install the peers (peers_install.py)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -143,7 +144,8 @@ class Worker:
     def close(self) -> None:
         """End it: a worker stops when nothing more can come."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what it never read is still in the buffer
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -194,6 +196,7 @@ class Race:
 
     def give_up(self, contestant: Contestant, error: Exception) -> None:
         """Go on without one, and say why; the line is for everybody, so folders are not named."""
+        self._dismiss(contestant)
         self.unmeasured[contestant.name] = str(error).replace(str(Path.home()), "~")
         self.contestants.remove(contestant)
         print(f"{contestant.name} is not measured: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,21 @@ def test_a_shape_counts_its_vision_tokens_and_their_marks(peers: Any) -> None:
         "text": 300,
         "448x448, words only": 308,
     }
+
+
+@pytest.mark.parametrize("body", ["for line in sys.stdin: pass", "sys.stdin.close()"])
+def test_who_gives_up_is_sent_home(peers: Any, tmp_path: Path, body: str) -> None:
+    script = tmp_path / "worker.py"
+    ready = """print('{"ready": {}}', flush=True)"""
+    script.write_text(f"import sys\n{ready}\n{body}\n")
+    own = peers.Contestant("x", "y", str(script), lambda: (Path(sys.executable), {}), ())
+    own.worker = worker = peers.Worker(own, 1, tmp_path / "log")
+    race = peers.Race.__new__(peers.Race)
+    race.contestants, race.unmeasured = [own], {}
+    if "close" in body:
+        worker.process.wait()
+        with pytest.raises(peers.WorkerError, match="ended with"):
+            worker.ask({})
+    race.give_up(own, peers.WorkerError("no"))
+    assert worker.process.poll() is not None
+    assert (race.contestants, race.unmeasured) == ([], {"x/y": "no"})
