@@ -24,10 +24,13 @@ __all__ = ["train"]
 @click.option("--dry-run", is_flag=True, help="Only check the data, and tell what would be done.")
 @terminal.debug_option
 def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Train by RECIPE, a name (nano, tiny) or the path of a Python file.
+    """Train by RECIPE, a name or the path of a Python file.
+
+    Names: full_finetune, lora, nano, qlora, stage1_vision, stage2_joint, stage3_instruct, tiny.
 
     Under torchrun all its processes share the work: torchrun --nproc-per-node 8 -m qwen2vl train
-    RECIPE. SIGTERM and Ctrl-C save before they end the run.
+    RECIPE. SIGTERM and Ctrl-C save before they end the run; before its first step they end it
+    at once.
 
     KEY=VALUE words replace fields: minutes=40, optim.lr=1e-3, stages.2.steps=500, init=FOLDER.
     """

@@ -69,7 +69,7 @@ def join(device: str, *, replicate: int = 1) -> Iterator[Ranks]:
     """Take part in the run that torchrun's environment describes, until the block ends.
 
     Args:
-        device: cpu, cuda or mps; with several ranks each takes the one of its local rank.
+        device: cpu or cuda; with several ranks each takes the one of its local rank.
         replicate: copies of the model; the ranks are replicate x shard.
 
     Raises:

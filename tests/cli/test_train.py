@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2vl import recipes
 from qwen2vl.cli import probes
 from qwen2vl.eval.mini import build
 from tests.cli.conftest import Run
@@ -29,6 +30,12 @@ def test_a_run_reports_its_steps_and_ends_with_a_folder_that_answers(run: Run) -
     assert [line["stage"] for line in told] == ["words", "see", "world", "answers"]
     answer = run("ask", "--model", "here/model-000008", "Hi", "--max-tokens", 2, "--json")
     assert len(json.loads(answer.stdout)["token_ids"]) <= 2
+
+
+def test_help_names_every_recipe(run: Run) -> None:
+    said = run("train", "--help").stdout
+    (line,) = re.findall(r"Names: (.*?)\.\n", said, re.DOTALL)
+    assert re.split(r",\s+", line) == recipes.names()
 
 
 def test_between_steps_the_model_is_asked_what_it_does_not_learn_from(
