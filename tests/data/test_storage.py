@@ -86,11 +86,11 @@ def test_what_is_missing_is_asked_for_once() -> None:
 
 
 def test_what_hangs_is_left_behind() -> None:
-    Moody.hang["1.png"] = 0.5
+    Moody.hang["1.png"] = 1.5
     began = time.monotonic()
     with pytest.raises(InputError, match=r"in 2 tries: no answer in 0.05 s"):
         hasty(retries=1, seconds=0.05).read("moody://bucket/1.png")
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1.5  # 0.1 s, on a machine that is not busy
     while Moody.at_work:  # the next test counts from none
         time.sleep(0.01)
 
