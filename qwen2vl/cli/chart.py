@@ -11,8 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ["COLORS", "INK", "Curve", "Panel", "draw"]
 
@@ -55,6 +57,8 @@ class Panel:
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel], columns: int = 2) -> Image.Image:
     """Put panels on a sheet, row by row."""
+    from PIL import Image, ImageDraw  # here, so that `plot --help` answers at once
+
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     size = (2 * MARGIN + columns * WIDTH, MARGIN + HEAD + rows * HEIGHT)
@@ -93,6 +97,8 @@ class _Pen:
 
 @lru_cache(maxsize=16)
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    from PIL import ImageFont
+
     return ImageFont.load_default(size)
 
 
