@@ -1,9 +1,10 @@
 """Videos as the model sees them, kept on disk: decoded once, mapped ever after.
 
 An entry is named by the video's content and by all that decides which frames are taken and at
-which size, so nothing in it can become stale. It appears whole (written aside, renamed), a damaged
-one is made again, and the least recently used leave when the folder outgrows its limit. Several
-processes may share a folder. (Qwen2-VL sec. 2.3: decoding was the bottleneck.) Next: prepare.py.
+which size, so nothing in it can become stale. It appears whole (written aside, renamed), one that
+differs from its own digest is made again, and the least recently used leave when the folder
+outgrows its limit. Several processes may share a folder. (Qwen2-VL sec. 2.3: decoding was the
+bottleneck.) Next: prepare.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item
@@ -90,8 +92,11 @@ class FrameCache:
 def _read(path: Path) -> Item | None:
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["item"])
+            text, promised = file.metadata()["item"], file.metadata()["digest"]
             patches_NP = file.get_tensor("patches_NP")
+        if _digest_of(text, patches_NP) != promised:
+            return None
+        about = json.loads(text)
         os.utime(path)  # used now
         return Item(
             kind="video",
@@ -109,6 +114,7 @@ def _read(path: Path) -> Item | None:
 
 
 def _write(path: Path, item: Item) -> None:
+    patches_NP = item.patches_NP.contiguous()
     about = {
         "grid": list(item.grid),
         "digest": item.digest.hex(),
@@ -118,10 +124,19 @@ def _write(path: Path, item: Item) -> None:
         "frame_times": item.frame_times,
         "notes": item.notes,
     }
+    text = json.dumps(about)
+    told = {"item": text, "digest": _digest_of(text, patches_NP)}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL}")
     try:
-        save_file({"patches_NP": item.patches_NP.contiguous()}, aside, {"item": json.dumps(about)})
+        save_file({"patches_NP": patches_NP}, aside, told)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _digest_of(about: str, patches_NP: Tensor) -> str:
+    """Name an entry's whole content."""
+    whole = blake2b(about.encode(), digest_size=20)
+    whole.update(patches_NP.numpy().data)
+    return whole.hexdigest()

@@ -107,6 +107,20 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: bytes) -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("place", [300, -1])
+def test_one_flipped_byte_is_damage(tmp_path: Path, place: int) -> None:
+    data, calls = clip(4), []
+    cache = FrameCache(tmp_path, limit=1 << 30)
+    whole = cache.item(data, "s", counted(data, calls))
+    (path,) = tmp_path.glob("*/*.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+    assert_same(whole, cache.item(data, "s", counted(data, calls)))
+    assert_same(whole, cache.item(data, "s", never))
+    assert len(calls) == 2
+
+
 def test_a_write_that_is_interrupted_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
