@@ -1,7 +1,7 @@
 """`qwen2vl pack-text FILE... -o STORE`: tokenise plain text once, for training to map from disk.
 
 JSON lines with a `text` in each row are documents each; any other file is one document. It must
-not know bins. Next room: train/tokens.py.
+not know bins. Next room: data/tokens.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pack_text(files: tuple[str, ...], output: str, model: str) -> None:
 
     \b
     qwen2vl pack-text books/*.txt pages.jsonl -o text --model Qwen/Qwen2-VL-2B-Instruct
-    qwen2vl train stage2_joint data.sources.5.path=text
+    qwen2vl train stage2_joint data.sources.7.path=text
     """
     from qwen2vl.data.tokens import pack_text as pack
     from qwen2vl.load import load_processor

@@ -4,7 +4,7 @@ A bin is what one rank reads in one forward. Its tokens must not exceed one capa
 cost (lengths.py) another, and bins that ranks read at the same time should cost the same, or all
 wait for one. Largest samples go first, to the emptiest bins, and those rich in pictures to bins
 that are poor in them; small texts fill up what is left. All bins are handled at once, in numpy:
-seconds for millions. It must not know files, pictures or ranks. Next room: schedule.py.
+seconds for millions. It must not know files, pictures or ranks. Next: train/schedule.py.
 """
 
 from __future__ import annotations

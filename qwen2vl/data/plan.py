@@ -192,6 +192,6 @@ class Planner:
 
 
 def _rounded(tokens: np.ndarray) -> np.ndarray:
-    """Round as a batch will: `pack.rounded`, of many at a time."""
+    """Round as a batch will: `example.rounded`, of many at a time."""
     step = rounded(1)
     return -(-tokens.astype(np.int64) // step) * step

@@ -2,8 +2,8 @@
 
 A stage shows the procedural world, or reads data. The very same Processor that serves answers
 prepares the examples, so what the model learns from is what it will be shown. It must not know
-weights or the clock. Next rooms: schedule.py (what), corpus.py (from where), pack.py (the layout),
-loop.py (who asks).
+weights or the clock. Next rooms: schedule.py (what), data/corpus.py (from where), pack.py (the
+layout), loop.py (who asks).
 """
 
 from __future__ import annotations

@@ -135,9 +135,10 @@ def seconds_left(config: TrainConfig, tokens: float) -> float | None:
     """Estimate by the run's own last report; None where it has not reported yet."""
     path = Path(config.folder) / "metrics.jsonl"
     try:
-        last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-        return tokens / float(last["tokens_per_second"])
-    except (OSError, ValueError, IndexError, KeyError, ZeroDivisionError):
+        lines = map(json.loads, reversed(path.read_text(encoding="utf-8").splitlines()))
+        # What a probe has found stands between reports.
+        return tokens / next(speed for line in lines if (speed := line.get("tokens_per_second")))
+    except (OSError, ValueError, StopIteration):
         return None
 
 

@@ -125,7 +125,7 @@ def held_out_batches(config: TrainConfig, number: int, processor: Processor) -> 
     Of the world they come from another seed; of data from the file that `probe.path` names.
 
     Raises:
-        As train.data.batches does.
+        As train.batches.batches does.
     """
     stage = _held_out_stage(config, config.stages[number])
     if stage is None:
