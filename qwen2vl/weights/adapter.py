@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.header import read_header
-from qwen2vl.weights.save import check_target
+from qwen2vl.weights.save import check_target, whole_folder
 from qwen2vl.weights.settings import pickle_remedy, read_json
 from qwen2vl.weights.tensors import TensorFolder
 
@@ -56,25 +54,12 @@ def save_adapter(
     """
     target = Path(folder)
     check_target(target)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    remedy = "free some space or choose another folder"
+    with whole_folder(target, "the adapter cannot be saved", remedy) as partial:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(ready, partial / ADAPTER_FILE, metadata={"format": "pt"})
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"{target}: the adapter cannot be saved: {reason}; free some space or choose another "
-            "folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _why_no_adapter(folder: Path, missing: list[str]) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, layout_of
 if TYPE_CHECKING:
     from qwen2vl.processor.image import PixelLimits
 
-__all__ = ["check_target", "save_folder"]
+__all__ = ["check_target", "save_folder", "whole_folder"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,25 +82,34 @@ def save_folder(
     check_target(target)
     _check_tokenizer(Path(tokenizer_folder))
     _check_state(state_dict, config, packing)
+    remedy = "nothing was changed, free some space or choose another folder"
+    with whole_folder(target, "cannot be saved", remedy) as partial:
+        _write_config(partial, config, dtype, packing)
+        _write_settings(partial, config, pixels, generation or GenerationDefaults())
+        _write_tokenizer(partial, Path(tokenizer_folder))
+        _write_tensors(partial, state_dict, dtype, max_shard_bytes)
+
+
+@contextmanager
+def whole_folder(target: Path, failure: str, remedy: str) -> Iterator[Path]:
+    """Lend a folder aside to write into; it takes the name `target` once all of it is on disk.
+
+    Raises:
+        CheckpointError: it could not be written or renamed: `failure`, the reason, `remedy`.
+    """
     partial = target.with_name(f".{target.name}.partial")
     try:
         # What a killed run left behind under this name was never finished: nobody can need it.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write_config(partial, config, dtype, packing)
-        _write_settings(partial, config, pixels, generation or GenerationDefaults())
-        _write_tokenizer(partial, Path(tokenizer_folder))
-        _write_tensors(partial, state_dict, dtype, max_shard_bytes)
+        yield partial
         _flush(partial)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"{target}: cannot be saved: {reason}; nothing was changed, free some space or choose "
-            "another folder"
-        ) from error
+        raise CheckpointError(f"{target}: {failure}: {reason}; {remedy}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
