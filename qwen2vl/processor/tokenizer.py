@@ -112,6 +112,18 @@ class Tokenizer:
         """Give the id of a special token."""
         return self.special_ids[token]
 
+    @property
+    def config_ids(self) -> dict[str, int]:
+        """The special ids that config.json holds, under its names."""
+        return {
+            "bos_token_id": self.id_of(END_OF_TEXT),
+            "eos_token_id": self.id_of(IM_END),
+            "vision_start_token_id": self.id_of(VISION_START),
+            "vision_end_token_id": self.id_of(VISION_END),
+            "image_token_id": self.id_of(IMAGE_PAD),
+            "video_token_id": self.id_of(VIDEO_PAD),
+        }
+
     def check(self, config: Qwen2VLConfig) -> None:
         """Refuse a tokenizer that belongs to another model.
 

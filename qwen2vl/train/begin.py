@@ -21,19 +21,13 @@ from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.vocabulary import (
-    END_OF_TEXT,
-    IM_END,
-    IMAGE_PAD,
-    VIDEO_PAD,
-    VISION_END,
-    VISION_START,
     write_byte_tokenizer,
 )
 from qwen2vl.train.adapter import load_quantised, put_adapter
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.weights import find
 
-__all__ = ["begin", "initialise", "with_ids_of"]
+__all__ = ["begin", "fresh_processor", "initialise", "with_ids_of"]
 
 EMBEDDING_STD = 0.05  # with a tied head of width 192, first logits deviate by 0.7
 
@@ -61,26 +55,23 @@ def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
             f"run {config.name}: nothing to begin from; give init=FOLDER, or a model in the recipe"
         )
     folder = Path(config.folder) / "tokenizer"
+    processor = fresh_processor(config, config.model, folder)
+    model = Qwen2VL(processor.config)
+    initialise(model, config.seed)
+    return model.to(config.device), processor, folder
+
+
+def fresh_processor(config: TrainConfig, model: Qwen2VLConfig, folder: Path) -> Processor:
+    """Make the processor of a fresh model; its byte tokenizer is written to `folder`, once."""
     _write_tokenizer(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    own = with_ids_of(config.model, tokenizer)
-    model = Qwen2VL(own)
-    initialise(model, config.seed)
     pixels = PixelLimits(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    return model.to(config.device), Processor(own, tokenizer, pixels=pixels), folder
+    return Processor(with_ids_of(model, tokenizer), tokenizer, pixels=pixels)
 
 
 def with_ids_of(config: Qwen2VLConfig, tokenizer: Tokenizer) -> Qwen2VLConfig:
     """Take the special ids from the tokenizer."""
-    return replace(
-        config,
-        bos_token_id=tokenizer.id_of(END_OF_TEXT),
-        eos_token_id=tokenizer.id_of(IM_END),
-        vision_start_token_id=tokenizer.id_of(VISION_START),
-        vision_end_token_id=tokenizer.id_of(VISION_END),
-        image_token_id=tokenizer.id_of(IMAGE_PAD),
-        video_token_id=tokenizer.id_of(VIDEO_PAD),
-    )
+    return replace(config, **tokenizer.config_ids)
 
 
 def initialise(model: Qwen2VL, seed: int) -> None:

@@ -22,13 +22,11 @@ from qwen2vl.data.corpus import Corpus
 from qwen2vl.data.lengths import Progress
 from qwen2vl.errors import ConfigError
 from qwen2vl.load import load_processor
-from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.processor.vocabulary import write_byte_tokenizer
 from qwen2vl.train.batches import processor_of
-from qwen2vl.train.begin import with_ids_of
+from qwen2vl.train.begin import fresh_processor
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.train.schedule import stage_seed
 
@@ -99,10 +97,7 @@ def open_processor(config: TrainConfig) -> Processor:
     if config.model is None:
         raise ConfigError(f"run {config.name}: nothing to begin from; give model=FOLDER")
     with tempfile.TemporaryDirectory() as folder:
-        write_byte_tokenizer(folder, characters="✿")
-        tokenizer = Tokenizer.from_folder(folder)
-    pixels = PixelLimits(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    return Processor(with_ids_of(config.model, tokenizer), tokenizer, pixels=pixels)
+        return fresh_processor(config, config.model, Path(folder) / "tokenizer")
 
 
 def preview(

@@ -26,12 +26,6 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.vocabulary import (
-    END_OF_TEXT,
-    IM_END,
-    IMAGE_PAD,
-    VIDEO_PAD,
-    VISION_END,
-    VISION_START,
     complete_tokenizer,
 )
 from qwen2vl.weights.donors import TextDonor, VisionDonor, read_text_donor, read_vision_donor
@@ -110,12 +104,7 @@ def _config(words: TextDonor, eyes: VisionDonor, tokenizer: Tokenizer) -> Qwen2V
         "rope_theta": theta,
         "rope_scaling": {"type": "mrope", "mrope_section": _sections(head_dim)},
         "max_position_embeddings": min(longest, CONTEXT),
-        "bos_token_id": tokenizer.id_of(END_OF_TEXT),
-        "eos_token_id": tokenizer.id_of(IM_END),
-        "vision_start_token_id": tokenizer.id_of(VISION_START),
-        "vision_end_token_id": tokenizer.id_of(VISION_END),
-        "image_token_id": tokenizer.id_of(IMAGE_PAD),
-        "video_token_id": tokenizer.id_of(VIDEO_PAD),
+        **tokenizer.config_ids,
         "vision_config": {
             "depth": len(eyes.blocks),
             "embed_dim": len(eyes.patch_E3YX),
