@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -86,7 +87,7 @@ def pack(
     """
     ordered = sorted(examples, key=lambda example: len(example.input.input_ids))
     lengths = [rounded(len(e.input.input_ids)) for e in ordered] or [ROUND]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = list(accumulate(lengths[:-1], initial=0))
     ids: list[int] = [] if ordered else [pad_id] * ROUND
     positions = [] if ordered else [torch.arange(ROUND).expand(3, -1)]
     targets: list[tuple[int, int, float, int]] = []
