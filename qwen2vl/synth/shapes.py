@@ -293,15 +293,19 @@ _SINGLE: tuple[_Asker, ...] = (
     _half,
     _exists,
 )
+# Twice what was learnt last: numbers of one kind or color, and yes or no.
 _SEVERAL: tuple[_Asker, ...] = (
     _name_shape_of_color,
     _color_of_kind,
     _count_all,
     _count_kind,
+    _count_kind,
+    _count_color,
     _count_color,
     _position,
     _half,
     _compare_size,
     _compare_place,
+    _exists,
     _exists,
 )

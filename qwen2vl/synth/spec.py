@@ -67,7 +67,7 @@ class Mixture:
     padding: tuple[int, int] = (1, 12)  # pixels around the ink of a line
     max_width: int = 448  # of a line's canvas; a smaller size is taken, then letters are dropped
     large_share: float = 0.0  # lines one to three times as large as font_size and max_width allow
-    sparse_share: float = 0.0  # lines somewhere on a canvas of 1:2 to 20:1, mostly empty
+    sparse_share: float = 0.0  # lines somewhere on a canvas of 1:4 to 40:1, mostly empty
     page_share: float = 0.0  # pictures of several lines: many letters for one question
     page_lines: tuple[int, int] = (2, 4)
     plain_share: float = 0.3  # black on white; the rest has coloured ink, grounds and texture

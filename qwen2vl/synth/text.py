@@ -112,7 +112,7 @@ def _longest(text: str) -> str:
 
 def _on_empty_ground(rng: Random, line: Line) -> Line:
     """Grow the canvas to another aspect ratio and put the line anywhere on it."""
-    aspect = math.exp(rng.uniform(math.log(1 / 2), math.log(20)))
+    aspect = math.exp(rng.uniform(math.log(1 / 4), math.log(40)))
     width = max(line.width, min(round(line.height * aspect), _SPARSE_PIXELS // line.height))
     height = max(line.height, min(round(line.width / aspect), _SPARSE_PIXELS // line.width))
     return replace(
