@@ -1,13 +1,14 @@
 """`qwen2vl ask`: one question about pictures and clips, answered on stdout as it is written.
 
 Everything about the answer (what was seen, how long it may take) goes to stderr; --json prints
-one object in place of the text. Boxes in an answer are printed in pixels of the picture as given,
-and drawn on it with -o. Next room: chat.py.
+one object in place of the text. Boxes in an answer are printed in pixels of the picture as given
+(in the object: `boxes`), and drawn on it with -o. Next room: chat.py.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,7 @@ __all__ = ["ask"]
 
 @click.command()
 @click.argument("question")
-@click.option("--image", "images", multiple=True, metavar="PATH", help="A picture; repeatable.")
-@click.option("--video", "videos", multiple=True, metavar="PATH", help="A clip; repeatable.")
+@options.shown_options
 @options.model_options
 @options.sampling_options
 @options.form_options
@@ -59,9 +59,9 @@ def ask(
     media = [options.media_part("image", path, None) for path in images]
     media += [options.media_part("video", path, given["fps"]) for path in videos]
     completion = _answer(opened, media, question, params, streaming=not as_json)
-    if as_json:
-        terminal.say_json(_as_object(completion, opened))
     found = boxes.find(completion.text, completion.items)
+    if as_json:
+        terminal.say_json(_as_object(completion, found, opened))
     for line in found if not as_json else ():
         terminal.say(line.text)
     if output:
@@ -90,8 +90,11 @@ def _answer(
     return replace(completion, seconds=replace(completion.seconds, process=process))
 
 
-def _as_object(completion: Completion, opened: Opened) -> dict[str, Any]:
+def _as_object(
+    completion: Completion, found: Sequence[boxes.Found], opened: Opened
+) -> dict[str, Any]:
     full = completion.to_dict()
     names = "text token_ids finish_reason prompt_tokens image_tokens video_tokens items".split()
+    shapes = [{"phrase": shape.phrase, "pixels": shape.corners} for shape in found]
     seconds = {"load": opened.load_seconds, **full["seconds"]}
-    return {name: full[name] for name in names} | {"seconds": seconds}
+    return {name: full[name] for name in names} | {"boxes": shapes, "seconds": seconds}

@@ -32,18 +32,27 @@ Ctrl-C stops an answer."""
 
 
 @click.command()
+@options.shown_options
 @options.model_options
 @options.sampling_options
 @options.media_options
 @click.option("-o", "output", metavar="PNG", help="Draw an answer's boxes on its picture.")
 @terminal.debug_option
-def chat(**given: Any) -> None:
-    """Talk about pictures and clips; /help inside lists what can be typed."""
+def chat(images: tuple[str, ...], videos: tuple[str, ...], **given: Any) -> None:
+    """Talk about pictures and clips; /help inside lists what can be typed.
+
+    \b
+    qwen2vl chat --image receipt.png
+    """
     params = options.sampling_params(given)
     opened = options.open_model(given)
     options.say_if_greedy(opened.llm, params)
     terminal.note(f"{opened.name} is ready; /image PATH shows a picture, /help lists the rest")
-    Chat(opened.llm, params, given["fps"], given["output"]).run()
+    talk = Chat(opened.llm, params, given["fps"], given["output"])
+    for kind, paths in (("image", images), ("video", videos)):
+        for path in paths:
+            talk.show(kind, path)
+    talk.run()
     opened.say_what_it_can()
 
 
@@ -63,8 +72,8 @@ class Chat:
         self.picture: str | None = None  # its file; None for a clip
         self.waiting: list[dict[str, Any]] = []
         self.commands: dict[str, Callable[[str], None]] = {
-            "/image": lambda path: self._attach("image", path),
-            "/video": lambda path: self._attach("video", path),
+            "/image": lambda path: self.show("image", path),
+            "/video": lambda path: self.show("video", path),
             "/clear": self._clear,
             "/help": lambda _: terminal.say(HELP),
         }
@@ -103,6 +112,19 @@ class Chat:
         except (InputError, CapacityError) as error:
             terminal.note(f"error: {error}")
 
+    def show(self, kind: Any, path: str) -> None:
+        """Check a picture or clip now, and show it with the next question.
+
+        Raises:
+            InputError, CapacityError: it cannot be read; nothing has changed.
+        """
+        if not path:
+            raise InputError(f"/{kind} needs a file: /{kind} PATH")
+        part = options.media_part(kind, _unquote(path), self.fps)
+        probe = self.llm.processor([{"role": "user", "content": [part]}])
+        self.waiting.append(part)
+        terminal.note(f"{item_line(probe.items[0])}; now ask about it")
+
     def _ask(self, question: str) -> None:
         """Put the question; it is part of the conversation once its answer has begun."""
         content = [*self.waiting, {"type": "text", "text": question}]
@@ -127,15 +149,6 @@ class Chat:
             if writer.text:
                 self.messages = [*messages, {"role": "assistant", "content": writer.text}]
                 self.waiting = []
-
-    def _attach(self, kind: Any, path: str) -> None:
-        """Check a picture or clip now, and show it with the next question."""
-        if not path:
-            raise InputError(f"/{kind} needs a file: /{kind} PATH")
-        part = options.media_part(kind, _unquote(path), self.fps)
-        probe = self.llm.processor([{"role": "user", "content": [part]}])
-        self.waiting.append(part)
-        terminal.note(f"{item_line(probe.items[0])}; now ask about it")
 
     def _clear(self, _: str) -> None:
         self.messages, self.waiting, self.told, self.newest = [], [], 0, 0

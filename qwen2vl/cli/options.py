@@ -85,6 +85,19 @@ def model_options(command: F) -> F:
     )
 
 
+def shown_options(command: F) -> F:
+    """Add the pictures and clips that are shown."""
+    return _all(
+        command,
+        click.option(
+            "--image", "images", multiple=True, metavar="PATH", help="A picture; repeatable."
+        ),
+        click.option(
+            "--video", "videos", multiple=True, metavar="PATH", help="A clip; repeatable."
+        ),
+    )
+
+
 def media_options(command: F) -> F:
     """Add what decides how much of a picture or clip the model sees."""
     return _all(

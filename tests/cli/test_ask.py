@@ -30,6 +30,7 @@ KEYS = {
     "image_tokens",
     "video_tokens",
     "items",
+    "boxes",
     "seconds",
 }
 
@@ -315,6 +316,16 @@ def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
     white = (255, 255, 255)
     assert all(drawn.getpixel(at) != white for at in [(100, 250), (500, 250), (300, 400)])
     assert all(drawn.getpixel(at) == white for at in [(300, 250), (600, 250), (300, 450)])
+
+
+def test_json_holds_the_boxes_in_pixels(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "white.png"
+    Image.new("RGB", (1000, 500), "white").save(path)
+    scripted(monkeypatch, tiny_folder, BOX_TEXT)
+    answer = json.loads(run("ask", "--image", path, "Where?", "--json").stdout)
+    assert answer["boxes"] == [{"phrase": "the cat", "pixels": [[100, 100], [500, 400]]}]
 
 
 @pytest.mark.parametrize(

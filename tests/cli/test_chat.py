@@ -70,6 +70,21 @@ def test_pictures_wait_for_the_next_question_and_stay(
     assert "user\nand now?" in prompts[1]
 
 
+def test_pictures_of_the_command_are_shown_with_the_first_question(
+    run: Run, prompts: list[str], picture: Path
+) -> None:
+    result = run("chat", "--image", picture, "--max-tokens", 3, stdin="what?\n")
+    assert "a photo.png 150 x 100 -> 20 tokens; now ask about it" in result.stderr
+    assert "user\n<|vision_start|><|vision_end|>what?" in prompts[0]
+
+
+def test_a_picture_of_the_command_that_is_not_there(run: Run, prompts: list[str]) -> None:
+    result = run("chat", "--image", "nowhere.png", stdin="what?\n")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("qwen2vl: error: nowhere.png: file")
+    assert not prompts
+
+
 def test_boxes_are_in_pixels_of_the_picture_shown_last(
     run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
