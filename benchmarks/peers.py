@@ -253,7 +253,7 @@ def contestants(kitchen: Kitchen, *, full: bool) -> Iterator[Contestant]:
     seen = ("448x448", "1344x1008", "text") if full else ("448x448",)
     own = Path(sys.executable)
     folder = {"model": str(kitchen.model)}
-    for precision in ("bf16", "int8", "int4"):
+    for precision in ("bf16", "bf16 compiled", "int8", "int8 compiled", "int4"):
         yield Contestant("ours", precision, "run_ours.py", lambda: (own, dict(folder)), seen)
     yield Contestant(
         "transformers", "bf16", "run_transformers.py", lambda: (own, dict(folder)), seen
@@ -293,7 +293,9 @@ def medians(contestant: Contestant) -> dict[str, Figures]:
 
 
 # What is compared with what: of ours the fastest of these precisions, of others the fastest.
-BITS_16, BITS_8, BITS_4 = ("bf16",), ("int8", "Q8_0"), ("int4", "Q4_K_M")
+BITS_16 = ("bf16", "bf16 compiled")
+BITS_8 = ("int8", "int8 compiled", "Q8_0")
+BITS_4 = ("int4", "Q4_K_M")
 COMPARED = {
     "first, bf16": ("first_ms", BITS_16),
     "first, any": ("first_ms", BITS_16 + BITS_8 + BITS_4),

@@ -19,6 +19,7 @@ import torch
 
 from qwen2vl.adapt.join import siblings
 from qwen2vl.adapt.lora import LoraFactors, merge_lora
+from qwen2vl.adapt.packed import can_pack, pack_layers
 from qwen2vl.adapt.peft import read_lora
 from qwen2vl.adapt.quantise import Kind, Mode, quantise_layers
 from qwen2vl.adapt.rows import multiply_single_rows
@@ -149,8 +150,9 @@ def load_model(
 ) -> Qwen2VL:
     """Fill the network alone from a folder, in eval mode; raises as `load` does.
 
-    On the CPU, weights stored in the dtype asked for stay memory-mapped: they are read when first
-    used, and shared with other processes. `max_pixels` 0 reserves no memory for pictures.
+    On the CPU, weights stored in the dtype asked for stay memory-mapped, but for large layers in
+    bfloat16, which are packed (adapt/packed.py): they are read when first used, and shared with
+    other processes. `max_pixels` 0 reserves no memory for pictures.
     """
     place = _device(device)
     length = _context_length(config, max_model_len)
@@ -172,6 +174,8 @@ def load_model(
         merge_lora(model, {name: factors[name] for name in names if name in factors})
         quantise_layers(model, names, kind)
     if place.type == "cpu" and chosen == torch.bfloat16:
+        if can_pack():
+            pack_layers(model)
         multiply_single_rows(model)
     return model.eval()
 

@@ -12,11 +12,12 @@ from qwen2vl import LLM, SamplingParams, __version__
 
 def begin(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
     torch.set_num_threads(options["threads"])
-    precision = options["precision"]
+    precision, _, compiled = options["precision"].partition(" ")
     llm = LLM(
         options["model"],
         dtype="bfloat16",
         quantize=None if precision == "bf16" else precision,
+        compile=bool(compiled),
         max_model_len=4096,
     )
 

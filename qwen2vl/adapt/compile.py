@@ -1,27 +1,30 @@
 """Per-part torch.compile: everything but the attention kernel, which loops over host integers.
 
 Norms, projections with their rotation, and MLPs become fused kernels; shapes are dynamic, so one
-compilation serves every batch, and equal blocks share it. It pays where the same model runs for
-minutes: in training, and for answers where pictures and long prompts are read. Single rows of
-decode wait for memory, and run as they are. The first time takes up to half a minute and needs a
-C++ compiler; torch keeps what it made for the next start. Arithmetic may differ in the last bits.
-Parameters, their names and the state dict stay as they are.
+compilation serves every batch, and equal blocks share it. Products of packed weights and of
+integers stay what they are: what comes before and behind them is fused, rounding included. It pays
+where the same model runs for minutes: in training, and for answers where pictures and long prompts
+are read. Single rows of decode wait for memory, and run as they are. The first time takes up to
+half a minute and needs a C++ compiler; torch keeps what it made for the next start. Arithmetic may
+differ in the last bits. Parameters, their names and the state dict stay as they are.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen2vl.adapt.quantise import describe
-from qwen2vl.errors import InputError
+from qwen2vl.adapt.int4 import Int4Linear
+from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
+from qwen2vl.model.text import TextBlock
+from qwen2vl.model.vision import VisionBlock
 
 __all__ = ["compile_for_answers", "compile_parts"]
 
@@ -39,28 +42,23 @@ def compile_parts(model: Qwen2VL) -> None:
 def compile_for_answers(model: Qwen2VL) -> float | None:
     """Compile both towers for forwards of many rows, now; fewer run as they are.
 
+    Parts that make floats of small integers stay as they are, too.
+
     Returns:
         The seconds it took; None where nothing here can compile: the model stays as it was, and a
         warning says why.
-
-    Raises:
-        InputError: the model computes in small integers, which compiling makes slower.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # takes seconds to import
 
-    if describe(model):
-        raise InputError(
-            "compile: this model computes in small integers, which torch.compile makes slower; "
-            "leave it out, or leave quantize out"
-        )
+    parts = [(owner, name) for owner, name in _parts(model, rounding=True) if not _widens(owner)]
     began = time.perf_counter()
-    for owner, name in _parts(model):
+    for owner, name in parts:
         plain = getattr(owner, name)
         setattr(owner, name, _by_rows(plain, torch.compile(plain, dynamic=True)))
     try:
         _warm_up(model)
     except BackendCompilerFailed as error:
-        for owner, name in _parts(model):
+        for owner, name in parts:
             delattr(owner, name)
         reason = str(error).strip().splitlines()[0]
         logger.warning("compile: nothing here can compile (%s); computing as without it", reason)
@@ -87,14 +85,27 @@ def _warm_up(model: Qwen2VL) -> None:
     model(torch.zeros_like(places_3T[0]), places_3T, AttnMeta.build([53]).to(device))
 
 
-def _parts(model: Qwen2VL) -> Iterator[tuple[Any, str]]:
-    """List (module, method): the same method of equal blocks shares one compiled graph."""
-    for block in model.visual.blocks:
-        yield from ((block.norm1, "forward"), (block.norm2, "forward"))
+def _widens(owner: nn.Module) -> bool:
+    """Tell whether a part makes floats of whole matrices, which no fusion helps."""
+    return any(isinstance(module, Int4Linear | WideInt8Linear) for module in owner.modules())
+
+
+def _parts(model: Qwen2VL, *, rounding: bool = False) -> Iterator[tuple[Any, str]]:
+    """List (module, method): the same method of equal blocks shares one compiled graph.
+
+    With `rounding`, also layers that stand alone, if they round what comes in. A LayerNorm is one
+    kernel already.
+    """
+    alone: list[nn.Module] = []
+    for block in cast("Iterable[VisionBlock]", model.visual.blocks):
         yield from ((block.attn, "project"), (block.mlp, "forward"))
+        alone.append(block.attn.proj)
     yield model.visual.merger, "forward"
-    for layer in model.model.layers:
+    for layer in cast("Iterable[TextBlock]", model.model.layers):
         yield layer.input_layernorm, "forward"
         yield layer.post_attention_layernorm, "forward"
         yield from ((layer.self_attn, "project"), (layer.mlp, "forward"))
+        alone.append(layer.self_attn.o_proj)
     yield model.model.norm, "forward"
+    if rounding:
+        yield from ((layer, "forward") for layer in alone if isinstance(layer, Int8Linear))

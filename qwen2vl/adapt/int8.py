@@ -114,12 +114,8 @@ class Int8Linear(_Quantised):
         return self._finish(products_TO, top_T1.mul_(1 / STEPS)).to(x_TI.dtype)
 
     def _products(self, ints_TI: Tensor, dtype: torch.dtype) -> Tensor:
-        """Add up integers, and scale each output."""
-        # Without a bias, a scale of the result, or an operation after it.
-        rest = (None, 1.0, 0, dtype, "none", [], "")
-        return torch.ops.onednn.qlinear_pointwise.default(
-            ints_TI, 1.0, 0, self.packed, self.scale_O, self.no_zeros, *rest
-        )
+        multiply = _opaque if torch.compiler.is_compiling() else _multiply
+        return multiply(ints_TI, self.packed, self.scale_O, self.no_zeros, dtype)
 
     def _finish(self, products_TO: Tensor, step_T1: Tensor) -> Tensor:
         """Scale each row and add the bias, rounding once."""
@@ -165,6 +161,35 @@ class WideInt8Linear(_Quantised):
             out_TO = torch.cat([F.linear(x_TI, piece.to(x_TI.dtype)) for piece in pieces], 1)
             out_TO *= scale_O
         return out_TO if self.bias_O is None else out_TO + self.bias_O.to(x_TI.dtype)
+
+
+def _multiply(
+    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Add up integers, and scale each output."""
+    # Without a bias, a scale of the result, or an operation after it.
+    rest = (None, 1.0, 0, dtype, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise.default(
+        ints_TI, 1.0, 0, packed, scale_O, no_zeros, *rest
+    )
+
+
+@torch.library.custom_op("qwen2vl::multiply_integers", mutates_args=())
+def _opaque(
+    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Multiply where torch.compile looks on: what is around the product fuses, it stays as it is.
+
+    Of the product itself Inductor would make something slower.
+    """
+    return _multiply(ints_TI, packed, scale_O, no_zeros, dtype)
+
+
+@_opaque.register_fake
+def _shape(
+    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return ints_TI.new_empty((ints_TI.shape[0], scale_O.shape[0]), dtype=dtype)
 
 
 def _step(x_TI: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.adapt import compile as room
+from qwen2vl.adapt import int8, packed
 from qwen2vl.adapt.compile import compile_for_answers, compile_parts
 from qwen2vl.adapt.quantise import quantise
 from qwen2vl.engine import LLM
@@ -18,6 +19,8 @@ from qwen2vl.errors import InputError
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.load import load_model
 from qwen2vl.model import Qwen2VL
+from qwen2vl.model.text import RMSNorm, TextMLP
+from qwen2vl.model.vision import VisionMLP
 from qwen2vl.train.objective import token_loss
 from qwen2vl.train.pack import pack
 from qwen2vl.weights import find, read_config
@@ -104,11 +107,45 @@ def test_without_a_compiler_the_model_stays_as_it_was(
     torch.testing.assert_close(read(model, 40), read(tiny_model(), 40))
 
 
-def test_small_integers_are_not_compiled() -> None:
+@pytest.mark.parametrize("kind", ["int4", "wide int8"])
+def test_parts_that_widen_their_weights_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(int8, "has_integer_products", lambda: kind == "int4")
     model = tiny_model(config=tiny_config(tie_word_embeddings=False))
-    quantise(model, "int8")
-    with pytest.raises(InputError, match=r"compile: .* small integers.*leave quantize out"):
-        compile_for_answers(model)
+    quantise(model, "int4" if kind == "int4" else "int8")
+    compiled: list[object] = []
+    monkeypatch.setattr(room.torch, "compile", lambda plain, **_: compiled.append(plain) or plain)
+    assert compile_for_answers(model) is not None
+    owners = {type(method.__self__) for method in compiled}  # type: ignore[attr-defined]
+    assert RMSNorm in owners
+    assert TextMLP not in owners
+    assert (VisionMLP in owners) == (kind == "int4")  # whose tower has 8 bits, and products
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_packed_and_rounded_layers_compute_the_same_when_compiled(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(packed, "LARGE", 1)
+    models = []
+    for _ in range(2):
+        model = tiny_model(config=tiny_config(tie_word_embeddings=False), seed=0)
+        if kind == "int8":
+            quantise(model, "int8")
+        else:
+            packed.pack_layers(model.bfloat16())
+        models.append(model)
+    eager, compiled = models
+    assert compile_for_answers(compiled) is not None
+    limit = 2e-2 if kind == "bfloat16" else 5e-2  # a number may fall to another step of 8 bits
+    for want, got in (
+        (see(eager, (4, 6), (16, 16)), see(compiled, (4, 6), (16, 16))),
+        (read(eager, 33, 1, 8), read(compiled, 33, 1, 8)),
+    ):
+        assert (got.float() - want.float()).norm() < limit * want.float().norm()
 
 
 def test_nor_are_adapters_that_stay_unmerged() -> None:

@@ -1,0 +1,74 @@
+"""Packed layers multiply by the very matrix they were given; small layers and names stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qwen2vl.adapt import packed as room
+from qwen2vl.adapt.packed import PackedLinear, can_pack, pack_layers
+from qwen2vl.adapt.rows import multiply_single_rows
+from tests.tiny import tiny_config, tiny_model
+
+pytestmark = pytest.mark.skipif(not can_pack(), reason="no AVX-512, so nothing is packed")
+
+
+def layer(outputs: int, inputs: int, *, bias: bool) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+
+
+@given(
+    outputs=st.integers(1, 300),
+    inputs=st.integers(1, 300),
+    rows=st.sampled_from([1, 2, 3, 8, 33, 200]),
+    bias=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_products_are_those_of_the_plain_layer(
+    outputs: int, inputs: int, rows: int, bias: bool
+) -> None:
+    plain = layer(outputs, inputs, bias=bias)
+    packed = PackedLinear(plain.weight, plain.bias)
+    assert torch.equal(packed.unpacked(), plain.weight)
+    x_TI = torch.randn(rows, inputs, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        got, want = packed(x_TI), plain.double()(x_TI.double())
+    assert got.dtype == torch.bfloat16
+    # One rounding to 8 bits of a sum in float32.
+    assert (got.double() - want).abs().max() <= 2**-8 * want.abs().max() + 1e-6
+
+
+def test_rows_may_be_columns_of_something_wider() -> None:
+    plain = layer(64, 96, bias=True)
+    packed = PackedLinear(plain.weight, plain.bias)
+    wide = torch.randn(5, 200, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.equal(packed(wide[:, 50:146]), packed(wide[:, 50:146].contiguous()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_large_layers_of_both_towers_and_the_head_are_packed(
+    monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    model = tiny_model(config=tiny_config(tie_word_embeddings=tied)).bfloat16()
+    sizes = {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    limit = sorted(sizes.values())[len(sizes) // 2]
+    hidden_TD = torch.randn(3, model.config.text.hidden_size, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        want_TV = model.logits(hidden_TD)
+    embedding = model.model.embed_tokens.weight
+    monkeypatch.setattr(room, "LARGE", limit)
+    pack_layers(model)
+    multiply_single_rows(model)  # takes what is left
+    changed = {name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    large = {name for name, size in sizes.items() if size >= limit}
+    head = {"lm_head"} if embedding.numel() >= limit else set()
+    assert changed == large | head
+    assert {name.partition(".")[0] for name in large} >= {"visual", "model"}
+    assert model.model.embed_tokens.weight is embedding
+    with torch.inference_mode():
+        torch.testing.assert_close(model.logits(hidden_TD), want_TV)
