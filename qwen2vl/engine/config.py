@@ -33,10 +33,15 @@ class EngineConfig:
     vision_cache_dir: str | Path | None = None  # and on disk; None: not on disk
     vision_disk_bytes: int = 4096 * MIB
     item_cache_bytes: int = 256 * MIB  # patches of pictures and clips that may be shown again
+    graphs: bool = True  # on a GPU, record steps of decode and replay them
 
     def __post_init__(self) -> None:
+        if not isinstance(self.graphs, bool):
+            raise ConfigError(f"graphs: got {self.graphs!r}, must be True or False")
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name == "graphs":
+                continue
             if f.name == "vision_cache_dir" or (f.name == "cache_tokens" and value is None):
                 continue
             least = LEAST.get(f.name, 0)

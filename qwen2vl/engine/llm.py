@@ -24,6 +24,7 @@ from qwen2vl.adapt.quantise import Mode
 from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.adapters import seen_through
+from qwen2vl.engine.arena import Arena
 from qwen2vl.engine.arguments import Conversation, as_batch, is_unfinished, one_each
 from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks
@@ -147,13 +148,21 @@ class LLM:
         self._reception = Reception(
             model, processor.tokenizer, generation, load_adapters(model, adapters or {})
         )
-        self._begin(cache_blocks(model, self._engine.cache_tokens))
+        num_blocks = cache_blocks(model, self._engine.cache_tokens)
+        self._arena = self._decode = None
+        if model.device.type == "cuda":
+            self._arena = Arena(model.config.text, num_blocks * BLOCK, model.dtype, model.device)
+            if self._engine.graphs:
+                from qwen2vl.engine.graphs import DecodeGraphs  # a room that may be missing
+
+                self._decode = DecodeGraphs(model, self._arena, self._engine.max_sequences)
+        self._begin(num_blocks)
 
     def _begin(self, num_blocks: int) -> None:
         """Set up the engine: nothing waits, runs or is kept, but for vision rows on disk."""
         config = self._engine
         shelf = VisionShelf.of(self.model, config, self._switch)
-        self.runner = Runner(self.model, shelf, self._switch)
+        self.runner = Runner(self.model, shelf, self._switch, self._arena, self._decode)
         self.scheduler = Scheduler(
             BlockPool(num_blocks),
             shelf,
@@ -167,6 +176,8 @@ class LLM:
 
     def _mend(self) -> None:
         """Begin anew where an interrupt has come while the books were written."""
+        if self.runner.is_torn:
+            self.scheduler.is_torn = True  # until both are new
         if self.scheduler.is_torn:
             self._begin(self.scheduler.pool.num_blocks)
 
@@ -345,6 +356,8 @@ class LLM:
     def forget(self) -> None:
         """Drop all keys, values and vision rows at rest; call it after changing the weights."""
         self._give_up_rest()
+        if self._decode is not None:
+            self._decode.forget()
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop answering; what it computed rests until somebody needs the room."""

@@ -50,6 +50,16 @@ class Chunk:
         return self.stop - self.start + len(self.drafts)
 
     @property
+    def is_decode(self) -> bool:
+        """The newest token of an answer, without guesses: text, whose position is one number."""
+        sequence = self.sequence
+        return (
+            self.num_ids == 1
+            and self.stop == len(sequence.ids)
+            and self.start >= len(sequence.prompt.input_ids)
+        )
+
+    @property
     def num_sampled(self) -> int:
         """Rows at the end from which a next token is chosen; 0 when the prompt goes on."""
         return 1 + len(self.drafts) if self.stop == len(self.sequence.ids) else 0

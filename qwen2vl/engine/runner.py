@@ -2,6 +2,7 @@
 
     orders --arrange--> caches      slices --encode--> shelf
     chunks --prepare--> one packed forward over every sequence's cache --> hidden_TD
+    (on a GPU, chunks of one token of an answer go to graphs.py instead)
     last rows --logits--> sampler of each sequence --> tokens, or the error of that sequence alone
 
 A step that fails leaves every cache as it was, since lengths advance last, and every sampler, since
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 
@@ -21,14 +22,18 @@ import torch
 from torch import Tensor
 
 from qwen2vl.adapt.served import AdapterSwitch
+from qwen2vl.engine.arena import Arena, Token
 from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.capacity import memory_errors_named
+from qwen2vl.engine.choose import choose
 from qwen2vl.engine.plan import Chunk, Plan, Sampled
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
+from qwen2vl.engine.transfer import send
 from qwen2vl.errors import CapacityError, Qwen2VLError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model.attention import SharedCache
 
 __all__ = ["OverloadError", "Runner"]
 
@@ -45,11 +50,31 @@ class OverloadError(Exception):
 class Runner:
     """Carries out plans on one device."""
 
-    def __init__(self, model: Qwen2VL, shelf: VisionShelf, switch: AdapterSwitch) -> None:
+    def __init__(
+        self,
+        model: Qwen2VL,
+        shelf: VisionShelf,
+        switch: AdapterSwitch,
+        arena: Arena | None = None,
+        decode: Callable[[SequenceOf[Token]], Tensor] | None = None,
+    ) -> None:
+        """Begin without rows, those of `arena` included, if rows are to lie in one.
+
+        `decode` computes steps of single tokens of answers, in the same arena.
+        """
         self.model = model
         self.shelf = shelf
         self.switch = switch
+        self.arena = arena
+        self.decode = decode
         self.caches: dict[int, KVCache] = {}  # by row
+        if arena is not None:
+            arena.is_torn = False
+
+    @property
+    def is_torn(self) -> bool:
+        """An interrupt came while rows were moved: begin with a new runner."""
+        return self.arena is not None and self.arena.is_torn
 
     @property
     def device(self) -> torch.device:
@@ -71,9 +96,12 @@ class Runner:
         if not plan.chunks:
             return []
         with _blaming(plan.largest):
-            hidden_TD = self._forward(plan.chunks)
-            logits_RV = self._logits(plan.chunks, hidden_TD)
-        return _sample(plan.chunks, logits_RV)
+            if self.decode is not None and all(map(_is_plain, plan.chunks)):
+                logits_RV = self._decode(plan.chunks)
+            else:
+                hidden_TD = self._forward(plan.chunks)
+                logits_RV = self._logits(plan.chunks, hidden_TD)
+        return _sample(plan.chunks, logits_RV, at_once=self.device.type == "cuda")
 
     def _encode(self, plan: Plan) -> None:
         began = time.perf_counter()
@@ -109,18 +137,33 @@ class Runner:
                 self.caches.pop(order.row, None)
 
     def _reserve(self, old: KVCache | None, num_tokens: int) -> KVCache:
+        if self.arena is not None:
+            return self.arena.reserve(old, num_tokens, self.caches.values())
         dtype = self.model.dtype
         cache = KVCache.allocate(self.model.config.text, num_tokens, dtype, self.device)
         if old is not None:
             cache.copy_from(old, old.length)
         return cache
 
+    def _decode(self, chunks: SequenceOf[Chunk]) -> Tensor:
+        """Score the words after the newest token of each answer."""
+        assert self.arena is not None and self.decode is not None
+        caches = [self._row(chunk) for chunk in chunks]
+        tokens: list[Token] = []
+        for chunk, cache in zip(chunks, caches, strict=True):
+            position = chunk.start + chunk.sequence.prompt.rope_delta
+            start = self.arena.start(cache)
+            tokens.append(Token(chunk.sequence.ids[-1], position, start, chunk.start))
+        logits_RV = self.decode(tokens)
+        for chunk, cache in zip(chunks, caches, strict=True):
+            cache.length = chunk.stop
+        return logits_RV
+
     def _forward(self, chunks: SequenceOf[Chunk]) -> Tensor:
         ids: list[int] = []
         positions: list[Tensor] = []
         rows: list[Tensor] = []
         pads: list[int] = []
-        caches: list[KVCache] = []
         for chunk in chunks:
             for at, row_MD in self._vision_of(chunk):
                 rows.append(row_MD)
@@ -128,23 +171,51 @@ class Runner:
                 pads += range(first, first + len(row_MD))
             ids += chunk.ids
             positions.append(chunk.sequence.positions(chunk.start, chunk.stop + len(chunk.drafts)))
-            assert chunk.sequence.row is not None
-            cache = self.caches[chunk.sequence.row.number]
-            cache.length = chunk.start
-            caches.append(cache)
+        ids_T, position_ids_3T, pad_index_M = send(
+            self.device,
+            torch.tensor(ids),
+            torch.cat(positions, dim=1),
+            torch.tensor(pads, dtype=torch.int64),
+        )
         meta = AttnMeta.build(
             [chunk.num_ids for chunk in chunks],
             [chunk.start + chunk.num_ids for chunk in chunks],
-        )
+        ).to(self.device)
+        caches = [self._row(chunk) for chunk in chunks]
+        for chunk, cache in zip(chunks, caches, strict=True):
+            cache.length = chunk.start
         with self.switch.at_work("model", [(c.sequence.adapter, c.num_ids) for c in chunks]):
-            return self.model(
-                torch.tensor(ids, device=self.device),
-                torch.cat(positions, dim=1).to(self.device),
-                meta.to(self.device),
+            hidden_TD = self.model(
+                ids_T,
+                position_ids_3T,
+                meta,
                 vision_MD=torch.cat(rows) if rows else None,
-                pad_index_M=torch.tensor(pads, device=self.device) if rows else None,
-                caches=caches,
+                pad_index_M=pad_index_M if rows else None,
+                caches=self._packed(chunks, caches, meta) or caches,
             )
+        for cache, length in zip(caches, meta.lengths_k, strict=True):
+            cache.length = length
+        return hidden_TD
+
+    def _packed(
+        self, chunks: SequenceOf[Chunk], caches: SequenceOf[KVCache], meta: AttnMeta
+    ) -> SharedCache | None:
+        """Say to a kernel that takes all rows at once where they lie; None: there is none."""
+        if self.arena is None or not self.arena.packs:
+            return None
+        starts = [self.arena.start(cache) for cache in caches]
+        slots = [
+            torch.arange(start + chunk.start, start + chunk.start + chunk.num_ids)
+            for start, chunk in zip(starts, chunks, strict=True)
+        ]
+        starts_S, totals_S, slots_T = send(
+            self.device, torch.tensor(starts), torch.tensor(meta.lengths_k), torch.cat(slots)
+        )
+        return self.arena.rows(meta, starts_S, totals_S, slots_T)
+
+    def _row(self, chunk: Chunk) -> KVCache:
+        assert chunk.sequence.row is not None
+        return self.caches[chunk.sequence.row.number]
 
     def _vision_of(self, chunk: Chunk) -> list[tuple[int, Tensor]]:
         """List (first token, rows) of what a chunk sees of each item."""
@@ -165,19 +236,25 @@ class Runner:
         if not wanted:
             return hidden_TD.new_empty(0, self.model.config.text.vocab_size)
         if len(wanted) < len(hidden_TD):
-            hidden_TD = hidden_TD[torch.tensor(wanted, device=self.device)]
+            hidden_TD = hidden_TD[send(self.device, torch.tensor(wanted))[0]]
         owners = [(chunk.sequence.adapter, chunk.num_sampled) for chunk in chunks]
         with self.switch.at_work("lm_head", owners):
             return self.model.logits(hidden_TD)
 
 
-def _sample(chunks: SequenceOf[Chunk], logits_RV: Tensor) -> list[Sampled | Qwen2VLError]:
+def _sample(
+    chunks: SequenceOf[Chunk], logits_RV: Tensor, *, at_once: bool
+) -> list[Sampled | Qwen2VLError]:
     """Choose the tokens of each sequence, which has its own draws and its own errors."""
     results: list[Sampled | Qwen2VLError] = []
+    chosen = _chosen_at_once(chunks, logits_RV) if at_once else {}
     parts = logits_RV.split([chunk.num_sampled for chunk in chunks])
-    for chunk, part_RV in zip(chunks, parts, strict=True):
+    for index, (chunk, part_RV) in enumerate(zip(chunks, parts, strict=True)):
         if chunk.num_sampled:
             chunk.sequence.clock.answer()
+        if index in chosen:
+            results.append(chosen[index])
+            continue
         try:
             # Memory, too: draws that were made cannot be made again by another attempt.
             with memory_errors_named(chunk.sequence.prompt):
@@ -185,6 +262,35 @@ def _sample(chunks: SequenceOf[Chunk], logits_RV: Tensor) -> list[Sampled | Qwen
         except Qwen2VLError as error:
             results.append(error)
     return results
+
+
+def _chosen_at_once(
+    chunks: SequenceOf[Chunk], logits_RV: Tensor
+) -> dict[int, Sampled | Qwen2VLError]:
+    """Choose for all whose token depends on one row of logits alone, by place in `chunks`."""
+    plain: dict[int, int] = {}  # place -> row
+    stop = 0
+    for index, chunk in enumerate(chunks):
+        stop += chunk.num_sampled
+        if chunk.num_sampled == 1 and chunk.sequence.sampler.is_plain:
+            plain[index] = stop - 1
+    if len(plain) < len(logits_RV):
+        if not plain:
+            return {}
+        logits_RV = logits_RV[send(logits_RV.device, torch.tensor([*plain.values()]))[0]]
+    try:
+        tokens = choose([chunks[index].sequence.sampler for index in plain], logits_RV)
+    except torch.OutOfMemoryError:
+        return {}  # one by one they take less, and will draw the same
+    return {
+        index: token if isinstance(token, Qwen2VLError) else [(token, None)]
+        for index, token in zip(plain, tokens, strict=True)
+    }
+
+
+def _is_plain(chunk: Chunk) -> bool:
+    """Tell whether a token is decoded without anything that a recorded step has not."""
+    return chunk.is_decode and chunk.sequence.adapter is None
 
 
 def _is_wanted(row: int, orders: SequenceOf[MemoryOrder]) -> bool:

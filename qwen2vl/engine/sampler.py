@@ -26,7 +26,14 @@ from qwen2vl.engine.params import Biases, SamplingParams, TokenLogprob
 from qwen2vl.errors import EngineError, InputError
 from qwen2vl.weights import GenerationDefaults
 
-__all__ = ["Rule", "Sampler", "penalise_occurrence", "penalise_repetition", "shortlist"]
+__all__ = [
+    "Rule",
+    "Sampler",
+    "not_finite",
+    "penalise_occurrence",
+    "penalise_repetition",
+    "shortlist",
+]
 
 Number = TypeVar("Number", int, float)
 
@@ -105,6 +112,13 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
+        self._uniform: float | None = None  # drawn, and not yet spent
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether the logits alone decide, and nothing is reported: see choose.py."""
+        special = (self._bias, self._seen_V, self._counts_V, self.matcher, self.num_logprobs)
+        return all(one is None for one in special)
 
     @property
     def finished(self) -> bool:
@@ -125,13 +139,10 @@ class Sampler:
         scores_V = self._adjust(logits_V)
         token, best = _likeliest(scores_V)
         if not math.isfinite(best):
-            raise EngineError(
-                f"the model's scores are not finite (largest {best}); its weights may be "
-                "damaged: qwen2vl doctor --check-weights names such tensors; float16 overflows"
-            )
+            raise not_finite(best)
         if not self.rule.is_greedy:
             token = self._draw(*shortlist(scores_V, self.rule))
-        self._remember(token)
+        self.accept(token)
         if self.num_logprobs is None:
             return token, None
         return token, _report(logits_V, token, self.num_logprobs)
@@ -156,17 +167,33 @@ class Sampler:
         """Spend one number of the generator to choose by weight."""
         # In float64: among 150,000 candidates, sums in float32 lose the unlikely ones.
         bounds_J = weights_J.cpu().cumsum(0, dtype=torch.float64)
-        uniform = torch.rand((), dtype=torch.float64, generator=self._generator)
-        index = torch.searchsorted(bounds_J, uniform * bounds_J[-1], right=True)
+        index = torch.searchsorted(bounds_J, self.uniform() * bounds_J[-1], right=True)
         return int(ids_J[int(index)].item())
 
-    def _remember(self, token: int) -> None:
+    def uniform(self) -> float:
+        """Give the number in [0, 1) that decides the next draw, the same until `accept`."""
+        if self._uniform is None:
+            drawn = torch.rand((), dtype=torch.float64, generator=self._generator)
+            self._uniform = float(drawn.item())
+        return self._uniform
+
+    def accept(self, token: int) -> None:
+        """Remember the id that was chosen."""
+        self._uniform = None
         if self._seen_V is not None:
             self._seen_V[token] = True
         if self._counts_V is not None:
             self._counts_V[token] += 1
         if self.matcher is not None:
             self.matcher.accept(token)
+
+
+def not_finite(best: float) -> EngineError:
+    """Say what scores of which the largest is `best` may come from."""
+    return EngineError(
+        f"the model's scores are not finite (largest {best}); its weights may be damaged: "
+        "qwen2vl doctor --check-weights names such tensors; float16 overflows"
+    )
 
 
 def penalise_repetition(scores_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:

@@ -8,15 +8,16 @@ Tokens lie end to end; `AttnMeta` says where each segment begins. Letters (docs/
     L  layers             3  (time, height, width)
 
 `attention` is what the model calls. Neighbouring segments of the same length share one call of
-the kernel; `attention_by_segment` does one at a time and is the oracle the tests hold it to.
-(HF: ALL_ATTENTION_FUNCTIONS["sdpa"].) Next room: rope.py.
+the kernel, on a GPU all segments (kernels.py); `attention_by_segment` does one at a time and is the
+oracle of both. (HF: ALL_ATTENTION_FUNCTIONS["sdpa"].) Next room: rope.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta, Run
+from qwen2vl.model import kernels
 
-__all__ = ["KVCache", "LayerCache", "attention", "attention_by_segment"]
+__all__ = ["KVCache", "LayerCaches", "SharedCache", "attention", "attention_by_segment"]
 
 
 @dataclass(slots=True)
@@ -84,6 +86,18 @@ class KVCache:
         return LayerCache(self.k_LKZC[index], self.v_LKZC[index], self.length)
 
 
+# Of one layer, for each segment; or what stores and attends for all of them: q, k, v -> out_THC.
+LayerCaches = Sequence[LayerCache] | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class SharedCache(Protocol):
+    """Keys and values of all segments in one place, as GPUs like it; engine/arena.py has it."""
+
+    def layer(self, index: int) -> LayerCaches:
+        """Give one layer's share."""
+        ...
+
+
 def attention(
     q_THC: Tensor,
     k_TKC: Tensor,
@@ -91,7 +105,7 @@ def attention(
     meta: AttnMeta,
     *,
     causal: bool,
-    layer_caches: Sequence[LayerCache] | None = None,
+    layer_caches: LayerCaches | None = None,
 ) -> Tensor:
     """Let each token attend within its own segment.
 
@@ -102,8 +116,14 @@ def attention(
     Returns:
         out_THC, in the order of the queries.
     """
+    if callable(layer_caches):
+        return layer_caches(q_THC, k_TKC, v_TKC)
     if layer_caches is not None:
         return _attend_cached(q_THC, k_TKC, v_TKC, meta, layer_caches, causal)
+    if len(meta.runs) > 1 and kernels.packs(q_THC, k_TKC):
+        starts = (meta.cu_seqlens_q, meta.cu_seqlens_k)
+        longest = (meta.max_seqlen_q, meta.max_seqlen_k)
+        return kernels.attend_packed(q_THC, k_TKC, v_TKC, starts, longest, causal=causal)
     return _attend(q_THC, k_TKC, v_TKC, meta, meta.runs, causal)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.geometry import AttnMeta, VisionMeta
-from qwen2vl.model.attention import KVCache
+from qwen2vl.model.attention import KVCache, SharedCache
 from qwen2vl.model.text import TextModel
 from qwen2vl.model.vision import VisionTower
 
@@ -84,13 +84,13 @@ class Qwen2VL(nn.Module):
         vision_meta: VisionMeta | None = None,
         vision_MD: Tensor | None = None,
         pad_index_M: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[KVCache] | SharedCache | None = None,
     ) -> Tensor:
         """Compute hidden_TD, normed and ready for `logits`.
 
         Pictures come either as patches with their meta (training), or as rows encoded before
         (`vision_MD`, answering); never both. Either way `pad_index_M` says where rows go.
-        `caches` hold what came before, one for each segment of `meta`.
+        `caches` hold what came before, one for each segment of `meta`, or one for all.
         """
         if patches_NP is not None:
             assert vision_MD is None and vision_meta is not None

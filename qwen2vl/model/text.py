@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model.attention import KVCache, LayerCache, attention
+from qwen2vl.model.attention import KVCache, LayerCaches, SharedCache, attention
 from qwen2vl.model.rope import Rotation, rotate, text_rotation
 
 __all__ = ["TextModel"]
@@ -58,7 +58,7 @@ class TextAttention(nn.Module):
         hidden_TD: Tensor,
         rotation: Rotation,
         meta: AttnMeta,
-        layer_caches: Sequence[LayerCache] | None,
+        layer_caches: LayerCaches | None,
     ) -> Tensor:
         q_THC, k_TKC, v_TKC = self.project(hidden_TD, rotation)
         out_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_caches=layer_caches)
@@ -93,7 +93,7 @@ class TextBlock(nn.Module):
         hidden_TD: Tensor,
         rotation: Rotation,
         meta: AttnMeta,
-        layer_caches: Sequence[LayerCache] | None,
+        layer_caches: LayerCaches | None,
     ) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
         hidden_TD = hidden_TD + self.self_attn(normed_TD, rotation, meta, layer_caches)
@@ -115,18 +115,24 @@ class TextModel(nn.Module):
         embeds_TD: Tensor,
         position_ids_3T: Tensor,
         meta: AttnMeta,
-        caches: Sequence[KVCache] | None,
+        caches: Sequence[KVCache] | SharedCache | None,
     ) -> Tensor:
-        """Run all blocks; with caches, store each segment's keys and values and advance them."""
+        """Run all blocks; with caches, store each segment's keys and values and advance them.
+
+        A SharedCache is advanced by who owns it.
+        """
         config = self.config
         rotation = text_rotation(
             position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section
         )
         hidden_TD = embeds_TD
         for index, layer in enumerate(self.layers):
-            layer_caches = None if caches is None else [cache.layer(index) for cache in caches]
+            if isinstance(caches, Sequence):
+                layer_caches = [cache.layer(index) for cache in caches]
+            else:
+                layer_caches = None if caches is None else caches.layer(index)
             hidden_TD = layer(hidden_TD, rotation, meta, layer_caches)
-        if caches is not None:
+        if isinstance(caches, Sequence):
             for cache, length in zip(caches, meta.lengths_q, strict=True):
                 cache.length += length
         return self.norm(hidden_TD)

@@ -1,0 +1,125 @@
+"""Decode without the host: one token of each row, from numbers that lie at fixed addresses.
+
+A decode step of a small model is thousands of tiny kernels, and launching them costs more time
+than they take. Here the step reads all that changes (ids, positions, where rows begin, how long
+they are) from one buffer, so that on a GPU it is recorded once, as a CUDA graph, and replayed with
+new numbers. Recorded are a few sizes, when they are first needed: batches padded to 1, 2, 4, 8, ...
+rows, keys up to 512, 1024, 2048, ... tokens. `StaticDecode` is plain torch and runs on any device;
+recording is the one thing that needs a GPU. Without this room everything works
+(EngineConfig(graphs=False)). Letter of this room: B, the rows of a padded batch. Back up:
+runner.py, which asks whether a step is one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen2vl.engine.arena import Arena, Token
+from qwen2vl.geometry import AttnMeta
+from qwen2vl.model import Qwen2VL
+
+__all__ = ["DecodeGraphs", "StaticDecode"]
+
+LEAST_ROOM = 512  # tokens; shorter rows share the graphs of this length
+
+
+class StaticDecode:
+    """Computes logits of up to `most` tokens, each of another row, through fixed buffers."""
+
+    def __init__(self, model: Qwen2VL, arena: Arena, most: int) -> None:
+        """Reserve the buffers; nothing is computed yet."""
+        self.model = model
+        self.arena = arena
+        size = _padded(most)
+        device = model.device
+        self._numbers = torch.zeros(len(Token._fields) * size, dtype=torch.int64, device=device)
+        self._logits_BV = torch.empty(
+            size, model.config.text.vocab_size, dtype=model.dtype, device=device
+        )
+        self._metas: dict[tuple[int, int], AttnMeta] = {}
+
+    def __call__(self, tokens: Sequence[Token]) -> Tensor:
+        """Store and attend; returns logits, one row for each token, until the next call.
+
+        On a GPU nothing here waits for it.
+        """
+        size = _padded(len(tokens))
+        room = self._room(max(token.length for token in tokens) + 1)
+        nobody = Token(0, 0, self.arena.num_tokens, 0)
+        filled = [*tokens, *[nobody] * (size - len(tokens))]
+        numbers = torch.tensor(filled, dtype=torch.int64).T.flatten()
+        if self._numbers.is_cuda:
+            numbers = numbers.pin_memory()
+        self._numbers[: len(numbers)].copy_(numbers, non_blocking=True)
+        self.run(size, room)
+        return self._logits_BV[: len(tokens)]
+
+    def run(self, size: int, room: int) -> None:
+        """Compute a padded batch whose numbers lie ready."""
+        self.forward(size, room)
+
+    def forget(self) -> None:
+        """Hear that weights are others now."""
+
+    @torch.inference_mode()
+    def forward(self, size: int, room: int) -> None:
+        """Compute the logits of `size` rows of at most `room` tokens, from buffer to buffer."""
+        numbers = self._numbers[: len(Token._fields) * size]
+        ids_B, positions_B, starts_B, lengths_B = numbers.view(-1, size)
+        if (size, room) not in self._metas:
+            meta = AttnMeta.build([1] * size, [room] * size)
+            self._metas[size, room] = meta.to(self.model.device)
+        meta = self._metas[size, room]
+        rows = self.arena.rows(meta, starts_B, lengths_B + 1, starts_B + lengths_B)
+        hidden_BD = self.model(ids_B, positions_B.expand(3, -1), meta, caches=rows)
+        self._logits_BV[:size] = self.model.logits(hidden_BD)
+
+    def _room(self, num_tokens: int) -> int:
+        return min(max(_padded(num_tokens), LEAST_ROOM), self.arena.num_tokens)
+
+
+class DecodeGraphs(StaticDecode):
+    """Records each size of batch and room as a CUDA graph after its first run."""
+
+    def __init__(self, model: Qwen2VL, arena: Arena, most: int) -> None:
+        super().__init__(model, arena, most)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    def run(self, size: int, room: int) -> None:
+        """Compute a padded batch whose numbers lie ready."""
+        graph = self._graphs.get((size, room))
+        if graph is not None:
+            graph.replay()
+            return
+        self.forward(size, room)  # first as it is: libraries set themselves up
+        self._graphs[size, room] = self._recorded(size, room)
+
+    def forget(self) -> None:
+        """Hear that weights are others now: graphs hold the addresses of the old ones."""
+        self._graphs.clear()
+
+    def _recorded(self, size: int, room: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        pool, stream = self._places
+        # Other threads may copy from the GPU meanwhile (fingerprint.py does).
+        with (
+            torch.cuda.device(self.model.device),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+        ):
+            self.forward(size, room)
+        return graph
+
+    @cached_property
+    def _places(self) -> tuple[Any, torch.cuda.Stream]:
+        """Make the scratch memory that all graphs share, and the stream they are recorded on."""
+        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.model.device)
+
+
+def _padded(count: int) -> int:
+    """Round up to a power of two."""
+    return 1 << (count - 1).bit_length()
