@@ -23,8 +23,6 @@ from qwen2vl.adapt.int4 import Int4Linear
 from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
-from qwen2vl.model.text import TextBlock
-from qwen2vl.model.vision import VisionBlock
 
 __all__ = ["compile_for_answers", "compile_parts"]
 
@@ -97,11 +95,11 @@ def _parts(model: Qwen2VL, *, rounding: bool = False) -> Iterator[tuple[Any, str
     kernel already.
     """
     alone: list[nn.Module] = []
-    for block in cast("Iterable[VisionBlock]", model.visual.blocks):
+    for block in cast("Iterable[Any]", model.visual.blocks):
         yield from ((block.attn, "project"), (block.mlp, "forward"))
         alone.append(block.attn.proj)
     yield model.visual.merger, "forward"
-    for layer in cast("Iterable[TextBlock]", model.model.layers):
+    for layer in cast("Iterable[Any]", model.model.layers):
         yield layer.input_layernorm, "forward"
         yield layer.post_attention_layernorm, "forward"
         yield from ((layer.self_attn, "project"), (layer.mlp, "forward"))
