@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test check format slow bench clean
+.PHONY: help setup demo test check format slow gpu bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ format: setup ## let ruff rewrite what it can
 
 slow: setup ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow --durations=10
+
+gpu: setup ## the tests that need a CUDA device; they skip where there is none
+	$(BIN)/python -m pytest -m gpu -rs --durations=10
 
 bench: setup ## run one benchmark: make bench SCRIPT=benchmarks/NAME.py; without SCRIPT, list them
 	$(if $(SCRIPT),$(BIN)/python $(SCRIPT),@ls benchmarks/*.py 2>/dev/null || echo "benchmarks/ holds no script yet")
