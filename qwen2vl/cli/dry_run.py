@@ -7,6 +7,7 @@ measured. Back up: train.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qwen2vl.cli import terminal
@@ -15,20 +16,22 @@ if TYPE_CHECKING:
     from qwen2vl.processor.inputs import ModelInput
     from qwen2vl.processor.processor import Processor
     from qwen2vl.train.config import TrainConfig
+    from qwen2vl.train.memory import Memory
     from qwen2vl.train.preview import StageFacts
 
 __all__ = ["dry_run"]
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Say for each stage what it reads, how full and even its bins are, and how long it takes."""
-    from qwen2vl.train.preview import open_processor, preview, seconds_left
+    """Say for each stage what it reads, how full and even its bins are, what it takes."""
+    from qwen2vl.train.preview import memory_of_world, open_processor, preview, seconds_left
 
     processor = open_processor(config)
     tokens = 0.0
-    for stage in config.stages:
+    for number, stage in enumerate(config.stages):
         if stage.data is None:
             terminal.say(f"stage {stage.name}: {stage.steps:,} steps of the world")
+            _say_memory(memory_of_world(config, processor, number))
     with terminal.progress() as progress:
         found = list(preview(config, processor, progress=progress))
     for facts in found:
@@ -70,6 +73,19 @@ def _say_stage(facts: StageFacts) -> None:
         terminal.say(f"balance  the vision tower takes {even}, where 1 is even")
     if facts.shrunk:
         terminal.say(f"resized  {facts.shrunk:,} samples, to fit into a bin")
+    _say_memory(facts.memory)
+
+
+def _say_memory(memory: Mapping[int, Memory]) -> None:
+    """Show what a rank takes, by cause; they are not all there at once, so the peak is less."""
+    causes = ("weights", "moments", "gathered", "gradients", "activations", "logits", "peak")
+    rows = [
+        (f"{ranks}", *(terminal.person_bytes(getattr(found, cause)) for cause in causes))
+        for ranks, found in memory.items()
+    ]
+    if rows:
+        terminal.say("memory of each rank, predicted")
+        terminal.say_table(("ranks", *causes), rows, words=())
 
 
 def _shown(sample: ModelInput, processor: Processor) -> str:

@@ -141,5 +141,4 @@ def _reason(error: Exception) -> str:
 
 
 def _size(folder: Path) -> str:
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    return terminal.person_bytes(sum(p.stat().st_size for p in folder.glob("*.safetensors")))

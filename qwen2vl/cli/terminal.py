@@ -34,6 +34,7 @@ __all__ = [
     "check_picture_name",
     "debug_option",
     "note",
+    "person_bytes",
     "person_seconds",
     "person_size",
     "plain",
@@ -197,6 +198,11 @@ def save_picture(picture: Image.Image, output: str) -> None:
         picture.save(output)
     except OSError as error:
         raise InputError(f"-o {output}: cannot be written: {error.strerror or error}") from error
+
+
+def person_bytes(num_bytes: int) -> str:
+    """Write a size with its unit: 4.4 GB, 8.8 MB."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def person_seconds(seconds: float) -> str:

@@ -134,6 +134,12 @@ class Corpus:
                     examples.append(self._example(number, entry, sample))
         return examples, bad
 
+    def grids(self, entry: int) -> np.ndarray:
+        """Give a sample's grids (K, 3) as they were measured, before any shrinking."""
+        number = int(np.searchsorted(self.first, entry, side="right")) - 1
+        table, index = self.lengths[number], entry - int(self.first[number])
+        return table.grids_K3[table.starts[index] : table.starts[index + 1]]
+
     @contextmanager
     def _told(self, number: int, entry: int, bad: list[BadSample]) -> Iterator[None]:
         """Note a sample that cannot be used, and go on."""

@@ -13,16 +13,25 @@ for each other for ever. (FSDP, arXiv 2304.11277.)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["free_gathered", "is_sharded", "note_frozen", "reduce_over_copies", "shard"]
+__all__ = [
+    "fill_parts",
+    "free_gathered",
+    "is_sharded",
+    "note_frozen",
+    "reduce_over_copies",
+    "shard",
+    "units",
+]
 
 
 def shard(
@@ -37,7 +46,8 @@ def shard(
     """Leave each rank its part of every parameter, in place; parts lie on `device`.
 
     Args:
-        model: the same on every rank, in the dtype its weights are stepped in.
+        model: the same on every rank, in the dtype its weights are stepped in; or on the meta
+            device, where parts come out empty, for `fill_parts`.
         mesh: axes "replicate" and "shard".
         device: of this rank.
         dtype: of gathered weights and products; gradients are summed in float32. None: as stored.
@@ -48,21 +58,39 @@ def shard(
     kept = {parameter for name, parameter in model.named_parameters() if name in whole}
     for parameter in kept:
         assert not parameter.requires_grad, "only frozen parameters can be kept whole"
-        parameter.data = parameter.data.to(device, dtype)
-    units = [unit for unit in _units(model) if not kept.issuperset(unit.parameters())]
+        place = parameter.device if parameter.is_meta else device
+        parameter.data = parameter.data.to(place, dtype)
+    sharded = [unit for unit in units(model) if not kept.issuperset(unit.parameters())]
     policy = _policy(dtype)
     axes = mesh if mesh.size(0) > 1 else mesh["shard"]
-    for unit in units:
+    for unit in sharded:
         # What the backward needs first is not worth freeing; nor is the root, see above.
         frees = reshard and unit is not model.model.layers[-1] and unit is not model
         fully_shard(
             unit, mesh=axes, reshard_after_forward=frees, mp_policy=policy, ignored_params=kept
         )
-    for unit in units:
+    for unit in sharded:
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         # Divided by one, a sum is a plain sum; without this NCCL would be asked for another kind.
         unit.set_force_sum_reduction_for_comms(True)
+    if model.model.norm.weight.is_meta:
+        model.to_empty(device=device)
+
+
+@torch.no_grad()
+def fill_parts(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Copy each rank's rows of all parameters and buffers from whole tensors.
+
+    Args:
+        model: sharded or not.
+        read: gives the whole tensor of a name. One is alive at a time.
+    """
+    for name, own in model.state_dict().items():
+        if isinstance(own, DTensor):
+            _copy_rows(own, read(name))
+        else:
+            own.copy_(read(name))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -103,7 +131,15 @@ def reduce_over_copies(model: nn.Module, now: bool) -> None:
         model.set_requires_all_reduce(now)
 
 
-def _units(model: Qwen2VL) -> Iterator[nn.Module]:
+def _copy_rows(own: DTensor, whole: Tensor) -> None:
+    """Fill this rank's part: equal chunks of rows, then a shorter one, then none."""
+    part, mesh = own.to_local(), own.device_mesh
+    chunk = -(-len(whole) // mesh["shard"].size())
+    first = min(len(whole), chunk * mesh.get_local_rank("shard"))
+    part.copy_(whole[first : first + len(part)])
+
+
+def units(model: Qwen2VL) -> Iterator[nn.Module]:
     """List what is gathered as one, inner modules first; the root takes what is left."""
     yield from model.visual.blocks
     yield model.visual.merger

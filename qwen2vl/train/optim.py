@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from qwen2vl.errors import ConfigError
 from qwen2vl.parallel.mesh import Ranks
-from qwen2vl.train.config import FROZEN, OptimConfig, Rules
+from qwen2vl.train.config import FROZEN, OptimConfig, Rules, Stage
 from qwen2vl.train.muon import Muon
 
-__all__ = ["Optimisers", "apply_rules", "match_rules"]
+__all__ = ["Optimisers", "apply_rules", "match_rules", "moment_bytes", "never_moving"]
 
 
 def match_rules(names: Iterable[str], rules: Rules) -> dict[str, float]:
@@ -56,6 +56,24 @@ def apply_rules(model: nn.Module, rules: Rules) -> dict[str, float]:
         parameter.requires_grad_(scales[name] != FROZEN)
         parameter.grad = None
     return {name: scale for name, scale in scales.items() if scale != FROZEN}
+
+
+def never_moving(model: nn.Module, stages: Iterable[Stage]) -> set[str]:
+    """List the parameters that every stage freezes.
+
+    Raises:
+        ConfigError: as `match_rules`.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    scales = [match_rules(names, stage.rules) for stage in stages]
+    return {name for name in names if all(own[name] == FROZEN for own in scales)}
+
+
+def moment_bytes(config: OptimConfig, name: str, parameter: Tensor, count: int) -> int:
+    """Tell how much is remembered for `count` numbers of a parameter from step to step."""
+    if config.method == "sgd" or (config.method == "muon" and _is_matrix(name, parameter)):
+        return 4 * count
+    return 8 * count + 4  # two moments, and the number of steps
 
 
 class Optimisers:

@@ -24,7 +24,7 @@ from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["Batch", "pack"]
+__all__ = ["NULL", "Batch", "pack"]
 
 # Of the number of targets of a conversation: what each of them weighs.
 _EXPONENT = {"token": 0.0, "sample": -1.0, "root": -0.5}

@@ -2,13 +2,14 @@
 
 Data are opened, measured and packed as for the run itself, so a dry run is also the preparation of
 a real one. It tells what comes how often, what is bad, how full and how even bins are, how long a
-pass is, and shows samples token by token, with what is learnt from. It must not know weights or
-devices. Next room: cli/dry_run.py.
+pass is, what a step takes of a rank's memory, and shows samples token by token, with what is learnt
+from. It must not know weights. Next room: cli/dry_run.py.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,21 +20,25 @@ from pathlib import Path
 import numpy as np
 
 from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.example import rounded
 from qwen2vl.data.lengths import Progress
 from qwen2vl.errors import ConfigError
 from qwen2vl.load import load_processor
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.train.batches import processor_of
+from qwen2vl.train.batches import Batches, processor_of
 from qwen2vl.train.begin import fresh_processor
-from qwen2vl.train.config import TrainConfig
+from qwen2vl.train.config import Stage, TrainConfig
+from qwen2vl.train.memory import Memory, memory_of_step
+from qwen2vl.train.rehearsal import Shape
 from qwen2vl.train.schedule import stage_seed
 
 __all__ = [
     "Piece",
     "SourceFacts",
     "StageFacts",
+    "memory_of_world",
     "open_processor",
     "pieces",
     "preview",
@@ -41,6 +46,7 @@ __all__ = [
 ]
 
 RANKS = (2, 4, 8)  # that the balance is told for
+ALONE_AND_TOGETHER = (1, 8)  # ranks that memory is told for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,7 @@ class StageFacts:
     imbalance: Mapping[int, float]  # ranks -> the tower's time over that of equal shares
     shrunk: int  # samples whose pictures are made smaller to fit
     tokens_per_step: float
+    memory: Mapping[int, Memory]  # ranks -> what a step takes of each
     samples: Sequence[tuple[str, ModelInput]]  # a few, to be looked at
 
     @property
@@ -123,7 +130,26 @@ def preview(
             workers=config.workers,
             progress=progress,
         )
-        yield _facts(stage.name, stage.steps, corpus, show)
+        memory = _memory(config, processor, stage, corpus)
+        yield _facts(stage.name, stage.steps, corpus, memory, show)
+
+
+def memory_of_world(config: TrainConfig, processor: Processor, number: int) -> dict[int, Memory]:
+    """Predict for some numbers of ranks what a stage of the world takes, by its first step.
+
+    Raises:
+        ConfigError: as `memory_of_step`.
+        FontError: a font of the world is not installed.
+    """
+    stage = config.stages[number]
+    first = sum(before.steps for before in config.stages[:number]) * config.accumulate
+    found: dict[int, Memory] = {}
+    for ranks in _told_ranks(config):
+        if stage.steps and stage.examples >= ranks * config.accumulate:
+            batch = Batches(config, processor, {}, ranks=ranks)[first]
+            shape = Shape.of(batch)
+            found[ranks] = memory_of_step(config, processor.config, stage, shape, ranks=ranks)
+    return found
 
 
 def seconds_left(config: TrainConfig, tokens: float) -> float | None:
@@ -147,7 +173,44 @@ def pieces(sample: ModelInput, tokenizer: Tokenizer, pads: tuple[int, ...]) -> I
         yield Piece(f"{text} x {len(ids)} " if pad else text, learnt)
 
 
-def _facts(name: str, steps: int, corpus: Corpus, show: int) -> StageFacts:
+def _told_ranks(config: TrainConfig) -> list[int]:
+    """Choose the numbers of ranks: some common ones, and those that torchrun has started."""
+    asked = {*ALONE_AND_TOGETHER, int(os.environ.get("WORLD_SIZE", "1"))}
+    return sorted(ranks for ranks in asked if ranks % config.mesh.replicate == 0)
+
+
+def _memory(
+    config: TrainConfig, processor: Processor, stage: Stage, corpus: Corpus
+) -> dict[int, Memory]:
+    found: dict[int, Memory] = {}
+    for ranks in _told_ranks(config):
+        together, rest = divmod(corpus.data.bins, ranks * config.accumulate)
+        if not rest and together <= len(corpus.plan):
+            shape = _largest(corpus, together)
+            found[ranks] = memory_of_step(config, processor.config, stage, shape, ranks=ranks)
+    return found
+
+
+def _largest(corpus: Corpus, together: int) -> Shape:
+    """Lay the dearest bins of the plan, so many at a time, into one batch."""
+    side = corpus.processor.config.vision.patch_size
+    lengths: list[int] = []
+    frames: list[int] = []
+    targets = 0
+    for entry in corpus.plan.entries[: corpus.plan.starts[together]].tolist():
+        if not corpus.tokens[entry]:
+            continue
+        lengths.append(rounded(int(corpus.tokens[entry])))
+        targets += int(corpus.targets[entry])
+        most = corpus.shrunk.get(entry, 0) // side**2
+        for t, h, w in corpus.grids(entry).tolist():
+            frames += [min(h * w, most) if most else h * w] * t
+    return Shape(tuple(sorted(lengths)), tuple(sorted(frames)), targets)
+
+
+def _facts(
+    name: str, steps: int, corpus: Corpus, memory: Mapping[int, Memory], show: int
+) -> StageFacts:
     plan, data = corpus.plan, corpus.data
     tokens = int(corpus.tokens[plan.entries].sum(dtype=np.int64))
     return StageFacts(
@@ -161,6 +224,7 @@ def _facts(name: str, steps: int, corpus: Corpus, show: int) -> StageFacts:
         imbalance={n: plan.imbalance(n) for n in RANKS if data.bins % n == 0 and n <= len(plan)},
         shrunk=len(corpus.shrunk),
         tokens_per_step=tokens * data.bins / len(plan),
+        memory=memory,
         samples=_some(corpus, show),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tests.cli.conftest import Run
@@ -43,6 +44,20 @@ def test_a_dry_run_tells_what_a_run_would_do(run: Run) -> None:
     assert "1 missing" in row
     assert "fill " in text and "% of 512 tokens" in text
     assert "on 2 ranks" in text
+    # Alone in the stage that reads, whose four bins eight ranks cannot share; both of the world.
+    titles = [
+        "ranks",
+        "weights",
+        "moments",
+        "gathered",
+        "gradients",
+        "activations",
+        "logits",
+        "peak",
+    ]
+    headers = [line for line in text.splitlines() if line.startswith("| ranks")]
+    assert [[cell.strip() for cell in h.strip("|").split("|")] for h in headers] == [titles] * 2
+    assert re.findall(r"^\| +([18]) \| +\d+\.\d MB \|", text, re.MULTILINE) == ["1", "8", "1"]
     assert "rows.jsonl:1" in text
     assert "<|vision_start|><|image_pad|> x 12 <|vision_end|>what?<|im_end|>" in text
     assert "assistant\n[[answer 0<|im_end|>]]\n" in text
