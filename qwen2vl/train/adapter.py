@@ -32,7 +32,15 @@ from qwen2vl.fill import fill, fill_layer
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights import check_fit, open_tensors, read_adapter, save_adapter
 
-__all__ = ["adapter_in", "load_quantised", "merged", "put_adapter", "room_for", "write_adapter"]
+__all__ = [
+    "adapter_in",
+    "factors_to_train",
+    "load_quantised",
+    "merged",
+    "put_adapter",
+    "room_for",
+    "write_adapter",
+]
 
 _A = ".lora_A"
 
@@ -44,7 +52,7 @@ def put_adapter(model: Qwen2VL, adapter: LoraConfig, seed: int) -> None:
         ConfigError: the layers or sizes asked for are impossible, or not those of `adapter.init`.
         CheckpointError: `adapter.init` is no adapter of this model.
     """
-    factors = _factors(model, adapter, seed)
+    factors = factors_to_train(model, adapter, seed)
     put_lora(model, factors, dropout=adapter.dropout, quantize=adapter.quantize_base)
     model.train()  # only the factors' dropout asks
 
@@ -62,7 +70,7 @@ def load_quantised(
     check_fit(tensors, config)
     with torch.device("meta"):
         model = Qwen2VL(config)
-    factors = _factors(model, adapter, seed)
+    factors = factors_to_train(model, adapter, seed)
     place = torch.device(device)
     fill(model, tensors, place, torch.float32, later=factors)
     for name, found in factors.items():
@@ -72,6 +80,32 @@ def load_quantised(
         put_lora(model, one, dropout=adapter.dropout, quantize=adapter.quantize_base)
     model.train()  # only the factors' dropout asks
     return model
+
+
+def factors_to_train(model: Qwen2VL, adapter: LoraConfig, seed: int) -> dict[str, LoraFactors]:
+    """Draw the factors of the layers that `adapter` names, or read those of `adapter.init`.
+
+    Raises:
+        ConfigError: as `put_adapter`.
+        CheckpointError: as `put_adapter`.
+    """
+    if not adapter.init:
+        return fresh_factors(model, adapter, seed)
+    settings, tensors = read_adapter(adapter.init)
+    factors = read_lora(settings, tensors, model, where=adapter.init)
+    if other := factors.keys() ^ set(target_names(model, adapter.targets)):
+        raise ConfigError(
+            f"adapter.init {adapter.init} and adapter.targets {list(adapter.targets)} differ in "
+            f"{len(other)} layers, such as {min(other)}; give the targets that it was trained with"
+        )
+    for name, found in factors.items():
+        if len(found.a_RX) != adapter.rank or found.scale != adapter.scale:
+            raise ConfigError(
+                f"adapter.init {adapter.init}: {name} has rank {len(found.a_RX)} and scale "
+                f"{found.scale:g}, adapter.rank {adapter.rank} and adapter.alpha {adapter.alpha:g} "
+                f"mean scale {adapter.scale:g}; give those that it was trained with"
+            )
+    return factors
 
 
 def adapter_in(facts: Mapping[str, Any]) -> LoraConfig | None:
@@ -112,26 +146,6 @@ def write_adapter(
     with torch.device("meta"):
         plain = Qwen2VL(config)
     save_adapter(target, peft_settings(adapter, factors, plain, base=base), peft_tensors(factors))
-
-
-def _factors(model: Qwen2VL, adapter: LoraConfig, seed: int) -> dict[str, LoraFactors]:
-    if not adapter.init:
-        return fresh_factors(model, adapter, seed)
-    settings, tensors = read_adapter(adapter.init)
-    factors = read_lora(settings, tensors, model, where=adapter.init)
-    if other := factors.keys() ^ set(target_names(model, adapter.targets)):
-        raise ConfigError(
-            f"adapter.init {adapter.init} and adapter.targets {list(adapter.targets)} differ in "
-            f"{len(other)} layers, such as {min(other)}; give the targets that it was trained with"
-        )
-    for name, found in factors.items():
-        if len(found.a_RX) != adapter.rank or found.scale != adapter.scale:
-            raise ConfigError(
-                f"adapter.init {adapter.init}: {name} has rank {len(found.a_RX)} and scale "
-                f"{found.scale:g}, adapter.rank {adapter.rank} and adapter.alpha {adapter.alpha:g} "
-                f"mean scale {adapter.scale:g}; give those that it was trained with"
-            )
-    return factors
 
 
 def _scales(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str, float]:

@@ -7,11 +7,13 @@ its config are taken from there. It must not know stages or steps. Next rooms: a
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
@@ -20,14 +22,19 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.processor.vocabulary import (
-    write_byte_tokenizer,
-)
+from qwen2vl.processor.vocabulary import write_byte_tokenizer
 from qwen2vl.train.adapter import load_quantised, put_adapter
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.weights import find
 
-__all__ = ["begin", "fresh_processor", "initialise", "with_ids_of"]
+__all__ = [
+    "begin",
+    "check_start",
+    "drawn_weights",
+    "fresh_processor",
+    "initialise",
+    "with_ids_of",
+]
 
 EMBEDDING_STD = 0.05  # with a tied head of width 192, first logits deviate by 0.7
 
@@ -42,10 +49,26 @@ def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
         ConfigError: neither `init` nor `model` is given.
         CheckpointError: `init` names no folder with a model, or its adapter does not fit.
     """
-    if config.init:
+    fresh = check_start(config)
+    if fresh is None:
         source = find(config.init)
         model, processor = _open(source, config)
         return model, processor, source
+    folder = Path(config.folder) / "tokenizer"
+    processor = fresh_processor(config, fresh, folder)
+    model = Qwen2VL(processor.config)
+    initialise(model, config.seed)
+    return model.to(config.device), processor, folder
+
+
+def check_start(config: TrainConfig) -> Qwen2VLConfig | None:
+    """Give the model that a run builds fresh; None where it starts from `init`.
+
+    Raises:
+        ConfigError: there is neither, or an adapter of a model that knows nothing.
+    """
+    if config.init:
+        return None
     if config.adapter is not None:
         raise ConfigError(
             f"run {config.name}: an adapter needs a model that has learnt; give model=FOLDER"
@@ -54,11 +77,7 @@ def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
         raise ConfigError(
             f"run {config.name}: nothing to begin from; give init=FOLDER, or a model in the recipe"
         )
-    folder = Path(config.folder) / "tokenizer"
-    processor = fresh_processor(config, config.model, folder)
-    model = Qwen2VL(processor.config)
-    initialise(model, config.seed)
-    return model.to(config.device), processor, folder
+    return config.model
 
 
 def fresh_processor(config: TrainConfig, model: Qwen2VLConfig, folder: Path) -> Processor:
@@ -74,21 +93,32 @@ def with_ids_of(config: Qwen2VLConfig, tokenizer: Tokenizer) -> Qwen2VLConfig:
     return replace(config, **tokenizer.config_ids)
 
 
+@torch.no_grad()
 def initialise(model: Qwen2VL, seed: int) -> None:
     """Draw fresh weights: deviation fan_in ** -0.5, less for what writes into the residual."""
-    draw = torch.Generator().manual_seed(seed)
-    depth = {"visual": model.config.vision.depth, "model": model.config.text.num_hidden_layers}
+    draw = drawn_weights(model, seed)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-            continue
-        std = parameter[0].numel() ** -0.5
+        parameter.copy_(draw(name))
+
+
+def drawn_weights(model: Qwen2VL, seed: int) -> Callable[[str], Tensor]:
+    """Give what draws the weight of a name, each once and in the order of the model's."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = {"visual": model.config.vision.depth, "model": model.config.text.num_hidden_layers}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def draw(name: str) -> Tensor:
+        shape = shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        std = prod(shape[1:]) ** -0.5
         if name.endswith(_WRITERS):
             std *= (2 * depth[name.partition(".")[0]]) ** -0.5
         if "embed_tokens" in name or name.startswith("lm_head"):
             std = EMBEDDING_STD
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * std)
+        return torch.randn(shape, generator=generator) * std
+
+    return draw
 
 
 def _write_tokenizer(folder: Path) -> None:

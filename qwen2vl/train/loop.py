@@ -28,7 +28,7 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks, join
 from qwen2vl.parallel.shard import free_gathered, is_sharded, reduce_over_copies
 from qwen2vl.train.batches import batches, open_corpora
-from qwen2vl.train.checkpoint import Saver, make_folder
+from qwen2vl.train.checkpoint import Saver, latest, make_folder
 from qwen2vl.train.config import TrainConfig, dump
 from qwen2vl.train.export import describe, export, export_adapter
 from qwen2vl.train.flops import costs, peak_of
@@ -75,7 +75,7 @@ def train(
     with join(config.device, replicate=config.mesh.replicate) as ranks:
         _check_shares(config, ranks)
         make_folder(Path(config.folder))
-        run = build(config, ranks)
+        run = build(config, ranks, filled=latest(Path(config.folder)) is None)
         resume(run)
         # Until here there is nothing to save, and measuring may take hours: signals end it at once.
         corpora = open_corpora(config, run.processor)

@@ -9,7 +9,7 @@ Next room: loop.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,13 +20,14 @@ from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.parallel.recompute import recompute
-from qwen2vl.parallel.shard import note_frozen, shard
+from qwen2vl.parallel.shard import fill_parts, note_frozen, shard
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train import checkpoint
 from qwen2vl.train.begin import begin
-from qwen2vl.train.config import FROZEN, Stage, TrainConfig
+from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.guard import Guard
-from qwen2vl.train.optim import Optimisers, apply_rules, match_rules
+from qwen2vl.train.optim import Optimisers, apply_rules, never_moving
+from qwen2vl.train.outline import outline
 from qwen2vl.train.pack import Batch
 from qwen2vl.train.schedule import locate
 
@@ -90,8 +91,11 @@ class Run:
         return kept | _random_state(self.ranks)
 
 
-def build(config: TrainConfig, ranks: Ranks) -> Run:
+def build(config: TrainConfig, ranks: Ranks, *, filled: bool = True) -> Run:
     """Load or make the model, and leave this rank its part.
+
+    With several ranks none ever holds the whole. `filled` False leaves parts without numbers, for
+    `resume` to fill.
 
     Raises:
         ConfigError: there is nothing to begin from, or a rule is wrong.
@@ -99,23 +103,29 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     """
     if ranks.mesh is None:
         model, processor, tokenizer = begin(config)
-    else:
-        # On the CPU first, so that a GPU never holds more than one whole block in float32; and
-        # the first rank before the others, since it may write the tokenizer.
-        if ranks.rank:
-            ranks.wait_for_all()
-        model, processor, tokenizer = begin(replace(config, device="cpu"))
-        if not ranks.rank:
-            ranks.wait_for_all()
+        _prepare(config, ranks, model)
+        return Run(config, ranks, model, processor, tokenizer)
+    # The first rank before the others, since it may write the tokenizer.
+    if ranks.rank:
+        ranks.wait_for_all()
+    start = outline(config)
+    if not ranks.rank:
+        ranks.wait_for_all()
+    _prepare(config, ranks, start.model)
+    _shard(config, ranks, start.model)
+    if filled:
+        fill_parts(start.model, start.read)
+    return Run(config, ranks, start.model, start.processor, start.tokenizer)
+
+
+def _prepare(config: TrainConfig, ranks: Ranks, model: Qwen2VL) -> None:
+    """Wrap what is computed again or compiled, while modules are whole."""
     # What an adapter's dropout draws from, on each rank something else; a checkpoint keeps it.
     torch.manual_seed(config.seed + ranks.rank)
     asked = config.recompute
     recompute(model, visual=asked.visual, text=asked.text, every=asked.every)
     if config.compile:
         compile_parts(model)
-    if ranks.mesh is not None:
-        _shard(config, ranks, model)
-    return Run(config, ranks, model, processor, tokenizer)
 
 
 def resume(run: Run) -> None:
@@ -147,7 +157,7 @@ def resume(run: Run) -> None:
 
 def _shard(config: TrainConfig, ranks: Ranks, model: Qwen2VL) -> None:
     assert ranks.mesh is not None
-    never = _never_moving(config, model)
+    never = never_moving(model, config.stages)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in never)
     shard(
@@ -158,13 +168,6 @@ def _shard(config: TrainConfig, ranks: Ranks, model: Qwen2VL) -> None:
         whole=never if config.mesh.frozen == "replicate" else (),
         reshard=config.mesh.reshard,
     )
-
-
-def _never_moving(config: TrainConfig, model: Qwen2VL) -> set[str]:
-    """List the parameters that every stage freezes."""
-    names = [name for name, _ in model.named_parameters()]
-    scales = [match_rules(names, stage.rules) for stage in config.stages]
-    return {name for name in names if all(own[name] == FROZEN for own in scales)}
 
 
 def _random_state(ranks: Ranks) -> dict[str, Tensor]:

@@ -70,6 +70,12 @@ class TensorFolder(Mapping[str, Tensor]):
         layer = name.removesuffix(".weight")
         return self.matrix(layer).dequantised() if layer in self.packed else self._read(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Look a name up; Mapping's own way would read the tensor."""
+        return isinstance(name, str) and (
+            name in self._places or name.removesuffix(".weight") in self.packed
+        )
+
     def __iter__(self) -> Iterator[str]:
         yield from (name for name in self._places if name.rpartition(".")[0] not in self.packed)
         for layer in self.packed:

@@ -61,7 +61,9 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise AssertionError("opened for reading")
 
     monkeypatch.setattr(room, "safe_open", fail)
-    assert open_tensors(tmp_path).info("model.norm.weight").dtype == "F32"
+    folder = open_tensors(tmp_path)
+    assert folder.info("model.norm.weight").dtype == "F32"
+    assert "model.norm.weight" in folder and "model.norm.bias" not in folder
 
 
 @pytest.mark.parametrize(
