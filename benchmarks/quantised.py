@@ -5,8 +5,9 @@
 quality: nano reads the questions of the mini suite with their true answers; its odds for each token
 of an answer are compared with those that it has unrounded in float32: the Kullback-Leibler
 divergence in nats, the share of tokens whose likeliest word is the same, and the share that is
-right. speed: one block of the 2B's decoder for 1, 8 and 308 tokens, all precisions by turns, each
-on several copies so that no cache holds them. Prints one line for results.md.
+right. speed: one block of the 2B's decoder for 1, 8 and 308 tokens, and one of its tower for 1,024
+patches, all precisions by turns, each on several copies so that no cache holds them; `plain` is
+bfloat16 without packed weights. Prints one line for results.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ import torch
 from record import line
 from torch import Tensor
 
+from qwen2vl.adapt.compile import compile_for_answers
 from qwen2vl.adapt.join import siblings
-from qwen2vl.adapt.quantise import is_of_decoder, quantise_layers, recipe
+from qwen2vl.adapt.packed import can_pack, pack_layers
+from qwen2vl.adapt.quantise import Mode, quantise_layers, recipe
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.config import PRESETS
 from qwen2vl.convert import quantise_folder
@@ -33,6 +36,7 @@ from qwen2vl.eval.mini import build
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.load import load
 from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model.rope import vision_rotation
 from qwen2vl.processor.processor import Processor
 from qwen2vl.synth import Mixture, render, sample
 from qwen2vl.train.pack import Batch, pack
@@ -41,8 +45,9 @@ PARTS = "text shapes counting relations find name_box motion two_pictures".split
 QUESTIONS = 50  # of each part
 AT_ONCE = 25  # conversations of one forward
 
-LAYERS = 8  # copies of the block: 750 MB in bfloat16
+LAYERS = 8  # copies of each block: 1.1 GB in bfloat16
 ROUNDS = {1: 15, 8: 9, 308: 3}  # tokens -> how often
+SIDE = 32  # patches a side of the picture
 
 
 def batches(processor: Processor) -> Iterator[Batch]:
@@ -96,13 +101,13 @@ def quality(num_examples: int) -> dict[str, Any]:
     return found
 
 
-def decoder(mode: str | None) -> Qwen2VL:
-    """Build some blocks of the 2B's decoder with random weights, and nearly no words."""
+def blocks(mode: Mode | None, *, packed: bool = True, compiled: bool = False) -> Qwen2VL:
+    """Build some blocks of the 2B's towers with random weights, and nearly no words."""
     full = PRESETS["2B"]
     config = replace(
         full,
         text=replace(full.text, num_hidden_layers=LAYERS, vocab_size=64),
-        vision=replace(full.vision, depth=1),
+        vision=replace(full.vision, depth=LAYERS),
         image_token_id=1,
         video_token_id=2,
     )
@@ -111,10 +116,13 @@ def decoder(mode: str | None) -> Qwen2VL:
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.02)
-    for names, kind in siblings(recipe(model, mode)) if mode else ():  # type: ignore[arg-type]
-        if is_of_decoder(names[0]):
-            quantise_layers(model, names, kind)
+    for names, kind in siblings(recipe(model, mode)) if mode else ():
+        quantise_layers(model, names, kind)
+    if packed and can_pack():
+        pack_layers(model)
     multiply_single_rows(model)
+    if compiled:
+        compile_for_answers(model)
     return model.eval()
 
 
@@ -136,21 +144,48 @@ def step(model: Qwen2VL, tokens: int) -> Callable[[], object]:
     return decode
 
 
+def picture(model: Qwen2VL) -> Callable[[], object]:
+    """Prepare the blocks of the tower for one picture."""
+    vision = model.config.vision
+    places_N2 = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE))
+    rotation = vision_rotation(places_N2, vision.head_dim, vision.rope_theta)
+    frames = AttnMeta.build([SIDE**2])
+    start_NE = torch.randn(SIDE**2, vision.embed_dim, dtype=torch.bfloat16)
+
+    def look() -> None:
+        hidden_NE = start_NE
+        for block in model.visual.blocks:
+            hidden_NE = block(hidden_NE, rotation, frames)
+
+    return look
+
+
+def by_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Give the best time of each, in milliseconds a block."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {f"{name}_ms": round(1000 * seconds / LAYERS, 2) for name, seconds in best.items()}
+
+
 @torch.inference_mode()
 def speed() -> dict[str, Any]:
-    models = {mode or "bfloat16": decoder(mode) for mode in (None, "int8", "int4")}
+    models = {
+        "plain": blocks(None, packed=False),
+        "bfloat16": blocks(None),
+        "bfloat16_compiled": blocks(None, compiled=True),
+        "int8": blocks("int8"),
+        "int8_compiled": blocks("int8", compiled=True),
+    }
     found: dict[str, Any] = {}
+    found["picture_of_1024"] = by_turns({n: picture(m) for n, m in models.items()}, rounds=7)
+    models["int4"] = blocks("int4")
     for tokens, rounds in ROUNDS.items():
         runs = {name: step(model, tokens) for name, model in models.items()}
-        best = dict.fromkeys(runs, float("inf"))
-        for _ in range(rounds + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                best[name] = min(best[name], time.perf_counter() - start)
-        found[f"block_of_{tokens}"] = {
-            f"{name}_ms": round(1000 * seconds / LAYERS, 2) for name, seconds in best.items()
-        }
+        found[f"block_of_{tokens}"] = by_turns(runs, rounds)
     return found
 
 

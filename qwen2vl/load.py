@@ -21,7 +21,7 @@ from qwen2vl.adapt.join import siblings
 from qwen2vl.adapt.lora import LoraFactors, merge_lora
 from qwen2vl.adapt.packed import can_pack, pack_layers
 from qwen2vl.adapt.peft import read_lora
-from qwen2vl.adapt.quantise import Kind, Mode, quantise_layers
+from qwen2vl.adapt.quantise import AnyMode, Kind, quantise_layers
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.adapt.served import Adapter
 from qwen2vl.config import Qwen2VLConfig
@@ -42,6 +42,7 @@ from qwen2vl.weights import (
     read_config,
     read_preprocessor,
 )
+from qwen2vl.weights.fit import EMBEDDING
 
 __all__ = [
     "DTypeName",
@@ -67,7 +68,7 @@ def load(
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
-    quantize: Mode | None = None,
+    quantize: AnyMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     min_pixels: int | None = None,
@@ -82,7 +83,8 @@ def load(
         device: where the weights go: cpu, cuda, cuda:1, mps.
         dtype: of the weights and the arithmetic. auto: bfloat16 where the hardware has it, else
             float32 if it fits, else bfloat16.
-        quantize: round the linear layers to int8 or int4 as they are read; only on the CPU.
+        quantize: round the linear layers to int8 or int4 as they are read; on a GPU also fp8, by
+            torchao.
         adapter: a folder with a LoRA adapter of PEFT, merged into the weights.
         max_model_len: longest prompt and answer to reserve memory for; None: the model's own.
         min_pixels: smallest size a picture is shown at; None: the folder's.
@@ -143,7 +145,7 @@ def load_model(
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
-    quantize: Mode | None = None,
+    quantize: AnyMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     max_pixels: int = 0,
@@ -173,11 +175,29 @@ def load_model(
             fill_layer(model, tensors, name)
         merge_lora(model, {name: factors[name] for name in names if name in factors})
         quantise_layers(model, names, kind)
+    is_changed = bool(stored or rounded)
     if place.type == "cpu" and chosen == torch.bfloat16:
         if can_pack():
-            pack_layers(model)
+            is_changed |= pack_layers(model) > 0
         multiply_single_rows(model)
+    if is_changed:
+        _let_go_of_files(model, folder)
     return model.eval()
+
+
+@torch.no_grad()
+def _let_go_of_files(model: Qwen2VL, folder: Path) -> None:
+    """Unmap what became other layers: a file stays in memory, whole, while one tensor lies in it.
+
+    The embedding is opened anew, and only the rows that are looked up come back; the rest is small.
+    """
+    embedding = model.model.embed_tokens.weight
+    for parameter in model.parameters():
+        if parameter is not embedding:
+            parameter.data = parameter.data.clone()
+    stored = open_tensors(folder)[EMBEDDING]
+    if stored.dtype == embedding.dtype:  # else it is a copy already
+        embedding.data = stored
 
 
 def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str, Adapter]:

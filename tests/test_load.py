@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen2vl.adapt import packed
 from qwen2vl.config import PRESETS
 from qwen2vl.errors import CapacityError, CheckpointError, ConfigError, InputError
 from qwen2vl.load import load, load_model, load_processor
@@ -90,18 +92,43 @@ def test_casting(tmp_path: Path, stored: str, asked: Any) -> None:
         assert torch.equal(parameter, want)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def mapped(folder: Path) -> list[tuple[int, int]]:
+    """List where the weights' file lies in memory."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    mine = [line for line in maps if line.endswith(str(folder / "model.safetensors"))]
+    ends = [line.split()[0].split("-") for line in mine]
+    return [(int(low, 16), int(high, 16)) for low, high in ends]
+
+
+reads_maps = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+
+
+@reads_maps
 def test_weights_of_the_same_dtype_are_memory_mapped(folder: Path) -> None:
     model, _ = load(folder, dtype="float32")
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    spans = [
-        tuple(int(end, 16) for end in line.split()[0].split("-"))
-        for line in maps
-        if line.endswith(str(folder / "model.safetensors"))
-    ]
+    spans = mapped(folder)
     assert spans
     for parameter in model.parameters():
         assert any(low <= parameter.data_ptr() < high for low, high in spans)
+
+
+@reads_maps
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_only_the_embedding_of_a_changed_model_stays_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: Any
+) -> None:
+    monkeypatch.setattr(packed, "LARGE", 1)
+    if quantize is None and not packed.can_pack():
+        pytest.skip("nothing is packed on this processor")
+    folder = tmp_path / "model"
+    saved = write_tiny(folder, dtype=torch.bfloat16)
+    model, _ = load(folder, dtype="bfloat16", quantize=quantize)
+    gc.collect()
+    (span,) = mapped(folder)  # once: nothing holds what was read first
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(embedding, saved.model.embed_tokens.weight.bfloat16())
+    for parameter in model.parameters():
+        assert (span[0] <= parameter.data_ptr() < span[1]) == (parameter is embedding)
 
 
 def test_changing_a_loaded_model_leaves_the_file_alone(folder: Path) -> None:

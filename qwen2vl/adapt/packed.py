@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight_OI.shape
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), ROWS)
         self.register_buffer("packed", packed)
-        self.register_buffer("bias", None if bias_O is None else bias_O.detach())
+        self.register_buffer("bias", None if bias_O is None else bias_O.detach().clone())
 
     def unpacked(self) -> Tensor:
         """Give the weights back, (O, I)."""
@@ -73,14 +73,25 @@ def _shape(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
     return x_TI.new_empty(x_TI.shape[0], packed.shape[0])
 
 
-def pack_layers(model: Qwen2VL) -> None:
+def pack_layers(model: Qwen2VL) -> int:
     """Pack every large linear layer of both towers, and the head, one after the other.
 
     A tied head becomes a layer; the embedding stays as it is, for it is looked up.
+
+    Returns:
+        How many layers were packed.
     """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and layer.weight.numel() >= LARGE:
-            model.set_submodule(name, PackedLinear(layer.weight, layer.bias))
+    large = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.numel() >= LARGE
+    }
+    count = len(large)
+    while large:
+        name, layer = large.popitem()  # and so its plain weights are not kept any longer
+        model.set_submodule(name, PackedLinear(layer.weight, layer.bias))
     if model.lm_head is None and model.head_weight.numel() >= LARGE:
         # The model only ever calls it, as every module.
         model.lm_head = PackedLinear(model.head_weight, None)  # type: ignore[assignment]
+        count += 1
+    return count
