@@ -13,7 +13,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from qwen2vl.adapt.quantise import HEAD, Kind, Mode, put_layers, recipe
+from qwen2vl.adapt.on_gpu import check_gpu
+from qwen2vl.adapt.quantise import HEAD, MODES, AnyMode, Kind, gpu_recipe, put_layers, recipe
 from qwen2vl.adapt.stored import stored_kind, stored_layer
 from qwen2vl.errors import InputError
 from qwen2vl.model import Qwen2VL
@@ -56,7 +57,7 @@ def stored_kinds(tensors: TensorFolder, device: torch.device) -> dict[str, Kind]
 
 def rounded_kinds(
     model: Qwen2VL,
-    quantize: Mode | None,
+    quantize: AnyMode | None,
     tensors: TensorFolder,
     stored: Collection[str],
     device: torch.device,
@@ -67,11 +68,19 @@ def rounded_kinds(
         InputError: no such mode, or not on this device.
     """
     if quantize is not None:
+        if device.type == "cuda":
+            kinds = gpu_recipe(model, quantize)
+            check_gpu(quantize, device)
+            return kinds
+        if quantize == "fp8":
+            raise InputError(
+                f"quantize 'fp8' computes on NVIDIA GPUs only; use {' or '.join(MODES)} on {device}"
+            )
         kinds = recipe(model, quantize)
         if device.type != "cpu":
             raise InputError(
-                f"quantize {quantize!r} computes on the CPU only; leave it out on {device}, or use "
-                "device cpu"
+                f"quantize {quantize!r} computes on the CPU and on NVIDIA GPUs only; leave it out "
+                f"on {device}, or use device cpu"
             )
         return {name: kind for name, kind in kinds.items() if name not in stored}
     packing = tensors.packing

@@ -180,7 +180,7 @@ def load_model(
         if can_pack():
             is_changed |= pack_layers(model) > 0
         multiply_single_rows(model)
-    if is_changed:
+    if is_changed and place.type == "cpu":
         _let_go_of_files(model, folder)
     return model.eval()
 

@@ -117,11 +117,18 @@ def test_other_devices_widen_everything(tmp_path: Path) -> None:
     write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32, "head_and_vision": "int8"})
     tensors = open_tensors(tmp_path / "model")
     model = tiny_model(config=tiny_config(tie_word_embeddings=False))
-    device = torch.device("cuda")
-    assert stored_kinds(tensors, device) == {}
-    assert rounded_kinds(model, None, tensors, {}, device) == {}
-    with pytest.raises(InputError, match="quantize 'int8' computes on the CPU only; leave it out"):
-        rounded_kinds(model, "int8", tensors, {}, device)
+    for device in (torch.device("cuda"), torch.device("mps")):
+        assert stored_kinds(tensors, device) == {}
+        assert rounded_kinds(model, None, tensors, {}, device) == {}
+    with pytest.raises(InputError, match="quantize 'int8' computes on the CPU and on NVIDIA GPUs"):
+        rounded_kinds(model, "int8", tensors, {}, torch.device("mps"))
+
+
+def test_fp8_is_for_gpus(tmp_path: Path) -> None:
+    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+    tensors, model = open_tensors(tmp_path / "model"), tiny_model()
+    with pytest.raises(InputError, match="'fp8' computes on NVIDIA GPUs only; use int8 or int4 on"):
+        rounded_kinds(model, "fp8", tensors, {}, torch.device("cpu"))
 
 
 def test_the_padded_72b_answers_as_the_unpadded(tmp_path: Path) -> None:

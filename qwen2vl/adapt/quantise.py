@@ -6,8 +6,9 @@ Which layer becomes what is one table, `recipe`:
     int8    8 bits                       8 bits  8 bits
     int4    4 bits in groups of inputs   8 bits  8 bits
 
-The head stays at 8 bits, as 4 would cost accuracy and save no time. Embeddings, norms, biases and
-the patch embedding are small, or looked up, and stay whole; a tied head gets a layer of its own.
+The head stays at 8 bits, as 4 would cost accuracy and save no time. `gpu_recipe` is the table of
+GPUs, whose layers are torchao's (on_gpu.py). Embeddings, norms, biases and the patch embedding
+are small, or looked up, and stay whole; a tied head gets a layer of its own.
 Layers that read the same input are joined (join.py). A model so changed answers; it can neither be
 trained nor saved. Next room: calibrate.py, which rounds with more care.
 """
@@ -24,16 +25,20 @@ from torch import Tensor, nn
 from qwen2vl.adapt.int4 import GROUP_SIZES, PAD_TO, Int4Linear
 from qwen2vl.adapt.int8 import int8_linear
 from qwen2vl.adapt.join import Joined, QuantisedLinear, Share, siblings
+from qwen2vl.adapt.on_gpu import NarrowLinear, narrow_linear
 from qwen2vl.adapt.rounding import round_channels, round_groups
 from qwen2vl.errors import InputError
 from qwen2vl.model import Qwen2VL
 
 __all__ = [
+    "GPU_MODES",
     "HEAD",
     "MODES",
+    "AnyMode",
     "Kind",
     "Mode",
     "describe",
+    "gpu_recipe",
     "is_of_decoder",
     "put_layers",
     "quantise",
@@ -44,8 +49,13 @@ __all__ = [
 
 Mode = Literal["int8", "int4"]
 MODES: tuple[Mode, ...] = ("int8", "int4")
+AnyMode = Mode | Literal["fp8"]
+GPU_MODES: tuple[AnyMode, ...] = (*MODES, "fp8")
 
 HEAD = "lm_head"
+
+GPU_PAD_TO = 1024  # inputs, by torchao, for the 4-bit kernel
+FP8_UNIT = 16  # divides outputs and inputs of what that kernel takes
 
 # Narrow models feel rounding more: a row has at least so many groups, or the smallest.
 MIN_GROUPS = 6
@@ -56,9 +66,12 @@ class Kind(NamedTuple):
 
     bits: int
     group_size: int = 0  # inputs that share a scale; 0: all of them
+    gpu_mode: AnyMode | None = None  # which of torchao's layers; None: those of the CPU
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Count the bytes of such a layer's weights and scales."""
+        if self.gpu_mode == "int4":
+            num_inputs = -(-num_inputs // GPU_PAD_TO) * GPU_PAD_TO
         if self.bits == 8:
             return num_outputs * (num_inputs + 12)  # a scale and oneDNN's zero
         padded = -(-num_outputs // PAD_TO) * PAD_TO
@@ -89,6 +102,34 @@ def recipe(model: Qwen2VL, mode: Mode) -> dict[str, Kind]:
     return kinds
 
 
+def gpu_recipe(model: Qwen2VL, mode: AnyMode) -> dict[str, Kind]:
+    """Say what becomes of each linear layer on a GPU; those that are not named stay whole.
+
+        mode    decoder               head    vision tower
+        int8    8 bits                8 bits  8 bits
+        int4    4 bits in groups      whole   whole
+        fp8     e4m3, rows as well    e4m3    e4m3
+
+    In int4 the head and the tower stay: widening 8 bits costs a GPU more time than it saves.
+
+    Raises:
+        InputError: no such mode.
+    """
+    if mode not in GPU_MODES:
+        raise InputError(f"quantize {mode!r} is unknown; use {', '.join(MODES)} or fp8")
+    if mode == "int4":
+        kinds = recipe(model, mode)
+        return {n: kind._replace(gpu_mode=mode) for n, kind in kinds.items() if kind.bits == 4}
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    } | {HEAD: tuple(model.head_weight.shape)}
+    unit = FP8_UNIT if mode == "fp8" else 1
+    fitting = (name for name, shape in shapes.items() if all(n % unit == 0 for n in shape))
+    return dict.fromkeys(fitting, Kind(8, gpu_mode=mode))
+
+
 def quantise(model: Qwen2VL, mode: Mode) -> None:
     """Quantise every layer of `recipe` in place, each rounded to the nearest.
 
@@ -101,6 +142,14 @@ def quantise(model: Qwen2VL, mode: Mode) -> None:
 
 def quantise_layers(model: Qwen2VL, names: Sequence[str], kind: Kind) -> None:
     """Replace one linear layer, or siblings, whose weights are there, by a quantised one."""
+    if kind.gpu_mode is not None:
+        for name in names:
+            weight_OI, bias_O = weights_of(model, name)
+            weight_OI = weight_OI.to(model.device, model.dtype)
+            bias_O = None if bias_O is None else bias_O.to(model.device, model.dtype)
+            layer = narrow_linear(weight_OI, bias_O, kind.gpu_mode, kind.group_size)
+            put_layers(model, [name], layer)
+        return
     weights, biases = zip(*(weights_of(model, name) for name in names), strict=True)
     weight_OI, bias_O = weights[0], biases[0]
     if len(names) > 1:
@@ -122,7 +171,7 @@ def weights_of(model: Qwen2VL, name: str) -> tuple[Tensor, Tensor | None]:
     return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
-def put_layers(model: Qwen2VL, names: Sequence[str], layer: QuantisedLinear) -> None:
+def put_layers(model: Qwen2VL, names: Sequence[str], layer: QuantisedLinear | NarrowLinear) -> None:
     """Put a layer where linear ones were, or where a tied head has none."""
     if list(names) == [HEAD]:
         # The model only ever calls it, as every module.
@@ -131,6 +180,7 @@ def put_layers(model: Qwen2VL, names: Sequence[str], layer: QuantisedLinear) -> 
     if len(names) == 1:
         model.set_submodule(names[0], layer)
         return
+    assert not isinstance(layer, NarrowLinear), "layers of a GPU are not joined"
     joined, start = Joined(layer), 0
     for name in names:
         stop = start + len(weights_of(model, name)[0])
@@ -146,7 +196,7 @@ def describe(model: Qwen2VL) -> str:
     found = Counter(
         (name.partition(".")[0], module.describe())
         for name, module in model.named_modules()
-        if isinstance(module, QuantisedLinear)
+        if isinstance(module, QuantisedLinear | NarrowLinear)
     )
     return ", ".join(f"{room}: {count} {how}" for (room, how), count in found.items())
 

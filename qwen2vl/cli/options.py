@@ -74,8 +74,8 @@ def model_options(command: F) -> F:
         click.option("--adapter", metavar="DIR", help="A LoRA adapter of PEFT, to be merged in."),
         click.option(
             "--quantize",
-            type=click.Choice(["int8", "int4"]),
-            help="Round the weights as they are read, to answer faster on a CPU.",
+            type=click.Choice(["int8", "int4", "fp8"]),
+            help="Round the weights as they are read; fp8 on a GPU alone.",
         ),
         click.option(
             "--compile",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.adapt.compile import compile_for_answers
-from qwen2vl.adapt.quantise import Mode
+from qwen2vl.adapt.quantise import AnyMode
 from qwen2vl.adapt.served import AdapterSwitch
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.adapters import seen_through
@@ -70,7 +70,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: DTypeName = "auto",
-        quantize: Mode | None = None,
+        quantize: AnyMode | None = None,
         compile: bool = False,
         adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
