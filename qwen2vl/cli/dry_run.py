@@ -24,9 +24,16 @@ __all__ = ["dry_run"]
 
 def dry_run(config: TrainConfig) -> None:
     """Say for each stage what it reads, how full and even its bins are, what it takes."""
-    from qwen2vl.train.preview import memory_of_world, open_processor, preview, seconds_left
+    from qwen2vl.train.preview import (
+        check_run,
+        memory_of_world,
+        open_processor,
+        preview,
+        seconds_left,
+    )
 
     processor = open_processor(config)
+    check_run(config, processor)
     tokens = 0.0
     for number, stage in enumerate(config.stages):
         if stage.data is None:
@@ -36,6 +43,11 @@ def dry_run(config: TrainConfig) -> None:
         found = list(preview(config, processor, progress=progress))
     for facts in found:
         tokens += facts.tokens_per_step * facts.steps
+        if facts.steps <= config.optim.warmup:
+            terminal.note(
+                f"stage {facts.name}: its {facts.steps:,} steps are all warm-up, in which the rate "
+                "still rises; give fewer, optim.warmup=N"
+            )
         _say_stage(facts)
         for name, sample in facts.samples:
             terminal.say(f"\n{name}")
@@ -61,7 +73,7 @@ def _say_stage(facts: StageFacts) -> None:
         )
         for source in facts.sources
     ]
-    terminal.say(f"stage {facts.name}: {facts.steps:,} steps, {facts.passes:.3g} passes")
+    terminal.say(f"stage {facts.name}: {facts.steps:,} steps, {facts.passes:.3g} passes (epochs)")
     terminal.say_table(titles, rows, words=("source", "bad"))
     terminal.say(
         f"bins     {facts.bins:,} in a pass, {facts.bins_per_step:,} in a step of "

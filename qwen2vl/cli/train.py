@@ -8,6 +8,7 @@ Next room: train/loop.py.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,6 +39,7 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     from qwen2vl import recipes
     from qwen2vl.cli.probes import probe_of
     from qwen2vl.parallel.mesh import is_first
+    from qwen2vl.train.checkpoint import latest, read_state
     from qwen2vl.train.config import override
     from qwen2vl.train.loop import train as run
 
@@ -47,6 +49,10 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
         say_plan(config)
         return
+    if is_first() and (last := latest(Path(config.folder))) is not None:
+        done = read_state(last)["step"]
+        if done < config.steps:
+            terminal.say(f"going on from step {done:,} of {config.steps:,}: {last}")
     began = time.monotonic()
     told = Progress()
     step = 0

@@ -14,6 +14,8 @@ from qwen2vl.synth import Mixture
 
 __all__ = ["MANNERS", "DataConfig", "Source"]
 
+FEWEST = 1000  # samples that a share is taken of at least, where there are so many
+
 # How samples are fetched, kept and given up, not which: they may change in the course of a run.
 MANNERS = frozenset(
     ("max_bad", "decode_seconds", "fetch_seconds", "retries", "concurrency", "cache", "cache_gb")
@@ -88,3 +90,10 @@ class DataConfig:
         for name, least in (("max_tokens", 64), ("bins", 1), ("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}, must be {least} or more")
+
+    def tolerates(self, bad: int, seen: int, total: int) -> bool:
+        """Say whether so many of the samples `seen` so far, of `total`, may be bad.
+
+        Of the first few a share says little: it is taken of FEWEST at least, or of all there are.
+        """
+        return bad <= self.max_bad * max(seen, min(FEWEST, total))

@@ -25,7 +25,7 @@ from qwen2vl.data.config import DataConfig
 from qwen2vl.data.dialects import Sample, SampleError
 from qwen2vl.data.example import BadSample, Example
 from qwen2vl.data.frames import FrameCache
-from qwen2vl.data.kept import cache_folder, keep
+from qwen2vl.data.kept import cache_folder, keep, trim
 from qwen2vl.data.lengths import Lengths, Progress, measure
 from qwen2vl.data.plan import Planner, plan_of
 from qwen2vl.data.prepare import Measurer, Preparer
@@ -33,6 +33,11 @@ from qwen2vl.data.sources import Samples, open_source
 from qwen2vl.processor.processor import Processor
 
 __all__ = ["Corpus"]
+
+# Folders below the cache, and bytes that each may hold of what no run has opened for a month:
+# copies of text from elsewhere, which runs go on reading, and what was measured and packed.
+KEPT = {"text": 50 * 10**9, "lengths": 5 * 10**9, "plans": 5 * 10**9}
+IDLE = 30 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Corpus:
             ConfigError: nothing can read a source, or there is too little for a step.
         """
         cache = cache_folder(data.cache)
+        for folder, limit in KEPT.items():
+            trim(cache / folder, limit, idle=IDLE)
         opened = [
             open_source(
                 source,

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen2vl.data.kept import PARTIAL, trim
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item
 
@@ -29,7 +29,6 @@ __all__ = ["FrameCache"]
 logger = logging.getLogger(__name__)
 
 ENDING = ".safetensors"
-PARTIAL = ".partial"
 _PIECE = 1 << 22  # bytes hashed at a time
 
 
@@ -54,7 +53,7 @@ class FrameCache:
         made = make()
         try:
             _write(path, made)
-            self._trim()
+            trim(self.folder, self.limit)
         except (OSError, SafetensorError) as error:
             if not self._told:
                 logger.warning("%s: decoded videos cannot be kept: %s", self.folder, error)
@@ -73,20 +72,6 @@ class FrameCache:
                     whole.update(piece)
             self._digests[key] = whole.hexdigest()
         return self._digests[key]
-
-    def _trim(self) -> None:
-        """Delete the least recently used until the rest fits; another process may do the same."""
-        entries = []
-        for path in self.folder.glob(f"*/*{ENDING}"):
-            with suppress(FileNotFoundError):
-                info = path.stat()
-                entries.append((info.st_mtime_ns, info.st_size, path))
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total <= self.limit:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
 
 
 def _read(path: Path) -> Item | None:

@@ -2,14 +2,17 @@
 
 A file is written aside and renamed, so that it is whole or not there; a damaged one counts as not
 there. Where several ranks of a machine want the same, the first makes (or mends) it and the others
-wait. It must not know what the arrays mean. Next rooms: lengths.py, corpus.py.
+wait. Folders of what is kept stay bounded: what was used longest ago leaves. It must not know what
+the arrays mean. Next rooms: lengths.py, corpus.py.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -17,9 +20,12 @@ import numpy as np
 
 from qwen2vl.errors import ConfigError
 
-__all__ = ["Arrays", "cache_folder", "keep"]
+__all__ = ["PARTIAL", "Arrays", "cache_folder", "keep", "trim", "used"]
 
 Arrays = Mapping[str, np.ndarray]
+
+PARTIAL = ".partial"  # in the name of what is being written, which also begins with a dot
+STALE = 3600.0  # seconds in which a writer that lives has written more
 
 
 def cache_folder(given: str) -> Path:
@@ -47,7 +53,7 @@ def keep(
         ConfigError: the folder cannot be written. And whatever `make` raises.
     """
     stamp = _stamp(path)
-    found = _read(path)
+    found = _read(path) if used(path) else None
     wanted = make if found is None else mender(found)
     if found is not None and wanted is None:
         return found
@@ -73,11 +79,51 @@ def keep(
     return made
 
 
-def _stamp(path: Path) -> int:
+def used(path: Path) -> bool:
+    """Say whether a file is there, and note that it is used now."""
     try:
-        return path.stat().st_mtime_ns
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # somebody else's, or on a medium that is only read
+        return path.is_file()
+    return True
+
+
+def trim(folder: Path, limit: int, *, idle: float = 0.0) -> None:
+    """Delete what a dead writer left, then the least recently used until the rest fits.
+
+    Other processes may do the same at the same time.
+
+    Args:
+        folder: of files, and of folders of files.
+        limit: in bytes.
+        idle: seconds; what was used since is spared, even above the limit.
+    """
+    now, entries = time.time(), []
+    for path in folder.glob("**/*"):
+        with suppress(FileNotFoundError):
+            info = path.stat()
+            if path.name.startswith(".") and PARTIAL in path.name:
+                if now - info.st_mtime > STALE:
+                    path.unlink()
+            elif path.is_file():
+                entries.append((info.st_mtime_ns, info.st_size, path))
+    total = sum(size for _, size, _ in entries)
+    for stamp, size, path in sorted(entries):
+        if total <= limit or now - stamp / 1e9 < idle:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Tell one file of this name from another; its time says only when it was used."""
+    try:
+        info = path.stat()
     except OSError:
-        return 0
+        return 0, 0
+    return info.st_ino, info.st_size
 
 
 def _read(path: Path) -> Arrays | None:

@@ -124,7 +124,7 @@ class Planner:
         """
         told = [(n, i, why) for n, t in enumerate(self.lengths) for i, why in t.bad.items()]
         total = len(self.tokens)
-        if len(told) < total and len(told) <= self.data.max_bad * total:
+        if len(told) < total and self.data.tolerates(len(told), total, total):
             return
         counts = Counter(reason for _, _, (reason, _) in told)
         names = [f"{self.sources[n].name(i)}: {text}" for n, i, (_, text) in told[:NAMED]]

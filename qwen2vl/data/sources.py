@@ -21,6 +21,7 @@ import numpy as np
 
 from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.data.dialects import Sample, SampleError, read_row
+from qwen2vl.data.kept import used
 from qwen2vl.data.parquet import Parquet
 from qwen2vl.data.storage import Storage, is_remote
 from qwen2vl.data.tokens import STORE, TokenStore
@@ -159,12 +160,12 @@ def _folder_of(address: str) -> str:
 
 
 def _local(name: str, storage: Storage, cache: Path) -> Path:
-    """Bring a file of text to this machine, once for each size and name of it."""
+    """Bring a file of text to this machine, once for each version of it."""
     if not is_remote(name):
         return Path(name).expanduser()
-    key = blake2b(f"{name} {storage.size(name)}".encode(), digest_size=8).hexdigest()
+    key = blake2b(f"{name} {storage.version(name)}".encode(), digest_size=8).hexdigest()
     path = cache / "text" / f"{key}-{name.rpartition('/')[2]}"
-    if not path.is_file():
+    if not used(path):
         with storage.open(name) as source:
             _whole(path, lambda file: shutil.copyfileobj(source, file, _PIECE))
     return path
@@ -181,7 +182,7 @@ def _lines(path: Path, cache: Path) -> Path:
                 return path
         key = blake2b(f"{path.resolve()} {info.st_size} {info.st_mtime_ns}".encode(), digest_size=8)
         target = cache / "text" / f"{key.hexdigest()}-{path.stem}.jsonl"
-        if not target.is_file():
+        if not used(target):
             rows = json.loads(path.read_text(encoding="utf-8"))
             _whole(
                 target, lambda file: file.writelines(f"{json.dumps(r)}\n".encode() for r in rows)

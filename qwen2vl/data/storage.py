@@ -2,12 +2,14 @@
 
 Many objects are fetched at a time, each with a time limit of its own and new tries that wait
 longer: an object store answers slowly, refuses what comes too fast, and sometimes hangs. A fetch
-that hangs is left behind, never waited for. Local files are named, not read. (Qwen2-VL sec. 2.3:
-concurrency and retries tuned to the store.) It must not know samples. Next room: prepare.py.
+that hangs is left behind, never waited for. What is read piece by piece is fetched so too, each
+piece by itself. (Qwen2-VL sec. 2.3: concurrency and retries tuned to the store.) It must not know
+samples. Next room: prepare.py.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import random
@@ -29,6 +31,10 @@ __all__ = ["MissingError", "Storage", "is_remote", "join"]
 FIRST_WAIT = 0.25  # seconds before the second try; each further wait is twice as long
 LONGEST_WAIT = 8.0
 MAX_BYTES = 4 * 1024**3  # of one object
+PIECE = 1 << 20  # bytes of a remote object that are fetched at least, when it is read by pieces
+
+# Where stores say which version of an object they hold; the first of them that is there counts.
+_VERSIONS = ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "updated")
 
 # What a store says when trying again cannot help.
 _FINAL = (FileNotFoundError, IsADirectoryError, PermissionError, ConfigError)
@@ -81,11 +87,23 @@ class Storage:
             return _local(address).stat().st_size
         return int(self._tried(address, lambda: self._system(address).size(address)))
 
+    def version(self, address: str) -> str:
+        """Name what an object holds now, as well as its store can: by its size at least."""
+        about = self._tried(address, lambda: self._system(address).info(address))
+        told = next((about[key] for key in (*_VERSIONS, "created") if about.get(key)), "")
+        return f"{about.get('size')} {told}"
+
     def open(self, address: str) -> BinaryIO:
-        """Open an object for reading in any order, local or not."""
+        """Open an object for reading in any order, local or not; each piece has its new tries."""
         if not is_remote(address):
             return _local(address).open("rb")
-        return self._tried(address, lambda: self._system(address).open(address, "rb"))
+        return io.BufferedReader(_Pieces(self, address), PIECE)
+
+    def piece(self, address: str, start: int, stop: int) -> bytes:
+        """Fetch some bytes of an object; raises as `read`."""
+        return self._tried(
+            address, lambda: self._system(address).cat_file(address, start=start, end=stop)
+        )
 
     def listing(self, pattern: str, endings: tuple[str, ...]) -> list[str]:
         """Name the objects a pattern with * means, or those in a folder with one of `endings`.
@@ -152,6 +170,38 @@ class Storage:
         if key not in self._systems:
             self._systems[key] = _connect(protocol, address)
         return self._systems[key]
+
+
+class _Pieces(io.RawIOBase):
+    """A remote object as a file, without a connection that could break."""
+
+    def __init__(self, storage: Storage, address: str) -> None:
+        super().__init__()
+        self.storage, self.address = storage, address
+        self.size, self.place = storage.size(address), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        self.place = max(0, start + offset)
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.size, self.place + len(buffer))
+        if stop <= self.place:
+            return 0
+        found = self.storage.piece(self.address, self.place, stop)
+        buffer[: len(found)] = found
+        self.place += len(found)
+        return len(found)
 
 
 def is_remote(address: str) -> bool:

@@ -13,12 +13,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from qwen2vl.data.config import DataConfig
 from qwen2vl.errors import InputError
 from qwen2vl.train.pack import Batch
 
 __all__ = ["BadSamples"]
 
-FEWEST = 1000  # samples that the share is taken of at least, so that a bad start is no verdict
 NAMED = 3  # that an error names
 
 
@@ -32,11 +32,17 @@ class BadSamples:
         self.reasons: Counter[str] = Counter()
         self._last: list[str] = []
 
-    def take(self, batch: Batch, step: int, limit: float) -> None:
+    def take(self, batch: Batch, step: int, data: DataConfig, total: int) -> None:
         """List what is bad in one batch, and count what was not known before.
 
+        Args:
+            batch: of the step.
+            step: counted from 1.
+            data: what the stage reads; it says how many may be bad.
+            total: samples that there are to read.
+
         Raises:
-            InputError: the share of bad samples exceeds `limit`; counted by reason.
+            InputError: they are too many; counted by reason.
         """
         fresh = [sample for sample in batch.bad if not sample.known]
         self.seen += len(batch.families) + len(fresh)
@@ -48,10 +54,10 @@ class BadSamples:
         with self.path.open("a", encoding="utf-8") as file:
             for sample in batch.bad:
                 file.write(json.dumps({"step": step, **sample._asdict()}) + "\n")
-        if self.reasons.total() > limit * max(self.seen, FEWEST):
+        if not data.tolerates(self.reasons.total(), self.seen, total):
             kinds = ", ".join(f"{count:,} {name}" for name, count in self.reasons.most_common())
             raise InputError(
                 f"step {step}: {self.reasons.total():,} of {self.seen:,} samples are bad ({kinds}),"
-                f" the limit is {limit:.2%}; {'; '.join(self._last)}; all are in {self.path}: mend "
-                "them, or raise data.max_bad"
+                f" the limit is {data.max_bad:.2%}; {'; '.join(self._last)}; all are in "
+                f"{self.path}: mend them, or raise data.max_bad"
             )

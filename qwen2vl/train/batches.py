@@ -9,6 +9,7 @@ layout), loop.py (who asks).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,9 +27,9 @@ from qwen2vl.synth.world import check_fonts
 from qwen2vl.train.bad import BadSamples
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.pack import Batch, pack
-from qwen2vl.train.schedule import bins_of, deal, draw, locate, stage_seed
+from qwen2vl.train.schedule import bins_of, check_shares, deal, draw, locate, stage_seed
 
-__all__ = ["Batches", "batches", "open_corpora", "processor_of"]
+__all__ = ["Batches", "batches", "open_corpora", "processor_of", "workers_here"]
 
 FINGERPRINTS = "data.json"  # in the run's folder: what each stage reads
 
@@ -119,24 +120,24 @@ def batches(
         InputError: too many samples are bad, as they come; or as `open_corpora`, and so FontError.
         ConfigError: data are not those that the run began with, or cannot be dealt out evenly.
     """
+    check_shares(config, ranks)
     if corpora is None:
         corpora = open_corpora(config, processor)
-    for corpus in corpora.values():
-        evenly = torch.arange(corpus.data.bins).numpy()
-        deal(evenly, rank=rank, ranks=ranks, turn=0, turns=config.accumulate)
     if corpora and rank == 0:
         _check_same(Path(config.folder), config, corpora, start)
+    workers = workers_here(config)
     loader = DataLoader(
         Batches(config, processor, corpora, rank, ranks),
         batch_size=None,
         sampler=range(start * config.accumulate, config.steps * config.accumulate),
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread,
+        pin_memory=config.device.startswith("cuda"),
         generator=torch.Generator(),  # the global one is a checkpoint's: dropout draws from it
     )
     ready = iter(loader)  # the workers begin here
-    return _watched(ready, config, start, rank) if corpora else ready
+    return _watched(ready, config, corpora, start, rank) if corpora else ready
 
 
 def open_corpora(config: TrainConfig, processor: Processor) -> dict[int, Corpus]:
@@ -157,11 +158,18 @@ def open_corpora(config: TrainConfig, processor: Processor) -> dict[int, Corpus]
             processor_of(stage, processor),
             seed=stage_seed(config, number),
             default_system=stage.default_system,
-            workers=config.workers,
+            workers=workers_here(config),
         )
         for number, stage in enumerate(config.stages)
         if stage.data is not None and stage.steps
     }
+
+
+def workers_here(config: TrainConfig) -> int:
+    """Give the number of workers: as asked for, but no more than this rank's share of the cores."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    return min(config.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def processor_of(stage: Stage, processor: Processor) -> Processor:
@@ -172,14 +180,16 @@ def processor_of(stage: Stage, processor: Processor) -> Processor:
     return Processor(processor.config, processor.tokenizer, pixels=limits)
 
 
-def _watched(ready: Iterator[Batch], config: TrainConfig, start: int, rank: int) -> Iterator[Batch]:
+def _watched(
+    ready: Iterator[Batch], config: TrainConfig, corpora: dict[int, Corpus], start: int, rank: int
+) -> Iterator[Batch]:
     """Count bad samples as their batches come."""
     bad = BadSamples(Path(config.folder), rank=rank)
     for index, batch in enumerate(ready, start * config.accumulate):
         step = index // config.accumulate
-        data = config.stages[locate(config, step)[0]].data
-        if data is not None:
-            bad.take(batch, step + 1, data.max_bad)
+        corpus = corpora.get(locate(config, step)[0])
+        if corpus is not None:
+            bad.take(batch, step + 1, corpus.data, len(corpus.tokens))
         yield batch
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -57,6 +57,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "state.json"
+
+NAMED = 4  # differences that an error names
+LONGEST = 40  # characters of a value in it
 
 Found = TypeVar("Found")
 
@@ -226,11 +229,12 @@ def read_step(path: Path, config: TrainConfig) -> int:
     """
     state = read_state(path)
     own = json.loads(dump(config))
-    differ = [key for key in _BINDING if _differs(own[key], state["config"].get(key))]
+    differ = [d for key in _BINDING for d in _differing(own[key], state["config"].get(key), key)]
     if differ:
+        more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
         raise CheckpointError(
-            f"{path} was made with other values of {', '.join(differ)}; resume with the same, "
-            "or begin another run with out=FOLDER"
+            f"{path} was made with other values of {', '.join(differ[:NAMED])}{more}; resume with "
+            "the same, or begin another run with out=FOLDER"
         )
     return state["step"]
 
@@ -327,13 +331,22 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _differs(own: Any, saved: Any) -> bool:
-    """Compare values of a config; a field that an older version did not have had its default."""
+def _differing(own: Any, saved: Any, path: str) -> Iterator[str]:
+    """Name what differs in a config; a field that an older version did not have had its default."""
     if isinstance(own, dict) and isinstance(saved, dict):
-        return any(_differs(own[key], saved[key]) for key in own.keys() & saved.keys() - MANNERS)
-    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
-        return any(_differs(a, b) for a, b in zip(own, saved, strict=True))
-    return own != saved
+        for key in own:
+            if key in saved.keys() - MANNERS:
+                yield from _differing(own[key], saved[key], f"{path}.{key}")
+    elif isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        for index, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
+            yield from _differing(mine, theirs, f"{path}.{index}")
+    elif own != saved:
+        yield f"{path} ({_short(saved)}, now {_short(own)})"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:

@@ -108,11 +108,17 @@ class Stage:
     def __post_init__(self) -> None:
         if self.mixture is None and self.data is None:
             raise ConfigError(f"stage {self.name}: give a mixture of the world, or data")
+        if self.steps < 0:
+            raise ConfigError(f"stage {self.name}: steps is {self.steps}, must be 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One run, complete: with the code's version it determines every bit of the result."""
+    """One run, complete: with the code's version it determines every bit of the result.
+
+    Raises:
+        ConfigError: there is no step to take, or a number that means nothing.
+    """
 
     name: str
     stages: tuple[Stage, ...]
@@ -139,6 +145,16 @@ class TrainConfig:
     probe: ProbeConfig = ProbeConfig()
     save_every: int = 500  # steps
     keep: int = 2  # checkpoints that stay on disk
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ConfigError(
+                f"run {self.name}: its stages have no step to take; give stages.0.steps=N"
+            )
+        least = {"accumulate": 1, "log_every": 1, "save_every": 1, "keep": 1}
+        for name, low in {**least, "minutes": 0, "workers": 0, "threads": 0}.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} is {getattr(self, name):g}, must be {low} or more")
 
     @property
     def folder(self) -> str:
@@ -203,6 +219,7 @@ def _put(node: Any, path: list[str], value: str, key: str) -> Any:
         return (*node[:i], _put(node[i], rest, value, key), *node[i + 1 :])
     names = [f.name for f in fields(node)]
     if head not in names:
+        names += ["data"] * isinstance(node, TrainConfig)  # a short word, see `_paths`
         near = get_close_matches(head, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
         raise ConfigError(f"override {key}: unknown key {head!r}; {hint}")

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
-from qwen2vl.parallel.mesh import Ranks, join
+from qwen2vl.parallel.mesh import join
 from qwen2vl.parallel.shard import free_gathered, is_sharded, reduce_over_copies
 from qwen2vl.train.batches import batches, open_corpora
 from qwen2vl.train.checkpoint import Saver, latest, make_folder
@@ -34,10 +33,11 @@ from qwen2vl.train.export import describe, export, export_adapter
 from qwen2vl.train.flops import costs, peak_of
 from qwen2vl.train.metrics import Metrics, families_of
 from qwen2vl.train.objective import Outcome, token_loss
-from qwen2vl.train.pack import Batch
+from qwen2vl.train.pack import Batch, sent
 from qwen2vl.train.probe import Probe
 from qwen2vl.train.rate import rate
 from qwen2vl.train.run import Run, build, resume
+from qwen2vl.train.schedule import check_shares, locate
 from qwen2vl.train.sinks import open_sinks
 from qwen2vl.train.stop import Stop, Wish
 
@@ -73,7 +73,7 @@ def train(
         torch.set_num_threads(config.threads)
     stop = Stop(config.minutes)
     with join(config.device, replicate=config.mesh.replicate) as ranks:
-        _check_shares(config, ranks)
+        check_shares(config, ranks.size)
         make_folder(Path(config.folder))
         run = build(config, ranks, filled=latest(Path(config.folder)) is None)
         resume(run)
@@ -109,6 +109,13 @@ def _go(run: Run, stop: Stop, report: Report, probe: Probe | None) -> Path:
     finally:
         run.stream = iter(())  # ends the workers, who are deaf to what would end them at exit
         saver.close()
+    if run.ranks.rank == 0 and (warmup := _warming(run)):
+        logger.warning(
+            "step %d is one of the %d in which the rate still rises, so little has been learnt; "
+            "go on, or give fewer, optim.warmup=N",
+            run.step,
+            warmup,
+        )
     if wish in ("SIGTERM", "SIGINT"):
         logger.warning("%s: saved %s; the same command goes on from there", wish, last)
         raise SystemExit(0) if wish == "SIGTERM" else KeyboardInterrupt
@@ -151,11 +158,20 @@ def _steps(
     return wish
 
 
+def _warming(run: Run) -> int:
+    """Give the length of the warm-up that the last step lies in; 0 where it is over."""
+    if not run.step:
+        return 0
+    number, inner = locate(run.config, run.step - 1)
+    warmup = run.config.optim.warmup
+    return warmup if number == 0 and inner + 1 < warmup else 0
+
+
 def one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -> None:
     """Move the weights once, by the gradients of all batches of all ranks."""
     assert run.optimisers is not None and run.guard is not None
     ranks = run.ranks
-    divisor = ranks.sum(_sum_of_weights(own)).to(ranks.device)
+    divisor = sent(ranks.sum(_sum_of_weights(own)), ranks.device)
     moved = [batch.to(ranks.device) for batch in own]
     outcomes: list[Outcome] = []
     for number, batch in enumerate(moved, 1):
@@ -232,14 +248,3 @@ def _export(run: Run, last: Path, facts: Mapping[str, Any]) -> Path:
             export_adapter(last, factors, facts)
     run.ranks.wait_for_all()
     return target
-
-
-def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
-    parts = ranks.size * config.accumulate
-    for stage in config.stages:
-        if stage.mixture is not None and stage.steps and stage.examples < parts:
-            raise ConfigError(
-                f"stage {stage.name}: {stage.examples} examples a step cannot be dealt out to "
-                f"{ranks.size} ranks x {config.accumulate} batches; raise examples to {parts} or "
-                "more"
-            )

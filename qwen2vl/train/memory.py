@@ -25,7 +25,7 @@ from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.optim import apply_rules, moment_bytes, never_moving
 from qwen2vl.train.rehearsal import Shape, rehearse
 
-__all__ = ["Memory", "Stored", "memory_of_step", "stored_bytes"]
+__all__ = ["Memory", "Stored", "bare_model", "memory_of_step", "stored_bytes"]
 
 WIDE = torch.float32.itemsize  # of a weight as it is stepped, and of its gradient
 
@@ -67,7 +67,7 @@ def memory_of_step(
     Raises:
         ConfigError: a rule, or a pattern of the adapter, is wrong.
     """
-    model = _outline(config, shape)
+    model = bare_model(config, shape)
     stored = stored_bytes(config, model, stage, ranks=ranks)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(_gathered_dtype(config, ranks))
@@ -108,8 +108,12 @@ def stored_bytes(config: TrainConfig, model: Qwen2VL, stage: Stage, *, ranks: in
     return Stored(weights, moments, gathered, gradients)
 
 
-def _outline(config: TrainConfig, shape: Qwen2VLConfig) -> Qwen2VL:
-    """Build the run's model on the meta device, adapters and recomputing and all."""
+def bare_model(config: TrainConfig, shape: Qwen2VLConfig) -> Qwen2VL:
+    """Build the run's model on the meta device, adapters and recomputing and all.
+
+    Raises:
+        ConfigError: a pattern of the adapter matches nothing, or a size is impossible.
+    """
     with torch.device("meta"):
         model = Qwen2VL(shape)
     if config.adapter is not None:

@@ -22,7 +22,14 @@ from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.train.config import FROZEN, OptimConfig, Rules, Stage
 from qwen2vl.train.muon import Muon
 
-__all__ = ["Optimisers", "apply_rules", "match_rules", "moment_bytes", "never_moving"]
+__all__ = [
+    "Optimisers",
+    "apply_rules",
+    "check_moves",
+    "match_rules",
+    "moment_bytes",
+    "never_moving",
+]
 
 
 def match_rules(names: Iterable[str], rules: Rules) -> dict[str, float]:
@@ -56,6 +63,17 @@ def apply_rules(model: nn.Module, rules: Rules) -> dict[str, float]:
         parameter.requires_grad_(scales[name] != FROZEN)
         parameter.grad = None
     return {name: scale for name, scale in scales.items() if scale != FROZEN}
+
+
+def check_moves(model: nn.Module, stage: Stage) -> None:
+    """Refuse a stage whose rules do not fit the model, or leave nothing to move.
+
+    Raises:
+        ConfigError: as `match_rules`, or every parameter is frozen.
+    """
+    scales = match_rules((name for name, _ in model.named_parameters()), stage.rules)
+    if all(scale == FROZEN for scale in scales.values()):
+        raise ConfigError(f"stage {stage.name}: its rules freeze every parameter")
 
 
 def never_moving(model: nn.Module, stages: Iterable[Stage]) -> set[str]:

@@ -24,7 +24,7 @@ from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["NULL", "Batch", "pack"]
+__all__ = ["NULL", "Batch", "pack", "sent"]
 
 # Of the number of targets of a conversation: what each of them weighs.
 _EXPONENT = {"token": 0.0, "sample": -1.0, "root": -0.5}
@@ -64,12 +64,26 @@ class Batch:
         """Copy once to where the model is."""
         if torch.device(device).type == "cpu":
             return self
-        moved = {
-            name: value.to(device)
-            for name in self.__slots__
-            if isinstance(value := getattr(self, name), Tensor | AttnMeta | VisionMeta)
-        }
+        moved: dict[str, Tensor | AttnMeta | VisionMeta] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                moved[name] = sent(value, device)
+            elif isinstance(value, AttnMeta | VisionMeta):
+                moved[name] = value.to(device)
         return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """Put the tensors where a GPU fetches them by itself; a DataLoader asks, in its thread."""
+        tensors = {n: v for n in self.__slots__ if isinstance(v := getattr(self, n), Tensor)}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Begin to copy from the CPU to where the model is, without waiting where a GPU can fetch."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pack(

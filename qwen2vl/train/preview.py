@@ -27,17 +27,19 @@ from qwen2vl.load import load_processor
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.train.batches import Batches, processor_of
+from qwen2vl.train.batches import Batches, processor_of, workers_here
 from qwen2vl.train.begin import fresh_processor
 from qwen2vl.train.config import Stage, TrainConfig
-from qwen2vl.train.memory import Memory, memory_of_step
+from qwen2vl.train.memory import Memory, bare_model, memory_of_step
+from qwen2vl.train.optim import check_moves
 from qwen2vl.train.rehearsal import Shape
-from qwen2vl.train.schedule import stage_seed
+from qwen2vl.train.schedule import check_shares, stage_seed
 
 __all__ = [
     "Piece",
     "SourceFacts",
     "StageFacts",
+    "check_run",
     "memory_of_world",
     "open_processor",
     "pieces",
@@ -107,6 +109,19 @@ def open_processor(config: TrainConfig) -> Processor:
         return fresh_processor(config, config.model, Path(folder) / "tokenizer")
 
 
+def check_run(config: TrainConfig, processor: Processor) -> None:
+    """Refuse what a run could not begin with, before anything is measured.
+
+    Raises:
+        ConfigError: a rule or a pattern of the adapter matches nothing, rules that leave nothing
+            to move, or steps that cannot be shared.
+    """
+    model = bare_model(config, processor.config)
+    for stage in config.stages:
+        check_moves(model, stage)
+    check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def preview(
     config: TrainConfig,
     processor: Processor,
@@ -127,7 +142,7 @@ def preview(
             processor_of(stage, processor),
             seed=stage_seed(config, number),
             default_system=stage.default_system,
-            workers=config.workers,
+            workers=workers_here(config),
             progress=progress,
         )
         memory = _memory(config, processor, stage, corpus)

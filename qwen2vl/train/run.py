@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qwen2vl.adapt.compile import compile_parts
-from qwen2vl.errors import ConfigError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.parallel.recompute import recompute
@@ -26,7 +25,7 @@ from qwen2vl.train import checkpoint
 from qwen2vl.train.begin import begin
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.guard import Guard
-from qwen2vl.train.optim import Optimisers, apply_rules, never_moving
+from qwen2vl.train.optim import Optimisers, apply_rules, check_moves, never_moving
 from qwen2vl.train.outline import outline
 from qwen2vl.train.pack import Batch
 from qwen2vl.train.schedule import locate
@@ -70,9 +69,8 @@ class Run:
             ConfigError: a rule is wrong, or the rules leave nothing to move.
         """
         stage = self.stage(self.step)
+        check_moves(self.model, stage)
         scales = apply_rules(self.model, stage.rules)
-        if not scales:
-            raise ConfigError(f"stage {stage.name}: its rules freeze every parameter")
         if self.optimisers is not None:
             note_frozen(self.model)
         self.optimisers = Optimisers(self.model, scales, self.config.optim, self.ranks)

@@ -17,7 +17,7 @@ from qwen2vl.data.bins import Plan, shuffled
 from qwen2vl.errors import ConfigError
 from qwen2vl.train.config import Stage, TrainConfig
 
-__all__ = ["Draw", "bins_of", "deal", "draw", "locate", "stage_seed"]
+__all__ = ["Draw", "bins_of", "check_shares", "deal", "draw", "locate", "stage_seed"]
 
 
 class Draw(NamedTuple):
@@ -36,6 +36,29 @@ def locate(config: TrainConfig, step: int) -> tuple[int, int]:
             return index, step
         step -= stage.steps
     raise AssertionError("unreachable: step lies below the sum of all stages")
+
+
+def check_shares(config: TrainConfig, ranks: int) -> None:
+    """Refuse steps that the ranks' batches cannot share, before anything is read.
+
+    Raises:
+        ConfigError: bins of data do not divide, or there are fewer conversations than batches.
+    """
+    parts = ranks * config.accumulate
+    among = f"{ranks} ranks x {config.accumulate} batches"
+    for stage in config.stages:
+        if not stage.steps:
+            continue
+        if stage.data is not None and stage.data.bins % parts:
+            raise ConfigError(
+                f"stage {stage.name}: data.bins is {stage.data.bins}, which {among} cannot share "
+                f"evenly; make it a multiple of {parts}"
+            )
+        if stage.data is None and stage.examples < parts:
+            raise ConfigError(
+                f"stage {stage.name}: {stage.examples} examples a step cannot be dealt out to "
+                f"{among}; raise examples to {parts} or more"
+            )
 
 
 def draw(config: TrainConfig, step: int, *, rank: int = 0, ranks: int = 1) -> Draw:
@@ -71,15 +94,8 @@ def deal(numbers: np.ndarray, *, rank: int, ranks: int, turn: int, turns: int) -
 
     Ranks that work at the same time get neighbours in cost; where a batch holds several bins, who
     had the dearest of one round has the cheapest of the next.
-
-    Raises:
-        ConfigError: the bins cannot be dealt out evenly.
     """
-    if len(numbers) % (ranks * turns):
-        raise ConfigError(
-            f"data.bins is {len(numbers)}, which {ranks} ranks x {turns} batches cannot share "
-            f"evenly; make it a multiple of {ranks * turns}"
-        )
+    assert len(numbers) % (ranks * turns) == 0, "see check_shares"
     rounds_JR = numbers.reshape(turns, -1, ranks)[turn].copy()
     rounds_JR[1::2] = rounds_JR[1::2, ::-1]
     return rounds_JR[:, rank]

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Run
 from tests.data.rows import conversation, write_media, write_rows
 
@@ -69,7 +71,7 @@ def test_the_time_is_estimated_by_the_run_s_own_last_report(run: Run) -> None:
     prepare()
     Path("here").mkdir()
     Path("here/metrics.jsonl").write_text(json.dumps({"tokens_per_second": 100.0}) + "\n")
-    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1"]
+    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.1.steps=0"]
     text = run("train", "own.py", *words, "--dry-run").stdout
     assert "tokens take" in text and "at the speed of this run's last report" in text
 
@@ -82,6 +84,34 @@ def test_data_that_cannot_be_used_are_one_line(run: Run) -> None:
     assert "1 of 25 samples are bad (1 missing), the limit is 1.00%; rows.jsonl:25" in line
     result = run("train", "own.py", *WORDS, "data=set/nothing.jsonl", "--dry-run")
     assert "set/nothing.jsonl: no such file" in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (['adapter.targets=["model.eyes"]'], "'model.eyes' matches no linear layer; names are"),
+        (['stages.0.rules=[["eyes", 1], [".*", 0]]'], "rules that match no parameter: eyes"),
+        (['stages.0.rules=[[".*", 0]]'], "stage lora: its rules freeze every parameter"),
+        (["accumulate=2"], "data.bins is 1, which 1 ranks x 2 batches cannot share evenly"),
+        (["stages.0.steps=0"], "its stages have no step to take; give stages.0.steps=N"),
+        (["minutes=-1"], "minutes is -1, must be 0 or more"),
+    ],
+)
+def test_what_a_run_could_not_begin_with_is_told_before_data_are_read(
+    run: Run, words: list[str], complaint: str
+) -> None:
+    result = run("train", "lora", "model=nano", "data=no/such.jsonl", *words, "--dry-run")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert complaint in line
+
+
+def test_a_stage_that_is_all_warm_up_and_its_epochs_are_told(run: Run) -> None:
+    prepare()
+    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.1.steps=0"]
+    result = run("train", "own.py", *words, "optim.warmup=6", "--dry-run")
+    assert "passes (epochs)" in result.stdout
+    assert "stage read: its 6 steps are all warm-up, in which the rate still" in result.stderr
 
 
 def test_data_of_a_recipe_without_any_are_refused(run: Run) -> None:

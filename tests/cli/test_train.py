@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,16 @@ def test_between_steps_the_model_is_asked_what_it_does_not_learn_from(
     assert drawn.exit_code == 0, drawn.stderr
 
 
-def test_a_finished_run_is_not_run_again(run: Run) -> None:
-    run("train", "tiny", *SHORT)
-    again = run("train", "tiny", *SHORT)
+def test_a_finished_run_is_not_run_again_and_another_goes_on(run: Run) -> None:
+    words = [*SHORT, "save_every=6"]
+    run("train", "tiny", *words)
+    again = run("train", "tiny", *words)
     assert again.exit_code == 0
     assert [line.split(":")[0] for line in again.stdout.splitlines()] == ["model", "try"]
+    shutil.rmtree("here/step-000008")
+    first, report, *_ = run("train", "tiny", *words).stdout.splitlines()
+    assert first == f"going on from step 6 of 8: {Path('here/step-000006')}"
+    assert "8/8 answers" in report
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,6 +18,7 @@ from qwen2vl.data.prepare import Preparer
 from qwen2vl.errors import InputError
 from qwen2vl.processor.inputs import Item
 from tests.media import clip, video
+from tests.parallel.gang import FORKS
 from tests.tiny import tiny_processor
 
 DATA = DataConfig(sources=(Source(path="x"),))
@@ -157,8 +157,8 @@ def _many(folder: Path, data: bytes) -> None:
 
 
 def test_processes_may_share_a_folder(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    workers = [context.Process(target=_many, args=(tmp_path, clip(4))) for _ in range(3)]
+    # A fork of a process with threads may hang; one of a server without any does not.
+    workers = [FORKS.Process(target=_many, args=(tmp_path, clip(4))) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:

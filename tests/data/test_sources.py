@@ -91,6 +91,16 @@ def test_another_content_has_another_name(tmp_path: Path) -> None:
     assert open_path(write_rows(path, ROWS[1:]), tmp_path).fingerprint() != before
 
 
+def test_words_from_elsewhere_are_brought_once_for_each_version(tmp_path: Path) -> None:
+    system = fsspec.filesystem("memory")
+    address = f"/{tmp_path.name}/rows.jsonl"
+    for letter in "ab":  # of the same size
+        system.pipe_file(address, b'{"text": "%s"}\n' % letter.encode())
+        for _ in range(2):
+            assert texts(open_path(f"memory:/{address}", tmp_path)) == [letter]
+    assert len(list((tmp_path / "cache" / "text").iterdir())) == 2
+
+
 def test_parquet_brings_its_pictures_along(tmp_path: Path) -> None:
     picture = {"bytes": encoded(smooth(56, 84)), "path": "a.png"}
     row = {"images": [picture], "texts": [{"user": "what?", "assistant": "a cat"}]}

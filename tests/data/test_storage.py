@@ -122,6 +122,37 @@ def test_listings_are_sorted_and_whole_addresses() -> None:
         assert file.read() == b"11"
 
 
+def test_what_is_read_by_pieces_is_tried_again_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "PIECE", 4)
+    Moody.failures["11.png"] = 2
+    with hasty(retries=2).open("moody://bucket/11.png") as file:
+        assert file.read(3) == b"pic"
+        assert file.seek(-2, 2) == 8
+        assert file.read() == b"11"
+        assert (file.read(), file.tell()) == (b"", 10)
+        file.seek(0)
+        assert file.read() == b"picture 11"
+    Moody.failures["12.png"] = 3
+    with (
+        hasty(retries=2).open("moody://bucket/12.png") as file,
+        pytest.raises(InputError, match=r"12.png cannot be read in 3 tries: ConnectionResetError"),
+    ):
+        file.read()
+
+
+@pytest.mark.parametrize("key", ["ETag", "mtime", "LastModified"])
+def test_a_version_is_what_the_store_calls_it(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"size": 10, "created": "always"}
+    monkeypatch.setattr(Moody, "info", lambda *_, **__: told)
+    bare = hasty().version("moody://bucket/1.png")
+    monkeypatch.setattr(Moody, "info", lambda *_, **__: {**told, key: "one"})
+    one = hasty().version("moody://bucket/1.png")
+    monkeypatch.setattr(Moody, "info", lambda *_, **__: {**told, key: "two"})
+    assert len({bare, one, hasty().version("moody://bucket/1.png")}) == 3
+
+
 def test_local_files_and_folders(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "notes.txt"):
         (tmp_path / name).write_text(name)

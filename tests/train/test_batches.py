@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.corpus import Corpus
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.synth import Mixture
-from qwen2vl.train.batches import batches
+from qwen2vl.train.batches import batches, workers_here
 from qwen2vl.train.config import TrainConfig, override
 from qwen2vl.train.pack import Batch
 from tests.data.rows import conversation, data_of, good_rows, run_of, write_media, write_rows
@@ -53,11 +55,7 @@ def samples_of_steps(config: TrainConfig, ranks: int) -> list[list[tuple[int, ..
     ("ranks", "words"),
     [
         (1, ["workers=1"]),
-        pytest.param(
-            1,
-            ["workers=4"],
-            marks=pytest.mark.filterwarnings("ignore:This DataLoader will create"),
-        ),
+        (1, ["workers=4"]),  # as many as there are cores
         (2, []),
         (4, []),
         (1, ["accumulate=4"]),
@@ -141,7 +139,7 @@ def test_samples_that_turn_bad_stop_the_run_above_the_limit(tmp_path: Path) -> N
         path = tmp_path / f"{i}.png"
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(
-        InputError, match=r"step 3: 28 of 28 samples are bad \(28 picture\).*2.00%.* damaged"
+        InputError, match=r"step 1: 1\d of 1\d samples are bad \(1\d picture\).*2.00%.* damaged"
     ):
         list(stream)
 
@@ -160,7 +158,7 @@ def test_dropped_samples_are_listed_and_do_not_stop_the_run(tmp_path: Path) -> N
 def test_media_that_changed_since_they_were_measured_are_bad(tmp_path: Path) -> None:
     write_media(tmp_path)
     rows = [conversation("<image>what?", "x", image="0.png"), conversation("q", "a")]
-    data = data_of(tmp_path, write_rows(tmp_path / "rows.jsonl", rows), bins=1)
+    data = data_of(tmp_path, write_rows(tmp_path / "rows.jsonl", rows), bins=1, max_bad=0.5)
     config = run_of(tmp_path, data, steps=1)
     list(batches(config, tiny_processor(), 0))
     (tmp_path / "0.png").write_bytes((tmp_path / "4.png").read_bytes())
@@ -180,10 +178,24 @@ def test_going_on_with_other_data_is_refused(tmp_path: Path) -> None:
         batches(config, tiny_processor(), 3)
 
 
-def test_bins_that_cannot_be_shared_evenly_are_refused(folder: Path) -> None:
-    text = r"data.bins is 4, which 3 ranks x 1 batches cannot share evenly; .* multiple of 3"
+def test_bins_that_cannot_be_shared_evenly_are_refused_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Corpus, "open", lambda *_, **__: pytest.fail("measured"))
+    text = r"stage read: data.bins is 4, which 3 ranks x 1 batches cannot share evenly; .* of 3"
     with pytest.raises(ConfigError, match=text):
         batches(config_of(folder), tiny_processor(), 0, ranks=3)
+
+
+def test_no_more_workers_than_cores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder, "workers=4")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert workers_here(config) == 4
+    assert workers_here(override(config, ["workers=0"])) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each rank has half of the cores
+    assert workers_here(config) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert workers_here(config) == 1
 
 
 def test_the_world_may_be_one_source_of_several(tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from qwen2vl.recipes import tiny
 from qwen2vl.train import checkpoint
 from qwen2vl.train.checkpoint import HuggingFaceStorageWriter, Saver
 from qwen2vl.train.config import dump, override
-from tests.parallel.gang import FORKS
 
 ONE = Ranks(torch.device("cpu"))
 FACTS: dict[str, Any] = {"config": json.loads(dump(tiny.recipe()))}
@@ -148,7 +144,8 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     assert checkpoint.read_step(path, tiny.recipe()) == 10
     same = override(tiny.recipe(), ["workers=0", "out=x", "accumulate=2", "mesh.replicate=2"])
     assert checkpoint.read_step(path, same) == 10
-    with pytest.raises(CheckpointError, match="other values of stages, seed"):
+    told = r"other values of stages.0.examples \(16, now 4\), seed \(0, now 3\); resume with the"
+    with pytest.raises(CheckpointError, match=told):
         checkpoint.read_step(path, override(tiny.recipe(), ["seed=3", "stages.0.examples=4"]))
 
 
@@ -175,7 +172,8 @@ def test_how_data_are_fetched_and_kept_may_change(
     if may_change:
         assert checkpoint.read_step(path, again) == 10
         return
-    with pytest.raises(CheckpointError, match="other values of stages;"):
+    name = word.partition("=")[0].replace("data", r"stages.0.data(.sources.0.path)?", 1)
+    with pytest.raises(CheckpointError, match=rf"other values of {name} \(.*, now .*\); resume"):
         checkpoint.read_step(path, again)
 
 
@@ -184,8 +182,8 @@ def test_how_data_are_fetched_and_kept_may_change(
 )
 def test_what_decides_the_bits_must_stay(tmp_path: Path, word: str) -> None:
     saved(tmp_path, 10)
-    name = word.partition("=")[0].partition(".")[0]
-    with pytest.raises(CheckpointError, match=f"other values of {name};"):
+    name = word.partition("=")[0].replace("model.text.", "model.")  # as in config.json
+    with pytest.raises(CheckpointError, match=rf"other values of {name} \(.*, now .*\); resume"):
         checkpoint.read_step(tmp_path / "step-000010", override(tiny.recipe(), [word]))
 
 
@@ -241,61 +239,6 @@ def test_files_of_before_the_manifest_can_be_read(tmp_path: Path) -> None:
     checkpoint.verify(path, ONE)
     assert checkpoint.read_step(path, tiny.recipe()) == 10
     assert torch.equal(loaded(path)["a.weight"], torch.full((7, 3), 5.0))
-
-
-# Killed ---------------------------------------------------------------------------------------
-
-
-def save_without_end(folder: Path, step: int, said: Connection) -> None:
-    """Save one checkpoint after the other, each of equal numbers, and say when each begins."""
-    torch.set_num_threads(1)
-    saver = Saver(folder, 2, ONE)
-    while True:
-        step += 1
-        saver.save(step, equal_numbers(step), FACTS)
-        said.send(step)
-
-
-def equal_numbers(value: float) -> dict[str, Tensor]:
-    return {f"w{i}": torch.full((64, 256), float(value)) for i in range(8)}
-
-
-def kill_while_saving(folder: Path, tries: int, seed: int) -> None:
-    """Kill a process that saves, at random moments; what must be on disk must load."""
-    draw = random.Random(seed)
-    step = begun = 0
-    for _ in range(tries):
-        ours, theirs = FORKS.Pipe()
-        process = FORKS.Process(target=save_without_end, args=(folder, step, theirs))
-        process.start()
-        for _ in range(draw.randint(1, 3)):
-            begun = ours.recv()
-        time.sleep(draw.random() * 0.05)
-        process.kill()
-        process.join()
-        while ours.poll():
-            begun = ours.recv()
-        path = checkpoint.latest(folder)
-        # A save begins when the one before it is on disk, so all but the last must be.
-        if path is None:
-            assert begun == 1
-            continue
-        checkpoint.verify(path, ONE)
-        step = checkpoint.read_state(path)["step"]
-        assert step >= begun - 1
-        found = equal_numbers(0)
-        checkpoint.read(path, found, ONE)
-        assert all(bool((tensor == step).all()) for tensor in found.values())
-
-
-def test_killed_while_it_saves_the_checkpoint_before_loads(tmp_path: Path) -> None:
-    kill_while_saving(tmp_path, tries=4, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_killed_two_hundred_times_the_checkpoint_before_loads(tmp_path: Path) -> None:
-    kill_while_saving(tmp_path, tries=200, seed=1)
 
 
 def test_every_rank_has_a_file_of_its_own_that_safetensors_opens(tmp_path: Path) -> None:

@@ -51,11 +51,24 @@ def test_a_word_replaces_its_field_and_nothing_else(
         ("seed.x=1", "has no parts"),
         ("dtype=float16", "not one of bfloat16, float32"),
         ("compile=1", "not a bool"),
+        ("minutes=-1", "minutes is -1, must be 0 or more"),
+        ("accumulate=0", "accumulate is 0, must be 1 or more"),
+        ("log_every=0", "log_every is 0, must be 1 or more"),
+        ("stages.0.steps=-1", "stage words: steps is -1, must be 0 or more"),
+        ("dat.bins=1", "unknown key 'dat'; did you mean data"),
+        ("zzz=1", "known are .*, keep, data$"),
     ],
 )
 def test_wrong_words_are_refused_by_name(word: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         override(tiny.recipe(), [word])
+
+
+def test_a_run_without_a_step_is_refused() -> None:
+    words = [f"stages.{i}.steps=0" for i in range(4)]
+    assert override(tiny.recipe(), words[:3]).steps == 10
+    with pytest.raises(ConfigError, match="run tiny: its stages have no step to take; give"):
+        override(tiny.recipe(), words)
 
 
 def test_dump_is_json_and_tells_configs_apart() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from qwen2vl.data.example import ROUND, BadSample, Example
 from qwen2vl.train.objective import token_loss
-from qwen2vl.train.pack import Batch, pack
+from qwen2vl.train.pack import Batch, pack, sent
 from tests.tiny import tiny_model, tiny_processor
 
 
@@ -152,3 +152,15 @@ def test_a_conversation_without_supervised_tokens_is_our_own_bug() -> None:
     example = tiny_processor()([{"role": "user", "content": "x"}], for_training=True)
     with pytest.raises(AssertionError, match="without supervised tokens"):
         pack([Example(example, "x")], pad_id=0)
+
+
+def test_a_batch_is_moved_whole() -> None:
+    batch = pack(conversations(), pad_id=0)
+    assert batch.to("cpu") is batch
+    moved = batch.to("meta")
+    tensors = [getattr(moved, name) for name in moved.__slots__]
+    found = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
+    metas = (moved.meta.cu_seqlens_q, moved.vision_meta.positions_N2)
+    assert found | {t.device.type for t in metas} == {"meta"}
+    assert moved.meta.lengths_q == batch.meta.lengths_q
+    assert sent(torch.ones(2), "meta").is_meta
