@@ -46,7 +46,7 @@ QUESTIONS = 50  # of each part
 AT_ONCE = 25  # conversations of one forward
 
 LAYERS = 8  # copies of each block: 1.1 GB in bfloat16
-ROUNDS = {1: 15, 8: 9, 308: 3}  # tokens -> how often
+ROUNDS = {1: 15, 8: 9, 308: 7}  # tokens -> how often
 SIDE = 32  # patches a side of the picture
 
 
