@@ -1,11 +1,11 @@
 """Large bfloat16 layers in oneDNN's own order: on a CPU, weights are put in order once, not always.
 
-A matrix kernel wants weights in tiles. Handed a plain matrix it makes them, or reads a row of
-tokens against strides that memory does not like, in every forward; handed a matrix that lies in
-tiles already it only multiplies: a fifth faster for pictures and prompts, a tenth for single
-tokens. The price: a copy of each layer, in memory that is not shared with other processes. Small
-layers stay as they are: they lie in the processor's cache. Results may differ in the last bit. A
-model so changed answers; it is not meant to be saved. Next room: rows.py, for what stays plain.
+A matrix kernel wants weights in tiles. Handed a plain matrix it makes them in every forward; handed
+one that lies in tiles already it only multiplies: a sixth faster for pictures and prompts. Single
+tokens gain nothing, and where a layer has more inputs than outputs they lose, so in the decoder
+such layers stay plain, as do small ones. The price: a copy, in memory that is not shared with
+other processes. Results may differ in the last bit. A model so changed answers; it is not meant to
+be saved. Next room: rows.py, for what stays plain.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _shape(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 def pack_layers(model: Qwen2VL) -> int:
-    """Pack every large linear layer of both towers, and the head, one after the other.
+    """Pack the large linear layers of both towers, and the head, one after the other.
 
     A tied head becomes a layer; the embedding stays as it is, for it is looked up.
 
@@ -84,7 +84,7 @@ def pack_layers(model: Qwen2VL) -> int:
     large = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer.weight.numel() >= LARGE
+        if isinstance(layer, nn.Linear) and _pays(name, layer)
     }
     count = len(large)
     while large:
@@ -95,3 +95,9 @@ def pack_layers(model: Qwen2VL) -> int:
         model.lm_head = PackedLinear(model.head_weight, None)  # type: ignore[assignment]
         count += 1
     return count
+
+
+def _pays(name: str, layer: nn.Linear) -> bool:
+    """Tell whether a layer is large, and no slower for single tokens, which the tower never has."""
+    is_wide = layer.out_features >= layer.in_features
+    return layer.weight.numel() >= LARGE and (is_wide or name.startswith("visual."))
