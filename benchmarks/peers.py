@@ -7,8 +7,9 @@ text, 32 tokens long; with --full also 1344 x 1008 and text alone. Measured are 
 prompt that is ready to its first token, and the time between two tokens. Each peer and precision
 is a process of its own that answers when it is its turn, once unmeasured and once measured; every
 question has another picture and other words, so that no cache answers. Of ours a second question
-on the same picture is measured as well. Prints one line for results.md; needs 16 GB of memory, and
-the first time 25 GB of disk and an hour to install the peers (peers_install.py).
+on the same picture is measured as well. Those who are compared stay in memory together (GROUPS).
+Prints one line for results.md; needs 20 GB of memory that nobody else uses, and the first time
+25 GB of disk and half an hour to install the peers (peers_install.py).
 """
 
 from __future__ import annotations
@@ -40,7 +41,27 @@ WARM_TOKENS = 4
 SECOND_TOKENS = 8  # of the answer to a second question on a picture
 
 # A worker stays between its turns while so much memory is free after them.
-KEEP_FREE = 5 * 2**30
+KEEP_FREE = 3 * 2**30
+
+# Who is compared with whom, one group after another: together their weights fit in memory, so that
+# none that are mapped from a file have to be read again. transformers is the fastest with pictures.
+GROUPS = {
+    "16 bits": (
+        "ours/bf16",
+        "ours/bf16 compiled",
+        "transformers/bf16",
+        "llama.cpp/bf16",
+        "OpenVINO/bf16",
+    ),
+    "8 bits": (
+        "ours/int8",
+        "ours/int8 compiled",
+        "transformers/bf16",
+        "llama.cpp/Q8_0",
+        "OpenVINO/int8",
+    ),
+    "4 bits": ("ours/int4", "llama.cpp/Q4_K_M", "OpenVINO/int4"),
+}
 
 # Each one token with the space before it; drawn at random, they give prompts that share nothing.
 WORDS = (
@@ -181,7 +202,7 @@ class Race:
         self.questions = Questions(folder)
         self.logs = logs
         self.threads = threads
-        self.unmeasured = dict(UNMEASURED)
+        self.unmeasured: dict[str, str] = {}
 
     def run(self, rounds: int) -> None:
         """Ask everybody `rounds` times, changing who goes first."""
@@ -292,32 +313,19 @@ def medians(contestant: Contestant) -> dict[str, Figures]:
     }
 
 
-# What is compared with what: of ours the fastest of these precisions, of others the fastest.
-BITS_16 = ("bf16", "bf16 compiled")
-BITS_8 = ("int8", "int8 compiled", "Q8_0")
-BITS_4 = ("int4", "Q4_K_M")
-COMPARED = {
-    "first, bf16": ("first_ms", BITS_16),
-    "first, any": ("first_ms", BITS_16 + BITS_8 + BITS_4),
-    "step, bf16": ("step_ms", BITS_16),
-    "step, 8 bits": ("step_ms", BITS_8),
-    "step, 4 bits": ("step_ms", BITS_4),
-}
-
-
 def ratios(found: Found, case: str) -> dict[str, Any]:
-    """Divide the best of the others by ours: above one we are faster.
+    """Divide the best of the others by ours, for the first token and a step: above one we win.
 
     A peer that decoded after words only is compared where the picture makes no difference.
     """
     compared: dict[str, Any] = {}
-    for title, (key, precisions) in COMPARED.items():
-        cases = (case, f"{case}, words only") if key == "step_ms" else (case,)
+    for title in ("first", "step"):
+        cases = (case, f"{case}, words only") if title == "step" else (case,)
         times = {
-            name: figures[key]
+            name: figures[f"{title}_ms"]
             for name, by_case in found.items()
             for label, figures in by_case.items()
-            if label in cases and name.partition("/")[2] in precisions
+            if label in cases
         }
         ours = {name: value for name, value in times.items() if name.startswith("ours/")}
         others = {name: value for name, value in times.items() if name not in ours}
@@ -338,7 +346,7 @@ def second(found: Found, case: str) -> dict[str, float]:
 
 
 def summary(race: Race) -> dict[str, Any]:
-    """Collect everything for the line of results.md."""
+    """Collect a group's figures for the line of results.md."""
     found = {contestant.name: medians(contestant) for contestant in race.contestants}
     cases = [name for name in SHAPES if any(name in by_case for by_case in found.values())]
     peaks = {
@@ -350,13 +358,12 @@ def summary(race: Race) -> dict[str, Any]:
         "ratios": {case: got for case in cases if (got := ratios(found, case))},
         "second": {case: got for case in cases if (got := second(found, case))},
         "peak_gib": {name: round(peak, 1) for name, peak in peaks.items()},
-        "versions": {
-            name: version
-            for contestant in race.contestants
-            for name, version in contestant.about["versions"].items()
-        },
-        "unmeasured": race.unmeasured,
     }
+
+
+def versions(race: Race) -> dict[str, str]:
+    """Say which release of everything took part."""
+    return {n: v for c in race.contestants for n, v in c.about["versions"].items()}
 
 
 def main() -> None:
@@ -366,27 +373,37 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="more pictures, more of the peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help='such as "ours" or "ours/int8"')
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="ours, ours/int8, 8 bits")
     parser.add_argument("--only-install", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)  # for the line alone: nothing is computed here
     if not given.model.is_dir():
         build = [sys.executable, str(ROOT / "benchmarks" / "official_2b.py")]
         subprocess.run([*build, "--folder", str(given.model)], check=True, stdout=sys.stderr)
-    chosen = [
-        contestant
-        for contestant in contestants(Kitchen(given.cache, given.model), full=given.full)
-        if not given.only or {contestant.peer, contestant.name} & set(given.only)
-    ]
-    race = Race(chosen, given.model, given.cache, given.threads)
-    for contestant in list(race.contestants):
-        try:
-            contestant.prepare()
-        except InstallError as error:
-            race.give_up(contestant, error)
-    if not given.only_install:
-        race.run(given.rounds)
-        print(line(summary(race)))
+    kitchen = Kitchen(given.cache, given.model)
+    numbers: dict[str, Any] = {}
+    used: dict[str, str] = {}
+    unmeasured = dict(UNMEASURED)
+    for group, names in GROUPS.items():
+        chosen = [
+            contestant
+            for contestant in contestants(kitchen, full=given.full)
+            if contestant.name in names
+            and (not given.only or {contestant.peer, contestant.name, group} & set(given.only))
+        ]
+        race = Race(chosen, given.model, given.cache, given.threads)
+        for contestant in list(race.contestants):
+            try:
+                contestant.prepare()
+            except InstallError as error:
+                race.give_up(contestant, error)
+        if not given.only_install and race.contestants:
+            race.run(given.rounds)
+            numbers[group] = summary(race)
+            used |= versions(race)
+        unmeasured |= race.unmeasured
+    if numbers:
+        print(line({**numbers, "versions": used, "unmeasured": unmeasured}))
 
 
 if __name__ == "__main__":
