@@ -1,6 +1,6 @@
 """Decode on a GPU: bytes of weights a second, over the bandwidth found in the same run.
 
-    python benchmarks/gpu_decode.py [--shapes 2B 7B] [--context 1024] [--steps 200]
+    python benchmarks/gpu_decode.py [--shapes 2B 7B] [--context 1024] [--steps 200] [--compile]
 
 A token needs every matrix of the decoder, and the head, once: those bytes over the time of a step
 of the engine, one answer under way, are the rate. Bandwidth is the better of copying and of reading
@@ -21,6 +21,7 @@ import torch
 from record import line
 
 from qwen2vl import LLM, EngineConfig, SamplingParams
+from qwen2vl.adapt.compile import compile_for_answers
 from qwen2vl.config import PRESETS, Qwen2VLConfig
 from qwen2vl.load import load_processor
 from qwen2vl.model import Qwen2VL
@@ -130,13 +131,21 @@ def decode(
 
 
 def measure(
-    shape: Qwen2VLConfig, device: torch.device, context: int, steps: int, num_bytes: int
+    shape: Qwen2VLConfig,
+    device: torch.device,
+    context: int,
+    steps: int,
+    num_bytes: int,
+    *,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Measure one shape, and the bandwidth before and after."""
     processor = load_processor("nano")
     before = bandwidth(device, num_bytes)
     model = random_model(of_nano(processor, shape), device)
     weights = bytes_a_token(model)
+    if compiled and compile_for_answers(model) is None:
+        raise SystemExit("nothing here can compile; see the warning")
     numbers = decode(model, processor, context, steps)
     after = bandwidth(device, num_bytes)
     best = {name: max(before[name], after[name]) for name in before}
@@ -153,6 +162,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="copied to find the bandwidth")
+    parser.add_argument("--compile", action="store_true", help="fuse what lies between products")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here; benchmarks/engine.py measures a CPU")
@@ -160,7 +170,14 @@ def main() -> None:
     print(
         line(
             {
-                name: measure(PRESETS[name], device, given.context, given.steps, num_bytes)
+                name: measure(
+                    PRESETS[name],
+                    device,
+                    given.context,
+                    given.steps,
+                    num_bytes,
+                    compiled=given.compile,
+                )
                 for name in given.shapes
             }
         )

@@ -4,9 +4,10 @@ Norms, projections with their rotation, and MLPs become fused kernels; shapes ar
 compilation serves every batch, and equal blocks share it. Products of packed weights and of
 integers stay what they are: what comes before and behind them is fused, rounding included. It pays
 where the same model runs for minutes: in training, and for answers where pictures and long prompts
-are read. Single rows of decode wait for memory, and run as they are. The first time takes up to
-half a minute and needs a C++ compiler; torch keeps what it made for the next start. Arithmetic may
-differ in the last bits. Parameters, their names and the state dict stay as they are.
+are read. On a CPU single rows of decode wait for memory, and run as they are; on a GPU they wait
+for the launching of kernels, and fewer are better. The first time takes up to half a minute and
+needs a C++ compiler; torch keeps what it made for the next start. Arithmetic may differ in the
+last bits. Parameters, their names and the state dict stay as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["compile_for_answers", "compile_parts"]
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 32  # below this a forward is decode, or a picture too small to matter
+FEW_ROWS = 32  # below this a forward on a CPU is decode, or a picture too small to matter
 
 
 def compile_parts(model: Qwen2VL) -> None:
@@ -38,7 +39,7 @@ def compile_parts(model: Qwen2VL) -> None:
 
 
 def compile_for_answers(model: Qwen2VL) -> float | None:
-    """Compile both towers for forwards of many rows, now; fewer run as they are.
+    """Compile both towers now; on a CPU forwards of few rows run as they are.
 
     Parts that make floats of small integers stay as they are, too.
 
@@ -49,10 +50,11 @@ def compile_for_answers(model: Qwen2VL) -> float | None:
     from torch._dynamo.exc import BackendCompilerFailed  # takes seconds to import
 
     parts = [(owner, name) for owner, name in _parts(model, rounding=True) if not _widens(owner)]
+    least = 0 if model.device.type == "cuda" else FEW_ROWS
     began = time.perf_counter()
     for owner, name in parts:
         plain = getattr(owner, name)
-        setattr(owner, name, _by_rows(plain, torch.compile(plain, dynamic=True)))
+        setattr(owner, name, _by_rows(plain, torch.compile(plain, dynamic=True), least))
     try:
         _warm_up(model)
     except BackendCompilerFailed as error:
@@ -64,23 +66,25 @@ def compile_for_answers(model: Qwen2VL) -> float | None:
     return time.perf_counter() - began
 
 
-def _by_rows(few: Callable[..., Any], many: Callable[..., Any]) -> Callable[..., Any]:
+def _by_rows(few: Callable[..., Any], many: Callable[..., Any], least: int) -> Callable[..., Any]:
     def choose(x_TD: Tensor, *rest: Any) -> Any:
-        return (few if len(x_TD) < FEW_ROWS else many)(x_TD, *rest)
+        return (few if len(x_TD) < least else many)(x_TD, *rest)
 
     return choose
 
 
 @torch.inference_mode()
 def _warm_up(model: Qwen2VL) -> None:
-    """Run both towers once; no length here is a width, which would be taken for the same number."""
+    """Run both towers; no length here is a width, which would be taken for the same number."""
     vision, device = model.config.vision, model.device
     side = vision.spatial_merge_size
     grid = Grid(1, side, 37 * side)
     patches_NP = torch.zeros(37 * side**2, vision.patch_dim, dtype=torch.uint8, device=device)
     model.encode(patches_NP, VisionMeta.build([grid], side).to(device))
-    places_3T = torch.arange(53, device=device).expand(3, -1)
-    model(torch.zeros_like(places_3T[0]), places_3T, AttnMeta.build([53]).to(device))
+    # One row is compiled by itself, where it is compiled at all.
+    for tokens in (53, 1) if device.type == "cuda" else (53,):
+        places_3T = torch.arange(tokens, device=device).expand(3, -1)
+        model(torch.zeros_like(places_3T[0]), places_3T, AttnMeta.build([tokens]).to(device))
 
 
 def _widens(owner: nn.Module) -> bool:

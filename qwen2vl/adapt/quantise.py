@@ -6,10 +6,9 @@ Which layer becomes what is one table, `recipe`:
     int8    8 bits                       8 bits  8 bits
     int4    4 bits in groups of inputs   8 bits  8 bits
 
-The head stays at 8 bits, as 4 would cost accuracy and save no time. `gpu_recipe` is the table of
-GPUs, whose layers are torchao's (on_gpu.py). Embeddings, norms, biases and the patch embedding
-are small, or looked up, and stay whole; a tied head gets a layer of its own.
-Layers that read the same input are joined (join.py). A model so changed answers; it can neither be
+The head stays at 8 bits, as 4 would cost accuracy and save no time. A GPU's layers are torchao's,
+by `gpu_recipe`. Embeddings, norms, biases and the patch embedding stay whole; a tied head gets a
+layer of its own. Layers that read the same input are joined (join.py). A model so changed can neither be
 trained nor saved. Next room: calibrate.py, which rounds with more care.
 """
 

@@ -37,6 +37,9 @@ _ATTENTION = {
     _aten._scaled_dot_product_cudnn_attention.default,
 }
 
+# The packed one (model/kernels.py) by its name: only a GPU imports it.
+_PACKED_ATTENTION = "torch_attn._varlen_attn.default"
+
 # Products, and which of their arguments is the (inputs, outputs) matrix.
 _PRODUCTS = {_aten.mm.default: 1, _aten.addmm.default: 2}
 
@@ -60,7 +63,7 @@ def _wrap(blocks: Iterable[nn.Module], mode: Mode) -> None:
 
 def _choose(_context: Any, operator: Any, *inputs: Any, **_options: Any) -> CheckpointPolicy:
     """Keep attention, and products that are narrow for what they cost."""
-    if operator in _ATTENTION:
+    if operator in _ATTENTION or str(operator) == _PACKED_ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     if operator in _PRODUCTS:
         num_inputs, num_outputs = inputs[_PRODUCTS[operator]].shape

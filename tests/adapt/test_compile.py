@@ -81,12 +81,14 @@ def test_nano_compiled_is_nano_for_any_shape_and_compiles_once() -> None:
         torch._dynamo.config.error_on_recompile = False
 
 
-def test_few_rows_run_as_they_are() -> None:
+@pytest.mark.parametrize(("least", "compiled"), [(32, [32, 500]), (0, [1, 31, 32, 500])])
+def test_few_rows_run_as_they_are(least: int, compiled: list[int]) -> None:
+    """On a CPU; a least of 0 is that of GPUs."""
     many: list[int] = []
-    choose = room._by_rows(lambda x: x, lambda x: many.append(len(x)))
-    for rows in (1, room.FEW_ROWS - 1, room.FEW_ROWS, 500):
+    choose = room._by_rows(lambda x: x, lambda x: many.append(len(x)), least)
+    for rows in (1, 31, 32, 500):
         choose(torch.zeros(rows, 3))
-    assert many == [room.FEW_ROWS, 500]
+    assert many == compiled
 
 
 def test_without_a_compiler_the_model_stays_as_it_was(

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen  # makes the packed kernel known to torch.ops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from qwen2vl.model import Qwen2VL
-from qwen2vl.parallel.recompute import Mode, recompute
+from qwen2vl.parallel.recompute import Mode, _choose, recompute
 from qwen2vl.train.objective import token_loss
 from tests.parallel.jobs import MIXED, packed
 from tests.tiny import tiny_model
@@ -110,3 +112,8 @@ def test_a_selective_block_does_not_repeat_attention_nor_narrow_products() -> No
     assert products["selective"] == products["none"] + 2 * layers
     # The last product of a block need not be repeated: nothing before it asks for its output.
     assert products["block"] > products["selective"]
+
+
+def test_a_selective_block_does_not_repeat_the_packed_attention_of_gpus() -> None:
+    operator = torch.ops.torch_attn._varlen_attn.default
+    assert _choose(None, operator) is CheckpointPolicy.MUST_SAVE
