@@ -8,8 +8,8 @@ Which layer becomes what is one table, `recipe`:
 
 The head stays at 8 bits, as 4 would cost accuracy and save no time. A GPU's layers are torchao's,
 by `gpu_recipe`. Embeddings, norms, biases and the patch embedding stay whole; a tied head gets a
-layer of its own. Layers that read the same input are joined (join.py). A model so changed can neither be
-trained nor saved. Next room: calibrate.py, which rounds with more care.
+layer of its own. Layers that read the same input are joined (join.py). A model so changed can
+neither be trained nor saved. Next room: calibrate.py, which rounds with more care.
 """
 
 from __future__ import annotations
