@@ -13,13 +13,15 @@ from qwen2vl.data.example import BadSample
 from qwen2vl.errors import InputError
 from qwen2vl.train.bad import BadSamples
 from qwen2vl.train.pack import Batch, pack
-from tests.train.test_pack import conversations
 
 DATA = DataConfig(sources=(Source(path="x"),), max_bad=0.01)
 
 
+EMPTY = pack([], pad_id=0)
+
+
 def batch_with(*bad: BadSample, good: int = 0) -> Batch:
-    return replace(pack(conversations()[:1], pad_id=0, bad=bad), families=("x",) * good)
+    return replace(EMPTY, families=("x",) * good, bad=bad)
 
 
 def sample(number: int, *, known: bool = False, reason: str = "missing") -> BadSample:
