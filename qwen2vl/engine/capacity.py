@@ -56,11 +56,12 @@ def check_context(
     raise CapacityError(f"prompt {total:,} = {made_of} tokens {excess}; {remedy}")
 
 
-def cache_blocks(model: Qwen2VL, tokens: int | None) -> int:
+def cache_blocks(model: Qwen2VL, tokens: int | None, max_model_len: int | None = None) -> int:
     """Count the blocks that keys and values may take.
 
-    By default a quarter of the memory available, but at least one context and at most sixteen.
-    Blocks are taken when they are needed, so the number is a bound and costs nothing.
+    By default a quarter of the memory available, but at least one prompt with its answer and at
+    most sixteen whole contexts. On a CPU blocks are taken when they are needed, so the number is
+    a bound and costs nothing; on a GPU all are taken at once.
     """
     text = model.config.text
     if tokens is None:
@@ -68,7 +69,7 @@ def cache_blocks(model: Qwen2VL, tokens: int | None) -> int:
         available = memory_available(model.device) or 0
         tokens = available // 4 // (per_token * model.dtype.itemsize)
         longest = text.max_position_embeddings
-        tokens = min(max(tokens, longest), 16 * longest)
+        tokens = min(max(tokens, max_model_len or longest), 16 * longest)
     return -(-tokens // BLOCK)
 
 

@@ -110,8 +110,8 @@ class LLM:
             video_preset=video_preset,
             limits=limits,
         )
-        self._take(network, processor, read_generation_defaults(folder), engine, adapters)
-        self.max_model_len = max_model_len or self.max_model_len  # `load` has checked it
+        habits = read_generation_defaults(folder)
+        self._take(network, processor, habits, engine, adapters, max_model_len)
         if compile:
             self.compile_seconds = compile_for_answers(network)
 
@@ -137,18 +137,20 @@ class LLM:
         generation: GenerationDefaults,
         engine: EngineConfig | None,
         adapters: Mapping[str, str | Path] | None,
+        max_model_len: int | None = None,
     ) -> None:
         self.model = model
         self.compile_seconds: float | None = None  # None: it was not compiled
         self._engine = engine or EngineConfig()
         self.processor = processor.keeping(self._engine.item_cache_bytes)
         self.generation = generation
-        self.max_model_len = model.config.text.max_position_embeddings
+        # `load` has checked it.
+        self.max_model_len = max_model_len or model.config.text.max_position_embeddings
         self._switch = AdapterSwitch(model)
         self._reception = Reception(
             model, processor.tokenizer, generation, load_adapters(model, adapters or {})
         )
-        num_blocks = cache_blocks(model, self._engine.cache_tokens)
+        num_blocks = cache_blocks(model, self._engine.cache_tokens, max_model_len)
         self._arena = self._decode = None
         if model.device.type == "cuda":
             self._arena = Arena(model.config.text, num_blocks * BLOCK, model.dtype, model.device)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl.engine import LLM
+from qwen2vl.engine import LLM, capacity
 from qwen2vl.engine.capacity import check_context, fitting_max_pixels
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.errors import CapacityError
@@ -69,6 +69,25 @@ def test_a_cache_smaller_than_the_context_is_named() -> None:
     llm = LLM.of(tiny_model(), tiny_processor(), engine=EngineConfig(cache_tokens=64))
     with pytest.raises(CapacityError, match="the cache"):
         llm.generate(made)
+
+
+@pytest.mark.parametrize(
+    ("available", "max_model_len", "tokens"),
+    [
+        (10**15, None, 16 * 32_768),
+        (0, None, 32_768),
+        (0, 4096, 4096),  # a GPU takes all at once, so what was asked for must be enough
+        (4 * 512 * 10_000, 4096, 10_000),
+        (10**15, 4096, 16 * 32_768),
+    ],
+)
+def test_the_cache_takes_a_quarter_of_memory_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, available: int, max_model_len: int | None, tokens: int
+) -> None:
+    """The tiny model in float32 takes 512 bytes a token."""
+    monkeypatch.setattr(capacity, "memory_available", lambda device: available)
+    blocks = capacity.cache_blocks(tiny_model(), None, max_model_len)
+    assert blocks == -(-tokens // 32)
 
 
 def test_text_alone_at_the_models_own_limit() -> None:

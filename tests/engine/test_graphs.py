@@ -19,7 +19,9 @@ from torch import Tensor
 from qwen2vl.engine import LLM, graphs
 from qwen2vl.engine.arena import Arena, Range, Token
 from qwen2vl.engine.blocks import BLOCK
+from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.graphs import DecodeGraphs, StaticDecode
+from qwen2vl.errors import ConfigError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model.attention import KVCache
 from tests.engine.test_runner import (
@@ -258,3 +260,16 @@ def test_forgetting_forgets_the_recordings() -> None:
         assert isinstance(llm._decode, Recorded) and llm._decode._graphs
         llm.forget()
         assert not llm._decode._graphs
+
+
+def test_graphs_are_on_or_off() -> None:
+    assert EngineConfig().graphs and not EngineConfig(graphs=False).graphs
+    with pytest.raises(ConfigError, match="graphs: got 2, must be True or False"):
+        EngineConfig(graphs=2)  # type: ignore[arg-type]
+
+
+def test_on_the_cpu_there_is_neither_arena_nor_recording() -> None:
+    llm = fresh()
+    assert llm._arena is None and llm._decode is None
+    llm.chat(CONVERSATIONS[0], GREEDY)
+    assert not any(isinstance(cache, Range) for cache in llm.runner.caches.values())
