@@ -67,13 +67,16 @@ def test_a_dry_run_tells_what_a_run_would_do(run: Run) -> None:
     assert not Path("here").exists()
 
 
-def test_the_time_is_estimated_by_the_run_s_own_last_report(run: Run) -> None:
+def test_time_epochs_and_a_stage_that_is_all_warm_up_are_told(run: Run) -> None:
     prepare()
     Path("here").mkdir()
     Path("here/metrics.jsonl").write_text(json.dumps({"tokens_per_second": 100.0}) + "\n")
     words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.1.steps=0"]
-    text = run("train", "own.py", *words, "--dry-run").stdout
-    assert "tokens take" in text and "at the speed of this run's last report" in text
+    result = run("train", "own.py", *words, "optim.warmup=6", "--dry-run")
+    assert "tokens take" in result.stdout
+    assert "at the speed of this run's last report" in result.stdout
+    assert "passes (epochs)" in result.stdout
+    assert "stage read: its 6 steps are all warm-up, in which the rate still" in result.stderr
 
 
 def test_data_that_cannot_be_used_are_one_line(run: Run) -> None:
@@ -104,14 +107,6 @@ def test_what_a_run_could_not_begin_with_is_told_before_data_are_read(
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert complaint in line
-
-
-def test_a_stage_that_is_all_warm_up_and_its_epochs_are_told(run: Run) -> None:
-    prepare()
-    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.1.steps=0"]
-    result = run("train", "own.py", *words, "optim.warmup=6", "--dry-run")
-    assert "passes (epochs)" in result.stdout
-    assert "stage read: its 6 steps are all warm-up, in which the rate still" in result.stderr
 
 
 def test_data_of_a_recipe_without_any_are_refused(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Inside a step the host reads nothing from the device: it would have to wait for it."""
+"""Inside a step the host reads nothing from the device; a leg that was too short says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen2vl.parallel.mesh import Ranks
-from qwen2vl.train.config import OptimConfig
+from qwen2vl.recipes import tiny
+from qwen2vl.train import loop
+from qwen2vl.train.config import OptimConfig, override
 from qwen2vl.train.flops import costs
 from qwen2vl.train.guard import WINDOW
 from qwen2vl.train.loop import one_step
@@ -47,3 +49,14 @@ def test_a_step_reads_no_number(tmp_path: Path, method: Any) -> None:
 def test_the_reader_of_numbers_is_caught() -> None:
     with Reading(), pytest.raises(AssertionError, match="the host waited"):
         torch.ones(()).item()
+
+
+@pytest.mark.parametrize(("warmup", "is_told"), [(3, True), (2, False)])
+def test_a_leg_that_ends_while_the_rate_still_rises_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, warmup: int, is_told: bool
+) -> None:
+    words = [f"stages.{i}.steps=0" for i in (1, 2, 3)]
+    words += ["stages.0.steps=2", "stages.0.examples=2", f"optim.warmup={warmup}", "workers=0"]
+    loop.train(override(tiny.recipe(), [*words, "threads=1", f"out={tmp_path}"]))
+    text = "step 2 is one of the 3 in which the rate still rises, so little has been learnt"
+    assert (text in caplog.text) == is_told
