@@ -33,10 +33,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, stop: int) -> None:
-    whole = loop.train(config(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return weights(loop.train(config(tmp_path_factory.mktemp("whole"))))
 
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], stop: int
+) -> None:
     class KilledError(Exception):
         pass
 
@@ -49,7 +54,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, sto
     with pytest.raises(KilledError):
         loop.train(config(tmp_path / "parts", *words), report=kill)
     parts = loop.train(config(tmp_path / "parts", *words), report=kill)
-    one, two = weights(whole), weights(parts)
+    one, two = uninterrupted, weights(parts)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
