@@ -59,11 +59,10 @@ def in_parts(config: TrainConfig) -> tuple[dict[str, Tensor], int, int]:
 
 def configs(root: Path) -> dict[str, TrainConfig]:
     full = override(full_finetune.recipe(), [f"init={root / 'tied'}", "device=cpu"])
-    adapted = replace(override(lora.recipe(), [f"init={root / 'untied'}", "device=cpu"]))
+    adapted = override(lora.recipe(), [f"init={root / 'untied'}", "device=cpu"])
     return {
         "fresh": replace(tiny.recipe(), out=str(root / "fresh")),
         "tied, in copies": override(full, ["mesh.replicate=2"]),
-        "untied": replace(full, init=str(root / "untied")),
         "adapter": adapted,
         "adapter over 4 bits": replace(adapted, adapter=EVERY),
     }
