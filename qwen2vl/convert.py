@@ -80,7 +80,8 @@ def quantise_folder(
             f"{tensors.packing.bits} bits); give the folder that it was made of"
         )
     dtype = "bfloat16" if tensors.info("model.norm.weight").dtype in _SHORT else "float32"
-    model = load_model(folder, config, dtype=dtype, max_model_len=2)
+    # Unpacked: what is rounded and written are parameters.
+    model = load_model(folder, config, dtype=dtype, max_model_len=2, pack=False)
     kinds = _packable(model, mode)
     packing = _packing(mode, kinds)
     state = {n: t for n, t in model.state_dict().items() if n in expected_shapes(config)}

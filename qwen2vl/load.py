@@ -42,7 +42,6 @@ from qwen2vl.weights import (
     read_config,
     read_preprocessor,
 )
-from qwen2vl.weights.fit import EMBEDDING
 
 __all__ = [
     "DTypeName",
@@ -149,12 +148,14 @@ def load_model(
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     max_pixels: int = 0,
+    pack: bool = True,
 ) -> Qwen2VL:
     """Fill the network alone from a folder, in eval mode; raises as `load` does.
 
-    On the CPU, weights stored in the dtype asked for stay memory-mapped, but for large layers in
-    bfloat16, which are packed (adapt/packed.py): they are read when first used, and shared with
-    other processes. `max_pixels` 0 reserves no memory for pictures.
+    On the CPU, weights stored in the dtype asked for stay memory-mapped: they are read when first
+    used, and shared with other processes. Not so the large layers that are packed in bfloat16
+    (adapt/packed.py); without `pack` they stay parameters. `max_pixels` 0 reserves no memory for
+    pictures.
     """
     place = _device(device)
     length = _context_length(config, max_model_len)
@@ -177,27 +178,27 @@ def load_model(
         quantise_layers(model, names, kind)
     is_changed = bool(stored or rounded)
     if place.type == "cpu" and chosen == torch.bfloat16:
-        if can_pack():
+        if pack and can_pack():
             is_changed |= pack_layers(model) > 0
         multiply_single_rows(model)
     if is_changed and place.type == "cpu":
-        _let_go_of_files(model, folder)
+        _open_anew(model, folder, merged=factors)
     return model.eval()
 
 
-@torch.no_grad()
-def _let_go_of_files(model: Qwen2VL, folder: Path) -> None:
-    """Unmap what became other layers: a file stays in memory, whole, while one tensor lies in it.
+def _open_anew(model: Qwen2VL, folder: Path, merged: Collection[str]) -> None:
+    """Map the plain weights that are left once more, so that the file is let go of.
 
-    The embedding is opened anew, and only the rows that are looked up come back; the rest is small.
+    What was packed or rounded has been read, and its pages stay in memory while anything lies in
+    the same mapping; of the new one only what is used is read.
     """
-    embedding = model.model.embed_tokens.weight
-    for parameter in model.parameters():
-        if parameter is not embedding:
-            parameter.data = parameter.data.clone()
-    stored = open_tensors(folder)[EMBEDDING]
-    if stored.dtype == embedding.dtype:  # else it is a copy already
-        embedding.data = stored
+    tensors = open_tensors(folder)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] in merged:
+            continue  # no longer what is stored
+        stored = tensors[name]
+        if stored.dtype == parameter.dtype:  # else it is a copy already
+            parameter.data = stored.view(parameter.shape)
 
 
 def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str, Adapter]:
@@ -278,7 +279,10 @@ def _choose_dtype(
         raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
     allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
     available = memory_available(device)
-    needs = [memory_needed(config, d, max_model_len, max_pixels, kinds) for d in allowed]
+    packs = device.type == "cpu" and can_pack()
+    needs = [
+        memory_needed(config, d, max_model_len, max_pixels, kinds, packs=packs) for d in allowed
+    ]
     for chosen, need in zip(allowed, needs, strict=True):
         if available is None or need.total <= available:
             if chosen is not allowed[0]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from qwen2vl.adapt import packed
 from qwen2vl.adapt.quantise import HEAD, Kind
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.weights import expected_shapes
@@ -41,13 +42,20 @@ def memory_needed(
     max_model_len: int,
     max_pixels: int,
     kinds: Mapping[str, Kind] | None = None,
+    *,
+    packs: bool = False,
 ) -> MemoryNeed:
     """Estimate the memory of one sequence at work, closely and from above.
 
-    `kinds` are the layers that are quantised.
+    `kinds` are the layers that are quantised. With `packs` large layers are packed, where that is
+    done in this dtype: a tied head is then a matrix beside the embedding.
     """
     text = config.text
     weights = _bytes_of_weights(config, dtype, kinds or {})
+    in_head = text.vocab_size * text.hidden_size
+    is_packed = packs and dtype == torch.bfloat16 and in_head >= packed.LARGE
+    if text.tie_word_embeddings and is_packed and HEAD not in (kinds or {}):
+        weights += in_head * dtype.itemsize
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
     num_patches = max_pixels // config.vision.patch_size**2
     in_tower = num_patches * _bytes_per_patch(config.vision, dtype.itemsize)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen2vl.adapt import packed
 from qwen2vl.adapt.quantise import MODES, Mode, describe
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.convert import quantise_folder
@@ -47,6 +48,19 @@ def test_answers_are_those_of_the_flag(
     assert describe(small) == describe(flagged)
     assert torch.equal(logits_of(small), logits_of(flagged))
     assert processor.config == small.config == flagged.config
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_large_enough_to_be_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    monkeypatch.setattr(packed, "LARGE", 1)
+    source, target = tmp_path / "model", tmp_path / "small"
+    write_tiny(source, dtype=torch.bfloat16)
+    quantise_folder(source, target, mode)
+    small, _ = load(target, dtype="bfloat16")
+    flagged, _ = load(source, dtype="bfloat16", quantize=mode)
+    assert torch.equal(logits_of(small), logits_of(flagged))
 
 
 def test_settings_go_along(folder: Path, tmp_path: Path) -> None:

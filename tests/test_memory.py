@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qwen2vl.memory as room
+from qwen2vl.adapt import packed
 from qwen2vl.adapt.quantise import MODES, Mode, quantise, recipe
 from qwen2vl.config import PRESETS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
@@ -97,6 +98,17 @@ def test_quantised_weights(mode: Mode, tied: bool) -> None:
     need = memory_needed(model.config, torch.bfloat16, 16, 0, kinds).weights
     # Biases are widened to float32; they are not worth a line in the estimate.
     assert 0.97 * held <= need <= 1.02 * held
+
+
+@pytest.mark.skipif(not packed.can_pack(), reason="nothing is packed on this processor")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("least", [1, 2**30])
+def test_packed_weights(monkeypatch: pytest.MonkeyPatch, tied: bool, least: int) -> None:
+    monkeypatch.setattr(packed, "LARGE", least)
+    model = tiny_model(config=tiny_config(tie_word_embeddings=tied)).to(torch.bfloat16)
+    packed.pack_layers(model)
+    held = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
+    assert memory_needed(model.config, torch.bfloat16, 16, 0, packs=True).weights == held
 
 
 def test_quantised_official_models() -> None:

@@ -58,7 +58,8 @@ class Int4Linear(nn.Module):
         shift_GO = (MIDDLE - rounded.zero_GO.float()) * scale_GO.float()
         both = torch.stack((scale_GO, shift_GO.to(torch.bfloat16)), -1)
         self.register_buffer("scales_and_shifts", F.pad(both, (0, 0, 0, missing)))
-        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
+        own = None if bias_O is None else bias_O.detach().to(torch.float32, copy=True)
+        self.register_buffer("bias_O", own)
 
     def integers(self) -> Tensor:
         """Give the weights as they were rounded, (O, I) uint8."""

@@ -58,7 +58,8 @@ class _Quantised(nn.Module):
         super().__init__()
         self.out_features, self.in_features = rounded.ints_OI.shape
         self.register_buffer("scale_O", rounded.scale_O.float())
-        self.register_buffer("bias_O", None if bias_O is None else bias_O.detach().float())
+        own = None if bias_O is None else bias_O.detach().to(torch.float32, copy=True)
+        self.register_buffer("bias_O", own)
 
     def integers(self) -> Tensor:
         """Give the weights as they were rounded, (O, I) int8."""
