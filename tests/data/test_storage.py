@@ -142,6 +142,40 @@ def test_what_is_read_by_pieces_is_tried_again_piece_by_piece(
         file.read()
 
 
+@pytest.mark.parametrize("given", [0, 3, 7], ids=["nothing", "less", "more"])
+def test_an_answer_of_another_length_is_not_the_end_of_the_file(
+    given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PIECE", 4)
+    whole, wrong = b"picture 11", 1
+
+    def answer(system: Moody, path: str, start: int, end: int) -> bytes:
+        nonlocal wrong
+        if start != 4 or not wrong:
+            return whole[start:end]
+        wrong -= 1
+        return bytes(given)
+
+    monkeypatch.setattr(Moody, "cat_file", answer)
+    with hasty(retries=1).open("moody://bucket/11.png") as file:
+        assert file.read(4) + file.read(4) + file.read(4) == whole
+    wrong = 2
+    text = f"in 2 tries: {given} bytes came instead of the 4 from byte 4 on"
+    with hasty(retries=1).open("moody://bucket/11.png") as file:
+        assert file.read(4) == b"pict"
+        with pytest.raises(InputError, match=text):
+            file.read(4)
+
+
+def test_a_store_that_gives_the_whole_instead_of_a_piece_is_cut_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "PIECE", 4)
+    monkeypatch.setattr(Moody, "cat_file", lambda *_, **__: b"picture 11")
+    with hasty(retries=0).open("moody://bucket/11.png") as file:
+        assert file.read(4) + file.read(4) + file.read(4) == b"picture 11"
+
+
 @pytest.mark.parametrize("key", ["ETag", "mtime", "LastModified"])
 def test_a_version_is_what_the_store_calls_it(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"size": 10, "created": "always"}
