@@ -40,9 +40,8 @@ class EngineConfig:
             raise ConfigError(f"graphs: got {self.graphs!r}, must be True or False")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "graphs":
-                continue
-            if f.name == "vision_cache_dir" or (f.name == "cache_tokens" and value is None):
+            is_free = f.name == "cache_tokens" and value is None
+            if is_free or f.name in ("graphs", "vision_cache_dir"):
                 continue
             least = LEAST.get(f.name, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -12,6 +12,7 @@ runner.py, which asks whether a step is one of these.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,8 @@ from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import Qwen2VL
 
 __all__ = ["DecodeGraphs", "StaticDecode"]
+
+logger = logging.getLogger(__name__)
 
 LEAST_ROOM = 512  # tokens; shorter rows share the graphs of this length
 
@@ -88,7 +91,8 @@ class DecodeGraphs(StaticDecode):
 
     def __init__(self, model: Qwen2VL, arena: Arena, most: int) -> None:
         super().__init__(model, arena, most)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        # None: there was no memory to record it.
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
 
     def run(self, size: int, room: int) -> None:
         """Compute a padded batch whose numbers lie ready."""
@@ -97,11 +101,26 @@ class DecodeGraphs(StaticDecode):
             graph.replay()
             return
         self.forward(size, room)  # first as it is: libraries set themselves up
-        self._graphs[size, room] = self._recorded(size, room)
+        if (size, room) not in self._graphs:
+            self._graphs[size, room] = self._recorded_or_not(size, room)
 
     def forget(self) -> None:
         """Hear that weights are others now: graphs hold the addresses of the old ones."""
         self._graphs.clear()
+        self.__dict__.pop("_places", None)  # scratch memory that nobody uses may not be used again
+
+    def _recorded_or_not(self, size: int, room: int) -> torch.cuda.CUDAGraph | None:
+        """Record, unless that takes more memory than there is: the step is computed already."""
+        try:
+            return self._recorded(size, room)
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "decode of %d rows up to %d tokens is not recorded, and so slower: the GPU's "
+                "memory is full; lower EngineConfig.cache_tokens",
+                size,
+                room,
+            )
+            return None
 
     def _recorded(self, size: int, room: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -154,7 +154,9 @@ class Runner:
             position = chunk.start + chunk.sequence.prompt.rope_delta
             start = self.arena.start(cache)
             tokens.append(Token(chunk.sequence.ids[-1], position, start, chunk.start))
-        logits_RV = self.decode(tokens)
+        # Nobody's rows ask for an adapter here, and none that an interrupt has left may answer.
+        with self.switch.at_work("model", [(None, len(tokens))]):
+            logits_RV = self.decode(tokens)
         for chunk, cache in zip(chunks, caches, strict=True):
             cache.length = chunk.stop
         return logits_RV

@@ -254,6 +254,23 @@ def test_each_size_is_recorded_once_and_again_when_weights_are_others() -> None:
     assert not decode._graphs
 
 
+def test_without_memory_to_record_steps_are_computed_as_they_are(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Full(Recorded):
+        def _recorded(self, size: int, room: int) -> Any:
+            raise torch.OutOfMemoryError("full")
+
+    arena = Arena(CONFIG, 64, torch.float32, torch.device("cpu"))
+    row = arena.reserve(None, 32, [])
+    plain, full = StaticDecode(MODEL, arena, 1), Full(MODEL, arena, 1)
+    for length in range(3):
+        token = Token(1, length, row.start, length)
+        assert torch.equal(full([token]), plain([token]))
+    said = [record for record in caplog.records if "is not recorded" in record.getMessage()]
+    assert len(said) == 1  # and it is not tried again
+
+
 def test_forgetting_forgets_the_recordings() -> None:
     with in_arena(False) as llm:
         llm.chat(CONVERSATIONS[0], GREEDY)
