@@ -32,6 +32,7 @@ FIRST_WAIT = 0.25  # seconds before the second try; each further wait is twice a
 LONGEST_WAIT = 8.0
 MAX_BYTES = 4 * 1024**3  # of one object
 PIECE = 1 << 20  # bytes of a remote object that are fetched at least, when it is read by pieces
+LONGEST_PIECE = 8 << 20  # and at most: each has its time limit, however much is asked for at once
 
 # Where stores say which version of an object they hold; the first of them that is there counts.
 _VERSIONS = ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "updated")
@@ -203,7 +204,7 @@ class _Pieces(io.RawIOBase):
         return self.place
 
     def readinto(self, buffer: Any) -> int:
-        stop = min(self.size, self.place + len(buffer))
+        stop = min(self.size, self.place + min(len(buffer), LONGEST_PIECE))
         if stop <= self.place:
             return 0
         found = self.storage.piece(self.address, self.place, stop, self.size)

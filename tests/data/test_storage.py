@@ -176,6 +176,14 @@ def test_a_store_that_gives_the_whole_instead_of_a_piece_is_cut_here(
         assert file.read(4) + file.read(4) + file.read(4) == b"picture 11"
 
 
+def test_a_large_read_is_fetched_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PIECE", 2)
+    monkeypatch.setattr(storage, "LONGEST_PIECE", 4)
+    with hasty(retries=0).open("moody://bucket/11.png") as file:
+        assert file.read(10) == b"picture 11"
+    assert Moody.asked["11.png"] == 3
+
+
 @pytest.mark.parametrize("key", ["ETag", "mtime", "LastModified"])
 def test_a_version_is_what_the_store_calls_it(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"size": 10, "created": "always"}
