@@ -93,7 +93,8 @@ def used(path: Path) -> bool:
 def trim(folder: Path, limit: int, *, idle: float = 0.0) -> None:
     """Delete what a dead writer left, then the least recently used until the rest fits.
 
-    Other processes may do the same at the same time.
+    Other processes may do the same, and use what is there, at the same time. What cannot be
+    deleted stays.
 
     Args:
         folder: of files, and of folders of files.
@@ -102,7 +103,7 @@ def trim(folder: Path, limit: int, *, idle: float = 0.0) -> None:
     """
     now, entries = time.time(), []
     for path in folder.glob("**/*"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone meanwhile, somebody else's, or on a medium only read
             info = path.stat()
             if path.name.startswith(".") and PARTIAL in path.name:
                 if now - info.st_mtime > STALE:
@@ -113,8 +114,21 @@ def trim(folder: Path, limit: int, *, idle: float = 0.0) -> None:
     for stamp, size, path in sorted(entries):
         if total <= limit or now - stamp / 1e9 < idle:
             return
-        path.unlink(missing_ok=True)
-        total -= size
+        if _leaves(path, stamp):
+            total -= size
+
+
+def _leaves(path: Path, stamp: int) -> bool:
+    """Delete a file unless it was used after `stamp`, and say whether it is gone."""
+    try:
+        if path.stat().st_mtime_ns != stamp:
+            return False
+        path.unlink()
+    except FileNotFoundError:  # another process was faster
+        return True
+    except OSError:  # somebody else's, or on a medium that is only read
+        return False
+    return True
 
 
 def _stamp(path: Path) -> tuple[int, int]:

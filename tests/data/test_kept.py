@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -95,3 +96,42 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     trim(tmp_path, 10**9)
     assert not any(path.exists() for path in dead)
     assert alive.exists() and whole.exists()
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
+def test_what_cannot_be_deleted_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    dead = aged(tmp_path / ".x.partial.npz", 2 * STALE)
+    old, young = aged(tmp_path / "old", 300), aged(tmp_path / "young", 100)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path != young:
+            raise OSError(reason, os.strerror(reason))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    trim(tmp_path, 10)
+    assert [path.exists() for path in (dead, old, young)] == [True, True, False]
+
+
+def test_others_use_and_delete_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oldest, needed, gone, last, new = (
+        aged(tmp_path / f"{age}", age) for age in (500, 400, 300, 200, 100)
+    )
+    unlink = Path.unlink
+
+    def meanwhile(path: Path, missing_ok: bool = False) -> None:
+        if path == oldest:
+            assert used(needed)
+            unlink(gone)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", meanwhile)
+    trim(tmp_path, 20)
+    assert [path.exists() for path in (oldest, needed, gone, last, new)] == [
+        *(False, True, False, False, True)
+    ]
