@@ -4,8 +4,7 @@ A linear layer hands even a single row to the matrix-matrix kernel, which in bfl
 weights at half the speed of memory. `torch.mv` reads them nearly as fast as they come. Only a
 single row goes that way; prefill, pictures and training keep the matrix kernel. This is for layers
 that nobody has packed (packed.py). The tied head, a bare matrix in the model, becomes a layer over
-the same parameter. A model so changed answers; it
-is not meant to be saved.
+the same parameter. A model so changed answers; it is not meant to be saved.
 """
 
 from __future__ import annotations

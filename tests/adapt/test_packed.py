@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 from torch import nn
 
 from qwen2vl.adapt import packed as room
 from qwen2vl.adapt.packed import PackedLinear, can_pack, pack_layers
 from qwen2vl.adapt.rows import multiply_single_rows
+from qwen2vl.engine import LLM
 from tests.tiny import tiny_config, tiny_model
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="no AVX-512, so nothing is packed")
@@ -72,3 +74,15 @@ def test_what_is_packed(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
     assert model.model.embed_tokens.weight is embedding
     with torch.inference_mode():
         torch.testing.assert_close(model.logits(hidden_TD), want_TV)
+
+
+def test_an_llm_over_packed_layers_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LARGE", 2**12)
+    llm = LLM("nano", dtype="bfloat16")
+    assert sum(isinstance(m, PackedLinear) for m in llm.model.modules()) > 20
+    picture = Image.new("RGB", (84, 84), "white")
+    ImageDraw.Draw(picture).ellipse((22, 22, 62, 62), fill="red")
+    content = [{"image": picture}, {"text": "What color is the shape?"}]
+    for _ in range(2):  # the second time from the cache
+        (answer,) = llm.chat([{"role": "user", "content": content}])
+        assert answer.text == "red"
