@@ -80,8 +80,6 @@ class Corpus:
             ConfigError: nothing can read a source, or there is too little for a step.
         """
         cache = cache_folder(data.cache)
-        for folder, limit in KEPT.items():
-            trim(cache / folder, limit, idle=IDLE)
         opened = [
             open_source(
                 source,
@@ -110,6 +108,9 @@ class Corpus:
         planner.check_bad()
         key = _fingerprint(data, [(key, table.digest()) for table, key in measured], seed)
         arrays = keep(cache / "plans" / f"{key}.npz", planner.arrays)
+        # Only now, when what this stage reads, however old, is noted as used.
+        for folder, limit in KEPT.items():
+            trim(cache / folder, limit, idle=IDLE)
         return cls(
             data=data,
             processor=processor,

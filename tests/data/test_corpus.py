@@ -1,13 +1,15 @@
-"""What names a stage's data: all that decides what a step sees, and no manners."""
+"""What names a stage's data: all that decides what a step sees, and no manners; what stays kept."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen2vl.data import corpus
 from qwen2vl.data.config import MANNERS
 from qwen2vl.data.corpus import Corpus
 from tests.data.rows import conversation, data_of, write_rows
@@ -36,3 +38,23 @@ def test_manners_and_nothing_else_leave_a_fingerprint_as_it_is(tmp_path: Path, n
 
 def test_every_manner_is_tried() -> None:
     assert OTHERS.keys() >= MANNERS
+
+
+def test_what_a_run_opens_again_outlives_any_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "KEPT", dict.fromkeys(corpus.KEPT, 0))
+    rows = write_rows(tmp_path / "rows.jsonl", [conversation("q", "a" * i) for i in range(1, 40)])
+    data = data_of(tmp_path, rows)
+    cache = Corpus.open(data, tiny_processor(), seed=0).cache
+    own = [*cache.glob("lengths/**/*.npz"), *cache.glob("plans/*.npz")]
+    assert len(own) == 2
+    for number, path in enumerate(own):
+        os.link(path, tmp_path / f"{number}")  # a second name, to know the file by
+    stranger = cache / "plans" / "stranger.npz"
+    stranger.write_bytes(b"x")
+    for path in (*own, stranger):
+        os.utime(path, (1, 1))
+    Corpus.open(data, tiny_processor(), seed=0)
+    assert all(path.samefile(tmp_path / f"{number}") for number, path in enumerate(own))
+    assert not stranger.exists()
