@@ -31,6 +31,7 @@ def dry_run(config: TrainConfig) -> None:
         preview,
         seconds_left,
     )
+    from qwen2vl.train.rate import is_warming
 
     processor = open_processor(config)
     check_run(config, processor)
@@ -41,13 +42,14 @@ def dry_run(config: TrainConfig) -> None:
             _say_memory(memory_of_world(config, processor, number))
     with terminal.progress() as progress:
         found = list(preview(config, processor, progress=progress))
-    for facts in found:
-        tokens += facts.tokens_per_step * facts.steps
-        if facts.steps <= config.optim.warmup:
+    for stage in config.stages:
+        if is_warming(config, stage.steps):
             terminal.note(
-                f"stage {facts.name}: its {facts.steps:,} steps are all warm-up, in which the rate "
+                f"stage {stage.name}: its {stage.steps:,} steps are all warm-up, in which the rate "
                 "still rises; give fewer, optim.warmup=N"
             )
+    for facts in found:
+        tokens += facts.tokens_per_step * facts.steps
         _say_stage(facts)
         for name, sample in facts.samples:
             terminal.say(f"\n{name}")

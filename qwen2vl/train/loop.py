@@ -35,7 +35,7 @@ from qwen2vl.train.metrics import Metrics, families_of
 from qwen2vl.train.objective import Outcome, token_loss
 from qwen2vl.train.pack import Batch, sent
 from qwen2vl.train.probe import Probe
-from qwen2vl.train.rate import rate
+from qwen2vl.train.rate import is_warming, rate
 from qwen2vl.train.run import Run, build, resume
 from qwen2vl.train.schedule import check_shares, locate
 from qwen2vl.train.sinks import open_sinks
@@ -109,13 +109,8 @@ def _go(run: Run, stop: Stop, report: Report, probe: Probe | None) -> Path:
     finally:
         run.stream = iter(())  # ends the workers, who are deaf to what would end them at exit
         saver.close()
-    if run.ranks.rank == 0 and (warmup := _warming(run)):
-        logger.warning(
-            "step %d is one of the %d in which the rate still rises, so little has been learnt; "
-            "go on, or give fewer, optim.warmup=N",
-            run.step,
-            warmup,
-        )
+    if run.ranks.rank == 0:
+        _warn_of_warm_up(run)
     if wish in ("SIGTERM", "SIGINT"):
         logger.warning("%s: saved %s; the same command goes on from there", wish, last)
         raise SystemExit(0) if wish == "SIGTERM" else KeyboardInterrupt
@@ -158,13 +153,19 @@ def _steps(
     return wish
 
 
-def _warming(run: Run) -> int:
-    """Give the length of the warm-up that the last step lies in; 0 where it is over."""
+def _warn_of_warm_up(run: Run) -> None:
+    """Tell where the run stands if its last step was too slow to teach."""
     if not run.step:
-        return 0
-    number, inner = locate(run.config, run.step - 1)
-    warmup = run.config.optim.warmup
-    return warmup if number == 0 and inner + 1 < warmup else 0
+        return
+    _, inner = locate(run.config, run.step - 1)
+    if is_warming(run.config, inner + 1):
+        logger.warning(
+            "step %d is one of the %d in which the rate of stage %s still rises, so it has taught "
+            "little; go on, or give fewer, optim.warmup=N",
+            run.step,
+            run.config.optim.warmup,
+            run.stage(run.step - 1).name,
+        )
 
 
 def one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -> None:

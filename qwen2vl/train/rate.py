@@ -16,7 +16,7 @@ import math
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.train.schedule import locate
 
-__all__ = ["rate"]
+__all__ = ["is_warming", "rate"]
 
 
 def rate(config: TrainConfig, step: int) -> float:
@@ -34,3 +34,8 @@ def rate(config: TrainConfig, step: int) -> float:
     if optim.fall == "cosine":
         share = 0.5 - 0.5 * math.cos(math.pi * share)
     return min(up, optim.floor + (1 - optim.floor) * share)
+
+
+def is_warming(config: TrainConfig, taken: int) -> bool:
+    """Say whether a stage is below its peak rate still, `taken` steps into it; not before any."""
+    return 0 < taken < config.optim.warmup

@@ -72,11 +72,21 @@ def test_time_epochs_and_a_stage_that_is_all_warm_up_are_told(run: Run) -> None:
     Path("here").mkdir()
     Path("here/metrics.jsonl").write_text(json.dumps({"tokens_per_second": 100.0}) + "\n")
     words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.1.steps=0"]
-    result = run("train", "own.py", *words, "optim.warmup=6", "--dry-run")
+    result = run("train", "own.py", *words, "optim.warmup=7", "--dry-run")
     assert "tokens take" in result.stdout
     assert "at the speed of this run's last report" in result.stdout
     assert "passes (epochs)" in result.stdout
     assert "stage read: its 6 steps are all warm-up, in which the rate still" in result.stderr
+    assert "stage see: its" not in result.stderr  # it takes no step
+
+
+def test_a_stage_of_the_world_that_is_all_warm_up_is_told(run: Run) -> None:
+    prepare()
+    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.0.steps=0"]
+    result = run("train", "own.py", *words, "optim.warmup=11", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "stage see: its 10 steps are all warm-up, in which the rate still" in result.stderr
+    assert "stage read: its" not in result.stderr  # it takes no step
 
 
 def test_data_that_cannot_be_used_are_one_line(run: Run) -> None:

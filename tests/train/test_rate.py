@@ -6,7 +6,7 @@ import pytest
 
 from qwen2vl.recipes import tiny
 from qwen2vl.train.config import override
-from qwen2vl.train.rate import rate
+from qwen2vl.train.rate import is_warming, rate
 
 
 def rates(*words: str) -> list[float]:
@@ -40,3 +40,12 @@ def test_a_cosine_after_a_stable_stretch_ends_at_the_floor() -> None:
 def test_a_warm_up_longer_than_the_stage_never_falls() -> None:
     given = rates("stages.0.decay=1", "optim.fall=cosine", "optim.warmup=20")
     assert given[:10] == pytest.approx([(i + 1) / 20 for i in range(10)])
+
+
+def test_a_stage_warms_until_its_rate_has_reached_the_peak() -> None:
+    config = override(tiny.recipe(), ["optim.warmup=4"])
+    assert [rate(config, step) < 1 for step in range(5)] == [
+        is_warming(config, step + 1) for step in range(5)
+    ]
+    assert not is_warming(config, 0)
+    assert not is_warming(override(config, ["optim.warmup=0"]), 1)
