@@ -117,7 +117,7 @@ WORLD = replace(  # as the mini suite asks, and larger
     canvas=(56, 210),
     clip_canvas=(56, 112),
     large_share=0.08,
-    sparse_share=0.14,
+    sparse_share=0.22,
 )
 
 
