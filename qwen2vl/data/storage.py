@@ -35,7 +35,10 @@ PIECE = 1 << 20  # bytes of a remote object that are fetched at least, when it i
 LONGEST_PIECE = 8 << 20  # and at most: each has its time limit, however much is asked for at once
 
 # Where stores say which version of an object they hold; the first of them that is there counts.
-_VERSIONS = ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "updated")
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "updated"),
+    "created",  # for stores that name nothing better
+)
 
 # What a store says when trying again cannot help.
 _FINAL = (FileNotFoundError, IsADirectoryError, PermissionError, ConfigError)
@@ -91,7 +94,7 @@ class Storage:
     def version(self, address: str) -> str:
         """Name what an object holds now, as well as its store can: by its size at least."""
         about = self._tried(address, lambda: self._system(address).info(address))
-        told = next((about[key] for key in (*_VERSIONS, "created") if about.get(key)), "")
+        told = next((about[key] for key in _VERSIONS if about.get(key)), "")
         return f"{about.get('size')} {told}"
 
     def open(self, address: str) -> BinaryIO:
