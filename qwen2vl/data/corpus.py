@@ -130,37 +130,52 @@ class Corpus:
         """Prepare samples; what cannot be used is told, and nothing takes its place."""
         examples: list[Example] = []
         bad: list[BadSample] = []
-        for number, group in _by_source(entries, self.first).items():
+        for number, group in self._by_source(entries).items():
             found: list[tuple[int, Sample]] = []
             for entry in group:
-                with self._told(number, entry, bad):
-                    found.append((entry, self._sample(number, entry)))
+                with self._told(entry, bad):
+                    found.append((entry, self._sample(entry)))
             # Media from elsewhere come for all of the bin at a time.
             self._preparer(number).fetch(sample for _, sample in found)
             for entry, sample in found:
-                with self._told(number, entry, bad):
+                with self._told(entry, bad):
                     examples.append(self._example(number, entry, sample))
         return examples, bad
 
     def grids(self, entry: int) -> np.ndarray:
         """Give a sample's grids (K, 3) as they were measured, before any shrinking."""
-        number = int(np.searchsorted(self.first, entry, side="right")) - 1
-        table, index = self.lengths[number], entry - int(self.first[number])
+        number, index = self._place(entry)
+        table = self.lengths[number]
         return table.grids_K3[table.starts[index] : table.starts[index + 1]]
 
+    def _place(self, entry: int) -> tuple[int, int]:
+        """Find (number of the source, index of the sample in it) of an entry."""
+        number = int(np.searchsorted(self.first, entry, side="right")) - 1
+        return number, int(entry) - int(self.first[number])
+
+    def _by_source(self, entries: Iterable[int]) -> dict[int, list[int]]:
+        """Sort entries by source, in their order: media of one source are fetched together."""
+        groups: dict[int, list[int]] = {}
+        for entry in entries:
+            number, _ = self._place(entry)
+            groups.setdefault(number, []).append(int(entry))
+        return groups
+
     @contextmanager
-    def _told(self, number: int, entry: int, bad: list[BadSample]) -> Iterator[None]:
+    def _told(self, entry: int, bad: list[BadSample]) -> Iterator[None]:
         """Note a sample that cannot be used, and go on."""
         try:
             yield
         except SampleError as error:
-            name = self.sources[number].name(entry - int(self.first[number]))
+            number, index = self._place(entry)
+            name = self.sources[number].name(index)
             known = not self.tokens[entry]
             bad.append(BadSample(name, self.labels[number], error.reason, str(error), known))
 
-    def _sample(self, number: int, entry: int) -> Sample:
+    def _sample(self, entry: int) -> Sample:
         """Read a sample, unless it is known to be bad or too large."""
-        index, table = entry - int(self.first[number]), self.lengths[number]
+        number, index = self._place(entry)
+        table = self.lengths[number]
         if index in table.bad:
             raise SampleError(*table.bad[index])
         if not self.tokens[entry]:
@@ -199,12 +214,3 @@ def _fingerprint(data: DataConfig, tables: Sequence[tuple[str, str]], seed: int)
     sizes = (data.max_tokens, data.max_vision, data.bins, data.oversize)
     about = json.dumps([tables, shares, sizes, seed])
     return blake2b(about.encode(), digest_size=16).hexdigest()
-
-
-def _by_source(entries: Iterable[int], first: np.ndarray) -> dict[int, list[int]]:
-    """Sort entries by source, in their order: media of one source are fetched together."""
-    groups: dict[int, list[int]] = {}
-    for entry in entries:
-        number = int(np.searchsorted(first, entry, side="right")) - 1
-        groups.setdefault(number, []).append(int(entry))
-    return groups
