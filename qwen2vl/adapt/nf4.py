@@ -61,6 +61,11 @@ class Nf4Weight(nn.Module):
             self.register_buffer("mean", mean)
         self.register_buffer("magnitude_G", magnitude_G)
 
+    @property
+    def is_double(self) -> bool:
+        """Whether the blocks' magnitudes are codes too."""
+        return "mean" in self._buffers
+
     def dequantised(self) -> Tensor:
         """Compute the matrix that the codes stand for, in float32."""
         return dequantise(self._buffers, self.shape)

@@ -85,7 +85,7 @@ class _Reader:
         self.tensors, self.factors = tensors, factors
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         coded = ((name, layer.nf4) for name, layer in lora_layers(model))
-        self.is_double = {name: "mean" in nf4._buffers for name, nf4 in coded if nf4 is not None}
+        self.is_double = {name: nf4.is_double for name, nf4 in coded if nf4 is not None}
         self.codes = lru_cache(maxsize=1)(self._codes)  # of the layer that is asked for now
 
     def __call__(self, name: str) -> Tensor:

@@ -74,6 +74,7 @@ def test_a_block_of_zeros_stays_zero() -> None:
 def test_double_quantisation_costs_less_and_changes_little() -> None:
     weight = matrix(512, 128)
     plain, double = (Nf4Weight(weight, double=d) for d in (False, True))
+    assert (plain.is_double, double.is_double) == (False, True)
 
     def bits(stored: Nf4Weight) -> float:
         return sum(b.numel() * b.itemsize for b in stored.buffers()) * 8 / weight.numel()
