@@ -381,9 +381,11 @@ def figure_problems(
 
 
 def leaves(numbers: object) -> set[float]:
-    """Collect the numbers of one run, however deep they lie."""
+    """Collect the numbers of one run, however deep they lie; names and versions are none."""
     if isinstance(numbers, dict):
         return set().union(*(leaves(value) for value in numbers.values()))
+    if isinstance(numbers, str):
+        return set()
     assert isinstance(numbers, int | float)
     return {float(numbers)}
 
