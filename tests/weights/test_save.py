@@ -81,6 +81,12 @@ def test_the_folder_is_whole(tmp_path: Path) -> None:
     assert "<|vision_start|>" in settings["chat_template"]
 
 
+def test_who_sees_the_folder_may_read_its_weights(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model")
+    rights = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert rights == {(tmp_path / "model").stat().st_mode & 0o666}
+
+
 def test_generation_config_always_names_the_end(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model")
     defaults = read_generation_defaults(tmp_path / "model")
