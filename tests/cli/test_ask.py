@@ -301,30 +301,34 @@ BOX_TEXT = (
 )
 
 
-def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
-    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def white(tmp_path: Path) -> Path:
+    """Save a white picture of 1000 x 500."""
     path = tmp_path / "white.png"
     Image.new("RGB", (1000, 500), "white").save(path)
+    return path
+
+
+def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
+    run: Run, tiny_folder: Path, tmp_path: Path, white: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scripted(monkeypatch, tiny_folder, BOX_TEXT)
-    result = run("ask", "--image", path, "Where?", "-o", "boxes.png", "--max-pixels", 3136)
+    result = run("ask", "--image", white, "Where?", "-o", "boxes.png", "--max-pixels", 3136)
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [BOX_TEXT, "the cat: (100, 100) to (500, 400)"]
     assert "wrote boxes.png" in result.stderr
     drawn = Image.open(tmp_path / "boxes.png")
     assert drawn.size == (1000, 500)
-    white = (255, 255, 255)
-    assert all(drawn.getpixel(at) != white for at in [(100, 250), (500, 250), (300, 400)])
-    assert all(drawn.getpixel(at) == white for at in [(300, 250), (600, 250), (300, 450)])
+    ground = (255, 255, 255)
+    assert all(drawn.getpixel(at) != ground for at in [(100, 250), (500, 250), (300, 400)])
+    assert all(drawn.getpixel(at) == ground for at in [(300, 250), (600, 250), (300, 450)])
 
 
 def test_json_holds_the_boxes_in_pixels(
-    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_folder: Path, white: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "white.png"
-    Image.new("RGB", (1000, 500), "white").save(path)
     scripted(monkeypatch, tiny_folder, BOX_TEXT)
-    answer = json.loads(run("ask", "--image", path, "Where?", "--json").stdout)
+    answer = json.loads(run("ask", "--image", white, "Where?", "--json").stdout)
     assert answer["boxes"] == [{"phrase": "the cat", "pixels": [[100, 100], [500, 400]]}]
 
 

@@ -25,6 +25,7 @@ from qwen2vl.errors import ConfigError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model.attention import KVCache
 from tests.engine.test_runner import (
+    BUDGETS,
     CONVERSATIONS,
     GREEDY,
     MODEL,
@@ -147,14 +148,7 @@ def test_batched_in_an_arena_is_alone(packs: bool) -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    tokens=st.integers(32, 90),
-    patches=st.integers(4, 90),
-    sequences=st.integers(1, 4),
-    cache=st.integers(320, 640),
-    order=st.permutations(range(len(CONVERSATIONS))),
-    packs=st.booleans(),
-)
+@given(packs=st.booleans(), **BUDGETS)
 def test_no_budget_changes_an_answer_in_an_arena(
     tokens: int, patches: int, sequences: int, cache: int, order: list[int], packs: bool
 ) -> None:

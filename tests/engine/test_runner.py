@@ -70,19 +70,23 @@ def test_the_conversations_differ() -> None:
         assert np.abs(np.subtract(one, other)).max() > 1e-3
 
 
+# Small enough that chunks end anywhere, and that rows are preempted.
+BUDGETS: dict[str, st.SearchStrategy[Any]] = {
+    "tokens": st.integers(32, 90),
+    "patches": st.integers(4, 90),
+    "sequences": st.integers(1, 4),
+    "cache": st.integers(320, 640),
+    "order": st.permutations(range(len(CONVERSATIONS))),
+}
+
+
 def test_batched_is_alone() -> None:
     for index, one in enumerate(fresh().chat(CONVERSATIONS, GREEDY)):
         assert_same(one, alone(index))
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    tokens=st.integers(32, 90),
-    patches=st.integers(4, 90),
-    sequences=st.integers(1, 4),
-    cache=st.integers(320, 640),
-    order=st.permutations(range(len(CONVERSATIONS))),
-)
+@given(**BUDGETS)
 def test_no_budget_changes_an_answer(
     tokens: int, patches: int, sequences: int, cache: int, order: list[int]
 ) -> None:
