@@ -144,7 +144,7 @@ def measure(
     before = bandwidth(device, num_bytes)
     model = random_model(of_nano(processor, shape), device)
     weights = bytes_a_token(model)
-    if compiled and compile_for_answers(model) is None:
+    if compiled and not compile_for_answers(model):
         raise SystemExit("nothing here can compile; see the warning")
     numbers = decode(model, processor, context, steps)
     after = bandwidth(device, num_bytes)

@@ -4,8 +4,9 @@ Norms, projections with their rotation, and MLPs become fused kernels; shapes ar
 compilation serves every batch, and equal blocks share it. Products of packed weights and of
 integers stay what they are: what comes before and behind them is fused, rounding included. It pays
 where the same model runs for minutes: in training, and for answers where pictures and long prompts
-are read. On a CPU single rows of decode wait for memory, and run as they are; on a GPU they wait
-for the launching of kernels, and fewer are better. The first time takes up to half a minute and
+are read. On a CPU few rows of decode run as they are, for a part would pay for its guards with what
+it saves (one_token.py has what pays for one); on a GPU they wait for the launching of kernels, and
+fewer are better. The first time takes up to half a minute and
 needs a C++ compiler; torch keeps what it made for the next start. Arithmetic may differ in the
 last bits. Parameters, their names and the state dict stay as they are.
 """
@@ -13,7 +14,6 @@ last bits. Parameters, their names and the state dict stay as they are.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -38,20 +38,18 @@ def compile_parts(model: Qwen2VL) -> None:
         setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
 
 
-def compile_for_answers(model: Qwen2VL) -> float | None:
+def compile_for_answers(model: Qwen2VL) -> bool:
     """Compile both towers now; on a CPU forwards of few rows run as they are.
 
     Parts that make floats of small integers stay as they are, too.
 
     Returns:
-        The seconds it took; None where nothing here can compile: the model stays as it was, and a
-        warning says why.
+        Whether anything here can compile; else the model stays as it was, and a warning says why.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # takes seconds to import
 
     parts = [(owner, name) for owner, name in _parts(model, rounding=True) if not _widens(owner)]
     least = 0 if model.device.type == "cuda" else FEW_ROWS
-    began = time.perf_counter()
     for owner, name in parts:
         plain = getattr(owner, name)
         setattr(owner, name, _by_rows(plain, torch.compile(plain, dynamic=True), least))
@@ -62,8 +60,8 @@ def compile_for_answers(model: Qwen2VL) -> float | None:
             delattr(owner, name)
         reason = str(error).strip().splitlines()[0]
         logger.warning("compile: nothing here can compile (%s); computing as without it", reason)
-        return None
-    return time.perf_counter() - began
+        return False
+    return True
 
 
 def _by_rows(few: Callable[..., Any], many: Callable[..., Any], least: int) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen2vl.adapt.opaque import opaque
 from qwen2vl.adapt.rounding import Channels
 
 __all__ = ["Int8Linear", "WideInt8Linear", "has_integer_products", "int8_linear"]
@@ -46,6 +47,24 @@ def int8_linear(rounded: Channels, bias_O: Tensor | None) -> Int8Linear | WideIn
     """Build the layer that suits this processor."""
     kind = Int8Linear if has_integer_products() else WideInt8Linear
     return kind(rounded, bias_O)
+
+
+def _shape(
+    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return ints_TI.new_empty((ints_TI.shape[0], scale_O.shape[0]), dtype=dtype)
+
+
+@opaque(_shape)
+def _multiply_integers(
+    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Add up integers, and scale each output."""
+    # Without a bias, a scale of the result, or an operation after it.
+    rest = (None, 1.0, 0, dtype, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise.default(
+        ints_TI, 1.0, 0, packed, scale_O, no_zeros, *rest
+    )
 
 
 class _Quantised(nn.Module):
@@ -105,18 +124,18 @@ class Int8Linear(_Quantised):
             return self._finish(self._products(ints_TI, x_TI.dtype), step_T1)
         # A row of zeros divides by zero here, and what that gives is multiplied by zero below.
         top_T1 = x_TI.abs().amax(1, keepdim=True).float()
-        parts_TI = torch.mul(x_TI, STEPS * FINE / top_T1).round_().to(torch.int16)
-        # v = 256 high + low with both bytes signed: 128 more carry into the high one.
-        high_TI = (parts_TI + FINE // 2).view(torch.int8)[:, 1::2]
-        low_TI = parts_TI.view(torch.int8)[:, ::2]
-        both = self._products(torch.cat((high_TI, low_TI)), torch.float32)
+        parts_TI = torch.mul(x_TI, STEPS * FINE / top_T1).round_()
+        # v = 256 high + low with both bytes signed: 128 more carry into the high one. In floats,
+        # which a compiler makes one pass of, and without one takes no longer than bytes.
+        high_TI = torch.add(parts_TI, FINE // 2).mul_(1 / FINE).floor_()
+        low_TI = torch.sub(parts_TI, high_TI, alpha=FINE)
+        both = self._products(torch.cat((high_TI, low_TI)).to(torch.int8), torch.float32)
         high_TO, low_TO = both.chunk(2)
         products_TO = torch.add(high_TO, low_TO, alpha=1 / FINE)
         return self._finish(products_TO, top_T1.mul_(1 / STEPS)).to(x_TI.dtype)
 
     def _products(self, ints_TI: Tensor, dtype: torch.dtype) -> Tensor:
-        multiply = _opaque if torch.compiler.is_compiling() else _multiply
-        return multiply(ints_TI, self.packed, self.scale_O, self.no_zeros, dtype)
+        return _multiply_integers(ints_TI, self.packed, self.scale_O, self.no_zeros, dtype)
 
     def _finish(self, products_TO: Tensor, step_T1: Tensor) -> Tensor:
         """Scale each row and add the bias, rounding once."""
@@ -162,35 +181,6 @@ class WideInt8Linear(_Quantised):
             out_TO = torch.cat([F.linear(x_TI, piece.to(x_TI.dtype)) for piece in pieces], 1)
             out_TO *= scale_O
         return out_TO if self.bias_O is None else out_TO + self.bias_O.to(x_TI.dtype)
-
-
-def _multiply(
-    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Add up integers, and scale each output."""
-    # Without a bias, a scale of the result, or an operation after it.
-    rest = (None, 1.0, 0, dtype, "none", [], "")
-    return torch.ops.onednn.qlinear_pointwise.default(
-        ints_TI, 1.0, 0, packed, scale_O, no_zeros, *rest
-    )
-
-
-@torch.library.custom_op("qwen2vl::multiply_integers", mutates_args=())
-def _opaque(
-    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Multiply where torch.compile looks on: what is around the product fuses, it stays as it is.
-
-    Of the product itself Inductor would make something slower.
-    """
-    return _multiply(ints_TI, packed, scale_O, no_zeros, dtype)
-
-
-@_opaque.register_fake
-def _shape(
-    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return ints_TI.new_empty((ints_TI.shape[0], scale_O.shape[0]), dtype=dtype)
 
 
 def _step(x_TI: Tensor) -> Tensor:

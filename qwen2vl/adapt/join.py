@@ -1,23 +1,24 @@
 """Layers that read the same input become one, computed once: q, k, v; gate, up.
 
-In decode a layer costs its weights' way through the processor, and on top some operations on a
-single row, whose time does not depend on the row. Seven layers a block become four. The model
+In decode a layer costs its weights' way through the processor, and on top its call and, where it is
+quantised, some operations on a single row. Seven layers a block become four. The model
 goes on calling each by its name: the first caller computes all outputs, every caller gets its
-share, and with the last caller the rest is forgotten. Outputs of a quantised layer do not depend
-on each other, so the answers are the same, to the bit. Next room: quantise.py.
+share, and with the last caller the rest is forgotten. Outputs do not depend on each other: those of
+a quantised layer stay what they were, to the bit. Next room: packed.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
 from qwen2vl.adapt.int4 import Int4Linear
 from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
 
-__all__ = ["Joined", "QuantisedLinear", "Share", "siblings"]
+__all__ = ["Joined", "QuantisedLinear", "Share", "share_out", "siblings"]
 
 QuantisedLinear = Int8Linear | WideInt8Linear | Int4Linear
 
@@ -36,11 +37,21 @@ def siblings(kinds: Mapping[str, K]) -> list[tuple[tuple[str, ...], K]]:
     return [(tuple(names), kind) for (_, kind), names in groups.items()]
 
 
+def share_out(
+    model: nn.Module, names: Sequence[str], layer: nn.Module, sizes: Sequence[int]
+) -> None:
+    """Put shares of a layer in the places of several, which have so many outputs each."""
+    joined = Joined(layer)
+    for name, (start, stop) in zip(names, pairwise(accumulate(sizes, initial=0)), strict=True):
+        model.set_submodule(name, Share(joined, start, stop))
+
+
 class Joined:
     """One layer in place of several, and what it last computed, until all have had their share."""
 
-    def __init__(self, layer: QuantisedLinear) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        self.out_features = cast("int", layer.out_features)
         self._newest: tuple[Tensor, Tensor] | None = None  # input, output
 
     def outputs(self, x_TI: Tensor, *, is_last: bool) -> Tensor:
@@ -64,13 +75,15 @@ class Share(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into this layer's own outputs."""
-        is_last = self.stop == self.layer.out_features
+        is_last = self.stop == self._joined.out_features
         return self._joined.outputs(x_TI, is_last=is_last)[:, self.start : self.stop]
 
     def integers(self) -> Tensor:
         """Give this layer's own weights as they were rounded."""
+        assert isinstance(self.layer, QuantisedLinear)
         return self.layer.integers()[self.start : self.stop]
 
     def dequantised(self) -> Tensor:
         """Compute the matrix this layer stands for, in float32."""
+        assert isinstance(self.layer, QuantisedLinear)
         return self.layer.dequantised()[self.start : self.stop]

@@ -10,9 +10,13 @@ be saved. Next room: rows.py, for what stays plain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from qwen2vl.adapt.join import share_out, siblings
+from qwen2vl.adapt.opaque import opaque
 from qwen2vl.model import Qwen2VL
 
 __all__ = ["PackedLinear", "can_pack", "pack_layers"]
@@ -28,6 +32,16 @@ def can_pack() -> bool:
     return (
         torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
     )
+
+
+def _shape(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], packed.shape[0])
+
+
+@opaque(_shape)
+def _multiply_packed(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
+    # Without an operation after it.
+    return torch.ops.mkldnn._linear_pointwise.default(x_TI, packed, bias_O, "none", [], "")
 
 
 class PackedLinear(nn.Module):
@@ -53,43 +67,33 @@ class PackedLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into (T, O)."""
-        multiply = _opaque if torch.compiler.is_compiling() else _multiply
-        return multiply(x_TI, self.packed, self.bias)
-
-
-def _multiply(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
-    # Without an operation after it.
-    return torch.ops.mkldnn._linear_pointwise.default(x_TI, packed, bias_O, "none", [], "")
-
-
-@torch.library.custom_op("qwen2vl::multiply_packed", mutates_args=())
-def _opaque(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
-    """Multiply where torch.compile looks on, which knows no packed weights but its own."""
-    return _multiply(x_TI, packed, bias_O)
-
-
-@_opaque.register_fake
-def _shape(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
-    return x_TI.new_empty(x_TI.shape[0], packed.shape[0])
+        return _multiply_packed(x_TI, self.packed, self.bias)
 
 
 def pack_layers(model: Qwen2VL) -> int:
     """Pack the large linear layers of both towers, and the head, one after the other.
 
-    A tied head becomes a layer; the embedding stays as it is, for it is looked up.
+    Layers of the decoder that read the same input are packed as one (join.py). A tied head becomes
+    a layer; the embedding stays as it is, for it is looked up.
 
     Returns:
-        How many layers were packed.
+        How many layers are packed.
     """
-    large = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and _pays(name, layer)
-    }
-    count = len(large)
-    while large:
-        name, layer = large.popitem()  # and so its plain weights are not kept any longer
-        model.set_submodule(name, PackedLinear(layer.weight, layer.bias))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    groups = [names for names, _ in siblings(dict.fromkeys(layers, "bfloat16"))]
+    count = 0
+    for names in groups:
+        group = [layers.pop(name) for name in names]  # whose plain weights are kept no longer
+        if not _pays(names[0], group):
+            continue
+        sizes = [m.out_features for m in group]
+        if len(group) == 1:
+            model.set_submodule(names[0], PackedLinear(group[0].weight, group[0].bias))
+        else:
+            bias_O = None if group[0].bias is None else torch.cat([m.bias for m in group])
+            packed = PackedLinear(torch.cat([m.weight for m in group]), bias_O)
+            share_out(model, names, packed, sizes)
+        count += 1
     if model.lm_head is None and model.head_weight.numel() >= LARGE:
         # The model only ever calls it, as every module.
         model.lm_head = PackedLinear(model.head_weight, None)  # type: ignore[assignment]
@@ -97,7 +101,7 @@ def pack_layers(model: Qwen2VL) -> int:
     return count
 
 
-def _pays(name: str, layer: nn.Linear) -> bool:
-    """Tell whether a layer is large, and no slower for single tokens, which the tower never has."""
-    is_wide = layer.out_features >= layer.in_features
-    return layer.weight.numel() >= LARGE and (is_wide or name.startswith("visual."))
+def _pays(name: str, group: Sequence[nn.Linear]) -> bool:
+    """Tell whether layers are large, and no slower for single tokens, which the tower never has."""
+    outputs, inputs = sum(layer.out_features for layer in group), group[0].in_features
+    return outputs * inputs >= LARGE and (outputs >= inputs or name.startswith("visual."))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qwen2vl.adapt.int4 import GROUP_SIZES, PAD_TO, Int4Linear
 from qwen2vl.adapt.int8 import int8_linear
-from qwen2vl.adapt.join import Joined, QuantisedLinear, Share, siblings
+from qwen2vl.adapt.join import QuantisedLinear, share_out, siblings
 from qwen2vl.adapt.on_gpu import NarrowLinear, narrow_linear
 from qwen2vl.adapt.rounding import round_channels, round_groups
 from qwen2vl.errors import InputError
@@ -180,11 +180,7 @@ def put_layers(model: Qwen2VL, names: Sequence[str], layer: QuantisedLinear | Na
         model.set_submodule(names[0], layer)
         return
     assert not isinstance(layer, NarrowLinear), "layers of a GPU are not joined"
-    joined, start = Joined(layer), 0
-    for name in names:
-        stop = start + len(weights_of(model, name)[0])
-        model.set_submodule(name, Share(joined, start, stop))
-        start = stop
+    share_out(model, names, layer, [len(weights_of(model, name)[0]) for name in names])
 
 
 def describe(model: Qwen2VL) -> str:

@@ -12,9 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qwen2vl.adapt.opaque import opaque
 from qwen2vl.model import Qwen2VL
 
 __all__ = ["RowLinear", "multiply_single_rows"]
+
+
+def _shape(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x_1I.new_empty(1, weight_OI.shape[0])
+
+
+@opaque(_shape)
+def _multiply_row(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    if bias_O is None:
+        return torch.mv(weight_OI, x_1I[0])[None]
+    return torch.addmv(bias_O, weight_OI, x_1I[0])[None]
 
 
 class RowLinear(nn.Linear):
@@ -24,9 +36,7 @@ class RowLinear(nn.Linear):
         """Multiply rows (T, in) into (T, out)."""
         if input.shape[0] != 1:
             return super().forward(input)
-        if self.bias is None:
-            return torch.mv(self.weight, input[0])[None]
-        return torch.addmv(self.bias, self.weight, input[0])[None]
+        return _multiply_row(input, self.weight, self.bias)
 
 
 def multiply_single_rows(model: Qwen2VL) -> None:

@@ -18,7 +18,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, kernels
 from qwen2vl.model.attention import SharedCache
 
-__all__ = ["Arena", "GatheredRows", "PackedRows", "Range", "Token"]
+__all__ = ["Arena", "GatheredRows", "PackedRows", "Range"]
 
 
 @dataclass(slots=True)
@@ -38,15 +37,6 @@ class Range(KVCache):
     """Tokens start..start + capacity of an arena, which belong to one row."""
 
     start: int = 0
-
-
-class Token(NamedTuple):
-    """One token to be decoded: what it is, and where it stands."""
-
-    id: int
-    position: int  # on all three axes: answers are text
-    start: int  # of its row in the arena
-    length: int  # tokens of the row that are stored
 
 
 class Arena:

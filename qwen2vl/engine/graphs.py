@@ -7,7 +7,7 @@ new numbers. Recorded are a few sizes, when they are first needed: batches padde
 rows, keys up to 512, 1024, 2048, ... tokens. `StaticDecode` is plain torch and runs on any device;
 recording is the one thing that needs a GPU. Without this room everything works
 (EngineConfig(graphs=False)). Letter of this room: B, the rows of a padded batch. Back up:
-runner.py, which asks whether a step is one of these.
+decode.py, whose protocol this is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl.engine.arena import Arena, Token
+from qwen2vl.engine.arena import Arena
+from qwen2vl.engine.decode import Token
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import Qwen2VL
 
@@ -28,6 +29,7 @@ __all__ = ["DecodeGraphs", "StaticDecode"]
 
 logger = logging.getLogger(__name__)
 
+NUMBERS = 4  # of each row: id, position, first token in the arena, tokens stored
 LEAST_ROOM = 512  # tokens; shorter rows share the graphs of this length
 
 
@@ -38,9 +40,10 @@ class StaticDecode:
         """Reserve the buffers; nothing is computed yet."""
         self.model = model
         self.arena = arena
+        self.most = most
         size = _padded(most)
         device = model.device
-        self._numbers = torch.zeros(len(Token._fields) * size, dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(NUMBERS * size, dtype=torch.int64, device=device)
         self._logits_BV = torch.empty(
             size, model.config.text.vocab_size, dtype=model.dtype, device=device
         )
@@ -52,10 +55,11 @@ class StaticDecode:
         On a GPU nothing here waits for it.
         """
         size = _padded(len(tokens))
-        room = self._room(max(token.length for token in tokens) + 1)
-        nobody = Token(0, 0, self.arena.num_tokens, 0)
-        filled = [*tokens, *[nobody] * (size - len(tokens))]
-        numbers = torch.tensor(filled, dtype=torch.int64).T.flatten()
+        room = self._room(max(token.cache.length for token in tokens) + 1)
+        rows = [(t.id, t.position, self.arena.start(t.cache), t.cache.length) for t in tokens]
+        nobody = (0, 0, self.arena.num_tokens, 0)
+        rows += [nobody] * (size - len(tokens))
+        numbers = torch.tensor(rows, dtype=torch.int64).T.flatten()
         if self._numbers.is_cuda:
             numbers = numbers.pin_memory()
         self._numbers[: len(numbers)].copy_(numbers, non_blocking=True)
@@ -72,7 +76,7 @@ class StaticDecode:
     @torch.inference_mode()
     def forward(self, size: int, room: int) -> None:
         """Compute the logits of `size` rows of at most `room` tokens, from buffer to buffer."""
-        numbers = self._numbers[: len(Token._fields) * size]
+        numbers = self._numbers[: NUMBERS * size]
         ids_B, positions_B, starts_B, lengths_B = numbers.view(-1, size)
         if (size, room) not in self._metas:
             meta = AttnMeta.build([1] * size, [room] * size)

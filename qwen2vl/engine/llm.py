@@ -29,6 +29,7 @@ from qwen2vl.engine.arguments import Conversation, as_batch, is_unfinished, one_
 from qwen2vl.engine.blocks import BLOCK, BlockPool
 from qwen2vl.engine.capacity import cache_blocks
 from qwen2vl.engine.config import EngineConfig
+from qwen2vl.engine.decode import Decode, SingleDecode
 from qwen2vl.engine.draft import Drafter
 from qwen2vl.engine.embed import Embedder
 from qwen2vl.engine.params import Completion, Delta, SamplingParams
@@ -111,9 +112,7 @@ class LLM:
             limits=limits,
         )
         habits = read_generation_defaults(folder)
-        self._take(network, processor, habits, engine, adapters, max_model_len)
-        if compile:
-            self.compile_seconds = compile_for_answers(network)
+        self._take(network, processor, habits, engine, adapters, max_model_len, compile)
 
     @classmethod
     def of(
@@ -138,9 +137,9 @@ class LLM:
         engine: EngineConfig | None,
         adapters: Mapping[str, str | Path] | None,
         max_model_len: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.model = model
-        self.compile_seconds: float | None = None  # None: it was not compiled
         self._engine = engine or EngineConfig()
         self.processor = processor.keeping(self._engine.item_cache_bytes)
         self.generation = generation
@@ -151,7 +150,14 @@ class LLM:
             model, processor.tokenizer, generation, load_adapters(model, adapters or {})
         )
         num_blocks = cache_blocks(model, self._engine.cache_tokens, max_model_len)
-        self._arena = self._decode = None
+        self._arena: Arena | None = None
+        self._decode: Decode | None = None
+        self.compile_seconds: float | None = None  # None: it was not compiled
+        began = time.perf_counter()
+        if compile and compile_for_answers(model):
+            if model.device.type == "cpu":
+                self._decode = SingleDecode.compiled(model)
+            self.compile_seconds = time.perf_counter() - began
         if model.device.type == "cuda":
             self._arena = Arena(model.config.text, num_blocks * BLOCK, model.dtype, model.device)
             if self._engine.graphs:

@@ -2,7 +2,7 @@
 
     orders --arrange--> caches      slices --encode--> shelf
     chunks --prepare--> one packed forward over every sequence's cache --> hidden_TD
-    (on a GPU, chunks of one token of an answer go to graphs.py instead)
+    (chunks of one token of an answer may go to decode.py instead)
     last rows --logits--> sampler of each sequence --> tokens, or the error of that sequence alone
 
 A step that fails leaves every cache as it was, since lengths advance last, and every sampler, since
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from qwen2vl.adapt.served import AdapterSwitch
-from qwen2vl.engine.arena import Arena, Token
+from qwen2vl.engine.arena import Arena
 from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.capacity import memory_errors_named
 from qwen2vl.engine.choose import choose
+from qwen2vl.engine.decode import Decode, Token
 from qwen2vl.engine.plan import Chunk, Plan, Sampled
 from qwen2vl.engine.sequence import Sequence
 from qwen2vl.engine.shelf import VisionShelf
@@ -56,11 +57,11 @@ class Runner:
         shelf: VisionShelf,
         switch: AdapterSwitch,
         arena: Arena | None = None,
-        decode: Callable[[SequenceOf[Token]], Tensor] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         """Begin without rows, those of `arena` included, if rows are to lie in one.
 
-        `decode` computes steps of single tokens of answers, in the same arena.
+        `decode` computes steps of single tokens of answers, on a GPU in the same arena.
         """
         self.model = model
         self.shelf = shelf
@@ -96,8 +97,8 @@ class Runner:
         if not plan.chunks:
             return []
         with _blaming(plan.largest):
-            if self.decode is not None and all(map(_is_plain, plan.chunks)):
-                logits_RV = self._decode(plan.chunks)
+            if self.decode is not None and _suits(self.decode, plan.chunks):
+                logits_RV = self._decode(self.decode, plan.chunks)
             else:
                 hidden_TD = self._forward(plan.chunks)
                 logits_RV = self._logits(plan.chunks, hidden_TD)
@@ -145,20 +146,19 @@ class Runner:
             cache.copy_from(old, old.length)
         return cache
 
-    def _decode(self, chunks: SequenceOf[Chunk]) -> Tensor:
+    def _decode(self, decode: Decode, chunks: SequenceOf[Chunk]) -> Tensor:
         """Score the words after the newest token of each answer."""
-        assert self.arena is not None and self.decode is not None
-        caches = [self._row(chunk) for chunk in chunks]
         tokens: list[Token] = []
-        for chunk, cache in zip(chunks, caches, strict=True):
+        for chunk in chunks:
+            cache = self._row(chunk)
+            cache.length = chunk.start
             position = chunk.start + chunk.sequence.prompt.rope_delta
-            start = self.arena.start(cache)
-            tokens.append(Token(chunk.sequence.ids[-1], position, start, chunk.start))
+            tokens.append(Token(chunk.sequence.ids[-1], position, cache))
         # Nobody's rows ask for an adapter here, and none that an interrupt has left may answer.
         with self.switch.at_work("model", [(None, len(tokens))]):
-            logits_RV = self.decode(tokens)
-        for chunk, cache in zip(chunks, caches, strict=True):
-            cache.length = chunk.stop
+            logits_RV = decode(tokens)
+        for chunk, token in zip(chunks, tokens, strict=True):
+            token.cache.length = chunk.stop
         return logits_RV
 
     def _forward(self, chunks: SequenceOf[Chunk]) -> Tensor:
@@ -290,9 +290,11 @@ def _chosen_at_once(
     }
 
 
-def _is_plain(chunk: Chunk) -> bool:
-    """Tell whether a token is decoded without anything that a recorded step has not."""
-    return chunk.is_decode and chunk.sequence.adapter is None
+def _suits(decode: Decode, chunks: SequenceOf[Chunk]) -> bool:
+    """Tell whether all chunks are tokens decoded without anything that a quick step has not."""
+    return len(chunks) <= decode.most and all(
+        chunk.is_decode and chunk.sequence.adapter is None for chunk in chunks
+    )
 
 
 def _is_wanted(row: int, orders: SequenceOf[MemoryOrder]) -> bool:

@@ -27,7 +27,14 @@ from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta, Run
 from qwen2vl.model import kernels
 
-__all__ = ["KVCache", "LayerCaches", "SharedCache", "attention", "attention_by_segment"]
+__all__ = [
+    "KVCache",
+    "LayerCaches",
+    "SharedCache",
+    "attend_token",
+    "attention",
+    "attention_by_segment",
+]
 
 
 @dataclass(slots=True)
@@ -155,13 +162,13 @@ def _attend_cached(
     for (q, k, v), cache in zip(parts, layer_caches, strict=True):
         keys, values = cache.append(k, v)
         if len(q) == 1:
-            outs.append(_attend_token(q, keys, values))
+            outs.append(attend_token(q, keys, values))
         else:
             outs.append(_attend_chunk(q, keys, values, meta, causal))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _attend_token(q_1HC: Tensor, k_KTC: Tensor, v_KTC: Tensor) -> Tensor:
+def attend_token(q_1HC: Tensor, k_KTC: Tensor, v_KTC: Tensor) -> Tensor:
     """Let one token see all keys.
 
     The heads of a group share their keys, so they stand as the queries: the same bits, in 29

@@ -64,8 +64,7 @@ def test_nano_compiled_is_nano_for_any_shape_and_compiles_once() -> None:
     folder = find("nano")
     eager = load_model(folder, read_config(folder), dtype="float32")
     compiled = copy.deepcopy(eager)
-    seconds = compile_for_answers(compiled)
-    assert seconds is not None and seconds > 0
+    assert compile_for_answers(compiled)
     assert eager.state_dict().keys() == compiled.state_dict().keys()
     torch._dynamo.config.error_on_recompile = True
     try:
@@ -103,7 +102,7 @@ def test_without_a_compiler_the_model_stays_as_it_was(
     model = tiny_model()
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
     with caplog.at_level(logging.WARNING):
-        assert compile_for_answers(model) is None
+        assert not compile_for_answers(model)
     assert [r.getMessage() for r in caplog.records if "nothing here can compile" in r.getMessage()]
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
     torch.testing.assert_close(read(model, 40), read(tiny_model(), 40))
@@ -118,7 +117,7 @@ def test_parts_that_widen_their_weights_stay_as_they_are(
     quantise(model, "int4" if kind == "int4" else "int8")
     compiled: list[object] = []
     monkeypatch.setattr(room.torch, "compile", lambda plain, **_: compiled.append(plain) or plain)
-    assert compile_for_answers(model) is not None
+    assert compile_for_answers(model)
     owners = {type(method.__self__) for method in compiled}  # type: ignore[attr-defined]
     assert RMSNorm in owners
     assert TextMLP not in owners
@@ -141,7 +140,7 @@ def test_packed_and_rounded_layers_compute_the_same_when_compiled(
             packed.pack_layers(model.bfloat16())
         models.append(model)
     eager, compiled = models
-    assert compile_for_answers(compiled) is not None
+    assert compile_for_answers(compiled)
     limit = 2e-2 if kind == "bfloat16" else 5e-2  # a number may fall to another step of 8 bits
     for want, got in (
         (see(eager, (4, 6), (16, 16)), see(compiled, (4, 6), (16, 16))),

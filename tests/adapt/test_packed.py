@@ -10,9 +10,11 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from qwen2vl.adapt import packed as room
+from qwen2vl.adapt.join import siblings
 from qwen2vl.adapt.packed import PackedLinear, can_pack, pack_layers
 from qwen2vl.adapt.rows import multiply_single_rows
 from qwen2vl.engine import LLM
+from qwen2vl.geometry import AttnMeta
 from tests.tiny import tiny_config, tiny_model
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="no AVX-512, so nothing is packed")
@@ -57,23 +59,30 @@ def test_what_is_packed(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
     model = tiny_model(config=tiny_config(tie_word_embeddings=tied)).bfloat16()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     limit = sorted(m.weight.numel() for m in layers.values())[len(layers) // 2]
+    read_T = torch.arange(5)
+    meta = AttnMeta.build([5])
     hidden_TD = torch.randn(3, model.config.text.hidden_size, dtype=torch.bfloat16)
     with torch.inference_mode():
         want_TV = model.logits(hidden_TD)
+        want_TD = model(read_T, read_T.expand(3, -1), meta)
     embedding = model.model.embed_tokens.weight
     monkeypatch.setattr(room, "LARGE", limit)
     pack_layers(model)
     multiply_single_rows(model)  # takes what is left
     changed = {name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    large = {name for name, layer in layers.items() if layer.weight.numel() >= limit}
-    narrow = {name for name in large if name.endswith("down_proj")}
-    head = {"lm_head"} if embedding.numel() >= limit else set()
-    assert narrow
-    assert changed == (large - narrow) | head
+    want = set()
+    for names, _ in siblings(dict.fromkeys(layers, 0)):
+        total = sum(layers[name].weight.numel() for name in names)
+        if total >= limit and not names[0].endswith("down_proj"):
+            want.add(names[0] + ".layer" * (len(names) > 1))
+    assert any(name.endswith(".layer") for name in want)
+    assert changed == want | ({"lm_head"} if tied and embedding.numel() >= limit else set())
     assert {name.partition(".")[0] for name in changed} >= {"visual", "model"}
     assert model.model.embed_tokens.weight is embedding
     with torch.inference_mode():
         torch.testing.assert_close(model.logits(hidden_TD), want_TV)
+        got_TD = model(read_T, read_T.expand(3, -1), meta)
+    assert (got_TD.float() - want_TD.float()).norm() < 2e-2 * want_TD.float().norm()
 
 
 def test_an_llm_over_packed_layers_answers(monkeypatch: pytest.MonkeyPatch) -> None:

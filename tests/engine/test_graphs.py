@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2vl.engine import LLM, graphs
-from qwen2vl.engine.arena import Arena, Range, Token
+from qwen2vl.engine.arena import Arena, Range
 from qwen2vl.engine.blocks import BLOCK
 from qwen2vl.engine.config import EngineConfig
+from qwen2vl.engine.decode import Token
 from qwen2vl.engine.graphs import DecodeGraphs, StaticDecode
 from qwen2vl.errors import ConfigError
 from qwen2vl.geometry import AttnMeta
@@ -125,10 +126,7 @@ def test_static_decode_is_the_ordinary_step(
         tokens = [3] * len(lengths)
         for _ in range(5):
             logits_RV = decode(
-                [
-                    Token(token, row.length, row.start, row.length)
-                    for token, row in zip(tokens, rows, strict=True)
-                ]
+                [Token(token, row.length, row) for token, row in zip(tokens, rows, strict=True)]
             )
             want_RV = torch.stack(
                 [step_alone(oracle, token) for oracle, token in zip(oracles, tokens, strict=True)]
@@ -195,7 +193,7 @@ def test_guesses_go_the_ordinary_way(packs: bool) -> None:
 
 def test_an_adapter_goes_the_ordinary_way() -> None:
     """A recorded step knows the model's own layers alone."""
-    with in_arena(False) as llm, patch.object(llm.runner, "decode") as decode:
+    with in_arena(False) as llm, patch.object(llm.runner, "decode", most=8) as decode:
         (sequence,) = llm.sequences(llm.processor(CONVERSATIONS[0]), GREEDY)
         adapter: Any = type("Adapter", (), {"gains": {}, "digest": b"1", "vision_digest": b""})()
         sequence.adapter = adapter
@@ -239,11 +237,12 @@ def test_each_size_is_recorded_once_and_again_when_weights_are_others() -> None:
     with patch.object(graphs, "LEAST_ROOM", 8):
         row = arena.reserve(None, 32, [])
         for length in range(9):
-            decode([Token(1, length, row.start, length)])
+            row.length = length
+            decode([Token(1, length, row)])
         assert sorted(decode._graphs) == [(1, 8), (1, 16)]
         assert decode.num_replays == 7  # the first of a size is computed as it is
-        decode([Token(1, length, row.start, length) for length in (3, 4, 5)])
-        assert sorted(decode._graphs) == [(1, 8), (1, 16), (4, 8)]
+        decode([Token(1, 8, row)] * 3)
+        assert sorted(decode._graphs) == [(1, 8), (1, 16), (4, 16)]
     decode.forget()
     assert not decode._graphs
 
@@ -259,7 +258,8 @@ def test_without_memory_to_record_steps_are_computed_as_they_are(
     row = arena.reserve(None, 32, [])
     plain, full = StaticDecode(MODEL, arena, 1), Full(MODEL, arena, 1)
     for length in range(3):
-        token = Token(1, length, row.start, length)
+        row.length = length
+        token = Token(1, length, row)
         assert torch.equal(full([token]), plain([token]))
     said = [record for record in caplog.records if "is not recorded" in record.getMessage()]
     assert len(said) == 1  # and it is not tried again

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qwen2vl.engine import LLM
-from qwen2vl.engine.arena import Arena, Token
+from qwen2vl.engine.arena import Arena, Range
 from qwen2vl.engine.config import EngineConfig
+from qwen2vl.engine.decode import Token
 from qwen2vl.engine.graphs import DecodeGraphs, StaticDecode
 from qwen2vl.engine.params import Completion
 from qwen2vl.model import Qwen2VL
@@ -80,10 +81,11 @@ def filled(dtype: torch.dtype, lengths: list[int]) -> tuple[Arena, list[Token]]:
     arena.k_LKTC.normal_()
     arena.v_LKTC.normal_()
     tokens: list[Token] = []
-    start = 0
+    rows: list[Range] = []
     for number, length in enumerate(lengths):
-        tokens.append(Token(5 + number, length, start, length))
-        start += length + 8
+        rows.append(arena.reserve(None, length + 8, rows))
+        rows[-1].length = length
+        tokens.append(Token(5 + number, length, rows[-1]))
     return arena, tokens
 
 

@@ -1,0 +1,93 @@
+"""Steps in which everybody decodes, where something computes them faster than a forward.
+
+On a GPU that is graphs.py, for any number of rows. On a CPU it is `SingleDecode`, for one row of a
+model that is compiled: one token's way through the decoder, told here as in model/text.py, but
+through blocks that were compiled whole. Without this room everything works. Back up: runner.py,
+which asks whether a step is one of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model.rope import text_rotation
+
+if TYPE_CHECKING:
+    from qwen2vl.adapt.one_token import TokenBlocks
+
+__all__ = ["Decode", "SingleDecode", "Token"]
+
+logger = logging.getLogger(__name__)
+
+
+class Token(NamedTuple):
+    """One token to be decoded: what it is, and where it stands."""
+
+    id: int
+    position: int  # on all three axes: answers are text
+    cache: KVCache  # what came before it; there is room for one more
+
+
+class Decode(Protocol):
+    """Stores the keys and values of tokens, and scores the words behind each."""
+
+    most: int  # tokens that it takes at once
+
+    def __call__(self, tokens: Sequence[Token]) -> Tensor:
+        """Compute logits, one row for each token; the caller advances the caches."""
+        ...
+
+    def forget(self) -> None:
+        """Hear that weights are others now."""
+
+
+class SingleDecode:
+    """Computes the step of one answer alone, on a CPU."""
+
+    most = 1
+
+    def __init__(self, model: Qwen2VL, blocks: TokenBlocks) -> None:
+        self._model = model
+        self._blocks = blocks
+
+    @classmethod
+    def compiled(cls, model: Qwen2VL) -> SingleDecode | None:
+        """Compile the blocks of a model; None, and a warning, where that does not work here."""
+        from qwen2vl.adapt.one_token import TokenBlocks  # takes seconds to import
+
+        try:
+            return cls(model, TokenBlocks(model))
+        except Exception as error:  # a compiler may raise anything, and an answer needs none
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("compile: not for single tokens here (%s)", reason)
+            return None
+
+    def __call__(self, tokens: Sequence[Token]) -> Tensor:
+        """Store and attend; returns logits of the one token, (1, V)."""
+        (token,) = tokens
+        model, cache, stop = self._model.model, token.cache, token.cache.length + 1
+        config = model.config
+        cos, sin = text_rotation(
+            torch.full((3, 1), token.position),
+            config.head_dim,
+            config.rope_theta,
+            config.mrope_section,
+        )
+        hidden_1D = self._blocks(
+            model.embed_tokens(torch.tensor([token.id])),
+            cos,
+            sin,
+            cache.k_LKZC[:, :, :stop],
+            cache.v_LKZC[:, :, :stop],
+        )
+        return self._model.logits(model.norm(hidden_1D))
+
+    def forget(self) -> None:
+        """Hear that weights are others now."""
+        self._blocks.gather()
