@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qwen2vl.adapt.int4 import Int4Linear
+from qwen2vl.adapt.int4 import Int4Linear, compile_widening
 from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
@@ -61,7 +61,18 @@ def compile_for_answers(model: Qwen2VL) -> bool:
         reason = str(error).strip().splitlines()[0]
         logger.warning("compile: nothing here can compile (%s); computing as without it", reason)
         return False
+    if model.device.type == "cpu":
+        _compile_widening(model)
     return True
+
+
+def _compile_widening(model: Qwen2VL) -> None:
+    from qwen2vl.adapt.direct import NotCompiledError  # takes seconds to import
+
+    try:
+        compile_widening(model, model.dtype)
+    except NotCompiledError as error:
+        logger.warning("compile: not for the widening of 4 bits here (%s)", error)
 
 
 def _by_rows(few: Callable[..., Any], many: Callable[..., Any], least: int) -> Callable[..., Any]:

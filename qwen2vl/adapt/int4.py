@@ -3,7 +3,8 @@
 Up to FEW_ROWS rows (decode) go through `_weight_int4pack_mm_for_cpu`, which widens the weights in
 registers, again for every few rows. More rows (prefill) are cheaper by widening the matrix once,
 a strip of outputs at a time, for the ordinary product; so nothing larger than a strip ever exists
-in full width. A layer has no parameters and cannot be trained.
+in full width. `compile_widening` makes one pass of the widening, and it pays for fewer rows. A
+layer has no parameters and cannot be trained.
 
     torch packs outputs in blocks:   (O / block, I, block / 2) bytes
     one byte of a block:             | output j + block / 2 | output j |     4 bits each
@@ -13,6 +14,7 @@ Letters: T rows, O outputs, I inputs, G groups of inputs. Next room: quantise.py
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 from qwen2vl.adapt.rounding import Groups
 
-__all__ = ["GROUP_SIZES", "PAD_TO", "Int4Linear"]
+__all__ = ["GROUP_SIZES", "PAD_TO", "Int4Linear", "compile_widening", "widen"]
 
 GROUP_SIZES = (128, 64, 32)  # that the operator takes; preferred first
 
@@ -29,10 +31,12 @@ GROUP_SIZES = (128, 64, 32)  # that the operator takes; preferred first
 BLOCKS = (64, 32)
 PAD_TO = max(BLOCKS)
 
-# Where widening a matrix begins to pay: it costs as much as 40 to 50 rows of the operator.
+# Where widening a matrix begins to pay: it costs as much as 40 to 50 rows of the operator, but less
+# where it is compiled.
 FEW_ROWS = 40
+FEW_ROWS_COMPILED = 28
 
-STRIP = 512  # outputs that are widened at once
+STRIP = 1024  # outputs that are widened at once
 
 MIDDLE = 8  # the operator computes (q - 8) * scale + shift
 
@@ -47,6 +51,8 @@ class Int4Linear(nn.Module):
     scales_and_shifts: Tensor  # (G, padded O, 2)
     bias_O: Tensor | None
 
+    few_rows = FEW_ROWS
+
     def __init__(self, rounded: Groups, bias_O: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = rounded.ints_OI.shape
@@ -60,6 +66,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales_and_shifts", F.pad(both, (0, 0, 0, missing)))
         own = None if bias_O is None else bias_O.detach().to(torch.float32, copy=True)
         self.register_buffer("bias_O", own)
+        self._widen: Callable[..., Sequence[Tensor]] = widen
 
     def integers(self) -> Tensor:
         """Give the weights as they were rounded, (O, I) uint8."""
@@ -86,7 +93,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
-        if x_TI.shape[0] <= FEW_ROWS or _block() is None:
+        if x_TI.shape[0] <= self.few_rows or _block() is None:
             out_TO = self._by_operator(x_TI.to(torch.bfloat16)).to(x_TI.dtype)
         else:
             out_TO = self._by_strips(x_TI)
@@ -100,21 +107,30 @@ class Int4Linear(nn.Module):
 
     def _by_strips(self, x_TI: Tensor) -> Tensor:
         """Widen some outputs at a time, and multiply by each strip."""
+        bytes_, scale, shift = self._blocks(x_TI.dtype)
+        num_blocks, half = len(bytes_), bytes_.shape[-1]
+        out = x_TI.new_empty(len(x_TI), num_blocks, 2, half)
+        for start in range(0, num_blocks, STRIP // (2 * half)):
+            here = slice(start, start + STRIP // (2 * half))
+            parts = bytes_[here], scale[here], shift[here]
+            # What is compiled takes any number of blocks but one.
+            by = widen if len(parts[0]) == 1 else self._widen
+            for part, weight_IO in enumerate(by(*parts)):
+                out[:, here, part] = (x_TI @ weight_IO).unflatten(1, (-1, half))
+        return out.flatten(1)
+
+    def _blocks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Give what `widen` takes, for all blocks."""
         block = _block()
         assert block is not None
+        groups = len(self.scales_and_shifts)
+        bytes_ = self.packed.view(-1, groups, self.group_size, block // 2)
+        both = self.scales_and_shifts.view(groups, -1, 2, block // 2, 2).transpose(0, 1)
         # Neighbours in memory again: every second number would be read one by one.
-        scale_GO, shift_GO = (part.contiguous() for part in self.scales_and_shifts.unbind(-1))
+        scale, shift = (part.float().contiguous() for part in both.unbind(-1))
         # q * scale + shift, without the middle that would have to be subtracted first.
-        shift_GO = (shift_GO.float() - MIDDLE * scale_GO.float()).to(x_TI.dtype)
-        scale_GO = scale_GO.to(x_TI.dtype)
-        strips = []
-        for start in range(0, len(self.packed), STRIP):
-            here = slice(start, start + STRIP)
-            ints = _unpack(self.packed[here], block).to(x_TI.dtype)
-            weight = ints.unflatten(0, (len(scale_GO), -1))  # (G, inputs of one group, strip)
-            torch.addcmul(shift_GO[:, None, here], weight, scale_GO[:, None, here], out=weight)
-            strips.append(x_TI @ weight.flatten(0, 1))
-        return torch.cat(strips, 1)
+        shift -= MIDDLE * scale
+        return bytes_, scale.to(dtype), shift.to(dtype)
 
     def _ints_by_product(self) -> Tensor:
         """Read integers whose packing is unknown: let the operator multiply by ones and zeros."""
@@ -124,6 +140,52 @@ class Int4Linear(nn.Module):
             one_II, self.packed, self.group_size, unit.contiguous()
         )
         return ints_IO.to(torch.uint8)
+
+
+def compile_widening(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let all layers of a model, which computes in `dtype`, widen weights in one compiled pass.
+
+    Raises:
+        NotCompiledError: that does not work here; the layers stay as they were.
+    """
+    from qwen2vl.adapt.direct import Direct, compile_direct  # takes seconds to import
+
+    made: dict[tuple[int, ...], Direct] = {}
+    for layer in model.modules():
+        if not isinstance(layer, Int4Linear) or _block() is None:
+            continue
+        _, groups, group_size, half = layer._blocks(dtype)[0].shape
+        key = groups, group_size, half
+        if key not in made:
+            bytes_ = torch.zeros(5, groups, group_size, half, dtype=torch.uint8)
+            scale = torch.zeros(5, groups, 2, half, dtype=dtype)
+            free = dict.fromkeys(range(3), 0)
+            made[key] = compile_direct(widen, (bytes_, scale, scale.clone()), free)
+        layer._widen, layer.few_rows = made[key], FEW_ROWS_COMPILED
+
+
+def widen(bytes_: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute q * scale + shift of both halves of B blocks, in the dtype of the scale.
+
+    Args:
+        bytes_: (B, G, inputs of a group, block / 2).
+        scale, shift: (B, G, 2, block / 2).
+
+    Returns:
+        Weights (I, B * block / 2) of the lower outputs of each block, and of the upper.
+    """
+    # The order is changed before bytes are taken apart, while they are few.
+    bytes_, scale, shift = (
+        bytes_.permute(1, 2, 0, 3).contiguous(),
+        scale.transpose(0, 1)[:, None],
+        shift.transpose(0, 1)[:, None],
+    )
+
+    def half(ints: Tensor, part: int) -> Tensor:
+        wide = torch.addcmul(shift[..., part, :], ints.to(scale.dtype), scale[..., part, :])
+        return wide.flatten(0, 1).flatten(1)
+
+    return half(bytes_ & 15, 0), half(bytes_ >> 4, 1)
 
 
 def _pack(ints_OI: Tensor) -> Tensor:

@@ -2,43 +2,26 @@
 
 Of a single row a block makes some fifty small operations around its four products. Called one by
 one they take a tenth of a step; as parts that torch.compile guards, nearly as much. So the forward
-of a block is traced once as it stands, with weights, keys and values as arguments, and what
-Inductor makes of it is called directly, for every block that is built alike. Nothing is checked
-then: who calls vouches for shapes, and says so when weights were exchanged. Letters as in
-model/attention.py. Back up: engine/decode.py, which goes from block to block.
+of a block is traced once as it stands, with weights, keys and values as arguments, and compiled
+into one function (direct.py) that serves every block built alike. Who exchanges weights says so.
+Letters as in model/attention.py. Back up: engine/decode.py, which brings the token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import TracingContext, tracing
-from torch._inductor import standalone_compile
-from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 
+from qwen2vl.adapt.direct import Direct, compile_direct
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.model.attention import attend_token
 from qwen2vl.model.rope import text_rotation
 
 __all__ = ["TokenBlocks"]
-
-# x_1D, cos, sin, k_KTC, v_KTC, weights -> x_1D, in a list
-_Function = Callable[..., Sequence[Tensor]]
-
-# One core for what lies between products: a row is too little for two. Shapes are not checked.
-_OPTIONS = {"cpp.threads": 1, "size_asserts": False}
 
 _TOKENS = 77  # keys of the example: no width, so that nothing takes the number for a constant
 
@@ -47,13 +30,14 @@ class TokenBlocks:
     """The decoder's blocks for a single row; weights are arguments, and so not copied."""
 
     def __init__(self, model: Qwen2VL) -> None:
-        """Compile one function for each kind of block; a second start finds it compiled.
+        """Compile one function for each kind of block.
 
-        Whatever goes wrong in the compiler is raised as it comes.
+        Raises:
+            NotCompiledError: that does not work here.
         """
         self._model = model
-        kinds: dict[str, _Function] = {}
-        self._functions: list[_Function] = []
+        kinds: dict[str, Direct] = {}
+        self._functions: list[Direct] = []  # x_1D, cos, sin, k_KTC, v_KTC, weights -> (x_1D,)
         for layer in self._layers():
             kind = _describe(layer)
             if kind not in kinds:
@@ -90,27 +74,28 @@ def _describe(layer: nn.Module) -> str:
     return f"{layer} {shapes}"
 
 
-@torch.inference_mode()
-def _compiled(layer: nn.Module, model: Qwen2VL) -> _Function:
+def _compiled(layer: nn.Module, model: Qwen2VL) -> Direct:
     config, dtype = model.config.text, model.dtype
-    x_1D = torch.zeros(1, config.hidden_size, dtype=dtype)
-    position_31 = torch.zeros(3, 1, dtype=torch.int64)
-    rotation = text_rotation(position_31, config.head_dim, config.rope_theta, config.mrope_section)
+    rotation = text_rotation(
+        torch.zeros(3, 1, dtype=torch.int64),
+        config.head_dim,
+        config.rope_theta,
+        config.mrope_section,
+    )
     shape = (2, config.num_key_value_heads, 2 * _TOKENS, config.head_dim)
     keys_and_values = torch.zeros(shape, dtype=dtype)[:, :, :_TOKENS].unbind()
     tensors = _tensors(layer)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    # Of keys and values the length may change, and with the room behind it the stride.
-    sizes = [DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
-    free = StatelessSymbolicContext(dynamic_sizes=sizes)
-    inputs = [
-        *(mode.from_tensor(t, static_shapes=True) for t in (x_1D, *rotation)),
-        *(mode.from_tensor(t, symbolic_context=free) for t in keys_and_values),
-        *(mode.from_tensor(t, static_shapes=True) for t in tensors.values()),
-    ]
-    with mode:
-        graph = make_fx(_flat(layer, list(tensors)), tracing_mode="fake")(*inputs)
-    return _compile(graph, inputs, mode)
+    return compile_direct(
+        _flat(layer, list(tensors)),
+        (
+            torch.zeros(1, config.hidden_size, dtype=dtype),
+            *rotation,
+            *keys_and_values,
+            *tensors.values(),
+        ),
+        free={3: 1, 4: 1},
+        threads=1,  # for what lies between products; a row is too little for two
+    )
 
 
 def _flat(layer: nn.Module, names: Sequence[str]) -> Callable[..., tuple[Tensor]]:
@@ -131,13 +116,3 @@ def _flat(layer: nn.Module, names: Sequence[str]) -> Callable[..., tuple[Tensor]
         return (functional_call(layer, own, inputs, tie_weights=False),)
 
     return block
-
-
-def _compile(graph: GraphModule, inputs: list[Any], mode: FakeTensorMode) -> _Function:
-    with tracing(TracingContext(mode)):
-        return standalone_compile(
-            graph,
-            inputs,
-            dynamic_shapes="from_tracing_context",
-            options={"config_patches": _OPTIONS},
-        )

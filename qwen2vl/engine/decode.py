@@ -59,13 +59,14 @@ class SingleDecode:
     @classmethod
     def compiled(cls, model: Qwen2VL) -> SingleDecode | None:
         """Compile the blocks of a model; None, and a warning, where that does not work here."""
-        from qwen2vl.adapt.one_token import TokenBlocks  # takes seconds to import
+        # These take seconds to import.
+        from qwen2vl.adapt.direct import NotCompiledError
+        from qwen2vl.adapt.one_token import TokenBlocks
 
         try:
             return cls(model, TokenBlocks(model))
-        except Exception as error:  # a compiler may raise anything, and an answer needs none
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("compile: not for single tokens here (%s)", reason)
+        except NotCompiledError as error:
+            logger.warning("compile: not for single tokens here (%s)", error)
             return None
 
     def __call__(self, tokens: Sequence[Token]) -> Tensor:

@@ -1,14 +1,15 @@
 """The 4-bit layer multiplies by the matrix it stands for, whichever way; packing is undone."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qwen2vl.adapt.int4 as room
-from qwen2vl.adapt.int4 import FEW_ROWS, Int4Linear
+from qwen2vl.adapt.int4 import FEW_ROWS, Int4Linear, compile_widening
 from qwen2vl.adapt.rounding import Groups, round_groups
 
 # Widths of nano's layers with the size of their groups; outputs that are a multiple of nothing.
@@ -94,3 +95,23 @@ def test_every_level_and_zero() -> None:
     one_II = torch.eye(64)
     torch.testing.assert_close(layer(one_II), want_OI.T)
     torch.testing.assert_close(layer(one_II[:1]), want_OI.T[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(room._block() is None, reason="torch packs in a way that is not known here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_widening_is_the_widening(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(room, "STRIP", 192)
+    shapes = [(259, 64, 32), (640, 256, 64), (300, 256, 64), (64, 64, 32)]  # several, one, odd
+    layers = nn.ModuleList(make(shape)[0] for shape in shapes)
+    compiled = copy.deepcopy(layers)
+    compile_widening(compiled, dtype)
+    assert len({id(layer._widen) for layer in compiled}) == 2
+    for plain, quick in zip(layers, compiled, strict=True):
+        assert isinstance(plain, Int4Linear) and isinstance(quick, Int4Linear)
+        x_TI = torch.randn(FEW_ROWS + 1, plain.in_features).to(dtype)
+        with torch.inference_mode():
+            assert error(quick(x_TI), plain(x_TI)) < (1e-5 if dtype == torch.float32 else 6e-3)

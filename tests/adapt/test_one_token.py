@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.adapt import int8, one_token, packed
+from qwen2vl.adapt import direct, int8, packed
 from qwen2vl.adapt.one_token import TokenBlocks
 from qwen2vl.adapt.packed import can_pack, pack_layers
 from qwen2vl.adapt.quantise import Kind, quantise, quantise_layers
@@ -98,7 +98,7 @@ def as_traced(graph: Callable[..., Sequence[Tensor]], *_: Any) -> Callable[..., 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_traced_blocks_are_the_decoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_token, "_compile", as_traced)
+    monkeypatch.setattr(direct, "_compile", as_traced)
     model = build(kind, monkeypatch)
     before = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
     blocks = TokenBlocks(model)
@@ -116,7 +116,7 @@ def test_traced_blocks_are_the_decoder(kind: str, monkeypatch: pytest.MonkeyPatc
 def test_exchanged_weights_are_gathered_and_changed_ones_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(one_token, "_compile", as_traced)
+    monkeypatch.setattr(direct, "_compile", as_traced)
     model = build("float32", monkeypatch)
     blocks = TokenBlocks(model)
     with torch.no_grad():

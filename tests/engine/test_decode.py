@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt import one_token
+from qwen2vl.adapt import direct
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.decode import SingleDecode, Token
 from qwen2vl.model import Qwen2VL
@@ -31,7 +31,7 @@ class Counting(SingleDecode):
 
 @pytest.fixture
 def decode(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Counting:
-    monkeypatch.setattr(one_token, "_compile", lambda graph, *_: graph)
+    monkeypatch.setattr(direct, "_compile", lambda graph, *_: graph)
     made = Counting.compiled(llm.model)
     assert isinstance(made, Counting)
     return made
@@ -83,7 +83,7 @@ def test_without_a_compiler_it_says_so(
     def broken(*_: Any) -> None:
         raise RuntimeError("no C++ compiler\nand a long trace")
 
-    monkeypatch.setattr(one_token, "_compile", broken)
+    monkeypatch.setattr(direct, "_compile", broken)
     with caplog.at_level(logging.WARNING):
         assert SingleDecode.compiled(tiny_model()) is None
     said = [record.getMessage() for record in caplog.records if record.name.startswith("qwen2vl")]
