@@ -3,11 +3,12 @@
     python benchmarks/official_2b.py                       # once: 4.4 GB on disk
     python benchmarks/engine.py [--only batch | second | overhead | drafts]
 
-batch: tokens a second of eight requests together over one alone. second: time to the first token of
-another question on the same picture, over one decode step. overhead: what a step costs beside the
-model's own arithmetic. drafts: tokens a second with guesses over without, where pages are read
-again and where nothing repeats. The first two take the 2B shape in bf16, the others nano; both
-sides of each ratio take turns in one run. Prints one line for results.md.
+batch: tokens a second of eight requests together over one alone. second: time to the first token
+of another question on the same picture, over one decode step. overhead: what a step of eight costs
+beside the model's own arithmetic. drafts: tokens a second with guesses over without, where pages
+are read again and where nothing repeats, question by question. The first two take the 2B shape in
+bf16, overhead that and nano, drafts nano; both sides of each ratio take turns in one run. Prints
+one line for results.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ import torch
 from record import ROOT, line
 
 from qwen2vl import LLM, EngineConfig, SamplingParams
-from qwen2vl.engine.params import Completion
 from qwen2vl.synth import Mixture, render, sample
 
 FOLDER = ROOT / "build" / "official_2b"
@@ -84,9 +84,15 @@ def second(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def overhead(rounds: int) -> dict[str, Any]:
+def overheads(folder: Path, rounds: int) -> dict[str, Any]:
+    return {
+        "nano": overhead(LLM("nano", dtype="float32"), 20 * rounds),
+        "2B": overhead(LLM(folder, dtype="bfloat16", max_model_len=1024), 4 * rounds),
+    }
+
+
+def overhead(llm: LLM, rounds: int) -> dict[str, float]:
     """Time steps of eight decoding sequences, and the model's forward and logits inside them."""
-    llm = LLM("nano", dtype="float32")
     inside = 0.0
 
     def timed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -121,6 +127,7 @@ def overhead(rounds: int) -> dict[str, Any]:
     return {
         "step_ms": round(1000 * median(wholes), 3),
         "overhead_ms": round(1000 * median(costs), 3),
+        "percent": round(100 * median(costs) / median(wholes), 2),
     }
 
 
@@ -134,22 +141,30 @@ def drafts(rounds: int) -> dict[str, Any]:
     reading = SamplingParams(temperature=0, max_tokens=120)
     wandering = SamplingParams(temperature=5.0, top_k=0, max_tokens=120, ignore_eos=True)
     for llm in (plain, guessing):
-        rate(llm, pages, reading)
+        for page in pages:
+            llm.chat(page, reading)
     numbers: dict[str, Any] = {}
     for name, params in (("read_again", reading), ("nothing_repeats", wandering)):
         ratios: list[float] = []
-        for seed in range(rounds):
-            slow, fast = (rate(llm, pages, replace(params, seed=seed)) for llm in (plain, guessing))
-            ratios.append(fast / slow)
-        numbers[name] = {"ratio": round(median(ratios), 3)}
+        for turn in range(rounds):
+            for page in pages:
+                order = (plain, guessing) if turn % 2 else (guessing, plain)
+                seconds = {llm: decode_seconds(llm, page, params, seed=turn) for llm in order}
+                ratios.append(seconds[plain] / seconds[guessing])
+        numbers[name] = {
+            "ratio": round(median(ratios), 3),
+            "quartiles": [round(q, 3) for q in quantiles(ratios, n=4)[::2]],
+            "pairs": len(ratios),
+        }
     return numbers
 
 
-def rate(llm: LLM, pages: list[list[dict[str, Any]]], params: SamplingParams) -> float:
-    """Tokens a second of decode, one request at a time."""
-    answers: list[Completion] = [llm.chat(page, params)[0] for page in pages]
-    tokens = sum(len(answer.token_ids) - 1 for answer in answers)
-    return tokens / sum(answer.seconds.decode for answer in answers)
+def decode_seconds(
+    llm: LLM, page: list[dict[str, Any]], params: SamplingParams, *, seed: int
+) -> float:
+    """Time what follows the first token; both sides of a pair draw the same tokens."""
+    (answer,) = llm.chat(page, replace(params, seed=seed))
+    return answer.seconds.decode
 
 
 def main() -> None:
@@ -163,7 +178,7 @@ def main() -> None:
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "batch": lambda: batch(given.model, given.rounds),
         "second": lambda: second(given.model, given.rounds),
-        "overhead": lambda: overhead(20 * given.rounds),
+        "overhead": lambda: overheads(given.model, given.rounds),
         "drafts": lambda: drafts(given.rounds),
     }
     chosen = [given.only] if given.only else list(runs)

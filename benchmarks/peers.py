@@ -60,7 +60,7 @@ GROUPS = {
         "llama.cpp/Q8_0",
         "OpenVINO/int8",
     ),
-    "4 bits": ("ours/int4", "llama.cpp/Q4_K_M", "OpenVINO/int4"),
+    "4 bits": ("ours/int4", "ours/int4 compiled", "llama.cpp/Q4_K_M", "OpenVINO/int4"),
 }
 
 # Each one token with the space before it; drawn at random, they give prompts that share nothing.
@@ -274,7 +274,7 @@ def contestants(kitchen: Kitchen, *, full: bool) -> Iterator[Contestant]:
     seen = ("448x448", "1344x1008", "text") if full else ("448x448",)
     own = Path(sys.executable)
     folder = {"model": str(kitchen.model)}
-    for precision in ("bf16", "bf16 compiled", "int8", "int8 compiled", "int4"):
+    for precision in ("bf16", "bf16 compiled", "int8", "int8 compiled", "int4", "int4 compiled"):
         yield Contestant("ours", precision, "run_ours.py", lambda: (own, dict(folder)), seen)
     yield Contestant(
         "transformers", "bf16", "run_transformers.py", lambda: (own, dict(folder)), seen

@@ -49,6 +49,8 @@ def ask(
     qwen2vl ask --video goal.mp4 --fps 1 "Who scores?"
     qwen2vl ask --image cat.jpg --choice yes --choice no "Is it asleep?"
     """
+    if not question.strip():
+        raise click.UsageError("QUESTION is empty; write what you want to know")
     if output and len(images) != 1:
         raise click.UsageError(f"-o draws on one picture, got {len(images)}; give one --image")
     if output:
@@ -67,7 +69,8 @@ def ask(
     if output:
         boxes.draw(images[0], found, output, opened.llm.processor)
     options.say_if_cut(opened.llm, params, completion)
-    opened.say_what_it_can()
+    if not as_json:
+        opened.say_what_it_can()
 
 
 def _answer(

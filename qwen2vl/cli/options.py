@@ -175,6 +175,7 @@ class Opened:
     llm: LLM
     name: str
     load_seconds: float
+    has_adapter: bool = False
 
     @property
     def is_nano(self) -> bool:
@@ -182,8 +183,8 @@ class Opened:
         return self.name == "nano"
 
     def say_what_it_can(self) -> None:
-        """End a command of nano with what to expect of it."""
-        if self.is_nano:
+        """End a command of nano, as it is shipped, with what to expect of it."""
+        if self.is_nano and not self.has_adapter:
             terminal.note(NANO_LINE)
 
 
@@ -202,7 +203,12 @@ def open_model(given: dict[str, Any]) -> Opened:
         llm = qwen2vl.LLM(folder, **wishes)
     if llm.compile_seconds is not None:
         terminal.note(f"compiled in {llm.compile_seconds:.0f} s; the next start finds most of it")
-    return Opened(llm=llm, name=given["model"], load_seconds=time.perf_counter() - start)
+    return Opened(
+        llm=llm,
+        name=given["model"],
+        load_seconds=time.perf_counter() - start,
+        has_adapter=bool(given.get("adapter")),
+    )
 
 
 def open_processor(given: dict[str, Any]) -> Processor:

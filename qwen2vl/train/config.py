@@ -222,6 +222,8 @@ def _put(node: Any, path: list[str], value: str, key: str) -> Any:
         names += ["data"] * isinstance(node, TrainConfig)  # a short word, see `_paths`
         near = get_close_matches(head, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+        if isinstance(node, TrainConfig) and head in {f.name for f in fields(Stage)}:
+            hint = f"it belongs to a stage, the first's is stages.0.{head}"
         raise ConfigError(f"override {key}: unknown key {head!r}; {hint}")
     old = getattr(node, head)
     if rest:

@@ -83,6 +83,12 @@ def test_an_unknown_precision_is_a_usage_error(run: Run, tiny_folder: Path) -> N
     assert "'int2' is not one of 'int8', 'int4'" in result.stderr
 
 
+def test_an_empty_question_is_a_usage_error(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, " ")
+    assert result.exit_code == 2
+    assert "QUESTION is empty" in result.stderr
+
+
 def test_an_adapter_changes_the_answer(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -375,6 +381,7 @@ def test_nano_ends_with_what_it_can_do(
     assert result.stdout == "Hello.\n"
     (line,) = result.stderr.splitlines()
     assert "--model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)" in line
+    assert run("ask", "--json", "Hi").stderr == ""  # a program does not read it
 
 
 def test_a_long_wait_is_said_before_it_starts(

@@ -56,6 +56,7 @@ def test_a_word_replaces_its_field_and_nothing_else(
         ("log_every=0", "log_every is 0, must be 1 or more"),
         ("stages.0.steps=-1", "stage words: steps is -1, must be 0 or more"),
         ("dat.bins=1", "unknown key 'dat'; did you mean data"),
+        ("steps=9", "unknown key 'steps'; it belongs to a stage, the first's is stages.0.steps"),
         ("zzz=1", "known are .*, keep, data$"),
     ],
 )
