@@ -149,22 +149,17 @@ def drafts(rounds: int) -> dict[str, Any]:
         for turn in range(rounds):
             for page in pages:
                 order = (plain, guessing) if turn % 2 else (guessing, plain)
-                seconds = {llm: decode_seconds(llm, page, params, seed=turn) for llm in order}
-                ratios.append(seconds[plain] / seconds[guessing])
+                said = {llm: llm.chat(page, replace(params, seed=turn))[0] for llm in order}
+                slow, fast = said[plain], said[guessing]
+                if slow.token_ids != fast.token_ids:
+                    raise SystemExit("guesses changed an answer")
+                ratios.append(slow.seconds.decode / fast.seconds.decode)
         numbers[name] = {
             "ratio": round(median(ratios), 3),
             "quartiles": [round(q, 3) for q in quantiles(ratios, n=4)[::2]],
             "pairs": len(ratios),
         }
     return numbers
-
-
-def decode_seconds(
-    llm: LLM, page: list[dict[str, Any]], params: SamplingParams, *, seed: int
-) -> float:
-    """Time what follows the first token; both sides of a pair draw the same tokens."""
-    (answer,) = llm.chat(page, replace(params, seed=seed))
-    return answer.seconds.decode
 
 
 def main() -> None:

@@ -59,7 +59,8 @@ def memory_needed(
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
     num_patches = max_pixels // config.vision.patch_size**2
     in_tower = num_patches * _bytes_per_patch(config.vision, dtype.itemsize)
-    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize)
+    is_joined = bool(kinds) or (packs and dtype == torch.bfloat16)
+    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize, is_joined=is_joined)
     return MemoryNeed(weights, cache * max_model_len, max(in_tower, in_decoder))
 
 
@@ -99,9 +100,13 @@ def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
     return int(max(embedding, in_block + 4 * vision.head_dim)) + 96
 
 
-def _bytes_per_token(text: TextConfig, size: int) -> int:
-    """Bytes alive for one token inside SwiGLU: five vectors, gate, up and product, the rotation."""
-    vectors = size * (5 * text.hidden_size + 3 * text.intermediate_size)
+def _bytes_per_token(text: TextConfig, size: int, *, is_joined: bool) -> int:
+    """Bytes alive for one token inside SwiGLU: five vectors, gate, up and product, the rotation.
+
+    Joined (adapt/join.py), the outputs of gate and up stay until the product is there.
+    """
+    parts = 4 if is_joined else 3
+    vectors = size * (5 * text.hidden_size + parts * text.intermediate_size)
     return vectors + 4 * text.head_dim + 64
 
 

@@ -284,7 +284,9 @@ def test_dtype_auto_gives_way_with_a_note(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = read_config(folder)
-    narrow = memory_needed(config, torch.bfloat16, 32_768, PIXELS.max_pixels)
+    narrow = memory_needed(
+        config, torch.bfloat16, 32_768, PIXELS.max_pixels, packs=packed.can_pack()
+    )
     monkeypatch.setattr(room, "_has_native_bf16", lambda: False)
     monkeypatch.setattr(room, "memory_available", lambda _: narrow.total)
     model, _ = load(folder)

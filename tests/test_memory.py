@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import qwen2vl.memory as room
 from qwen2vl.adapt import packed
+from qwen2vl.adapt.packed import can_pack, pack_layers
 from qwen2vl.adapt.quantise import MODES, Mode, quantise, recipe
 from qwen2vl.config import PRESETS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
@@ -56,9 +57,11 @@ class LivePeak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("part", "width"), [("pixels", 64), ("tower", 512), ("decoder", 64)])
+@pytest.mark.parametrize(
+    ("part", "width"), [("pixels", 64), ("tower", 512), ("decoder", 64), ("joined decoder", 64)]
+)
 def test_the_largest_activation_is_estimated_from_above(
-    part: str, width: int, dtype: torch.dtype
+    part: str, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Qwen2VLConfig(
         vision=VisionConfig(depth=2, embed_dim=width, num_heads=4, hidden_size=96),
@@ -75,15 +78,22 @@ def test_the_largest_activation_is_estimated_from_above(
         video_token_id=2,
     )
     model = Qwen2VL(config).to(dtype)
-    length, grid = (512, Grid(1, 2, 2)) if part == "decoder" else (2, Grid(1, 40, 40))
+    if is_joined := part == "joined decoder":
+        if dtype != torch.bfloat16 or not can_pack():
+            pytest.skip("packed, and so joined, in bfloat16 with AVX-512 alone")
+        monkeypatch.setattr(packed, "LARGE", 1024)
+        pack_layers(model)
+    in_decoder = part.endswith("decoder")
+    length, grid = (512, Grid(1, 2, 2)) if in_decoder else (2, Grid(1, 40, 40))
     with torch.inference_mode(), LivePeak(model) as live:
-        if part != "decoder":
+        if not in_decoder:
             patches_NP = torch.zeros(grid.h * grid.w, 1176, dtype=torch.uint8)
             model.encode(patches_NP, VisionMeta.build([grid]))
         else:
             ids = torch.zeros(length, dtype=torch.int64)
             model(ids, ids.expand(3, -1), AttnMeta.build([length]))
-    need = memory_needed(config, dtype, length, grid.h * grid.w * 196 if part != "decoder" else 0)
+    max_pixels = 0 if in_decoder else grid.h * grid.w * 196
+    need = memory_needed(config, dtype, length, max_pixels, packs=is_joined)
     assert 0.9 * need.activation <= live.peak <= need.activation
 
 

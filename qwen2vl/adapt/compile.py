@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qwen2vl.adapt.direct import NotCompiledError
 from qwen2vl.adapt.int4 import Int4Linear, compile_widening
 from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
@@ -67,8 +68,6 @@ def compile_for_answers(model: Qwen2VL) -> bool:
 
 
 def _compile_widening(model: Qwen2VL) -> None:
-    from qwen2vl.adapt.direct import NotCompiledError  # takes seconds to import
-
     try:
         compile_widening(model, model.dtype)
     except NotCompiledError as error:

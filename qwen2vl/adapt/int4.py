@@ -14,13 +14,13 @@ Letters: T rows, O outputs, I inputs, G groups of inputs. Next room: quantise.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen2vl.adapt.direct import Direct, compile_direct
 from qwen2vl.adapt.rounding import Groups
 
 __all__ = ["GROUP_SIZES", "PAD_TO", "Int4Linear", "compile_widening", "widen"]
@@ -51,8 +51,6 @@ class Int4Linear(nn.Module):
     scales_and_shifts: Tensor  # (G, padded O, 2)
     bias_O: Tensor | None
 
-    few_rows = FEW_ROWS
-
     def __init__(self, rounded: Groups, bias_O: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = rounded.ints_OI.shape
@@ -66,7 +64,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales_and_shifts", F.pad(both, (0, 0, 0, missing)))
         own = None if bias_O is None else bias_O.detach().to(torch.float32, copy=True)
         self.register_buffer("bias_O", own)
-        self._widen: Callable[..., Sequence[Tensor]] = widen
+        self._widen: dict[torch.dtype, Direct] = {}  # compiled; of two blocks and more
 
     def integers(self) -> Tensor:
         """Give the weights as they were rounded, (O, I) uint8."""
@@ -93,7 +91,8 @@ class Int4Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
-        if x_TI.shape[0] <= self.few_rows or _block() is None:
+        few_rows = FEW_ROWS_COMPILED if x_TI.dtype in self._widen else FEW_ROWS
+        if x_TI.shape[0] <= few_rows or _block() is None:
             out_TO = self._by_operator(x_TI.to(torch.bfloat16)).to(x_TI.dtype)
         else:
             out_TO = self._by_strips(x_TI)
@@ -113,8 +112,7 @@ class Int4Linear(nn.Module):
         for start in range(0, num_blocks, STRIP // (2 * half)):
             here = slice(start, start + STRIP // (2 * half))
             parts = bytes_[here], scale[here], shift[here]
-            # What is compiled takes any number of blocks but one.
-            by = widen if len(parts[0]) == 1 else self._widen
+            by = widen if len(parts[0]) == 1 else self._widen.get(x_TI.dtype, widen)
             for part, weight_IO in enumerate(by(*parts)):
                 out[:, here, part] = (x_TI @ weight_IO).unflatten(1, (-1, half))
         return out.flatten(1)
@@ -148,20 +146,18 @@ def compile_widening(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         NotCompiledError: that does not work here; the layers stay as they were.
     """
-    from qwen2vl.adapt.direct import Direct, compile_direct  # takes seconds to import
-
+    if _block() is None:
+        return
     made: dict[tuple[int, ...], Direct] = {}
-    for layer in model.modules():
-        if not isinstance(layer, Int4Linear) or _block() is None:
-            continue
-        _, groups, group_size, half = layer._blocks(dtype)[0].shape
-        key = groups, group_size, half
-        if key not in made:
-            bytes_ = torch.zeros(5, groups, group_size, half, dtype=torch.uint8)
-            scale = torch.zeros(5, groups, 2, half, dtype=dtype)
-            free = dict.fromkeys(range(3), 0)
-            made[key] = compile_direct(widen, (bytes_, scale, scale.clone()), free)
-        layer._widen, layer.few_rows = made[key], FEW_ROWS_COMPILED
+    layers = [layer for layer in model.modules() if isinstance(layer, Int4Linear)]
+    kinds = [tuple(layer._blocks(dtype)[0].shape[1:]) for layer in layers]
+    for groups, group_size, half in set(kinds):
+        bytes_ = torch.zeros(5, groups, group_size, half, dtype=torch.uint8)
+        scale, shift = (torch.zeros(5, groups, 2, half, dtype=dtype) for _ in range(2))
+        free = dict.fromkeys(range(3), 0)
+        made[groups, group_size, half] = compile_direct(widen, (bytes_, scale, shift), free)
+    for layer, kind in zip(layers, kinds, strict=True):
+        layer._widen[dtype] = made[kind]
 
 
 def widen(bytes_: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

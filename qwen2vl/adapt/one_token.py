@@ -9,7 +9,7 @@ Letters as in model/attention.py. Back up: engine/decode.py, which brings the to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from qwen2vl.model.rope import text_rotation
 
 __all__ = ["TokenBlocks"]
 
-_TOKENS = 77  # keys of the example: no width, so that nothing takes the number for a constant
+_TOKENS = 77  # keys of the example; any other number would do
 
 
 class TokenBlocks:
@@ -36,32 +36,32 @@ class TokenBlocks:
             NotCompiledError: that does not work here.
         """
         self._model = model
-        kinds: dict[str, Direct] = {}
-        self._functions: list[Direct] = []  # x_1D, cos, sin, k_KTC, v_KTC, weights -> (x_1D,)
-        for layer in self._layers():
-            kind = _describe(layer)
-            if kind not in kinds:
-                kinds[kind] = _compiled(layer, model)
-            self._functions.append(kinds[kind])
-        self._weights: list[list[Tensor]] = []
+        self._kinds: dict[str, Direct] = {}  # x_1D, cos, sin, k_KTC, v_KTC, weights -> (x_1D,)
+        self._blocks: list[tuple[Direct, list[Tensor]]] = []
         self.gather()
 
     def gather(self) -> None:
-        """Take the weights that the model has now."""
-        self._weights = [list(_tensors(layer).values()) for layer in self._layers()]
+        """Take the weights that the model has now; compiles where they are of another kind.
+
+        Raises:
+            NotCompiledError: that does not work here.
+        """
+        blocks: list[tuple[Direct, list[Tensor]]] = []
+        for layer in self._model.model.layers:
+            kind = _describe(layer)
+            if kind not in self._kinds:
+                self._kinds[kind] = _compiled(layer, self._model)
+            blocks.append((self._kinds[kind], list(_tensors(layer).values())))
+        self._blocks = blocks
 
     def __call__(
         self, x_1D: Tensor, cos: Tensor, sin: Tensor, k_LKTC: Tensor, v_LKTC: Tensor
     ) -> Tensor:
         """Run all blocks; the token's own keys and values are written to the last of T."""
         caches = zip(k_LKTC.unbind(), v_LKTC.unbind(), strict=True)
-        parts = zip(self._functions, self._weights, caches, strict=True)
-        for function, weights, (k_KTC, v_KTC) in parts:
+        for (function, weights), (k_KTC, v_KTC) in zip(self._blocks, caches, strict=True):
             (x_1D,) = function(x_1D, cos, sin, k_KTC, v_KTC, *weights)
         return x_1D
-
-    def _layers(self) -> Iterable[nn.Module]:
-        return self._model.model.layers
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
@@ -70,8 +70,12 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 def _describe(layer: nn.Module) -> str:
     """Say how a block is built: the same for blocks that one function serves."""
-    shapes = [(n, tuple(t.shape), t.dtype, t.layout) for n, t in _tensors(layer).items()]
-    return f"{layer} {shapes}"
+    kinds = [(n, tuple(t.shape), t.dtype, _strides(t)) for n, t in _tensors(layer).items()]
+    return f"{layer} {kinds}"
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    return tensor.stride() if tensor.layout == torch.strided else None  # packed ones have none
 
 
 def _compiled(layer: nn.Module, model: Qwen2VL) -> Direct:
@@ -82,15 +86,16 @@ def _compiled(layer: nn.Module, model: Qwen2VL) -> Direct:
         config.rope_theta,
         config.mrope_section,
     )
-    shape = (2, config.num_key_value_heads, 2 * _TOKENS, config.head_dim)
-    keys_and_values = torch.zeros(shape, dtype=dtype)[:, :, :_TOKENS].unbind()
+    shape = (config.num_key_value_heads, 2 * _TOKENS, config.head_dim)
+    k_KTC, v_KTC = (torch.zeros(shape, dtype=dtype)[:, :_TOKENS] for _ in range(2))
     tensors = _tensors(layer)
     return compile_direct(
         _flat(layer, list(tensors)),
         (
             torch.zeros(1, config.hidden_size, dtype=dtype),
             *rotation,
-            *keys_and_values,
+            k_KTC,
+            v_KTC,
             *tensors.values(),
         ),
         free={3: 1, 4: 1},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,6 @@ def opaque(shape: Callable[..., Tensor]) -> Callable[[C], C]:
             is_traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
             return (operator if is_traced else compute)(x, *rest)
 
-        return choose  # type: ignore[return-value]
+        return cast("C", choose)
 
     return hide

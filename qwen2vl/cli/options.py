@@ -80,7 +80,7 @@ def model_options(command: F) -> F:
         click.option(
             "--compile",
             is_flag=True,
-            help="Compile first: half a minute once, then faster reading.",
+            help="Compile first: half a minute once, then reading and answering are faster.",
         ),
     )
 

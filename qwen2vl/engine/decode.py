@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from qwen2vl.adapt.direct import NotCompiledError
+from qwen2vl.adapt.one_token import TokenBlocks
 from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.model.rope import text_rotation
-
-if TYPE_CHECKING:
-    from qwen2vl.adapt.one_token import TokenBlocks
 
 __all__ = ["Decode", "SingleDecode", "Token"]
 
@@ -59,10 +58,6 @@ class SingleDecode:
     @classmethod
     def compiled(cls, model: Qwen2VL) -> SingleDecode | None:
         """Compile the blocks of a model; None, and a warning, where that does not work here."""
-        # These take seconds to import.
-        from qwen2vl.adapt.direct import NotCompiledError
-        from qwen2vl.adapt.one_token import TokenBlocks
-
         try:
             return cls(model, TokenBlocks(model))
         except NotCompiledError as error:

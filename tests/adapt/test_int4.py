@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qwen2vl.adapt.int4 as room
-from qwen2vl.adapt.int4 import FEW_ROWS, Int4Linear, compile_widening
+from qwen2vl.adapt.direct import NotCompiledError
+from qwen2vl.adapt.int4 import FEW_ROWS, Int4Linear, compile_widening, widen
 from qwen2vl.adapt.rounding import Groups, round_groups
 
 # Widths of nano's layers with the size of their groups; outputs that are a multiple of nothing.
@@ -106,12 +107,51 @@ def test_compiled_widening_is_the_widening(
 ) -> None:
     monkeypatch.setattr(room, "STRIP", 192)
     shapes = [(259, 64, 32), (640, 256, 64), (300, 256, 64), (64, 64, 32)]  # several, one, odd
-    layers = nn.ModuleList(make(shape)[0] for shape in shapes)
+    layers = nn.ModuleList([make(shape)[0] for shape in shapes])
     compiled = copy.deepcopy(layers)
     compile_widening(compiled, dtype)
-    assert len({id(layer._widen) for layer in compiled}) == 2
+    assert len({id(layer._widen[dtype]) for layer in compiled}) == 2
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     for plain, quick in zip(layers, compiled, strict=True):
         assert isinstance(plain, Int4Linear) and isinstance(quick, Int4Linear)
-        x_TI = torch.randn(FEW_ROWS + 1, plain.in_features).to(dtype)
+        x_TI = torch.randn(FEW_ROWS + 1, plain.in_features)
         with torch.inference_mode():
-            assert error(quick(x_TI), plain(x_TI)) < (1e-5 if dtype == torch.float32 else 6e-3)
+            limit = 1e-5 if dtype == torch.float32 else 6e-3
+            assert error(quick(x_TI.to(dtype)), plain(x_TI.to(dtype))) < limit
+            # What it was not compiled for goes the ordinary way.
+            assert torch.equal(quick(x_TI.to(other)), plain(x_TI.to(other)))
+
+
+def test_more_rows_are_widened_for_where_that_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _, _ = make((128, 64, 32), bias=False)
+    seen: list[int] = []
+
+    def strips(self: Int4Linear, x_TI: Tensor) -> Tensor:
+        seen.append(len(x_TI))
+        return x_TI.new_zeros(len(x_TI), 128)
+
+    monkeypatch.setattr(Int4Linear, "_by_strips", strips)
+    monkeypatch.setattr(room, "_block", lambda: 64)
+    counts = (room.FEW_ROWS_COMPILED, room.FEW_ROWS_COMPILED + 1, FEW_ROWS, FEW_ROWS + 1)
+    for dtypes in ({}, {torch.float32: widen}):
+        monkeypatch.setattr(layer, "_widen", dtypes)
+        for rows in counts:
+            layer(torch.zeros(rows, 64))
+    assert seen == [counts[3], *counts[1:]]
+
+
+def test_a_layer_is_not_left_half_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.ModuleList([make((64, 64, 32))[0], make((64, 128, 32))[0]])
+    made: list[object] = []
+
+    def fails_the_second_time(*_: Any, **__: Any) -> object:
+        if made:
+            raise NotCompiledError("no")
+        made.append(None)
+        return widen
+
+    monkeypatch.setattr(room, "compile_direct", fails_the_second_time)
+    monkeypatch.setattr(room, "_block", lambda: 64)
+    with pytest.raises(NotCompiledError):
+        compile_widening(layers, torch.float32)
+    assert all(isinstance(layer, Int4Linear) and not layer._widen for layer in layers)

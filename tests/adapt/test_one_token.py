@@ -103,7 +103,7 @@ def test_traced_blocks_are_the_decoder(kind: str, monkeypatch: pytest.MonkeyPatc
     before = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()}
     blocks = TokenBlocks(model)
     assert {n: (p.data_ptr(), p._version) for n, p in model.named_parameters()} == before
-    assert len(set(map(id, blocks._functions))) == (2 if kind == "mixed" else 1)
+    assert len({id(function) for function, _ in blocks._blocks}) == (2 if kind == "mixed" else 1)
 
     @given(length=st.integers(1, 200), spare=st.integers(1, 60))
     @settings(max_examples=15, deadline=None)
@@ -127,6 +127,25 @@ def test_exchanged_weights_are_gathered_and_changed_ones_seen(
     with pytest.raises(AssertionError):
         check(model, blocks, 9, 20)
     blocks.gather()
+    check(model, blocks, 9, 20)
+
+
+@pytest.mark.parametrize("change", ["strides", "dtype", "kind"])
+def test_weights_of_another_kind_are_compiled_for(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_compile", as_traced)
+    model = build("float32", monkeypatch)
+    blocks = TokenBlocks(model)
+    if change == "strides":
+        layer = model.model.layers[1].mlp.gate_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach().T.contiguous().T)
+    elif change == "dtype":
+        model.bfloat16()
+    else:
+        quantise(model, "int8")
+    blocks.gather()
+    assert len(blocks._kinds) == 2
     check(model, blocks, 9, 20)
 
 

@@ -14,7 +14,8 @@ from qwen2vl.adapt import direct
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.decode import SingleDecode, Token
 from qwen2vl.model import Qwen2VL
-from tests.tiny import tiny_model
+from tests.parity.oracle import random_model
+from tests.tiny import tiny_config, tiny_model, tiny_processor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
 
@@ -68,13 +69,39 @@ def test_several_answers_go_the_ordinary_way_until_one_is_left(llm: LLM, decode:
     assert decode.count == 5
 
 
-def test_forgetting_gathers_the_weights(llm: LLM, decode: Counting) -> None:
-    before = decode._blocks._weights
-    decode.forget()
-    after = decode._blocks._weights
-    assert after is not before
-    for theirs, ours in zip(before, after, strict=True):
-        assert list(map(id, ours)) == list(map(id, theirs))
+def test_an_exchanged_weight_counts_once_the_llm_forgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(direct, "_compile", lambda graph, *_: graph)
+    llm = LLM.of(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())
+    llm._decode = llm.runner.decode = Counting.compiled(llm.model)
+    llm.chat(ask("one question"), GREEDY)
+    layer = llm.model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+    llm.forget()
+    (got,) = llm.chat(ask("one question"), GREEDY)
+    llm.forget()
+    llm.runner.decode = None
+    (want,) = llm.chat(ask("one question"), GREEDY)
+    assert got.token_ids == want.token_ids
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_an_llm_that_compiles_decodes_quickly_where_that_works(
+    works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiler(graph: Any, *_: Any) -> Any:
+        if not works:
+            raise RuntimeError("broken")
+        return graph
+
+    monkeypatch.setattr(direct, "_compile", compiler)
+    monkeypatch.setattr(torch, "compile", lambda plain, **_: plain)
+    llm = LLM("nano", compile=True)
+    assert llm.compile_seconds is not None
+    assert isinstance(llm.runner.decode, SingleDecode) == works
+    (answer,) = llm.chat(ask("Say something."), GREEDY)
+    assert len(answer.token_ids) == 12
 
 
 def test_without_a_compiler_it_says_so(

@@ -241,7 +241,11 @@ def test_each_size_is_recorded_once_and_again_when_weights_are_others() -> None:
             decode([Token(1, length, row)])
         assert sorted(decode._graphs) == [(1, 8), (1, 16)]
         assert decode.num_replays == 7  # the first of a size is computed as it is
-        decode([Token(1, 8, row)] * 3)
+        others = [row]
+        for length in (3, 5):
+            others.append(arena.reserve(None, 8, others))
+            others[-1].length = length
+        decode([Token(1, one.length, one) for one in others])
         assert sorted(decode._graphs) == [(1, 8), (1, 16), (4, 16)]
     decode.forget()
     assert not decode._graphs
