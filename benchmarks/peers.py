@@ -1,15 +1,16 @@
 """Beside others on the same machine: transformers, llama.cpp and OpenVINO GenAI, by turns.
 
-    python benchmarks/peers.py [--full] [--only-install] [--rounds 5]
+    python benchmarks/peers.py [--full] [--only-install] [--rounds 3]
 
 All answer on the official 2B shape with random weights: a picture of 448 x 448 and 50 tokens of
 text, 32 tokens long; with --full also 1344 x 1008 and text alone. Measured are the time from a
 prompt that is ready to its first token, and the time between two tokens. Each peer and precision
 is a process of its own that answers when it is its turn, once unmeasured and once measured; every
 question has another picture and other words, so that no cache answers. Of ours a second question
-on the same picture is measured as well. Those who are compared stay in memory together (GROUPS).
-Prints one line for results.md; needs 20 GB of memory that nobody else uses, and the first time
-25 GB of disk and half an hour to install the peers (peers_install.py).
+on the same picture is measured as well. Then all sprint: a few tokens each, in quick turns, so
+that steps are compared in the same minutes. Those who are compared stay in memory together
+(GROUPS). Prints one line for results.md; needs 20 GB of memory that nobody else uses, and the
+first time 25 GB of disk and half an hour to install the peers (peers_install.py).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import tokenizers
 import torch
+from peers_figures import SPRINT, Figures, summary, versions
 from peers_install import WORKERS, InstallError, Kitchen
 from record import ROOT, line
 
@@ -39,6 +40,8 @@ CACHE = Path.home() / ".cache" / "qwen2vl" / "peers"
 NEW_TOKENS = 32
 WARM_TOKENS = 4
 SECOND_TOKENS = 8  # of the answer to a second question on a picture
+SPRINT_TOKENS = 16
+SPRINTS = 4  # for each round
 
 # A worker stays between its turns while so much memory is free after them.
 KEEP_FREE = 3 * 2**30
@@ -76,9 +79,6 @@ UNMEASURED = {
     "SGLang": "no build for CPUs in the package registry",
 }
 
-Figures = dict[str, float]
-Found = dict[str, dict[str, Figures]]  # "peer/precision" -> case -> medians
-
 
 class WorkerError(Exception):
     """A worker has ended; the text says how."""
@@ -103,6 +103,8 @@ SHAPES = {
     "text": Shape(300),
     # llama.cpp decodes after a prompt of the same length where its vision tower is not measured.
     "448x448, words only": Shape(50 + 256 + 2),
+    # Asked in quick turns, so that all decode in the same minutes of a machine that is shared.
+    SPRINT: Shape(32),
 }
 
 
@@ -212,8 +214,20 @@ class Race:
                     self._turn(contestant)
                 except (InstallError, WorkerError) as error:
                     self.give_up(contestant, error)
+        self._sprint(SPRINTS * rounds)
         for contestant in self.contestants:
             self._dismiss(contestant)
+
+    def _sprint(self, rounds: int) -> None:
+        """Ask everybody for a few tokens, one right after the other; the first turn warms up."""
+        for number in range(rounds + 1):
+            for contestant in list(self.contestants)[:: 1 if number % 2 else -1]:
+                try:
+                    self._wake(contestant)
+                    note = SPRINT if number else None
+                    self._ask(contestant, SPRINT, SPRINT_TOKENS, note=note)
+                except WorkerError as error:
+                    self.give_up(contestant, error)
 
     def give_up(self, contestant: Contestant, error: Exception) -> None:
         """Go on without one, and say why; the line is for everybody, so folders are not named."""
@@ -222,11 +236,14 @@ class Race:
         self.contestants.remove(contestant)
         print(f"{contestant.name} is not measured: {error}", file=sys.stderr)
 
-    def _turn(self, contestant: Contestant) -> None:
+    def _wake(self, contestant: Contestant) -> None:
         if contestant.worker is None:
             log = self.logs / f"{contestant.name.replace('/', '-')}.log"
             contestant.worker = Worker(contestant, self.threads, log)
             contestant.about = contestant.worker.about
+
+    def _turn(self, contestant: Contestant) -> None:
+        self._wake(contestant)
         for name in contestant.shapes:
             self._ask(contestant, name, WARM_TOKENS)
             case = self._ask(contestant, name, NEW_TOKENS, note=name)
@@ -302,76 +319,12 @@ def openvino(kitchen: Kitchen, kind: str) -> Callable[[], tuple[Path, dict[str, 
     return lambda: (kitchen.python("openvino"), {"model": str(kitchen.openvino(kind))})
 
 
-def medians(contestant: Contestant) -> dict[str, Figures]:
-    """Sum up each case."""
-    return {
-        name: {
-            key: round(median(figures[key] for figures in times), 1)
-            for key in ("first_ms", "step_ms")
-        }
-        for name, times in contestant.times.items()
-    }
-
-
-def ratios(found: Found, case: str) -> dict[str, Any]:
-    """Divide the best of the others by ours, for the first token and a step: above one we win.
-
-    A peer that decoded after words only is compared where the picture makes no difference.
-    """
-    compared: dict[str, Any] = {}
-    for title in ("first", "step"):
-        cases = (case, f"{case}, words only") if title == "step" else (case,)
-        times = {
-            name: figures[f"{title}_ms"]
-            for name, by_case in found.items()
-            for label, figures in by_case.items()
-            if label in cases
-        }
-        ours = {name: value for name, value in times.items() if name.startswith("ours/")}
-        others = {name: value for name, value in times.items() if name not in ours}
-        if ours and others:
-            mine, best = min(ours, key=ours.__getitem__), min(others, key=others.__getitem__)
-            ratio = round(others[best] / ours[mine], 2)
-            compared[title] = {"ratio": ratio, "ours": mine, "best": best}
-    return compared
-
-
-def second(found: Found, case: str) -> dict[str, float]:
-    """Divide the first token of a second question on a picture by one step, for each of ours."""
-    return {
-        name: round(by_case[f"{case}, again"]["first_ms"] / by_case[case]["step_ms"], 2)
-        for name, by_case in found.items()
-        if f"{case}, again" in by_case
-    }
-
-
-def summary(race: Race) -> dict[str, Any]:
-    """Collect a group's figures for the line of results.md."""
-    found = {contestant.name: medians(contestant) for contestant in race.contestants}
-    cases = [name for name in SHAPES if any(name in by_case for by_case in found.values())]
-    peaks = {
-        c.name: max(figures["peak_gib"] for times in c.times.values() for figures in times)
-        for c in race.contestants
-    }
-    return {
-        "found": found,
-        "ratios": {case: got for case in cases if (got := ratios(found, case))},
-        "second": {case: got for case in cases if (got := second(found, case))},
-        "peak_gib": {name: round(peak, 1) for name, peak in peaks.items()},
-    }
-
-
-def versions(race: Race) -> dict[str, str]:
-    """Say which release of everything took part."""
-    return {n: v for c in race.contestants for n, v in c.about["versions"].items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--full", action="store_true", help="more pictures, more of the peers")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="ours, ours/int8, 8 bits")
     parser.add_argument("--only-install", action="store_true")
@@ -399,8 +352,8 @@ def main() -> None:
                 race.give_up(contestant, error)
         if not given.only_install and race.contestants:
             race.run(given.rounds)
-            numbers[group] = summary(race)
-            used |= versions(race)
+            numbers[group] = summary(race.contestants)
+            used |= versions(race.contestants)
         unmeasured |= race.unmeasured
     if numbers:
         print(line({**numbers, "versions": used, "unmeasured": unmeasured}))
