@@ -24,6 +24,8 @@ __all__ = ["Decode", "SingleDecode", "Token"]
 
 logger = logging.getLogger(__name__)
 
+_NOT_HERE = "compile: not for single tokens here (%s)"
+
 
 class Token(NamedTuple):
     """One token to be decoded: what it is, and where it stands."""
@@ -49,9 +51,8 @@ class Decode(Protocol):
 class SingleDecode:
     """Computes the step of one answer alone, on a CPU."""
 
-    most = 1
-
     def __init__(self, model: Qwen2VL, blocks: TokenBlocks) -> None:
+        self.most = 1
         self._model = model
         self._blocks = blocks
 
@@ -61,7 +62,7 @@ class SingleDecode:
         try:
             return cls(model, TokenBlocks(model))
         except NotCompiledError as error:
-            logger.warning("compile: not for single tokens here (%s)", error)
+            logger.warning(_NOT_HERE, error)
             return None
 
     def __call__(self, tokens: Sequence[Token]) -> Tensor:
@@ -85,5 +86,9 @@ class SingleDecode:
         return self._model.logits(model.norm(hidden_1D))
 
     def forget(self) -> None:
-        """Hear that weights are others now."""
-        self._blocks.gather()
+        """Hear that weights are others now; if they cannot be compiled for, no step is taken."""
+        try:
+            self._blocks.gather()
+        except NotCompiledError as error:
+            logger.warning(_NOT_HERE, error)
+            self.most = 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.adapt import direct
+from qwen2vl.adapt.quantise import quantise
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.decode import SingleDecode, Token
 from qwen2vl.model import Qwen2VL
@@ -84,6 +85,22 @@ def test_an_exchanged_weight_counts_once_the_llm_forgets(
     llm.runner.decode = None
     (want,) = llm.chat(ask("one question"), GREEDY)
     assert got.token_ids == want.token_ids
+
+
+def test_weights_that_cannot_be_compiled_for_go_the_ordinary_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(direct, "_compile", lambda graph, *_: graph)
+    llm = LLM.of(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())
+    made = llm._decode = llm.runner.decode = Counting.compiled(llm.model)
+    assert isinstance(made, Counting)
+    monkeypatch.setattr(direct, "_compile", lambda *_: 1 / 0)
+    quantise(llm.model, "int8")
+    llm.forget()
+    assert "not for single tokens here (division by zero)" in caplog.text
+    (answer,) = llm.chat(ask("one question"), GREEDY)
+    assert len(answer.token_ids) == 12
+    assert made.count == 0
 
 
 @pytest.mark.parametrize("works", [True, False])
