@@ -383,7 +383,9 @@ def figure_problems(
 def leaves(numbers: object) -> set[float]:
     """Collect the numbers of one run, however deep they lie; names and versions are none."""
     if isinstance(numbers, dict):
-        return set().union(*(leaves(value) for value in numbers.values()))
+        return set().union(*map(leaves, numbers.values()))
+    if isinstance(numbers, list):
+        return set().union(*map(leaves, numbers))
     if isinstance(numbers, str):
         return set()
     assert isinstance(numbers, int | float)
