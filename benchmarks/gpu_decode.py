@@ -21,9 +21,9 @@ import torch
 from record import line
 
 from qwen2vl import LLM, EngineConfig, SamplingParams
-from qwen2vl.adapt.compile import compile_for_answers
+from qwen2vl.compile.regions import compile_for_answers
 from qwen2vl.config import PRESETS, Qwen2VLConfig
-from qwen2vl.load import load_processor
+from qwen2vl.loading import load_processor
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.processor import Processor
 

@@ -21,10 +21,10 @@ import numpy as np
 from record import line
 
 from qwen2vl.config import VisionConfig
-from qwen2vl.data.bins import Plan, plan_bins
-from qwen2vl.data.kept import keep
+from qwen2vl.data.disk_cache import keep
 from qwen2vl.data.lengths import vision_cost
-from qwen2vl.train.schedule import bins_of
+from qwen2vl.data.packing import Plan, plan_bins
+from qwen2vl.train.loader.data_order import bins_of
 
 MAX_TOKENS = 8192
 RANKS = 8

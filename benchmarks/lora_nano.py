@@ -24,10 +24,10 @@ from PIL import Image
 from record import line
 
 import qwen2vl
-from qwen2vl.eval.metrics import edit_distance, normalise
+from qwen2vl.eval.metrics import edit_distance, normalize
 from qwen2vl.recipes import lora
 from qwen2vl.synth import Example, Mixture, render, sample
-from qwen2vl.synth.text import sample_text, write_line
+from qwen2vl.synth.families.text import sample_text, write_line
 from qwen2vl.train.config import override
 from qwen2vl.train.loop import train
 
@@ -87,10 +87,10 @@ def errors(model: str | Path, shown: list[Example]) -> float:
     answers = llm.chat([example.prompt for example in shown], params)
     truths = [example.truth[0].answer for example in shown]
     wrong = sum(
-        edit_distance(normalise(answer.text), normalise(truth))
+        edit_distance(normalize(answer.text), normalize(truth))
         for answer, truth in zip(answers, truths, strict=True)
     )
-    return wrong / sum(len(normalise(truth)) for truth in truths)
+    return wrong / sum(len(normalize(truth)) for truth in truths)
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.recipes.nano import MODEL
-from qwen2vl.train.objective import Outcome, token_loss
-from qwen2vl.train.pack import Batch
+from qwen2vl.train.loader.batch import Batch
+from qwen2vl.train.loss import Outcome, token_loss
 
 WORDS = 151_936
 SMALL = (4000, MODEL.text.vocab_size, MODEL.text.hidden_size)  # targets, words, width

@@ -31,9 +31,9 @@ from transformers.utils import logging
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta, num_tokens, pad_index, text_positions
-from qwen2vl.load import load_model
+from qwen2vl.loading import load_model
 from qwen2vl.model import KVCache, Qwen2VL
-from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.image import patchify
 from qwen2vl.weights import find, read_config
 
@@ -55,7 +55,7 @@ class Prompt:
 
     ids: list[int]
     patches_NP: Tensor  # uint8
-    pixel_values: Tensor  # the same, normalised
+    pixel_values: Tensor  # the same, normalized
     position_ids_3T: Tensor
     rope_delta: int
 
@@ -75,7 +75,7 @@ class Prompt:
         return cls(
             ids,
             patches_NP,
-            normalise_pixels(patches_NP, config.vision),
+            normalize_pixels(patches_NP, config.vision),
             *text_positions(ids, [GRID], config),
         )
 

@@ -28,7 +28,7 @@ WORKERS = Path(__file__).resolve().parent / "peer"
 
 LLAMA = "llama-cpp-python==0.3.36"
 
-# With native AMX its quantised kernels crashed (0.3.36); AVX-512 and its bf16 and int8 products are
+# With native AMX its quantized kernels crashed (0.3.36); AVX-512 and its bf16 and int8 products are
 # what it is given instead.
 LLAMA_FLAGS = (
     "-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON "
@@ -122,8 +122,8 @@ class Kitchen:
             given += ["--mmproj"] if kind == "mmproj" else []
             self._run([python, str(converter), str(self.model), *given])
         else:
-            quantise = str(WORKERS / "quantise_llama.py")
-            self._run([python, quantise, str(self.gguf("bf16")), str(half), kind])
+            quantize = str(WORKERS / "quantize_llama.py")
+            self._run([python, quantize, str(self.gguf("bf16")), str(half), kind])
         half.rename(target)
         return target
 

@@ -3,8 +3,8 @@
     python benchmarks/pixels.py [--rounds 15]
 
 Both begin with the bytes of a photograph-like picture; transformers' Qwen2VLImageProcessorPil ends
-with normalised float32 patches, ours with uint8 ones and their digest. Our model normalises them
-as its first step, so `with_normalising_ms` adds that. Interleaved, medians of processor time, and
+with normalized float32 patches, ours with uint8 ones and their digest. Our model normalizes them
+as its first step, so `with_normalizing_ms` adds that. Interleaved, medians of processor time, and
 where ours goes, stage by stage. Prints one line for results.md.
 """
 
@@ -26,7 +26,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from qwen2vl.config import VisionConfig
 from qwen2vl.geometry import Grid
-from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.image import (
     PixelLimits,
     image_item,
@@ -35,8 +35,8 @@ from qwen2vl.processor.image import (
     resize_picture,
     smart_resize,
 )
-from qwen2vl.processor.media import DEFAULT_LIMITS
-from qwen2vl.processor.rgb import open_image
+from qwen2vl.processor.media.rgb import open_image
+from qwen2vl.processor.media.source import DEFAULT_LIMITS
 
 VISION = VisionConfig()
 LIMITS = {"min_pixels": 3136, "max_pixels": 12_845_056}  # of the official checkpoints
@@ -77,17 +77,17 @@ def whole(data: bytes, rounds: int) -> dict[str, float]:
         pixels = PixelLimits(**LIMITS)
         return image_item(data, vision=VISION, pixels=pixels, name="picture").patches_NP
 
-    def normalised() -> torch.Tensor:
-        return normalise_pixels(ours(), VISION)
+    def normalized() -> torch.Tensor:
+        return normalize_pixels(ours(), VISION)
 
-    assert torch.equal(normalised(), theirs()["pixel_values"])
-    found = medians({"theirs": theirs, "ours": ours, "normalised": normalised}, rounds)
+    assert torch.equal(normalized(), theirs()["pixel_values"])
+    found = medians({"theirs": theirs, "ours": ours, "normalized": normalized}, rounds)
     return {
         "theirs_ms": found["theirs"],
         "ours_ms": found["ours"],
-        "with_normalising_ms": found["normalised"],
+        "with_normalizing_ms": found["normalized"],
         "ratio": round(found["theirs"] / found["ours"], 2),
-        "ratio_with_normalising": round(found["theirs"] / found["normalised"], 2),
+        "ratio_with_normalizing": round(found["theirs"] / found["normalized"], 2),
     }
 
 

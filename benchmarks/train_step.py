@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--only plain|live] [--examples 48] [--rounds 7]
 
-`plain`: the same conversations and weights, bfloat16 autocast and optimisers; transformers (sdpa)
-is given them padded to the right, its pixels normalised and its positions computed before its time
+`plain`: the same conversations and weights, bfloat16 autocast and optimizers; transformers (sdpa)
+is given them padded to the right, its pixels normalized and its positions computed before its time
 begins. Both go by turns, and the losses of the first step are compared. `live`: steps per hour
 while another process draws and packs, over the same batches drawn before. One line for results.md.
 """
@@ -27,18 +27,18 @@ from torch import Tensor
 from transformers import Qwen2VLConfig as ReferenceConfig
 from transformers import Qwen2VLForConditionalGeneration as Reference
 
-from qwen2vl.data.example import Example
-from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.data.preprocess import Example
+from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.parallel.mesh import join
 from qwen2vl.recipes.nano import ALL, WORLD, recipe
 from qwen2vl.synth import render, sample
-from qwen2vl.train.batches import Batches, batches
 from qwen2vl.train.config import Stage, TrainConfig
+from qwen2vl.train.loader.batch import Batch, pack
+from qwen2vl.train.loader.dataloader import Batches, batches
+from qwen2vl.train.logging.metrics import Metrics, families_of
 from qwen2vl.train.loop import one_step
-from qwen2vl.train.metrics import Metrics, families_of
-from qwen2vl.train.optim import Optimisers
-from qwen2vl.train.pack import Batch, pack
-from qwen2vl.train.run import Run, build
+from qwen2vl.train.optim.optimizers import Optimizers
+from qwen2vl.train.state import Run, build
 
 IGNORED = -100  # a label that carries no loss, in transformers
 BLOCK = 25  # steps of `live` in one go
@@ -70,7 +70,7 @@ def config_of(examples: int, folder: Path, *, compiled: bool) -> TrainConfig:
 
 
 def begun(config: TrainConfig) -> Run:
-    """Build a run that has its optimisers."""
+    """Build a run that has its optimizers."""
     with join("cpu") as ranks:
         run = build(config, ranks)
     run.begin_stage()
@@ -93,7 +93,7 @@ def drawn(run: Run, count: int) -> list[list[Example]]:
 
 
 class Theirs:
-    """transformers with nano's weights and our optimisers."""
+    """transformers with nano's weights and our optimizers."""
 
     def __init__(self, run: Run) -> None:
         config = ReferenceConfig(**run.model.config.to_dict("float32"))
@@ -102,7 +102,7 @@ class Theirs:
         self.model = Reference(config).train()
         self.model.load_state_dict(_their_names(run.model.state_dict()), strict=True)
         scales = {name: 1.0 for name, _ in self.model.named_parameters()}
-        self.optimisers = Optimisers(self.model, scales, run.config.optim)
+        self.optimizers = Optimizers(self.model, scales, run.config.optim)
 
     def padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Lay conversations side by side, each padded to the longest."""
@@ -124,7 +124,7 @@ class Theirs:
                 kind = ("pixel_values", "image_grid_thw")
                 if item.kind == "video":
                     kind = ("pixel_values_videos", "video_grid_thw")
-                normal_NP = normalise_pixels(item.patches_NP, self.config.vision)
+                normal_NP = normalize_pixels(item.patches_NP, self.config.vision)
                 pixels.setdefault(kind[0], []).append(normal_NP)
                 pixels.setdefault(kind[1], []).append(torch.tensor([list(item.grid)]))
         return {
@@ -140,8 +140,8 @@ class Theirs:
         with torch.autocast("cpu", torch.bfloat16):
             loss = self.model(**batch).loss
         loss.backward()
-        self.optimisers.clip()
-        self.optimisers.step(0.01)
+        self.optimizers.clip()
+        self.optimizers.step(0.01)
         return loss.item()
 
 

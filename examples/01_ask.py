@@ -10,7 +10,7 @@ from qwen2vl import LLM, SamplingParams
 
 
 def main(
-    model: str = "nano", picture: str = "", question: str = "What colour is the shape?"
+    model: str = "nano", picture: str = "", question: str = "What color is the shape?"
 ) -> None:
     content = [
         {"type": "image", "image": picture or draw()},

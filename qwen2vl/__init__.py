@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen2vl.config import Qwen2VLConfig
     from qwen2vl.engine import LLM, AsyncLLM, Completion, EngineConfig, Grammar, SamplingParams
-    from qwen2vl.load import load
+    from qwen2vl.loading import load
     from qwen2vl.model import Qwen2VL
     from qwen2vl.processor.processor import Processor
 
@@ -47,7 +47,7 @@ _ROOMS = {
     "Qwen2VL": "qwen2vl.model",
     "Qwen2VLConfig": "qwen2vl.config",
     "SamplingParams": "qwen2vl.engine",
-    "load": "qwen2vl.load",
+    "load": "qwen2vl.loading",
 }
 
 

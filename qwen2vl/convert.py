@@ -4,7 +4,7 @@
     int8   the decoder as GPTQ packs it (8 bits, one scale for each output)
 
 Both are layouts that other programs read. Head and vision tower are stored whole, as in the
-official quantised repositories; quantization_config says in a key of our own that they are rounded
+official quantized repositories; quantization_config says in a key of our own that they are rounded
 to 8 bits as they are read. Answers are those of the source opened with `quantize`, to the bit,
 unless examples made them better. Back down: load.py.
 """
@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt.calibrate import Show, round_by_examples
-from qwen2vl.adapt.quantise import Kind, Mode, is_of_decoder, recipe, weights_of
-from qwen2vl.adapt.rounding import Channels, Groups, round_channels, round_groups
 from qwen2vl.errors import CheckpointError
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.load import load_model, load_processor
+from qwen2vl.loading import load_model, load_processor
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.quantization.gptq import Show, round_by_examples
+from qwen2vl.quantization.rtn import Channels, Groups, round_channels, round_groups
+from qwen2vl.quantization.scheme import Kind, Mode, is_of_decoder, recipe, weights_of
 from qwen2vl.weights import (
     PackedMatrix,
     Packing,
@@ -38,7 +38,7 @@ from qwen2vl.weights import (
     save_folder,
 )
 
-__all__ = ["OnLayer", "quantise_folder"]
+__all__ = ["OnLayer", "quantize_folder"]
 
 OnLayer = Callable[[str, int, int], None]  # layer, its number from 1, how many there are
 
@@ -47,7 +47,7 @@ _SHORT = ("BF16", "F16")
 MIDDLE = 128  # where GPTQ's 8 bits have their zero
 
 
-def quantise_folder(
+def quantize_folder(
     source: str | Path,
     target: str | Path,
     mode: Mode,
@@ -65,7 +65,7 @@ def quantise_folder(
         on_layer: hears of each layer that is done.
 
     Raises:
-        CheckpointError: the source cannot be used or is quantised already, the target is there.
+        CheckpointError: the source cannot be used or is quantized already, the target is there.
         CapacityError: the memory available is too small for the source.
         InputError: no such mode.
     """
@@ -76,7 +76,7 @@ def quantise_folder(
     tensors = open_tensors(folder)
     if tensors.packing is not None:
         raise CheckpointError(
-            f"{folder}: is quantised already ({tensors.packing.method.upper()} of "
+            f"{folder}: is quantized already ({tensors.packing.method.upper()} of "
             f"{tensors.packing.bits} bits); give the folder that it was made of"
         )
     dtype = "bfloat16" if tensors.info("model.norm.weight").dtype in _SHORT else "float32"

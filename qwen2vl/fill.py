@@ -1,7 +1,7 @@
 """The tensors of a folder -> the parameters and layers of a model, one at a time.
 
 A layer is filled whole, or stays the small integers that the folder stores for it, or is filled
-and rounded to small integers by adapt/quantise.py. So a second copy of a model never exists, and
+and rounded to small integers by quantization/scheme.py. So a second copy of a model never exists, and
 of a rounded one not even the first. Next room: load.py, which says in which order.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from qwen2vl.adapt.on_gpu import check_gpu
-from qwen2vl.adapt.quantise import HEAD, MODES, AnyMode, Kind, gpu_recipe, put_layers, recipe
-from qwen2vl.adapt.stored import stored_kind, stored_layer
 from qwen2vl.errors import InputError
 from qwen2vl.model import Qwen2VL
+from qwen2vl.quantization.prequantized import stored_kind, stored_layer
+from qwen2vl.quantization.scheme import HEAD, MODES, AnyMode, Kind, gpu_recipe, put_layers, recipe
+from qwen2vl.quantization.torchao import check_gpu
 from qwen2vl.weights import TensorFolder
 
 __all__ = ["fill", "fill_layer", "put_stored", "rounded_kinds", "stored_kinds"]

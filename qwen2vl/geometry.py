@@ -42,7 +42,7 @@ class Grid(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Neighbouring segments of the same lengths, which attention handles in one call."""
+    """Neighboring segments of the same lengths, which attention handles in one call."""
 
     start_q: int
     start_k: int
@@ -132,7 +132,7 @@ def frame_lengths(grids: Sequence[Grid]) -> list[int]:
 def merge_order(h: int, w: int, merge: int = 2) -> Tensor:
     """Raster index of each patch of one frame, in the order the stream holds them.
 
-    Patches come in merge x merge blocks, so that four neighbours are consecutive:
+    Patches come in merge x merge blocks, so that four neighbors are consecutive:
 
         raster   0  1  2  3        stream   0  1  4  5   2  3  6  7
                  4  5  6  7                 (block 0,0)  (block 0,1)

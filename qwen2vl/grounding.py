@@ -7,7 +7,7 @@ rounded, independent of resizing, and written inside special tokens:
 
 Shapes here hold the model's integers; pixels are floats and go with a size (height, width). This
 room knows no tensor and no picture: standard library only. (Qwen2-VL sec. 2.2.1.)
-Who calls it: processor/chat.py on the way in, the command line and agents on the way out.
+Who calls it: processor/chat_template.py on the way in, the command line and agents on the way out.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from qwen2vl.adapt import packed
-from qwen2vl.adapt.quantise import HEAD, Kind
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.linear import prepacked
+from qwen2vl.quantization.scheme import HEAD, Kind
 from qwen2vl.weights import expected_shapes
 
 __all__ = ["MemoryNeed", "memory_available", "memory_needed"]
@@ -47,13 +47,13 @@ def memory_needed(
 ) -> MemoryNeed:
     """Estimate the memory of one sequence at work, closely and from above.
 
-    `kinds` are the layers that are quantised. With `packs` large layers are packed, where that is
+    `kinds` are the layers that are quantized. With `packs` large layers are packed, where that is
     done in this dtype: a tied head is then a matrix beside the embedding.
     """
     text = config.text
     weights = _bytes_of_weights(config, dtype, kinds or {})
     in_head = text.vocab_size * text.hidden_size
-    is_packed = packs and dtype == torch.bfloat16 and in_head >= packed.LARGE
+    is_packed = packs and dtype == torch.bfloat16 and in_head >= prepacked.LARGE
     if text.tie_word_embeddings and is_packed and HEAD not in (kinds or {}):
         weights += in_head * dtype.itemsize
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
@@ -81,8 +81,8 @@ def _bytes_of_weights(config: Qwen2VLConfig, dtype: torch.dtype, kinds: Mapping[
     total = 0
     for name, shape in shapes.items():
         layer, _, leaf = name.rpartition(".")
-        is_quantised = layer in kinds and leaf == "weight"
-        total += kinds[layer].num_bytes(*shape) if is_quantised else prod(shape) * dtype.itemsize
+        is_quantized = layer in kinds and leaf == "weight"
+        total += kinds[layer].num_bytes(*shape) if is_quantized else prod(shape) * dtype.itemsize
     return total
 
 
@@ -103,7 +103,7 @@ def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
 def _bytes_per_token(text: TextConfig, size: int, *, is_joined: bool) -> int:
     """Bytes alive for one token inside SwiGLU: five vectors, gate, up and product, the rotation.
 
-    Joined (adapt/join.py), the outputs of gate and up stay until the product is there.
+    Joined (linear/fused.py), the outputs of gate and up stay until the product is there.
     """
     parts = 4 if is_joined else 3
     vectors = size * (5 * text.hidden_size + parts * text.intermediate_size)

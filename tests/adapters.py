@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qwen2vl.adapt.lora import LoraFactors
+from qwen2vl.lora.layers import LoraFactors
 from qwen2vl.model import Qwen2VL
 
 TEXT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

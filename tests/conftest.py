@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The repository's neighbour; too large to keep here.
+# The repository's neighbor; too large to keep here.
 TOKENIZER = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tokenizer"
 
 # Two cores are shared by what runs beside the tests, and tiny tensors gain nothing from threads.

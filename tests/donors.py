@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qwen2vl.config import TextConfig
 from qwen2vl.model.text import TextModel
-from qwen2vl.processor.vocabulary import END_OF_TEXT, IM_END, IM_START
+from qwen2vl.processor.tokenizer_files import END_OF_TEXT, IM_END, IM_START
 from tests.tiny import tiny_tokenizer_dir
 
 WIDTH, HEADS, DEPTH, PATCH = 64, 2, 2, 14
@@ -81,15 +81,15 @@ class OpenClipTower(nn.Module):
         self.ln_post = nn.LayerNorm(WIDTH)
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: nn.Module, seed: int = 0) -> None:
     """Draw every parameter, so that each one matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim < 2:
-                centre = 1.0 if ("ln_" in name or "norm" in name) and "weight" in name else 0.0
-                parameter.copy_(centre + 0.2 * noise)
+                center = 1.0 if ("ln_" in name or "norm" in name) and "weight" in name else 0.0
+                parameter.copy_(center + 0.2 * noise)
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
 
@@ -98,7 +98,7 @@ def write_open_clip(folder: Path, tower: nn.Module | None = None) -> nn.Module:
     """Write a folder in open_clip's layout; a tensor of the text tower lies beside."""
     if tower is None:
         tower = OpenClipTower()
-        randomise(tower)
+        randomize(tower)
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "model_cfg": CLIP_MODEL_CFG,
@@ -159,7 +159,7 @@ def write_text(folder: Path, **changes: Any) -> dict[str, Tensor]:
     (folder / "config.json").write_text(json.dumps(raw))
     names = {field: raw[field] for field in TextConfig.__dataclass_fields__ if field in raw}
     model = TextModel(TextConfig(**names, mrope_section=(2, 3, 3)))
-    randomise(model, seed=1)
+    randomize(model, seed=1)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if not raw["tie_word_embeddings"]:
         state["lm_head.weight"] = torch.randn(VOCABULARY, 64)

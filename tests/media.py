@@ -16,7 +16,7 @@ from PIL import Image
 from qwen2vl.config import VisionConfig
 from qwen2vl.processor.image import PixelLimits, image_item
 from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits, MediaOptions
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits, MediaOptions
 from qwen2vl.processor.video import video_item
 
 VISION = VisionConfig()
@@ -25,7 +25,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A coloured picture with large areas, as photographs have: (height, width, 3) uint8."""
+    """A colored picture with large areas, as photographs have: (height, width, 3) uint8."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -43,7 +43,7 @@ def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) 
 
 
 def animation(kind: str, count: int = 4, **options: Any) -> bytes:
-    """Save `count` frames of 40 x 60 pixels, each of one grey: 0, 50, 100, ..."""
+    """Save `count` frames of 40 x 60 pixels, each of one gray: 0, 50, 100, ..."""
     frames = [Image.new("RGB", (60, 40), (50 * i,) * 3) for i in range(count)]
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
 
@@ -73,7 +73,7 @@ def clip(
     stamps: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """Encode a clip; frame i has the grey 8 * i at its left and is bright at its top right.
+    """Encode a clip; frame i has the gray 8 * i at its left and is bright at its top right.
 
     `stamps` are the frames' times in units of 1 / rate.
     """

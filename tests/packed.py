@@ -1,4 +1,4 @@
-"""Folders as the official quantised repositories have them, of random integers."""
+"""Folders as the official quantized repositories have them, of random integers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights import layout_of
-from qwen2vl.weights.packing import PackedMatrix, Packing
+from qwen2vl.weights.quantization_config import PackedMatrix, Packing
 from tests.folders import edit_json, write_tiny
 
 GPTQ = {"quant_method": "gptq", "desc_act": False, "sym": True, "true_sequential": True}
@@ -36,14 +36,14 @@ def write_packed(
         if layer.bias is None and packing.method == "gptq":  # AutoGPTQ gives it one of zeros
             tensors[f"{name}.bias"] = torch.zeros(layer.out_features, dtype=torch.float16)
         with torch.no_grad():
-            layer.weight.copy_(matrix.dequantised())
+            layer.weight.copy_(matrix.dequantized())
     save_file(tensors, path / "model.safetensors")
     edit_json(path / "config.json", quantization_config=settings)
     return plain
 
 
 def decoder_layers(model: Qwen2VL) -> Iterator[tuple[str, nn.Linear]]:
-    """List the linear layers that the official repositories quantise."""
+    """List the linear layers that the official repositories quantize."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("model."):
             yield name, module
@@ -74,6 +74,6 @@ def random_matrix(
     )
 
 
-def quantisation_of(path: Path) -> dict[str, Any]:
+def quantization_of(path: Path) -> dict[str, Any]:
     """Read what a folder says about how it is packed."""
     return json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]

@@ -76,7 +76,7 @@ def _words(config: Qwen2VLConfig) -> Tensor:
 
 
 def patches(prompt: Prompt, config: Qwen2VLConfig, seed: int = 0) -> Tensor:
-    """Draw the pixels of a prompt's items: patches_NP, normalised."""
+    """Draw the pixels of a prompt's items: patches_NP, normalized."""
     count = sum(grid.t * grid.h * grid.w for grid in prompt.grids)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, config.vision.patch_dim, generator=generator)
@@ -90,7 +90,7 @@ def visuals(*, longest_clip: int = 4) -> st.SearchStrategy[Visual]:
 
 
 def parts(*, longest_clip: int = 4) -> st.SearchStrategy[list[Part]]:
-    """Draw prompts of up to five items; equal neighbours always have text between them."""
+    """Draw prompts of up to five items; equal neighbors always have text between them."""
     part = st.integers(0, 6) | visuals(longest_clip=longest_clip)
     return st.lists(part, min_size=1, max_size=9).filter(_runs_are_apart)
 

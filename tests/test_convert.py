@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen2vl.adapt import packed
-from qwen2vl.adapt.quantise import MODES, Mode, describe
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.convert import quantise_folder
+from qwen2vl.convert import quantize_folder
 from qwen2vl.errors import CheckpointError
-from qwen2vl.load import load, load_processor
+from qwen2vl.linear import prepacked
+from qwen2vl.loading import load, load_processor
 from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.quantization.scheme import MODES, Mode, describe
 from qwen2vl.weights import read_generation_defaults, read_preprocessor
-from tests.adapt.test_quantise import logits_of
 from tests.folders import write_tiny
+from tests.quantization.test_scheme import logits_of
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -40,7 +40,7 @@ def test_answers_are_those_of_the_flag(
 ) -> None:
     source, target = tmp_path / "model", tmp_path / "small"
     write_tiny(source, model=tiny_model(config=tiny_config(tie_word_embeddings=tied)), dtype=dtype)
-    packing = quantise_folder(source, target, mode)
+    packing = quantize_folder(source, target, mode)
     assert (packing.method, packing.bits) == {"int8": ("gptq", 8), "int4": ("awq", 4)}[mode]
     name = "float32" if dtype == torch.float32 else "bfloat16"
     small, processor = load(target, dtype=name)
@@ -54,17 +54,17 @@ def test_answers_are_those_of_the_flag(
 def test_layers_large_enough_to_be_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
 ) -> None:
-    monkeypatch.setattr(packed, "LARGE", 1)
+    monkeypatch.setattr(prepacked, "LARGE", 1)
     source, target = tmp_path / "model", tmp_path / "small"
     write_tiny(source, dtype=torch.bfloat16)
-    quantise_folder(source, target, mode)
+    quantize_folder(source, target, mode)
     small, _ = load(target, dtype="bfloat16")
     flagged, _ = load(source, dtype="bfloat16", quantize=mode)
     assert torch.equal(logits_of(small), logits_of(flagged))
 
 
 def test_settings_go_along(folder: Path, tmp_path: Path) -> None:
-    quantise_folder(folder, tmp_path / "small", "int4")
+    quantize_folder(folder, tmp_path / "small", "int4")
     assert read_generation_defaults(tmp_path / "small") == read_generation_defaults(folder)
     ours, theirs = read_preprocessor(tmp_path / "small"), read_preprocessor(folder)
     assert ours == theirs
@@ -84,16 +84,16 @@ def test_the_folder_is_smaller(folder: Path, tmp_path: Path) -> None:
     def size(path: Path) -> int:
         return (path / "model.safetensors").stat().st_size
 
-    quantise_folder(folder, tmp_path / "four", "int4")
-    quantise_folder(folder, tmp_path / "eight", "int8")
+    quantize_folder(folder, tmp_path / "four", "int4")
+    quantize_folder(folder, tmp_path / "eight", "int8")
     assert size(tmp_path / "four") < size(tmp_path / "eight") < size(folder)
 
 
 def test_examples_change_how_int4_is_rounded(folder: Path, tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     examples = [example(folder, text) for text in ("one", "two and three", "four, five, six")]
-    quantise_folder(folder, tmp_path / "near", "int4")
-    quantise_folder(
+    quantize_folder(folder, tmp_path / "near", "int4")
+    quantize_folder(
         folder, tmp_path / "shown", "int4", examples=examples, on_layer=lambda *a: heard.append(a)
     )
     assert heard[0] == ("model.layers.0.self_attn.q_proj", 1, 14)
@@ -104,17 +104,17 @@ def test_examples_change_how_int4_is_rounded(folder: Path, tmp_path: Path) -> No
     assert not torch.equal(logits_of(near), logits_of(shown))
 
 
-def test_what_is_quantised_already(folder: Path, tmp_path: Path) -> None:
-    quantise_folder(folder, tmp_path / "small", "int4")
+def test_what_is_quantized_already(folder: Path, tmp_path: Path) -> None:
+    quantize_folder(folder, tmp_path / "small", "int4")
     with pytest.raises(
-        CheckpointError, match=r"is quantised already \(AWQ of 4 bits\); give the f"
+        CheckpointError, match=r"is quantized already \(AWQ of 4 bits\); give the f"
     ):
-        quantise_folder(tmp_path / "small", tmp_path / "smaller", "int8")
+        quantize_folder(tmp_path / "small", tmp_path / "smaller", "int8")
 
 
 def test_a_target_that_is_there(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already and is not an empty folder"):
-        quantise_folder(folder, folder, "int4")
+        quantize_folder(folder, folder, "int4")
 
 
 def test_widths_that_cannot_be_packed(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_widths_that_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="packed in 4 bits: their widths are no multiples of 3"
     ):
-        quantise_folder(tmp_path / "odd", tmp_path / "small", "int4")
-    quantise_folder(tmp_path / "odd", tmp_path / "small", "int8")  # 48 is a multiple of 4
+        quantize_folder(tmp_path / "odd", tmp_path / "small", "int4")
+    quantize_folder(tmp_path / "odd", tmp_path / "small", "int8")  # 48 is a multiple of 4
     small, _ = load(tmp_path / "small", dtype="float32")
     flagged, _ = load(tmp_path / "odd", dtype="float32", quantize="int8")
     assert torch.equal(logits_of(small), logits_of(flagged))

@@ -12,19 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qwen2vl
-from qwen2vl.adapt.int4 import Int4Linear
-from qwen2vl.adapt.int8 import Int8Linear, WideInt8Linear
-from qwen2vl.adapt.join import QuantisedLinear, Share
-from qwen2vl.adapt.quantise import describe
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.fill import rounded_kinds, stored_kinds
-from qwen2vl.load import load, load_model
+from qwen2vl.linear.fused import Share
+from qwen2vl.loading import load, load_model
 from qwen2vl.model import Qwen2VL
+from qwen2vl.quantization.int4 import Int4Linear
+from qwen2vl.quantization.int8 import Int8Linear, WideInt8Linear
+from qwen2vl.quantization.scheme import describe
 from qwen2vl.weights import nonfinite_tensors, open_tensors, read_config
-from tests.adapt.test_quantise import logits_of
 from tests.folders import edit_json
 from tests.packed import AWQ, GPTQ, decoder_layers, write_packed
+from tests.quantization.test_scheme import logits_of
 from tests.tiny import tiny_config, tiny_model
 
 Kind = type[nn.Module] | tuple[type[nn.Module], ...]
@@ -59,11 +59,11 @@ def test_a_folder_opens_and_answers(tmp_path: Path, settings: dict[str, Any], ki
     for name, _ in decoder_layers(plain):
         layer = model.get_submodule(name)
         assert isinstance(layer.layer if isinstance(layer, Share) else layer, kind)
-        if isinstance(layer, QuantisedLinear | Share):
+        if isinstance(layer | Share):
             want_OI = plain.get_submodule(name).weight.detach()  # type: ignore[union-attr]
             # Scales and zeros are rounded to bfloat16 in layers of 4 bits, not in those of 8.
             limit = 0.02 * float(want_OI.abs().max()) if kind is Int4Linear else 0.0
-            torch.testing.assert_close(layer.dequantised(), want_OI, rtol=1e-6, atol=limit)
+            torch.testing.assert_close(layer.dequantized(), want_OI, rtol=1e-6, atol=limit)
     assert model.lm_head is not None
     assert type(model.lm_head) is nn.Linear, "head and tower stay whole"
     assert difference(model, plain) < (1e-5 if exact else 0.03)

@@ -271,8 +271,8 @@ def test_runs_spell_out_the_segments(drawn: list[tuple[int, int]]) -> None:
     lengths_q = [q for q, _ in drawn]
     lengths_k = [q + cached for q, cached in drawn]
     meta = AttnMeta.build(lengths_q, lengths_k)
-    spelt = [(run.length_q, run.length_k) for run in meta.runs for _ in range(run.num)]
-    assert spelt == list(zip(lengths_q, lengths_k, strict=True))
+    spelled = [(run.length_q, run.length_k) for run in meta.runs for _ in range(run.num)]
+    assert spelled == list(zip(lengths_q, lengths_k, strict=True))
     starts = [(run.start_q, run.start_k) for run in meta.runs]
     assert {q for q, _ in starts} <= set(meta.cu_seqlens_q.tolist())
     assert {k for _, k in starts} <= set(meta.cu_seqlens_k.tolist())

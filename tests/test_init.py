@@ -23,18 +23,18 @@ def test_unknown_names_are_attribute_errors() -> None:
         _ = qwen2vl.Qwen3VL
 
 
-@pytest.mark.parametrize("first", ["qwen2vl.engine", "qwen2vl.load", "qwen2vl"])
+@pytest.mark.parametrize("first", ["qwen2vl.engine", "qwen2vl.loading", "qwen2vl"])
 def test_load_is_the_function_whatever_was_imported_first(first: str) -> None:
     code = (
-        f"import {first}\nfrom qwen2vl import LLM, load\nfrom qwen2vl.load import load_model\n"
-        "assert callable(load) and load_model.__module__ == load.__module__ == 'qwen2vl.load'"
+        f"import {first}\nfrom qwen2vl import LLM, load\nfrom qwen2vl.loading import load_model\n"
+        "assert callable(load) and load_model.__module__ == load.__module__ == 'qwen2vl.loading'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_names_are_those_of_the_rooms() -> None:
     from qwen2vl.engine import LLM
-    from qwen2vl.load import load
+    from qwen2vl.loading import load
 
     assert qwen2vl.LLM is LLM
     assert qwen2vl.load is load

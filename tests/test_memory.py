@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qwen2vl.memory as room
-from qwen2vl.adapt import packed
-from qwen2vl.adapt.packed import can_pack, pack_layers
-from qwen2vl.adapt.quantise import MODES, Mode, quantise, recipe
 from qwen2vl.config import PRESETS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
+from qwen2vl.linear import prepacked
+from qwen2vl.linear.prepacked import can_pack, pack_layers
 from qwen2vl.memory import memory_available, memory_needed
 from qwen2vl.model import Qwen2VL
+from qwen2vl.quantization.scheme import MODES, Mode, quantize, recipe
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -81,7 +81,7 @@ def test_the_largest_activation_is_estimated_from_above(
     if is_joined := part == "joined decoder":
         if dtype != torch.bfloat16 or not can_pack():
             pytest.skip("packed, and so joined, in bfloat16 with AVX-512 alone")
-        monkeypatch.setattr(packed, "LARGE", 1024)
+        monkeypatch.setattr(prepacked, "LARGE", 1024)
         pack_layers(model)
     in_decoder = part.endswith("decoder")
     length, grid = (512, Grid(1, 2, 2)) if in_decoder else (2, Grid(1, 40, 40))
@@ -99,10 +99,10 @@ def test_the_largest_activation_is_estimated_from_above(
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_quantised_weights(mode: Mode, tied: bool) -> None:
+def test_quantized_weights(mode: Mode, tied: bool) -> None:
     model = tiny_model(config=tiny_config(tie_word_embeddings=tied)).to(torch.bfloat16)
     kinds = recipe(model, mode)
-    quantise(model, mode)
+    quantize(model, mode)
     tensors = [*model.parameters(), *model.buffers()]
     held = sum(t.numel() * t.itemsize for t in tensors)
     need = memory_needed(model.config, torch.bfloat16, 16, 0, kinds).weights
@@ -110,18 +110,18 @@ def test_quantised_weights(mode: Mode, tied: bool) -> None:
     assert 0.97 * held <= need <= 1.02 * held
 
 
-@pytest.mark.skipif(not packed.can_pack(), reason="nothing is packed on this processor")
+@pytest.mark.skipif(not prepacked.can_pack(), reason="nothing is packed on this processor")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("least", [1, 2**30])
 def test_packed_weights(monkeypatch: pytest.MonkeyPatch, tied: bool, least: int) -> None:
-    monkeypatch.setattr(packed, "LARGE", least)
+    monkeypatch.setattr(prepacked, "LARGE", least)
     model = tiny_model(config=tiny_config(tie_word_embeddings=tied)).to(torch.bfloat16)
-    packed.pack_layers(model)
+    prepacked.pack_layers(model)
     held = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
     assert memory_needed(model.config, torch.bfloat16, 16, 0, packs=True).weights == held
 
 
-def test_quantised_official_models() -> None:
+def test_quantized_official_models() -> None:
     need = {}
     for mode in MODES:
         with torch.device("meta"):

@@ -18,7 +18,7 @@ from qwen2vl.model.qwen2vl import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.processor.vocabulary import (
+from qwen2vl.processor.tokenizer_files import (
     END_OF_TEXT,
     IM_END,
     IMAGE_PAD,

@@ -17,12 +17,12 @@ from qwen2vl.cli import terminal
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-    from qwen2vl.engine.params import ItemReport
+    from qwen2vl.engine.outputs import ItemReport
     from qwen2vl.processor.processor import Processor
 
 __all__ = ["Found", "draw", "draw_shapes", "find", "without_marks"]
 
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
+COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def draw(source: str, found: Sequence[Found], output: str, processor: Processor)
     Raises:
         InputError: the file cannot be written.
     """
-    from qwen2vl.processor.rgb import open_image
+    from qwen2vl.processor.media.rgb import open_image
     from qwen2vl.processor.video import find_preset
 
     if not found:
@@ -82,7 +82,7 @@ def draw_shapes(picture: Image.Image, found: Sequence[Found]) -> None:
     pen = ImageDraw.Draw(picture)
     width = max(2, round(max(picture.size) / 300))
     for number, shape in enumerate(found):
-        _draw_shape(pen, shape, COLOURS[number % len(COLOURS)], width)
+        _draw_shape(pen, shape, COLORS[number % len(COLORS)], width)
 
 
 def without_marks(text: str) -> str:
@@ -92,15 +92,15 @@ def without_marks(text: str) -> str:
     return text
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: Found, colour: str, width: int) -> None:
+def _draw_shape(pen: ImageDraw.ImageDraw, shape: Found, color: str, width: int) -> None:
     size = max(12, 6 * width)
     (left, top), *rest = shape.corners
     if not rest:
-        pen.circle((left, top), 3 * width, outline=colour, width=width)
+        pen.circle((left, top), 3 * width, outline=color, width=width)
     elif len(rest) == 1:
-        pen.rectangle((left, top, *rest[0]), outline=colour, width=width)
+        pen.rectangle((left, top, *rest[0]), outline=color, width=width)
     else:
-        pen.line((*shape.corners, shape.corners[0]), fill=colour, width=width)
+        pen.line((*shape.corners, shape.corners[0]), fill=color, width=width)
     label = shape.phrase.encode("ascii", "replace").decode()
     place = (left + width, top - size - width if top > size + width else top + width)
-    pen.text(place, label, fill=colour, font_size=size, stroke_width=1, stroke_fill="white")
+    pen.text(place, label, fill=color, font_size=size, stroke_width=1, stroke_fill="white")

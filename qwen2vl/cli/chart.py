@@ -2,7 +2,7 @@
 
 Drawn three times as large and scaled down, which makes edges smooth; letters are those that come
 with Pillow, so that no font has to be there. A curve is shown twice, as it is and averaged over
-its neighbours. It must not know what is plotted. Back up: plot.py.
+its neighbors. It must not know what is plotted. Back up: plot.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["COLORS", "INK", "Curve", "Panel", "draw"]
 
-# Told apart by people who see colours differently too (Okabe and Ito), dark enough for lines.
+# Told apart by people who see colors differently too (Okabe and Ito), dark enough for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56A0D3", "#5B4B8A", "#7F7F7F")
 
 SCALE = 3  # drawn so many times larger
 WIDTH, HEIGHT = 620, 300  # of one panel
 LEFT, TOP, BOTTOM, LABELS = 58, 56, 34, 150  # room around the curves; LABELS on the right
 MARGIN, HEAD = 26, 58  # of the sheet; HEAD for its title
-INK, GREY, FAINT, PAPER = "#1F2328", "#6E7781", "#E6E9ED", "#FFFFFF"
+INK, GRAY, FAINT, PAPER = "#1F2328", "#6E7781", "#E6E9ED", "#FFFFFF"
 LINE_HEIGHT = 17  # of names beside curves
 SMOOTH = 40  # a curve is averaged over this part of its length, to either side
 FINEST = 250  # points of an averaged curve; more would only tremble
@@ -65,7 +65,7 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel], columns: int = 2) -
     sheet = Image.new("RGB", (SCALE * size[0], SCALE * size[1]), PAPER)
     pen = _Pen(ImageDraw.Draw(sheet), MARGIN, MARGIN)
     pen.text((0, 0), title, 22, INK)
-    pen.text((0, 30), subtitle, 13, GREY)
+    pen.text((0, 30), subtitle, 13, GRAY)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         place = (MARGIN + column * WIDTH, MARGIN + HEAD + row * HEIGHT)
@@ -121,7 +121,7 @@ class _Axes:
 def _panel(pen: _Pen, panel: Panel) -> None:
     axes = _axes(panel)
     pen.text((0, 0), panel.title, 16, INK)
-    pen.text((0, 21), panel.note, 12, GREY)
+    pen.text((0, 21), panel.note, 12, GRAY)
     _grid(pen, axes, panel)
     for curve in sorted(panel.curves, key=lambda curve: not curve.thin):
         _curve(pen, axes, curve)
@@ -151,16 +151,16 @@ def _grid(pen: _Pen, axes: _Axes, panel: Panel) -> None:
         left, height = axes.place((axes.x_low, value))
         pen.line([(left, height), axes.place((axes.x_high, value))], FAINT, 1)
         words = f"{100 * value:g} %" if panel.percent else _short(value)
-        pen.text((left - 8, height), words, 12, GREY, "rm")
+        pen.text((left - 8, height), words, 12, GRAY, "rm")
     for step in _ticks(axes.x_low, axes.x_high, 5):
         across, floor = axes.place((step, axes.y_low))
-        pen.text((across, floor + 8), _short(step), 12, GREY, "ma")
+        pen.text((across, floor + 8), _short(step), 12, GRAY, "ma")
     names_end = 0.0
     for step, name in panel.marks:
         across, ceiling = axes.place((step, axes.y_high))
         pen.line([(across, ceiling - 6), axes.place((step, axes.y_low))], FAINT, 1)
         if across >= names_end:  # no room for the names of short stages
-            pen.text((across + 3, ceiling - 8), name, 11, GREY, "ls")
+            pen.text((across + 3, ceiling - 8), name, 11, GRAY, "ls")
             names_end = across + 8 + 6.0 * len(name)
 
 
@@ -177,7 +177,7 @@ def _curve(pen: _Pen, axes: _Axes, curve: Curve) -> None:
 
 
 def _shown(curve: Curve) -> list[tuple[float, float]]:
-    """Average over neighbours; a curve keeps its first and last step."""
+    """Average over neighbors; a curve keeps its first and last step."""
     reach = len(curve.points) // SMOOTH if curve.smooth else 0
     values = [value for _, value in curve.points]
     last = len(values) - 1

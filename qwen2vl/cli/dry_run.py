@@ -1,7 +1,7 @@
 """`qwen2vl train RECIPE --dry-run`: check the data of a run, and tell what it would do.
 
 What is measured and packed here is kept, so the run itself begins at once. Samples are shown as
-the model will read them, with [[what is learnt]] in double brackets. It must not know how data are
+the model will read them, with [[what is learned]] in double brackets. It must not know how data are
 measured. Back up: train.py.
 """
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from qwen2vl.processor.inputs import ModelInput
     from qwen2vl.processor.processor import Processor
     from qwen2vl.train.config import TrainConfig
-    from qwen2vl.train.memory import Memory
-    from qwen2vl.train.preview import StageFacts
+    from qwen2vl.train.dry_run.memory import Memory
+    from qwen2vl.train.dry_run.report import StageFacts
 
 __all__ = ["dry_run"]
 
 
 def dry_run(config: TrainConfig) -> None:
     """Say for each stage what it reads, how full and even its bins are, what it takes."""
-    from qwen2vl.train.preview import (
+    from qwen2vl.train.dry_run.report import (
         check_run,
         memory_of_world,
         open_processor,
         preview,
         seconds_left,
     )
-    from qwen2vl.train.rate import is_warming
+    from qwen2vl.train.optim.lr_schedule import is_warming
 
     processor = open_processor(config)
     check_run(config, processor)
@@ -63,7 +63,7 @@ def dry_run(config: TrainConfig) -> None:
 
 
 def _say_stage(facts: StageFacts) -> None:
-    titles = ("source", "samples", "in a pass", "tokens", "learnt", "bad")
+    titles = ("source", "samples", "in a pass", "tokens", "learned", "bad")
     rows = [
         (
             source.name,
@@ -103,10 +103,10 @@ def _say_memory(memory: Mapping[int, Memory]) -> None:
 
 
 def _shown(sample: ModelInput, processor: Processor) -> str:
-    from qwen2vl.train.preview import pieces
+    from qwen2vl.train.dry_run.report import pieces
 
     return "".join(
-        f"[[{text}]]" if piece.learnt else text
+        f"[[{text}]]" if piece.learned else text
         for piece in pieces(sample, processor.tokenizer, processor.config.pad_ids)
         for text in [terminal.plain(piece.text, keep="\n")]
     )

@@ -31,7 +31,7 @@ COMMANDS = {
     "eval": "Score a model on questions with known answers.",
     "parity": "Compare a model folder with transformers, step by step.",
     "init": "Build a model to train, out of a Qwen2 and a CLIP vision tower.",
-    "pack-text": "Tokenise plain text once, for training to read from disk.",
+    "pack-text": "Tokenize plain text once, for training to read from disk.",
     "train": "Train a model by a recipe, or go on where the last run stopped.",
     "plot": "Draw the curves of training runs.",
     "export": "Write a model folder from a run's last checkpoint, or from any.",
@@ -56,7 +56,7 @@ class Program(click.Group):
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
-        return getattr(import_module(f"qwen2vl.cli.{name}"), name)
+        return getattr(import_module(f"qwen2vl.cli.commands.{name}"), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands' lines without importing them."""

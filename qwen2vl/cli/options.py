@@ -42,7 +42,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 NANO_LINE = (
-    "nano reads lines of text, names and finds coloured shapes, and follows simple "
+    "nano reads lines of text, names and finds colored shapes, and follows simple "
     "motion; for photographs use --model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)"
 )
 
@@ -213,7 +213,7 @@ def open_model(given: dict[str, Any]) -> Opened:
 
 def open_processor(given: dict[str, Any]) -> Processor:
     """Open what feeds the model that the options name, without its weights."""
-    from qwen2vl.load import load_processor
+    from qwen2vl.loading import load_processor
 
     return load_processor(
         given["model"],
@@ -225,7 +225,7 @@ def open_processor(given: dict[str, Any]) -> Processor:
 
 def say_if_greedy(llm: LLM, params: SamplingParams) -> None:
     """Warn where options ask for a draw and the checkpoint's habits leave nothing to draw."""
-    from qwen2vl.engine.sampler import Rule
+    from qwen2vl.engine.sampling.sampler import Rule
 
     rule = Rule.resolve(params, llm.generation)
     asked = {"--top-k": params.top_k, "--top-p": params.top_p, "--seed": params.seed}

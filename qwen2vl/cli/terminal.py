@@ -1,7 +1,7 @@
 """What the commands share: two streams, one spinner, and options that mean the same everywhere.
 
 Answers go to stdout, everything said about them to stderr, so that output can be piped. Plain
-text and ASCII only, so that narrow, colourless and non-UTF-8 terminals lose nothing. It must not
+text and ASCII only, so that narrow, colorless and non-UTF-8 terminals lose nothing. It must not
 know any command. Next room: ask.py.
 """
 

@@ -69,7 +69,7 @@ class DataConfig:
     sources: tuple[Source, ...]
     max_tokens: int = 8192  # of a bin: what one forward reads
     max_vision: float = 0.0  # vision cost of a bin, in patches (lengths.vision_cost); 0 = no limit
-    bins: int = 8  # in one optimiser step, over all ranks and batches
+    bins: int = 8  # in one optimizer step, over all ranks and batches
     oversize: Literal["refuse", "resize", "drop"] = "refuse"  # of samples larger than a bin
     max_bad: float = 0.01  # share of samples that may be bad before the run stops
     max_frames: int = 20_000  # of one video file, before frames are chosen

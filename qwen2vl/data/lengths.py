@@ -26,11 +26,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwen2vl.config import VisionConfig
-from qwen2vl.data.dialects import Sample, SampleError
-from qwen2vl.data.kept import Arrays, keep
-from qwen2vl.data.prepare import Measurer
-from qwen2vl.data.sources import Samples
-from qwen2vl.data.tokens import TokenStore
+from qwen2vl.data.disk_cache import Arrays, keep
+from qwen2vl.data.formats import Sample, SampleError
+from qwen2vl.data.preprocess import Measurer
+from qwen2vl.data.sources.packed_text import TokenStore
+from qwen2vl.data.sources.source import Samples
 from qwen2vl.geometry import Grid
 
 __all__ = ["Lengths", "Progress", "Size", "measure", "size_of", "vision_cost"]

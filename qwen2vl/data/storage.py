@@ -24,7 +24,7 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 from qwen2vl.errors import ConfigError, InputError
-from qwen2vl.processor.download import download
+from qwen2vl.processor.media.download import download
 
 __all__ = ["MissingError", "Storage", "is_remote", "join"]
 

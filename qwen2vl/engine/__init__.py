@@ -8,8 +8,9 @@ Pictures and words arrive as a ModelInput; this floor never opens a file or rend
 
 from qwen2vl.engine.async_llm import AsyncLLM
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.grammar import Grammar
 from qwen2vl.engine.llm import LLM
-from qwen2vl.engine.params import Completion, Delta, SamplingParams
+from qwen2vl.engine.outputs import Completion, Delta
+from qwen2vl.engine.sampling.grammar import Grammar
+from qwen2vl.engine.sampling.params import SamplingParams
 
 __all__ = ["LLM", "AsyncLLM", "Completion", "Delta", "EngineConfig", "Grammar", "SamplingParams"]

@@ -18,11 +18,12 @@ from collections.abc import Sequence as SequenceOf
 from queue import SimpleQueue
 from typing import Any
 
-from qwen2vl.engine.arguments import Conversation
 from qwen2vl.engine.llm import LLM
-from qwen2vl.engine.params import Completion, Delta, SamplingParams
-from qwen2vl.engine.scheduler import News
-from qwen2vl.engine.sequence import Sequence
+from qwen2vl.engine.outputs import Completion, Delta
+from qwen2vl.engine.request import Sequence
+from qwen2vl.engine.sampling.params import SamplingParams
+from qwen2vl.engine.scheduler.scheduler import News
+from qwen2vl.engine.validation import Conversation
 from qwen2vl.errors import EngineError
 
 __all__ = ["Answer", "AsyncLLM"]

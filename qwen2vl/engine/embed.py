@@ -8,23 +8,24 @@ costs no vision work. Next room: pool.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from qwen2vl.adapt.served import Adapter, AdapterSwitch
-from qwen2vl.engine.plan import Limits, Slices
-from qwen2vl.engine.pool import Pooling, pool
-from qwen2vl.engine.shelf import VisionShelf
+from qwen2vl.engine.encoder_cache.manager import VisionShelf
+from qwen2vl.engine.scheduler.output import Limits, Slices
 from qwen2vl.geometry import AttnMeta
+from qwen2vl.lora.multi import Adapter, AdapterSwitch
 from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "Pooling", "pool"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,3 +135,24 @@ def _groups(prompts: SequenceOf[ModelInput], max_tokens: int) -> Iterator[list[M
         total += len(prompt.input_ids)
     if group:
         yield group
+
+
+Pooling = Literal["last", "mean"]
+
+
+def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling = "last") -> Tensor:
+    """Give each sequence its vector: (S, D), float32, of length one.
+
+    Args:
+        hidden_TD: the states of all sequences, end to end.
+        lengths: tokens of each sequence, at least one; together they are T.
+        pooling: the last token of each sequence, or the mean of its tokens.
+    """
+    assert min(lengths) > 0 and sum(lengths) == len(hidden_TD), "lengths do not cover the states"
+    if pooling == "last":
+        ends = torch.tensor(lengths, device=hidden_TD.device).cumsum(0)
+        pooled_SD = hidden_TD[ends - 1].float()
+    else:
+        parts = hidden_TD.split(list(lengths))
+        pooled_SD = torch.stack([part_TD.mean(dim=0, dtype=torch.float32) for part_TD in parts])
+    return F.normalize(pooled_SD, dim=-1)

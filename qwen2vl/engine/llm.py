@@ -4,7 +4,7 @@ Requests become sequences, and `step` moves all of them on: plan -> run -> commi
 call are all made and checked before the first is answered; after an interrupt or an error the LLM
 is ready for the next. What one request computed (keys and values, vision rows) serves the next one
 that begins alike. It must not know the command line or HTTP. (HF: GenerationMixin.generate.)
-Back up: cli/ask.py, which is this door for people; async_llm.py, the same door for many at once.
+Back up: cli/commands/ask.py, which is this door for people; async_llm.py, the same door for many at once.
 """
 
 from __future__ import annotations
@@ -19,34 +19,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt.compile import compile_for_answers
-from qwen2vl.adapt.quantise import AnyMode
-from qwen2vl.adapt.served import AdapterSwitch
+from qwen2vl.compile.regions import compile_for_answers
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.engine.adapters import seen_through
-from qwen2vl.engine.arena import Arena
-from qwen2vl.engine.arguments import Conversation, as_batch, is_unfinished, one_each
-from qwen2vl.engine.blocks import BLOCK, BlockPool
-from qwen2vl.engine.capacity import cache_blocks
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.decode import Decode, SingleDecode
-from qwen2vl.engine.draft import Drafter
-from qwen2vl.engine.embed import Embedder
-from qwen2vl.engine.params import Completion, Delta, SamplingParams
-from qwen2vl.engine.plan import Limits
-from qwen2vl.engine.pool import Pooling
-from qwen2vl.engine.reception import Reception
+from qwen2vl.engine.decode.compiled import SingleDecode
+from qwen2vl.engine.decode.decoder import Decode
+from qwen2vl.engine.embed import Embedder, Pooling
+from qwen2vl.engine.encoder_cache.manager import VisionShelf
+from qwen2vl.engine.kv_cache.arena import Arena
+from qwen2vl.engine.kv_cache.block_pool import BLOCK, BlockPool
+from qwen2vl.engine.kv_cache.capacity import cache_blocks
+from qwen2vl.engine.outputs import Completion, Delta
+from qwen2vl.engine.request import Sequence
 from qwen2vl.engine.runner import OverloadError, Runner
-from qwen2vl.engine.scheduler import News, Scheduler
-from qwen2vl.engine.sequence import Sequence
-from qwen2vl.engine.shelf import VisionShelf
+from qwen2vl.engine.sampling.params import SamplingParams
+from qwen2vl.engine.scheduler.output import Limits
+from qwen2vl.engine.scheduler.scheduler import News, Scheduler
+from qwen2vl.engine.speculative import Drafter
+from qwen2vl.engine.validation import (
+    Conversation,
+    Reception,
+    as_batch,
+    is_unfinished,
+    one_each,
+    seen_through,
+)
 from qwen2vl.errors import InputError
-from qwen2vl.load import DTypeName, load, load_adapters
+from qwen2vl.loading import DTypeName, load, load_adapters
+from qwen2vl.lora.multi import AdapterSwitch
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
-from qwen2vl.processor.media import MediaLimits
+from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tools import STOP_WORDS
+from qwen2vl.quantization.scheme import AnyMode
 from qwen2vl.weights import GenerationDefaults, find, read_generation_defaults
 
 __all__ = ["LLM", "OnDelta", "Prepared"]
@@ -161,7 +167,9 @@ class LLM:
         if model.device.type == "cuda":
             self._arena = Arena(model.config.text, num_blocks * BLOCK, model.dtype, model.device)
             if self._engine.graphs:
-                from qwen2vl.engine.graphs import DecodeGraphs  # a room that may be missing
+                from qwen2vl.engine.decode.cuda_graphs import (
+                    DecodeGraphs,  # a room that may be missing
+                )
 
                 self._decode = DecodeGraphs(model, self._arena, self._engine.max_sequences)
         self._begin(num_blocks)

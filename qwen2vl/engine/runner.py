@@ -21,18 +21,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt.served import AdapterSwitch
-from qwen2vl.engine.arena import Arena
-from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
-from qwen2vl.engine.capacity import memory_errors_named
-from qwen2vl.engine.choose import choose
-from qwen2vl.engine.decode import Decode, Token
-from qwen2vl.engine.plan import Chunk, Plan, Sampled
-from qwen2vl.engine.sequence import Sequence
-from qwen2vl.engine.shelf import VisionShelf
-from qwen2vl.engine.transfer import send
+from qwen2vl.engine.decode.decoder import Decode, Token
+from qwen2vl.engine.encoder_cache.manager import VisionShelf
+from qwen2vl.engine.host_to_device import send
+from qwen2vl.engine.kv_cache.arena import Arena
+from qwen2vl.engine.kv_cache.block_pool import Copy, Free, MemoryOrder, Reserve
+from qwen2vl.engine.kv_cache.capacity import memory_errors_named
+from qwen2vl.engine.request import Sequence
+from qwen2vl.engine.sampling.batched import choose
+from qwen2vl.engine.scheduler.output import Chunk, Plan, Sampled
 from qwen2vl.errors import CapacityError, Qwen2VLError
 from qwen2vl.geometry import AttnMeta
+from qwen2vl.lora.multi import AdapterSwitch
 from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.model.attention import SharedCache
 

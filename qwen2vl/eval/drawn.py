@@ -16,7 +16,7 @@ from random import Random
 from typing import NamedTuple
 
 from qwen2vl import grounding
-from qwen2vl.eval.metrics import edit_distance, iou, normalise
+from qwen2vl.eval.metrics import edit_distance, iou, normalize
 from qwen2vl.eval.task import Messages, Result
 from qwen2vl.synth import Question, Spec, render
 from qwen2vl.synth.draw import ink_extent
@@ -186,7 +186,7 @@ def _judge(question: Question, box: _Corners | None, answer: str) -> _Verdict:
         return _Verdict(edits == 0, edits, len(question.answer))
     if box is not None:
         return _Verdict(_overlap(box, answer) >= MIN_IOU)
-    return _Verdict(normalise(answer) == normalise(question.answer))
+    return _Verdict(normalize(answer) == normalize(question.answer))
 
 
 def _overlap(box: _Corners, answer: str) -> float:

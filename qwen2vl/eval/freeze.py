@@ -138,7 +138,7 @@ def draw_section(section: Section) -> list[Spec]:
             taken.append(spec)
             kinds[question.task] += 1
             answers[key] += 1
-    # Rare answers fill their quota last: neighbours would share them, the first few lack them.
+    # Rare answers fill their quota last: neighbors would share them, the first few lack them.
     Random(SEED).shuffle(taken)
     return taken
 

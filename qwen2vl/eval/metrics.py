@@ -1,7 +1,7 @@
 """How right an answer is, and how sure one can be of a mean of such answers.
 
 Text is judged by the character error rate (edits over the length of the truth, all lines together)
-and by exact match; words by exact match after `normalise`; boxes by their overlap. Beside every
+and by exact match; words by exact match after `normalize`; boxes by their overlap. Beside every
 share stands what guessing would reach: `chance_limit` is the most that luck explains. It must not
 know tasks, pictures or models; standard library only. Next room: task.py.
 """
@@ -17,7 +17,7 @@ __all__ = [
     "chance_limit",
     "edit_distance",
     "iou",
-    "normalise",
+    "normalize",
     "ratio_interval",
     "wilson_interval",
 ]
@@ -40,7 +40,7 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """Reduce an answer in words to what is compared: "A red circle. " is "red circle".
 
     Grounding tokens, space around, one full stop at the end, upper case and an article at the
@@ -82,7 +82,7 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
     """Bound sum(parts) / sum(wholes) with 95 % confidence, each pair being drawn on its own.
 
-    The linearised ratio: a long line with many errors counts for more than a short one. With one
+    The linearized ratio: a long line with many errors counts for more than a short one. With one
     pair nothing is known, and the ratio itself comes back twice.
     """
     count, total = len(parts), sum(wholes)

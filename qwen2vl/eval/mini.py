@@ -3,7 +3,7 @@
 suites/mini.json holds the specs (freeze.py made it); pictures are drawn when asked for. Each part
 is one line of the table: a task and the bar that it has to pass. The parts that repeat questions
 on other canvases, with shuffled frames or with wrong pictures are made here, from the same specs.
-It must not know how answers come about. Next room: cli/eval.py.
+It must not know how answers come about. Next room: cli/commands/eval.py.
 """
 
 from __future__ import annotations

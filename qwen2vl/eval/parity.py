@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.load import load_model
+from qwen2vl.loading import load_model
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor

@@ -4,7 +4,7 @@ Its tokenizer and chat template, its picture processor, its model in fp32 with e
 From our rooms it takes only what parity starts from: the upright RGB picture, and the frames of a
 clip (its own video processor needs torchvision). This is the only module that imports
 transformers, an extra: `pip install 'qwen2vl[parity]'`.
-(HF: Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil.) Next room: cli/parity.py.
+(HF: Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil.) Next room: cli/commands/parity.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from qwen2vl.eval.parity import Question, Recorder, Side, Trace
 from qwen2vl.processor.image import unpatchify
-from qwen2vl.processor.media import MediaLimits
+from qwen2vl.processor.media.rgb import open_image
+from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
-from qwen2vl.processor.rgb import open_image
 
 __all__ = ["Prompt", "prepare", "reference_side", "run_reference"]
 

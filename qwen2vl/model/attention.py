@@ -7,7 +7,7 @@ Tokens lie end to end; `AttnMeta` says where each segment begins. Letters (docs/
     H  query heads        K  key/value heads     C  channels a head   Z  tokens a cache block
     L  layers             3  (time, height, width)
 
-`attention` is what the model calls. Neighbouring segments of the same length share one call of
+`attention` is what the model calls. Neighboring segments of the same length share one call of
 the kernel, on a GPU all segments (kernels.py); `attention_by_segment` does one at a time and is the
 oracle of both. (HF: ALL_ATTENTION_FUNCTIONS["sdpa"].) Next room: rope.py.
 """
@@ -98,7 +98,7 @@ LayerCaches = Sequence[LayerCache] | Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SharedCache(Protocol):
-    """Keys and values of all segments in one place, as GPUs like it; engine/arena.py has it."""
+    """Keys and values of all segments in one place, as GPUs like it; engine/kv_cache/arena.py has it."""
 
     def layer(self, index: int) -> LayerCaches:
         """Give one layer's share."""

@@ -24,7 +24,7 @@ __all__ = ["Qwen2VL"]
 
 
 class Qwen2VL(nn.Module):
-    """The whole network; build it on the meta device and fill it, or initialise it to train."""
+    """The whole network; build it on the meta device and fill it, or initialize it to train."""
 
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()

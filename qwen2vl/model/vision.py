@@ -2,7 +2,7 @@
 
 A plain pre-norm transformer over a packed stream of patches. Attention stays inside one pair of
 frames; time is mixed only by the patch embedding, which folds two frames into one vector. Four
-neighbouring patches then become one vision token. It knows no file and no item, only what
+neighboring patches then become one vision token. It knows no file and no item, only what
 `VisionMeta` says. (Qwen2-VL sec. 2.1; HF: Qwen2VisionTransformerPretrainedModel.)
 Next room: text.py.
 """
@@ -20,7 +20,7 @@ from qwen2vl.geometry import AttnMeta, VisionMeta
 from qwen2vl.model.attention import attention
 from qwen2vl.model.rope import Rotation, rotate, vision_rotation
 
-__all__ = ["VisionTower", "normalise_pixels"]
+__all__ = ["VisionTower", "normalize_pixels"]
 
 
 class PatchEmbed(nn.Module):
@@ -94,7 +94,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Four neighbouring patches, side by side in the stream -> one vision token of text width."""
+    """Four neighboring patches, side by side in the stream -> one vision token of text width."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -119,9 +119,9 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, patches_NP: Tensor, meta: VisionMeta) -> Tensor:
-        """Encode patches into vision_MD, M = N / 4; uint8 patches are normalised first."""
+        """Encode patches into vision_MD, M = N / 4; uint8 patches are normalized first."""
         if patches_NP.dtype == torch.uint8:
-            patches_NP = normalise_pixels(patches_NP, self.config)
+            patches_NP = normalize_pixels(patches_NP, self.config)
         rotation = vision_rotation(meta.positions_N2, self.config.head_dim, self.config.rope_theta)
         hidden_NE = self.patch_embed(patches_NP)
         for block in self.blocks:
@@ -129,7 +129,7 @@ class VisionTower(nn.Module):
         return self.merger(hidden_NE)
 
 
-def normalise_pixels(patches_NP: Tensor, config: VisionConfig) -> Tensor:
+def normalize_pixels(patches_NP: Tensor, config: VisionConfig) -> Tensor:
     """Scale uint8 patches to [0, 1], then subtract the mean and divide by the deviation.
 
     Returns float32. Rows are channel-major, so each third of a row has its own mean.

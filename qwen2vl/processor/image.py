@@ -2,7 +2,7 @@
 
     RGB picture -> smart_resize -> Pillow bicubic -> patchify -> Item
 
-Nothing here is ever a float: pixels stay uint8, and the model's first step normalises them. It
+Nothing here is ever a float: pixels stay uint8, and the model's first step normalizes them. It
 must not know files (media.py, rgb.py) or text. (Qwen2-VL sec. 2.1; HF: Qwen2VLImageProcessorPil.)
 The order of patches is geometry's `merge_order`. Next room: video.py, which shares `patchify`.
 """
@@ -26,14 +26,14 @@ from qwen2vl.config import VisionConfig
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media import (
+from qwen2vl.processor.media.rgb import open_image
+from qwen2vl.processor.media.source import (
     DEFAULT_LIMITS,
     NO_OPTIONS,
     MediaLimits,
     MediaOptions,
     MediaSource,
 )
-from qwen2vl.processor.rgb import open_image
 
 __all__ = [
     "PixelLimits",

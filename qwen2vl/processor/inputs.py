@@ -1,7 +1,7 @@
 """The two structs that leave this room: Item, one visual thing; ModelInput, one whole prompt.
 
 Both are plain data on the CPU. Images and videos are Items of one stream, in prompt order: an
-image is a clip of two identical frames. Pixels stay uint8; scaling and normalising is the model's
+image is a clip of two identical frames. Pixels stay uint8; scaling and normalizing is the model's
 first step, so that a prompt costs a quarter of the memory and copies.
 (HF: pixel_values with image_grid_thw, pixel_values_videos with video_grid_thw.)
 """

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qwen2vl.errors import InputError
 from qwen2vl.grounding import Ref
-from qwen2vl.processor.media import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 
 __all__ = [
     "ROLES",
@@ -29,7 +29,7 @@ __all__ = [
     "Message",
     "Part",
     "TextPart",
-    "normalise",
+    "normalize",
     "read_media",
 ]
 
@@ -90,7 +90,7 @@ class Message:
     call_id: str | None = None  # of a tool's result
 
 
-def normalise(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def normalize(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Read a conversation in any of the three dialects.
 
     Raises:

@@ -15,15 +15,15 @@ from typing import Any
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import num_tokens, pad_index, text_positions
-from qwen2vl.processor.chat import KIND_OF, Segment, render, tokenize
+from qwen2vl.processor.chat_template import KIND_OF, Segment, render, tokenize
 from qwen2vl.processor.image import PixelLimits, image_item
 from qwen2vl.processor.inputs import Item, ModelInput
-from qwen2vl.processor.kept import KeptItems, content_digest
-from qwen2vl.processor.media import DEFAULT_LIMITS, MediaLimits
-from qwen2vl.processor.messages import Kind, MediaPart, normalise, read_media
+from qwen2vl.processor.item_cache import KeptItems, content_digest
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
+from qwen2vl.processor.messages import Kind, MediaPart, normalize, read_media
 from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.processor.tokenizer_files import VISION_END, VISION_START
 from qwen2vl.processor.video import find_preset, video_item
-from qwen2vl.processor.vocabulary import VISION_END, VISION_START
 
 __all__ = ["Processor"]
 
@@ -96,7 +96,7 @@ class Processor:
         Raises:
             InputError: messages or media cannot be used; the text says which and why.
         """
-        read = normalise(messages)
+        read = normalize(messages)
         media = [part for message in read for part in message.parts if isinstance(part, MediaPart)]
         items = self._items(media)
         segments = render(

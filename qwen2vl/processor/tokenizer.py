@@ -2,7 +2,7 @@
 
 Two rules live here. Special tokens are known by name, never by number: nano's differ from the
 official 151643 to 151656. And text from people cannot forge structure: of the special tokens only
-the six grounding ones are recognised inside text, the other eight become plain characters unless
+the six grounding ones are recognized inside text, the other eight become plain characters unless
 the caller says that the text is trusted. It must not know messages or pictures.
 (HF: Qwen2Tokenizer; byte-level BPE, NFC, every digit its own token.) Next: chat.py.
 """
@@ -22,7 +22,7 @@ from tokenizers import models
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.grounding import GROUNDING_TOKENS
-from qwen2vl.processor.vocabulary import (
+from qwen2vl.processor.tokenizer_files import (
     END_OF_TEXT,
     IM_END,
     IMAGE_PAD,
@@ -36,7 +36,7 @@ from qwen2vl.processor.vocabulary import (
 
 __all__ = ["Keep", "Special", "TextStream", "Tokenizer"]
 
-Special = Literal["none", "grounding", "all"]  # which special tokens are recognised inside text
+Special = Literal["none", "grounding", "all"]  # which special tokens are recognized inside text
 Keep = Literal["none", "grounding", "all"]  # which special tokens decoding writes out
 
 _CACHED_CHARS = 256  # texts up to this length are remembered, such as headers and system turns

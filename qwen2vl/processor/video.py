@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from qwen2vl.config import VisionConfig
 from qwen2vl.errors import InputError
-from qwen2vl.processor.clip import VideoSource, open_clip
 from qwen2vl.processor.image import (
     PixelLimits,
     item_digest,
@@ -35,8 +34,9 @@ from qwen2vl.processor.image import (
     smart_resize,
 )
 from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media import DEFAULT_LIMITS, NO_OPTIONS, MediaLimits, MediaOptions
-from qwen2vl.processor.timeline import Clip, Timeline, clip_seconds
+from qwen2vl.processor.media.clip import VideoSource, open_clip
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, NO_OPTIONS, MediaLimits, MediaOptions
+from qwen2vl.processor.media.timeline import Clip, Timeline, clip_seconds
 
 __all__ = ["PRESETS", "Plan", "VideoPreset", "find_preset", "plan_frames", "video_item"]
 

@@ -12,8 +12,8 @@ give `data.bins` as many as there are GPUs.
 
 from __future__ import annotations
 
-from qwen2vl.adapt.lora import LoraConfig
 from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.lora.layers import LoraConfig
 from qwen2vl.recipes import best_device
 from qwen2vl.train.config import (
     FROZEN,

@@ -62,7 +62,7 @@ FONTS = replace(
     text_length=(2, 8),
     random_share=0.7,
     plain_share=0.5,
-    num_shapes=(1, 1),  # like letters, shapes are learnt alone first
+    num_shapes=(1, 1),  # like letters, shapes are learned alone first
     canvas=(56, 84),
     questions=2,
 )

@@ -1,8 +1,8 @@
-"""Eight colours that nobody mistakes, and the grounds they stand on.
+"""Eight colors that nobody mistakes, and the grounds they stand on.
 
-Each colour is a span between two anchors, so that CSS "green" and "lime" are both green while no
+Each color is a span between two anchors, so that CSS "green" and "lime" are both green while no
 two spans meet. Grounds are light or dark with a slight tint; white stands only on dark grounds and
-black only on light ones. Text takes any pair of colours whose WCAG contrast suffices. It must not
+black only on light ones. Text takes any pair of colors whose WCAG contrast suffices. It must not
 know shapes or glyphs. Next room: draw.py.
 """
 
@@ -37,7 +37,7 @@ _MIN_CONTRAST = 3.5  # of ink on ground; WCAG asks 3 for large and 4.5 for small
 
 
 def sample_color(rng: Random, name: str) -> RGB:
-    """Take a shade of the named colour."""
+    """Take a shade of the named color."""
     (r1, g1, b1), (r2, g2, b2) = COLORS[name]
     t = rng.random()
     return (round(r1 + t * (r2 - r1)), round(g1 + t * (g2 - g1)), round(b1 + t * (b2 - b1)))
@@ -58,17 +58,17 @@ def is_light(ground: RGB) -> bool:
 
 
 def colors_on(ground: RGB) -> list[str]:
-    """List the colours that can be told on this ground."""
+    """List the colors that can be told on this ground."""
     unseen = "white" if is_light(ground) else "black"
     return [name for name in COLORS if name != unseen]
 
 
 def sample_text_colors(rng: Random) -> tuple[RGB, RGB]:
-    """Take (ink, ground), any two colours that differ enough to be read, in either order."""
+    """Take (ink, ground), any two colors that differ enough to be read, in either order."""
     while True:
         ground = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         ink = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
-        if rng.random() < 0.5:  # inks and grounds of daily life are seldom both colourful
+        if rng.random() < 0.5:  # inks and grounds of daily life are seldom both colorful
             ground = sample_ground(rng)
         if contrast(ink, ground) >= _MIN_CONTRAST:
             return ink, ground

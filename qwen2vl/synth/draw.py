@@ -79,7 +79,7 @@ def _draw_line(line: Line) -> NDArray[np.uint8]:
     ):
         height, width = glyph.mask.shape
         left, top = line.x + x + glyph.left, line.y + y + glyph.top
-        # Letters that lean over their neighbour share pixels with it: the darker one counts.
+        # Letters that lean over their neighbor share pixels with it: the darker one counts.
         target = coverage[top : top + height, left : left + width]
         np.maximum(target, glyph.mask, out=target)
     picture = _ground(line.width, line.height, line.ground, line.texture)

@@ -4,7 +4,7 @@ Families are split into those that train, those that validate, and those that ju
 families come from packages that training never touches and are no clones of the others. The
 tables are fixed, so that a seed means the same line of text on every machine; the files must be
 there, complete, or FontError says which package to install. Ultra-thin, extremely condensed and
-decorative faces are left out. It must not know colours or questions. Next room: draw.py.
+decorative faces are left out. It must not know colors or questions. Next room: draw.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scenes: where the shapes of a picture stand, and what they may be called.
 
-One to five shapes of at least 24 pixels a side that hardly overlap; neighbours that touch differ
-in colour, or they would melt into one. A phrase is a name only if it means exactly one shape. All
+One to five shapes of at least 24 pixels a side that hardly overlap; neighbors that touch differ
+in color, or they would melt into one. A phrase is a name only if it means exactly one shape. All
 families with shapes take their scenes here; what is asked is theirs. It must not know pixels or
 questions. Next room: shapes.py.
 """
@@ -21,7 +21,7 @@ __all__ = ["MIN_SIDE", "from_the_left", "overlap", "phrases", "place", "sample_s
 
 MIN_SIDE = 24  # pixels of the smallest shape
 _MAX_OVERLAP = 0.1  # of the smaller box
-_CLEARLY_FURTHER = 0.05  # of the width, between the centres of neighbours in an ordered list
+_CLEARLY_FURTHER = 0.05  # of the width, between the centers of neighbors in an ordered list
 _AREA_EACH = 2300  # pixels of canvas for each shape, so that they find room
 
 
@@ -46,12 +46,12 @@ def sample_scene(
             break
         low = min(low + 8, high)
     ground = sample_ground(rng)
-    # Few kinds and colours now and then, or counts by kind would nearly always be one.
+    # Few kinds and colors now and then, or counts by kind would nearly always be one.
     kinds = rng.sample(KINDS, rng.choice((1, 2, 3, 6)))
     colors = rng.sample(colors_on(ground), rng.choice((1, 2, 4, 7)))
     shapes: list[Shape] = []
     for box in boxes:
-        # Neighbours of one colour that touch would melt into one shape.
+        # Neighbors of one color that touch would melt into one shape.
         touched = {other.color for other in shapes if overlap(box, other.box) > 0}
         free = [c for c in colors_on(ground) if c not in touched]
         shapes.append(_sample_shape(rng, kinds, [c for c in colors if c in free] or free, box))

@@ -61,7 +61,7 @@ class Mixture:
     text_length: tuple[int, int] = (1, 16)  # characters, spaces included
     alphabet: _Alphabet = "all"  # all: letters, digits and . , ! ? - : ' &
     random_share: float = 0.6  # strings without meaning; the rest is made of words
-    layout: _Layout = "line"  # cells: each character centred in its own 28 x 28 pixels
+    layout: _Layout = "line"  # cells: each character centerd in its own 28 x 28 pixels
     fonts: _Fonts = "all"
     font_size: tuple[int, int] = (12, 40)  # pixels per em
     padding: tuple[int, int] = (1, 12)  # pixels around the ink of a line
@@ -70,7 +70,7 @@ class Mixture:
     sparse_share: float = 0.0  # lines somewhere on a canvas of 1:4 to 40:1, mostly empty
     page_share: float = 0.0  # pictures of several lines: many letters for one question
     page_lines: tuple[int, int] = (2, 4)
-    plain_share: float = 0.3  # black on white; the rest has coloured ink, grounds and texture
+    plain_share: float = 0.3  # black on white; the rest has colored ink, grounds and texture
     # shapes, grounding, two_pictures
     num_shapes: tuple[int, int] = (1, 5)
     canvas: tuple[int, int] = (56, 224)  # pixels a side, each side on its own

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen2vl.synth import boxes, chat, motion, pairs, shapes, text
 from qwen2vl.synth.draw import draw
+from qwen2vl.synth.families import grounding, motion, shapes, text, text_only, two_pictures
 from qwen2vl.synth.fonts import files_of
 from qwen2vl.synth.spec import Draft, Example, Mixture, Spec
 
@@ -25,10 +25,10 @@ FAMILIES: Mapping[str, Callable[[Random, Mixture], Draft]] = MappingProxyType(
     {
         "text": text.sample,
         "shapes": shapes.sample,
-        "grounding": boxes.sample,
-        "two_pictures": pairs.sample,
+        "grounding": grounding.sample,
+        "two_pictures": two_pictures.sample,
         "motion": motion.sample,
-        "text_only": chat.sample,
+        "text_only": text_only.sample,
     }
 )
 
@@ -52,7 +52,7 @@ def sample(seed: int, index: int, mixture: Mixture) -> Spec:
     Raises:
         FontError: a font of the mixture is not installed.
     """
-    rng = Random(f"{seed}/{index}")  # a text seed is hashed, so neighbours share nothing
+    rng = Random(f"{seed}/{index}")  # a text seed is hashed, so neighbors share nothing
     names = [name for name in FAMILIES if mixture.weights.get(name, 0) > 0]
     (family,) = rng.choices(names, [mixture.weights[name] for name in names])
     draft = FAMILIES[family](rng, mixture)

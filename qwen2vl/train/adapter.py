@@ -3,7 +3,7 @@
 A run with `adapter` trains low-rank factors beside weights that its rules freeze. Its checkpoints
 hold both; an export makes of them an ordinary model, merged, and a folder in PEFT's format. Over
 4-bit weights the model is filled layer by layer, so that whole ones never exist together. It must
-not know steps or optimisers. Next rooms: begin.py and export.py, which use it.
+not know steps or optimizers. Next rooms: begin.py and export.py, which use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt.lora import (
+from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.errors import ConfigError
+from qwen2vl.fill import fill, fill_layer
+from qwen2vl.lora.layers import (
     LoraConfig,
     LoraFactors,
     factors_of,
@@ -25,17 +28,14 @@ from qwen2vl.adapt.lora import (
     put_lora,
     target_names,
 )
-from qwen2vl.adapt.peft import peft_settings, peft_tensors, read_lora
-from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.errors import ConfigError
-from qwen2vl.fill import fill, fill_layer
+from qwen2vl.lora.peft import peft_settings, peft_tensors, read_lora
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights import check_fit, open_tensors, read_adapter, save_adapter
 
 __all__ = [
     "adapter_in",
     "factors_to_train",
-    "load_quantised",
+    "load_quantized",
     "merged",
     "put_adapter",
     "room_for",
@@ -57,7 +57,7 @@ def put_adapter(model: Qwen2VL, adapter: LoraConfig, seed: int) -> None:
     model.train()  # only the factors' dropout asks
 
 
-def load_quantised(
+def load_quantized(
     folder: Path, config: Qwen2VLConfig, adapter: LoraConfig, *, device: str, seed: int
 ) -> Qwen2VL:
     """Fill a model whose adapted layers have 4-bit weights, one layer at a time; else as above.
@@ -154,7 +154,7 @@ def _scales(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str, float
 
 
 def _dtype(name: str, stored: Mapping[str, torch.Size]) -> torch.dtype:
-    """Codes are bytes, and so are magnitudes that are quantised once more."""
+    """Codes are bytes, and so are magnitudes that are quantized once more."""
     layer, _, leaf = name.rpartition(".")
     is_code = layer.endswith(".nf4") and (
         leaf == "codes" or (leaf == "magnitude_G" and f"{layer}.mean" in stored)

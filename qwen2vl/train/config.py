@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from qwen2vl.adapt.lora import LoraConfig
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.data.config import DataConfig, Source
 from qwen2vl.errors import ConfigError
+from qwen2vl.lora.layers import LoraConfig
 from qwen2vl.synth import Mixture
 
 __all__ = [
@@ -95,7 +95,7 @@ class Stage:
 
     name: str
     steps: int
-    examples: int = 0  # conversations in one optimiser step, where a mixture is shown
+    examples: int = 0  # conversations in one optimizer step, where a mixture is shown
     mixture: Mixture | None = None  # what the procedural world shows
     data: DataConfig | None = None  # what is read instead
     rules: Rules = ((r".*", 1.0),)  # (pattern, multiple of optim.lr, or FROZEN)
@@ -130,7 +130,7 @@ class TrainConfig:
     out: str = ""  # where checkpoints go; default runs/<name>
     seed: int = 0
     optim: OptimConfig = OptimConfig()
-    accumulate: int = 1  # batches in one optimiser step and rank; they share the step's examples
+    accumulate: int = 1  # batches in one optimizer step and rank; they share the step's examples
     mesh: MeshConfig = MeshConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the products; weights stay float32
@@ -163,7 +163,7 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of all stages."""
+        """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
 

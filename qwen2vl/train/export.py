@@ -2,8 +2,8 @@
 
 The manifest says what the model is, how large it is shown pictures, and whose tokenizer it has;
 weights of any number of ranks are put together on the CPU. Of a run with an adapter the model is
-the merged one, and the factors alone make a second folder. It must not know steps or optimisers.
-Back up: loop.py, which ends a run with it; cli/export.py does so for any step.
+the merged one, and the factors alone make a second folder. It must not know steps or optimizers.
+Back up: loop.py, which ends a run with it; cli/commands/export.py does so for any step.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt.lora import LoraConfig
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
+from qwen2vl.lora.layers import LoraConfig
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train import checkpoint
 from qwen2vl.train.adapter import adapter_in, merged, room_for, write_adapter
-from qwen2vl.weights.fit import expected_shapes
+from qwen2vl.weights.config_files import GenerationDefaults
 from qwen2vl.weights.save import save_folder
-from qwen2vl.weights.settings import GenerationDefaults
+from qwen2vl.weights.state_dict import expected_shapes
 
 __all__ = ["describe", "export", "export_adapter"]
 

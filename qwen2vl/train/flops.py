@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from qwen2vl.adapt.lora import LoraLinear
+from qwen2vl.lora.layers import LoraLinear
 from qwen2vl.model import Qwen2VL
 from qwen2vl.train.config import RecomputeConfig
-from qwen2vl.train.pack import Batch
+from qwen2vl.train.loader.batch import Batch
 
 __all__ = ["PEAKS", "Costs", "Flops", "Price", "Work", "costs", "peak_of"]
 

@@ -24,22 +24,22 @@ import torch
 from torch import Tensor
 
 from qwen2vl.model import Qwen2VL
+from qwen2vl.parallel.fsdp import free_gathered, is_sharded, reduce_over_copies
 from qwen2vl.parallel.mesh import join
-from qwen2vl.parallel.shard import free_gathered, is_sharded, reduce_over_copies
-from qwen2vl.train.batches import batches, open_corpora
 from qwen2vl.train.checkpoint import Saver, latest, make_folder
 from qwen2vl.train.config import TrainConfig, dump
+from qwen2vl.train.evaluate import Probe
 from qwen2vl.train.export import describe, export, export_adapter
 from qwen2vl.train.flops import costs, peak_of
-from qwen2vl.train.metrics import Metrics, families_of
-from qwen2vl.train.objective import Outcome, token_loss
-from qwen2vl.train.pack import Batch, sent
-from qwen2vl.train.probe import Probe
-from qwen2vl.train.rate import is_warming, rate
-from qwen2vl.train.run import Run, build, resume
-from qwen2vl.train.schedule import check_shares, locate
-from qwen2vl.train.sinks import open_sinks
-from qwen2vl.train.stop import Stop, Wish
+from qwen2vl.train.loader.batch import Batch, sent
+from qwen2vl.train.loader.data_order import check_shares, locate
+from qwen2vl.train.loader.dataloader import batches, open_corpora
+from qwen2vl.train.logging.loggers import open_sinks
+from qwen2vl.train.logging.metrics import Metrics, families_of
+from qwen2vl.train.loss import Outcome, token_loss
+from qwen2vl.train.optim.lr_schedule import is_warming, rate
+from qwen2vl.train.signals import Stop, Wish
+from qwen2vl.train.state import Run, build, resume
 
 __all__ = ["one_step", "train"]
 
@@ -130,7 +130,7 @@ def _steps(
     metrics = _open_metrics(run)
     told, wish = run.step, stop.heard(ranks)
     while run.step < config.steps and not wish:
-        if run.optimisers is None or run.begins_stage:
+        if run.optimizers is None or run.begins_stage:
             run.begin_stage()
             metrics.costs = None  # who learns may have changed
         metrics.costs = metrics.costs or costs(run.model, config.recompute)
@@ -170,7 +170,7 @@ def _warn_of_warm_up(run: Run) -> None:
 
 def one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -> None:
     """Move the weights once, by the gradients of all batches of all ranks."""
-    assert run.optimisers is not None and run.guard is not None
+    assert run.optimizers is not None and run.guard is not None
     ranks = run.ranks
     divisor = sent(ranks.sum(_sum_of_weights(own)), ranks.device)
     moved = [batch.to(ranks.device) for batch in own]
@@ -181,11 +181,11 @@ def one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) ->
         outcomes.append(_forward(run.model, batch, divisor, run.config.dtype))
         metrics.enter("backward")
         outcomes[-1].loss.backward()
-    metrics.enter("optimiser")
-    norm = run.optimisers.clip()
+    metrics.enter("optimizer")
+    norm = run.optimizers.clip()
     loss = ranks.sum(torch.stack([outcome.loss.detach() for outcome in outcomes]).sum())
     skip = run.guard.judge(run.step + 1, loss, norm)
-    run.optimisers.step(rate(run.config, run.step), skip)
+    run.optimizers.step(rate(run.config, run.step), skip)
     run.step += 1
     for batch, outcome in zip(moved, outcomes, strict=True):
         metrics.add(batch, outcome, norm, waited / len(moved))

@@ -7,17 +7,17 @@ way back). This floor builds no running model: load.py, one floor up, does.
 """
 
 from qwen2vl.weights.adapter import read_adapter, save_adapter
-from qwen2vl.weights.find import find
-from qwen2vl.weights.fit import check_fit, expected_shapes, nonfinite_tensors
-from qwen2vl.weights.packing import PackedMatrix, Packing
-from qwen2vl.weights.save import check_target, save_folder
-from qwen2vl.weights.settings import (
+from qwen2vl.weights.config_files import (
     GenerationDefaults,
     note_chat_template,
     read_config,
     read_generation_defaults,
     read_preprocessor,
 )
+from qwen2vl.weights.hub import find
+from qwen2vl.weights.quantization_config import PackedMatrix, Packing
+from qwen2vl.weights.save import check_target, save_folder
+from qwen2vl.weights.state_dict import check_fit, expected_shapes, nonfinite_tensors
 from qwen2vl.weights.tensors import TensorFolder, layout_of, open_tensors
 
 __all__ = [

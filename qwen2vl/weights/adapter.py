@@ -2,7 +2,7 @@
 
 Two files: adapter_config.json and adapter_model.safetensors, the header verified as for any
 weights, pickle never opened; written aside and renamed as a whole. What the settings mean, and
-where the tensors go, is the business of adapt/peft.py. (PEFT: LoraConfig, save_pretrained.)
+where the tensors go, is the business of lora/peft.py. (PEFT: LoraConfig, save_pretrained.)
 Next room: load.py, where both meet.
 """
 
@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
+from qwen2vl.weights.config_files import pickle_remedy, read_json
 from qwen2vl.weights.header import read_header
 from qwen2vl.weights.save import check_target, whole_folder
-from qwen2vl.weights.settings import pickle_remedy, read_json
 from qwen2vl.weights.tensors import TensorFolder
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "read_adapter", "save_adapter"]

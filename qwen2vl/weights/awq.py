@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qwen2vl.weights.packing import PackedMatrix, Packing
+from qwen2vl.weights.quantization_config import PackedMatrix, Packing
 
 __all__ = ["pack", "shape_of", "unpack", "wanted_shapes"]
 

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights.fit import expected_shapes
-from qwen2vl.weights.packing import PACKED_ENDINGS, Packing
-from qwen2vl.weights.settings import GenerationDefaults, read_json
-from qwen2vl.weights.template import CHAT_TEMPLATE
+from qwen2vl.weights.config_files import CHAT_TEMPLATE, GenerationDefaults, read_json
+from qwen2vl.weights.quantization_config import PACKED_ENDINGS, Packing
+from qwen2vl.weights.state_dict import expected_shapes
 from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, layout_of
 
 if TYPE_CHECKING:

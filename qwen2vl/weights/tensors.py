@@ -19,9 +19,9 @@ from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights import awq, gptq
+from qwen2vl.weights.config_files import PICKLE_SUFFIXES, pickle_remedy, read_json
 from qwen2vl.weights.header import TensorInfo, read_header
-from qwen2vl.weights.packing import PACKED_ENDINGS, PackedMatrix, Packing
-from qwen2vl.weights.settings import PICKLE_SUFFIXES, pickle_remedy, read_json
+from qwen2vl.weights.quantization_config import PACKED_ENDINGS, PackedMatrix, Packing
 
 __all__ = [
     "INDEX_FILE",
@@ -68,7 +68,7 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
-        return self.matrix(layer).dequantised() if layer in self.packed else self._read(name)
+        return self.matrix(layer).dequantized() if layer in self.packed else self._read(name)
 
     def __contains__(self, name: object) -> bool:
         """Look a name up; Mapping's own way would read the tensor."""
@@ -236,7 +236,7 @@ def _check_kind(
     packed = {key for key in infos if key.endswith(PACKED_ENDINGS)}
     if packed and packing is None:
         raise CheckpointError(
-            f"{folder}: the weights are quantised (GPTQ or AWQ: {min(packed)}), but config.json "
+            f"{folder}: the weights are quantized (GPTQ or AWQ: {min(packed)}), but config.json "
             "has no quantization_config that says how; fetch config.json again"
         )
     if adapter := [key for key in infos if ".lora_" in key]:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from qwen2vl.cli.boxes import Found, draw_shapes, find, without_marks
-from qwen2vl.engine.params import ItemReport
+from qwen2vl.engine.outputs import ItemReport
 
 ITEM = ItemReport(kind="image", name="a.png", size_given=(400, 200), size_seen=(28, 28), tokens=1)
 

@@ -1,4 +1,4 @@
-"""`train --dry-run`: the data's facts, samples with what is learnt in brackets, and no model."""
+"""`train --dry-run`: the data's facts, samples with what is learned in brackets, and no model."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def test_what_is_known_or_wrong_is_said(facts: dict[str, Any], words: str) -> No
         ("waited", 2.5, {"data_wait": 0.01}, None),
         ("operations", 1.31, {}, "slow: rank 3 (work 1.3x)"),
         ("operations", 1.05, {}, None),
-        ("optimiser", 1.5, {"phases": {"optimiser": 0.2}}, "slow: rank 3 (optimiser 1.5x)"),
-        ("optimiser", 1.5, {"phases": {"optimiser": 0.01}}, None),
+        ("optimizer", 1.5, {"phases": {"optimizer": 0.2}}, "slow: rank 3 (optimizer 1.5x)"),
+        ("optimizer", 1.5, {"phases": {"optimizer": 0.01}}, None),
         ("other", 9.0, {"phases": {"other": 0.5}}, None),
     ],
 )

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwen2vl.config import VisionConfig
 from qwen2vl.data import lengths
 from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.dataset import Corpus
 from qwen2vl.data.lengths import Lengths, Size, measure, vision_cost
-from qwen2vl.data.prepare import Measurer, Preparer
-from qwen2vl.data.sources import JsonLines, Samples
+from qwen2vl.data.preprocess import Measurer, Preparer
+from qwen2vl.data.sources.source import JsonLines, Samples
 from qwen2vl.geometry import Grid, VisionMeta
 from qwen2vl.model.vision import VisionTower
 from tests.data.rows import conversation, data_of, good_rows, write_media, write_rows

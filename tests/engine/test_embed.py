@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen2vl.engine import LLM
-from qwen2vl.engine.pool import pool
+from qwen2vl.engine.embed import pool
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import AttnMeta
 from tests.adapters import write_adapter

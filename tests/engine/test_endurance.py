@@ -14,7 +14,7 @@ import pytest
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.errors import Qwen2VLError
-from qwen2vl.load import load
+from qwen2vl.loading import load
 from tests.adapters import TEXT, VISION, write_adapter
 from tests.engine.test_llm import clip, picture, user
 

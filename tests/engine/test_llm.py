@@ -348,7 +348,9 @@ def test_with_tools_an_answer_ends_where_a_result_belongs(
 ) -> None:
     written = "\u273fFUNCTION\u273f: tap\n\u273fARGS\u273f: {}\n\u273fRESULT\u273f: made up"
     script = iter(llm.processor.tokenizer.encode_text(written))
-    monkeypatch.setattr("qwen2vl.engine.sampler.Sampler.sample", lambda *_: (next(script), None))
+    monkeypatch.setattr(
+        "qwen2vl.engine.sampling.sampler.Sampler.sample", lambda *_: (next(script), None)
+    )
     tool = {"name": "tap", "description": "Taps.", "parameters": {"type": "object"}}
     (completion,) = llm.chat([user("tap")], tools=[tool])
     assert completion.finish_reason == "stop"

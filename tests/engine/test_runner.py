@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2vl.engine import LLM, SamplingParams
-from qwen2vl.engine.blocks import Copy, Free, MemoryOrder, Reserve
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.grammar import Grammar
-from qwen2vl.engine.params import Completion
+from qwen2vl.engine.kv_cache.block_pool import Copy, Free, MemoryOrder, Reserve
+from qwen2vl.engine.outputs import Completion
+from qwen2vl.engine.sampling.grammar import Grammar
 from qwen2vl.errors import CapacityError, EngineError, InputError
 from tests.engine.test_llm import clip, picture, user
 from tests.parity.oracle import random_model

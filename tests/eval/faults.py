@@ -78,7 +78,7 @@ def another_image_mean(patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
 @fault("pixels")
 def pixels_not_scaled_to_one(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
     patch.setattr(
-        "qwen2vl.model.vision.normalise_pixels", lambda patches_NP, _config: patches_NP.float()
+        "qwen2vl.model.vision.normalize_pixels", lambda patches_NP, _config: patches_NP.float()
     )
 
 
@@ -89,7 +89,7 @@ def height_and_width_swapped(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None
 
 @fault("ids")
 def no_system_turn(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
-    patch.setattr("qwen2vl.processor.chat._with_system", lambda turns, _tools: turns)
+    patch.setattr("qwen2vl.processor.chat_template._with_system", lambda turns, _tools: turns)
 
 
 @fault("positions")

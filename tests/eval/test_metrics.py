@@ -12,7 +12,7 @@ from qwen2vl.eval.metrics import (
     chance_limit,
     edit_distance,
     iou,
-    normalise,
+    normalize,
     ratio_interval,
     wilson_interval,
 )
@@ -71,7 +71,7 @@ def test_a_common_end_changes_nothing(a: str, b: str) -> None:
     ],
 )
 def test_what_does_not_count_in_words(answer: str, reduced: str) -> None:
-    assert normalise(answer) == reduced
+    assert normalize(answer) == reduced
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def way_of_motion(messages: Messages) -> str:
 
 
 def middle(frames: np.ndarray) -> tuple[float, float]:
-    """Average the place of what differs from the corners' colour."""
+    """Average the place of what differs from the corners' color."""
     ground = frames[0, 0, 0].astype(int)
     for corner in (frames[0, -1, -1], frames[0, 0, -1], frames[0, -1, 0]):
         ground = ground if (ground == frames[-1, 0, 0]).all() else corner.astype(int)

@@ -24,7 +24,7 @@ from qwen2vl.eval.parity import (
     run_model,
 )
 from qwen2vl.eval.reference import prepare, reference_side, run_reference
-from qwen2vl.load import load_processor
+from qwen2vl.loading import load_processor
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.processor import Processor
 from tests.eval.faults import FAULTS

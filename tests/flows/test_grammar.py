@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from qwen2vl.engine import LLM, EngineConfig, Grammar, SamplingParams, matcher
+from qwen2vl.engine import LLM, EngineConfig, Grammar, SamplingParams
+from qwen2vl.engine.sampling import grammar_matcher
 from qwen2vl.errors import InputError
 from tests.parity.oracle import random_model
 from tests.tiny import tiny_config, tiny_processor
@@ -56,7 +57,7 @@ def test_json_by_a_random_model(llm: LLM) -> None:
         assert 0 <= value["age"] <= 120
 
 
-def test_neighbours_with_and_without_a_grammar_do_not_mind_each_other(llm: LLM) -> None:
+def test_neighbors_with_and_without_a_grammar_do_not_mind_each_other(llm: LLM) -> None:
     free = SamplingParams(temperature=0, max_tokens=12)
     grammars = [Grammar.boxes(), Grammar.choice(["yes", "no"]), Grammar.regex("x{7}|[yz]{3}")]
     wishes = [free, *(obeying(grammar) for grammar in grammars), free]
@@ -71,7 +72,7 @@ def test_drafts_change_nothing_under_a_grammar() -> None:
     schema = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 6, "maxItems": 6}
     params = obeying(Grammar.json_schema(schema), temperature=1.0)
     plain, drafted = build(num_drafts=0), build(num_drafts=4)
-    want, got = (llm.chat(user("Colours?"), params)[0] for llm in (plain, drafted))
+    want, got = (llm.chat(user("Colors?"), params)[0] for llm in (plain, drafted))
     assert got.token_ids == want.token_ids
     assert len(json.loads(got.text)) == 6
 
@@ -90,7 +91,7 @@ def test_a_grammar_that_cannot_be_obeyed_is_refused_before_anything_is_computed(
 
 
 def test_one_that_becomes_too_costly_fails_alone(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
-    monkeypatch.setitem(matcher._LIMITS, "max_lexer_states", 60)
+    monkeypatch.setitem(grammar_matcher._LIMITS, "max_lexer_states", 60)
     free = SamplingParams(temperature=0, max_tokens=12)
     costly = SamplingParams(grammar=Grammar.regex("(.*a.{12})?"), temperature=1.0, seed=1)
     fine, failed = llm.chat([user("A"), user("B")], [free, costly])

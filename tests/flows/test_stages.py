@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qwen2vl import recipes
 from qwen2vl.train.config import override
 from qwen2vl.train.loop import train
-from qwen2vl.weights.transplant import transplant
+from qwen2vl.weights.init_pretrained import transplant
 from tests.donors import write_open_clip, write_text
 
 STAGES = ("stage1_vision", "stage2_joint", "stage3_instruct", "full_finetune")

@@ -16,7 +16,7 @@ from qwen2vl.synth.fonts import FontError
 from qwen2vl.train import loop
 from qwen2vl.train.checkpoint import latest, read, shapes
 from qwen2vl.train.config import TrainConfig, override
-from qwen2vl.train.objective import Outcome
+from qwen2vl.train.loss import Outcome
 from tests.eval.fontless import hide_fonts
 from tests.fonts import needs_training_fonts
 
@@ -105,7 +105,7 @@ def test_fonts_that_are_missing_stop_the_run_before_its_first_step(
 
 
 @needs_training_fonts
-def test_lines_of_text_can_be_learnt_from(tmp_path: Path) -> None:
+def test_lines_of_text_can_be_learned_from(tmp_path: Path) -> None:
     text = Mixture(weights={"text": 1.0}, text_length=(1, 4), layout="cells", fonts="mono2")
     stages = tuple(
         type(s)(name=s.name, steps=2, examples=4, mixture=text, rules=s.rules)

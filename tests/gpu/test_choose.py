@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-from qwen2vl.engine.choose import choose
-from qwen2vl.engine.sampler import Rule, Sampler
+from qwen2vl.engine.sampling.batched import choose
+from qwen2vl.engine.sampling.sampler import Rule, Sampler
 from tests.gpu.device import GPU, needs_gpu
 
 pytestmark = needs_gpu

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qwen2vl.engine import LLM
-from qwen2vl.engine.arena import Arena, Range
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.decode import Token
-from qwen2vl.engine.graphs import DecodeGraphs, StaticDecode
-from qwen2vl.engine.params import Completion
+from qwen2vl.engine.decode.cuda_graphs import DecodeGraphs, StaticDecode
+from qwen2vl.engine.decode.decoder import Token
+from qwen2vl.engine.kv_cache.arena import Arena, Range
+from qwen2vl.engine.outputs import Completion
 from qwen2vl.model import Qwen2VL
 from tests.engine.test_runner import CONVERSATIONS, GREEDY, MODEL, alone, scores
 from tests.gpu.device import GPU, needs_gpu

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt.on_gpu import LEAST, NarrowLinear
-from qwen2vl.adapt.quantise import GPU_MODES, AnyMode, describe, gpu_recipe, quantise_layers
 from qwen2vl.engine import LLM
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import Qwen2VL
+from qwen2vl.quantization.scheme import GPU_MODES, AnyMode, describe, gpu_recipe, quantize_layers
+from qwen2vl.quantization.torchao import LEAST, NarrowLinear
 from tests.engine.test_runner import CONVERSATIONS, GREEDY
 from tests.gpu.device import GPU, needs_gpu
 from tests.tiny import tiny_config, tiny_model, tiny_processor
@@ -39,7 +39,7 @@ def narrowed(model: Qwen2VL, mode: AnyMode) -> Qwen2VL:
     if torch.cuda.get_device_capability(GPU) < LEAST[mode]:
         pytest.skip(f"this GPU is too old for {mode}")
     for name, kind in gpu_recipe(model, mode).items():
-        quantise_layers(model, [name], kind)
+        quantize_layers(model, [name], kind)
     return model
 
 

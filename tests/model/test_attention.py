@@ -74,7 +74,7 @@ def test_runs_equal_one_segment_at_a_time(
     assert_close(got, attention_by_segment(q_THC, k_TKC, v_TKC, meta, causal=causal))
 
 
-def test_a_segment_sees_nothing_of_its_neighbours() -> None:
+def test_a_segment_sees_nothing_of_its_neighbors() -> None:
     q_THC, k_TKC, v_TKC = qkv(9, 9, 4, 2)
     meta = AttnMeta.build([4, 2, 3])
     before = attention(q_THC, k_TKC, v_TKC, meta, causal=False)

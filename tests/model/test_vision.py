@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from qwen2vl.config import VisionConfig
 from qwen2vl.geometry import Grid, VisionMeta
-from qwen2vl.model.vision import PatchEmbed, VisionMLP, VisionTower, normalise_pixels
+from qwen2vl.model.vision import PatchEmbed, VisionMLP, VisionTower, normalize_pixels
 from tests import prompts
 from tests.prompts import image, video
 from tests.tiny import tiny_config, tiny_model
@@ -26,9 +26,9 @@ def pixels(num_patches: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def test_pixels_are_scaled_and_normalised_by_channel() -> None:
+def test_pixels_are_scaled_and_normalized_by_channel() -> None:
     patches_NP = pixels(3)
-    wide = normalise_pixels(patches_NP, CONFIG.vision)
+    wide = normalize_pixels(patches_NP, CONFIG.vision)
     assert wide.dtype == torch.float32
     for index in (0, 391, 392, 783, 784, 1175):
         channel = index // 392  # two frames of 14 x 14 a channel
@@ -38,10 +38,10 @@ def test_pixels_are_scaled_and_normalised_by_channel() -> None:
 
 
 @torch.inference_mode()
-def test_uint8_patches_are_normalised_first() -> None:
+def test_uint8_patches_are_normalized_first() -> None:
     meta = VisionMeta.build([Grid(1, 4, 4)])
     patches_NP = pixels(16)
-    want = tower()(normalise_pixels(patches_NP, CONFIG.vision), meta)
+    want = tower()(normalize_pixels(patches_NP, CONFIG.vision), meta)
     assert torch.equal(tower()(patches_NP, meta), want)
 
 
@@ -63,7 +63,7 @@ def test_activation_is_the_quick_gelu() -> None:
 
 
 @torch.inference_mode()
-def test_merger_joins_four_neighbours_of_the_stream() -> None:
+def test_merger_joins_four_neighbors_of_the_stream() -> None:
     merger = tower().merger
     hidden_NE = torch.randn(8, 32)
     rows = F.layer_norm(hidden_NE, (32,), merger.ln_q.weight, merger.ln_q.bias, 1e-6).view(2, 128)

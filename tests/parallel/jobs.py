@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl.data.example import Example
+from qwen2vl.data.preprocess import Example
 from qwen2vl.model import Qwen2VL
+from qwen2vl.parallel.activation_checkpointing import Mode, recompute
+from qwen2vl.parallel.fsdp import shard
 from qwen2vl.parallel.mesh import Ranks, join
-from qwen2vl.parallel.recompute import Mode, recompute
-from qwen2vl.parallel.shard import shard
 from qwen2vl.recipes import tiny
 from qwen2vl.recipes.nano import ALL
 from qwen2vl.train.checkpoint import Saver
 from qwen2vl.train.config import OptimConfig, Rules, Stage, TrainConfig
+from qwen2vl.train.loader.batch import Batch, pack
+from qwen2vl.train.logging.metrics import Metrics
 from qwen2vl.train.loop import one_step
-from qwen2vl.train.metrics import Metrics
-from qwen2vl.train.optim import match_rules
-from qwen2vl.train.pack import Batch, pack
-from qwen2vl.train.run import Run, resume
+from qwen2vl.train.optim.optimizers import match_rules
+from qwen2vl.train.state import Run, resume
 from tests.tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer_dir
 
 STEPS = 3
@@ -161,8 +161,8 @@ def train(case: Case, ranks: Ranks) -> Result:
             step(run, case, number, result)
     result.collectives = recorder.seen
     result.parameters = {n: whole(p) for n, p in run.model.named_parameters()}
-    assert run.optimisers is not None
-    result.moments = {n: whole(t) for n, t in run.optimisers.state().items()}
+    assert run.optimizers is not None
+    result.moments = {n: whole(t) for n, t in run.optimizers.state().items()}
     return result if ranks.rank == 0 else replace(result, parameters={}, moments={}, gradients={})
 
 
@@ -206,13 +206,13 @@ def frozen_names(model: Qwen2VL, case: Case) -> set[str]:
 
 def step(run: Run, case: Case, number: int, result: Result) -> None:
     """Take one step, and note its loss, norm and (of the first) gradients over all ranks."""
-    optimisers, guard = run.optimisers, run.guard
-    assert optimisers is not None and guard is not None
-    clip, judge = optimisers.clip, guard.judge
+    optimizers, guard = run.optimizers, run.guard
+    assert optimizers is not None and guard is not None
+    clip, judge = optimizers.clip, guard.judge
 
     def note_gradients() -> Tensor:
         if number == 0:
-            for name, parameter in optimisers.named.items():
+            for name, parameter in optimizers.named.items():
                 assert parameter.grad is not None, name
                 result.gradients[name] = whole(parameter.grad)
         return clip()
@@ -222,11 +222,11 @@ def step(run: Run, case: Case, number: int, result: Result) -> None:
         result.norms.append(norm.item())
         return judge(step, loss, norm)
 
-    optimisers.clip = note_gradients
+    optimizers.clip = note_gradients
     guard.judge = note_loss
     own = [packed(ids) for ids in case.shares[number % len(case.shares)][run.ranks.rank]]
     one_step(run, own, Losses(), 0.0)
-    optimisers.clip, guard.judge = clip, judge
+    optimizers.clip, guard.judge = clip, judge
 
 
 def packed(ids: Sequence[int]) -> Batch:
@@ -275,9 +275,9 @@ def resumed(case: Case, ranks: Ranks, folder: str) -> Result:
 
 
 def _after(run: Run, result: Result) -> Result:
-    assert run.optimisers is not None
+    assert run.optimizers is not None
     result.parameters = {n: whole(p) for n, p in run.model.named_parameters()}
-    result.moments = {n: whole(t) for n, t in run.optimisers.state().items()}
+    result.moments = {n: whole(t) for n, t in run.optimizers.state().items()}
     return result
 
 

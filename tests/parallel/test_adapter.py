@@ -13,7 +13,7 @@ from qwen2vl.parallel.mesh import join
 from qwen2vl.recipes import lora
 from qwen2vl.train import loop
 from qwen2vl.train.config import override
-from qwen2vl.train.run import build
+from qwen2vl.train.state import build
 from tests.folders import write_tiny
 from tests.parallel.gang import Gang
 

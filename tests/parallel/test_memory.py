@@ -10,7 +10,7 @@ from qwen2vl.parallel.mesh import join
 from qwen2vl.train.config import OptimConfig
 from tests.parallel.gang import Gang
 from tests.parallel.jobs import PICTURES, TEXT, Case
-from tests.train.test_memory import measured, of_case, stored
+from tests.train.dry_run.test_memory import measured, of_case, stored
 
 
 def bytes_of_rank(case: Case) -> dict[str, int]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen2vl.adapt.lora import LoraConfig
+from qwen2vl.lora.layers import LoraConfig
 from qwen2vl.parallel.mesh import join
 from qwen2vl.recipes import full_finetune, lora, tiny
 from qwen2vl.train import checkpoint, loop
-from qwen2vl.train.begin import begin
 from qwen2vl.train.config import TrainConfig, override
-from qwen2vl.train.run import build
+from qwen2vl.train.init import begin
+from qwen2vl.train.state import build
 from qwen2vl.weights import TensorFolder
 from tests.folders import write_tiny
 from tests.parallel.gang import Gang

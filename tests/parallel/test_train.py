@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from qwen2vl.cli.main import main
-from qwen2vl.data.corpus import Corpus
+from qwen2vl.data.dataset import Corpus
 from qwen2vl.errors import ConfigError
 from qwen2vl.parallel.mesh import Ranks, is_first, join
 from qwen2vl.recipes import tiny
 from qwen2vl.train import checkpoint, loop
 from qwen2vl.train.config import TrainConfig, override
-from qwen2vl.train.probe import HeldOut
+from qwen2vl.train.evaluate import HeldOut
 from tests.parallel.gang import FORKS, Gang
 
 ONE = Ranks(torch.device("cpu"))

@@ -27,8 +27,8 @@ def random_model(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VL:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            centre = 1.0 if "norm" in name or "ln_q" in name else 0.0
-            parameter.data = centre * (name.endswith("weight")) + 0.2 * noise
+            center = 1.0 if "norm" in name or "ln_q" in name else 0.0
+            parameter.data = center * (name.endswith("weight")) + 0.2 * noise
         elif "embed_tokens" in name:
             parameter.data = noise
         else:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl.processor.chat import render, tokenize
-from qwen2vl.processor.messages import normalise
+from qwen2vl.processor.chat_template import render, tokenize
+from qwen2vl.processor.messages import normalize
 from qwen2vl.processor.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer, tiny_tokenizer_dir
 
@@ -66,7 +66,7 @@ conversations = st.lists(
 
 
 def ours(messages: list[dict[str, Any]], **options: Any) -> str:
-    return "".join(segment.text for segment in render(normalise(messages), **options))
+    return "".join(segment.text for segment in render(normalize(messages), **options))
 
 
 @given(conversations, st.booleans(), st.booleans())
@@ -82,7 +82,7 @@ def test_rendering_equals_the_official_template(
 
 
 def same_ids(tokenizer: Tokenizer, oracle: Any, messages: list[dict[str, Any]]) -> None:
-    segments = render(normalise(messages), add_vision_id=True)
+    segments = render(normalize(messages), add_vision_id=True)
     counts = [1] * sum(segment.text.endswith("_pad|>") for segment in segments)
     ids, _ = tokenize(segments, tokenizer, counts, special="all")
     rendered = template.render(messages=messages, add_generation_prompt=True, add_vision_id=True)
@@ -120,7 +120,7 @@ def test_ids_of_the_official_tokenizer_equal_transformers(
 
 def test_published_ids_of_a_prompt(official_pair: tuple[Tokenizer, Any]) -> None:
     messages = [{"role": "user", "content": [{"image": "a.png"}, {"text": "Describe this image."}]}]
-    ids, _ = tokenize(render(normalise(messages)), official_pair[0], [1])
+    ids, _ = tokenize(render(normalize(messages)), official_pair[0], [1])
     system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
     assert ids == system + [
         *(151644, 872, 198, 151652, 151655, 151653, 74785, 419, 2168, 13, 151645, 198),
@@ -132,7 +132,7 @@ def test_a_break_after_the_head_is_not_cut_off(official_pair: tuple[Tokenizer, A
     tokenizer = official_pair[0]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\n\nHello"}]
     ids, mask = tokenize(
-        render(normalise(messages), add_generation_prompt=False), tokenizer, [], special="none"
+        render(normalize(messages), add_generation_prompt=False), tokenizer, [], special="none"
     )
     turn = [tokenizer.bytes_of(token) for token in ids[-6:]]
     assert turn == [b"<|im_start|>", b"assistant", b"\n\n\n", b"Hello", b"<|im_end|>", b"\n"]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers import Qwen2VLForConditionalGeneration as ReferenceModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen2vl.load import load, load_model
+from qwen2vl.loading import load, load_model
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights import GenerationDefaults, check_fit, open_tensors, read_config
 from tests.folders import PIXELS, write_tiny

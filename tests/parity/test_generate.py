@@ -15,7 +15,7 @@ import torch
 
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.geometry import text_positions
-from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.inputs import ModelInput
 from tests.parity.oracle import ReferenceModel, random_model, twin
 from tests.tiny import tiny_config, tiny_processor
@@ -74,7 +74,7 @@ def reference_inputs(prompt: ModelInput) -> dict[str, torch.Tensor]:
         own = [item for item in prompt.items if item.kind == kind]
         if own:
             patches_NP = torch.cat([item.patches_NP for item in own])
-            inputs[pixels] = normalise_pixels(patches_NP, config.vision)
+            inputs[pixels] = normalize_pixels(patches_NP, config.vision)
             inputs[grids] = torch.tensor([item.grid for item in own])
     return inputs
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen2vl.engine import LLM
 from qwen2vl.errors import CheckpointError
-from qwen2vl.load import load
+from qwen2vl.loading import load
 from qwen2vl.model import Qwen2VL
 from tests.folders import write_tiny
 from tests.parity.oracle import (

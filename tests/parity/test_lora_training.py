@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwen2vl.adapt.lora import (
+from qwen2vl.lora.layers import (
     DECODER,
     LoraConfig,
     LoraFactors,
@@ -21,7 +21,7 @@ from qwen2vl.adapt.lora import (
     lora_layers,
     put_lora,
 )
-from qwen2vl.adapt.peft import peft_settings, peft_tensors, read_lora
+from qwen2vl.lora.peft import peft_settings, peft_tensors, read_lora
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights import read_adapter, save_adapter
 from tests.parity.oracle import ask, ask_reference, random_model, relative_error, twin
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 
 CHOICES: dict[str, dict[str, Any]] = {
     "decoder": {"targets": (DECODER,)},
-    "everything, stabilised": {"targets": (r".*",), "rank_stabilised": True},
+    "everything, stabilized": {"targets": (r".*",), "rank_stabilized": True},
     "the tower alone": {"targets": (r"visual\..*",)},
     "one layer of one block": {"targets": (r"model\.layers\.1\.mlp\.up_proj",)},
     "parts of both": {"targets": (r".*layers\.0.*[qv]_proj", r".*merger\.mlp\.0", r".*attn\.proj")},
@@ -141,16 +141,16 @@ def test_peft_adapts_exactly_the_layers_that_we_did(tmp_path: Path) -> None:
         assert len(targets) <= 7 if options["targets"] == (DECODER,) else True
 
 
-@pytest.mark.parametrize("stabilised", [False, True])
-def test_what_peft_saves_is_learnt_on_with_the_same_outputs(
-    stabilised: bool, tmp_path: Path
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_what_peft_saves_is_learned_on_with_the_same_outputs(
+    stabilized: bool, tmp_path: Path
 ) -> None:
     model = random_model(tiny_config(tie_word_embeddings=False))
     torch.manual_seed(2)
     config = ReferenceConfig(
         r=4,
         lora_alpha=6,
-        use_rslora=stabilised,
+        use_rslora=stabilized,
         init_lora_weights=False,
         target_modules=["q_proj", "down_proj", "qkv", "merger.mlp.2"],
     )

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.geometry import num_tokens
-from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.synth import Mixture, render, sample
 from qwen2vl.weights import find
 
@@ -52,7 +52,7 @@ def test_transformers_gives_the_same_ids_pixels_and_greedy_text(index: int) -> N
     pixels = Qwen2VLImageProcessorPil.from_pretrained(FOLDER)(pictures, return_tensors="pt")
     patches_NP = prompt.patches_NP
     assert patches_NP is not None
-    assert torch.equal(pixels["pixel_values"], normalise_pixels(patches_NP, ours().config.vision))
+    assert torch.equal(pixels["pixel_values"], normalize_pixels(patches_NP, ours().config.vision))
     assert [tuple(grid) for grid in pixels["image_grid_thw"].tolist()] == prompt.grids
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as refere
 
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import num_tokens
-from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.image import PixelLimits, smart_resize
 from tests.media import FORMATS, PIXELS, VISION, encoded, image, noise, smooth
 
@@ -33,7 +33,7 @@ def assert_equal(picture: Image.Image, source: object = None, pixels: PixelLimit
     want, grid = theirs(picture, pixels)
     assert list(item.grid) == grid
     assert want.dtype == torch.float32
-    assert torch.equal(normalise_pixels(item.patches_NP, VISION), want)
+    assert torch.equal(normalize_pixels(item.patches_NP, VISION), want)
 
 
 @settings(max_examples=25)
@@ -43,7 +43,7 @@ def test_pixels_of_any_size(height: int, width: int, seed: int) -> None:
         assert_equal(Image.fromarray(noise(height, width, seed)))
 
 
-def test_every_byte_value_normalises_to_the_same_float() -> None:
+def test_every_byte_value_normalizes_to_the_same_float() -> None:
     ramp = np.arange(256, dtype=np.uint8).repeat(49).reshape(112, 112)
     assert_equal(Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], axis=-1)))
 

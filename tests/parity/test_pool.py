@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwen2vl.engine.pool import pool
+from qwen2vl.engine.embed import pool
 from qwen2vl.geometry import text_positions
 from tests import prompts
 from tests.parity.oracle import packed, random_model, relative_error, split_by_kind, twin

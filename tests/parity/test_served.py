@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.model import Qwen2VL
-from qwen2vl.model.vision import normalise_pixels
+from qwen2vl.model.vision import normalize_pixels
 from tests.parity.oracle import ask_reference, random_model, twin
 from tests.prompts import Prompt, image
 from tests.tiny import tiny_config, tiny_processor
@@ -48,7 +48,7 @@ def test_requests_are_answered_as_by_the_reference_with_their_adapter(tmp_path: 
     told = llm.chat([question, question], wishes)
     asked = llm.processor(question)
     assert asked.patches_NP is not None
-    pixels_NP = normalise_pixels(asked.patches_NP, model.config.vision)
+    pixels_NP = normalize_pixels(asked.patches_NP, model.config.vision)
     visuals = [image(asked.grids[0].h, asked.grids[0].w)]
     for answer, reference in zip(told, references.values(), strict=True):
         ids = list(asked.input_ids)

@@ -18,17 +18,17 @@ from transformers import (
 )
 
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.load import load
+from qwen2vl.loading import load
 from qwen2vl.model import Qwen2VL
 from qwen2vl.model.rope import vision_rotation
-from qwen2vl.weights.transplant import transplant
+from qwen2vl.weights.init_pretrained import transplant
 from tests.donors import (
     CLIP_MODEL_CFG,
     HEADS,
     PATCH,
     WIDTH,
     OpenClipTower,
-    randomise,
+    randomize,
     text_config,
     write_open_clip,
     write_text,
@@ -100,7 +100,7 @@ def test_every_block_of_open_clip_itself(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model_cfg = {name: value for name, value in CLIP_MODEL_CFG.items() if name != "quick_gelu"}
     tower = open_clip.CLIP(**model_cfg, quick_gelu=True).eval().visual
-    randomise(tower)
+    randomize(tower)
     write_text(tmp_path / "text")
     write_open_clip(tmp_path / "vision", tower)
     assert tower.state_dict().keys() == OpenClipTower().state_dict().keys()
@@ -130,7 +130,7 @@ def test_every_block_of_a_tower_of_transformers(tmp_path: Path, whole: bool) -> 
         )
     else:
         clip = CLIPVisionModel(config)
-    randomise(clip)
+    randomize(clip)
     clip.eval().save_pretrained(str(tmp_path / "vision"))
     write_text(tmp_path / "text")
     model = grown(tmp_path)
@@ -150,7 +150,7 @@ def test_the_decoder_gives_the_logits_of_its_donor(tmp_path: Path, tied: bool) -
     torch.manual_seed(0)
     raw = text_config(tie_word_embeddings=tied)
     donor = Qwen2ForCausalLM(Qwen2Config(**raw)).eval()
-    randomise(donor)
+    randomize(donor)
     donor.save_pretrained(str(tmp_path / "text"))
     num_tokens = write_tokenizer(tmp_path / "text")
     write_open_clip(tmp_path / "vision")

@@ -22,8 +22,8 @@ from PIL import Image, PngImagePlugin
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.image import unpatchify
-from qwen2vl.processor.media import DEFAULT_LIMITS
-from qwen2vl.processor.rgb import open_image
+from qwen2vl.processor.media.rgb import open_image
+from qwen2vl.processor.media.source import DEFAULT_LIMITS
 from tests.media import FORMATS, VISION, animation, encoded, image, noise, png_header, smooth
 
 PICTURE = smooth(150, 200)
@@ -161,7 +161,7 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     (
         "float TIFF",
         lambda: encoded(np.full((9, 9), 4000, np.float32), "TIFF"),
-        "float32 values from 4000.0 to 4000.0 are no colours",
+        "float32 values from 4000.0 to 4000.0 are no colors",
     ),
     (
         "4-channel or 2-channel numpy array, CHW/HWC ambiguous",
@@ -209,7 +209,7 @@ def exif_of(orientation: int) -> bytes:
     return exif.tobytes()
 
 
-def is_grey(source: Any, level: int) -> bool:
+def is_gray(source: Any, level: int) -> bool:
     return bool((shown(source) == level).all())
 
 
@@ -321,14 +321,14 @@ ACCEPTED: list[tuple[str, Callable[[], bool]]] = [
     ),
     *(
         (
-            "16-bit greyscale PNG/TIFF",
-            lambda kind=kind: is_grey(encoded(np.full((56, 56), 32768, np.uint16), kind), 128),
+            "16-bit grayscale PNG/TIFF",
+            lambda kind=kind: is_gray(encoded(np.full((56, 56), 32768, np.uint16), kind), 128),
         )
         for kind in ("PNG", "TIFF")
     ),
     (
         "float TIFF",
-        lambda: is_grey(encoded(np.full((56, 56), 0.5, np.float32), "TIFF"), 128),
+        lambda: is_gray(encoded(np.full((56, 56), 0.5, np.float32), "TIFF"), 128),
     ),
     ("palette image with transparency, RGB+tRNS, LA, RGBA", lambda: on_white(keyed("P", 1))),
     (
@@ -342,8 +342,8 @@ ACCEPTED: list[tuple[str, Callable[[], bool]]] = [
         "4-channel or 2-channel numpy array, CHW/HWC ambiguous",
         lambda: on_white(np.asarray(half("RGBA"))),
     ),  # pyright: ignore[reportArgumentType]
-    ("1-bit and L images", lambda: is_grey(Image.new("1", (56, 56), 1), 255)),
-    ("1-bit and L images", lambda: is_grey(Image.new("L", (56, 56), 77), 77)),
+    ("1-bit and L images", lambda: is_gray(Image.new("1", (56, 56), 1), 255)),
+    ("1-bit and L images", lambda: is_gray(Image.new("L", (56, 56), 77), 77)),
     *(
         (
             "animated GIF / WebP / APNG / multi-page TIFF as image",

@@ -13,7 +13,7 @@ import pytest
 from qwen2vl.errors import InputError
 from qwen2vl.processor.image import unpatchify
 from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media import MediaLimits
+from qwen2vl.processor.media.source import MediaLimits
 from tests.media import (
     VISION,
     animation,

@@ -207,7 +207,7 @@ def test_options_take_the_models_place() -> None:
 
 
 def test_digest_follows_what_the_tower_computes() -> None:
-    """Same pixels, same digest; another size, picture or normalisation, another digest."""
+    """Same pixels, same digest; another size, picture or normalization, another digest."""
     picture = smooth(112, 112)
     base = image(picture).digest
     assert image(encoded(picture)).digest == base

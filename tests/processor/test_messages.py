@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.media import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 from qwen2vl.processor.messages import (
     Call,
     MarkPart,
@@ -18,7 +18,7 @@ from qwen2vl.processor.messages import (
     Message,
     Part,
     TextPart,
-    normalise,
+    normalize,
     read_media,
 )
 
@@ -27,7 +27,7 @@ PATH = "messages[0].content[0]"
 
 def only(item: Any) -> Part:
     """Read one content item."""
-    (part,) = normalise([{"role": "user", "content": [item]}])[0].parts
+    (part,) = normalize([{"role": "user", "content": [item]}])[0].parts
     return part
 
 
@@ -96,20 +96,20 @@ def test_an_array_is_a_source() -> None:
 
 
 def test_a_string_is_one_text_and_an_empty_one_is_none() -> None:
-    assert normalise([{"role": "user", "content": "hi"}]) == [
+    assert normalize([{"role": "user", "content": "hi"}]) == [
         Message("user", (TextPart("hi"),), "messages[0]")
     ]
-    assert normalise([{"role": "system", "content": ""}])[0].parts == ()
+    assert normalize([{"role": "system", "content": ""}])[0].parts == ()
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_every_role_may_hold_media(role: str) -> None:
-    (message,) = normalise([{"role": role, "content": [{"image": "a.png"}]}])
+    (message,) = normalize([{"role": role, "content": [{"image": "a.png"}]}])
     assert message.parts == (image(),)
 
 
 def test_calls_of_an_assistant() -> None:
-    (message,) = normalise(
+    (message,) = normalize(
         [
             {
                 "role": "assistant",
@@ -129,7 +129,7 @@ def test_calls_of_an_assistant() -> None:
 
 def test_results_name_their_call() -> None:
     message = {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"}
-    assert normalise([message])[0].call_id == "c1"
+    assert normalize([message])[0].call_id == "c1"
 
 
 def test_a_bare_source_or_an_item_is_a_medium() -> None:
@@ -194,7 +194,7 @@ def test_a_bare_source_or_an_item_is_a_medium() -> None:
 )
 def test_messages_are_refused_by_path(messages: Any, text: str) -> None:
     with pytest.raises(InputError, match=text):
-        normalise(messages)
+        normalize(messages)
 
 
 @pytest.mark.parametrize(
@@ -255,4 +255,4 @@ def test_the_path_counts_messages_and_items() -> None:
         {"role": "user", "content": [{"text": "a"}, {"text": 5}]},
     ]
     with pytest.raises(InputError, match=r"^messages\[2\]\.content\[1\]\.text must be"):
-        normalise(messages)
+        normalize(messages)

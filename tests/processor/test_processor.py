@@ -19,7 +19,7 @@ from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.geometry import Grid, pad_index, text_positions
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.inputs import ModelInput
-from qwen2vl.processor.media import MediaLimits
+from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 from tests.tiny import tiny_config, tiny_processor, tiny_tokenizer
 
@@ -114,8 +114,8 @@ def test_options_of_an_item_are_its_own() -> None:
 
 
 def test_notes_say_whose_they_are() -> None:
-    grey = np.full((56, 56, 4), 128, np.uint8)  # half transparent
-    made = tiny_processor()(user({"image": grey}))
+    gray = np.full((56, 56, 4), 128, np.uint8)  # half transparent
+    made = tiny_processor()(user({"image": gray}))
     assert made.notes == tuple(f"image 1: {note}" for note in made.items[0].notes)
     assert made.notes
 

@@ -19,7 +19,7 @@ from qwen2vl.config import PRESETS, Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.grounding import GROUNDING_TOKENS
 from qwen2vl.processor.tokenizer import Special, TextStream, Tokenizer
-from qwen2vl.processor.vocabulary import IM_END, IM_START, SPECIAL_TOKENS
+from qwen2vl.processor.tokenizer_files import IM_END, IM_START, SPECIAL_TOKENS
 from tests.tiny import tiny_config, tiny_tokenizer, tiny_tokenizer_dir
 
 
@@ -28,7 +28,7 @@ def official(official_tokenizer_dir: Path) -> Tokenizer:
     return Tokenizer.from_folder(official_tokenizer_dir)
 
 
-# Text with what makes tokenisers stumble: marks, breaks, special tokens whole and torn.
+# Text with what makes tokenizers stumble: marks, breaks, special tokens whole and torn.
 pieces = st.sampled_from(
     [*SPECIAL_TOKENS, "<|", "|>", "<|im_", "end|>", "\n", "\n\n", " ", "  ", "it's", "IT'S", "2024"]
     + ["e\u0301", "\u4f60\u597d", "\uff01", "\u273f", "\U0001f98a", "\u200b", "\r\n", "\x00"]

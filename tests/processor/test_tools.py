@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.messages import Call, MediaPart, Part, TextPart, normalise
+from qwen2vl.processor.messages import Call, MediaPart, Part, TextPart, normalize
 from qwen2vl.processor.tools import Reply, Turn, announce, join_turns, parse_calls
 
 STAR = "\u273f"
@@ -45,7 +45,7 @@ def result(content: Any, call_id: str | None = None) -> dict[str, Any]:
 
 def joined(*messages: dict[str, Any]) -> Turn:
     """Join messages that make up one turn."""
-    (turn,) = join_turns(normalise(messages))
+    (turn,) = join_turns(normalize(messages))
     return turn
 
 
@@ -91,7 +91,7 @@ def test_a_tool_without_a_name_is_refused(tool: Any) -> None:
 
 def test_messages_without_tools_stay_as_they_are() -> None:
     turns = join_turns(
-        normalise(
+        normalize(
             [
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "b"},
@@ -146,9 +146,9 @@ def test_places_inside_a_result_are_given() -> None:
 
 def test_a_result_needs_a_call() -> None:
     with pytest.raises(InputError, match=r"messages\[1\]: a tool's result must follow"):
-        join_turns(normalise([{"role": "user", "content": "a"}, result("b")]))
+        join_turns(normalize([{"role": "user", "content": "a"}, result("b")]))
     with pytest.raises(InputError, match=r"messages\[0\]: a tool's result must follow"):
-        join_turns(normalise([result("b")]))
+        join_turns(normalize([result("b")]))
 
 
 def test_a_result_of_an_unknown_call_is_refused() -> None:
@@ -219,7 +219,7 @@ def test_what_is_rendered_is_read_back(calls: list[tuple[str, dict[str, int]]], 
         "content": said.strip(),
         "tool_calls": [{"name": n, "arguments": a} for n, a in calls],
     }
-    (read,) = normalise([message])
+    (read,) = normalize([message])
     text = "".join(part.text for part in joined(message).parts if isinstance(part, TextPart))
     reply = parse_calls(text)
     assert reply.calls == read.calls

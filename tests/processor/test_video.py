@@ -19,8 +19,8 @@ import qwen2vl.processor
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.image import PixelLimits, unpatchify
-from qwen2vl.processor.media import MediaOptions
-from qwen2vl.processor.timeline import Timeline
+from qwen2vl.processor.media.source import MediaOptions
+from qwen2vl.processor.media.timeline import Timeline
 from qwen2vl.processor.video import PRESETS, Plan, plan_frames
 from tests.media import PIXELS, VISION, clip, encoded, noise, smooth, video
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from qwen2vl import recipes
-from qwen2vl.adapt.lora import fresh_factors, put_lora
 from qwen2vl.config import PRESETS
 from qwen2vl.errors import ConfigError
+from qwen2vl.lora.layers import fresh_factors, put_lora
 from qwen2vl.model import Qwen2VL
-from qwen2vl.train.optim import match_rules
-from qwen2vl.train.schedule import draw
+from qwen2vl.train.loader.data_order import draw
+from qwen2vl.train.optim.optimizers import match_rules
 
 
 @pytest.mark.parametrize("name", recipes.names())

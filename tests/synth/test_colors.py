@@ -1,4 +1,4 @@
-"""Colours: eight spans that never meet, and grounds that hide none."""
+"""Colors: eight spans that never meet, and grounds that hide none."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from qwen2vl.synth.colors import COLORS, is_light
 from qwen2vl.synth.draw import KINDS, draw
 from qwen2vl.synth.scenes import MIN_SIDE, overlap
 from qwen2vl.synth.spec import Scene
-from tests.synth.test_shapes import name_pixels
+from tests.synth.families.test_shapes import name_pixels
 
 PLAIN = Mixture(weights={"shapes": 1.0}, textured_share=0.0)
 

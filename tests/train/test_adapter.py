@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from qwen2vl.adapt.lora import LoraLinear, lora_layers
-from qwen2vl.adapt.nf4 import Nf4Weight
 from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.load import load
+from qwen2vl.loading import load
+from qwen2vl.lora.layers import LoraLinear, lora_layers
+from qwen2vl.quantization.nf4 import Nf4Weight
 from qwen2vl.recipes import lora, qlora
-from qwen2vl.train.begin import begin
 from qwen2vl.train.config import TrainConfig, override
 from qwen2vl.train.export import export
+from qwen2vl.train.init import begin
 from qwen2vl.train.loop import train
 from tests.folders import write_tiny
 
@@ -138,7 +138,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(base: Path, data: Path, recipe
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "nf4_double"])
-def test_a_quantised_base_merges_into_what_was_trained_beside(
+def test_a_quantized_base_merges_into_what_was_trained_beside(
     base: Path, data: Path, quantize: str
 ) -> None:
     merged = train(config(lora.recipe(), base, f"adapter.quantize_base={quantize}", data=data))
@@ -146,14 +146,14 @@ def test_a_quantised_base_merges_into_what_was_trained_beside(
     assert state[f"{Q}.nf4.codes"].dtype == torch.uint8
     assert f"{Q}.weight" not in state
     before = load_file(base / "model.safetensors")[f"{Q}.weight"]
-    widened = Nf4Weight(before, double=quantize == "nf4_double").dequantised()
+    widened = Nf4Weight(before, double=quantize == "nf4_double").dequantized()
     change = 2.0 * state[f"{Q}.lora_B"] @ state[f"{Q}.lora_A"]
     after = load_file(merged / "model.safetensors")[f"{Q}.weight"]
     torch.testing.assert_close(after, (widened + change).bfloat16())
     assert logits(merged).isfinite().all()
 
 
-def test_a_quantised_model_is_filled_as_a_whole_one_would_be(base: Path) -> None:
+def test_a_quantized_model_is_filled_as_a_whole_one_would_be(base: Path) -> None:
     run = config(qlora.recipe(), base)
     model, _, _ = begin(run)
     assert run.adapter is not None
@@ -165,7 +165,7 @@ def test_a_quantised_model_is_filled_as_a_whole_one_would_be(base: Path) -> None
     for name, layer in lora_layers(model):
         want = Nf4Weight(whole[f"{name}.weight"], double=True)
         assert layer.nf4 is not None
-        assert torch.equal(layer.nf4.dequantised(), want.dequantised())
+        assert torch.equal(layer.nf4.dequantized(), want.dequantized())
 
 
 def test_a_run_goes_on_from_an_adapter(base: Path, data: Path) -> None:
@@ -198,8 +198,8 @@ def test_another_adapter_does_not_go_on_from_a_checkpoint(base: Path, data: Path
         train(config(lora.recipe(), base, "adapter.alpha=8", data=data))
 
 
-def test_an_adapter_needs_a_model_that_has_learnt(base: Path) -> None:
-    with pytest.raises(ConfigError, match="an adapter needs a model that has learnt; give model="):
+def test_an_adapter_needs_a_model_that_has_learned(base: Path) -> None:
+    with pytest.raises(ConfigError, match="an adapter needs a model that has learned; give model="):
         begin(replace(config(lora.recipe(), base), init=""))
 
 

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.data.corpus import Corpus
-from qwen2vl.data.dialects import Conversation, SampleError
+from qwen2vl.data.dataset import Corpus
+from qwen2vl.data.formats import Conversation, SampleError
 from qwen2vl.data.lengths import size_of
-from qwen2vl.data.prepare import Measurer, Preparer
+from qwen2vl.data.preprocess import Measurer, Preparer
 from qwen2vl.errors import ConfigError, InputError
 from tests.data.rows import conversation, data_of, write_media, write_rows
 from tests.media import animation, clip, encoded, noise, smooth, with_matrix
@@ -94,7 +94,7 @@ GOOD: list[tuple[str, str, Callable[[], Any]]] = [
         lambda: encoded(PICTURE, "JPEG", exif=b"Exif\0\0" + b"\xff" * 200),
     ),
     ("CMYK JPEG", "image", lambda: encoded(Image.new("CMYK", (70, 40)), "JPEG")),
-    ("16-bit greyscale PNG/TIFF", "image", lambda: encoded(np.full((40, 70), 32768, np.uint16))),
+    ("16-bit grayscale PNG/TIFF", "image", lambda: encoded(np.full((40, 70), 32768, np.uint16))),
     ("palette image with transparency", "image", lambda: encoded(Image.new("P", (70, 40)))),
     ("RGBA", "image", lambda: Image.new("RGBA", (70, 40))),
     ("1-bit and L images", "image", lambda: encoded(Image.new("1", (70, 40)))),

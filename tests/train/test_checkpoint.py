@@ -234,7 +234,7 @@ def test_files_of_before_the_manifest_can_be_read(tmp_path: Path) -> None:
     path.mkdir()
     given = tensors(5.0)
     save_file({"a.weight": given.pop("a.weight")}, path / "model.safetensors")
-    save_file(given, path / "optimiser.safetensors")
+    save_file(given, path / "optimizer.safetensors")
     (path / "state.json").write_text(json.dumps({"step": 10, **FACTS}))
     checkpoint.verify(path, ONE)
     assert checkpoint.read_step(path, tiny.recipe()) == 10

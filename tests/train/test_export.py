@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.load import load
+from qwen2vl.loading import load
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.train.checkpoint import Saver
 from qwen2vl.train.export import describe, export

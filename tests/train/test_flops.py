@@ -12,19 +12,19 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen2vl.adapt.lora import LoraConfig, fresh_factors, put_lora
 from qwen2vl.config import PRESETS
+from qwen2vl.lora.layers import LoraConfig, fresh_factors, put_lora
 from qwen2vl.model import Qwen2VL
-from qwen2vl.parallel.recompute import recompute
+from qwen2vl.parallel.activation_checkpointing import recompute
 from qwen2vl.recipes import nano
 from qwen2vl.train import flops
 from qwen2vl.train.config import RecomputeConfig, Rules
 from qwen2vl.train.flops import Price, Work, costs, peak_of
-from qwen2vl.train.objective import token_loss
-from qwen2vl.train.optim import apply_rules
-from qwen2vl.train.pack import Batch, pack
+from qwen2vl.train.loader.batch import Batch, pack
+from qwen2vl.train.loss import token_loss
+from qwen2vl.train.optim.optimizers import apply_rules
 from tests.tiny import tiny_config, tiny_model
-from tests.train.test_pack import conversations
+from tests.train.loader.test_batch import conversations
 
 
 @cache

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen2vl.load import load
+from qwen2vl.loading import load
 from qwen2vl.parallel.mesh import Ranks
 from qwen2vl.train import checkpoint
 from qwen2vl.train.checkpoint import Saver

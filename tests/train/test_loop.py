@@ -14,9 +14,9 @@ from qwen2vl.recipes import tiny
 from qwen2vl.train import loop
 from qwen2vl.train.config import OptimConfig, override
 from qwen2vl.train.flops import costs
-from qwen2vl.train.guard import WINDOW
+from qwen2vl.train.logging.metrics import Metrics
 from qwen2vl.train.loop import one_step
-from qwen2vl.train.metrics import Metrics
+from qwen2vl.train.optim.spike_guard import WINDOW
 from tests.parallel.jobs import MIXED, NOTHING, TEXT, Case, make, packed
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2vl.weights import awq
-from qwen2vl.weights.packing import Packing
+from qwen2vl.weights.quantization_config import Packing
 
 PACKING = Packing(method="awq", bits=4, group_size=32)
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -46,7 +46,7 @@ def nibble(words: Tensor, row: int, column: int) -> int:
 
 def test_every_weight_by_the_rule() -> None:
     parts = random_parts(1, 16, 64, 32)
-    got_OI = awq.unpack(parts, PACKING).dequantised()
+    got_OI = awq.unpack(parts, PACKING).dequantized()
     for o in range(16):
         for i in range(64):
             g = i // 32

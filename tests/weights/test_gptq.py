@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2vl.weights import gptq
-from qwen2vl.weights.packing import PackedMatrix, Packing
+from qwen2vl.weights.quantization_config import PackedMatrix, Packing
 
 FOUR = Packing(method="gptq", bits=4, group_size=32, is_symmetric=True, stores_zero_less_one=True)
 EIGHT = Packing(method="gptq", bits=8, group_size=32, is_symmetric=True, stores_zero_less_one=True)
@@ -47,7 +47,7 @@ def test_symmetric_zeros_are_these_words(packing: Packing, zero: int, word: int)
 
 
 def by_the_rule(parts: dict[str, Tensor], bits: int, o: int, i: int) -> float:
-    """Dequantise one weight as the format is written down: W = s * (q - (z + 1))."""
+    """Dequantize one weight as the format is written down: W = s * (q - (z + 1))."""
     per_word, mask = 32 // bits, (1 << bits) - 1
     word = int(parts["qweight"][i // per_word, o])
     q = (word >> bits * (i % per_word)) & mask
@@ -75,7 +75,7 @@ def random_parts(seed: int, bits: int, outputs: int, inputs: int, size: int) -> 
 def test_every_weight_by_the_rule(packing: Packing) -> None:
     parts = random_parts(1, packing.bits, 16, 64, 32)
     parts["g_idx"] = parts["g_idx"].flip(0)  # act-order is no more than another g_idx
-    got_OI = gptq.unpack(parts, packing).dequantised()
+    got_OI = gptq.unpack(parts, packing).dequantized()
     for o in range(16):
         for i in range(64):
             assert float(got_OI[o, i]) == by_the_rule(parts, packing.bits, o, i)

@@ -179,7 +179,7 @@ def test_the_remedy_for_pickles_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "dtype", "text"),
     [
-        ("model.layers.0.mlp.up_proj.qweight", torch.int32, "quantised"),
+        ("model.layers.0.mlp.up_proj.qweight", torch.int32, "quantized"),
         ("base_model.model.x.lora_A.weight", torch.float32, "holds a LoRA adapter"),
         ("model.norm.weight", torch.int64, r"1 tensors are not of .*model.norm.weight \(I64\)"),
         ("model.norm.weight", torch.float8_e4m3fn, r"model.norm.weight \(F8_E4M3\)"),

@@ -1,0 +1,135 @@
+"""`qwen2vl doctor`: is this machine fit, and is that folder sound?
+
+Prints what a bug report needs: versions, device, the dtype that auto would take, memory, decoders,
+fonts. --check-weights reads every tensor of a model folder and names those that are not finite.
+It changes nothing and fetches nothing. Next room: demo.py.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+import click
+
+import qwen2vl
+from qwen2vl.cli import terminal
+from qwen2vl.errors import CheckpointError, Qwen2VLError
+
+__all__ = ["doctor"]
+
+PACKAGES = "torch numpy pillow tokenizers safetensors huggingface_hub av transformers".split()
+
+
+@click.command()
+@click.option("--model", metavar="DIR", help="A folder whose files to check, without reading all.")
+@click.option(
+    "--check-weights", metavar="DIR", help="Read every tensor of DIR; name those with NaN or Inf."
+)
+@terminal.debug_option
+def doctor(model: str | None, check_weights: str | None) -> None:
+    """Check this machine and, if wished, a model folder."""
+    for name, value in _machine():
+        terminal.say(f"{name:<12} {value}")
+    terminal.say(f"{'nano':<12} {_nano()}")
+    for folder in dict.fromkeys(name for name in (model, check_weights) if name):
+        terminal.say(f"{'model':<12} {_check_folder(folder)}")
+    if check_weights:
+        _check_tensors(check_weights)
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from qwen2vl.loading import preferred_dtypes
+    from qwen2vl.memory import memory_available
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield "qwen2vl", qwen2vl.__version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for package in PACKAGES:
+        yield package, _version(package)
+    yield "device", _device_name()
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in preferred_dtypes(device)]
+    yield "dtype auto", " if it fits, else ".join(dtypes)
+    available = memory_available(device)
+    yield "memory", "unknown" if available is None else f"{available / 2**30:.1f} GiB available"
+    yield "video", _decoders()
+    yield "fonts", f"for training: {_fonts('all')}"
+    yield "fonts", f"for judging: {_fonts('judge')}"
+    yield (
+        "output",
+        f"{sys.stdout.encoding}, {'a terminal' if sys.stdout.isatty() else 'no terminal'}",
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} and {torch.get_num_threads()} CPU threads"
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _decoders() -> str:
+    """Say which of the usual codecs PyAV was built with."""
+    import av
+
+    wanted = ("h264", "hevc", "vp9", "av1", "mpeg4")
+    found = [name for name in wanted if name in av.codecs_available]
+    return f"PyAV decodes {', '.join(found)}"
+
+
+def _fonts(group: str) -> str:
+    """Count the fonts that drawn lines are written in, or say what to install."""
+    from qwen2vl.synth.fonts import FontError, files_of
+
+    try:
+        return f"{sum(len(family) for family in files_of(group))} files"
+    except FontError as error:
+        return str(error)
+
+
+def _nano() -> str:
+    try:
+        return _check_folder("nano")
+    except Qwen2VLError as error:
+        return str(error)
+
+
+def _check_folder(name: str) -> str:
+    """Check headers, names and shapes against config.json, the way loading does.
+
+    Raises:
+        CheckpointError, ConfigError: the first thing that is wrong.
+    """
+    from qwen2vl.loading import load_processor
+    from qwen2vl.weights import check_fit, find, open_tensors
+
+    folder = find(name)
+    processor = load_processor(folder)
+    tensors = open_tensors(folder)
+    check_fit(tensors, processor.config)
+    return f"{folder}: {len(tensors)} tensors, config, tokenizer and pixel limits fit together"
+
+
+def _check_tensors(name: str) -> None:
+    from qwen2vl.weights import find, nonfinite_tensors, open_tensors
+
+    with terminal.waiting("reading every tensor"):
+        broken = nonfinite_tensors(open_tensors(find(name)))
+    if broken:
+        raise CheckpointError(
+            f"{name}: {len(broken)} tensors hold NaN or infinity: {', '.join(broken)}; fetch them "
+            "again, or train from an earlier checkpoint"
+        )
+    terminal.say(f"{'weights':<12} every number is finite")

@@ -1,0 +1,4 @@
+"""Sampling: parameters, logits processors, batched sampling on a GPU, and structured output.
+
+`sampler.py` is the reference implementation, one request at a time; `batched.py` samples many at once.
+"""

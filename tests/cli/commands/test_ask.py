@@ -1,0 +1,479 @@
+"""`ask`: streaming, JSON, file names, boxes, what is said before a long wait, and refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import qwen2vl
+from qwen2vl.cli import options, prompt_summary
+from qwen2vl.cli.options import Opened
+from qwen2vl.engine import LLM, Completion
+from qwen2vl.engine.ttft import Speed
+from qwen2vl.weights import read_config
+from tests import media
+from tests.cli.conftest import Run
+
+KEYS = {
+    "text",
+    "token_ids",
+    "finish_reason",
+    "prompt_tokens",
+    "image_tokens",
+    "video_tokens",
+    "items",
+    "boxes",
+    "seconds",
+}
+
+
+def test_an_answer_streams_to_stdout(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, "Hi", "--max-tokens", 4)
+    assert result.exit_code == 0
+    (completion,) = qwen2vl.LLM(tiny_folder).chat(
+        [{"role": "user", "content": "Hi"}], qwen2vl.SamplingParams(max_tokens=4)
+    )
+    assert result.stdout == completion.text.removesuffix("\n") + "\n"
+    assert result.stderr == "qwen2vl: the answer was cut after 4 tokens; --max-tokens allows more\n"
+
+
+def test_json_is_one_object_with_exactly_these_keys(
+    run: Run, tiny_folder: Path, picture: Path
+) -> None:
+    result = run(
+        "ask", "--model", tiny_folder, "--image", picture, "Hi", "--max-tokens", 4, "--json"
+    )
+    answer = json.loads(result.stdout)
+    assert set(answer) == KEYS
+    assert set(answer["seconds"]) == {"load", "process", "vision", "prefill", "decode"}
+    assert all(seconds > 0 for seconds in answer["seconds"].values())
+    (item,) = answer["items"]
+    assert item["name"] == "a photo.png"
+    assert item["size_given"] == [100, 150]
+    assert answer["image_tokens"] == item["tokens"] == 20
+    assert len(answer["token_ids"]) == 4
+    assert answer["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_weights_answer(run: Run, tiny_folder: Path, picture: Path, mode: str) -> None:
+    result = run(
+        *("ask", "--model", tiny_folder, "--quantize", mode, "--image", picture),
+        *("Hi", "--max-tokens", 4, "--json"),
+    )
+    assert result.exit_code == 0
+    llm = qwen2vl.LLM(tiny_folder, quantize=mode)  # type: ignore[arg-type]
+    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "Hi"}]
+    messages = [{"role": "user", "content": content}]
+    (completion,) = llm.chat(messages, qwen2vl.SamplingParams(max_tokens=4))
+    assert json.loads(result.stdout)["token_ids"] == list(completion.token_ids)
+
+
+def test_an_unknown_precision_is_a_usage_error(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, "--quantize", "int2", "Hi")
+    assert result.exit_code == 2
+    assert "'int2' is not one of 'int8', 'int4'" in result.stderr
+
+
+def test_an_empty_question_is_a_usage_error(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, " ")
+    assert result.exit_code == 2
+    assert "QUESTION is empty" in result.stderr
+
+
+def test_an_adapter_changes_the_answer(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    vocab_size = read_config(tiny_folder).text.vocab_size
+    letter_x = torch.zeros(vocab_size, 2)
+    letter_x[ord("x") - ord("!")] = 1e4
+    key = "base_model.model.lm_head.lora"
+    ones = torch.ones(2, 64)
+    save_file(
+        {f"{key}_A.weight": ones, f"{key}_B.weight": letter_x}, folder / "adapter_model.safetensors"
+    )
+    ask = ("ask", "--model", tiny_folder, "Hi", "--max-tokens", 4)
+    plain, adapted = run(*ask), run(*ask, "--adapter", folder)
+    assert "x" in adapted.stdout
+    assert plain.stdout != adapted.stdout
+
+
+def test_the_form_of_an_answer(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}
+    (tmp_path / "two.json").write_text(json.dumps(schema))
+    ask = ("ask", "--model", tiny_folder, "Well?")
+    assert run(*ask, "--choice", "yes", "--choice", "no").stdout in ("yes\n", "no\n")
+    assert re.fullmatch(r"[0-9]{3}\n", run(*ask, "--regex", "[0-9]{3}").stdout)
+    answer = json.loads(run(*ask, "--json-schema", "two.json").stdout)
+    assert [type(value) for value in answer] == [bool, bool]
+
+
+def test_boxes_may_be_all_an_answer_holds(run: Run, tiny_folder: Path, picture: Path) -> None:
+    result = run(
+        *("ask", "--model", tiny_folder, "--image", picture, "Where?", "--boxes"),
+        *("--max-tokens", 300, "--json"),
+    )
+    answer = json.loads(result.stdout)
+    assert answer["finish_reason"] == "stop"
+    point = r"\(\d{1,3},\d{1,3}\)"
+    named = r"(<\|object_ref_start\|>.+?<\|object_ref_end\|>)?"
+    item = rf"{named}<\|box_start\|>{point},{point}<\|box_end\|>\n?"
+    assert re.fullmatch(rf"({item})+", answer["text"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--boxes", "--regex", "a"], 2, "--regex and --boxes: an answer has one form"),
+        (["--json-schema", "none.json"], 2, "none.json: cannot be read: No such file or directory"),
+        (["--json-schema", "photo"], 2, "photo: is not text in UTF-8"),
+        (["--regex", "("], 2, "regex: at 1(8): invalid regex"),
+        (["--choice", ""], 2, "choice: got '', must be a text"),
+    ],
+)
+def test_forms_that_are_refused(
+    run: Run, tiny_folder: Path, tmp_path: Path, flags: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "photo").write_bytes(b"\xff\xd8\xff")
+    result = run("ask", "--model", tiny_folder, "Hi", *flags)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_adapter_that_is_not_there(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, "--adapter", "nowhere", "Hi")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "qwen2vl: error: adapter 'nowhere': no such folder; give the folder that PEFT saved\n"
+    )
+
+
+def test_a_clip_is_asked_about_at_the_rate_given(
+    run: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    frames = [Image.new("RGB", (112, 112), (25 * i,) * 3) for i in range(8)]
+    frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=500)
+
+    def times(fps: float) -> list[float]:
+        result = run(
+            *("ask", "--model", tiny_folder, "--video", "c.gif", "--fps", fps),
+            *("What moves?", "--max-tokens", 1, "--json"),
+        )
+        answer = json.loads(result.stdout)
+        assert answer["video_tokens"] == answer["items"][0]["tokens"] > 0
+        return answer["items"][0]["frame_times"]
+
+    assert len(times(2.0)) == 8
+    assert len(times(1.0)) == 4
+
+
+def test_seeds_and_temperature_reach_the_sampler(run: Run, tiny_folder: Path) -> None:
+    def ask(*more: object) -> str:
+        return run("ask", "--model", tiny_folder, "Hi", "--max-tokens", 20, *more).stdout
+
+    drawn = ask("--temperature", 1.5, "--seed", 1)
+    assert drawn == ask("--temperature", 1.5, "--seed", 1)
+    assert drawn != ask("--temperature", 1.5, "--seed", 2)
+    assert ask("--temperature", 1.5, "--top-k", 1) == ask("--temperature", 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["two words.png", "-x.png", "[1]*.png", "\u56fe \u00e9.png", "~x.png"]
+)
+def test_any_file_name_works(run: Run, tiny_folder: Path, picture: Path, name: str) -> None:
+    picture.rename(picture.with_name(name))
+    given = f"./{name}" if name.startswith("~") else name
+    arguments = ["ask", "--model", tiny_folder, "--image", given, "Hi", "--max-tokens", 1, "--json"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["items"][0]["name"] == name
+
+
+def test_tilde_is_home(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(picture.parent))
+    result = run("ask", "--model", tiny_folder, "--image", "~/a photo.png", "Hi", "--max-tokens", 1)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, picture: Path) -> None:
+    def tokens(*more: object) -> int:
+        base = ["ask", "--model", tiny_folder, "--image", picture, "Hi", "--max-tokens", 1]
+        return json.loads(run(*base, "--json", *more).stdout)["image_tokens"]
+
+    assert tokens("--max-pixels", 4 * 784) <= 4
+    assert tokens("--min-pixels", 100 * 784) >= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--image", "none.png"], 2, "file 'none.png' not found"),
+        (["--temperature", "-1"], 2, "temperature: got -1.0"),
+        (["--temperature", "nan"], 2, "temperature: got nan"),
+        (["--max-tokens", "0"], 2, "max_tokens: got 0"),
+        (["--seed", str(2**64)], 2, "seed: got 18446744073709551616"),
+        (["--top-k", "-5"], 2, "top_k: got -5"),
+        (["--top-p", "1.1"], 2, "top_p: got 1.1"),
+        (["--device", "abacus"], 2, "device 'abacus' is unknown"),
+        (["--max-pixels", "-3"], 2, "max_pixels"),
+        (["--min-pixels", "9999999", "--max-pixels", "3136"], 2, "min_pixels 9999999"),
+        (["-o", "boxes.png"], 2, "-o draws on one picture, got 0"),
+    ],
+)
+def test_refusals_are_one_line(
+    run: Run, tiny_folder: Path, arguments: list[str], code: int, words: str
+) -> None:
+    result = run("ask", "--model", tiny_folder, "Hi", *arguments)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("qwen2vl: error: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.mkdir(), "the folder is empty; fill it with `hf download"),
+        (lambda path: path.write_text("x"), "is a file; give the folder"),
+    ],
+)
+def test_wrong_model_folders_say_what_to_do(
+    run: Run, tmp_path: Path, make: Any, words: str
+) -> None:
+    make(tmp_path / "model")
+    result = run("ask", "--model", tmp_path / "model", "Hi")
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_output_is_checked_before_the_model_is_loaded(run: Run, picture: Path) -> None:
+    for output, words in (("boxes.txt", "ends in .png"), ("no/boxes.png", "does not exist")):
+        result = run("ask", "--model", "nowhere", "--image", picture, "Hi", "-o", output)
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
+@dataclass
+class Scripted:
+    """A model that says what the test wants; everything else is real."""
+
+    real: LLM
+    text: str
+    asked: list[Any] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def generate(self, prompt: Any, params: Any, *, on_delta: Any = None) -> list[Completion]:
+        self.asked.append(prompt)
+        if on_delta:
+            on_delta(qwen2vl.engine.Delta(index=0, text=self.text, finish_reason="stop"))
+        (completion,) = self.real.generate(prompt, params)
+        return [_replace(completion, self.text)]
+
+
+def _replace(completion: Completion, text: str) -> Completion:
+    values = {name: getattr(completion, name) for name in Completion.__dataclass_fields__}
+    return Completion(**{**values, "text": text, "finish_reason": "stop"})
+
+
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, name: str = "x", **llm: Any
+) -> Scripted:
+    fake = Scripted(qwen2vl.LLM(folder, **llm), text)
+    opened = Opened(llm=fake, name=name, load_seconds=0.1)  # type: ignore[arg-type]
+    monkeypatch.setattr(options, "open_model", lambda given: opened)
+    return fake
+
+
+BOX_TEXT = (
+    "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(100,200),(500,800)<|box_end|>"
+)
+
+
+@pytest.fixture
+def white(tmp_path: Path) -> Path:
+    """Save a white picture of 1000 x 500."""
+    path = tmp_path / "white.png"
+    Image.new("RGB", (1000, 500), "white").save(path)
+    return path
+
+
+def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
+    run: Run, tiny_folder: Path, tmp_path: Path, white: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, BOX_TEXT)
+    result = run("ask", "--image", white, "Where?", "-o", "boxes.png", "--max-pixels", 3136)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [BOX_TEXT, "the cat: (100, 100) to (500, 400)"]
+    assert "wrote boxes.png" in result.stderr
+    drawn = Image.open(tmp_path / "boxes.png")
+    assert drawn.size == (1000, 500)
+    ground = (255, 255, 255)
+    assert all(drawn.getpixel(at) != ground for at in [(100, 250), (500, 250), (300, 400)])
+    assert all(drawn.getpixel(at) == ground for at in [(300, 250), (600, 250), (300, 450)])
+
+
+def test_json_holds_the_boxes_in_pixels(
+    run: Run, tiny_folder: Path, white: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, BOX_TEXT)
+    answer = json.loads(run("ask", "--image", white, "Where?", "--json").stdout)
+    assert answer["boxes"] == [{"phrase": "the cat", "pixels": [[100, 100], [500, 400]]}]
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "corner"),
+    [("paper", (500, 1000), (50, 200)), ("qwen_vl_utils_0_0_8", (1000, 500), (100, 100))],
+)
+def test_boxes_lie_as_the_preset_lets_the_picture_lie(
+    run: Run,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    size: tuple[int, int],
+    corner: tuple[int, int],
+) -> None:
+    path = tmp_path / "on its side.png"
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (1000, 500), "white").save(path, exif=exif)
+    scripted(monkeypatch, tiny_folder, BOX_TEXT, video_preset=preset)
+    result = run("ask", "--image", path, "Where?", "-o", "boxes.png")
+    assert f"the cat: ({corner[0]}, {corner[1]}) to" in result.stdout
+    drawn = Image.open(tmp_path / "boxes.png")
+    assert drawn.size == size
+    assert drawn.getpixel((corner[0], corner[1] + 30)) != (255, 255, 255)
+
+
+def test_without_boxes_no_picture_is_written(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Nothing to see.")
+    result = run("ask", "--image", picture, "Where?", "-o", "boxes.png")
+    assert result.exit_code == 0
+    assert "the answer has no boxes: boxes.png was not written" in result.stderr
+    assert not Path("boxes.png").exists()
+
+
+def test_nano_ends_with_what_it_can_do(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Hello.", name="nano")
+    result = run("ask", "Hi")
+    assert result.stdout == "Hello.\n"
+    (line,) = result.stderr.splitlines()
+    assert "--model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)" in line
+    assert run("ask", "--json", "Hi").stderr == ""  # a program does not read it
+
+
+def test_a_long_wait_is_said_before_it_starts(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (1568, 1176)).save(path)
+    monkeypatch.setattr(prompt_summary, "SMALL_WORK", 0.0)
+    monkeypatch.setattr(Speed, "measure", lambda model: Speed(vision=2e7, text=1e7))
+    fake = scripted(monkeypatch, tiny_folder, "Gray.")
+    result = run("ask", "--image", path, "Hi", "--max-tokens", 1)
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(
+        r"qwen2vl: photo.jpg 1568 x 1176 -> 2,352 tokens, about \d+ min here; "
+        r"--max-pixels 1003520 gives at most 1,280, about \d+ min",
+        line,
+    )
+    assert len(fake.asked) == 1
+
+
+def test_a_long_wait_for_a_clip_names_a_lower_rate(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.mp4"
+    path.write_bytes(media.clip(64, rate=8))
+    monkeypatch.setattr(prompt_summary, "SMALL_WORK", 0.0)
+    monkeypatch.setattr(Speed, "measure", lambda model: Speed(vision=2e5, text=1e5))
+    scripted(monkeypatch, tiny_folder, "Gray.")
+    line = run("ask", "--video", path, "Hi", "--max-tokens", 1).stderr.splitlines()[0]
+    assert re.search(
+        r"16 frames -> \d+ tokens, about \d+ min here; "
+        r"--fps 0\.5 shows a quarter of the frames, about \d+",
+        line,
+    ), line
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_its_wait_is_estimated(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_summary, "SMALL_WORK", 0.0)
+    scripted(monkeypatch, tiny_folder, "Never.", max_model_len=50)
+    result = run("ask", "--image", picture, "Hi")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "text + 20 image tokens > 50, the context" in line
+
+
+def test_a_short_wait_is_not_worth_a_word(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Gray.")
+    assert run("ask", "--image", picture, "Hi").stderr == ""
+
+
+def test_an_answer_that_filled_the_context_is_not_helped_by_more_tokens(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = qwen2vl.LLM(tiny_folder)
+    llm.max_model_len = len(llm.processor([{"role": "user", "content": "Hi"}]).input_ids) + 3
+    opened = Opened(llm=llm, name="x", load_seconds=0.1)
+    monkeypatch.setattr(options, "open_model", lambda given: opened)
+    (line,) = run("ask", "Hi").stderr.splitlines()
+    assert f"cut after 3 tokens, where the context of {llm.max_model_len} is full" in line
+    assert "--max-tokens" not in line
+
+
+def test_what_was_adjusted_is_said(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [Image.new("RGB", (60, 60), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    scripted(monkeypatch, tiny_folder, "Red.")
+    result = run("ask", "--image", "two.gif", "Hi")
+    assert re.fullmatch(r"qwen2vl: two\.gif: .*first.*\n", result.stderr)
+
+
+def test_options_that_a_greedy_checkpoint_ignores_are_named(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "Hi.")
+    told = run("ask", "Hi", "--top-k", 5, "--seed", 1).stderr
+    assert "--top-k, --seed without effect; add --temperature 1" in told
+    for more in ((), ("--temperature", 0), ("--temperature", 1)):
+        assert run("ask", "Hi", *more, *(("--seed", 1) if more else ())).stderr == ""
+
+
+def test_a_checkpoint_that_leaves_nothing_to_draw_says_so(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = scripted(monkeypatch, tiny_folder, "Hi.")
+    fake.real.generation = qwen2vl.weights.GenerationDefaults(do_sample=True, top_k=1)
+    assert "add --top-k 0" in run("ask", "Hi", "--temperature", 0.7).stderr
+    assert run("ask", "Hi", "--temperature", 0.7, "--top-k", 0).stderr == ""
+    assert run("ask", "Hi").stderr == ""

@@ -1,0 +1,239 @@
+"""`chat`: turns add up, commands do what they say, Ctrl-C stops an answer and no more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import qwen2vl
+from qwen2vl.cli import options, terminal
+from qwen2vl.cli.options import Opened
+from qwen2vl.engine import LLM, Delta, SamplingParams
+from tests.cli.commands.test_ask import scripted
+from tests.cli.conftest import Run
+
+Typed = str | None | type[KeyboardInterrupt]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_folder: Path) -> LLM:
+    return LLM(tiny_folder)
+
+
+@pytest.fixture
+def prompts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect what the model was asked, as text, while `chat` runs with it."""
+    asked: list[str] = []
+    real = llm.generate
+
+    def listen(prompt: Any, *arguments: Any, **named: Any) -> Any:
+        pads = set(llm.config.pad_ids)
+        words = [token for token in prompt.input_ids if token not in pads]
+        asked.append(llm.processor.tokenizer.decode(words, keep="all"))
+        return real(prompt, *arguments, **named)
+
+    monkeypatch.setattr(llm, "generate", listen)
+    opened = Opened(llm=llm, name="tiny", load_seconds=0.0)
+    monkeypatch.setattr(options, "open_model", lambda given: opened)
+    return asked
+
+
+def chat(run: Run, *lines: str) -> Any:
+    return run("chat", "--max-tokens", 3, stdin="".join(f"{line}\n" for line in lines))
+
+
+def test_turns_add_up(run: Run, prompts: list[str]) -> None:
+    result = chat(run, "one", "two")
+    assert result.exit_code == 0
+    first, second = prompts
+    answer = result.stdout.splitlines()[0]
+    assert first.count("<|im_start|>user") == 1
+    assert second.startswith(first)
+    assert f"assistant\n{answer}" in second
+    assert second.endswith("<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_pictures_wait_for_the_next_question_and_stay(
+    run: Run, prompts: list[str], picture: Path
+) -> None:
+    result = chat(run, f"/image {picture}", f"/image '{picture}'", "what?", "and now?")
+    assert "a photo.png 150 x 100 -> 20 tokens; now ask about it" in result.stderr
+    seen = "<|vision_start|><|vision_end|>"
+    assert f"user\n{seen}{seen}what?" in prompts[0]
+    assert f"user\n{seen}{seen}what?" in prompts[1]
+    assert "user\nand now?" in prompts[1]
+
+
+def test_pictures_of_the_command_are_shown_with_the_first_question(
+    run: Run, prompts: list[str], picture: Path
+) -> None:
+    result = run("chat", "--image", picture, "--max-tokens", 3, stdin="what?\n")
+    assert "a photo.png 150 x 100 -> 20 tokens; now ask about it" in result.stderr
+    assert "user\n<|vision_start|><|vision_end|>what?" in prompts[0]
+
+
+def test_a_picture_of_the_command_that_is_not_there(run: Run, prompts: list[str]) -> None:
+    result = run("chat", "--image", "nowhere.png", stdin="what?\n")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("qwen2vl: error: nowhere.png: file")
+    assert not prompts
+
+
+def test_boxes_are_in_pixels_of_the_picture_shown_last(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "<|box_start|>(0,0),(500,500)<|box_end|>")
+    Image.new("RGB", (1000, 400)).save("large.png")
+    result = chat(run, f"/image {picture}", "where?", "/image large.png", "where?", "and now?")
+    lines = [line for line in result.stdout.splitlines() if line.startswith("box: ")]
+    assert lines == ["box: (0, 0) to (75, 50)"] + 2 * ["box: (0, 0) to (500, 200)"]
+
+
+def test_boxes_are_drawn_on_the_picture_shown_last(
+    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, tiny_folder, "<|box_start|>(100,100),(500,500)<|box_end|>")
+    Image.new("RGB", (1000, 400)).save("large.png")
+    lines = (f"/image {picture}", "where?", "/image large.png", "where?")
+    result = run("chat", "-o", "boxes.png", stdin="".join(f"{line}\n" for line in lines))
+    assert result.stderr.count("wrote boxes.png") == 2
+    drawn = Image.open("boxes.png")
+    assert drawn.size == (1000, 400)
+    changed = drawn.convert("L").point(lambda v: 255 if v else 0).getbbox()
+    assert changed is not None
+    assert changed[0] in range(95, 105) and changed[2] in range(495, 506)
+
+
+def test_clear_forgets_turns_and_pictures(run: Run, prompts: list[str], picture: Path) -> None:
+    chat(run, "one", f"/image {picture}", "/clear", "two")
+    assert "one" not in prompts[1]
+    assert "vision_start" not in prompts[1]
+
+
+def test_what_cannot_be_done_is_said_and_nothing_is_lost(run: Run, prompts: list[str]) -> None:
+    result = chat(run, "one", "/image none.png", "/image", "/video", "/foo", "", "two")
+    assert result.exit_code == 0
+    assert len(prompts) == 2
+    assert "one" in prompts[1]
+    errors = [line for line in result.stderr.splitlines() if "error" in line or "/foo" in line]
+    assert len(errors) == 4
+    assert "file 'none.png' not found" in errors[0]
+    assert "/image needs a file" in errors[1]
+    assert "/foo is no command; /help lists them" in errors[3]
+
+
+def test_a_path_is_no_command(run: Run, prompts: list[str]) -> None:
+    chat(run, "/pictures/x.png is what?")
+    assert "user\n/pictures/x.png is what?" in prompts[0]
+
+
+def test_bytes_of_another_encoding_are_no_crash(run: Run, prompts: list[str]) -> None:
+    assert run("chat", "--max-tokens", 2, stdin=b"caf\xe9\n").exit_code == 0
+    assert "user\ncaf\\xe9<|im_end|>" in prompts[0]
+
+
+def test_a_closed_stdin_is_the_end(tiny_folder: Path) -> None:
+    shell = f'"{sys.executable}" -m qwen2vl chat --model "{tiny_folder}" <&-'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_and_quit(run: Run, prompts: list[str]) -> None:
+    result = chat(run, "/help", "/quit", "never")
+    assert "/clear        forget the conversation" in result.stdout
+    assert prompts == []
+    assert result.exit_code == 0
+
+
+def test_an_overflow_is_said_and_the_conversation_goes_on(
+    run: Run, prompts: list[str], llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "max_model_len", 80)
+    result = chat(run, "x" * 100, "short")
+    assert "qwen2vl: error: prompt 1" in result.stderr
+    assert len(result.stdout.splitlines()) >= 1
+    (asked,) = prompts
+    assert "xxx" not in asked
+    assert "user\nshort" in asked
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, *typed: Typed) -> None:
+    """Type lines; KeyboardInterrupt is Ctrl-C at the prompt, None the end."""
+    keys: Iterator[Typed] = iter(typed)
+
+    def read(_: str) -> str | None:
+        key = next(keys)
+        if key is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return key  # type: ignore[return-value]
+
+    monkeypatch.setattr(terminal, "read_line", read)
+
+
+def interrupting(times: int) -> Callable[..., Any]:
+    """Make a writer that sees Ctrl-C at its second piece, for the first `times` answers."""
+    left = [times]
+
+    class Writer(terminal.Writer):
+        def __call__(self, delta: Delta) -> None:
+            super().__call__(delta)
+            if left[0] and len(self.text) > 1:
+                left[0] -= 1
+                raise KeyboardInterrupt
+
+    return Writer
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+    run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "Writer", interrupting(1))
+    type_in(monkeypatch, "one", "two", None)
+    result = run("chat", "--max-tokens", 50)
+    assert result.exit_code == 0
+    assert "stopped; Ctrl-C again leaves" in result.stderr
+    assert "user\none" in prompts[1]
+    cut = prompts[1].split("assistant\n")[1]
+    assert 1 <= len(cut.split("<|im_end|>")[0]) <= 4
+
+
+def test_a_second_ctrl_c_leaves_with_130(
+    run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "Writer", interrupting(1))
+    type_in(monkeypatch, "one", KeyboardInterrupt)
+    assert run("chat", "--max-tokens", 50).exit_code == 130
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves_with_130(
+    run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_in(monkeypatch, KeyboardInterrupt, KeyboardInterrupt)
+    assert run("chat").exit_code == 130
+
+
+def test_typing_between_two_ctrl_c_stays(
+    run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_in(monkeypatch, KeyboardInterrupt, "one", KeyboardInterrupt, None)
+    assert run("chat", "--max-tokens", 2).exit_code == 0
+    assert len(prompts) == 1
+
+
+def test_an_interrupted_answer_costs_the_llm_nothing(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4)
+    messages = [{"role": "user", "content": "Hi"}]
+    (want,) = llm.chat(messages, params)
+
+    def stop(_: Delta) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qwen2vl.LLM.chat(llm, messages, params, on_delta=stop)
+    assert llm.chat(messages, params)[0].token_ids == want.token_ids

@@ -1,0 +1,87 @@
+"""`qwen2vl parity`: the table, the verdict, JSON, exit codes, and a missing transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from qwen2vl.cli.main import main
+from tests.folders import write_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("parity") / "tiny"
+    write_tiny(path)
+    return path
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, ["parity", *map(str, args)])
+
+
+def test_a_sound_folder_ends_with_the_verdict_and_zero(folder: Path) -> None:
+    result = run("--model", folder)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[-1].startswith("equal in 16 steps; largest relative error ")
+    for step in ("pixels", "positions", "vision.block.1", "text.layer.1", "logits"):
+        assert any(step in line and "equal" in line for line in lines)
+
+
+def test_a_fault_is_named_and_ends_with_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_sigmoid(_self: Any, x_NE: Any) -> Any:
+        return _self.fc2(_self.fc1(x_NE))
+
+    monkeypatch.setattr("qwen2vl.model.vision.VisionMLP.forward", without_sigmoid)
+    result = run("--model", folder)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("first divergence: ")
+    assert result.stdout.splitlines()[-1].endswith(" at vision.block.0, limit 1e-05")
+    assert "DIFFERS" in result.stdout
+
+
+def test_json_holds_every_step(folder: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    result = run("--model", folder, "--image", tmp_path / "noise.png", "--json", "What is this?")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["equal"] is True and report["first_divergence"] is None
+    assert [step["step"] for step in report["steps"]][:4] == ["pixels", "grids", "ids", "positions"]
+    assert all(step["equal"] and step["relative"] <= step["limit"] for step in report["steps"])
+
+
+def test_json_writes_no_infinity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2vl.processor.chat_template._with_system", lambda turns, _tools: turns)
+    result = run("--model", folder, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert report["first_divergence"] == "ids"
+    ids = next(step for step in report["steps"] if step["step"] == "ids")
+    assert ids["relative"] is None and ids["note"].startswith("shapes (")
+
+
+def test_the_tolerance_is_the_user_s(folder: Path) -> None:
+    result = run("--model", folder, "--tolerance", "1e-9")
+    assert result.exit_code == 1
+    assert "vision.patch_embed" in result.stdout.splitlines()[-1]
+
+
+def test_without_transformers_there_is_one_clear_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = run("--model", folder)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "qwen2vl: error: parity compares with transformers, but transformers cannot be imported; "
+        "pip install 'qwen2vl[parity]'\n"
+    )

@@ -1,0 +1,85 @@
+"""`tokens`: the numbers are the processor's, the picture is what the model sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen2vl.loading import load_processor
+from tests.cli.conftest import Run
+
+Rows = dict[str, str]
+
+
+def rows(stdout: str) -> Rows:
+    return {line[:8].strip(): line[9:] for line in stdout.splitlines()}
+
+
+def test_a_picture(run: Run, tiny_folder: Path, picture: Path) -> None:
+    result = run("tokens", "--model", tiny_folder, picture)
+    assert result.exit_code == 0
+    assert rows(result.stdout) == {
+        "file": "a photo.png",
+        "given": "150 x 100 pixels",
+        "seen": "140 x 112 pixels",
+        "grid": "1 x 8 x 10 patches (time, height, width)",
+        "tokens": "20",
+    }
+    assert result.stderr == ""
+
+
+def test_limits_apply(run: Run, tiny_folder: Path, picture: Path) -> None:
+    result = run("tokens", "--model", tiny_folder, picture, "--max-pixels", 8 * 784)
+    assert int(rows(result.stdout)["tokens"]) <= 8
+
+
+def test_the_written_picture_is_the_resized_one(run: Run, tiny_folder: Path, picture: Path) -> None:
+    run("tokens", "--model", tiny_folder, picture, "-o", "seen.png")
+    want = Image.open(picture).resize((140, 112), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.array(Image.open("seen.png")), np.array(want))
+
+
+def clip(path: Path, count: int) -> Path:
+    """Write a GIF whose frames are plain grays, half a second each."""
+    frames = [Image.new("RGB", (112, 112), (20 * i + 10,) * 3) for i in range(count)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
+    return path
+
+
+def test_a_clip_becomes_a_contact_sheet(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    path = clip(tmp_path / "clip.gif", 5)
+    result = run("tokens", "--model", tiny_folder, "--kind", "video", path, "-o", "sheet.png")
+    assert result.exit_code == 0, result.stderr
+    found = rows(result.stdout)
+    part = {"type": "video", "video": str(path)}
+    item = load_processor(tiny_folder)([{"role": "user", "content": [part]}]).items[0]
+    assert found["tokens"] == f"{item.num_tokens:,}"
+    assert found["frames"].startswith(f"{len(item.frame_times)}, at 0.00, 0.50")
+    sheet = Image.open("sheet.png")
+    height, width = item.size_seen
+    count = 2 * item.grid.t
+    assert sheet.size == (min(8, count) * width, -(-count // 8) * (height + 18))
+    grays = [sheet.getpixel((i * width + width // 2, height // 2)) for i in range(4)]
+    assert grays == sorted(grays)
+    assert len(set(grays)) == 4
+
+
+def test_files_that_are_neither_are_named(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.png").write_text("<!doctype html><p>404</p>")
+    result = run("tokens", "--model", tiny_folder, "page.png")
+    assert result.exit_code == 2
+    assert "page.png" in result.stderr
+    assert "text/html" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("output", ["seen.xyz", "no/seen.png"])
+def test_outputs_that_cannot_be_are_refused_first(
+    run: Run, tiny_folder: Path, picture: Path, output: str
+) -> None:
+    result = run("tokens", "--model", tiny_folder, picture, "-o", output)
+    assert result.exit_code == 2
+    assert result.stdout == ""

@@ -1,0 +1,120 @@
+"""What may be asked of an answer's form, and what is refused before anything is compiled."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from qwen2vl.engine.sampling.grammar import Grammar
+from qwen2vl.engine.sampling.params import SamplingParams
+from qwen2vl.errors import InputError
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def test_a_schema_comes_as_text_or_as_a_mapping() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    assert Grammar.json_schema(schema) == Grammar.json_schema(json.dumps(schema))
+
+
+def test_objects_have_the_properties_they_name_unless_the_schema_opens_them() -> None:
+    inner: dict[str, Any] = {"type": "object", "properties": {"b": {}}}
+    closed = json.loads(Grammar.json_schema({"properties": {"a": inner}}).text)
+    assert closed["additionalProperties"] is False
+    assert closed["properties"]["a"]["additionalProperties"] is False
+    for opened in (
+        {"properties": {"a": {}}, "additionalProperties": True},
+        {"properties": {"a": {}}, "patternProperties": {"^x": {}}},
+        {"type": "object"},
+        {"allOf": [inner, {"properties": {"c": {}}}]},
+    ):
+        assert json.loads(Grammar.json_schema(opened).text) == opened
+
+
+def test_grammars_compare_and_hash() -> None:
+    assert len({Grammar.boxes(), Grammar.boxes(), Grammar.regex("a"), Grammar.lark("a")}) == 3
+
+
+def test_a_choice_of_the_same_text_twice_is_one() -> None:
+    assert Grammar.choice(["a", "b", "a"]) == Grammar.choice(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ('{"type":', "JSON schema: not valid JSON (Expecting value"),
+        ("[1]", "JSON schema: got [1], must be a JSON object"),
+        ("true", "JSON schema: got True, must be a JSON object"),
+        ({"const": {1, 2}}, "JSON schema: not valid JSON (Object of type set"),
+        ({"maximum": float("nan")}, "JSON schema: not valid JSON (Out of range"),
+        ({"color": 3}, "JSON schema: # has the keyword 'color', which is not supported"),
+        ({"nullable": True}, "'nullable', which is not supported"),
+        ({"x-guidance": {"lenient": True}}, "'x-guidance', which is not supported"),
+        ({"not": {}}, "'not', which is not supported"),
+        (
+            {"properties": {"a": {"items": [{}, {"if": {}}]}}},
+            "#/properties/a/items/1 has the keyword 'if'",
+        ),
+        ({"$defs": {"a": {"foo": 1}}}, "#/$defs/a has the keyword 'foo'"),
+        ({"additionalProperties": {"foo": 1}}, "#/additionalProperties has the keyword 'foo'"),
+        ({"anyOf": [{}, {"foo": 1}]}, "#/anyOf/1 has the keyword 'foo'"),
+        ({"properties": [1]}, "JSON schema: properties is [1], must be an object"),
+        ({"properties": {"a": 3}}, "JSON schema: #/properties/a is 3, must be a schema"),
+        ({"enum": ["x" * 40_000]}, "characters, at most 32,768 are allowed"),
+        (nested(33), "is nested deeper than 32"),
+        (nested(100_000 if sys.version_info < (3, 12) else 5_000), "nested deeper than 32"),
+    ],
+)
+def test_schemas_that_are_refused(schema: Any, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Grammar.json_schema(schema)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_names_that_look_like_keywords_are_names() -> None:
+    Grammar.json_schema({"properties": {"not": {}, "foo": True}, "enum": [{"foo": 1}]})
+
+
+def test_words_that_only_describe_are_allowed() -> None:
+    Grammar.json_schema({"title": "t", "description": "d", "default": 1, "examples": [1]})
+    Grammar.json_schema(nested(32))
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "words"),
+    [
+        (Grammar.regex, "", "regex: got '', must be a text that is not empty"),
+        (Grammar.regex, None, "regex: got None"),
+        (Grammar.regex, "a" * 8193, "regex: 8,193 characters, at most 8,192 are allowed"),
+        (Grammar.choice, [], "choice: got [], must be a list of texts"),
+        (Grammar.choice, "yes", "choice: got 'yes', must be a list of texts"),
+        (Grammar.choice, ["yes", ""], "choice: got '', must be a text that is not empty"),
+        (Grammar.choice, ["yes", 3], "choice: got 3"),
+        (Grammar.choice, ["x" * 1001], "choice: 1,001 characters, at most 1,000 are allowed"),
+        (Grammar.choice, ["x"] * 1001, "choice: got 1,001 texts, at most 1,000 allowed"),
+        (Grammar.lark, "", "grammar: got ''"),
+        (Grammar.lark, "a" * 40_000, "grammar: 40,000 characters, at most 32,768"),
+    ],
+)
+def test_texts_that_are_refused(make: Any, given: Any, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        make(given)
+    assert str(caught.value).startswith(words)
+
+
+def test_params_take_a_grammar_and_nothing_else() -> None:
+    assert SamplingParams(grammar=Grammar.boxes()).grammar == Grammar.boxes()
+    with pytest.raises(InputError, match=r"grammar: got 'yes\|no', must be a Grammar"):
+        SamplingParams(grammar="yes|no")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="ignore_eos: with a grammar nothing can follow"):
+        SamplingParams(grammar=Grammar.boxes(), ignore_eos=True)

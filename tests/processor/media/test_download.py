@@ -1,0 +1,109 @@
+"""URLs are read within a cap and a deadline, and never lead to a local file."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+import pytest
+
+from qwen2vl.errors import InputError
+from qwen2vl.processor.media.download import download
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, Media, read_source
+from tests.media import encoded, smooth
+
+PNG = encoded(smooth(20, 30))
+
+
+class _Site(BaseHTTPRequestHandler):
+    """A web server of a few pages, some of them rude."""
+
+    REDIRECTS: ClassVar[dict[str, str]] = {
+        "/moved": "/picture",
+        "/inside": "file:///picture.png",
+        "/ftp": "ftp://localhost/picture",
+    }
+
+    def do_GET(self) -> None:
+        if self.path in self.REDIRECTS:
+            self.send_response(302)
+            self.send_header("Location", self.REDIRECTS[self.path])
+            self.end_headers()
+        elif self.path in ("/picture", "/caf%C3%A9%20x?q=%C3%A9"):
+            self._answer([PNG])
+        elif self.path == "/endless":
+            self._answer([bytes(65536)] * 1000)
+        elif self.path == "/slow":
+            self._answer([b"x"] * 100, pause=0.05)
+        elif self.path == "/short":
+            self._answer([PNG], length=len(PNG) + 10)
+        else:
+            self.send_error(404)
+
+    def _answer(self, parts: list[bytes], pause: float = 0.0, length: int | None = None) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "image/png")
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client hangs up on the rude pages
+            for part in parts:
+                self.wfile.write(part)
+                self.wfile.flush()
+                time.sleep(pause)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1")
+        yield from _served()
+
+
+def _served() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Site)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("page", ["picture", "moved", "caf\u00e9 x?q=\u00e9"])
+def test_pages_are_read(site: str, page: str) -> None:
+    got = download(f"{site}/{page}", max_bytes=100_000, timeout=10, name="image 1")
+    assert got == (PNG, "image/png")
+
+
+def test_a_url_is_a_source(site: str) -> None:
+    media = read_source(f"{site}/picture", DEFAULT_LIMITS, "image 1")
+    assert media == Media(content=PNG, declared="image/png")
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("gone", "image 1: the server answered 404"),
+        ("inside", "cannot reach|cannot read|answered 302"),
+        ("ftp", "cannot reach|cannot read|answered 302"),
+        ("endless", "has more than 100,000 bytes; send a smaller file"),
+        ("slow", "did not arrive in 0.5 s"),
+        ("short", "cannot read"),
+    ],
+)
+def test_pages_that_misbehave(site: str, page: str, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        download(f"{site}/{page}", max_bytes=100_000, timeout=0.5, name="image 1")
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(InputError, match=r"image 1: cannot reach http://127.0.0.1:9/a; check the"):
+        download("http://127.0.0.1:9/a", max_bytes=1, timeout=1, name="image 1")

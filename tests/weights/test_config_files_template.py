@@ -1,0 +1,66 @@
+"""The template that saved folders carry renders what the official one renders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qwen2vl.weights.config_files import CHAT_TEMPLATE, note_chat_template
+from tests.parity.test_chat import OFFICIAL
+
+PICTURE = {"type": "image", "image": "a.png"}
+CLIP = {"type": "video", "video": "a.mp4"}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"role": "user", "content": "  Hello {{ 1 }}\n<b>&</b> "}],
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    "empty": [{"role": "user", "content": ""}, {"role": "assistant", "content": []}],
+    "turns": [
+        {"role": "user", "content": [PICTURE, {"type": "text", "text": "What?"}, PICTURE]},
+        {"role": "assistant", "content": "A cat.\n"},
+        {"role": "user", "content": [CLIP, {"text": "And "}, {"type": "text", "text": "this? "}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+        {"role": "tool", "content": [{"image_url": {"url": "u"}}, {"image": "i"}, {"video": "v"}]},
+    ],
+    "unknown part": [
+        {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "x"}]}
+    ],
+}
+
+
+def render(template: str, **values: Any) -> str:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(**values)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("open_turn", [False, True])
+def test_same_text_as_the_official_template(name: str, numbered: bool, open_turn: bool) -> None:
+    values = {
+        "messages": CONVERSATIONS[name],
+        "add_vision_id": numbered,
+        "add_generation_prompt": open_turn,
+    }
+    assert render(CHAT_TEMPLATE, **values) == render(OFFICIAL, **values)
+
+
+def test_what_it_renders() -> None:
+    text = render(CHAT_TEMPLATE, messages=CONVERSATIONS["turns"][:1], add_generation_prompt=True)
+    eye = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{eye}What?{eye}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_neither_template_is_foreign(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "qwen2vl")
+    for template in (CHAT_TEMPLATE, OFFICIAL):
+        text = json.dumps({"chat_template": template})
+        (tmp_path / "chat_template.json").write_text(text, encoding="utf-8")
+        note_chat_template(tmp_path)
+    assert not caplog.text
