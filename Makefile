@@ -12,6 +12,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+SETUP_LOG := .venv/setup.log
+# Test processes: one a core, four at most (1.5 GB each). Each uses one thread (tests/conftest.py).
+WORKERS ?= auto --maxprocesses=4
 
 .PHONY: help setup demo test check format slow gpu bench clean
 
@@ -20,21 +23,37 @@ help: ## print this list
 
 setup: $(STAMP) ## make .venv and install what constraints.txt pins; instant when up to date
 
-# torch goes first and without its dependencies: an index that holds only torch need not hold the
-# exact versions that constraints.txt pins for the rest.
+# What venv and pip print goes to the log; a failure is one sentence. torch goes first and without its
+# dependencies: an index that holds only torch need not hold the exact versions that constraints.txt
+# pins for the rest.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "$(PYTHON) is missing or older than Python 3.11; say which to use: make setup PYTHON=python3.12"; exit 1; }
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "setup: $(PYTHON) is missing or older than Python 3.11; name another: make setup PYTHON=python3.12"; exit 1; }
+	@echo "setup: installing into .venv, several minutes the first time; log: $(SETUP_LOG)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		output=$$($(PYTHON) -m venv --clear .venv 2>&1) || { mkdir -p .venv; echo "$$output" >$(SETUP_LOG); \
+		echo "setup: $(PYTHON) cannot make a virtual environment; on Debian or Ubuntu, apt-get install python3-venv; log: $(SETUP_LOG)"; exit 1; }; }
+	@: >$(SETUP_LOG)
+	@$(call pip_install,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps -c constraints.txt torch)
+	@$(call pip_install,-c constraints.txt -e '.[dev]')
 	@touch $(STAMP)
+	@echo "setup: done; commands are .venv/bin/qwen2vl and so on, or, after 'source .venv/bin/activate', qwen2vl"
+
+define pip_install
+$(BIN)/python -m pip install --disable-pip-version-check $(1) >>$(SETUP_LOG) 2>&1 || { \
+	if grep -qE '$(NO_NETWORK)' $(SETUP_LOG); then \
+		echo "setup: pip cannot reach a package index; check the network, or pip's proxy and index settings, and repeat; log: $(SETUP_LOG)"; \
+	else \
+		echo "setup: pip failed ($$(grep -m 1 '^ERROR' $(SETUP_LOG) || tail -n 1 $(SETUP_LOG))); resolve that and repeat; log: $(SETUP_LOG)"; \
+	fi; exit 1; }
+endef
+NO_NETWORK := NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|Read timed out|ProxyError|Connection (refused|reset|aborted|broken)
 
 demo: setup ## ask the embedded model real questions about pictures and a clip
-	$(BIN)/qwen2vl demo
+	@$(BIN)/qwen2vl demo
 
 test: setup ## the fast tests: CPU, offline
-	$(BIN)/python -m pytest --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 -rfEs
 
 check: setup ## lint, format, import contract, types, spelling
 	$(BIN)/ruff check .
