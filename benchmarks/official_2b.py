@@ -2,7 +2,7 @@
 
     python benchmarks/official_2b.py [--folder build/official_2b] [--tokenizer DIR]
 
-Everything about it is official but the numbers in the tensors. parity_2b.py measures on it, and
+All files have the official content except the values of the tensors. parity_2b.py uses it, and
 `qwen2vl parity --model build/official_2b` compares it step by step.
 """
 
@@ -55,19 +55,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    given.folder.parent.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
     save_folder(
-        given.folder,
+        args.folder,
         config=CONFIG,
-        state_dict=random_weights(given.seed),
-        tokenizer_folder=given.tokenizer,
+        state_dict=random_weights(args.seed),
+        tokenizer_folder=args.tokenizer,
         pixels=PIXELS,
         generation=GENERATION,
         dtype=torch.bfloat16,
     )
-    words = "" if (given.tokenizer / "tokenizer.json").is_file() else ", without a tokenizer"
-    print(f"wrote {given.folder}{words}")
+    note = "" if (args.tokenizer / "tokenizer.json").is_file() else ", without a tokenizer"
+    print(f"wrote {args.folder}{note}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Official 2B shape, random bf16 weights: our bf16 beside transformers' bf16, errors and seconds.
+"""The official 2B shape with random bf16 weights, compared with transformers: errors and seconds.
 
     python benchmarks/official_2b.py        # once: 4.4 GB on disk
     python benchmarks/parity_2b.py [--only errors | seconds]    # 12 GB of memory, 2 cores
 
-Errors: over eight prompts of about 300 positions, a picture between words, the distance of each
-bf16 model's logits from transformers in fp32. (Random weights have many near ties: over one prompt
-alone the first choices of two equally good models differ by more than a point.) Seconds: the tower
-on 448 x 448 pixels, the prefill of one prompt with the picture already encoded, and one token of
-decode over the cache; ours and theirs take turns, so that a busy machine slows both. Prints one
-line for results.md.
+Errors: over eight prompts of about 300 positions, an image between text, the distance of each bf16
+model's logits from transformers in fp32. (Random weights have many near ties: over one prompt alone
+the top-1 tokens of two equally good models differ by more than a point.) Seconds: the vision tower
+on 448 x 448 pixels, the prefill of one prompt with the image already encoded, and one token of
+decode over the KV cache; both libraries are interleaved, so that a busy machine slows both. Prints
+one line for results.md.
 """
 
 from __future__ import annotations
@@ -23,35 +23,42 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import ROOT, line
+from record import ROOT, format_result
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2VLForConditionalGeneration as Reference
 from transformers.utils import logging
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.geometry import AttnMeta, Grid, VisionMeta, num_tokens, pad_index, text_positions
+from qwen2vl.geometry import (
+    AttnMeta,
+    Grid,
+    VisionMeta,
+    mrope_positions,
+    num_vision_tokens,
+    placeholder_index,
+)
 from qwen2vl.loading import load_model
 from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.image import patchify
-from qwen2vl.weights import find, read_config
+from qwen2vl.weights import read_config, resolve_model
 
 FOLDER = ROOT / "build" / "official_2b"
 
 SIZE = (448, 448)
 GRID = Grid(1, 32, 32)  # 256 vision tokens
 NUM_PROMPTS = 8
-NUM_BEFORE, NUM_AFTER = 16, 32  # tokens of text around the picture and its two marks
-MAX_NEW = 256  # room in the cache
+NUM_TOKENS_BEFORE, NUM_TOKENS_AFTER = 16, 32  # text around the image and its two vision tokens
+MAX_NEW_TOKENS = 256  # capacity of the KV cache beyond the prompt
 
-MAX_ERROR_RATIO = 1.1  # of our logits' error to that of transformers' own bf16
-MAX_TOP1_LOSS = 1.0  # points below transformers' own bf16
+MAX_ERROR_RATIO = 1.1  # of this library's logits error to that of transformers in bf16
+MAX_TOP1_LOSS = 1.0  # percentage points below transformers in bf16
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture between two runs of random words, for both sides."""
+    """An image between two runs of random text tokens, in the inputs of both libraries."""
 
     ids: list[int]
     patches_NP: Tensor  # uint8
@@ -62,13 +69,15 @@ class Prompt:
     @classmethod
     def draw(cls, config: Qwen2VLConfig, seed: int = 0) -> Prompt:
         generator = torch.Generator().manual_seed(seed)
-        words = torch.randint(0, 100_000, (NUM_BEFORE + NUM_AFTER,), generator=generator).tolist()
-        picture = [
+        text_ids = torch.randint(
+            0, 100_000, (NUM_TOKENS_BEFORE + NUM_TOKENS_AFTER,), generator=generator
+        ).tolist()
+        image_ids = [
             config.vision_start_token_id,
-            *[config.image_token_id] * num_tokens(GRID),
+            *[config.image_token_id] * num_vision_tokens(GRID),
             config.vision_end_token_id,
         ]
-        ids = words[:NUM_BEFORE] + picture + words[NUM_BEFORE:]
+        ids = text_ids[:NUM_TOKENS_BEFORE] + image_ids + text_ids[NUM_TOKENS_BEFORE:]
         coarse = 255 * torch.rand(1, 3, 24, 24, generator=generator)
         frame_FCHW = F.interpolate(coarse, size=SIZE, mode="bicubic").clamp(0, 255).byte()
         patches_NP, _ = patchify(frame_FCHW, config.vision)
@@ -76,12 +85,12 @@ class Prompt:
             ids,
             patches_NP,
             normalize_pixels(patches_NP, config.vision),
-            *text_positions(ids, [GRID], config),
+            *mrope_positions(ids, [GRID], config),
         )
 
 
-class Ours:
-    """Our model in bf16, with a cache that is filled anew by each prefill."""
+class Qwen2VLRunner:
+    """This library's model in bf16, with a new KV cache at each prefill."""
 
     def __init__(self, folder: Path, prompt: Prompt) -> None:
         self.config = read_config(folder)
@@ -93,14 +102,14 @@ class Ours:
 
     def hidden(self) -> Tensor:
         length = len(self.prompt.ids)
-        capacity = length + MAX_NEW
+        capacity = length + MAX_NEW_TOKENS
         self.cache = KVCache.allocate(self.config.text, capacity, torch.bfloat16, "cpu")
         return self.model(
             torch.tensor(self.prompt.ids),
             self.prompt.position_ids_3T,
             AttnMeta.build([length]),
             vision_MD=self.vision_MD,
-            pad_index_M=pad_index(self.prompt.ids, self.config),
+            placeholder_index_M=placeholder_index(self.prompt.ids, self.config),
             caches=[self.cache],
         )
 
@@ -123,8 +132,8 @@ class Ours:
         self.next = int(self.model.logits(hidden_TD).argmax())
 
 
-class Theirs:
-    """transformers with its default attention (sdpa) and its own dynamic cache."""
+class TransformersRunner:
+    """transformers with its default attention (sdpa) and DynamicCache."""
 
     def __init__(self, folder: Path, prompt: Prompt, dtype: torch.dtype) -> None:
         self.model: Any = Reference.from_pretrained(folder, dtype=dtype).eval()
@@ -168,11 +177,13 @@ class Theirs:
         self.next = int(out.logits[0, -1].argmax())
 
 
-def distance(bench: Ours | Theirs, prompts: list[Prompt], exact: list[Tensor]) -> dict[str, float]:
-    """Measure the relative error (of norms) and how often the first choice is the same."""
+def distance(
+    runner: Qwen2VLRunner | TransformersRunner, prompts: list[Prompt], exact: list[Tensor]
+) -> dict[str, float]:
+    """Measure the relative error (of norms) and the share of equal top-1 tokens."""
     squares = exact_squares = agree = count = 0.0
     for prompt, exact_TV in zip(prompts, exact, strict=True):
-        logits_TV = bench.logits(prompt)
+        logits_TV = runner.logits(prompt)
         agree += (logits_TV.argmax(-1) == exact_TV.argmax(-1)).sum().item()
         count += len(logits_TV)
         squares += (logits_TV - exact_TV).square_().sum().item()
@@ -189,33 +200,35 @@ def seconds(function: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def race(ours: Ours, theirs: Theirs, phase: str, rounds: int) -> dict[str, float]:
-    """Time a phase of both in turns, changing who goes first; medians in milliseconds."""
+def time_interleaved(
+    ours: Qwen2VLRunner, theirs: TransformersRunner, phase: str, rounds: int
+) -> dict[str, float]:
+    """Time a phase of both, interleaved in alternating order; medians in milliseconds."""
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     runners = [("ours", ours), ("theirs", theirs)]
     for _, runner in runners:
-        getattr(runner, phase)()  # warm: pages, kernels, caches
+        getattr(runner, phase)()  # warm-up: pages, kernels, caches
     for _ in range(rounds):
         runners.reverse()
         for name, runner in runners:
             times[name].append(seconds(getattr(runner, phase)))
-    mine, other = median(times["ours"]), median(times["theirs"])
+    ours_s, theirs_s = median(times["ours"]), median(times["theirs"])
     return {
-        "ours_ms": round(1000 * mine, 1),
-        "theirs_ms": round(1000 * other, 1),
-        "ratio": round(mine / other, 3),
+        "ours_ms": round(1000 * ours_s, 1),
+        "theirs_ms": round(1000 * theirs_s, 1),
+        "ratio": round(ours_s / theirs_s, 3),
     }
 
 
 @torch.inference_mode()
-def errors(folder: Path) -> dict[str, Any]:
-    """Run fp32 first and drop it, then both in bf16."""
+def measure_errors(folder: Path) -> dict[str, Any]:
+    """Compute the reference logits in fp32, free that model, then run both in bf16."""
     prompts = [Prompt.draw(read_config(folder), seed) for seed in range(NUM_PROMPTS)]
-    reference = Theirs(folder, prompts[0], torch.float32)
+    reference = TransformersRunner(folder, prompts[0], torch.float32)
     exact = [reference.logits(prompt) for prompt in prompts]
     del reference
-    own = distance(Ours(folder, prompts[0]), prompts, exact)
-    other = distance(Theirs(folder, prompts[0], torch.bfloat16), prompts, exact)
+    own = distance(Qwen2VLRunner(folder, prompts[0]), prompts, exact)
+    other = distance(TransformersRunner(folder, prompts[0], torch.bfloat16), prompts, exact)
     return {
         "positions": sum(len(prompt.ids) for prompt in prompts),
         "ours": own,
@@ -225,49 +238,49 @@ def errors(folder: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def speeds(folder: Path, rounds: int) -> dict[str, Any]:
+def measure_seconds(folder: Path, rounds: int) -> dict[str, Any]:
     """Time both in bf16, phase by phase."""
     prompt = Prompt.draw(read_config(folder))
-    ours, theirs = Ours(folder, prompt), Theirs(folder, prompt, torch.bfloat16)
+    ours, theirs = Qwen2VLRunner(folder, prompt), TransformersRunner(folder, prompt, torch.bfloat16)
     return {
-        "vision": race(ours, theirs, "vision", rounds),
-        "prefill": race(ours, theirs, "prefill", rounds),
-        "decode": race(ours, theirs, "decode", 32),
+        "vision": time_interleaved(ours, theirs, "vision", rounds),
+        "prefill": time_interleaved(ours, theirs, "prefill", rounds),
+        "decode": time_interleaved(ours, theirs, "decode", 32),
     }
 
 
-def verdict(numbers: dict[str, Any]) -> list[str]:
-    """List what does not hold."""
-    broken = [
+def find_violations(numbers: dict[str, Any]) -> list[str]:
+    """Return the names of the limits that are violated."""
+    violations = [
         p for p in ("vision", "prefill", "decode") if p in numbers and numbers[p]["ratio"] > 1
     ]
     if "error_ratio" in numbers:
         if numbers["error_ratio"] > MAX_ERROR_RATIO:
-            broken.append("error_ratio")
+            violations.append("error_ratio")
         if numbers["ours"]["top1_percent"] < numbers["theirs"]["top1_percent"] - MAX_TOP1_LOSS:
-            broken.append("top1_percent")
-    return broken
+            violations.append("top1_percent")
+    return violations
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=FOLDER)
-    parser.add_argument("--only", choices=["errors", "seconds"], help="half of it")
+    parser.add_argument("--only", choices=["errors", "seconds"], help="run one of the two parts")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = find(given.model)
+    folder = resolve_model(args.model)
     numbers: dict[str, Any] = {}
-    if given.only != "seconds":
-        numbers |= errors(folder)
-    if given.only != "errors":
-        numbers |= speeds(folder, given.rounds)
-    print(line(numbers))
-    if broken := verdict(numbers):
-        print("does not hold: " + ", ".join(broken), file=sys.stderr)
+    if args.only != "seconds":
+        numbers |= measure_errors(folder)
+    if args.only != "errors":
+        numbers |= measure_seconds(folder, args.rounds)
+    print(format_result(numbers))
+    if violations := find_violations(numbers):
+        print("does not hold: " + ", ".join(violations), file=sys.stderr)
         sys.exit(1)
 
 

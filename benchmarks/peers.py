@@ -1,16 +1,17 @@
-"""Beside others on the same machine: transformers, llama.cpp and OpenVINO GenAI, by turns.
+"""Latency comparison with transformers, llama.cpp and OpenVINO GenAI on the same machine.
 
     python benchmarks/peers.py [--full] [--only-install] [--rounds 3]
 
-All answer on the official 2B shape with random weights: a picture of 448 x 448 and 50 tokens of
-text, 32 tokens long; with --full also 1344 x 1008 and text alone. Measured are the time from a
-prompt that is ready to its first token, and the time between two tokens. Each peer and precision
-is a process of its own that answers when it is its turn, once unmeasured and once measured; every
-question has another picture and other words, so that no cache answers. Of ours a second question
-on the same picture is measured as well. Then all sprint: a few tokens each, in quick turns, so
-that steps are compared in the same minutes. Those who are compared stay in memory together
-(GROUPS). Prints one line for results.md; needs 20 GB of memory that nobody else uses, and the
-first time 25 GB of disk and half an hour to install the peers (peers_install.py).
+All peers run the architecture of the official 2B with random weights on a prompt of one image of
+448 x 448 and 50 text tokens, with 32 output tokens; with --full also 1344 x 1008 and text alone.
+Measured are the time to first token (TTFT) of a preprocessed prompt and the time per output token
+(step). Each peer and precision is a worker process; workers run in turns, once for warm-up and once
+measured, and every prompt has another image and other text, so that no prefix or encoder cache
+hits. For qwen2vl, a second prompt on the same image is measured as well. Then follow interleaved
+paired runs: all workers decode a few tokens in quick succession, so that steps are compared within
+the same minutes. The workers of a comparison stay in memory together (GROUPS). Prints one line for
+results.md. Requires 20 GB of unused memory, and on the first run 25 GB of disk and half an hour to
+install the peers (peers_install.py).
 """
 
 from __future__ import annotations
@@ -30,24 +31,25 @@ from typing import Any
 
 import tokenizers
 import torch
-from peers_figures import SPRINT, Figures, summary, versions
-from peers_install import WORKERS, InstallError, Kitchen
-from record import ROOT, line
+from peers_figures import PAIRED_RUNS, Figures, summary, versions
+from peers_install import WORKERS, InstallError, PeerEnvironments
+from record import ROOT, format_result
 
 FOLDER = ROOT / "build" / "official_2b"
 CACHE = Path.home() / ".cache" / "qwen2vl" / "peers"
 
 NEW_TOKENS = 32
-WARM_TOKENS = 4
-SECOND_TOKENS = 8  # of the answer to a second question on a picture
-SPRINT_TOKENS = 16
-SPRINTS = 4  # for each round
+WARMUP_TOKENS = 4
+SECOND_PROMPT_TOKENS = 8  # of the output for a second prompt on the same image
+PAIRED_TOKENS = 16
+PAIRED_ROUNDS = 4  # paired runs for each round
 
-# A worker stays between its turns while so much memory is free after them.
-KEEP_FREE = 3 * 2**30
+# A worker is stopped after its turn if less memory than this is available.
+MIN_FREE_MEMORY = 3 * 2**30
 
-# Who is compared with whom, one group after another: together their weights fit in memory, so that
-# none that are mapped from a file have to be read again. transformers is the fastest with pictures.
+# Peers that are compared with each other, one group after another: the weights of a group fit in
+# memory together, so that memory-mapped ones are not read again. transformers is the fastest peer
+# on prompts with images.
 GROUPS = {
     "16 bits": (
         "ours/bf16",
@@ -66,7 +68,7 @@ GROUPS = {
     "4 bits": ("ours/int4", "ours/int4 compiled", "llama.cpp/Q4_K_M", "OpenVINO/int4"),
 }
 
-# Each one token with the space before it; drawn at random, they give prompts that share nothing.
+# Each is one token with the preceding space; random sequences of them share no prefix.
 WORDS = (
     "the of and to in is was for that on with as by at from are were this be have not which one "
     "all new two more when would about time people first water long little very after words called "
@@ -81,36 +83,36 @@ UNMEASURED = {
 
 
 class WorkerError(Exception):
-    """A worker has ended; the text says how."""
+    """A worker process has ended; the text has the reason."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A kind of question."""
+class PromptShape:
+    """Size of a prompt: text tokens and image."""
 
-    num_words: int
-    size: tuple[int, int] | None = None  # height and width of the picture
+    num_text_tokens: int
+    size: tuple[int, int] | None = None  # height and width of the image
 
     @property
     def num_tokens(self) -> int:
-        """Count the prompt: words, vision tokens and their two marks."""
-        return self.num_words + (self.size[0] * self.size[1] // 784 + 2 if self.size else 0)
+        """Number of prompt tokens: text, vision tokens, vision start and end."""
+        return self.num_text_tokens + (self.size[0] * self.size[1] // 784 + 2 if self.size else 0)
 
 
 SHAPES = {
-    "448x448": Shape(50, (448, 448)),
-    "1344x1008": Shape(50, (1344, 1008)),
-    "text": Shape(300),
-    # llama.cpp decodes after a prompt of the same length where its vision tower is not measured.
-    "448x448, words only": Shape(50 + 256 + 2),
-    # Asked in quick turns, so that all decode in the same minutes of a machine that is shared.
-    SPRINT: Shape(32),
+    "448x448": PromptShape(50, (448, 448)),
+    "1344x1008": PromptShape(50, (1344, 1008)),
+    "text": PromptShape(300),
+    # llama.cpp decodes after a text prompt of the same length where its vision tower is not run.
+    "448x448, words only": PromptShape(50 + 256 + 2),
+    # Run in quick succession, so that all peers decode within the same minutes of a shared machine.
+    PAIRED_RUNS: PromptShape(32),
 }
 
 
 @dataclass
-class Contestant:
-    """One peer at one precision: how to start it, and what it is asked."""
+class PeerRun:
+    """One peer at one precision: its worker script, prompts and measurements."""
 
     peer: str
     precision: str
@@ -123,240 +125,257 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        """Name it in figures."""
+        """Key in the results."""
         return f"{self.peer}/{self.precision}"
 
 
 class Worker:
-    """A process that answers questions, one JSON line each."""
+    """A worker process: one JSON line per request and response (see peer/protocol.py)."""
 
-    def __init__(self, contestant: Contestant, threads: int, log: Path) -> None:
-        python, options = contestant.prepare()
-        options |= {"precision": contestant.precision, "threads": threads}
+    def __init__(self, peer_run: PeerRun, threads: int, log: Path) -> None:
+        python, options = peer_run.prepare()
+        options |= {"precision": peer_run.precision, "threads": threads}
         self.log = log
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
-                [str(python), str(WORKERS / contestant.script), json.dumps(options)],
+                [str(python), str(WORKERS / peer_run.script), json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
             )
-        self.about: dict[str, Any] = self._hear("ready")
+        self.about: dict[str, Any] = self._receive("ready")
 
-    def ask(self, case: dict[str, Any]) -> Figures:
+    def request(self, case: dict[str, Any]) -> Figures:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"case": case}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended; how, is found out below
-        return self._hear("figures")
+            pass  # the worker has ended; `_receive` raises the reason
+        return self._receive("figures")
 
-    def _hear(self, key: str) -> Any:
+    def _receive(self, key: str) -> Any:
         assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        message = json.loads(said) if said else {}
+        line = self.process.stdout.readline()
+        message = json.loads(line) if line else {}
         if key in message:
             return message[key]
         code = self.process.wait()
-        why = message.get("error") or " ".join(self.log.read_text().strip().splitlines()[-1:])
-        raise WorkerError(f"ended with {code}: {why[:200]}")
+        reason = message.get("error") or " ".join(self.log.read_text().strip().splitlines()[-1:])
+        raise WorkerError(f"ended with {code}: {reason[:200]}")
 
     def close(self) -> None:
-        """End it: a worker stops when nothing more can come."""
+        """Close the input of the worker, which ends it, and wait for its exit."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it never read is still in the buffer
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # a request that was never read is still in the buffer
             self.process.stdin.close()
         self.process.wait()
 
 
-class Questions:
-    """Draws questions that share nothing with those before."""
+class PromptSampler:
+    """Samples prompts without a common prefix or image."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.seeds = itertools.count(1)
 
-    def draw(self, shape: Shape, new_tokens: int, *, seed: int | None = None) -> dict[str, Any]:
-        """Ask about the picture of `seed`, or a new one, in new words."""
-        own = next(self.seeds)
-        text = "".join(f" {word}" for word in random.Random(own).choices(WORDS, k=shape.num_words))
+    def draw(
+        self, shape: PromptShape, new_tokens: int, *, seed: int | None = None
+    ) -> dict[str, Any]:
+        """Sample a prompt with new text, about the image of `seed` or a new one."""
+        new_seed = next(self.seeds)
+        text = "".join(
+            f" {word}" for word in random.Random(new_seed).choices(WORDS, k=shape.num_text_tokens)
+        )
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        assert len(ids) == shape.num_words, "a word of WORDS is not one token"
+        assert len(ids) == shape.num_text_tokens, "a word of WORDS is not one token"
         return {
             "text": text,
             "ids": ids,
             "size": shape.size,
-            "seed": own if seed is None else seed,
+            "seed": new_seed if seed is None else seed,
             "new_tokens": new_tokens,
         }
 
 
-class Race:
-    """Lets the contestants answer by turns."""
+class PeerBenchmark:
+    """Runs the workers of a group in turns and collects their measurements."""
 
-    def __init__(
-        self, contestants: list[Contestant], folder: Path, logs: Path, threads: int
-    ) -> None:
-        self.contestants = contestants
-        self.questions = Questions(folder)
+    def __init__(self, peer_runs: list[PeerRun], folder: Path, logs: Path, threads: int) -> None:
+        self.peer_runs = peer_runs
+        self.prompts = PromptSampler(folder)
         self.logs = logs
         self.threads = threads
         self.unmeasured: dict[str, str] = {}
 
     def run(self, rounds: int) -> None:
-        """Ask everybody `rounds` times, changing who goes first."""
+        """Measure all peers `rounds` times in alternating order, then the paired runs."""
         for number in range(rounds):
-            for contestant in list(self.contestants)[:: 1 if number % 2 else -1]:
+            for peer_run in list(self.peer_runs)[:: 1 if number % 2 else -1]:
                 try:
-                    self._turn(contestant)
+                    self._measure(peer_run)
                 except (InstallError, WorkerError) as error:
-                    self.give_up(contestant, error)
-        self._sprint(SPRINTS * rounds)
-        for contestant in self.contestants:
-            self._dismiss(contestant)
+                    self.drop(peer_run, error)
+        self._measure_paired_runs(PAIRED_ROUNDS * rounds)
+        for peer_run in self.peer_runs:
+            self._stop_worker(peer_run)
 
-    def _sprint(self, rounds: int) -> None:
-        """Ask everybody for a few tokens, one right after the other; the first turn warms up."""
+    def _measure_paired_runs(self, rounds: int) -> None:
+        """Decode a few tokens with each peer in quick succession; the first round is a warm-up."""
         for number in range(rounds + 1):
-            for contestant in list(self.contestants)[:: 1 if number % 2 else -1]:
+            for peer_run in list(self.peer_runs)[:: 1 if number % 2 else -1]:
                 try:
-                    self._wake(contestant)
-                    note = SPRINT if number else None
-                    self._ask(contestant, SPRINT, SPRINT_TOKENS, note=note)
+                    self._start_worker(peer_run)
+                    note = PAIRED_RUNS if number else None
+                    self._run_prompt(peer_run, PAIRED_RUNS, PAIRED_TOKENS, note=note)
                 except WorkerError as error:
-                    self.give_up(contestant, error)
+                    self.drop(peer_run, error)
 
-    def give_up(self, contestant: Contestant, error: Exception) -> None:
-        """Go on without one, and say why; the line is for everybody, so folders are not named."""
-        self._dismiss(contestant)
-        self.unmeasured[contestant.name] = str(error).replace(str(Path.home()), "~")
-        self.contestants.remove(contestant)
-        print(f"{contestant.name} is not measured: {error}", file=sys.stderr)
+    def drop(self, peer_run: PeerRun, error: Exception) -> None:
+        """Remove a peer and record the reason, without the home folder's path."""
+        self._stop_worker(peer_run)
+        self.unmeasured[peer_run.name] = str(error).replace(str(Path.home()), "~")
+        self.peer_runs.remove(peer_run)
+        print(f"{peer_run.name} is not measured: {error}", file=sys.stderr)
 
-    def _wake(self, contestant: Contestant) -> None:
-        if contestant.worker is None:
-            log = self.logs / f"{contestant.name.replace('/', '-')}.log"
-            contestant.worker = Worker(contestant, self.threads, log)
-            contestant.about = contestant.worker.about
+    def _start_worker(self, peer_run: PeerRun) -> None:
+        if peer_run.worker is None:
+            log = self.logs / f"{peer_run.name.replace('/', '-')}.log"
+            peer_run.worker = Worker(peer_run, self.threads, log)
+            peer_run.about = peer_run.worker.about
 
-    def _turn(self, contestant: Contestant) -> None:
-        self._wake(contestant)
-        for name in contestant.shapes:
-            self._ask(contestant, name, WARM_TOKENS)
-            case = self._ask(contestant, name, NEW_TOKENS, note=name)
-            if contestant.peer == "ours" and SHAPES[name].size:
-                seen = case["seed"]
-                self._ask(contestant, name, SECOND_TOKENS, note=f"{name}, again", seed=seen)
-        if memory_free() < KEEP_FREE:
-            self._dismiss(contestant)
+    def _measure(self, peer_run: PeerRun) -> None:
+        self._start_worker(peer_run)
+        for name in peer_run.shapes:
+            self._run_prompt(peer_run, name, WARMUP_TOKENS)
+            case = self._run_prompt(peer_run, name, NEW_TOKENS, note=name)
+            if peer_run.peer == "ours" and SHAPES[name].size:
+                seed = case["seed"]
+                self._run_prompt(
+                    peer_run, name, SECOND_PROMPT_TOKENS, note=f"{name}, again", seed=seed
+                )
+        if available_memory() < MIN_FREE_MEMORY:
+            self._stop_worker(peer_run)
 
-    def _ask(
+    def _run_prompt(
         self,
-        contestant: Contestant,
+        peer_run: PeerRun,
         shape: str,
         new_tokens: int,
         *,
         note: str | None = None,
         seed: int | None = None,
     ) -> dict[str, Any]:
-        """Put a question, and keep the figures under the name `note`."""
-        assert contestant.worker is not None
-        case = self.questions.draw(SHAPES[shape], new_tokens, seed=seed)
-        figures = contestant.worker.ask(case)
-        asked = (SHAPES[shape].num_tokens, new_tokens)
-        if (figures["prompt_tokens"], figures["new_tokens"]) != asked:
-            raise WorkerError(f"{shape}: {figures} for a prompt and an answer of {asked} tokens")
+        """Run one prompt, and store its measurement under the name `note`."""
+        assert peer_run.worker is not None
+        case = self.prompts.draw(SHAPES[shape], new_tokens, seed=seed)
+        figures = peer_run.worker.request(case)
+        expected = (SHAPES[shape].num_tokens, new_tokens)
+        if (figures["prompt_tokens"], figures["new_tokens"]) != expected:
+            raise WorkerError(f"{shape}: {figures} for a prompt and an output of {expected} tokens")
         if note is not None:
-            contestant.times.setdefault(note, []).append(figures)
-            print(contestant.name, note, json.dumps(figures), file=sys.stderr, flush=True)
+            peer_run.times.setdefault(note, []).append(figures)
+            print(peer_run.name, note, json.dumps(figures), file=sys.stderr, flush=True)
         return case
 
-    def _dismiss(self, contestant: Contestant) -> None:
-        if contestant.worker is not None:
-            contestant.worker.close()
-            contestant.worker = None
+    def _stop_worker(self, peer_run: PeerRun) -> None:
+        if peer_run.worker is not None:
+            peer_run.worker.close()
+            peer_run.worker = None
 
 
-def memory_free() -> int:
-    """Give the bytes that can be had without swapping."""
+def available_memory() -> int:
+    """Return the memory available without swapping, in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(text.split()[1]) for text in lines if text.startswith("MemAvailable"))
 
 
-def contestants(kitchen: Kitchen, *, full: bool) -> Iterator[Contestant]:
-    """List who takes part."""
-    seen = ("448x448", "1344x1008", "text") if full else ("448x448",)
-    own = Path(sys.executable)
-    folder = {"model": str(kitchen.model)}
+def peer_runs(environments: PeerEnvironments, *, full: bool) -> Iterator[PeerRun]:
+    """List all peers and precisions."""
+    shapes = ("448x448", "1344x1008", "text") if full else ("448x448",)
+    python = Path(sys.executable)
+    folder = {"model": str(environments.model)}
     for precision in ("bf16", "bf16 compiled", "int8", "int8 compiled", "int4", "int4 compiled"):
-        yield Contestant("ours", precision, "run_ours.py", lambda: (own, dict(folder)), seen)
-    yield Contestant(
-        "transformers", "bf16", "run_transformers.py", lambda: (own, dict(folder)), seen
+        yield PeerRun("ours", precision, "run_ours.py", lambda: (python, dict(folder)), shapes)
+    yield PeerRun(
+        "transformers", "bf16", "run_transformers.py", lambda: (python, dict(folder)), shapes
     )
     for kind in ("bf16", "Q8_0", "Q4_K_M"):
-        shapes = seen if full else ("448x448, words only",)
-        yield Contestant("llama.cpp", kind, "run_llama.py", llama(kitchen, kind, full), shapes)
+        llama_shapes = shapes if full else ("448x448, words only",)
+        yield PeerRun(
+            "llama.cpp", kind, "run_llama.py", llama(environments, kind, full), llama_shapes
+        )
     for kind in ("fp16", "int8", "int4") if full else ("int8", "int4"):
-        # Weights of 16 bits are stored as fp16; the arithmetic is bf16 where there is any.
+        # 16-bit weights are stored as fp16; the arithmetic is bf16 where the CPU supports it.
         precision = "bf16" if kind == "fp16" else kind
-        yield Contestant("OpenVINO", precision, "run_openvino.py", openvino(kitchen, kind), seen)
+        yield PeerRun(
+            "OpenVINO", precision, "run_openvino.py", openvino(environments, kind), shapes
+        )
 
 
-def llama(kitchen: Kitchen, kind: str, full: bool) -> Callable[[], tuple[Path, dict[str, Any]]]:
+def llama(
+    environments: PeerEnvironments, kind: str, full: bool
+) -> Callable[[], tuple[Path, dict[str, Any]]]:
     def prepare() -> tuple[Path, dict[str, Any]]:
-        options = {"model": str(kitchen.gguf(kind))}
+        options = {"model": str(environments.gguf(kind))}
         if full:
-            options["mmproj"] = str(kitchen.gguf("mmproj"))
-        return kitchen.python("llama"), options
+            options["mmproj"] = str(environments.gguf("mmproj"))
+        return environments.python("llama"), options
 
     return prepare
 
 
-def openvino(kitchen: Kitchen, kind: str) -> Callable[[], tuple[Path, dict[str, Any]]]:
-    return lambda: (kitchen.python("openvino"), {"model": str(kitchen.openvino(kind))})
+def openvino(
+    environments: PeerEnvironments, kind: str
+) -> Callable[[], tuple[Path, dict[str, Any]]]:
+    return lambda: (environments.python("openvino"), {"model": str(environments.openvino(kind))})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--full", action="store_true", help="more pictures, more of the peers")
+    parser.add_argument("--full", action="store_true", help="all prompt shapes and all peers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="ours, ours/int8, 8 bits")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="peers, runs or groups: ours, ours/int8, 8 bits"
+    )
     parser.add_argument("--only-install", action="store_true")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)  # for the line alone: nothing is computed here
-    if not given.model.is_dir():
+    args = parser.parse_args()
+    # Only for the machine entry of the result: nothing is computed here.
+    torch.set_num_threads(args.threads)
+    if not args.model.is_dir():
         build = [sys.executable, str(ROOT / "benchmarks" / "official_2b.py")]
-        subprocess.run([*build, "--folder", str(given.model)], check=True, stdout=sys.stderr)
-    kitchen = Kitchen(given.cache, given.model)
+        subprocess.run([*build, "--folder", str(args.model)], check=True, stdout=sys.stderr)
+    environments = PeerEnvironments(args.cache, args.model)
     numbers: dict[str, Any] = {}
     used: dict[str, str] = {}
     unmeasured = dict(UNMEASURED)
     for group, names in GROUPS.items():
         chosen = [
-            contestant
-            for contestant in contestants(kitchen, full=given.full)
-            if contestant.name in names
-            and (not given.only or {contestant.peer, contestant.name, group} & set(given.only))
+            peer_run
+            for peer_run in peer_runs(environments, full=args.full)
+            if peer_run.name in names
+            and (not args.only or {peer_run.peer, peer_run.name, group} & set(args.only))
         ]
-        race = Race(chosen, given.model, given.cache, given.threads)
-        for contestant in list(race.contestants):
+        benchmark = PeerBenchmark(chosen, args.model, args.cache, args.threads)
+        for peer_run in list(benchmark.peer_runs):
             try:
-                contestant.prepare()
+                peer_run.prepare()
             except InstallError as error:
-                race.give_up(contestant, error)
-        if not given.only_install and race.contestants:
-            race.run(given.rounds)
-            numbers[group] = summary(race.contestants)
-            used |= versions(race.contestants)
-        unmeasured |= race.unmeasured
+                benchmark.drop(peer_run, error)
+        if not args.only_install and benchmark.peer_runs:
+            benchmark.run(args.rounds)
+            numbers[group] = summary(benchmark.peer_runs)
+            used |= versions(benchmark.peer_runs)
+        unmeasured |= benchmark.unmeasured
     if numbers:
-        print(line({**numbers, "versions": used, "unmeasured": unmeasured}))
+        print(format_result({**numbers, "versions": used, "unmeasured": unmeasured}))
 
 
 if __name__ == "__main__":

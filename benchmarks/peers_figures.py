@@ -1,4 +1,4 @@
-"""What peers.py makes of its figures: medians, and who is how much faster than whom."""
+"""Statistics of peers.py: medians, and latency ratios of the best peer to the best of ours."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import Any, Protocol
 
-SPRINT = "sprint"  # the case in which all decode a few tokens by quick turns
+PAIRED_RUNS = "sprint"  # key of the interleaved paired runs in results.md
 
 Figures = dict[str, float]
-Found = dict[str, dict[str, Figures]]  # "peer/precision" -> case -> medians
+MedianFigures = dict[str, dict[str, Figures]]  # "peer/precision" -> case -> medians
 
 
-class Timed(Protocol):
-    """A contestant, when all is over."""
+class MeasuredRun(Protocol):
+    """A peer run with its measurements."""
 
     times: dict[str, list[Figures]]
     about: dict[str, Any]
@@ -22,21 +22,21 @@ class Timed(Protocol):
     def name(self) -> str: ...
 
 
-def medians(contestant: Timed) -> dict[str, Figures]:
-    """Sum up each case."""
+def medians(peer_run: MeasuredRun) -> dict[str, Figures]:
+    """Return the median of each measurement by case."""
     return {
         name: {
             key: round(median(figures[key] for figures in times), 1)
             for key in ("first_ms", "step_ms")
         }
-        for name, times in contestant.times.items()
+        for name, times in peer_run.times.items()
     }
 
 
-def ratios(found: Found, case: str) -> dict[str, Any]:
-    """Divide the best of the others by ours, for the first token and a step: above one we win.
+def ratios(found: MedianFigures, case: str) -> dict[str, Any]:
+    """Compute the ratio best peer / best of ours for TTFT and step; above 1, ours is faster.
 
-    A peer that decoded after words only is compared where the picture makes no difference.
+    A peer that decoded after a text prompt of the same length is included in the step ratio only.
     """
     compared: dict[str, Any] = {}
     for title in ("first", "step"):
@@ -50,37 +50,38 @@ def ratios(found: Found, case: str) -> dict[str, Any]:
         ours = {name: value for name, value in times.items() if name.startswith("ours/")}
         others = {name: value for name, value in times.items() if name not in ours}
         if ours and others:
-            mine, best = min(ours, key=ours.__getitem__), min(others, key=others.__getitem__)
-            ratio = round(others[best] / ours[mine], 2)
-            compared[title] = {"ratio": ratio, "ours": mine, "best": best}
+            fastest, best = min(ours, key=ours.__getitem__), min(others, key=others.__getitem__)
+            ratio = round(others[best] / ours[fastest], 2)
+            compared[title] = {"ratio": ratio, "ours": fastest, "best": best}
     return compared
 
 
-def sprints(contestants: Sequence[Timed]) -> dict[str, Any]:
-    """Divide the best of the others' steps by ours within each sprint, and take the median.
+def paired_runs(peer_runs: Sequence[MeasuredRun]) -> dict[str, Any]:
+    """Compute the median ratio best peer / ours of the step times within each paired run.
 
-    Ours is the one that is fastest over all sprints; the quartiles say how far sprints differ.
+    Ours and the best peer are those with the lowest median; the quartiles show the variation.
     """
     steps = {
-        c.name: [figures["step_ms"] for figures in c.times.get(SPRINT, ())] for c in contestants
+        run.name: [figures["step_ms"] for figures in run.times.get(PAIRED_RUNS, ())]
+        for run in peer_runs
     }
     ours = {name: times for name, times in steps.items() if times and name.startswith("ours/")}
     others = {name: times for name, times in steps.items() if times and name not in ours}
     if not ours or not others:
         return {}
-    mine, best = (min(side, key=lambda n: median(side[n])) for side in (ours, others))
-    pairs = [theirs / own for theirs, own in zip(others[best], ours[mine], strict=True)]
+    fastest, best = (min(side, key=lambda n: median(side[n])) for side in (ours, others))
+    pairs = [peer / ours_step for peer, ours_step in zip(others[best], ours[fastest], strict=True)]
     return {
         "ratio": round(median(pairs), 2),
         "quartiles": [round(value, 2) for value in quantiles(pairs, n=4)[::2]],
-        "ours": mine,
+        "ours": fastest,
         "best": best,
-        "sprints": len(pairs),
+        "pairs": len(pairs),
     }
 
 
-def second(found: Found, case: str) -> dict[str, float]:
-    """Divide the first token of a second question on a picture by one step, for each of ours."""
+def second_prompt_ratios(found: MedianFigures, case: str) -> dict[str, float]:
+    """Compute TTFT of a second prompt on the same image / step time, for each of ours."""
     return {
         name: round(by_case[f"{case}, again"]["first_ms"] / by_case[case]["step_ms"], 2)
         for name, by_case in found.items()
@@ -88,23 +89,23 @@ def second(found: Found, case: str) -> dict[str, float]:
     }
 
 
-def summary(contestants: Sequence[Timed]) -> dict[str, Any]:
-    """Collect a group's figures for the line of results.md."""
-    found = {contestant.name: medians(contestant) for contestant in contestants}
+def summary(peer_runs: Sequence[MeasuredRun]) -> dict[str, Any]:
+    """Collect the statistics of a group for its line of results.md."""
+    found = {peer_run.name: medians(peer_run) for peer_run in peer_runs}
     cases = dict.fromkeys(name for by_case in found.values() for name in by_case)
     peaks = {
         c.name: max(figures["peak_gib"] for times in c.times.values() for figures in times)
-        for c in contestants
+        for c in peer_runs
     }
     return {
         "found": found,
-        "ratios": {c: got for c in cases if c != SPRINT and (got := ratios(found, c))},
-        "sprints": sprints(contestants),
-        "second": {case: got for case in cases if (got := second(found, case))},
+        "ratios": {c: got for c in cases if c != PAIRED_RUNS and (got := ratios(found, c))},
+        "paired_steps": paired_runs(peer_runs),
+        "second": {case: got for case in cases if (got := second_prompt_ratios(found, case))},
         "peak_gib": {name: round(peak, 1) for name, peak in peaks.items()},
     }
 
 
-def versions(contestants: Sequence[Timed]) -> dict[str, str]:
-    """Say which release of everything took part."""
-    return {n: v for c in contestants for n, v in c.about["versions"].items()}
+def versions(peer_runs: Sequence[MeasuredRun]) -> dict[str, str]:
+    """Return the versions of all packages that were measured."""
+    return {n: v for c in peer_runs for n, v in c.about["versions"].items()}

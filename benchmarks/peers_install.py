@@ -1,12 +1,12 @@
-"""Environments and files of the peers that peers.py measures, made once in a cache folder.
+"""Installation of the peers that peers.py measures: environments and model files in a cache folder.
 
-    CACHE/llama, CACHE/openvino      one Python environment each, never among our dependencies
-    CACHE/sources                    llama-cpp-python's, which hold the converter to GGUF
-    CACHE/models/NAME-DIGEST         the random 2B in each peer's own format
+    CACHE/llama, CACHE/openvino      one virtual environment each, separate from our dependencies
+    CACHE/sources                    of llama-cpp-python, with the converter to GGUF
+    CACHE/models/NAME-DIGEST         the random 2B in the format of each peer
 
-A finished environment or file is kept; one whose pins have changed is made anew. Compiling takes
-all cores unless CMAKE_BUILD_PARALLEL_LEVEL says otherwise. torch is whichever build pip finds: let
-it find one for CPUs (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), or gigabytes for CUDA come along.
+Finished environments and files are reused; an environment whose pins have changed is rebuilt.
+Compilation uses all cores unless CMAKE_BUILD_PARALLEL_LEVEL is set. torch is the build that pip
+finds: point it to a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) to avoid gigabytes for CUDA.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["InstallError", "Kitchen"]
+__all__ = ["InstallError", "PeerEnvironments"]
 
 WORKERS = Path(__file__).resolve().parent / "peer"
 
 LLAMA = "llama-cpp-python==0.3.36"
 
-# With native AMX its quantized kernels crashed (0.3.36); AVX-512 and its bf16 and int8 products are
-# what it is given instead.
+# With native AMX its quantized kernels crash (0.3.36); it is built with AVX-512 and its bf16 and
+# int8 instructions instead.
 LLAMA_FLAGS = (
     "-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON "
     "-DGGML_AVX512_BF16=ON"
@@ -37,12 +37,12 @@ LLAMA_FLAGS = (
 
 
 class InstallError(Exception):
-    """A peer cannot be had here; the text says why."""
+    """A peer cannot be installed here; the text has the reason."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed, in this order: torch first, so that nothing asks for one with CUDA."""
+    """Packages to install, in this order: torch first, so that nothing pulls in a CUDA build."""
 
     name: str
     steps: tuple[tuple[str, ...], ...]
@@ -59,7 +59,7 @@ ENVIRONMENTS = {
         ),
         {"CMAKE_ARGS": LLAMA_FLAGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)},
     ),
-    # torchvision is the one that belongs to this torch: another would bring its own torch along.
+    # torchvision is the version for this torch: another would install its own torch.
     "openvino": Environment(
         "openvino",
         (
@@ -76,8 +76,8 @@ ENVIRONMENTS = {
 }
 
 
-class Kitchen:
-    """Makes what a peer needs when it is asked for."""
+class PeerEnvironments:
+    """Creates environments and model files of the peers on demand."""
 
     def __init__(self, cache: Path, model: Path) -> None:
         self.cache = cache
@@ -87,7 +87,7 @@ class Kitchen:
         self.models.mkdir(parents=True, exist_ok=True)
 
     def python(self, name: str) -> Path:
-        """Give an environment's interpreter.
+        """Return the interpreter of an environment, installing it if needed.
 
         Raises:
             InstallError: pip could not install it.
@@ -107,7 +107,7 @@ class Kitchen:
         return python
 
     def gguf(self, kind: str) -> Path:
-        """Give the model for llama.cpp: bf16, Q8_0, Q4_K_M, or mmproj for its vision tower.
+        """Return the GGUF file for llama.cpp: bf16, Q8_0, Q4_K_M, or mmproj (vision tower).
 
         Raises:
             InstallError: it could not be converted.
@@ -115,20 +115,20 @@ class Kitchen:
         target = self.models / f"{kind}.gguf"
         if target.is_file():
             return target
-        python, half = str(self.python("llama")), target.with_suffix(".half")
+        python, partial = str(self.python("llama")), target.with_suffix(".half")
         if kind in ("bf16", "mmproj"):
             converter = self._llama_sources() / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
-            given = ["--outtype", "bf16", "--outfile", str(half)]
-            given += ["--mmproj"] if kind == "mmproj" else []
-            self._run([python, str(converter), str(self.model), *given])
+            args = ["--outtype", "bf16", "--outfile", str(partial)]
+            args += ["--mmproj"] if kind == "mmproj" else []
+            self._run([python, str(converter), str(self.model), *args])
         else:
             quantize = str(WORKERS / "quantize_llama.py")
-            self._run([python, quantize, str(self.gguf("bf16")), str(half), kind])
-        half.rename(target)
+            self._run([python, quantize, str(self.gguf("bf16")), str(partial), kind])
+        partial.rename(target)
         return target
 
     def openvino(self, kind: str) -> Path:
-        """Give the model for OpenVINO: fp16, int8 or int4, as optimum-intel exports by itself.
+        """Return the OpenVINO model: fp16, int8 or int4, with the defaults of optimum-intel.
 
         Raises:
             InstallError: it could not be exported.
@@ -136,14 +136,14 @@ class Kitchen:
         target = self.models / f"openvino-{kind}"
         if target.is_dir():
             return target
-        half = target.with_suffix(".half")
-        shutil.rmtree(half, ignore_errors=True)
+        partial = target.with_suffix(".half")
+        shutil.rmtree(partial, ignore_errors=True)
         export = [str(WORKERS / "export_openvino.py"), "export", "openvino"]
-        given = ["--model", str(self.model), "--weight-format", kind]
-        given += ["--task", "image-text-to-text", str(half)]
+        args = ["--model", str(self.model), "--weight-format", kind]
+        args += ["--task", "image-text-to-text", str(partial)]
         variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        self._run([str(self.python("openvino")), *export, *given], variables)
-        half.rename(target)
+        self._run([str(self.python("openvino")), *export, *args], variables)
+        partial.rename(target)
         return target
 
     def _llama_sources(self) -> Path:
@@ -152,14 +152,14 @@ class Kitchen:
         if folder.is_dir():
             return folder
         python = str(self.python("llama"))
-        given = ["--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder.parent)]
-        self._run([python, "-m", "pip", "download", *given, LLAMA])
+        args = ["--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder.parent)]
+        self._run([python, "-m", "pip", "download", *args, LLAMA])
         with tarfile.open(folder.parent / f"{name}.tar.gz") as archive:
             archive.extractall(folder.parent, filter="data")
         return folder
 
     def _run(self, command: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
-        """Run to the end; its output goes to a log beside the models."""
+        """Run a command with its output in CACHE/install.log."""
         log = self.cache / "install.log"
         print("+", *command, file=sys.stderr)
         with log.open("ab") as out:

@@ -1,11 +1,11 @@
-"""How long from a JPEG's bytes to patches, on one core, ours beside transformers'?
+"""Image preprocessing time on one core, from JPEG bytes to patches, compared with transformers.
 
     python benchmarks/pixels.py [--rounds 15]
 
-Both begin with the bytes of a photograph-like picture; transformers' Qwen2VLImageProcessorPil ends
-with normalized float32 patches, ours with uint8 ones and their digest. Our model normalizes them
-as its first step, so `with_normalizing_ms` adds that. Interleaved, medians of processor time, and
-where ours goes, stage by stage. Prints one line for results.md.
+Both start from the bytes of a photograph-like image; transformers' Qwen2VLImageProcessorPil returns
+normalized float32 patches, this library uint8 patches and their digest. The model normalizes them
+as its first step, so `with_normalizing_ms` includes that. Interleaved, medians of processor time,
+and the time of each of this library's stages. Prints one line for results.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from record import line
+from record import format_result
 from transformers import Qwen2VLImageProcessorPil
 
 from qwen2vl.config import VisionConfig
@@ -29,10 +29,10 @@ from qwen2vl.geometry import Grid
 from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.image import (
     PixelLimits,
-    image_item,
     item_digest,
     patchify,
-    resize_picture,
+    preprocess_image,
+    resize_image,
     smart_resize,
 )
 from qwen2vl.processor.media.rgb import open_image
@@ -44,7 +44,7 @@ SIZES = {"1_megapixel": (1000, 1000), "12_megapixels": (3000, 4000)}
 
 
 def photograph(height: int, width: int) -> bytes:
-    """Encode large soft areas under grain, at quality 90: about 3 bits a pixel."""
+    """Return a JPEG of smooth areas with grain, quality 90: about 3 bits a pixel."""
     random = np.random.default_rng(0)
     soft = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     pixels = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -55,8 +55,8 @@ def photograph(height: int, width: int) -> bytes:
     return buffer.getvalue()
 
 
-def medians(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Take turns; give the median milliseconds of each."""
+def interleaved_medians(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Time functions interleaved; return the median milliseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -66,8 +66,8 @@ def medians(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: round(statistics.median(each[1:]), 2) for name, each in times.items()}
 
 
-def whole(data: bytes, rounds: int) -> dict[str, float]:
-    """Measure both ways, having seen that they give the same patches."""
+def measure_end_to_end(data: bytes, rounds: int) -> dict[str, float]:
+    """Time both libraries, after checking that their patches are equal."""
     processor = Qwen2VLImageProcessorPil(**LIMITS)
 
     def theirs() -> Any:
@@ -75,37 +75,39 @@ def whole(data: bytes, rounds: int) -> dict[str, float]:
 
     def ours() -> torch.Tensor:
         pixels = PixelLimits(**LIMITS)
-        return image_item(data, vision=VISION, pixels=pixels, name="picture").patches_NP
+        return preprocess_image(data, vision=VISION, pixels=pixels, name="image").patches_NP
 
     def normalized() -> torch.Tensor:
         return normalize_pixels(ours(), VISION)
 
     assert torch.equal(normalized(), theirs()["pixel_values"])
-    found = medians({"theirs": theirs, "ours": ours, "normalized": normalized}, rounds)
+    times_ms = interleaved_medians(
+        {"theirs": theirs, "ours": ours, "normalized": normalized}, rounds
+    )
     return {
-        "theirs_ms": found["theirs"],
-        "ours_ms": found["ours"],
-        "with_normalizing_ms": found["normalized"],
-        "ratio": round(found["theirs"] / found["ours"], 2),
-        "ratio_with_normalizing": round(found["theirs"] / found["normalized"], 2),
+        "theirs_ms": times_ms["theirs"],
+        "ours_ms": times_ms["ours"],
+        "with_normalizing_ms": times_ms["normalized"],
+        "ratio": round(times_ms["theirs"] / times_ms["ours"], 2),
+        "ratio_with_normalizing": round(times_ms["theirs"] / times_ms["normalized"], 2),
     }
 
 
-def stages(data: bytes, rounds: int) -> dict[str, float]:
-    """Measure each of our steps on the result of the one before."""
-    rgb, _ = open_image(data, DEFAULT_LIMITS, "picture")
+def measure_stages(data: bytes, rounds: int) -> dict[str, float]:
+    """Time each stage of this library on the result of the previous one."""
+    rgb, _ = open_image(data, DEFAULT_LIMITS, "image")
     height, width = smart_resize(rgb.height, rgb.width, factor=VISION.factor, **LIMITS)
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    frames_FCHW = torch.from_numpy(resize_picture(resized, height, width)).unsqueeze(0)
+    frames_FCHW = torch.from_numpy(resize_image(resized, height, width)).unsqueeze(0)
     grid = Grid(1, height // VISION.patch_size, width // VISION.patch_size)
     calls: dict[str, Callable[[], Any]] = {
-        "decode": lambda: open_image(data, DEFAULT_LIMITS, "picture"),
+        "decode": lambda: open_image(data, DEFAULT_LIMITS, "image"),
         "resize": lambda: rgb.resize((width, height), Image.Resampling.BICUBIC),
-        "planes": lambda: resize_picture(resized, height, width),
+        "planes": lambda: resize_image(resized, height, width),
         "patchify": lambda: patchify(frames_FCHW, VISION),
         "digest": lambda: item_digest(frames_FCHW, grid, VISION),
     }
-    return {f"{name}_ms": value for name, value in medians(calls, rounds).items()}
+    return {f"{name}_ms": value for name, value in interleaved_medians(calls, rounds).items()}
 
 
 def main() -> None:
@@ -119,8 +121,8 @@ def main() -> None:
     for name, size in SIZES.items():
         data = photograph(*size)
         count = rounds if name == "1_megapixel" else max(3, rounds // 5)
-        numbers[name] = whole(data, count) | stages(data, count)
-    print(line(numbers))
+        numbers[name] = measure_end_to_end(data, count) | measure_stages(data, count)
+    print(format_result(numbers))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One line for results.md: when, which code, which machine, which command, which numbers."""
+"""One line for results.md: date, commit, machine, command, and the measured numbers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["ROOT", "line"]
+__all__ = ["ROOT", "format_result"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def line(numbers: dict[str, Any]) -> str:
-    """Write a run's figures with everything it takes to make them again."""
+def format_result(numbers: dict[str, Any]) -> str:
+    """Format the numbers of a run as JSON, with what is needed to reproduce them."""
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     return json.dumps(
         {

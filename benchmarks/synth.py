@@ -1,9 +1,9 @@
-"""How many examples a second one core makes, family by family: one JSON line.
+"""Throughput of the synthetic data: examples per second and core, by task family. One JSON line.
 
     python benchmarks/synth.py [--count 3000]
 
-Seconds are those of this process's CPU, so a busy machine does not count. `cold` starts without
-glyph tables; `warm` goes on where the tables of all fonts and sizes have been seen.
+Times are CPU seconds of this process, so that other load does not matter. `cold` starts with an
+empty glyph cache; `warm` is measured after the tables of all fonts and sizes were cached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwen2vl.synth.fonts import glyphs
 
 
 def measure(mixture: Mixture, seed: int, count: int) -> float:
-    """Sample and render `count` examples; give examples a second."""
+    """Sample and render `count` examples; return examples per second."""
     start = time.process_time()
     for index in range(count):
         render(sample(seed, index, mixture))
@@ -31,7 +31,7 @@ def main() -> None:
     count = parser.parse_args().count
     line: dict[str, object] = {"benchmark": "synth", "machine": platform.processor() or "cpu"}
     for family in FAMILIES:
-        mixture = Mixture(weights={family: 1.0}, questions=3)
+        mixture = Mixture(weights={family: 1.0}, max_questions=3)
         glyphs.cache_clear()
         cold = measure(mixture, 1, count)
         measure(mixture, 2, 3 * count)

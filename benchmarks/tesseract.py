@@ -1,8 +1,8 @@
-"""How well does Tesseract read the lines of the mini suite? python benchmarks/tesseract.py
+"""OCR baseline: Tesseract on the text lines of the mini suite. python benchmarks/tesseract.py
 
-The same pictures that `qwen2vl eval --task text` shows, doubled in size, since Tesseract likes
-letters of some 30 pixels, and told that each is one line (--psm 7). Prints one JSON line; the
-character error rate is computed as for a model. Needs the program: apt-get install tesseract-ocr.
+Uses the images of `qwen2vl eval --task text`, doubled in size, because Tesseract is most accurate
+for letters of about 30 pixels, in single-line mode (--psm 7). Prints one JSON line; the character
+error rate is computed as for a model. Needs the program: apt-get install tesseract-ocr.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from typing import Any
 
 from PIL import Image
 
-from qwen2vl.eval.mini import build
+from qwen2vl.eval.mini import build_task
 from qwen2vl.eval.task import Messages, run_task
 
 PROGRAM = "tesseract"
-ENLARGE = 2
-# Tesseract's own threads cost more than they give on pictures of one line.
+UPSCALE = 2
+# On images of one line Tesseract is slower with its own threads.
 ENVIRONMENT = {**os.environ, "OMP_THREAD_LIMIT": "1"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--task", default="text", help="a part of the suite that is read")
-    parser.add_argument("--limit", type=int, help="read only so many lines")
-    given = parser.parse_args()
+    parser.add_argument("--task", default="text", help="part of the suite with text recognition")
+    parser.add_argument("--limit", type=int, help="run only the first LIMIT lines")
+    args = parser.parse_args()
     version = find_version()
-    task = build(given.task)
+    task = build_task(args.task)
     task.check_fonts()
     start = time.perf_counter()
-    results = run_task(task, read, limit=given.limit)
+    results = run_task(task, recognize, limit=args.limit)
     line = {
         "program": version,
         "task": task.name,
-        "count": results.count,
-        "character_errors": results.error_rate,
-        "interval": results.error_interval,
-        "exact": results.mean,
+        "count": results.num_examples,
+        "character_errors": results.character_error_rate,
+        "interval": results.character_error_interval,
+        "exact": results.accuracy,
         "seconds": time.perf_counter() - start,
     }
     print(json.dumps(line))
 
 
 def find_version() -> str:
-    """Return "tesseract 5.3.0", or end with what to install."""
+    """Return "tesseract 5.3.0", or exit with the package to install."""
     try:
         done = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -58,12 +58,12 @@ def find_version() -> str:
     return done.stdout.splitlines()[0]
 
 
-def read(messages: Messages) -> str:
-    """Read the one picture of a prompt."""
-    (picture,) = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+def recognize(messages: Messages) -> str:
+    """Recognize the text in the only image of a prompt."""
+    (pixels_HWC,) = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
     done = subprocess.run(
         [PROGRAM, "stdin", "stdout", "--psm", "7"],
-        input=as_png(picture),
+        input=as_png(pixels_HWC),
         capture_output=True,
         check=True,
         env=ENVIRONMENT,
@@ -72,11 +72,11 @@ def read(messages: Messages) -> str:
 
 
 def as_png(pixels_HWC: Any) -> bytes:
-    """Enlarge a picture and write it as a file that Tesseract opens."""
-    picture = Image.fromarray(pixels_HWC)
-    size = (ENLARGE * picture.width, ENLARGE * picture.height)
+    """Upscale an image and encode it as PNG."""
+    image = Image.fromarray(pixels_HWC)
+    size = (UPSCALE * image.width, UPSCALE * image.height)
     stream = io.BytesIO()
-    picture.resize(size, Image.Resampling.BICUBIC).save(stream, "PNG")
+    image.resize(size, Image.Resampling.BICUBIC).save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -1,11 +1,12 @@
-"""One training step of nano: beside transformers, and with pictures drawn while it trains.
+"""Time of a training step of nano: against transformers, and with live rendering of its data.
 
     python benchmarks/train_step.py [--only plain|live] [--examples 48] [--rounds 7]
 
-`plain`: the same conversations and weights, bfloat16 autocast and optimizers; transformers (sdpa)
-is given them padded to the right, its pixels normalized and its positions computed before its time
-begins. Both go by turns, and the losses of the first step are compared. `live`: steps per hour
-while another process draws and packs, over the same batches drawn before. One line for results.md.
+`plain`: the same conversations, weights, bfloat16 autocast and optimizers; transformers (sdpa) gets
+the conversations padded on the right, with pixels normalized and positions computed outside of the
+timed part. Both alternate, and the losses of the first step are compared. `live`: step time while
+another process renders and packs, relative to the same batches prepared before. Prints one line for
+results.md.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import line
+from record import format_result
 from torch import Tensor
 from transformers import Qwen2VLConfig as ReferenceConfig
 from transformers import Qwen2VLForConditionalGeneration as Reference
 
-from qwen2vl.data.preprocess import Example
+from qwen2vl.data.preprocess import TrainingExample
 from qwen2vl.model.vision import normalize_pixels
-from qwen2vl.parallel.mesh import join
-from qwen2vl.recipes.nano import ALL, WORLD, recipe
+from qwen2vl.parallel.mesh import init_distributed
+from qwen2vl.recipes.nano import TRAIN_ALL, WORLD, recipe
 from qwen2vl.synth import render, sample
 from qwen2vl.train.config import Stage, TrainConfig
-from qwen2vl.train.loader.batch import Batch, pack
-from qwen2vl.train.loader.dataloader import Batches, batches
-from qwen2vl.train.logging.metrics import Metrics, families_of
-from qwen2vl.train.loop import one_step
+from qwen2vl.train.loader.batch import Batch, pack_batch
+from qwen2vl.train.loader.dataloader import BatchDataset, iterate_batches
+from qwen2vl.train.logging.metrics import Metrics, metric_families
+from qwen2vl.train.loop import train_step
 from qwen2vl.train.optim.optimizers import Optimizers
-from qwen2vl.train.state import Run, build
+from qwen2vl.train.state import TrainState, build_train_state
 
-IGNORED = -100  # a label that carries no loss, in transformers
-BLOCK = 25  # steps of `live` in one go
-WARM = 6  # of them not measured: more than the loader prepares ahead
+IGNORE_INDEX = -100  # transformers' label of unsupervised tokens
+STEPS_PER_BLOCK = 25  # consecutive steps of `live`
+NUM_WARMUP_STEPS = 6  # of them untimed: more than the loader prefetches
 
 
 def main() -> None:
@@ -50,66 +51,73 @@ def main() -> None:
     parser.add_argument("--only", choices=["plain", "live"])
     parser.add_argument("--examples", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.disable(logging.WARNING)
     numbers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if given.only != "live":
-            numbers["plain"] = beside_transformers(given.examples, given.rounds, Path(folder))
-        if given.only != "plain":
-            numbers["live"] = drawn_live(given.examples, given.rounds, Path(folder))
-    print(line(numbers))
+        if args.only != "live":
+            numbers["plain"] = compare_with_transformers(args.examples, args.rounds, Path(folder))
+        if args.only != "plain":
+            numbers["live"] = compare_live_rendering(args.examples, args.rounds, Path(folder))
+    print(format_result(numbers))
 
 
-def config_of(examples: int, folder: Path, *, compiled: bool) -> TrainConfig:
-    """Cut the last large stage out of nano's recipe, at the weights that are shipped."""
-    stage = Stage(name="world", steps=10_000, examples=examples, rules=ALL, mixture=WORLD)
+def stage_config(examples: int, folder: Path, *, compiled: bool) -> TrainConfig:
+    """Return nano's recipe with its last large stage only, from the shipped weights."""
+    stage = Stage(
+        name="world", steps=10_000, global_batch_size=examples, rules=TRAIN_ALL, mixture=WORLD
+    )
     return replace(
-        recipe(), init="nano", stages=(stage,), out=str(folder), device="cpu", compile=compiled
+        recipe(),
+        init="nano",
+        stages=(stage,),
+        output_dir=str(folder),
+        device="cpu",
+        compile=compiled,
     )
 
 
-def begun(config: TrainConfig) -> Run:
-    """Build a run that has its optimizers."""
-    with join("cpu") as ranks:
-        run = build(config, ranks)
-    run.begin_stage()
-    return run
+def started_state(config: TrainConfig) -> TrainState:
+    """Build a training state with its optimizers."""
+    with init_distributed("cpu") as distributed:
+        state = build_train_state(config, distributed)
+    state.start_stage()
+    return state
 
 
-def drawn(run: Run, count: int) -> list[list[Example]]:
-    """Draw the conversations of some steps, one list for each."""
-    stage = run.config.stages[0]
+def render_steps(state: TrainState, count: int) -> list[list[TrainingExample]]:
+    """Render the conversations of `count` steps, one list per step."""
+    stage = state.config.stages[0]
     assert stage.mixture is not None
-    specs = (sample(7, index, stage.mixture) for index in range(count * stage.examples))
+    specs = (sample(7, index, stage.mixture) for index in range(count * stage.global_batch_size))
     examples = (
-        Example(run.processor(render(spec).messages, for_training=True), spec.family)
+        TrainingExample(state.processor(render(spec).messages, for_training=True), spec.family)
         for spec in specs
     )
-    return [list(islice(examples, stage.examples)) for _ in range(count)]
+    return [list(islice(examples, stage.global_batch_size)) for _ in range(count)]
 
 
-# ---- beside transformers
+# ---- against transformers
 
 
-class Theirs:
-    """transformers with nano's weights and our optimizers."""
+class TransformersTrainer:
+    """transformers with nano's weights and this package's optimizers."""
 
-    def __init__(self, run: Run) -> None:
-        config = ReferenceConfig(**run.model.config.to_dict("float32"))
+    def __init__(self, state: TrainState) -> None:
+        config = ReferenceConfig(**state.model.config.to_dict("float32"))
         config._attn_implementation = "sdpa"
-        self.config = run.model.config
+        self.config = state.model.config
         self.model = Reference(config).train()
-        self.model.load_state_dict(_their_names(run.model.state_dict()), strict=True)
+        self.model.load_state_dict(_transformers_names(state.model.state_dict()), strict=True)
         scales = {name: 1.0 for name, _ in self.model.named_parameters()}
-        self.optimizers = Optimizers(self.model, scales, run.config.optim)
+        self.optimizers = Optimizers(self.model, scales, state.config.optim)
 
-    def padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Lay conversations side by side, each padded to the longest."""
+    def pad(self, examples: Sequence[TrainingExample]) -> dict[str, Tensor]:
+        """Return the conversations as a batch, each padded to the longest."""
         prompts = [example.input for example in examples]
         longest = max(len(prompt.input_ids) for prompt in prompts)
         ids_BT = torch.full((len(prompts), longest), self.config.bos_token_id)
-        labels_BT = torch.full_like(ids_BT, IGNORED)
+        labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
         mask_BT = torch.zeros_like(ids_BT)
         positions_3BT = torch.zeros(3, *ids_BT.shape, dtype=torch.long)
         pixels: dict[str, list[Tensor]] = {}
@@ -118,7 +126,7 @@ class Theirs:
             ids_BT[row, :length] = torch.tensor(prompt.input_ids)
             mask_BT[row, :length] = 1
             supervised = torch.tensor(prompt.loss_mask)
-            labels_BT[row, :length] = ids_BT[row, :length].where(supervised, IGNORED)
+            labels_BT[row, :length] = ids_BT[row, :length].where(supervised, IGNORE_INDEX)
             positions_3BT[:, row, :length] = prompt.position_ids_3T
             for item in prompt.items:
                 kind = ("pixel_values", "image_grid_thw")
@@ -136,115 +144,118 @@ class Theirs:
         }
 
     def step(self, batch: dict[str, Tensor]) -> float:
-        """Move the weights once; returns the loss."""
+        """Take one optimizer step; return the loss."""
         with torch.autocast("cpu", torch.bfloat16):
             loss = self.model(**batch).loss
         loss.backward()
-        self.optimizers.clip()
+        self.optimizers.clip_grad_norm()
         self.optimizers.step(0.01)
         return loss.item()
 
 
-def _their_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    rooms = {"visual": "model.visual.", "model": "model.language_model."}
+def _transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefixes = {"visual": "model.visual.", "model": "model.language_model."}
     named: dict[str, Tensor] = {}
     for name, value in weights.items():
-        room, _, rest = name.partition(".")
-        named[rooms[room] + rest] = value.clone()
+        prefix, _, rest = name.partition(".")
+        named[prefixes[prefix] + rest] = value.clone()
     named["lm_head.weight"] = named["model.language_model.embed_tokens.weight"]
     return named
 
 
-class Ours:
-    """Our own loop's step, with its metrics."""
+class Trainer:
+    """The step of this package's training loop, with its metrics."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
         self.metrics = Metrics(
-            Path(run.config.folder) / "metrics.jsonl",
-            ranks=run.ranks,
-            families=families_of(run.config),
+            Path(state.config.folder) / "metrics.jsonl",
+            distributed=state.distributed,
+            families=metric_families(state.config),
         )
 
     def step(self, batch: Batch) -> float:
-        """Move the weights once; returns the loss."""
-        one_step(self.run, [batch], self.metrics, 0.0)
-        line = self.metrics.report(step=self.run.step, steps=10_000, stage="world", skipped=0)
+        """Take one optimizer step; return the loss."""
+        train_step(self.state, [batch], self.metrics, 0.0)
+        line = self.metrics.report(step=self.state.step, steps=10_000, stage="world", skipped=0)
         return float(line["loss"])
 
 
-def beside_transformers(examples: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Step both by turns; milliseconds and how often ours goes into theirs."""
-    runs = {
-        name: begun(config_of(examples, folder / name, compiled=name == "compiled"))
+def compare_with_transformers(examples: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Alternate the steps of both; return milliseconds and their ratio."""
+    states = {
+        name: started_state(stage_config(examples, folder / name, compiled=name == "compiled"))
         for name in ("plain", "compiled")
     }
-    for run in runs.values():
-        Path(run.config.folder).mkdir(parents=True)
-    theirs, ours = Theirs(runs["plain"]), {name: Ours(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in ("theirs", *ours)}
+    for state in states.values():
+        Path(state.config.folder).mkdir(parents=True)
+    reference, trainers = (
+        TransformersTrainer(states["plain"]),
+        {name: Trainer(state) for name, state in states.items()},
+    )
+    times: dict[str, list[float]] = {name: [] for name in ("theirs", *trainers)}
     losses: dict[str, float] = {}
-    padded = whole = 0
-    for number, drawing in enumerate(drawn(runs["plain"], rounds + 1)):
-        batch = pack(drawing, pad_id=runs["plain"].model.config.bos_token_id)
-        side_by_side = theirs.padded(drawing)
-        padded += side_by_side["input_ids"].numel()
-        whole += int(side_by_side["attention_mask"].sum())
-        for name in sorted(times, reverse=bool(number % 2)):
-            began = time.perf_counter()
-            loss = theirs.step(side_by_side) if name == "theirs" else ours[name].step(batch)
-            if number:
-                times[name].append(1e3 * (time.perf_counter() - began))
-            else:  # the first is for compiling, and for what both must agree in
+    num_padded = num_tokens = 0
+    for index, examples_of_step in enumerate(render_steps(states["plain"], rounds + 1)):
+        batch = pack_batch(examples_of_step, pad_id=states["plain"].model.config.bos_token_id)
+        padded_batch = reference.pad(examples_of_step)
+        num_padded += padded_batch["input_ids"].numel()
+        num_tokens += int(padded_batch["attention_mask"].sum())
+        for name in sorted(times, reverse=bool(index % 2)):
+            start = time.perf_counter()
+            loss = reference.step(padded_batch) if name == "theirs" else trainers[name].step(batch)
+            if index:
+                times[name].append(1e3 * (time.perf_counter() - start))
+            else:  # the first step compiles, and gives the losses to compare
                 losses[name] = loss
-    middle = {name: median(values) for name, values in times.items()}
+    medians = {name: median(values) for name, values in times.items()}
     return {
-        "theirs_ms": round(middle["theirs"]),
-        "ours_ms": round(middle["plain"]),
-        "compiled_ms": round(middle["compiled"]),
-        "ratio": round(middle["theirs"] / middle["plain"], 2),
-        "ratio_compiled": round(middle["theirs"] / middle["compiled"], 2),
+        "theirs_ms": round(medians["theirs"]),
+        "ours_ms": round(medians["plain"]),
+        "compiled_ms": round(medians["compiled"]),
+        "ratio": round(medians["theirs"] / medians["plain"], 2),
+        "ratio_compiled": round(medians["theirs"] / medians["compiled"], 2),
         "losses": {name: round(loss, 4) for name, loss in losses.items()},
-        "padded_share": round(100 * (1 - whole / padded), 1),
+        "padded_share": round(100 * (1 - num_tokens / num_padded), 1),
     }
 
 
 # ---- live
 
 
-def drawn_live(examples: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Step through batches that another process draws, then through the same from memory."""
-    config = config_of(examples, folder / "live", compiled=True)
-    run = begun(config)
+def compare_live_rendering(examples: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Time steps on batches that a worker renders, and on the same batches from memory."""
+    config = stage_config(examples, folder / "live", compiled=True)
+    state = started_state(config)
     Path(config.folder).mkdir(parents=True)
-    ours = Ours(run)
+    trainer = Trainer(state)
     seconds: dict[str, list[float]] = {"live": [], "before": []}
-    for number in range(max(1, rounds // 2)):
-        first = number * BLOCK
-        table = Batches(config, run.processor, {})
-        kept = [table[index] for index in range(first, first + BLOCK)]
-        live = islice(batches(config, run.processor, first), BLOCK)
-        order = {"live": live, "before": iter(kept)}
-        for name in sorted(order, reverse=bool(number % 2)):
-            seconds[name].append(_seconds(ours, order[name]))
-    middle = {name: median(values) for name, values in seconds.items()}
+    for round_index in range(max(1, rounds // 2)):
+        first = round_index * STEPS_PER_BLOCK
+        dataset = BatchDataset(config, state.processor, {})
+        prepared = [dataset[index] for index in range(first, first + STEPS_PER_BLOCK)]
+        live = islice(iterate_batches(config, state.processor, first), STEPS_PER_BLOCK)
+        order = {"live": live, "before": iter(prepared)}
+        for name in sorted(order, reverse=bool(round_index % 2)):
+            seconds[name].append(_seconds(trainer, order[name]))
+    medians = {name: median(values) for name, values in seconds.items()}
     return {
-        "live_ms": round(1e3 * middle["live"]),
-        "before_ms": round(1e3 * middle["before"]),
-        "steps_kept": round(middle["before"] / middle["live"], 3),
+        "live_ms": round(1e3 * medians["live"]),
+        "before_ms": round(1e3 * medians["before"]),
+        "steps_kept": round(medians["before"] / medians["live"], 3),
     }
 
 
-def _seconds(ours: Ours, ready: Iterator[Batch]) -> float:
-    """Time a step, waiting for its batch included."""
-    for batch in islice(ready, WARM):
-        ours.step(batch)
-    began = time.perf_counter()
+def _seconds(trainer: Trainer, batches: Iterator[Batch]) -> float:
+    """Return the mean seconds of a step, including the wait for its batch."""
+    for batch in islice(batches, NUM_WARMUP_STEPS):
+        trainer.step(batch)
+    start = time.perf_counter()
     count = 0
-    for batch in ready:
-        ours.step(batch)
+    for batch in batches:
+        trainer.step(batch)
         count += 1
-    return (time.perf_counter() - began) / count
+    return (time.perf_counter() - start) / count
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Find a thing and draw its box: python examples/03_grounding.py [MODEL [OUTPUT.png]]."""
+"""Visual grounding with bounding boxes: python examples/03_grounding.py [MODEL [OUTPUT.png]]."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from qwen2vl.grounding import Box, parse
 
 
 def main(model: str = "nano", output: str = "boxes.png") -> None:
-    picture = Image.new("RGB", (280, 196), "white")
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (280, 196), "white")
+    canvas = ImageDraw.Draw(image)
     canvas.ellipse((30, 50, 94, 114), fill="red")
     canvas.rectangle((170, 90, 234, 154), fill="green")
 
     question = "Where is the red circle?"
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     greedy = SamplingParams(temperature=0, max_tokens=64)
-    (answer,) = LLM(model).chat([{"role": "user", "content": content}], greedy)
-    print(f"{question} {answer.text}")
+    (completion,) = LLM(model).chat([{"role": "user", "content": content}], greedy)
+    print(f"{question} {completion.text}")
 
-    for found in parse(answer.text):
+    for found in parse(completion.text):
         if isinstance(found.shape, Box):
-            box = found.shape.to_pixels((picture.height, picture.width))
+            box = found.shape.to_pixels((image.height, image.width))
             print("in pixels:", [round(value) for value in box])
             canvas.rectangle(box, outline="black", width=2)
-    picture.save(output)
+    image.save(output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ask several questions about one picture at once: python examples/04_batch.py [MODEL]."""
+"""Batched inference, several questions on one image: python examples/04_batch.py [MODEL]."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ QUESTIONS = ("How many shapes are there?", "Which shapes do you see?", "Find the
 
 
 def main(model: str = "nano") -> None:
-    picture = draw()
+    image = draw()
     conversations = [
-        [{"role": "user", "content": [{"image": picture}, {"text": question}]}]
+        [{"role": "user", "content": [{"image": image}, {"text": question}]}]
         for question in QUESTIONS
     ]
-    answers = LLM(model).chat(conversations, SamplingParams(temperature=0, max_tokens=64))
-    for question, answer in zip(QUESTIONS, answers, strict=True):
-        cached = f"{answer.cached_tokens} of {answer.prompt_tokens} prompt tokens were known"
-        print(f"{question} {answer.text} ({cached})")
+    completions = LLM(model).chat(conversations, SamplingParams(temperature=0, max_tokens=64))
+    for question, completion in zip(QUESTIONS, completions, strict=True):
+        cached = (
+            f"{completion.cached_tokens} of {completion.prompt_tokens} prompt tokens were cached"
+        )
+        print(f"{question} {completion.text} ({cached})")
 
 
 def draw() -> Image.Image:
-    """Make a picture to ask about: a red disc, and a blue square to its right."""
-    picture = Image.new("RGB", (224, 168), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.ellipse((20, 44, 90, 114), fill="red")
-    pen.rectangle((130, 60, 200, 130), fill="blue")
-    return picture
+    """Draw a test image: a red disc, and a blue square to its right."""
+    image = Image.new("RGB", (224, 168), "white")
+    canvas = ImageDraw.Draw(image)
+    canvas.ellipse((20, 44, 90, 114), fill="red")
+    canvas.rectangle((130, 60, 200, 130), fill="blue")
+    return image
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The complete Qwen2-VL system in Python and PyTorch.
+"""The complete Qwen2-VL system in Python and PyTorch: inference, preprocessing and training.
 
     from qwen2vl import LLM
     content = [{"image": "receipt.png"}, {"text": "What is the total?"}]
     print(LLM().chat([{"role": "user", "content": content}])[0].text)
 
-`import qwen2vl` costs nothing: each name below is imported when it is first used. Read the rooms
-upward from geometry.py; docs/architecture.md is the map.
+Public names are imported lazily, when they are first used (PEP 562): `import qwen2vl` does not
+import torch. docs/architecture.md describes the packages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_LAZY_IMPORTS = {
     "LLM": "qwen2vl.engine",
     "AsyncLLM": "qwen2vl.engine",
     "EngineConfig": "qwen2vl.engine",
@@ -51,22 +51,22 @@ _ROOMS = {
 }
 
 
-class _Door(ModuleType):
-    """Keep `load` the function: importing the room load.py would put the module in its place."""
+class _LazyModule(ModuleType):
+    """Module class that keeps public names when a submodule of the same name is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name not in _ROOMS or not isinstance(value, ModuleType):
+        if name not in _LAZY_IMPORTS or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
 
-sys.modules[__name__].__class__ = _Door
+sys.modules[__name__].__class__ = _LazyModule
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
-    if name not in _ROOMS:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'qwen2vl' has no attribute {name!r}")
-    value = getattr(import_module(_ROOMS[name]), name)
+    value = getattr(import_module(_LAZY_IMPORTS[name]), name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,6 @@
-"""`python -m qwen2vl` is the command `qwen2vl`.
+"""Entry point of `python -m qwen2vl`, equivalent to the command `qwen2vl`.
 
-It exists for machines where scripts are not on the PATH. Nothing else lives here: the commands
-are in cli/, one file each.
+For environments whose script folder is not on the PATH. The commands are in qwen2vl/cli/commands/.
 """
 
 from __future__ import annotations

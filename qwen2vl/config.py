@@ -1,9 +1,9 @@
-"""What the model is: frozen dataclasses with config.json's own names, and the presets.
+"""Model configuration: frozen dataclasses with the field names of config.json, and presets.
 
-`Qwen2VLConfig.from_dict` reads every form of config.json that official and re-saved checkpoints
-come in (text fields flat at the root, or nested under `text_config`; `rope_scaling` or
-`rope_parameters`), and `to_dict` writes the official flat form. It must not know files, tensors
-or torch: standard library only. (Qwen2-VL Table 1; HF: Qwen2VLConfig.) Next room: geometry.py.
+`Qwen2VLConfig.from_dict` reads every form of config.json found in official and re-saved checkpoints
+(text fields flat at the root or nested under `text_config`; `rope_scaling` or `rope_parameters`);
+`to_dict` writes the official flat form. Standard library only.
+(Qwen2-VL Table 1; HF: Qwen2VLConfig.)
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_ROPE_THETA = 10000.0
 
-# Older spellings of the same field, as the official files write them.
+# Older names of the same fields, which the official files use.
 _VISION_ALIASES = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}
 
-# What the preprocessing settings repeat, under their names and ours.
-_SHARED_SIZES = {
+# Fields that preprocessor_config.json repeats: its name -> the name in `VisionConfig`.
+_PREPROCESSOR_SIZES = {
     "patch_size": "patch_size",
     "temporal_patch_size": "temporal_patch_size",
     "merge_size": "spatial_merge_size",
 }
 
-# What is always done to pixels, under the names of the preprocessing settings that could ask for
-# something else; 3 is Pillow's bicubic.
-_PIXEL_STEPS = {
+# The only supported values of other fields of preprocessor_config.json; resample 3 is Pillow's
+# bicubic.
+_PREPROCESSING = {
     "do_resize": True,
     "resample": 3,
     "do_rescale": True,
@@ -45,7 +45,7 @@ _PIXEL_STEPS = {
     "do_normalize": True,
 }
 
-# Fields of config.json that describe training, serving or the writer, never the arithmetic.
+# Fields of config.json that describe training, serving or the writer, or are handled separately.
 _IGNORED = frozenset(
     "architectures attention_dropout auto_map dtype hidden_act initializer_range max_window_layers "
     "model_type rope_parameters rope_scaling sliding_window text_config torch_dtype "
@@ -56,13 +56,13 @@ _IGNORED = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
-    """The vision tower. Defaults are HF's class defaults, which re-saved files leave out."""
+    """The vision tower. Defaults are HF's class defaults, which re-saved files omit."""
 
-    depth: int = 32  # blocks
+    depth: int = 32  # number of blocks
     embed_dim: int = 1280  # E, vision width
     num_heads: int = 16
     mlp_ratio: float = 4  # MLP width over embed_dim
-    hidden_size: int = 3584  # D, text width: what the merger writes
+    hidden_size: int = 3584  # D, text width: output of the merger
     in_channels: int = 3
     patch_size: int = 14  # pixels a side
     temporal_patch_size: int = 2  # frames a patch
@@ -83,20 +83,20 @@ class VisionConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one vision token, 28: both sides of a picture are multiples of it."""
+        """Side of one vision token in pixels, 28: image height and width are multiples of it."""
         return self.patch_size * self.spatial_merge_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextConfig:
-    """The language model: a Qwen2 decoder with multimodal rotary positions."""
+    """The language model: a Qwen2 decoder with M-RoPE."""
 
     hidden_size: int  # D
     intermediate_size: int  # F
     num_hidden_layers: int  # L
     num_attention_heads: int  # H
     num_key_value_heads: int  # K
-    vocab_size: int  # V, rows of the table; the last ones may be unused padding
+    vocab_size: int  # V, rows of the embedding matrix; the last ones may be unused padding
     mrope_section: tuple[int, int, int]  # frequencies for (time, height, width)
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
@@ -111,7 +111,7 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen2VLConfig:
-    """The whole model. Build with `from_dict`, or take one of PRESETS; never mutated after."""
+    """Configuration of the whole model, immutable; from `from_dict` or PRESETS."""
 
     vision: VisionConfig
     text: TextConfig
@@ -121,16 +121,16 @@ class Qwen2VLConfig:
     vision_end_token_id: int = 151653
     image_token_id: int = 151655
     video_token_id: int = 151656
-    extra: Mapping[str, Any] = field(  # keys we do not know
+    extra: Mapping[str, Any] = field(  # unknown keys of config.json
         default_factory=dict[str, Any], compare=False
     )
 
     def __post_init__(self) -> None:
-        _check(self)
+        _validate(self)
 
     @property
-    def pad_ids(self) -> tuple[int, int]:
-        """The two placeholder tokens that vision tokens overwrite."""
+    def placeholder_ids(self) -> tuple[int, int]:
+        """Token ids of the image and video placeholders, <|image_pad|> and <|video_pad|>."""
         return self.image_token_id, self.video_token_id
 
     @classmethod
@@ -140,49 +140,51 @@ class Qwen2VLConfig:
         """Build from the content of config.json, and of preprocessor_config.json for mean and std.
 
         Raises:
-            ConfigError: another kind of model, a missing field, or numbers that do not agree.
+            ConfigError: another model type, a missing field, or inconsistent or unsupported values.
         """
         kind = raw.get("model_type", "qwen2_vl")
         if kind != "qwen2_vl":
             raise ConfigError(f"config.json: model_type is {kind!r}, this library runs 'qwen2_vl'")
-        nested = _object(raw, "text_config")
+        nested = _json_object(raw, "text_config")
         text: dict[str, Any] = {**raw, **nested}
-        # transformers 5 writes the flag at the root, 4.5x inside; either place ties the head.
+        # transformers 5 writes the flag at the root, 4.5x in text_config; either ties the head.
         text["tie_word_embeddings"] = (
             raw.get("tie_word_embeddings") or nested.get("tie_word_embeddings") or False
         )
-        text |= _rope(text)
-        # A file without it means HF's class default, not the 1e-6 of the released models.
+        text |= _mrope_fields(text)
+        # If absent, HF uses its class default 1e-5, not the 1e-6 of the released models.
         text.setdefault("rms_norm_eps", 1e-5)
-        seen = _object(raw, "vision_config")
-        # HF reads only the newer spelling; the older counts where that is absent.
-        vision = {_VISION_ALIASES[k]: v for k, v in seen.items() if k in _VISION_ALIASES}
-        vision |= seen
-        vision |= _rope_theta_of_vision(vision)
+        raw_vision = _json_object(raw, "vision_config")
+        # HF reads only the newer names; the older ones are used where those are absent.
+        vision = {_VISION_ALIASES[k]: v for k, v in raw_vision.items() if k in _VISION_ALIASES}
+        vision |= raw_vision
+        vision |= _vision_rope_theta(vision)
         for key in ("image_mean", "image_std"):
             if preprocessor and preprocessor.get(key):
                 vision[key] = _as_tuple(preprocessor[key])
-        _check_arithmetic(text, vision, preprocessor or {})
-        found = {k: _first_id(text.get(k)) for k in _own_names(cls)}
-        ids = {k: v for k, v in found.items() if v is not None}
-        known = _IGNORED | _own_names(cls) | _own_names(TextConfig)
+        _check_supported(text, vision, preprocessor or {})
+        token_ids = {k: _first_token_id(text.get(k)) for k in _field_names(cls)}
+        token_ids = {k: v for k, v in token_ids.items() if v is not None}
+        known = _IGNORED | _field_names(cls) | _field_names(TextConfig)
         extra = {k: v for k, v in raw.items() if k not in known}
         if extra:
-            logger.debug("config.json: unknown keys kept aside: %s", ", ".join(sorted(extra)))
+            logger.debug(
+                "config.json: unknown keys stored in `extra`: %s", ", ".join(sorted(extra))
+            )
         return cls(
-            vision=_build(VisionConfig, vision, "vision_config"),
-            text=_build(TextConfig, text, "config.json"),
+            vision=_from_fields(VisionConfig, vision, "vision_config"),
+            text=_from_fields(TextConfig, text, "config.json"),
             extra=extra,
-            **ids,
+            **token_ids,
         )
 
     def to_dict(self, dtype: str = "bfloat16") -> dict[str, Any]:
-        """Write the official flat form, which every engine that knows Qwen2-VL opens."""
-        text = {k: getattr(self.text, k) for k in sorted(_own_names(TextConfig))}
+        """Return the official flat form of config.json, which every Qwen2-VL engine can read."""
+        text = {k: getattr(self.text, k) for k in sorted(_field_names(TextConfig))}
         section = list(text.pop("mrope_section"))
-        vision = {k: getattr(self.vision, k) for k in sorted(_own_names(VisionConfig))}
+        vision = {k: getattr(self.vision, k) for k in sorted(_field_names(VisionConfig))}
         for key in ("image_mean", "image_std"):
-            del vision[key]  # they live in preprocessor_config.json
+            del vision[key]  # stored in preprocessor_config.json
         if (theta := vision.pop("rope_theta")) != VISION_ROPE_THETA:
             vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": theta}
         vision["in_chans"] = vision["in_channels"]
@@ -208,21 +210,21 @@ class Qwen2VLConfig:
         }
 
 
-def _own_names(cls: type) -> set[str]:
+def _field_names(cls: type) -> set[str]:
     return {f.name for f in fields(cls)} - {"vision", "text", "extra"}
 
 
-def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
-    """Pick the fields of `cls` out of `raw`; a field without a default must be there."""
-    picked = {k: raw[k] for k in _own_names(cls) if raw.get(k) is not None}
+def _from_fields(cls: type, raw: Mapping[str, Any], where: str) -> Any:
+    """Build `cls` from the keys of `raw` that it has; fields without a default are required."""
+    picked = {k: raw[k] for k in _field_names(cls) if raw.get(k) is not None}
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in picked]
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
     return cls(**picked)
 
 
-def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A JSON object inside another; absent and null are empty."""
+def _json_object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the JSON object under `key`; absent and null are empty."""
     value: Any = raw.get(key) or {}
     if not isinstance(value, Mapping):
         raise ConfigError(f"config.json: {key} is {value!r}, expected an object")
@@ -233,15 +235,15 @@ def _as_tuple(value: Any) -> Any:
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
-def _first_id(value: Any) -> Any:
-    """Some files list every id that ends an answer; the first is the chat's."""
+def _first_token_id(value: Any) -> Any:
+    """Return the first id of a list: some files list all end tokens, that of the chat first."""
     values = cast("list[Any]", value if isinstance(value, list) else [value])
     return values[0] if values else None
 
 
-def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections and theta from either spelling; "mrope" and "default" mean the same thing."""
-    rope = _object(text, "rope_scaling") or _object(text, "rope_parameters")
+def _mrope_fields(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Read mrope_section and rope_theta; the types "mrope" and "default" are synonyms."""
+    rope = _json_object(text, "rope_scaling") or _json_object(text, "rope_parameters")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("mrope", "default"):
         raise ConfigError(
@@ -256,18 +258,19 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _rope_theta_of_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
-    theta = _object(vision, "rope_parameters").get("rope_theta")
+def _vision_rope_theta(vision: Mapping[str, Any]) -> dict[str, Any]:
+    theta = _json_object(vision, "rope_parameters").get("rope_theta")
     return {"rope_theta": theta} if theta else {}
 
 
-def _check_arithmetic(
+def _check_supported(
     text: Mapping[str, Any], vision: Mapping[str, Any], preprocessor: Mapping[str, Any]
 ) -> None:
-    """Refuse settings that would change what is computed, and that we do not compute."""
-    default = VisionConfig()  # what a file leaves out
-    of_pixels = _PIXEL_STEPS | {
-        theirs: vision.get(ours) or getattr(default, ours) for theirs, ours in _SHARED_SIZES.items()
+    """Raise for settings that would change the computation in a way that is not implemented."""
+    default = VisionConfig()  # for fields that the file omits
+    required = _PREPROCESSING | {
+        name: vision.get(field_name) or getattr(default, field_name)
+        for name, field_name in _PREPROCESSOR_SIZES.items()
     }
     rules = [
         ("hidden_act", text.get("hidden_act"), "silu"),
@@ -276,40 +279,40 @@ def _check_arithmetic(
         *(("layer_types", kind, "full_attention") for kind in text.get("layer_types") or ()),
         ("vision_config.hidden_act", vision.get("hidden_act"), "quick_gelu"),
         *(
-            (f"{name} in the preprocessing settings", preprocessor.get(name), want)
-            for name, want in of_pixels.items()
+            (f"{name} in the preprocessing settings", preprocessor.get(name), expected)
+            for name, expected in required.items()
         ),
     ]
-    for name, got, want in rules:
-        if got is not None and got != want:
-            raise ConfigError(f"config.json: {name} is {got!r}, must be {want!r}")
+    for name, value, expected in rules:
+        if value is not None and value != expected:
+            raise ConfigError(f"config.json: {name} is {value!r}, must be {expected!r}")
 
 
-def _check_field(name: str, kind: str, value: Any) -> None:
-    """Hold one field to its annotation, whatever JSON brought: sizes are whole, from 1."""
-    least = 0 if name.endswith("_token_id") else 1
-    listed = kind.startswith("tuple")
+def _check_field_type(name: str, kind: str, value: Any) -> None:
+    """Check one field against its annotation `kind`; integers must be at least 1, token ids 0."""
+    minimum = 0 if name.endswith("_token_id") else 1
+    is_tuple = kind.startswith("tuple")
     numbers = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
     if kind == "bool":
-        good, want = isinstance(value, bool), "true or false"
+        is_valid, expected = isinstance(value, bool), "true or false"
     elif "int" in kind:
-        good = all(type(n) is int and n >= least for n in numbers)
-        want = f"{'whole numbers' if listed else 'a whole number'} from {least}"
+        is_valid = all(type(n) is int and n >= minimum for n in numbers)
+        expected = f"{'whole numbers' if is_tuple else 'a whole number'} from {minimum}"
     else:
-        real = all(type(n) in (int, float) and isfinite(n) for n in numbers)
-        good = real and (min(numbers) > 0 or name == "image_mean")
-        want = "numbers above 0" if listed else "a number above 0"
-    if not good or listed != isinstance(value, tuple):
-        raise ConfigError(f"config.json: {name} is {value!r}, must be {want}")
+        is_finite = all(type(n) in (int, float) and isfinite(n) for n in numbers)
+        is_valid = is_finite and (min(numbers) > 0 or name == "image_mean")
+        expected = "numbers above 0" if is_tuple else "a number above 0"
+    if not is_valid or is_tuple != isinstance(value, tuple):
+        raise ConfigError(f"config.json: {name} is {value!r}, must be {expected}")
 
 
-def _check(config: Qwen2VLConfig) -> None:
-    """Refuse numbers that cannot belong to one model, naming the rule that is broken."""
+def _validate(config: Qwen2VLConfig) -> None:
+    """Raise ConfigError for inconsistent sizes, with every violated rule in the message."""
     vision, text = config.vision, config.text
     for part in (vision, text, config):
         for f in fields(part):
-            if f.name in _own_names(type(part)):
-                _check_field(f.name, str(f.type), getattr(part, f.name))
+            if f.name in _field_names(type(part)):
+                _check_field_type(f.name, str(f.type), getattr(part, f.name))
     rules = [
         (
             vision.embed_dim % (4 * vision.num_heads) == 0,
@@ -333,7 +336,7 @@ def _check(config: Qwen2VLConfig) -> None:
         ),
         (
             vision.hidden_size == text.hidden_size,
-            f"vision hidden_size {vision.hidden_size} (what the merger writes) must equal "
+            f"vision hidden_size {vision.hidden_size} (the merger's output) must equal "
             f"hidden_size {text.hidden_size}",
         ),
         (
@@ -352,12 +355,12 @@ def _check(config: Qwen2VLConfig) -> None:
             f"have one number for each of {vision.in_channels} channels",
         ),
     ]
-    broken = [text for holds, text in rules if not holds]
-    if broken:
-        raise ConfigError("config.json: " + "; ".join(broken))
+    violations = [message for holds, message in rules if not holds]
+    if violations:
+        raise ConfigError("config.json: " + "; ".join(violations))
 
 
-def _official(
+def _official_config(
     hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, *, tied: bool
 ) -> Qwen2VLConfig:
     return Qwen2VLConfig(
@@ -375,11 +378,11 @@ def _official(
     )
 
 
-# Parameters: 2,208,985,600 / 8,291,375,616 / 73,405,560,320.
+# Numbers of parameters: 2,208,985,600 / 8,291,375,616 / 73,405,560,320.
 PRESETS: Mapping[str, Qwen2VLConfig] = MappingProxyType(
     {
-        "2B": _official(1536, 8960, 28, 12, 2, 151936, tied=True),
-        "7B": _official(3584, 18944, 28, 28, 4, 152064, tied=False),
-        "72B": _official(8192, 29568, 80, 64, 8, 152064, tied=False),
+        "2B": _official_config(1536, 8960, 28, 12, 2, 151936, tied=True),
+        "7B": _official_config(3584, 18944, 28, 28, 4, 152064, tied=False),
+        "72B": _official_config(8192, 29568, 80, 64, 8, 152064, tied=False),
     }
 )

@@ -1,12 +1,13 @@
-"""A model folder -> a smaller one, of small integers, that opens again without a word.
+"""Checkpoint quantization: writes an int8 or int4 copy of a model folder in GPTQ or AWQ format.
 
-    int4   the decoder as AWQ packs it (4 bits in groups); rounded by examples where there are any
-    int8   the decoder as GPTQ packs it (8 bits, one scale for each output)
+    int4   the decoder in AWQ's format (4 bits in groups); by GPTQ if there are examples, else RTN
+    int8   the decoder in GPTQ's format (8 bits, one scale for each output); by RTN
 
-Both are layouts that other programs read. Head and vision tower are stored whole, as in the
-official quantized repositories; quantization_config says in a key of our own that they are rounded
-to 8 bits as they are read. Answers are those of the source opened with `quantize`, to the bit,
-unless examples made them better. Back down: load.py.
+Other programs read both formats. Head and vision tower are stored unquantized, as in the official
+quantized repositories; an additional key of quantization_config, `head_and_vision`, makes this
+library quantize them to int8 while loading. Outputs are identical to those of the source loaded
+with `quantize`, to the bit, unless GPTQ improved them. The folder loads without options
+(loading.py).
 """
 
 from __future__ import annotations
@@ -23,74 +24,85 @@ from qwen2vl.geometry import AttnMeta
 from qwen2vl.loading import load_model, load_processor
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
-from qwen2vl.quantization.gptq import Show, round_by_examples
-from qwen2vl.quantization.rtn import Channels, Groups, round_channels, round_groups
-from qwen2vl.quantization.scheme import Kind, Mode, is_of_decoder, recipe, weights_of
+from qwen2vl.quantization.gptq import CalibrationForward, gptq_quantize_decoder
+from qwen2vl.quantization.rtn import (
+    GroupwiseWeight,
+    PerChannelWeight,
+    quantize_groupwise,
+    quantize_per_channel,
+)
+from qwen2vl.quantization.scheme import (
+    CpuQuantizationMode,
+    LayerScheme,
+    is_decoder_layer,
+    layer_schemes,
+    linear_weights,
+)
 from qwen2vl.weights import (
-    PackedMatrix,
-    Packing,
-    check_target,
+    QuantizationConfig,
+    QuantizedMatrix,
+    check_output_folder,
     expected_shapes,
-    find,
-    layout_of,
     open_tensors,
+    packing_module,
     read_generation_defaults,
+    resolve_model,
     save_folder,
 )
 
-__all__ = ["OnLayer", "quantize_folder"]
+__all__ = ["LayerCallback", "quantize_folder"]
 
-OnLayer = Callable[[str, int, int], None]  # layer, its number from 1, how many there are
+LayerCallback = Callable[[str, int, int], None]  # layer, its number from 1, number of layers
 
-_SHORT = ("BF16", "F16")
+_HALF_DTYPES = ("BF16", "F16")
 
-MIDDLE = 128  # where GPTQ's 8 bits have their zero
+ZERO_POINT = 128  # of GPTQ's symmetric 8-bit integers
 
 
 def quantize_folder(
     source: str | Path,
     target: str | Path,
-    mode: Mode,
+    mode: CpuQuantizationMode,
     *,
     examples: Iterable[ModelInput] = (),
-    on_layer: OnLayer | None = None,
-) -> Packing:
-    """Write the model of `source` to `target` in small integers; returns how it is packed.
+    on_layer: LayerCallback | None = None,
+) -> QuantizationConfig:
+    """Quantize the model of `source` into the folder `target`; return its quantization_config.
 
     Args:
         source: a folder, a repo id of the hub, or "nano".
-        target: the folder to make; must not exist yet (or be empty).
-        mode: int8, or int4.
-        examples: for int4: what the model is likely to be shown, answers included.
-        on_layer: hears of each layer that is done.
+        target: the folder to write; must not exist yet (or be empty).
+        mode: int8 or int4.
+        examples: calibration data for int4 by GPTQ: typical prompts with their answers.
+        on_layer: called after each layer.
 
     Raises:
-        CheckpointError: the source cannot be used or is quantized already, the target is there.
-        CapacityError: the memory available is too small for the source.
-        InputError: no such mode.
+        CheckpointError: the source cannot be used or is quantized already, or the target exists.
+        CapacityError: too little memory is available for the source.
+        InputError: unknown mode.
     """
-    folder = find(source)
-    check_target(target)
+    folder = resolve_model(source)
+    check_output_folder(target)
     processor = load_processor(folder)
     config = processor.config
     tensors = open_tensors(folder)
-    if tensors.packing is not None:
+    if tensors.quantization_config is not None:
         raise CheckpointError(
-            f"{folder}: is quantized already ({tensors.packing.method.upper()} of "
-            f"{tensors.packing.bits} bits); give the folder that it was made of"
+            f"{folder}: is quantized already ({tensors.quantization_config.method.upper()} of "
+            f"{tensors.quantization_config.bits} bits); give the folder that it was made of"
         )
-    dtype = "bfloat16" if tensors.info("model.norm.weight").dtype in _SHORT else "float32"
-    # Unpacked: what is rounded and written are parameters.
-    model = load_model(folder, config, dtype=dtype, max_model_len=2, pack=False)
-    kinds = _packable(model, mode)
-    packing = _packing(mode, kinds)
+    dtype = "bfloat16" if tensors.info("model.norm.weight").dtype in _HALF_DTYPES else "float32"
+    # Not prepacked: what is quantized and written must be parameters.
+    model = load_model(folder, config, dtype=dtype, max_model_len=2, prepack=False)
+    schemes = _packable_layers(model, mode)
+    quantization_config = _build_quantization_config(mode, schemes)
     state = {n: t for n, t in model.state_dict().items() if n in expected_shapes(config)}
-    for number, (name, matrix) in enumerate(_rounded(model, kinds, examples), 1):
+    for number, (name, matrix) in enumerate(_quantize(model, schemes, examples), 1):
         del state[f"{name}.weight"]
-        parts = layout_of(packing).pack(matrix, packing)
+        parts = packing_module(quantization_config).pack(matrix, quantization_config)
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         if on_layer:
-            on_layer(name, number, len(kinds))
+            on_layer(name, number, len(schemes))
     save_folder(
         target,
         config=config,
@@ -99,60 +111,64 @@ def quantize_folder(
         pixels=processor.pixels,
         generation=read_generation_defaults(folder),
         dtype=model.dtype,
-        packing=packing,
+        quantization_config=quantization_config,
     )
-    return packing
+    return quantization_config
 
 
-def _packable(model: Qwen2VL, mode: Mode) -> dict[str, Kind]:
-    """List the layers of the decoder that the layout takes; others are rounded when they are read.
+def _packable_layers(model: Qwen2VL, mode: CpuQuantizationMode) -> dict[str, LayerScheme]:
+    """Return the decoder layers that the format can hold; others are quantized while loading.
 
     Raises:
         CheckpointError: there is none.
     """
     bits = 4 if mode == "int4" else 8
-    words = 32 // bits
-    kinds: dict[str, Kind] = {}
-    for name, kind in recipe(model, mode).items():
-        if not is_of_decoder(name) or kind.bits != bits:
+    per_int32 = 32 // bits
+    schemes: dict[str, LayerScheme] = {}
+    for name, scheme in layer_schemes(model, mode).items():
+        if not is_decoder_layer(name) or scheme.bits != bits:
             continue
-        outputs, inputs = weights_of(model, name)[0].shape
-        if outputs % words == 0 == inputs % words:
-            kinds[name] = kind
-    if not kinds:
+        outputs, inputs = linear_weights(model, name)[0].shape
+        if outputs % per_int32 == 0 == inputs % per_int32:
+            schemes[name] = scheme
+    if not schemes:
         raise CheckpointError(
             f"no layer of this model's decoder can be packed in {bits} bits: their widths are no "
-            f"multiples of {32 if mode == 'int4' else words}"
+            f"multiples of {32 if mode == 'int4' else per_int32}"
         )
-    return kinds
+    return schemes
 
 
-def _packing(mode: Mode, kinds: Mapping[str, Kind]) -> Packing:
+def _build_quantization_config(
+    mode: CpuQuantizationMode, schemes: Mapping[str, LayerScheme]
+) -> QuantizationConfig:
     if mode == "int8":
-        eight = Packing(method="gptq", bits=8, group_size=-1, is_symmetric=True, rest="int8")
-        return replace(eight, stores_zero_less_one=True)
-    (size,) = {kind.group_size for kind in kinds.values()}
-    return Packing(method="awq", bits=4, group_size=size, rest="int8")
+        int8 = QuantizationConfig(
+            method="gptq", bits=8, group_size=-1, is_symmetric=True, head_and_vision="int8"
+        )
+        return replace(int8, stores_zero_minus_one=True)
+    (size,) = {scheme.group_size for scheme in schemes.values()}
+    return QuantizationConfig(method="awq", bits=4, group_size=size, head_and_vision="int8")
 
 
-def _rounded(
-    model: Qwen2VL, kinds: Mapping[str, Kind], examples: Iterable[ModelInput]
-) -> Iterator[tuple[str, PackedMatrix]]:
-    """Round the layers one by one, in the order of the model."""
-    shows = [_show(example) for example in examples]
-    if shows and all(kind.bits == 4 for kind in kinds.values()):
-        for name, groups in round_by_examples(model, kinds, shows):
-            yield name, _of_groups(groups)
+def _quantize(
+    model: Qwen2VL, schemes: Mapping[str, LayerScheme], examples: Iterable[ModelInput]
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """Quantize the layers one by one, in model order."""
+    forwards = [_calibration_forward(example) for example in examples]
+    if forwards and all(scheme.bits == 4 for scheme in schemes.values()):
+        for name, weight in gptq_quantize_decoder(model, schemes, forwards):
+            yield name, _from_groupwise(weight)
         return
-    for name, kind in kinds.items():
-        weight_OI, _ = weights_of(model, name)
-        if kind.bits == 8:
-            yield name, _of_channels(round_channels(weight_OI))
+    for name, scheme in schemes.items():
+        weight_OI, _ = linear_weights(model, name)
+        if scheme.bits == 8:
+            yield name, _from_per_channel(quantize_per_channel(weight_OI))
         else:
-            yield name, _of_groups(round_groups(weight_OI, kind.group_size))
+            yield name, _from_groupwise(quantize_groupwise(weight_OI, scheme.group_size))
 
 
-def _show(example: ModelInput) -> Show:
+def _calibration_forward(example: ModelInput) -> CalibrationForward:
     def run(model: Qwen2VL) -> Tensor:
         return model(
             torch.tensor(example.input_ids),
@@ -160,26 +176,26 @@ def _show(example: ModelInput) -> Show:
             AttnMeta.build([len(example.input_ids)]),
             patches_NP=example.patches_NP,
             vision_meta=example.vision_meta,
-            pad_index_M=example.pad_index_M if example.items else None,
+            placeholder_index_M=example.placeholder_index_M if example.items else None,
         )
 
     return run
 
 
-def _of_groups(groups: Groups) -> PackedMatrix:
-    return PackedMatrix(
-        ints_OI=groups.ints_OI,
-        scale_GO=groups.scale_GO,
-        zero_GO=groups.zero_GO.to(torch.int16),
-        group_I=torch.arange(groups.ints_OI.shape[1]) // groups.group_size,
+def _from_groupwise(weight: GroupwiseWeight) -> QuantizedMatrix:
+    return QuantizedMatrix(
+        ints_OI=weight.ints_OI,
+        scale_GO=weight.scale_GO,
+        zero_GO=weight.zero_GO.to(torch.int16),
+        group_I=torch.arange(weight.ints_OI.shape[1]) // weight.group_size,
     )
 
 
-def _of_channels(channels: Channels) -> PackedMatrix:
-    num_outputs, num_inputs = channels.ints_OI.shape
-    return PackedMatrix(
-        ints_OI=(channels.ints_OI.to(torch.int16) + MIDDLE).to(torch.uint8),
-        scale_GO=channels.scale_O[None],
-        zero_GO=torch.full((1, num_outputs), MIDDLE, dtype=torch.int16),
+def _from_per_channel(weight: PerChannelWeight) -> QuantizedMatrix:
+    num_outputs, num_inputs = weight.ints_OI.shape
+    return QuantizedMatrix(
+        ints_OI=(weight.ints_OI.to(torch.int16) + ZERO_POINT).to(torch.uint8),
+        scale_GO=weight.scale_O[None],
+        zero_GO=torch.full((1, num_outputs), ZERO_POINT, dtype=torch.int16),
         group_I=torch.zeros(num_inputs, dtype=torch.int64),
     )

@@ -1,14 +1,14 @@
-"""The ways this library refuses, as one tree.
+"""Exception hierarchy, with the exit code and HTTP status of each class.
 
     Qwen2VLError
-      ConfigError      a config field, a recipe or an override is wrong        exit 2
-      InputError       messages, media or parameters cannot be used            exit 2, HTTP 400
-      CapacityError    the request can never fit (context, cache, pixels)      exit 2, HTTP 400
-      CheckpointError  a weight folder cannot be used, or fits another model   exit 1
+      ConfigError      invalid config field, recipe or override                exit 2
+      InputError       invalid messages, media or parameters                   exit 2, HTTP 400
+      CapacityError    request can never fit (context, cache, pixels)          exit 2, HTTP 400
+      CheckpointError  unusable weight folder, or one of another model         exit 1
       EngineError      the engine died; carries the first cause                exit 1, HTTP 503
 
-A text says what, where, what was got, the limit, and what to do. `raise` is for what a user,
-a file or the network can cause; our own bugs are `assert`ed. Standard library only.
+A message states what, where, the value received, the limit, and the remedy. Errors that a user, a
+file or the network can cause are raised; bugs of this library are asserted. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = [
 
 
 class Qwen2VLError(Exception):
-    """Root of everything this library raises on purpose."""
+    """Base class of all errors that this library raises deliberately."""
 
-    exit_code = 1  # what the command line ends with
+    exit_code = 1  # exit status of the command line
 
 
 class ConfigError(Qwen2VLError, ValueError):
-    """A field of a config, a recipe or an override is wrong."""
+    """A field of a config, a recipe or an override is invalid."""
 
     exit_code = 2
 
 
 class InputError(Qwen2VLError, ValueError):
-    """Messages, media or parameters cannot be used as they are."""
+    """Messages, media or parameters are invalid."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class CapacityError(Qwen2VLError, ValueError):
 
 
 class CheckpointError(Qwen2VLError):
-    """A weight folder is missing, damaged, unsafe, or of another model."""
+    """A weight folder is missing, corrupt, unsafe, or belongs to another model."""
 
 
 class EngineError(Qwen2VLError, RuntimeError):

@@ -1,8 +1,9 @@
-"""The tensors of a folder -> the parameters and layers of a model, one at a time.
+"""Weights of a folder -> parameters and layers of a model, one tensor or layer at a time.
 
-A layer is filled whole, or stays the small integers that the folder stores for it, or is filled
-and rounded to small integers by quantization/scheme.py. So a second copy of a model never exists, and
-of a rounded one not even the first. Next room: load.py, which says in which order.
+A layer is loaded as stored, or built from the integers of a GPTQ or AWQ folder (prequantized), or
+loaded and then quantized by quantization/scheme.py (online quantization). So there is never a
+second copy of the model in memory, and of a quantized model not even one unquantized copy.
+loading.py calls these functions in order.
 """
 
 from __future__ import annotations
@@ -15,124 +16,151 @@ from torch import nn
 
 from qwen2vl.errors import InputError
 from qwen2vl.model import Qwen2VL
-from qwen2vl.quantization.prequantized import stored_kind, stored_layer
-from qwen2vl.quantization.scheme import HEAD, MODES, AnyMode, Kind, gpu_recipe, put_layers, recipe
-from qwen2vl.quantization.torchao import check_gpu
+from qwen2vl.quantization.prequantized import build_prequantized_layer, prequantized_scheme
+from qwen2vl.quantization.scheme import (
+    CPU_MODES,
+    LM_HEAD,
+    LayerScheme,
+    QuantizationMode,
+    gpu_layer_schemes,
+    layer_schemes,
+    replace_layers,
+)
+from qwen2vl.quantization.torchao import check_gpu_support
 from qwen2vl.weights import TensorFolder
 
-__all__ = ["fill", "fill_layer", "put_stored", "rounded_kinds", "stored_kinds"]
+__all__ = [
+    "fill_layer",
+    "fill_parameters",
+    "load_prequantized_layers",
+    "online_schemes",
+    "prequantized_schemes",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def stored_kinds(tensors: TensorFolder, device: torch.device) -> dict[str, Kind]:
-    """Say which layers stay the integers that they are stored as; the others are widened."""
-    packing = tensors.packing
-    if packing is None:
+def prequantized_schemes(tensors: TensorFolder, device: torch.device) -> dict[str, LayerScheme]:
+    """Return the schemes of prequantized layers that have a kernel; others are dequantized."""
+    quantization_config = tensors.quantization_config
+    if quantization_config is None:
         return {}
-    kinds: dict[str, Kind] = {}
-    for name, (_, num_inputs) in tensors.packed.items():
-        kind = stored_kind(
-            packing.bits,
-            packing.group_size,
+    schemes: dict[str, LayerScheme] = {}
+    for name, (_, num_inputs) in tensors.packed_layers.items():
+        scheme = prequantized_scheme(
+            quantization_config.bits,
+            quantization_config.group_size,
             num_inputs,
-            is_symmetric=packing.is_symmetric,
-            is_ordered=packing.is_ordered,
+            is_symmetric=quantization_config.is_symmetric,
+            has_contiguous_groups=quantization_config.has_contiguous_groups,
         )
-        if kind is not None and device.type == "cpu":
-            kinds[name] = kind
-    if widened := len(tensors.packed) - len(kinds):
+        if scheme is not None and device.type == "cpu":
+            schemes[name] = scheme
+    if num_dequantized := len(tensors.packed_layers) - len(schemes):
         logger.warning(
             "%d layers are stored as %s of %d bits in groups of %d%s, for which there is no kernel "
-            "on %s: they are widened, and take more memory",
-            widened,
-            packing.method.upper(),
-            packing.bits,
-            packing.group_size,
-            "" if packing.is_ordered else ", out of order",
+            "on %s: they are dequantized, and take more memory",
+            num_dequantized,
+            quantization_config.method.upper(),
+            quantization_config.bits,
+            quantization_config.group_size,
+            "" if quantization_config.has_contiguous_groups else ", out of order",
             device.type,
         )
-    return kinds
+    return schemes
 
 
-def rounded_kinds(
+def online_schemes(
     model: Qwen2VL,
-    quantize: AnyMode | None,
+    quantize: QuantizationMode | None,
     tensors: TensorFolder,
-    stored: Collection[str],
+    prequantized: Collection[str],
     device: torch.device,
-) -> dict[str, Kind]:
-    """Say which layers are rounded as they are read: on demand, or because the folder says so.
+) -> dict[str, LayerScheme]:
+    """Return the schemes of layers to quantize while loading (online quantization).
+
+    Requested by `quantize`, or by `head_and_vision` of the folder's quantization_config.
 
     Raises:
-        InputError: no such mode, or not on this device.
+        InputError: the mode is unknown, or not supported on this device.
     """
     if quantize is not None:
         if device.type == "cuda":
-            kinds = gpu_recipe(model, quantize)
-            check_gpu(quantize, device)
-            return kinds
+            schemes = gpu_layer_schemes(model, quantize)
+            check_gpu_support(quantize, device)
+            return schemes
         if quantize == "fp8":
             raise InputError(
-                f"quantize 'fp8' computes on NVIDIA GPUs only; use {' or '.join(MODES)} on {device}"
+                "quantize 'fp8' computes on NVIDIA GPUs only; use "
+                f"{' or '.join(CPU_MODES)} on {device}"
             )
-        kinds = recipe(model, quantize)
+        schemes = layer_schemes(model, quantize)
         if device.type != "cpu":
             raise InputError(
                 f"quantize {quantize!r} computes on the CPU and on NVIDIA GPUs only; leave it out "
                 f"on {device}, or use device cpu"
             )
-        return {name: kind for name, kind in kinds.items() if name not in stored}
-    packing = tensors.packing
-    if packing is None or packing.rest is None or device.type != "cpu":
+        return {name: s for name, s in schemes.items() if name not in prequantized}
+    quantization_config = tensors.quantization_config
+    if (
+        quantization_config is None
+        or quantization_config.head_and_vision is None
+        or device.type != "cpu"
+    ):
         return {}
-    return {n: k for n, k in recipe(model, packing.rest).items() if n not in tensors.packed}
+    return {
+        n: s
+        for n, s in layer_schemes(model, quantization_config.head_and_vision).items()
+        if n not in tensors.packed_layers
+    }
 
 
-def fill(
+def fill_parameters(
     model: Qwen2VL,
     tensors: TensorFolder,
     device: torch.device,
     dtype: torch.dtype,
     *,
-    later: Collection[str],
+    skip_layers: Collection[str],
 ) -> None:
-    """Move and cast tensor by tensor; layers named in `later` are left empty."""
+    """Load, move and cast parameters one by one; layers in `skip_layers` stay on meta."""
     state = {
         # A patch embedding stored as a matrix takes the Conv3d shape here.
         name: tensors[name].view(parameter.shape).to(device).to(dtype)
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in later
+        if name.rpartition(".")[0] not in skip_layers
     }
-    model.load_state_dict(state, strict=not later, assign=True)
+    model.load_state_dict(state, strict=not skip_layers, assign=True)
 
 
 def fill_layer(model: Qwen2VL, tensors: TensorFolder, name: str) -> None:
-    """Give one layer its weights as they are stored; a tied head has none of its own."""
-    if name == HEAD and model.lm_head is None:
+    """Load one layer's weights as stored; a tied head has none of its own."""
+    if name == LM_HEAD and model.lm_head is None:
         return
     layer = model.get_submodule(name)
     state = {leaf: tensors[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters()}
     layer.load_state_dict(state, strict=True, assign=True)
 
 
-def put_stored(model: Qwen2VL, tensors: TensorFolder, names: Sequence[str], kind: Kind) -> None:
-    """Replace a layer, or siblings, by one of the integers that are stored for them.
+def load_prequantized_layers(
+    model: Qwen2VL, tensors: TensorFolder, names: Sequence[str], scheme: LayerScheme
+) -> None:
+    """Replace a linear layer, or a group to fuse, by a layer of its prequantized weights.
 
     Raises:
-        CheckpointError: zeros or groups are not what config.json says of them.
+        CheckpointError: zero points or groups contradict config.json.
     """
-    matrices = [tensors.matrix(name) for name in names]
+    matrices = [tensors.quantized_matrix(name) for name in names]
     biases = [tensors[f"{name}.bias"] for name in names if _has_bias(model, name)]
-    layer = stored_layer(
+    layer = build_prequantized_layer(
         torch.cat([matrix.ints_OI for matrix in matrices]),
         torch.cat([matrix.scale_GO for matrix in matrices], 1),
         torch.cat([matrix.zero_GO for matrix in matrices], 1),
         [matrix.group_I for matrix in matrices],
         torch.cat(biases) if biases else None,
-        kind,
+        scheme,
     )
-    put_layers(model, names, layer)
+    replace_layers(model, names, layer)
 
 
 def _has_bias(model: Qwen2VL, name: str) -> bool:

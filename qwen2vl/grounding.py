@@ -1,13 +1,13 @@
-"""Boxes and points: text of the model <-> numbers in [0, 1000) <-> pixels of the picture as given.
+"""Visual grounding format: boxes, points and quads in model text, in [0, 1000), and in pixels.
 
-The model never learns how large a picture was: every coordinate is x * 1000 / width (or height),
-rounded, independent of resizing, and written inside special tokens:
+Coordinates in the model's text are normalized: x * 1000 / width (or y * 1000 / height) of the
+original image, rounded, independent of resizing, and written between special tokens:
 
     <|object_ref_start|>the cat<|object_ref_end|><|box_start|>(176,106),(232,160)<|box_end|>
 
-Shapes here hold the model's integers; pixels are floats and go with a size (height, width). This
-room knows no tensor and no picture: standard library only. (Qwen2-VL sec. 2.2.1.)
-Who calls it: processor/chat_template.py on the way in, the command line and agents on the way out.
+The classes hold these integers; `from_pixels` and `to_pixels` convert with the image size (height,
+width), `to_text` writes and `parse` reads model text. Prompts use it in processor/chat_template.py.
+Standard library only. (Qwen2-VL sec. 2.2.1.)
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
     "REF_START",
     "Box",
     "Grounding",
+    "GroundingShape",
     "Point",
     "Quad",
     "Ref",
-    "Shape",
     "Size",
     "parse",
 ]
@@ -43,38 +43,38 @@ BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
 QUAD_START, QUAD_END = "<|quad_start|>", "<|quad_end|>"
 GROUNDING_TOKENS = (REF_START, REF_END, BOX_START, BOX_END, QUAD_START, QUAD_END)
 
-SCALE = 1000  # coordinates live in [0, 1000)
+SCALE = 1000  # coordinates are in [0, 1000)
 
 T = TypeVar("T")
-Size = tuple[int, int]  # (height, width) of the picture as given, in pixels
+Size = tuple[int, int]  # (height, width) of the original image, in pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A place, in thousandths of the picture's width and height."""
+    """A point, in thousandths of the image's width and height."""
 
     x: int
     y: int
 
     @classmethod
     def from_pixels(cls, numbers: Sequence[float], size: Size) -> Point:
-        """Scale (x, y) in pixels; what lies outside the picture is moved to its border."""
+        """Normalize (x, y) given in pixels; values outside the image are clamped to its border."""
         (xy,) = _pairs_from_pixels(numbers, size, 1)
         return cls(*xy)
 
     def to_pixels(self, size: Size) -> tuple[float, float]:
-        """Scale to pixels of a picture of `size` (height, width)."""
+        """Scale to pixels of an image of `size` (height, width)."""
         height, width = size
         return self.x * width / SCALE, self.y * height / SCALE
 
     def to_text(self) -> str:
-        """Write "(x,y)", as the model's tool arguments do; a point has no special tokens."""
+        """Return "(x,y)", as in tool-call arguments; points have no special tokens."""
         return f"({self.x},{self.y})"
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An upright rectangle from its top left to its bottom right corner, in thousandths."""
+    """An axis-aligned bounding box, top left to bottom right corner, in thousandths."""
 
     x1: int
     y1: int
@@ -83,63 +83,63 @@ class Box:
 
     @classmethod
     def from_pixels(cls, numbers: Sequence[float], size: Size) -> Box:
-        """Scale (x1, y1, x2, y2) in pixels; what lies outside is moved to the border."""
+        """Normalize (x1, y1, x2, y2) given in pixels; values outside the image are clamped."""
         (x1, y1), (x2, y2) = _pairs_from_pixels(numbers, size, 2)
         return cls(x1, y1, x2, y2)
 
     def to_pixels(self, size: Size) -> tuple[float, float, float, float]:
-        """Scale to pixels of a picture of `size` (height, width)."""
+        """Scale to pixels of an image of `size` (height, width)."""
         return (*Point(self.x1, self.y1).to_pixels(size), *Point(self.x2, self.y2).to_pixels(size))
 
     def to_text(self) -> str:
-        """Write the official text, special tokens included."""
+        """Return the official text, with special tokens."""
         return f"{BOX_START}({self.x1},{self.y1}),({self.x2},{self.y2}){BOX_END}"
 
 
 @dataclass(frozen=True, slots=True)
 class Quad:
-    """Four corners in order, for text that is not upright, in thousandths."""
+    """A quadrilateral for rotated text: four corners in order, in thousandths."""
 
     corners: tuple[Point, Point, Point, Point]
 
     @classmethod
     def from_pixels(cls, numbers: Sequence[float], size: Size) -> Quad:
-        """Scale (x1, y1, ..., x4, y4) in pixels; what lies outside is moved to the border."""
+        """Normalize (x1, y1, ..., x4, y4) given in pixels; values outside the image are clamped."""
         a, b, c, d = (Point(x, y) for x, y in _pairs_from_pixels(numbers, size, 4))
         return cls((a, b, c, d))
 
     def to_pixels(self, size: Size) -> tuple[float, ...]:
-        """Scale to eight numbers, in pixels of a picture of `size` (height, width)."""
+        """Scale to eight numbers, in pixels of an image of `size` (height, width)."""
         return tuple(v for corner in self.corners for v in corner.to_pixels(size))
 
     def to_text(self) -> str:
-        """Write the four corners between the quad tokens."""
+        """Return the four corners between the quad tokens."""
         return QUAD_START + ",".join(corner.to_text() for corner in self.corners) + QUAD_END
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A phrase that names something in the picture."""
+    """A referring expression: a phrase that denotes an object in the image."""
 
     phrase: str
 
     def to_text(self) -> str:
-        """Write the phrase between the object_ref tokens."""
+        """Return the phrase between the object_ref tokens."""
         return f"{REF_START}{self.phrase}{REF_END}"
 
 
-Shape = Point | Box | Quad
+GroundingShape = Point | Box | Quad
 
 
 @dataclass(frozen=True, slots=True)
 class Grounding:
-    """One shape that the model wrote, and the phrase it belongs to, if it named one."""
+    """One shape of a completion, and the phrase that it refers to, if any."""
 
-    shape: Shape
+    shape: GroundingShape
     phrase: str | None = None
 
 
-# A span runs to its own end token, else to whatever special token comes next, else to the end.
+# A span ends at its end token, or else at the next special token, or else at the end of the text.
 _SPAN = re.compile(r"<\|(?P<kind>object_ref|box|quad)_start\|>(?P<body>.*?)(?=<\||\Z)", re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _PAIR = rf"\(\s*{_NUMBER.pattern}\s*,\s*{_NUMBER.pattern}\s*\)"
@@ -147,18 +147,18 @@ _SPAN_OR_BARE = re.compile(rf"{_SPAN.pattern}|(?P<bare>{_PAIR}(?:\s*,\s*{_PAIR})
 
 
 def parse(text: str, *, bare: bool = False) -> list[Grounding]:
-    """Find every box, quad and point in a model's answer, in order.
+    """Parse every box, quad and point in a completion, in order.
 
-    A phrase holds for the shapes after it, until the next phrase. What a small model gets wrong
-    is forgiven: a missing end token, spaces, brackets of another kind, decimals, corners in the
-    wrong order, values outside [0, 1000). What holds no usable count of numbers is left out.
+    A phrase applies to the shapes after it, until the next phrase. Errors typical of small models
+    are tolerated: a missing end token, spaces, other brackets, decimals, corners in the wrong
+    order, values outside [0, 1000). Spans with an unusable count of numbers are skipped.
 
     Args:
-        text: the answer, with its grounding tokens.
-        bare: read "(x,y)" and "(x1,y1),(x2,y2)" without tokens too, as in the arguments of a
-            tool, or after another program has dropped the tokens.
+        text: the completion, with its grounding tokens.
+        bare: also parse "(x,y)" and "(x1,y1),(x2,y2)" without special tokens, as in tool-call
+            arguments, or in text whose special tokens were stripped.
     """
-    found: list[Grounding] = []
+    groundings: list[Grounding] = []
     phrase: str | None = None
     for match in (_SPAN_OR_BARE if bare else _SPAN).finditer(text):
         kind, body = match["kind"], match["body"]
@@ -166,12 +166,12 @@ def parse(text: str, *, bare: bool = False) -> list[Grounding]:
             phrase = body.strip() or None
         else:
             numbers = [_clamp(float(n)) for n in _NUMBER.findall(body or match[0])]
-            found += [Grounding(shape, phrase) for shape in _shapes(kind, numbers)]
-    return found
+            groundings += [Grounding(shape, phrase) for shape in _shapes(kind, numbers)]
+    return groundings
 
 
-def _shapes(kind: str | None, numbers: list[int]) -> Iterator[Shape]:
-    """Read the numbers of one span; all but a quad's may be several boxes, or a single point."""
+def _shapes(kind: str | None, numbers: list[int]) -> Iterator[GroundingShape]:
+    """Yield the shapes of one span: a quad, or else a single point, or one or more boxes."""
     if kind == "quad" and len(numbers) == 8:
         a, b, c, d = (Point(x, y) for x, y in _in_pairs(numbers))
         yield Quad((a, b, c, d))
@@ -195,5 +195,5 @@ def _in_pairs(numbers: Sequence[T]) -> Iterator[tuple[T, T]]:
 
 
 def _clamp(value: float) -> int:
-    """Round half up (Python's round() goes to even) into [0, 999]; infinities have a place, too."""
+    """Round half up (round() rounds half to even) and clamp to [0, 999]; accepts infinities."""
     return math.floor(max(0.0, min(SCALE - 1.0, value)) + 0.5)

@@ -1,10 +1,11 @@
-"""Folder -> running model and its processor: the one place where the rooms meet.
+"""Model loading: a Hugging Face folder becomes a Qwen2VL on a device and its processor.
 
-In visible order: find the folder, read what it is, refuse what cannot work (another model's
-tensors, too little memory), build the model on the meta device, fill it from disk. Layers of
-small integers follow one by one, or with their siblings: those that are stored so are replaced,
-those that shall become so are filled, merged with an adapter, rounded, replaced. Nothing large is
-read before everything small has been checked. Next rooms: engine/, train/.
+In this order: resolve the folder, read its configs, refuse what cannot work (another model's
+tensors, too little memory), build the model on the meta device, load plain weights from disk. Then
+quantized layers one by one, or in fused groups: prequantized ones (GPTQ, AWQ) are built from their
+integers; those to be quantized online are loaded, merged with a LoRA adapter, quantized and
+replaced. Last, bfloat16 layers are prepacked on a CPU. No weights are read before all checks have
+passed. (HF: from_pretrained.)
 """
 
 from __future__ import annotations
@@ -19,28 +20,34 @@ import torch
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CapacityError, CheckpointError, InputError
-from qwen2vl.fill import fill, fill_layer, put_stored, rounded_kinds, stored_kinds
-from qwen2vl.linear.fused import siblings
-from qwen2vl.linear.gemv import multiply_single_rows
-from qwen2vl.linear.prepacked import can_pack, pack_layers
+from qwen2vl.fill import (
+    fill_layer,
+    fill_parameters,
+    load_prequantized_layers,
+    online_schemes,
+    prequantized_schemes,
+)
+from qwen2vl.linear.fused import fusion_groups
+from qwen2vl.linear.gemv import use_gemv
+from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.lora.layers import LoraFactors, merge_lora
-from qwen2vl.lora.multi import Adapter
-from qwen2vl.lora.peft import read_lora
-from qwen2vl.memory import MemoryNeed, memory_available, memory_needed
+from qwen2vl.lora.multi import LoraAdapter
+from qwen2vl.lora.peft import parse_peft_adapter
+from qwen2vl.memory import MemoryEstimate, available_memory, estimate_memory
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.quantization.scheme import AnyMode, Kind, quantize_layers
+from qwen2vl.quantization.scheme import LayerScheme, QuantizationMode, quantize_layers
 from qwen2vl.weights import (
-    check_fit,
-    find,
-    note_chat_template,
+    check_state_dict,
+    log_foreign_chat_template,
     open_tensors,
     read_adapter,
     read_config,
-    read_preprocessor,
+    read_preprocessor_config,
+    resolve_model,
 )
 
 __all__ = [
@@ -58,7 +65,7 @@ DTypeName = Literal["auto", "float32", "bfloat16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Words of /proc/cpuinfo for processors that multiply bfloat16 themselves: x86, then ARM.
+# Flags in /proc/cpuinfo of processors with bfloat16 instructions: x86, then ARM.
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -67,7 +74,7 @@ def load(
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
-    quantize: AnyMode | None = None,
+    quantize: QuantizationMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     min_pixels: int | None = None,
@@ -75,29 +82,29 @@ def load(
     video_preset: str = "paper",
     limits: MediaLimits | None = None,
 ) -> tuple[Qwen2VL, Processor]:
-    """Load a model and the processor that feeds it.
+    """Load a model and its processor.
 
     Args:
         model: a folder, a repo id of the hub, or "nano".
-        device: where the weights go: cpu, cuda, cuda:1, mps.
-        dtype: of the weights and the arithmetic. auto: bfloat16 where the hardware has it, else
-            float32 if it fits, else bfloat16.
-        quantize: round the linear layers to int8 or int4 as they are read; on a GPU also fp8, by
-            torchao.
-        adapter: a folder with a LoRA adapter of PEFT, merged into the weights.
-        max_model_len: longest prompt and answer to reserve memory for; None: the model's own.
-        min_pixels: smallest size a picture is shown at; None: the folder's.
-        max_pixels: largest size a picture is shown at; None: the folder's.
-        video_preset: which frames of a video are used, and at which size.
-        limits: on the media that are opened.
+        device: of the weights: cpu, cuda, cuda:1, mps.
+        dtype: of weights and computation. auto: bfloat16 if the hardware supports it, else float32
+            if that fits into memory, else bfloat16.
+        quantize: quantize the linear layers to int8 or int4 while loading (online quantization);
+            on a GPU also fp8, by torchao.
+        adapter: a folder with a PEFT LoRA adapter, which is merged into the weights.
+        max_model_len: prompt and output tokens to reserve memory for; None: the model's maximum.
+        min_pixels: smallest size images are resized to; None: the folder's.
+        max_pixels: largest size images are resized to; None: the folder's.
+        video_preset: how frames of a video are sampled and resized.
+        limits: of media files.
 
     Raises:
-        CheckpointError: a folder is missing, damaged, or does not fit together.
+        CheckpointError: a folder is missing or damaged, or its files do not belong together.
         ConfigError: config.json describes another or an impossible model.
-        CapacityError: the memory available is too small, with the numbers and the way out.
-        InputError: an argument is wrong.
+        CapacityError: too little memory is available; the message has the sizes and remedies.
+        InputError: an argument is invalid.
     """
-    folder = find(model)
+    folder = resolve_model(model)
     processor = load_processor(
         folder,
         min_pixels=min_pixels,
@@ -126,9 +133,9 @@ def load_processor(
     video_preset: str = "paper",
     limits: MediaLimits | None = None,
 ) -> Processor:
-    """Load only what feeds the model, which needs no weights; arguments and errors as `load`."""
-    folder = find(model)
-    note_chat_template(folder)
+    """Load the processor alone, which needs no weights; arguments and errors as for `load`."""
+    folder = resolve_model(model)
+    log_foreign_chat_template(folder)
     return Processor(
         read_config(folder),
         Tokenizer.from_folder(folder),
@@ -144,133 +151,137 @@ def load_model(
     *,
     device: str = "cpu",
     dtype: DTypeName = "auto",
-    quantize: AnyMode | None = None,
+    quantize: QuantizationMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     max_pixels: int = 0,
-    pack: bool = True,
+    prepack: bool = True,
 ) -> Qwen2VL:
-    """Fill the network alone from a folder, in eval mode; raises as `load` does.
+    """Load the model alone from a folder, in eval mode; raises as `load` does.
 
-    On the CPU, weights stored in the dtype asked for stay memory-mapped: they are read when first
-    used, and shared with other processes. Not so the large layers that are packed in bfloat16
-    (linear/prepacked.py); without `pack` they stay parameters. `max_pixels` 0 reserves no memory for
-    pictures.
+    On the CPU, weights stored in the requested dtype stay memory-mapped: they are read when first
+    used, and shared with other processes. Large bfloat16 layers are not, because they are prepacked
+    (linear/prepacked.py); without `prepack` they stay parameters. `max_pixels` 0 reserves no memory
+    for images.
     """
-    place = _device(device)
-    length = _context_length(config, max_model_len)
+    target_device = _resolve_device(device)
+    model_len = _resolve_max_model_len(config, max_model_len)
     tensors = open_tensors(folder)
-    check_fit(tensors, config)
+    check_state_dict(tensors, config)
     with torch.device("meta"):
         model = Qwen2VL(config)
-    stored = stored_kinds(tensors, place)
-    rounded = rounded_kinds(model, quantize, tensors, stored, place)
-    chosen = _choose_dtype(config, place, dtype, length, max_pixels, stored | rounded)
-    factors = {} if adapter is None else _read_lora(adapter, model, stored)
-    fill(model, tensors, place, chosen, later=stored | rounded)
-    merge_lora(model, {name: f for name, f in factors.items() if name not in rounded})
-    for names, kind in siblings(stored):
-        put_stored(model, tensors, names, kind)
-    for names, kind in siblings(rounded):
+    prequantized = prequantized_schemes(tensors, target_device)
+    online = online_schemes(model, quantize, tensors, prequantized, target_device)
+    resolved_dtype = _resolve_dtype(
+        config, target_device, dtype, model_len, max_pixels, prequantized | online
+    )
+    factors = {} if adapter is None else _read_merged_adapter(adapter, model, prequantized)
+    fill_parameters(
+        model, tensors, target_device, resolved_dtype, skip_layers=prequantized | online
+    )
+    merge_lora(model, {name: f for name, f in factors.items() if name not in online})
+    for names, scheme in fusion_groups(prequantized):
+        load_prequantized_layers(model, tensors, names, scheme)
+    for names, scheme in fusion_groups(online):
         for name in names:
             fill_layer(model, tensors, name)
         merge_lora(model, {name: factors[name] for name in names if name in factors})
-        quantize_layers(model, names, kind)
-    is_changed = bool(stored or rounded)
-    if place.type == "cpu" and chosen == torch.bfloat16:
-        if pack and can_pack():
-            is_changed |= pack_layers(model) > 0
-        multiply_single_rows(model)
-    if is_changed and place.type == "cpu":
-        _open_anew(model, folder, merged=factors)
+        quantize_layers(model, names, scheme)
+    is_changed = bool(prequantized or online)
+    if target_device.type == "cpu" and resolved_dtype == torch.bfloat16:
+        if prepack and can_prepack():
+            is_changed |= prepack_layers(model) > 0
+        use_gemv(model)
+    if is_changed and target_device.type == "cpu":
+        _remap_parameters(model, folder, merged=factors)
     return model.eval()
 
 
-def _open_anew(model: Qwen2VL, folder: Path, merged: Collection[str]) -> None:
-    """Map the plain weights that are left once more, so that the file is let go of.
+def _remap_parameters(model: Qwen2VL, folder: Path, merged: Collection[str]) -> None:
+    """Memory-map the remaining plain weights anew, so that the first mapping is closed.
 
-    What was packed or rounded has been read, and its pages stay in memory while anything lies in
-    the same mapping; of the new one only what is used is read.
+    Weights that were prepacked or quantized have been read, and their pages stay resident while any
+    tensor uses the same mapping; of the new mapping only pages in use are read.
     """
     tensors = open_tensors(folder)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] in merged:
-            continue  # no longer what is stored
+            continue  # differs from the stored weight
         stored = tensors[name]
         if stored.dtype == parameter.dtype:  # else it is a copy already
             parameter.data = stored.view(parameter.shape)
 
 
-def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str, Adapter]:
-    """Read adapters that stay unmerged, so that each request may ask for one by its name.
+def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str, LoraAdapter]:
+    """Load unmerged adapters for multi-LoRA, by the names that requests select them with.
 
-    Unlike a merged one they may stand on small integers, also on those that a folder stores.
+    Unlike a merged adapter they may be applied to quantized layers, also to prequantized ones.
 
     Raises:
         CheckpointError: an adapter is missing, damaged, or of another model.
     """
     with torch.device("meta"):
-        plain = Qwen2VL(model.config)  # with the layers that an adapter names
-    adapters: dict[str, Adapter] = {}
+        plain = Qwen2VL(model.config)  # without replaced layers, so under the names of adapters
+    adapters: dict[str, LoraAdapter] = {}
     for name, folder in folders.items():
         settings, tensors = read_adapter(folder)
-        factors = read_lora(settings, tensors, plain, where=str(tensors.folder))
-        adapters[name] = Adapter.of(factors, model)
+        factors = parse_peft_adapter(settings, tensors, plain, where=str(tensors.folder))
+        adapters[name] = LoraAdapter.from_factors(factors, model)
     return adapters
 
 
-def _read_lora(
-    adapter: str | Path, model: Qwen2VL, stored: Collection[str]
+def _read_merged_adapter(
+    adapter: str | Path, model: Qwen2VL, prequantized: Collection[str]
 ) -> dict[str, LoraFactors]:
     settings, tensors = read_adapter(adapter)
-    factors = read_lora(settings, tensors, model, where=str(tensors.folder))
-    if packed := [name for name in factors if name in stored]:
+    factors = parse_peft_adapter(settings, tensors, model, where=str(tensors.folder))
+    if refused := [name for name in factors if name in prequantized]:
         raise CheckpointError(
-            f"{tensors.folder}: cannot be merged into {packed[0]}, which the model's folder stores "
-            "as small integers; merge it into the unquantized model, and quantize that"
+            f"{tensors.folder}: cannot be merged into {refused[0]}, which the model's folder "
+            "stores quantized; merge it into the unquantized model, and quantize that"
         )
     return factors
 
 
 def _pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:
     given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    limits = PixelLimits.from_dict(read_preprocessor(folder))
+    limits = PixelLimits.from_dict(read_preprocessor_config(folder))
     return replace(limits, **{name: n for name, n in given.items() if n is not None})
 
 
-def _context_length(config: Qwen2VLConfig, given: int | None) -> int:
-    longest = config.text.max_position_embeddings
-    if given is not None and not 2 <= given <= longest:
+def _resolve_max_model_len(config: Qwen2VLConfig, requested: int | None) -> int:
+    limit = config.text.max_position_embeddings
+    if requested is not None and not 2 <= requested <= limit:
         raise InputError(
-            f"max_model_len: got {given}, must be from 2 to {longest}, the context of this model "
+            f"max_model_len: got {requested}, must be from 2 to {limit}, the context of this model "
             "(max_position_embeddings)"
         )
-    return given or longest
+    return requested or limit
 
 
-def _device(name: str) -> torch.device:
+def _resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use cpu, cuda, cuda:1 or mps") from None
-    present = {"cpu": True, "cuda": torch.cuda.is_available()}
-    present["mps"] = torch.backends.mps.is_available()
-    if not present.get(device.type, False):
+    is_available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    is_available["mps"] = torch.backends.mps.is_available()
+    if not is_available.get(device.type, False):
         raise InputError(f"device {name!r}: there is none here; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} here, from 0")
     return device
 
 
-def _choose_dtype(
+def _resolve_dtype(
     config: Qwen2VLConfig,
     device: torch.device,
     name: str,
     max_model_len: int,
     max_pixels: int,
-    kinds: Mapping[str, Kind] | None = None,
+    schemes: Mapping[str, LayerScheme] | None = None,
 ) -> torch.dtype:
-    """Take the first dtype of those allowed whose memory is there.
+    """Return the first allowed dtype whose memory estimate fits into the available memory.
 
     Raises:
         CapacityError: none fits.
@@ -278,52 +289,57 @@ def _choose_dtype(
     if name != "auto" and name not in _DTYPES:
         raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
     allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
-    available = memory_available(device)
-    packs = device.type == "cpu" and can_pack()
+    available = available_memory(device)
+    prepack = device.type == "cpu" and can_prepack()
     needs = [
-        memory_needed(config, d, max_model_len, max_pixels, kinds, packs=packs) for d in allowed
+        estimate_memory(config, d, max_model_len, max_pixels, schemes, prepack=prepack)
+        for d in allowed
     ]
-    for chosen, need in zip(allowed, needs, strict=True):
+    for candidate, need in zip(allowed, needs, strict=True):
         if available is None or need.total <= available:
-            if chosen is not allowed[0]:
+            if candidate is not allowed[0]:
                 logger.warning(
                     "dtype auto: float32 needs %s and %s are available: taking bfloat16, which "
                     "this processor computes slowly",
                     _gib(needs[0].total),
                     _gib(available or 0),
                 )
-            return chosen
+            return candidate
     assert available is not None
-    ways = [f"lower max_model_len ({max_model_len:,}) or max_pixels ({max_pixels:,})"]
+    remedies = [f"lower max_model_len ({max_model_len:,}) or max_pixels ({max_pixels:,})"]
     if needs[-1].weights >= available:
-        ways.clear()  # these would not do
+        remedies.clear()  # the weights alone are too large
     if allowed[-1] == torch.float32:
-        ways.append("use dtype bfloat16")
-    if device.type == "cpu" and not kinds:
-        ways.append("quantize to int8 or int4")
+        remedies.append("use dtype bfloat16")
+    if device.type == "cpu" and not schemes:
+        remedies.append("quantize to int8 or int4")
     raise CapacityError(
-        _too_small(needs[-1], allowed[-1], available, [*ways, "use a smaller model"])
+        _out_of_memory_message(
+            needs[-1], allowed[-1], available, [*remedies, "use a smaller model"]
+        )
     )
 
 
 def preferred_dtypes(device: torch.device) -> list[torch.dtype]:
-    """List what dtype "auto" tries on `device`; the first that fits into memory is taken."""
+    """Return the dtypes that "auto" tries on `device`, in this order."""
     if device.type == "cuda" or (device.type == "cpu" and _has_native_bf16()):
         return [torch.bfloat16]
     return [torch.float32, torch.bfloat16]
 
 
 def _has_native_bf16() -> bool:
-    """Linux says so; elsewhere float32 is the safe choice."""
+    """Return whether the processor has bfloat16 instructions; False if not on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.is_file() and not _NATIVE_BF16.isdisjoint(cpuinfo.read_text().split())
 
 
-def _too_small(need: MemoryNeed, dtype: torch.dtype, available: int, ways: list[str]) -> str:
+def _out_of_memory_message(
+    need: MemoryEstimate, dtype: torch.dtype, available: int, remedies: list[str]
+) -> str:
     return (
         f"the model needs {_gib(need.total)} in {str(dtype).removeprefix('torch.')} = "
-        f"{_gib(need.weights)} weights + {_gib(need.cache)} cache + {_gib(need.activation)} "
-        f"largest activation, but {_gib(available)} are available; {', or '.join(ways)}"
+        f"{_gib(need.weights)} weights + {_gib(need.kv_cache)} cache + {_gib(need.activation)} "
+        f"largest activation, but {_gib(available)} are available; {', or '.join(remedies)}"
     )
 
 

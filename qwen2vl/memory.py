@@ -1,7 +1,7 @@
-"""How much memory a model takes at work, and how much is there.
+"""Memory estimates: bytes for weights, KV cache and activations, and bytes available.
 
-Arithmetic on a config, and what the system says about itself; nothing is allocated. It must not
-know files of weights. Next room: load.py, which compares the two before it reads anything large.
+Computed from a config and from what the system reports; nothing is allocated. loading.py compares
+the two before it reads weights.
 """
 
 from __future__ import annotations
@@ -16,82 +16,86 @@ import torch
 
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.linear import prepacked
-from qwen2vl.quantization.scheme import HEAD, Kind
+from qwen2vl.quantization.scheme import LM_HEAD, LayerScheme
 from qwen2vl.weights import expected_shapes
 
-__all__ = ["MemoryNeed", "memory_available", "memory_needed"]
+__all__ = ["MemoryEstimate", "available_memory", "estimate_memory"]
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryNeed:
-    """Bytes that a model takes at work, by cause."""
+class MemoryEstimate:
+    """Bytes that inference with a model needs, by purpose."""
 
     weights: int
-    cache: int  # keys and values of one sequence of max_model_len tokens
-    activation: int  # the largest moment: a picture in the tower, or a prompt in the decoder
+    kv_cache: int  # of one request of max_model_len tokens
+    activation: int  # the peak: of an image in the vision tower, or of a prompt in the decoder
 
     @property
     def total(self) -> int:
-        """All of them at once."""
-        return self.weights + self.cache + self.activation
+        """The sum of all."""
+        return self.weights + self.kv_cache + self.activation
 
 
-def memory_needed(
+def estimate_memory(
     config: Qwen2VLConfig,
     dtype: torch.dtype,
     max_model_len: int,
     max_pixels: int,
-    kinds: Mapping[str, Kind] | None = None,
+    schemes: Mapping[str, LayerScheme] | None = None,
     *,
-    packs: bool = False,
-) -> MemoryNeed:
-    """Estimate the memory of one sequence at work, closely and from above.
+    prepack: bool = False,
+) -> MemoryEstimate:
+    """Estimate the memory of inference with one request: a tight upper bound.
 
-    `kinds` are the layers that are quantized. With `packs` large layers are packed, where that is
-    done in this dtype: a tied head is then a matrix beside the embedding.
+    `schemes` are those of the quantized layers. With `prepack` large bfloat16 layers are prepacked;
+    a tied head is then a matrix beside the embedding.
     """
     text = config.text
-    weights = _bytes_of_weights(config, dtype, kinds or {})
-    in_head = text.vocab_size * text.hidden_size
-    is_packed = packs and dtype == torch.bfloat16 and in_head >= prepacked.LARGE
-    if text.tie_word_embeddings and is_packed and HEAD not in (kinds or {}):
-        weights += in_head * dtype.itemsize
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+    weights = _bytes_of_weights(config, dtype, schemes or {})
+    head_numel = text.vocab_size * text.hidden_size
+    is_prepacked = prepack and dtype == torch.bfloat16 and head_numel >= prepacked.MIN_PREPACK_NUMEL
+    if text.tie_word_embeddings and is_prepacked and LM_HEAD not in (schemes or {}):
+        weights += head_numel * dtype.itemsize
+    kv_bytes = (
+        2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+    )
     num_patches = max_pixels // config.vision.patch_size**2
     in_tower = num_patches * _bytes_per_patch(config.vision, dtype.itemsize)
-    is_joined = bool(kinds) or (packs and dtype == torch.bfloat16)
-    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize, is_joined=is_joined)
-    return MemoryNeed(weights, cache * max_model_len, max(in_tower, in_decoder))
+    is_fused = bool(schemes) or (prepack and dtype == torch.bfloat16)
+    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize, is_fused=is_fused)
+    return MemoryEstimate(weights, kv_bytes * max_model_len, max(in_tower, in_decoder))
 
 
-def memory_available(device: torch.device) -> int | None:
-    """Count the bytes that may still be taken on `device`; None where that cannot be known."""
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on `device`; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    found = [n for n in (_meminfo_available(), _cgroup_available()) if n is not None]
-    return min(found, default=None)
+    limits = [n for n in (_meminfo_available(), _cgroup_available()) if n is not None]
+    return min(limits, default=None)
 
 
-def _bytes_of_weights(config: Qwen2VLConfig, dtype: torch.dtype, kinds: Mapping[str, Kind]) -> int:
+def _bytes_of_weights(
+    config: Qwen2VLConfig, dtype: torch.dtype, schemes: Mapping[str, LayerScheme]
+) -> int:
     shapes = expected_shapes(config)
-    if HEAD in kinds:  # beside the embedding, also where it is tied
-        shapes[f"{HEAD}.weight"] = (config.text.vocab_size, config.text.hidden_size)
+    if LM_HEAD in schemes:  # beside the embedding, also where it is tied
+        shapes[f"{LM_HEAD}.weight"] = (config.text.vocab_size, config.text.hidden_size)
     total = 0
     for name, shape in shapes.items():
         layer, _, leaf = name.rpartition(".")
-        is_quantized = layer in kinds and leaf == "weight"
-        total += kinds[layer].num_bytes(*shape) if is_quantized else prod(shape) * dtype.itemsize
+        is_quantized = layer in schemes and leaf == "weight"
+        total += schemes[layer].num_bytes(*shape) if is_quantized else prod(shape) * dtype.itemsize
     return total
 
 
 def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
-    """Bytes alive for one patch in the widest moment of the tower.
+    """Return the bytes allocated for one patch at the vision tower's peak.
 
     Embedding: the patch in uint8, float32 and bfloat16. A block: uint8 and float32 patch, then
     either the MLP (input, residual, normed; its width before, within and after the activation) or
-    the rotation (six vectors, and a query in float32 being taken apart).
+    the rotation (six vectors, and a query in float32 being split).
     """
     mlp = size * (3 + 3 * vision.mlp_ratio)
     rotation = 6 * size + 12
@@ -100,12 +104,13 @@ def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
     return int(max(embedding, in_block + 4 * vision.head_dim)) + 96
 
 
-def _bytes_per_token(text: TextConfig, size: int, *, is_joined: bool) -> int:
-    """Bytes alive for one token inside SwiGLU: five vectors, gate, up and product, the rotation.
+def _bytes_per_token(text: TextConfig, size: int, *, is_fused: bool) -> int:
+    """Return the bytes allocated for one token at the decoder's peak, inside SwiGLU.
 
-    Joined (linear/fused.py), the outputs of gate and up stay until the product is there.
+    Five vectors; gate, up and their product; the rotation. Of a fused gate-up layer
+    (linear/fused.py) both outputs stay allocated until the product is computed.
     """
-    parts = 4 if is_joined else 3
+    parts = 4 if is_fused else 3
     vectors = size * (5 * text.hidden_size + parts * text.intermediate_size)
     return vectors + 4 * text.head_dim + 64
 
@@ -115,12 +120,12 @@ def _meminfo_available() -> int | None:
     if not meminfo.is_file():
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
         return pages * os.sysconf("SC_PAGE_SIZE") if pages else None
-    rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(rows["MemAvailable"].split()[0]) * 1024
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container (cgroup v2) may still take; its page cache can be given back."""
+    """Return the bytes a container (cgroup v2) can still allocate; page cache is reclaimable."""
     limit = root / "memory.max"
     if not limit.is_file() or limit.read_text().strip() == "max":
         return None

@@ -1,4 +1,4 @@
-"""Adapter folders as PEFT writes them, of random factors that change every answer."""
+"""LoRA adapter folders in PEFT's format, with random factors that change every output."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qwen2vl.model import Qwen2VL
 
 TEXT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION = ("qkv", "attn.proj", "fc1", "fc2", "merger.mlp.0", "merger.mlp.2")
-EVERY = (*TEXT, *VISION, "lm_head")
+ALL_LAYERS = (*TEXT, *VISION, "lm_head")
 
 ALPHA = 6
 
 
 def random_factors(
-    model: Qwen2VL, targets: Sequence[str] = EVERY, *, seed: int = 0, rank: int = 4
+    model: Qwen2VL, targets: Sequence[str] = ALL_LAYERS, *, seed: int = 0, rank: int = 4
 ) -> dict[str, LoraFactors]:
     """Draw factors for every linear layer whose name ends in one of `targets`."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def random_factors(
 def write_adapter(
     path: Path,
     model: Qwen2VL,
-    targets: Sequence[str] = EVERY,
+    targets: Sequence[str] = ALL_LAYERS,
     *,
     seed: int = 0,
     rank: int = 4,

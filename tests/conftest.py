@@ -9,23 +9,39 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The repository's neighbor; too large to keep here.
-TOKENIZER = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tokenizer"
+from tests.requirements import (
+    TOKENIZER,
+    check_requirements,
+    missing_tokenizer,
+    required_resources,
+    skip_or_fail,
+)
 
-# Two cores are shared by what runs beside the tests, and tiny tensors gain nothing from threads.
+# Tiny tensors gain nothing from threads, and several workers run tests at once. The variable is for
+# the processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same draws in every run, on every machine; no failing because a machine is busy.
 settings.register_profile("qwen2vl", derandomize=True, deadline=None, database=None)
 settings.load_profile("qwen2vl")
 
 
+def pytest_configure() -> None:
+    """Refuse a misspelled QWEN2VL_REQUIRE before any test runs."""
+    required_resources()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip or fail tests whose resources are absent (tests/requirements.py)."""
+    check_requirements(item)
+
+
 @pytest.fixture(scope="session")
 def official_tokenizer_dir() -> Path:
     """Give the folder of the official tokenizer: 151,643 ranks and fourteen special tokens."""
-    if not (TOKENIZER / "tokenizer.json").is_file():
-        reason = "the official tokenizer is not beside the repository, in ../shared/data/tokenizer"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    reason = missing_tokenizer()
+    if reason:
+        skip_or_fail("tokenizer", reason)
     return TOKENIZER

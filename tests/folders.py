@@ -1,4 +1,4 @@
-"""Model folders for the tests: whole, tiny, and damaged in every way."""
+"""Tiny model folders for the tests, and edits of their files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_tiny(
     generation: GenerationDefaults | None = None,
     max_shard_bytes: int = 10**9,
 ) -> Qwen2VL:
-    """Write a whole folder and return the model that is in it; untied, so that it has a head."""
+    """Write a model folder and return its model; untied by default, so that it has lm_head."""
     model = model or tiny_model(config=tiny_config(tie_word_embeddings=False))
     save_folder(
         path,
@@ -42,12 +42,12 @@ def write_tiny(
 def edit_json(path: Path, **changes: Any) -> None:
     """Change or add keys of a JSON file; None removes one."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
-    kept = {key: value for key, value in content.items() if value is not None}
-    path.write_text(json.dumps(kept), encoding="utf-8")
+    remaining = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(remaining), encoding="utf-8")
 
 
 def official_config_json(size: str) -> dict[str, Any]:
-    """Spell config.json as the official repositories do."""
+    """Return config.json of an official repository."""
     hidden, ffn, layers, heads, kv, vocab, tied = {
         "2B": (1536, 8960, 28, 12, 2, 151936, True),
         "7B": (3584, 18944, 28, 28, 4, 152064, False),

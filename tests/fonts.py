@@ -1,24 +1,15 @@
-"""Skip tests that draw text where the fonts are not installed; under CI their absence fails."""
+"""A machine without system fonts: what the package brings is all there is."""
 
-import os
+from __future__ import annotations
 
 import pytest
 
-from qwen2vl.synth.fonts import FontError, files_of
+from qwen2vl.synth import fonts
 
 
-def _missing(group: str) -> str:
-    try:
-        files_of(group)
-    except FontError as error:
-        return str(error)
-    return ""
-
-
-def _needs(group: str) -> pytest.MarkDecorator:
-    why = _missing(group)
-    return pytest.mark.skipif(bool(why) and not os.environ.get("CI"), reason=why)
-
-
-needs_training_fonts = _needs("all")
-needs_judge_fonts = _needs("judge")
+def hide_system_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no font be found but the bundled ones until the test ends."""
+    own = {file for _, files in fonts.BUNDLED_FAMILIES.values() for file in files}
+    bundled = {file: path for file, path in fonts._installed().items() if file in own}
+    monkeypatch.setattr(fonts, "_installed", lambda: bundled)
+    fonts.files_of.cache_clear()

@@ -1,11 +1,13 @@
-"""Pictures and clips made in memory: the good ones, and how to break them."""
+"""Images and videos encoded in memory for tests, valid and damaged."""
 
 from __future__ import annotations
 
+import gc
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -14,18 +16,18 @@ import numpy as np
 from PIL import Image
 
 from qwen2vl.config import VisionConfig
-from qwen2vl.processor.image import PixelLimits, image_item
+from qwen2vl.processor.image import PixelLimits, preprocess_image
 from qwen2vl.processor.inputs import Item
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits, MediaOptions
-from qwen2vl.processor.video import video_item
+from qwen2vl.processor.video import preprocess_video
 
 VISION = VisionConfig()
-PIXELS = PixelLimits(min_pixels=3136, max_pixels=12_845_056)  # the official checkpoints'
+PIXELS = PixelLimits(min_pixels=3136, max_pixels=12_845_056)  # of the official checkpoints
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A colored picture with large areas, as photographs have: (height, width, 3) uint8."""
+    """Return a colored image with smooth areas like a photograph: (height, width, 3) uint8."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -35,21 +37,38 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    """Save a picture into bytes."""
+    """Encode an image to bytes."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
+@contextmanager
+def uncollected_decoder() -> Iterator[None]:
+    """Leave a video scaler as uncollected garbage; freed in a forked process, it never returns.
+
+    It waits for its threads, which exist in the parent alone.
+    """
+    gc.disable()
+    try:
+        frame = av.VideoFrame.from_ndarray(noise(480, 640), format="rgb24")
+        cycle: list[Any] = [frame, frame.reformat(format="yuv420p", width=320)]
+        cycle.append(cycle)
+        del frame, cycle
+        yield
+    finally:
+        gc.enable()
+
+
 def animation(kind: str, count: int = 4, **options: Any) -> bytes:
-    """Save `count` frames of 40 x 60 pixels, each of one gray: 0, 50, 100, ..."""
+    """Encode `count` frames of 40 x 60 pixels, each of one gray level: 0, 50, 100, ..."""
     frames = [Image.new("RGB", (60, 40), (50 * i,) * 3) for i in range(count)]
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
 
 
 def png_header(width: int, height: int, raster: bytes = b"\0\0\0\0") -> bytes:
-    """A PNG that claims a size and brings hardly any pixels."""
+    """Return a PNG whose header declares a size, with almost no pixel data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
@@ -61,7 +80,7 @@ def png_header(width: int, height: int, raster: bytes = b"\0\0\0\0") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def clip(
+def encoded_video(
     count: int = 30,
     *,
     rate: int = 10,
@@ -73,7 +92,7 @@ def clip(
     stamps: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """Encode a clip; frame i has the gray 8 * i at its left and is bright at its top right.
+    """Encode a video; frame i has gray level 8 * i at its left and is bright at its top right.
 
     `stamps` are the frames' times in units of 1 / rate.
     """
@@ -93,7 +112,7 @@ def clip(
 
 
 def audio_only() -> bytes:
-    """An MP4 with a second of silence and no pictures."""
+    """Return an MP4 with a second of silence and no video stream."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
         stream = output.add_stream("aac", rate=44100, layout="mono")
@@ -108,7 +127,7 @@ def audio_only() -> bytes:
 
 
 def with_matrix(mp4: bytes, matrix: Sequence[int]) -> bytes:
-    """Write a display matrix (a, b, c, d) into an MP4's track header, in whole turns."""
+    """Write a display matrix (a, b, c, d), in units of 1.0, into an MP4's track header."""
     a, b, c, d = (value << 16 for value in matrix)
     start = mp4.index(b"tkhd") + 44
     packed = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -128,8 +147,8 @@ def image(
     limits: MediaLimits = DEFAULT_LIMITS,
     **options: Any,
 ) -> Item:
-    """`image_item` of the official shape, options by keyword."""
-    return image_item(
+    """Call `preprocess_image` with the official config, options by keyword."""
+    return preprocess_image(
         source,
         vision=VISION,
         pixels=pixels,
@@ -147,8 +166,8 @@ def video(
     limits: MediaLimits = DEFAULT_LIMITS,
     **options: Any,
 ) -> Item:
-    """`video_item` of the official shape, options by keyword."""
-    return video_item(
+    """Call `preprocess_video` with the official config, options by keyword."""
+    return preprocess_video(
         source,
         vision=VISION,
         pixels=pixels,

@@ -1,8 +1,8 @@
-"""Prompts for tests of geometry and of the model: runs of text and visual items, and their ids.
+"""Prompts for tests of geometry and model: segments of text and visual items, and their ids.
 
 A prompt is written as a list of parts: a number is that many tokens of text, `image(h, w)` and
-`video(t, h, w)` are items with their grids in patches. The same parts make our packed arguments
-and, in tests/parity/oracle.py, the reference's batched ones.
+`video(t, h, w)` are items with their grids in patches. The same parts make the packed arguments of
+this model and, in tests/parity/reference.py, the batched ones of the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.geometry import Grid, num_tokens
+from qwen2vl.geometry import Grid, num_vision_tokens
 
 
 class Visual(NamedTuple):
@@ -50,27 +50,29 @@ class Prompt:
 
 
 def prompt(parts: list[Part], config: Qwen2VLConfig, seed: int = 0) -> Prompt:
-    """Lay the parts out as ids; text is drawn below the special tokens' own ids."""
+    """Convert parts to token ids; text tokens are drawn from all but the special tokens."""
     generator = torch.Generator().manual_seed(seed)
-    words = _words(config)
+    text_tokens = _text_tokens(config)
     ids: list[int] = []
     for part in parts:
         if isinstance(part, int):
-            ids += words[torch.randint(len(words), (part,), generator=generator)].tolist()
+            ids += text_tokens[
+                torch.randint(len(text_tokens), (part,), generator=generator)
+            ].tolist()
         else:
-            pad = config.image_token_id if part.kind == "image" else config.video_token_id
-            ids += [pad] * num_tokens(part.grid)
+            placeholder = config.image_token_id if part.kind == "image" else config.video_token_id
+            ids += [placeholder] * num_vision_tokens(part.grid)
     return Prompt(ids, [part for part in parts if isinstance(part, Visual)])
 
 
 @cache
-def _words(config: Qwen2VLConfig) -> Tensor:
+def _text_tokens(config: Qwen2VLConfig) -> Tensor:
     special = {
         config.bos_token_id,
         config.eos_token_id,
         config.vision_start_token_id,
         config.vision_end_token_id,
-        *config.pad_ids,
+        *config.placeholder_ids,
     }
     return torch.tensor([i for i in range(config.text.vocab_size) if i not in special])
 
@@ -82,22 +84,22 @@ def patches(prompt: Prompt, config: Qwen2VLConfig, seed: int = 0) -> Tensor:
     return torch.randn(count, config.vision.patch_dim, generator=generator)
 
 
-def visuals(*, longest_clip: int = 4) -> st.SearchStrategy[Visual]:
+def visuals(*, max_frame_pairs: int = 4) -> st.SearchStrategy[Visual]:
     """Draw items of 2 to 10 patches a side."""
     side = st.integers(1, 5).map(lambda n: 2 * n)
     images = st.builds(image, side, side)
-    return images | st.builds(video, st.integers(1, longest_clip), side, side)
+    return images | st.builds(video, st.integers(1, max_frame_pairs), side, side)
 
 
-def parts(*, longest_clip: int = 4) -> st.SearchStrategy[list[Part]]:
-    """Draw prompts of up to five items; equal neighbors always have text between them."""
-    part = st.integers(0, 6) | visuals(longest_clip=longest_clip)
-    return st.lists(part, min_size=1, max_size=9).filter(_runs_are_apart)
+def parts(*, max_frame_pairs: int = 4) -> st.SearchStrategy[list[Part]]:
+    """Draw prompts of up to nine parts; items of equal kind always have text between them."""
+    part = st.integers(0, 6) | visuals(max_frame_pairs=max_frame_pairs)
+    return st.lists(part, min_size=1, max_size=9).filter(_equal_kinds_are_separated)
 
 
-def _runs_are_apart(drawn: list[Part]) -> bool:
-    seen = [part for part in drawn if part != 0]
-    return bool(seen) and not any(
+def _equal_kinds_are_separated(drawn: list[Part]) -> bool:
+    nonempty = [part for part in drawn if part != 0]
+    return bool(nonempty) and not any(
         isinstance(a, Visual) and isinstance(b, Visual) and a.kind == b.kind
-        for a, b in pairwise(seen)
+        for a, b in pairwise(nonempty)
     )

@@ -1,7 +1,7 @@
-"""The rules of the house that a machine can check; docs/architecture.md gives the reasons.
+"""Rules of the codebase that a test can check; docs/architecture.md gives the reasons.
 
-Import floors, words every module owes its reader, names, types, what may be printed, and whether
-the documents still tell the truth about files, commands and figures.
+Import layers, module docstrings and `__all__`, names, annotations, sizes of files and folders,
+where `print` is allowed, and whether the documents name existing files, commands and figures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -23,9 +24,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qwen2vl"
 
-# A name that means nothing collects everything.
+# Modules of such names collect unrelated code.
 BANNED_NAMES = {"utils", "util", "common", "base", "misc", "helpers", "core"}
 MAX_LINES = 400
+MAX_MODULES = 12  # in a folder, besides __init__.py
+MAX_DEPTH = 3  # qwen2vl/package/subpackage/module.py
+UNLIMITED = {"cli/commands", "recipes"}  # one file a command, one file a recipe
 
 # A measured figure in the README is a number with one of these units; it cites its line of
 # benchmarks/results.md, as in "2.1 % [r3]".
@@ -49,7 +53,7 @@ def scripts() -> list[Path]:
 
 
 def documents() -> list[Path]:
-    """List the pages written for people."""
+    """List the Markdown pages."""
     return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -66,7 +70,7 @@ def place(path: Path, node: ast.stmt | ast.expr | None = None) -> str:
 
 
 def body_without_docstring(path: Path) -> list[ast.stmt]:
-    """Return what a module does, besides speaking and importing from the future."""
+    """Return a module's statements without its docstring and `__future__` imports."""
     body = tree(path).body[1:] if ast.get_docstring(tree(path)) else tree(path).body
     return [
         node
@@ -83,10 +87,10 @@ def exported(path: Path) -> list[str] | None:
     return None
 
 
-# Floors ---------------------------------------------------------------------------------------
+# Layers ---------------------------------------------------------------------------------------
 
 
-def test_imports_go_down_only() -> None:
+def test_imports_follow_the_layers() -> None:
     # In a process of its own: import-linter disables every logger it does not know.
     code = "from importlinter.cli import lint_imports_command as run; run(['--no-cache'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -94,20 +98,18 @@ def test_imports_go_down_only() -> None:
     assert ", 0 broken" in done.stdout
 
 
-def test_every_room_stands_on_a_floor() -> None:
+def test_every_package_is_in_a_layer() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
     placed = set(re.findall(r"qwen2vl\.(\w+)", " ".join(layers)))
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
-    assert rooms - {"__init__", "__main__"} <= placed
+    packages = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    assert packages - {"__init__", "__main__"} <= placed
 
 
-@pytest.mark.parametrize("room", ["errors", "grounding", "config"])
-def test_ground_floor_needs_the_standard_library_only(room: str) -> None:
-    if not (PACKAGE / f"{room}.py").exists():
-        pytest.skip(f"qwen2vl/{room}.py is not written yet")
-    foreign = loaded_by(f"qwen2vl.{room}") - sys.stdlib_module_names - {"qwen2vl"}
-    assert not foreign
+@pytest.mark.parametrize("module", ["errors", "grounding", "config"])
+def test_the_lowest_layers_import_the_standard_library_only(module: str) -> None:
+    third_party = loaded_by(f"qwen2vl.{module}") - sys.stdlib_module_names - {"qwen2vl"}
+    assert not third_party
 
 
 def test_importing_the_package_is_cheap() -> None:
@@ -126,10 +128,10 @@ def loaded_by(module: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-# Words ----------------------------------------------------------------------------------------
+# Docstrings and exports -----------------------------------------------------------------------
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     wrong = [
         f"{place(path)}: {len(lines)} lines"
         for path in modules()
@@ -180,7 +182,7 @@ def ruff_order(name: str) -> tuple[int, str]:
     return (1 if name[0].isupper() else 2), name
 
 
-def test_modules_import_only_what_others_export() -> None:
+def test_modules_import_only_exported_names() -> None:
     names = {dotted(path): exported(path) or [] for path in modules()}
     wrong = [
         f"{place(path, node)}: {alias.name} of {node.module}"
@@ -190,7 +192,7 @@ def test_modules_import_only_what_others_export() -> None:
         for alias in node.names
         if alias.name not in names[node.module] and f"{node.module}.{alias.name}" not in names
     ]
-    assert not wrong, "either it belongs into __all__, or it is none of the importer's business"
+    assert not wrong, "add the name to __all__ of its module, or do not import it"
 
 
 # Types, names, sizes ----------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def test_every_function_is_annotated() -> None:
 
 
 def unannotated(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    """Name what a signature leaves open."""
+    """Yield the parts of a signature that lack an annotation."""
     if node.returns is None:
         yield "return type"
     arguments = [*node.args.posonlyargs, *node.args.args]
@@ -220,17 +222,25 @@ def unannotated(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
             yield argument.arg
 
 
-def test_no_room_has_a_name_that_means_nothing() -> None:
+def test_no_module_has_a_generic_name() -> None:
     parts = {part for path in modules() for part in path.relative_to(PACKAGE).with_suffix("").parts}
     assert not {part.strip("_") for part in parts} & BANNED_NAMES
 
 
-def test_rooms_are_at_most_two_deep() -> None:
-    deep = [place(path) for path in modules() if len(path.relative_to(PACKAGE).parts) > 2]
+def test_packages_are_at_most_three_deep() -> None:
+    deep = [place(path) for path in modules() if len(path.relative_to(PACKAGE).parts) > MAX_DEPTH]
     assert not deep
 
 
-def test_every_file_fits_one_sitting() -> None:
+def test_no_folder_holds_too_many_modules() -> None:
+    folders = Counter(
+        str(path.relative_to(PACKAGE).parent) for path in modules() if path.stem != "__init__"
+    )
+    long = {f: n for f, n in folders.items() if n > MAX_MODULES and f not in UNLIMITED}
+    assert not long, f"at most {MAX_MODULES} modules in a folder"
+
+
+def test_every_file_is_short() -> None:
     long = [
         f"{place(path)}: {count} lines"
         for path in [*modules(), *scripts()]
@@ -240,7 +250,7 @@ def test_every_file_fits_one_sitting() -> None:
 
 
 def lines_to_read(path: Path) -> int:
-    """Count lines, but not those of a table of texts: such a table is looked up, not read."""
+    """Count lines without those of tables of strings, which are data."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return sum(1 for line in lines if not re.fullmatch(r'\s*"[^"]*",', line))
 
@@ -250,7 +260,7 @@ def test_examples_are_short() -> None:
         assert len(path.read_text(encoding="utf-8").splitlines()) < 40, place(path)
 
 
-def test_only_the_command_line_prints() -> None:
+def test_only_the_cli_prints() -> None:
     wrong = [
         place(path, node)
         for path in modules()
@@ -307,7 +317,9 @@ def cli_commands() -> set[str]:
     from qwen2vl.cli.main import COMMANDS
 
     return {
-        name for name in COMMANDS if (PACKAGE / "cli" / f"{name.replace('-', '_')}.py").exists()
+        name
+        for name in COMMANDS
+        if (PACKAGE / "cli" / "commands" / f"{name.replace('-', '_')}.py").exists()
     }
 
 
@@ -319,7 +331,7 @@ def test_documents_name_only_objects_that_exist(page: Path) -> None:
 
 
 def resolves(name: str) -> bool:
-    """Tell whether a dotted name leads to a module, or to something in one."""
+    """Return whether a dotted name resolves to a module or to an attribute of one."""
     try:
         resolve_name(name)
     except (ImportError, AttributeError):
@@ -366,7 +378,7 @@ def test_figures_equal_the_result_they_cite(page: Path) -> None:
 def figure_problems(
     prose: str, runs: dict[str, dict[str, object]], *, must_cite: bool
 ) -> Iterator[str]:
-    """Name every figure that lacks its run, or differs from it."""
+    """Yield every figure that cites no run, or differs from the run that it cites."""
     for figure in FIGURE.finditer(prose):
         value, _, cited = figure.groups()
         if cited is None:
@@ -381,7 +393,7 @@ def figure_problems(
 
 
 def leaves(numbers: object) -> set[float]:
-    """Collect the numbers of one run, however deep they lie; names and versions are none."""
+    """Collect the numbers of one run at any depth; strings are skipped."""
     if isinstance(numbers, dict):
         return set().union(*map(leaves, numbers.values()))
     if isinstance(numbers, list):
@@ -405,7 +417,7 @@ def leaves(numbers: object) -> set[float]:
         ("as measured [r7]", "no such line"),
     ],
 )
-def test_the_figure_rule_itself(prose: str, complaint: str | None) -> None:
+def test_figure_problems(prose: str, complaint: str | None) -> None:
     runs: dict[str, dict[str, object]] = {"r1": {"numbers": {"a": 12.5, "b": {"c": 1200}}}}
     problems = list(figure_problems(prose, runs, must_cite=True))
     assert (complaint is None) == (not problems)

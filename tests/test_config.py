@@ -1,4 +1,4 @@
-"""config.json in every form found in the wild, and every number that cannot be."""
+"""Model config: every form of config.json, round trips, and invalid values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT_KEYS = (
 
 
 def nested(raw: dict[str, Any], *, rope: dict[str, Any], tie_at_root: bool) -> dict[str, Any]:
-    """Move the text fields where transformers 4.52 and later write them."""
+    """Move the text fields to text_config, where transformers 4.52 and later write them."""
     raw = dict(raw)
     text = {key: raw.pop(key) for key in TEXT_KEYS} | rope
     text["model_type"] = "qwen2_vl_text"
@@ -36,13 +36,13 @@ def nested(raw: dict[str, Any], *, rope: dict[str, Any], tie_at_root: bool) -> d
     return raw | {"text_config": text}
 
 
-def in_form_of_4_57(raw: dict[str, Any]) -> dict[str, Any]:
+def form_4_57(raw: dict[str, Any]) -> dict[str, Any]:
     section = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
     rope = {"rope_scaling": section, "rope_theta": 1000000.0}
     return nested(raw, rope=rope, tie_at_root=False)
 
 
-def in_form_of_5_23(raw: dict[str, Any]) -> dict[str, Any]:
+def form_5_23(raw: dict[str, Any]) -> dict[str, Any]:
     rope = {"mrope_section": [16, 24, 24], "rope_type": "default", "rope_theta": 1000000.0}
     raw = nested(raw, rope={"rope_parameters": rope}, tie_at_root=True)
     raw["text_config"]["layer_types"] = ["full_attention"] * 28
@@ -52,8 +52,8 @@ def in_form_of_5_23(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def in_form_of_4_45(raw: dict[str, Any]) -> dict[str, Any]:
-    """Flat, but vision fields that equal the class defaults are left out."""
+def form_4_45(raw: dict[str, Any]) -> dict[str, Any]:
+    """Flat, but without vision fields that equal the class defaults."""
     vision = {
         "hidden_size": raw["hidden_size"],
         "in_chans": 3,
@@ -65,22 +65,20 @@ def in_form_of_4_45(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", ["2B", "7B", "72B"])
-@pytest.mark.parametrize(
-    "form", [dict, in_form_of_4_45, in_form_of_4_57, in_form_of_5_23], ids=lambda f: f.__name__
-)
-def test_every_form_is_the_same_model(size: str, form: Any) -> None:
+@pytest.mark.parametrize("form", [dict, form_4_45, form_4_57, form_5_23], ids=lambda f: f.__name__)
+def test_every_form_of_config_json_is_the_same_config(size: str, form: Any) -> None:
     config = Qwen2VLConfig.from_dict(form(official_config_json(size)))
     assert config == PRESETS[size]
     assert not config.extra
 
 
-def test_a_7b_that_leaves_out_all_vision_defaults() -> None:
+def test_omitted_vision_fields_take_hf_defaults() -> None:
     raw = official_config_json("7B") | {"vision_config": {"in_chans": 3, "model_type": "qwen2_vl"}}
     assert Qwen2VLConfig.from_dict(raw) == PRESETS["7B"]
 
 
 @pytest.mark.parametrize("size", ["2B", "7B", "72B"])
-def test_written_and_read_again(size: str) -> None:
+def test_to_dict_round_trip(size: str) -> None:
     written = json.loads(json.dumps(PRESETS[size].to_dict()))
     assert Qwen2VLConfig.from_dict(written) == PRESETS[size]
 
@@ -91,8 +89,8 @@ def test_written_keys_are_the_official_ones() -> None:
     assert written.pop("vision_config").items() >= official.pop("vision_config").items()
     for key, value in written.items():
         assert official[key] == value, key
-    left_out = set(official) - set(written)
-    assert left_out == {
+    omitted = set(official) - set(written)
+    assert omitted == {
         "max_window_layers",
         "sliding_window",
         "transformers_version",
@@ -100,42 +98,42 @@ def test_written_keys_are_the_official_ones() -> None:
     }
 
 
-def test_another_theta_in_the_tower_survives() -> None:
-    raw = in_form_of_5_23(official_config_json("2B"))
+def test_vision_rope_theta_round_trip() -> None:
+    raw = form_5_23(official_config_json("2B"))
     raw["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 500.0}
     config = Qwen2VLConfig.from_dict(raw)
     assert config.vision.rope_theta == 500.0
     assert Qwen2VLConfig.from_dict(config.to_dict()) == config
 
 
-def test_root_false_does_not_untie_what_the_text_ties() -> None:
-    raw = in_form_of_4_57(official_config_json("2B")) | {"tie_word_embeddings": False}
+def test_tie_word_embeddings_false_at_the_root_does_not_override_text_config() -> None:
+    raw = form_4_57(official_config_json("2B")) | {"tie_word_embeddings": False}
     assert Qwen2VLConfig.from_dict(raw).text.tie_word_embeddings
 
 
-def test_absent_epsilon_means_the_class_default() -> None:
+def test_missing_rms_norm_eps_means_the_class_default() -> None:
     raw = official_config_json("7B")
     del raw["rms_norm_eps"]
     assert Qwen2VLConfig.from_dict(raw).text.rms_norm_eps == 1e-5
 
 
-def test_null_theta_means_the_one_beside_the_sections() -> None:
+def test_null_rope_theta_falls_back_to_rope_scaling() -> None:
     raw = official_config_json("7B") | {"rope_theta": None}
     raw["rope_scaling"] = raw["rope_scaling"] | {"rope_theta": 5e5}
     assert Qwen2VLConfig.from_dict(raw).text.rope_theta == 5e5
 
 
-def test_a_list_of_end_tokens_gives_the_first() -> None:
+def test_the_first_of_several_eos_token_ids_is_used() -> None:
     raw = official_config_json("7B") | {"eos_token_id": [151644, 151643]}
     assert Qwen2VLConfig.from_dict(raw).eos_token_id == 151644
 
 
-def test_unknown_keys_are_kept_aside() -> None:
+def test_unknown_keys_are_stored_in_extra() -> None:
     config = Qwen2VLConfig.from_dict(official_config_json("7B") | {"novelty": 1, "auto_map": {}})
     assert config.extra == {"novelty": 1}
 
 
-def test_a_config_can_be_copied_and_sent_to_another_process() -> None:
+def test_a_config_can_be_copied_and_pickled() -> None:
     config = Qwen2VLConfig.from_dict(official_config_json("2B"))
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
@@ -170,10 +168,10 @@ def test_mean_and_std_come_from_the_preprocessor() -> None:
         ({"rope_scaling": {"mrope_section": [32, 32]}}, "must be three numbers"),
         ({"rope_scaling": {"mrope_section": 64}}, "mrope_section is 64, must be whole numbers"),
         ({"rope_scaling": "mrope"}, "rope_scaling is 'mrope', expected an object"),
-        ({"hidden_size": 1664}, r"vision hidden_size 1536 \(what the merger writes\) must equal"),
+        ({"hidden_size": 1664}, r"vision hidden_size 1536 \(the merger's output\) must equal"),
     ],
 )
-def test_impossible_models_are_refused_by_the_rule_they_break(
+def test_invalid_configs_are_rejected_with_the_violated_rule(
     changes: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ConfigError, match=text):
@@ -190,7 +188,7 @@ def test_impossible_models_are_refused_by_the_rule_they_break(
         ({"in_channels": 1, "in_chans": 1}, "one number for each of 1 channels"),
     ],
 )
-def test_impossible_towers_are_refused(changes: dict[str, Any], text: str) -> None:
+def test_invalid_vision_configs_are_rejected(changes: dict[str, Any], text: str) -> None:
     raw = official_config_json("2B")
     raw["vision_config"] |= changes
     settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
@@ -198,7 +196,7 @@ def test_impossible_towers_are_refused(changes: dict[str, Any], text: str) -> No
         Qwen2VLConfig.from_dict(raw, settings)
 
 
-def test_another_merge_is_refused_even_without_preprocessing_settings() -> None:
+def test_another_spatial_merge_size_is_rejected() -> None:
     raw = official_config_json("2B")
     raw["vision_config"]["spatial_merge_size"] = 4
     with pytest.raises(ConfigError, match="spatial_merge_size is 4, this library runs 2"):
@@ -215,14 +213,14 @@ def test_another_merge_is_refused_even_without_preprocessing_settings() -> None:
         ({"resample": 2}, "resample in the preprocessing settings is 2, must be 3"),
     ],
 )
-def test_other_pixels_are_refused(settings: dict[str, Any], text: str) -> None:
+def test_unsupported_preprocessing_is_rejected(settings: dict[str, Any], text: str) -> None:
     raw = official_config_json("2B")
     del raw["vision_config"]["temporal_patch_size"]
     with pytest.raises(ConfigError, match=text):
         Qwen2VLConfig.from_dict(raw, settings)
 
 
-def test_pixel_steps_as_transformers_writes_them_out() -> None:
+def test_preprocessing_settings_written_by_transformers_are_accepted() -> None:
     written = '{"do_resize": true, "resample": 3, "do_rescale": true, "do_normalize": true, '
     settings = json.loads(written + '"rescale_factor": 0.00392156862745098}')
     assert Qwen2VLConfig.from_dict(official_config_json("2B"), settings) == PRESETS["2B"]
@@ -236,6 +234,6 @@ def test_missing_fields_are_named(name: str) -> None:
         Qwen2VLConfig.from_dict(raw)
 
 
-def test_a_config_is_checked_however_it_is_made() -> None:
+def test_the_constructor_validates_too() -> None:
     with pytest.raises(ConfigError, match="image_token_id is 'x'"):
         tiny_config(image_token_id="x")

@@ -1,4 +1,4 @@
-"""Folders of GPTQ and AWQ open without a flag and answer like the matrices they stand for."""
+"""GPTQ and AWQ folders load without options and equal their dequantized models."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import nn
 import qwen2vl
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError
-from qwen2vl.fill import rounded_kinds, stored_kinds
-from qwen2vl.linear.fused import Share
+from qwen2vl.fill import online_schemes, prequantized_schemes
+from qwen2vl.linear.fused import FusedLinearSlice
 from qwen2vl.loading import load, load_model
 from qwen2vl.model import Qwen2VL
 from qwen2vl.quantization.int4 import Int4Linear
-from qwen2vl.quantization.int8 import Int8Linear, WideInt8Linear
-from qwen2vl.quantization.scheme import describe
+from qwen2vl.quantization.int8 import Int8Linear, Int8WeightOnlyLinear
+from qwen2vl.quantization.scheme import QuantizedLinear, describe_quantization
 from qwen2vl.weights import nonfinite_tensors, open_tensors, read_config
 from tests.folders import edit_json
-from tests.packed import AWQ, GPTQ, decoder_layers, write_packed
 from tests.quantization.test_scheme import logits_of
+from tests.quantized_folders import AWQ, GPTQ, decoder_linears, write_quantized
 from tests.tiny import tiny_config, tiny_model
 
-Kind = type[nn.Module] | tuple[type[nn.Module], ...]
+LayerClass = type[nn.Module] | tuple[type[nn.Module], ...]
 
-INT8: Kind = (Int8Linear, WideInt8Linear)
-# What is stored, and the layer that holds it.
-FORMATS: list[tuple[dict[str, Any], Kind]] = [
+INT8: LayerClass = (Int8Linear, Int8WeightOnlyLinear)
+# Stored formats, and the layer that each is loaded into.
+FORMATS: list[tuple[dict[str, Any], LayerClass]] = [
     (GPTQ | {"bits": 4, "group_size": 32}, Int4Linear),
     (GPTQ | {"bits": 4, "group_size": 64}, Int4Linear),
     (GPTQ | {"bits": 4, "group_size": -1}, Int4Linear),
@@ -46,119 +46,127 @@ FORMATS: list[tuple[dict[str, Any], Kind]] = [
 ]
 
 
-def difference(model: Qwen2VL, plain: Qwen2VL) -> float:
+def relative_difference(model: Qwen2VL, plain: Qwen2VL) -> float:
     got_TV, want_TV = logits_of(model), logits_of(plain)
     return float((got_TV - want_TV).norm() / want_TV.norm())
 
 
-@pytest.mark.parametrize(("settings", "kind"), FORMATS)
-def test_a_folder_opens_and_answers(tmp_path: Path, settings: dict[str, Any], kind: Kind) -> None:
-    plain = write_packed(tmp_path / "model", settings)
+@pytest.mark.parametrize(("settings", "layer_class"), FORMATS)
+def test_prequantized_folder_equals_its_dequantized_model(
+    tmp_path: Path, settings: dict[str, Any], layer_class: LayerClass
+) -> None:
+    plain = write_quantized(tmp_path / "model", settings)
     model, _ = load(tmp_path / "model", dtype="float32")
-    exact = kind is nn.Linear
-    for name, _ in decoder_layers(plain):
+    is_dequantized = layer_class is nn.Linear
+    for name, _ in decoder_linears(plain):
         layer = model.get_submodule(name)
-        assert isinstance(layer.layer if isinstance(layer, Share) else layer, kind)
-        if isinstance(layer | Share):
+        assert isinstance(
+            layer.layer if isinstance(layer, FusedLinearSlice) else layer, layer_class
+        )
+        if isinstance(layer, QuantizedLinear | FusedLinearSlice):
             want_OI = plain.get_submodule(name).weight.detach()  # type: ignore[union-attr]
-            # Scales and zeros are rounded to bfloat16 in layers of 4 bits, not in those of 8.
-            limit = 0.02 * float(want_OI.abs().max()) if kind is Int4Linear else 0.0
-            torch.testing.assert_close(layer.dequantized(), want_OI, rtol=1e-6, atol=limit)
+            # Int4 layers round scales and zero points to bfloat16, int8 layers do not.
+            tolerance = 0.02 * float(want_OI.abs().max()) if layer_class is Int4Linear else 0.0
+            torch.testing.assert_close(layer.dequantize(), want_OI, rtol=1e-6, atol=tolerance)
     assert model.lm_head is not None
-    assert type(model.lm_head) is nn.Linear, "head and tower stay whole"
-    assert difference(model, plain) < (1e-5 if exact else 0.03)
+    assert type(model.lm_head) is nn.Linear, "head and vision tower are not quantized"
+    assert relative_difference(model, plain) < (1e-5 if is_dequantized else 0.03)
 
 
 @pytest.mark.parametrize("settings", [FORMATS[0][0], FORMATS[4][0]])
-def test_an_llm_answers_from_it(tmp_path: Path, settings: dict[str, Any]) -> None:
-    plain = write_packed(tmp_path / "model", settings)
+def test_llm_answers_with_a_prequantized_folder(tmp_path: Path, settings: dict[str, Any]) -> None:
+    plain = write_quantized(tmp_path / "model", settings)
     llm = qwen2vl.LLM(tmp_path / "model", dtype="float32")
     params = qwen2vl.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     (completion,) = llm.chat([{"role": "user", "content": "Hi"}], params)
-    same = qwen2vl.LLM.of(plain, llm.processor)
-    (wanted,) = same.chat([{"role": "user", "content": "Hi"}], params)
-    assert completion.token_ids[0] == wanted.token_ids[0]
+    plain_llm = qwen2vl.LLM.from_model(plain, llm.processor)
+    (expected,) = plain_llm.chat([{"role": "user", "content": "Hi"}], params)
+    assert completion.token_ids[0] == expected.token_ids[0]
 
 
-def test_the_rest_is_rounded_on_demand(tmp_path: Path) -> None:
-    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+def test_unquantized_layers_are_quantized_on_request(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
     model, _ = load(tmp_path / "model", dtype="float32", quantize="int8")
-    counts = [part.rpartition(" ")[2] for part in describe(model).split(", ")]
+    counts = [part.rpartition(" ")[2] for part in describe_quantization(model).split(", ")]
     assert counts[1] == "int4/32"
     assert counts[0].startswith("int8")
     assert counts[2].startswith("int8")
 
 
-def test_the_rest_is_rounded_where_the_folder_says_so(tmp_path: Path) -> None:
+def test_head_and_vision_are_quantized_by_the_folders_config(tmp_path: Path) -> None:
     settings = AWQ | {"bits": 4, "group_size": 32, "head_and_vision": "int8"}
-    write_packed(tmp_path / "model", settings)
+    write_quantized(tmp_path / "model", settings)
     model, _ = load(tmp_path / "model", dtype="float32")
-    asked, _ = load(tmp_path / "model", dtype="float32", quantize="int8")
-    assert describe(model) == describe(asked)
-    assert torch.equal(logits_of(model), logits_of(asked))
+    requested, _ = load(tmp_path / "model", dtype="float32", quantize="int8")
+    assert describe_quantization(model) == describe_quantization(requested)
+    assert torch.equal(logits_of(model), logits_of(requested))
 
 
-def test_what_no_layer_holds_is_widened_aloud(
+def test_formats_without_a_kernel_are_dequantized_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_packed(tmp_path / "model", GPTQ | {"bits": 8, "group_size": 32, "desc_act": True})
+    write_quantized(tmp_path / "model", GPTQ | {"bits": 8, "group_size": 32, "desc_act": True})
     with caplog.at_level(logging.WARNING, "qwen2vl"):
         load(tmp_path / "model", dtype="float32")
     (record,) = caplog.records
     assert record.getMessage() == (
         "14 layers are stored as GPTQ of 8 bits in groups of 32, out of order, for which there is "
-        "no kernel on cpu: they are widened, and take more memory"
+        "no kernel on cpu: they are dequantized, and take more memory"
     )
     model, _ = load(tmp_path / "model", dtype="float32", quantize="int8")
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
 
 
-def test_other_devices_widen_everything(tmp_path: Path) -> None:
-    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32, "head_and_vision": "int8"})
+def test_other_devices_dequantize_everything(tmp_path: Path) -> None:
+    write_quantized(
+        tmp_path / "model", AWQ | {"bits": 4, "group_size": 32, "head_and_vision": "int8"}
+    )
     tensors = open_tensors(tmp_path / "model")
     model = tiny_model(config=tiny_config(tie_word_embeddings=False))
     for device in (torch.device("cuda"), torch.device("mps")):
-        assert stored_kinds(tensors, device) == {}
-        assert rounded_kinds(model, None, tensors, {}, device) == {}
+        assert prequantized_schemes(tensors, device) == {}
+        assert online_schemes(model, None, tensors, {}, device) == {}
     with pytest.raises(InputError, match="quantize 'int8' computes on the CPU and on NVIDIA GPUs"):
-        rounded_kinds(model, "int8", tensors, {}, torch.device("mps"))
+        online_schemes(model, "int8", tensors, {}, torch.device("mps"))
 
 
-def test_fp8_is_for_gpus(tmp_path: Path) -> None:
-    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+def test_fp8_on_the_cpu_is_refused(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
     tensors, model = open_tensors(tmp_path / "model"), tiny_model()
     with pytest.raises(InputError, match="'fp8' computes on NVIDIA GPUs only; use int8 or int4 on"):
-        rounded_kinds(model, "fp8", tensors, {}, torch.device("cpu"))
+        online_schemes(model, "fp8", tensors, {}, torch.device("cpu"))
 
 
-def test_the_padded_72b_answers_as_the_unpadded(tmp_path: Path) -> None:
-    """The released ones have 29696 in place of 29568 columns, so that groups can be split."""
-    whole = write_packed(tmp_path / "whole", GPTQ | {"bits": 4, "group_size": 32})
-    raw = read_config(tmp_path / "whole").to_dict() | {"intermediate_size": 160}
+def test_padded_72b_equals_the_unpadded_model(tmp_path: Path) -> None:
+    """The released ones have 29696 in place of 29568 columns, a multiple of the group size."""
+    unpadded = write_quantized(tmp_path / "unpadded", GPTQ | {"bits": 4, "group_size": 32})
+    raw = read_config(tmp_path / "unpadded").to_dict() | {"intermediate_size": 160}
     padded = tiny_model(config=Qwen2VLConfig.from_dict(raw))
-    write_packed(tmp_path / "padded", GPTQ | {"bits": 4, "group_size": 32}, model=padded)
-    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "padded"))
-    for name, tensor in ours.items():
+    write_quantized(tmp_path / "padded", GPTQ | {"bits": 4, "group_size": 32}, model=padded)
+    unpadded_tensors, padded_tensors = (
+        load_file(tmp_path / n / "model.safetensors") for n in ("unpadded", "padded")
+    )
+    for name, tensor in unpadded_tensors.items():
         if "gate_proj" in name or "up_proj" in name or "down_proj" in name:
-            room = theirs[name]
-            room.fill_(0x77777777) if name.endswith("qzeros") else room.zero_()
+            padded_tensor = padded_tensors[name]
+            padded_tensor.fill_(0x77777777) if name.endswith("qzeros") else padded_tensor.zero_()
             if name.endswith("qweight"):
-                room.fill_(-0x77777778)  # eight times 8, which is the zero
+                padded_tensor.fill_(-0x77777778)  # eight times 8, the zero point
             if name.endswith("g_idx"):
-                room.copy_(torch.arange(len(room)) // 32)
-            room[tuple(slice(n) for n in tensor.shape)] = tensor
+                padded_tensor.copy_(torch.arange(len(padded_tensor)) // 32)
+            padded_tensor[tuple(slice(n) for n in tensor.shape)] = tensor
         else:
-            theirs[name] = tensor
-    save_file(theirs, tmp_path / "padded" / "model.safetensors")
+            padded_tensors[name] = tensor
+    save_file(padded_tensors, tmp_path / "padded" / "model.safetensors")
     model, _ = load(tmp_path / "padded", dtype="float32")
     assert model.config.text.intermediate_size == 160
-    assert difference(model, whole) < 0.03
-    unpadded, _ = load(tmp_path / "whole", dtype="float32")
-    assert difference(model, unpadded) < 1e-5
+    assert relative_difference(model, unpadded) < 0.03
+    unpadded_quantized, _ = load(tmp_path / "unpadded", dtype="float32")
+    assert relative_difference(model, unpadded_quantized) < 1e-5
 
 
-def test_a_packed_folder_is_a_mapping_of_matrices(tmp_path: Path) -> None:
-    plain = write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+def test_quantized_folder_is_a_mapping_of_dequantized_matrices(tmp_path: Path) -> None:
+    plain = write_quantized(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
     tensors = open_tensors(tmp_path / "model")
     assert set(tensors) == set(plain.state_dict())
     assert len(tensors) == len(plain.state_dict())
@@ -168,10 +176,10 @@ def test_a_packed_folder_is_a_mapping_of_matrices(tmp_path: Path) -> None:
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0)
 
 
-# Refusals ---------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------
 
 
-def change(folder: Path, **tensors: Any) -> None:
+def edit_layer(folder: Path, **tensors: Any) -> None:
     """Replace tensors, named with _ for .; None removes one."""
     path = folder / "model.safetensors"
     content = load_file(path)
@@ -195,31 +203,31 @@ def change(folder: Path, **tensors: Any) -> None:
         ),
     ],
 )
-def test_damaged_layers(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
-    write_packed(tmp_path / "model", GPTQ | {"bits": 4, "group_size": 32})
-    change(tmp_path / "model", **changes)
+def test_damaged_layers_are_refused(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    write_quantized(tmp_path / "model", GPTQ | {"bits": 4, "group_size": 32})
+    edit_layer(tmp_path / "model", **changes)
     with pytest.raises(CheckpointError, match=text):
         load(tmp_path / "model")
 
 
-def test_zeros_that_are_not_in_the_middle(tmp_path: Path) -> None:
-    write_packed(tmp_path / "model", GPTQ | {"bits": 8, "group_size": -1})
-    change(tmp_path / "model", qzeros=torch.zeros(1, 8, dtype=torch.int32))
+def test_asymmetric_zeros_with_sym_true_are_refused(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "model", GPTQ | {"bits": 8, "group_size": -1})
+    edit_layer(tmp_path / "model", qzeros=torch.zeros(1, 8, dtype=torch.int32))
     with pytest.raises(CheckpointError, match="sym is true, but there are zeros other than 128"):
         load(tmp_path / "model")
 
 
-def test_a_bias_that_is_not_of_zeros(tmp_path: Path) -> None:
-    write_packed(tmp_path / "model", GPTQ | {"bits": 4, "group_size": 32})
+def test_nonzero_bias_of_a_biasless_layer_is_refused(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "model", GPTQ | {"bits": 4, "group_size": 32})
     path = tmp_path / "model" / "model.safetensors"
     save_file(load_file(path) | {"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}, path)
     with pytest.raises(CheckpointError, match=r"1 not of this model: .*o_proj.bias"):
         load(tmp_path / "model")
 
 
-def test_settings_and_tensors_that_disagree(tmp_path: Path) -> None:
+def test_config_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    write_packed(folder, GPTQ | {"bits": 4, "group_size": 32})
+    write_quantized(folder, GPTQ | {"bits": 4, "group_size": 32})
     edit_json(folder / "config.json", quantization_config=GPTQ | {"bits": 8, "group_size": 32})
     with pytest.raises(
         CheckpointError, match=r"config.json says GPTQ of 8 bits in groups of 32, b"
@@ -230,16 +238,16 @@ def test_settings_and_tensors_that_disagree(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_settings_without_packed_tensors(tmp_path: Path) -> None:
+def test_config_without_packed_tensors_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    plain = write_packed(folder, AWQ | {"bits": 4, "group_size": 32})
+    plain = write_quantized(folder, AWQ | {"bits": 4, "group_size": 32})
     save_file(dict(plain.state_dict()), folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="but no tensor is packed; fetch the folder again"):
         load(folder)
 
 
-def test_an_adapter_cannot_be_merged_into_integers(tmp_path: Path) -> None:
-    write_packed(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+def test_adapter_cannot_be_merged_into_prequantized_layers(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     layer = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -1,4 +1,4 @@
-"""Geometry against hand-made vectors, against a token-by-token re-telling, and its refusals."""
+"""Geometry equals hand-computed vectors and naive implementations; invalid inputs are rejected."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from qwen2vl.errors import InputError
 from qwen2vl.geometry import (
     AttnMeta,
     Grid,
-    Run,
+    SegmentRun,
     VisionMeta,
-    frame_lengths,
     merge_order,
-    num_tokens,
-    pad_index,
+    mrope_positions,
+    num_vision_tokens,
     patch_positions,
-    text_positions,
+    placeholder_index,
+    vision_seqlens,
 )
 from tests import prompts
 from tests.prompts import Part, Visual, image, video
 
 CONFIG = PRESETS["2B"]
-PAD = CONFIG.image_token_id
+PLACEHOLDER = CONFIG.image_token_id
 
 
 def positions_of(parts: list[Part]) -> tuple[list[list[int]], int]:
     prompt = prompts.prompt(parts, CONFIG)
-    position_ids_3T, delta = text_positions(prompt.ids, prompt.grids, CONFIG)
+    position_ids_3T, delta = mrope_positions(prompt.ids, prompt.grids, CONFIG)
     assert position_ids_3T.dtype == torch.int64
     return position_ids_3T.tolist(), delta
 
@@ -54,7 +54,7 @@ def test_positions_of_a_video() -> None:
     assert delta == -9
 
 
-def test_text_after_a_long_video_resumes_behind_its_last_frame() -> None:
+def test_text_after_a_long_video_resumes_after_its_last_frame() -> None:
     # The paper's rule and transformers 4.x; 5.23 would resume at 4, among the frames' own times.
     positions, delta = positions_of([2, video(8, 4, 4), 2])
     assert [axis[-2:] for axis in positions] == [[10, 11]] * 3
@@ -67,44 +67,46 @@ def test_positions_of_two_images() -> None:
     assert col[-5:-1] == [6, 7, 8, 9]
 
 
-def test_text_alone_counts_up_on_all_axes() -> None:
+def test_text_only_positions_advance_on_all_axes() -> None:
     assert positions_of([5]) == ([[0, 1, 2, 3, 4]] * 3, 0)
 
 
-def test_nothing_has_no_positions() -> None:
-    position_ids_3T, delta = text_positions([], [], CONFIG)
+def test_positions_of_an_empty_prompt() -> None:
+    position_ids_3T, delta = mrope_positions([], [], CONFIG)
     assert position_ids_3T.shape == (3, 0) and delta == 0
 
 
-def tell_token_by_token(parts: list[Part]) -> tuple[list[tuple[int, int, int]], int]:
-    """Re-tell the rule one token at a time, without boxes or tensors."""
-    told: list[tuple[int, int, int]] = []
+def naive_positions(parts: list[Part]) -> tuple[list[tuple[int, int, int]], int]:
+    """Compute M-RoPE positions and rope_delta one token at a time, without tensors."""
+    positions_so_far: list[tuple[int, int, int]] = []
     for part in parts:
-        start = 1 + max((max(place) for place in told), default=-1)
+        start = 1 + max((max(position) for position in positions_so_far), default=-1)
         if isinstance(part, Visual):
             rows, cols = part.grid.h // 2, part.grid.w // 2
             for index in range(part.grid.t * rows * cols):
                 a, b, c = index // (rows * cols), index // cols % rows, index % cols
-                told.append((start + a, start + b, start + c))
+                positions_so_far.append((start + a, start + b, start + c))
         else:
-            told += [(start + i, start + i, start + i) for i in range(part)]
-    return told, 1 + max(max(place) for place in told) - len(told)
+            positions_so_far += [(start + i, start + i, start + i) for i in range(part)]
+    return positions_so_far, 1 + max(max(position) for position in positions_so_far) - len(
+        positions_so_far
+    )
 
 
-@given(prompts.parts(longest_clip=12))
-def test_positions_equal_the_rule_told_token_by_token(parts: list[Part]) -> None:
+@given(prompts.parts(max_frame_pairs=12))
+def test_positions_equal_the_naive_implementation(parts: list[Part]) -> None:
     positions, delta = positions_of(parts)
-    told, told_delta = tell_token_by_token(parts)
-    assert list(zip(*positions, strict=True)) == told
-    assert delta == told_delta
+    positions_so_far, expected_delta = naive_positions(parts)
+    assert list(zip(*positions, strict=True)) == positions_so_far
+    assert delta == expected_delta
 
 
-@given(prompts.parts(longest_clip=12))
-def test_decode_goes_on_where_the_prompt_stopped(parts: list[Part]) -> None:
-    whole, _ = positions_of([*parts, 3])
+@given(prompts.parts(max_frame_pairs=12))
+def test_rope_delta_continues_the_positions_of_the_prompt(parts: list[Part]) -> None:
+    extended, _ = positions_of([*parts, 3])
     prompt, delta = positions_of(parts)
     length = len(prompt[0])
-    for axis in whole:
+    for axis in extended:
         assert axis[length:] == [length + i + delta for i in range(3)]
 
 
@@ -112,7 +114,7 @@ def test_decode_goes_on_where_the_prompt_stopped(parts: list[Part]) -> None:
     ("ids", "grids", "text"),
     [
         (
-            [1, PAD, PAD, 2],
+            [1, PLACEHOLDER, PLACEHOLDER, 2],
             [],
             "input_ids hold 1 runs of image or video placeholders, but 0 visual items were given; "
             "each item needs exactly one run",
@@ -124,20 +126,20 @@ def test_decode_goes_on_where_the_prompt_stopped(parts: list[Part]) -> None:
             "each item needs exactly one run",
         ),
         (
-            [1, PAD, 2, PAD, PAD, PAD],
+            [1, PLACEHOLDER, 2, PLACEHOLDER, PLACEHOLDER, PLACEHOLDER],
             [Grid(1, 2, 2), Grid(1, 4, 4)],
             "visual item 2 has grid (1, 4, 4) = 4 vision tokens, but 3 placeholders stand at "
             "token 3",
         ),
     ],
 )
-def test_pads_and_grids_must_agree(ids: list[int], grids: list[Grid], text: str) -> None:
+def test_placeholders_must_match_the_grids(ids: list[int], grids: list[Grid], text: str) -> None:
     with pytest.raises(InputError) as caught:
-        text_positions(ids, grids, CONFIG)
+        mrope_positions(ids, grids, CONFIG)
     assert str(caught.value) == text
 
 
-def test_an_image_and_a_video_may_touch() -> None:
+def test_an_image_and_a_video_may_be_adjacent() -> None:
     (time, _, _), _ = positions_of([image(2, 2), video(2, 2, 2), 1])
     assert time == [0, 1, 2, 3]
 
@@ -160,7 +162,7 @@ def test_an_image_and_a_video_may_touch() -> None:
     ],
 )
 def test_vision_tokens_of_an_image(height: int, width: int, tokens: int) -> None:
-    assert num_tokens(Grid(1, height // 14, width // 14)) == tokens
+    assert num_vision_tokens(Grid(1, height // 14, width // 14)) == tokens
 
 
 @pytest.mark.parametrize(
@@ -174,24 +176,26 @@ def test_vision_tokens_of_an_image(height: int, width: int, tokens: int) -> None
     ],
 )
 def test_vision_tokens_of_a_video(grid: Grid, tokens: int) -> None:
-    assert num_tokens(grid) == tokens
+    assert num_vision_tokens(grid) == tokens
 
 
 def test_vision_tokens_without_merging() -> None:
-    assert num_tokens(Grid(2, 3, 5), merge=1) == 30
+    assert num_vision_tokens(Grid(2, 3, 5), merge_size=1) == 30
 
 
-def test_pad_index_finds_both_kinds_in_order() -> None:
-    ids = [7, CONFIG.video_token_id, 8, PAD, PAD, 9]
-    assert pad_index(ids, CONFIG).tolist() == [1, 3, 4]
-    assert pad_index([7, 8], CONFIG).dtype == torch.int64
-    assert pad_index([7, 8], CONFIG).tolist() == []
+def test_placeholder_index_covers_images_and_videos_in_order() -> None:
+    ids = [7, CONFIG.video_token_id, 8, PLACEHOLDER, PLACEHOLDER, 9]
+    assert placeholder_index(ids, CONFIG).tolist() == [1, 3, 4]
+    assert placeholder_index([7, 8], CONFIG).dtype == torch.int64
+    assert placeholder_index([7, 8], CONFIG).tolist() == []
 
 
 @given(prompts.parts())
-def test_pad_index_counts_the_vision_tokens(parts: list[Part]) -> None:
+def test_placeholder_index_has_one_entry_per_vision_token(parts: list[Part]) -> None:
     prompt = prompts.prompt(parts, CONFIG)
-    assert len(pad_index(prompt.ids, CONFIG)) == sum(num_tokens(grid) for grid in prompt.grids)
+    assert len(placeholder_index(prompt.ids, CONFIG)) == sum(
+        num_vision_tokens(grid) for grid in prompt.grids
+    )
 
 
 # Patches ----------------------------------------------------------------------------------------
@@ -205,16 +209,18 @@ def test_patch_order_of_a_4_by_4_grid() -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
-def test_merge_order_equals_four_nested_loops(blocks_h: int, blocks_w: int, merge: int) -> None:
-    h, w = blocks_h * merge, blocks_w * merge
+def test_merge_order_equals_four_nested_loops(
+    blocks_h: int, blocks_w: int, merge_size: int
+) -> None:
+    h, w = blocks_h * merge_size, blocks_w * merge_size
     naive = [
         (block_row + row) * w + block_col + col
-        for block_row in range(0, h, merge)
-        for block_col in range(0, w, merge)
-        for row in range(merge)
-        for col in range(merge)
+        for block_row in range(0, h, merge_size)
+        for block_col in range(0, w, merge_size)
+        for row in range(merge_size)
+        for col in range(merge_size)
     ]
-    assert merge_order(h, w, merge).tolist() == naive
+    assert merge_order(h, w, merge_size).tolist() == naive
     assert sorted(naive) == list(range(h * w))
 
 
@@ -231,14 +237,14 @@ def test_patch_positions_repeat_for_each_pair_of_frames(items: list[Visual]) -> 
     assert positions_N2.shape == (len(naive), 2) and positions_N2.tolist() == naive
 
 
-def test_each_pair_of_frames_is_a_segment_of_its_own() -> None:
-    assert frame_lengths([Grid(1, 2, 4), Grid(3, 4, 4)]) == [8, 16, 16, 16]
-    assert frame_lengths([]) == []
+def test_each_frame_pair_is_one_segment() -> None:
+    assert vision_seqlens([Grid(1, 2, 4), Grid(3, 4, 4)]) == [8, 16, 16, 16]
+    assert vision_seqlens([]) == []
 
 
-def test_vision_meta_joins_positions_and_frames() -> None:
+def test_vision_meta_holds_positions_and_segments() -> None:
     meta = VisionMeta.build([Grid(1, 4, 6), Grid(2, 2, 2)])
-    assert meta.frames.lengths_q == (24, 4, 4)
+    assert meta.attn_meta.lengths_q == (24, 4, 4)
     assert torch.equal(meta.positions_N2, patch_positions([Grid(1, 4, 6), Grid(2, 2, 2)]))
 
 
@@ -251,34 +257,42 @@ def test_attn_meta_of_packed_sequences() -> None:
     assert meta.cu_seqlens_q.tolist() == [0, 3, 6, 11, 14]
     assert meta.cu_seqlens_k is meta.cu_seqlens_q and meta.cu_seqlens_q.dtype == torch.int32
     assert meta.max_seqlen_q == meta.max_seqlen_k == 5
-    assert meta.runs == (Run(0, 0, 2, 3, 3), Run(6, 6, 1, 5, 5), Run(11, 11, 1, 3, 3))
+    assert meta.segment_runs == (
+        SegmentRun(0, 0, 2, 3, 3),
+        SegmentRun(6, 6, 1, 5, 5),
+        SegmentRun(11, 11, 1, 3, 3),
+    )
 
 
 def test_attn_meta_of_a_chunk_over_a_cache() -> None:
     meta = AttnMeta.build([2, 2, 1], [9, 9, 4])
     assert meta.cu_seqlens_k.tolist() == [0, 9, 18, 22]
     assert (meta.max_seqlen_q, meta.max_seqlen_k) == (2, 9)
-    assert meta.runs == (Run(0, 0, 2, 2, 9), Run(4, 18, 1, 1, 4))
+    assert meta.segment_runs == (SegmentRun(0, 0, 2, 2, 9), SegmentRun(4, 18, 1, 1, 4))
 
 
-def test_attn_meta_of_nothing() -> None:
+def test_attn_meta_without_segments() -> None:
     meta = AttnMeta.build([])
-    assert meta.runs == () and meta.cu_seqlens_q.tolist() == [0] and meta.max_seqlen_q == 0
+    assert meta.segment_runs == () and meta.cu_seqlens_q.tolist() == [0] and meta.max_seqlen_q == 0
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), max_size=12))
-def test_runs_spell_out_the_segments(drawn: list[tuple[int, int]]) -> None:
+def test_segment_runs_cover_the_segments(drawn: list[tuple[int, int]]) -> None:
     lengths_q = [q for q, _ in drawn]
     lengths_k = [q + cached for q, cached in drawn]
     meta = AttnMeta.build(lengths_q, lengths_k)
-    spelled = [(run.length_q, run.length_k) for run in meta.runs for _ in range(run.num)]
-    assert spelled == list(zip(lengths_q, lengths_k, strict=True))
-    starts = [(run.start_q, run.start_k) for run in meta.runs]
+    segments = [
+        (run.length_q, run.length_k) for run in meta.segment_runs for _ in range(run.num_segments)
+    ]
+    assert segments == list(zip(lengths_q, lengths_k, strict=True))
+    starts = [(run.start_q, run.start_k) for run in meta.segment_runs]
     assert {q for q, _ in starts} <= set(meta.cu_seqlens_q.tolist())
     assert {k for _, k in starts} <= set(meta.cu_seqlens_k.tolist())
 
 
-def test_moving_keeps_the_integers_on_the_host() -> None:
+def test_to_device_keeps_the_integers_on_the_host() -> None:
     meta = VisionMeta.build([Grid(2, 2, 2)]).to("meta")
-    assert meta.positions_N2.device.type == meta.frames.cu_seqlens_q.device.type == "meta"
-    assert meta.frames.lengths_q == (4, 4) and meta.frames.runs == (Run(0, 0, 2, 4, 4),)
+    assert meta.positions_N2.device.type == meta.attn_meta.cu_seqlens_q.device.type == "meta"
+    assert meta.attn_meta.lengths_q == (4, 4) and meta.attn_meta.segment_runs == (
+        SegmentRun(0, 0, 2, 4, 4),
+    )

@@ -1,4 +1,4 @@
-"""Boxes and points: the official text, the way to pixels and back, and a model's slips."""
+"""Grounding format: official text, pixel conversion, and malformed model output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ boxes = st.builds(
 quads = st.builds(Quad, st.tuples(points, points, points, points))
 
 
-def test_the_papers_example_is_written_as_printed() -> None:
+def test_the_example_of_the_paper() -> None:
     text = Ref("the eyes on a giraffe").to_text() + Box(176, 106, 232, 160).to_text()
     assert text == (
         "<|object_ref_start|>the eyes on a giraffe<|object_ref_end|>"
@@ -46,49 +46,47 @@ def test_a_quad_keeps_the_order_of_its_corners() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pixels", "want"),
+    ("pixels", "expected"),
     [
         ([0, 0, 640, 480], Box(0, 0, 999, 999)),  # 1000 is not in [0, 1000)
         ([-5, -0.1, 700, 1e9], Box(0, 0, 999, 999)),
         ([0.32, 0.24, 0.96, 0.72], Box(1, 1, 2, 2)),  # halves go up, also from 0.5 and 1.5
     ],
 )
-def test_pixels_are_rounded_and_clamped(pixels: list[float], want: Box) -> None:
-    assert Box.from_pixels(pixels, SIZE) == want
+def test_pixels_are_rounded_and_clamped(pixels: list[float], expected: Box) -> None:
+    assert Box.from_pixels(pixels, SIZE) == expected
 
 
 @pytest.mark.parametrize("numbers", [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, math.nan, 4], []])
-def test_wrong_numbers_are_refused(numbers: list[float]) -> None:
+def test_invalid_pixel_coordinates_are_rejected(numbers: list[float]) -> None:
     with pytest.raises(InputError, match="expected 4 finite numbers in pixels, got"):
         Box.from_pixels(numbers, SIZE)
 
 
 @given(st.lists(boxes | quads, max_size=5), st.text("abc ,.()", max_size=9))
-def test_text_is_read_back(shapes: list[Box | Quad], between: str) -> None:
+def test_text_round_trip(shapes: list[Box | Quad], between: str) -> None:
     text = between.join(shape.to_text() for shape in shapes)
-    assert [found.shape for found in parse(text)] == shapes
+    assert [grounding.shape for grounding in parse(text)] == shapes
 
 
 @given(boxes | quads | points, sizes)
-def test_thousandths_survive_the_way_through_pixels(
-    shape: Box | Quad | Point, size: tuple[int, int]
-) -> None:
+def test_round_trip_through_pixels(shape: Box | Quad | Point, size: tuple[int, int]) -> None:
     assert type(shape).from_pixels(shape.to_pixels(size), size) == shape
 
 
 @given(st.data(), sizes)
-def test_pixels_come_back_within_half_a_thousandth(
+def test_pixels_round_trip_within_half_a_thousandth(
     data: st.DataObject, size: tuple[int, int]
 ) -> None:
     height, width = size
     x = data.draw(st.floats(0, width * 0.999))
     y = data.draw(st.floats(0, height * 0.999))
-    again = Point.from_pixels([x, y], size).to_pixels(size)
-    assert abs(again[0] - x) <= width / 2000 * (1 + 1e-9)
-    assert abs(again[1] - y) <= height / 2000 * (1 + 1e-9)
+    round_trip = Point.from_pixels([x, y], size).to_pixels(size)
+    assert abs(round_trip[0] - x) <= width / 2000 * (1 + 1e-9)
+    assert abs(round_trip[1] - y) <= height / 2000 * (1 + 1e-9)
 
 
-def test_a_phrase_holds_until_the_next() -> None:
+def test_a_phrase_applies_until_the_next() -> None:
     a, b, c = Box(1, 2, 3, 4), Box(5, 6, 7, 8), Box(9, 10, 11, 12)
     text = (
         a.to_text() + Ref("cats").to_text() + a.to_text() + " and " + b.to_text()
@@ -103,15 +101,18 @@ def test_a_phrase_holds_until_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "want"),
+    ("text", "expected"),
     [
-        ("<|box_start|>(1,2),(3,4)", [Box(1, 2, 3, 4)]),  # cut off before its end
+        ("<|box_start|>(1,2),(3,4)", [Box(1, 2, 3, 4)]),  # truncated output
         ("<|box_start|>(1,2),(3,4)<|im_end|>", [Box(1, 2, 3, 4)]),
         ("<|box_start|>[1, 2, 3, 4]<|box_end|>", [Box(1, 2, 3, 4)]),
         ("<|box_start|>( 1 ,2 ) (3.4,4.5)<|box_end|>", [Box(1, 2, 3, 5)]),
         ("<|box_start|>(3,4),(1,2)<|box_end|>", [Box(1, 2, 3, 4)]),
         ("<|box_start|>(-3,4),(1000,20000)<|box_end|>", [Box(0, 4, 999, 999)]),
-        (f"<|box_start|>(-{'7' * 400},4),(5,{'7' * 400}", [Box(0, 4, 5, 999)]),  # a loop of digits
+        (
+            f"<|box_start|>(-{'7' * 400},4),(5,{'7' * 400}",
+            [Box(0, 4, 5, 999)],
+        ),  # digit repetition loop
         ("<|box_start|>(1,2)<|box_end|>", [Point(1, 2)]),
         ("<|box_start|>(1,2),(3,4),(5,6),(7,8)<|box_end|>", [Box(1, 2, 3, 4), Box(5, 6, 7, 8)]),
         ("<|box_start|>(1,2),(3<|box_end|>", []),
@@ -123,12 +124,12 @@ def test_a_phrase_holds_until_the_next() -> None:
         ("", []),
     ],
 )
-def test_a_models_slips_are_forgiven(text: str, want: list[Box | Point]) -> None:
-    assert [found.shape for found in parse(text)] == want
+def test_malformed_model_output_is_tolerated(text: str, expected: list[Box | Point]) -> None:
+    assert [grounding.shape for grounding in parse(text)] == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "want"),
+    ("text", "expected"),
     [
         ('{"point": (348,291)}', [Point(348, 291)]),
         ("the cat(176,106),(232,160)", [Box(176, 106, 232, 160)]),
@@ -136,12 +137,12 @@ def test_a_models_slips_are_forgiven(text: str, want: list[Box | Point]) -> None
         ("(see 3) and (1,2,3)", []),
     ],
 )
-def test_bare_coordinates_are_read_on_demand(text: str, want: list[Box | Point]) -> None:
-    assert [found.shape for found in parse(text, bare=True)] == want
+def test_bare_coordinates_are_parsed_on_request(text: str, expected: list[Box | Point]) -> None:
+    assert [grounding.shape for grounding in parse(text, bare=True)] == expected
 
 
 @given(st.text(max_size=60) | st.text("<|box_startend>quad(1,.-) \n", max_size=80))
-def test_nothing_makes_the_parser_fail(text: str) -> None:
-    for found in parse(text, bare=True):
-        for value in found.shape.to_pixels((1000, 1000)):
+def test_the_parser_never_fails(text: str) -> None:
+    for grounding in parse(text, bare=True):
+        for value in grounding.shape.to_pixels((1000, 1000)):
             assert 0 <= value < 1000

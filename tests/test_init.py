@@ -1,4 +1,4 @@
-"""The public door: every name it lists opens, and nothing else does."""
+"""Public API of the package: lazy imports of the names in `__all__`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import qwen2vl
 
 
 @pytest.mark.parametrize("name", qwen2vl.__all__)
-def test_every_public_name_opens(name: str) -> None:
+def test_every_public_name_is_importable(name: str) -> None:
     value = getattr(qwen2vl, name)
     assert value.__name__ == name
     assert value.__doc__
     assert name in dir(qwen2vl)
 
 
-def test_unknown_names_are_attribute_errors() -> None:
+def test_unknown_names_raise_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'qwen2vl' has no attribute 'Qwen3VL'"):
         _ = qwen2vl.Qwen3VL
 
@@ -32,7 +32,7 @@ def test_load_is_the_function_whatever_was_imported_first(first: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_names_are_those_of_the_rooms() -> None:
+def test_names_are_the_objects_of_their_modules() -> None:
     from qwen2vl.engine import LLM
     from qwen2vl.loading import load
 

@@ -1,4 +1,4 @@
-"""What a model takes is estimated closely and from above; what is there is read from the system."""
+"""Memory estimates are tight upper bounds; available memory is read from the system."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import qwen2vl.memory as room
+from qwen2vl import memory
 from qwen2vl.config import PRESETS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.linear import prepacked
-from qwen2vl.linear.prepacked import can_pack, pack_layers
-from qwen2vl.memory import memory_available, memory_needed
+from qwen2vl.linear.prepacked import can_prepack, prepack_layers
+from qwen2vl.memory import available_memory, estimate_memory
 from qwen2vl.model import Qwen2VL
-from qwen2vl.quantization.scheme import MODES, Mode, quantize, recipe
+from qwen2vl.quantization.scheme import CPU_MODES, CpuQuantizationMode, layer_schemes, quantize
 from tests.tiny import tiny_config, tiny_model
 
 
-def test_weights_and_cache_of_the_official_models() -> None:
+def test_weights_and_kv_cache_of_official_models() -> None:
     for size, weights, per_token in [
         ("2B", 4_417_971_200, 28_672),
         ("7B", 16_582_751_232, 57_344),
         ("72B", 146_811_120_640, 327_680),
     ]:
-        need = memory_needed(PRESETS[size], torch.bfloat16, 32_768, 0)
-        assert (need.weights, need.cache) == (weights, 32_768 * per_token)
-        assert need.total == need.weights + need.cache + need.activation
+        need = estimate_memory(PRESETS[size], torch.bfloat16, 32_768, 0)
+        assert (need.weights, need.kv_cache) == (weights, 32_768 * per_token)
+        assert need.total == need.weights + need.kv_cache + need.activation
 
 
-class LivePeak(TorchDispatchMode):
-    """Counts the bytes of all tensors alive that were made under it, and the most there were."""
+class PeakAllocationMode(TorchDispatchMode):
+    """Tracks the bytes of all tensors allocated under it, and their peak."""
 
     def __init__(self, model: Qwen2VL) -> None:
         super().__init__()
-        # A view of a parameter is no new memory.
+        # A view of a parameter allocates nothing.
         self.sizes = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
         self.peak = 0
 
@@ -58,9 +58,9 @@ class LivePeak(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("part", "width"), [("pixels", 64), ("tower", 512), ("decoder", 64), ("joined decoder", 64)]
+    ("part", "width"), [("pixels", 64), ("tower", 512), ("decoder", 64), ("fused decoder", 64)]
 )
-def test_the_largest_activation_is_estimated_from_above(
+def test_activation_estimate_is_a_tight_upper_bound(
     part: str, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Qwen2VLConfig(
@@ -78,71 +78,73 @@ def test_the_largest_activation_is_estimated_from_above(
         video_token_id=2,
     )
     model = Qwen2VL(config).to(dtype)
-    if is_joined := part == "joined decoder":
-        if dtype != torch.bfloat16 or not can_pack():
-            pytest.skip("packed, and so joined, in bfloat16 with AVX-512 alone")
-        monkeypatch.setattr(prepacked, "LARGE", 1024)
-        pack_layers(model)
-    in_decoder = part.endswith("decoder")
-    length, grid = (512, Grid(1, 2, 2)) if in_decoder else (2, Grid(1, 40, 40))
-    with torch.inference_mode(), LivePeak(model) as live:
-        if not in_decoder:
+    if is_fused := part == "fused decoder":
+        if dtype != torch.bfloat16 or not can_prepack():
+            pytest.skip("layers are prepacked and fused only in bfloat16 with AVX-512")
+        monkeypatch.setattr(prepacked, "MIN_PREPACK_NUMEL", 1024)
+        prepack_layers(model)
+    is_decoder = part.endswith("decoder")
+    length, grid = (512, Grid(1, 2, 2)) if is_decoder else (2, Grid(1, 40, 40))
+    with torch.inference_mode(), PeakAllocationMode(model) as allocation:
+        if not is_decoder:
             patches_NP = torch.zeros(grid.h * grid.w, 1176, dtype=torch.uint8)
             model.encode(patches_NP, VisionMeta.build([grid]))
         else:
             ids = torch.zeros(length, dtype=torch.int64)
             model(ids, ids.expand(3, -1), AttnMeta.build([length]))
-    max_pixels = 0 if in_decoder else grid.h * grid.w * 196
-    need = memory_needed(config, dtype, length, max_pixels, packs=is_joined)
-    assert 0.9 * need.activation <= live.peak <= need.activation
+    max_pixels = 0 if is_decoder else grid.h * grid.w * 196
+    need = estimate_memory(config, dtype, length, max_pixels, prepack=is_fused)
+    assert 0.9 * need.activation <= allocation.peak <= need.activation
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_quantized_weights(mode: Mode, tied: bool) -> None:
+@pytest.mark.parametrize("mode", CPU_MODES)
+def test_weights_of_quantized_models(mode: CpuQuantizationMode, tied: bool) -> None:
     model = tiny_model(config=tiny_config(tie_word_embeddings=tied)).to(torch.bfloat16)
-    kinds = recipe(model, mode)
+    schemes = layer_schemes(model, mode)
     quantize(model, mode)
     tensors = [*model.parameters(), *model.buffers()]
-    held = sum(t.numel() * t.itemsize for t in tensors)
-    need = memory_needed(model.config, torch.bfloat16, 16, 0, kinds).weights
-    # Biases are widened to float32; they are not worth a line in the estimate.
-    assert 0.97 * held <= need <= 1.02 * held
+    allocated = sum(t.numel() * t.itemsize for t in tensors)
+    need = estimate_memory(model.config, torch.bfloat16, 16, 0, schemes).weights
+    # Biases are float32 in quantized layers, which the estimate ignores.
+    assert 0.97 * allocated <= need <= 1.02 * allocated
 
 
-@pytest.mark.skipif(not prepacked.can_pack(), reason="nothing is packed on this processor")
+@pytest.mark.skipif(not prepacked.can_prepack(), reason="nothing is prepacked on this processor")
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("least", [1, 2**30])
-def test_packed_weights(monkeypatch: pytest.MonkeyPatch, tied: bool, least: int) -> None:
-    monkeypatch.setattr(prepacked, "LARGE", least)
+@pytest.mark.parametrize("min_numel", [1, 2**30])
+def test_weights_of_prepacked_models(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, min_numel: int
+) -> None:
+    monkeypatch.setattr(prepacked, "MIN_PREPACK_NUMEL", min_numel)
     model = tiny_model(config=tiny_config(tie_word_embeddings=tied)).to(torch.bfloat16)
-    prepacked.pack_layers(model)
-    held = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
-    assert memory_needed(model.config, torch.bfloat16, 16, 0, packs=True).weights == held
+    prepacked.prepack_layers(model)
+    allocated = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
+    assert estimate_memory(model.config, torch.bfloat16, 16, 0, prepack=True).weights == allocated
 
 
-def test_quantized_official_models() -> None:
+def test_weights_of_quantized_official_models() -> None:
     need = {}
-    for mode in MODES:
+    for mode in CPU_MODES:
         with torch.device("meta"):
-            kinds = recipe(Qwen2VL(PRESETS["2B"]), mode)
-        need[mode] = memory_needed(PRESETS["2B"], torch.bfloat16, 16, 0, kinds).weights
+            schemes = layer_schemes(Qwen2VL(PRESETS["2B"]), mode)
+        need[mode] = estimate_memory(PRESETS["2B"], torch.bfloat16, 16, 0, schemes).weights
     # Embedding 467 MB; head 235; tower 663; decoder 1,310 or 655 with scales.
     assert 2.66e9 < need["int8"] < 2.70e9
     assert 2.02e9 < need["int4"] < 2.08e9
 
 
-def test_memory_of_this_machine() -> None:
-    available = memory_available(torch.device("cpu"))
+def test_available_memory_of_this_machine() -> None:
+    available = available_memory(torch.device("cpu"))
     assert available is None or 2**26 < available < 2**50
 
 
 @pytest.mark.parametrize(
     ("limit", "want"), [("max\n", None), ("1000000\n", 1_000_000 - 700_000 + 200_000)]
 )
-def test_memory_of_a_container(tmp_path: Path, limit: str, want: int | None) -> None:
+def test_available_memory_of_a_container(tmp_path: Path, limit: str, want: int | None) -> None:
     (tmp_path / "memory.max").write_text(limit)
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 500000\nfile 200000\n")
-    assert room._cgroup_available(tmp_path) == want
-    assert room._cgroup_available(tmp_path / "none") is None
+    assert memory._cgroup_available(tmp_path) == want
+    assert memory._cgroup_available(tmp_path / "none") is None

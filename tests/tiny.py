@@ -1,7 +1,7 @@
-"""A model small enough to test with: the real architecture and code, tiny numbers, no download.
+"""A tiny model for tests: the real architecture and code, small sizes, no download.
 
-The tokenizer is a byte tokenizer written into a temporary folder once a process; the special ids
-are taken from it by name, so nothing here knows the official numbers.
+The tokenizer is a byte-level tokenizer, written into a temporary folder once per process; special
+token ids are looked up in it by name, independent of the official numbers.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from qwen2vl.processor.tokenizer_files import (
     write_byte_tokenizer,
 )
 
-# Beyond ASCII: marks of two and three bytes, Latin, Chinese, and the tool keywords' star.
+# Beyond ASCII: characters of two and three bytes, Latin, Chinese, and the star of tool keywords.
 CHARACTERS = "\u00e9\u00fc\u00df\u00b0\u20ac\u4f60\u597d\u56fe\uff01\u273f"
 
 
 @cache
 def tiny_tokenizer_dir() -> Path:
-    """Write the tokenizer's files; the folder goes away with the process."""
-    keeper = tempfile.TemporaryDirectory(prefix="tiny-tokenizer-")
-    _KEEPERS.append(keeper)
-    write_byte_tokenizer(keeper.name, CHARACTERS)
-    return Path(keeper.name)
+    """Write the tokenizer's files; the folder is deleted when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="tiny-tokenizer-")
+    _TEMPORARY_FOLDERS.append(folder)
+    write_byte_tokenizer(folder.name, CHARACTERS)
+    return Path(folder.name)
 
 
-_KEEPERS: list[tempfile.TemporaryDirectory[str]] = []
+_TEMPORARY_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
 @cache
@@ -65,25 +65,25 @@ def tiny_config(*, tie_word_embeddings: bool = True, **ids: Any) -> Qwen2VLConfi
             tie_word_embeddings=tie_word_embeddings,
         ),
         **{
-            "bos_token_id": tokenizer.id_of(END_OF_TEXT),
-            "eos_token_id": tokenizer.id_of(IM_END),
-            "vision_start_token_id": tokenizer.id_of(VISION_START),
-            "vision_end_token_id": tokenizer.id_of(VISION_END),
-            "image_token_id": tokenizer.id_of(IMAGE_PAD),
-            "video_token_id": tokenizer.id_of(VIDEO_PAD),
+            "bos_token_id": tokenizer.token_to_id(END_OF_TEXT),
+            "eos_token_id": tokenizer.token_to_id(IM_END),
+            "vision_start_token_id": tokenizer.token_to_id(VISION_START),
+            "vision_end_token_id": tokenizer.token_to_id(VISION_END),
+            "image_token_id": tokenizer.token_to_id(IMAGE_PAD),
+            "video_token_id": tokenizer.token_to_id(VIDEO_PAD),
             **ids,
         },
     )
 
 
 def tiny_processor(*, max_pixels: int = 64 * 28 * 28, **options: Any) -> Processor:
-    """Build a processor of at most 64 tokens a picture."""
+    """Build a processor with at most 64 tokens per image."""
     pixels = PixelLimits(min_pixels=4 * 28 * 28, max_pixels=max_pixels)
     return Processor(tiny_config(), tiny_tokenizer(), pixels=pixels, **options)
 
 
 def tiny_model(seed: int = 0, config: Qwen2VLConfig | None = None) -> Qwen2VL:
-    """Build the model with weights drawn from `seed`, large enough that answers differ."""
+    """Build the model with random weights, large enough that outputs differ."""
     torch.manual_seed(seed)
     model = Qwen2VL(config or tiny_config()).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
-"""optimum-cli, where torchvision has no operators: python export_openvino.py export openvino ...
+"""optimum-cli for a torchvision without operators: python export_openvino.py export openvino ...
 
-optimum-intel asks for torchvision, whose wheels bring operators for CUDA alone; without CUDA they
-do not load, and importing it ends at operators that nobody has declared. Exporting calls none.
+optimum-intel requires torchvision, whose wheels have CUDA operators only; without CUDA they do not
+load, and importing torchvision fails at undeclared operators. The export calls none of them.
 """
 
 from __future__ import annotations

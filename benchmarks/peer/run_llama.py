@@ -1,6 +1,6 @@
-"""Worker of peers.py: llama.cpp, called below its Python conveniences so that only it is timed.
+"""Worker of peers.py: llama.cpp through its C API, without the overhead of the Python wrapper.
 
-With an `mmproj` it sees pictures; its own preparing of them is not timed.
+With `mmproj` it runs the vision tower; preprocessing of the image is not timed.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from turns import Answer, Case, Watch, serve
+from protocol import Answer, Case, TokenTimer, serve
 
-BATCH = 2048  # more than any prompt has; llama.cpp takes it in parts of 512
+BATCH = 2048  # larger than any prompt; llama.cpp splits it into micro-batches of 512
 
 
-def begin(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
+def load(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
     threads = options["threads"]
     llama = llama_cpp.Llama(
         options["model"],
@@ -24,42 +24,42 @@ def begin(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
         n_threads_batch=threads,
         verbose=False,
     )
-    eyes = None
+    vision = None
     if "mmproj" in options:
-        from llama_eyes import Eyes
+        from llama_vision import LlamaVision
 
-        eyes = Eyes(options["mmproj"], llama, threads)
-    num_words = llama.n_vocab()
+        vision = LlamaVision(options["mmproj"], llama, threads)
+    vocab_size = llama.n_vocab()
 
-    def run(ids: list[int]) -> None:
+    def decode(ids: list[int]) -> None:
         memory = (llama_cpp.llama_token * len(ids))(*ids)
         failed = llama_cpp.llama_decode(llama.ctx, llama_cpp.llama_batch_get_one(memory, len(ids)))
         if failed:
             raise RuntimeError(f"llama_decode: {failed}")
 
-    def best() -> int:
+    def greedy_token() -> int:
         scores = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-        return int(np.ctypeslib.as_array(scores, shape=(num_words,)).argmax())
+        return int(np.ctypeslib.as_array(scores, shape=(vocab_size,)).argmax())
 
     def answer(case: Case) -> dict[str, float]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
-        picture = eyes.prepare(case) if eyes and case.size else None
-        watch = Watch()
-        if picture is None:
-            run(case.ids)
+        chunks = vision.prepare(case) if vision and case.size else None
+        timer = TokenTimer()
+        if chunks is None:
+            decode(case.ids)
             prompt_tokens = len(case.ids)
         else:
-            prompt_tokens = eyes.read(picture)
-        token = best()
-        watch.token()
+            prompt_tokens = vision.prefill(chunks)
+        token = greedy_token()
+        timer.token()
         for _ in range(case.new_tokens - 1):
-            run([token])
-            token = best()
-            watch.token()
-        return watch.figures(prompt_tokens)
+            decode([token])
+            token = greedy_token()
+            timer.token()
+        return timer.figures(prompt_tokens)
 
     return answer, {"llama-cpp-python": llama_cpp.__version__}
 
 
 if __name__ == "__main__":
-    serve(begin)
+    serve(load)

@@ -1,16 +1,16 @@
-"""Worker of peers.py: qwen2vl, through the engine that users have."""
+"""Worker of peers.py: qwen2vl, through the engine of `LLM`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from turns import PICTURE, Answer, Case, Watch, serve
+from protocol import IMAGE, Answer, Case, TokenTimer, serve
 
 from qwen2vl import LLM, SamplingParams, __version__
 
 
-def begin(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
+def load(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
     torch.set_num_threads(options["threads"])
     precision, _, compiled = options["precision"].partition(" ")
     llm = LLM(
@@ -25,20 +25,20 @@ def begin(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
         if case.size is None:
             prompt = llm.processor.from_text(case.text)
         else:
-            prompt = llm.processor.from_text(PICTURE + case.text, [case.pixels()])
+            prompt = llm.processor.from_text(IMAGE + case.text, [case.pixels()])
         params = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=True)
-        watch = Watch()
-        (sequence,) = llm.sequences(prompt, params)
-        llm.scheduler.add(sequence)
-        while sequence.finish_reason is None:
-            known = len(sequence.token_ids)
+        timer = TokenTimer()
+        (request,) = llm.create_requests(prompt, params)
+        llm.scheduler.add_request(request)
+        while request.finish_reason is None:
+            known = len(request.output_token_ids)
             llm.step()
-            if len(sequence.token_ids) > known:
-                watch.token()
-        return watch.figures(len(prompt.input_ids))
+            if len(request.output_token_ids) > known:
+                timer.token()
+        return timer.figures(len(prompt.input_ids))
 
     return answer, {"qwen2vl": __version__, "torch": torch.__version__}
 
 
 if __name__ == "__main__":
-    serve(begin)
+    serve(load)

@@ -1,6 +1,6 @@
-"""The command line: one file a command, and the only room that prints.
+"""Command-line interface (CLI): one module a command; the only package that writes to stdout.
 
-main.py finds the command and turns every failure into one line; terminal.py is what they share.
-Commands are imported when they are used, and models only when a command runs, so that help is
-instant.
+main.py dispatches to a command and formats every error as one line; options.py and terminal.py
+are shared by the commands. Commands are imported lazily, and torch only when a command runs, so
+that --help returns immediately.
 """

@@ -1,8 +1,8 @@
-"""`qwen2vl train RECIPE --dry-run`: check the data of a run, and tell what it would do.
+"""`qwen2vl train RECIPE --dry-run`: validate configuration and data, and report the planned run.
 
-What is measured and packed here is kept, so the run itself begins at once. Samples are shown as
-the model will read them, with [[what is learned]] in double brackets. It must not know how data are
-measured. Back up: train.py.
+For each stage: sources and bad samples, sequence packing (bins), estimated memory, and rendered
+samples with the supervised text in [[double brackets]]. Measured lengths and bins are cached, so
+that the run itself starts without this delay.
 """
 
 from __future__ import annotations
@@ -16,97 +16,102 @@ if TYPE_CHECKING:
     from qwen2vl.processor.inputs import ModelInput
     from qwen2vl.processor.processor import Processor
     from qwen2vl.train.config import TrainConfig
-    from qwen2vl.train.dry_run.memory import Memory
-    from qwen2vl.train.dry_run.report import StageFacts
+    from qwen2vl.train.dry_run.memory import StepMemory
+    from qwen2vl.train.dry_run.report import StageReport
 
 __all__ = ["dry_run"]
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Say for each stage what it reads, how full and even its bins are, what it takes."""
+    """Print for each stage its data, packing efficiency and load balance, memory, and samples."""
     from qwen2vl.train.dry_run.report import (
-        check_run,
-        memory_of_world,
-        open_processor,
-        preview,
-        seconds_left,
+        build_processor,
+        check_config,
+        estimate_duration,
+        estimate_synthetic_stage_memory,
+        report_stages,
     )
-    from qwen2vl.train.optim.lr_schedule import is_warming
+    from qwen2vl.train.optim.lr_schedule import is_in_warmup
 
-    processor = open_processor(config)
-    check_run(config, processor)
+    processor = build_processor(config)
+    check_config(config, processor)
     tokens = 0.0
     for number, stage in enumerate(config.stages):
         if stage.data is None:
-            terminal.say(f"stage {stage.name}: {stage.steps:,} steps of the world")
-            _say_memory(memory_of_world(config, processor, number))
-    with terminal.progress() as progress:
-        found = list(preview(config, processor, progress=progress))
+            terminal.echo(f"stage {stage.name}: {stage.steps:,} steps of synthetic data")
+            _print_memory(estimate_synthetic_stage_memory(config, processor, number))
+    with terminal.progress_bar() as progress:
+        reports = list(report_stages(config, processor, progress=progress))
     for stage in config.stages:
-        if is_warming(config, stage.steps):
+        if is_in_warmup(config, stage.steps):
             terminal.note(
-                f"stage {stage.name}: its {stage.steps:,} steps are all warm-up, in which the rate "
-                "still rises; give fewer, optim.warmup=N"
+                f"stage {stage.name}: its {stage.steps:,} steps are all warm-up, in which the "
+                "learning rate still rises; give fewer, optim.warmup_steps=N"
             )
-    for facts in found:
-        tokens += facts.tokens_per_step * facts.steps
-        _say_stage(facts)
-        for name, sample in facts.samples:
-            terminal.say(f"\n{name}")
-            terminal.say(_shown(sample, processor))
-    seconds = seconds_left(config, tokens)
+    for report in reports:
+        tokens += report.tokens_per_step * report.steps
+        _print_stage(report)
+        for name, sample in report.samples:
+            terminal.echo(f"\n{name}")
+            terminal.echo(_render_sample(sample, processor))
+    seconds = estimate_duration(config, tokens)
     if seconds is not None:
-        spoken = terminal.person_seconds(seconds)
-        terminal.say(
-            f"\n{tokens:,.0f} tokens take {spoken}, at the speed of this run's last report"
+        duration = terminal.format_duration(seconds)
+        terminal.echo(
+            f"\n{tokens:,.0f} tokens take {duration}, at the throughput of this run's last report"
         )
 
 
-def _say_stage(facts: StageFacts) -> None:
-    titles = ("source", "samples", "in a pass", "tokens", "learned", "bad")
+def _print_stage(report: StageReport) -> None:
+    titles = ("source", "samples", "in an epoch", "tokens", "supervised", "bad")
     rows = [
         (
             source.name,
-            f"{source.samples:,}",
-            f"{source.entries:,}",
-            f"{source.tokens:,}",
-            f"{source.targets:,}",
+            f"{source.num_samples:,}",
+            f"{source.num_entries:,}",
+            f"{source.num_tokens:,}",
+            f"{source.num_targets:,}",
             ", ".join(f"{count:,} {reason}" for reason, count in source.bad.items()) or "none",
         )
-        for source in facts.sources
+        for source in report.sources
     ]
-    terminal.say(f"stage {facts.name}: {facts.steps:,} steps, {facts.passes:.3g} passes (epochs)")
-    terminal.say_table(titles, rows, words=("source", "bad"))
-    terminal.say(
-        f"bins     {facts.bins:,} in a pass, {facts.bins_per_step:,} in a step of "
-        f"{facts.tokens_per_step:,.0f} tokens"
+    terminal.echo(f"stage {report.name}: {report.steps:,} steps, {report.epochs:.3g} epochs")
+    terminal.echo_table(titles, rows, left_aligned=("source", "bad"))
+    terminal.echo(
+        f"bins     {report.num_bins:,} in an epoch, {report.num_bins_per_step:,} in a step of "
+        f"{report.tokens_per_step:,.0f} tokens"
     )
-    terminal.say(f"fill     {facts.fill:.1%} of {facts.max_tokens:,} tokens")
-    even = ", ".join(f"{value:.3f} on {ranks} ranks" for ranks, value in facts.imbalance.items())
-    if even:
-        terminal.say(f"balance  the vision tower takes {even}, where 1 is even")
-    if facts.shrunk:
-        terminal.say(f"resized  {facts.shrunk:,} samples, to fit into a bin")
-    _say_memory(facts.memory)
+    terminal.echo(f"fill     {report.packing_efficiency:.1%} of {report.max_tokens:,} tokens")
+    imbalance = ", ".join(
+        f"{value:.3f} on {ranks} ranks" for ranks, value in report.imbalance.items()
+    )
+    if imbalance:
+        terminal.echo(f"balance  {imbalance}: vision tower time relative to equal shares")
+    if report.num_resized:
+        terminal.echo(f"resized  {report.num_resized:,} samples whose images exceeded a bin")
+    _print_memory(report.memory)
 
 
-def _say_memory(memory: Mapping[int, Memory]) -> None:
-    """Show what a rank takes, by cause; they are not all there at once, so the peak is less."""
-    causes = ("weights", "moments", "gathered", "gradients", "activations", "logits", "peak")
+def _print_memory(memory: Mapping[int, StepMemory]) -> None:
+    """Print the memory of a rank by category; the peak is less than the sum."""
+    categories = ("weights", "moments", "gathered", "gradients", "activations", "logits", "peak")
     rows = [
-        (f"{ranks}", *(terminal.person_bytes(getattr(found, cause)) for cause in causes))
-        for ranks, found in memory.items()
+        (
+            f"{ranks}",
+            *(terminal.format_bytes(getattr(estimate, category)) for category in categories),
+        )
+        for ranks, estimate in memory.items()
     ]
     if rows:
-        terminal.say("memory of each rank, predicted")
-        terminal.say_table(("ranks", *causes), rows, words=())
+        terminal.echo("estimated memory of each rank")
+        terminal.echo_table(("ranks", *categories), rows, left_aligned=())
 
 
-def _shown(sample: ModelInput, processor: Processor) -> str:
-    from qwen2vl.train.dry_run.report import pieces
+def _render_sample(sample: ModelInput, processor: Processor) -> str:
+    from qwen2vl.train.dry_run.report import text_spans
 
     return "".join(
-        f"[[{text}]]" if piece.learned else text
-        for piece in pieces(sample, processor.tokenizer, processor.config.pad_ids)
-        for text in [terminal.plain(piece.text, keep="\n")]
+        f"[[{text}]]" if span.is_supervised else text
+        for span in text_spans(sample, processor.tokenizer, processor.config.placeholder_ids)
+        for text in [terminal.escape_control_characters(span.text, keep="\n")]
     )

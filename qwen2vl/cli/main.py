@@ -1,8 +1,7 @@
-"""`qwen2vl`: find the command, run it, and turn every failure into one line on stderr.
+"""The command `qwen2vl`: dispatch to a subcommand, and format every error as one line on stderr.
 
-A command is one line of COMMANDS, imported only when it is called. Exit codes: 0 done, 1 failed,
-2 asked for something impossible, 130 interrupted; a traceback only with --debug. It must not know
-what any command does. Next room: ask.py.
+Subcommands are listed in COMMANDS and imported lazily. Exit codes: 0 success, 1 failure, 2 invalid
+usage or input, 130 interrupted; a traceback is shown only with --debug.
 """
 
 from __future__ import annotations
@@ -20,56 +19,56 @@ import qwen2vl
 from qwen2vl.cli import terminal
 from qwen2vl.errors import Qwen2VLError
 
-__all__ = ["COMMANDS", "Program", "main"]
+__all__ = ["COMMANDS", "LazyGroup", "main"]
 
-# Name of the command, which is also its module and its function ("-" is "_") -> its line in --help.
+# Name of the command, which is also its module and function ("-" as "_") -> its line in --help.
 COMMANDS = {
-    "ask": "Ask a question about pictures and clips.",
-    "chat": "Talk about pictures and clips, turn by turn.",
-    "tokens": "Show how the model sees a file: size, grid, token count.",
-    "demo": "Draw pictures, ask about them, show answers beside the truth.",
-    "eval": "Score a model on questions with known answers.",
-    "parity": "Compare a model folder with transformers, step by step.",
-    "init": "Build a model to train, out of a Qwen2 and a CLIP vision tower.",
-    "pack-text": "Tokenize plain text once, for training to read from disk.",
-    "train": "Train a model by a recipe, or go on where the last run stopped.",
-    "plot": "Draw the curves of training runs.",
-    "export": "Write a model folder from a run's last checkpoint, or from any.",
-    "quantize": "Write a model folder in small integers, rounded with care.",
-    "doctor": "Check this machine and, if wished, a model folder.",
+    "ask": "Answer one question about images and videos.",
+    "chat": "Chat about images and videos in several turns.",
+    "tokens": "Show the preprocessing of an image or video: size, grid, tokens.",
+    "demo": "Ask questions about synthetic images and compare the answers.",
+    "eval": "Evaluate a model on a benchmark suite with known answers.",
+    "parity": "Compare activations of a model folder with transformers.",
+    "init": "Initialize a model from a Qwen2 LLM and a CLIP vision tower.",
+    "pack-text": "Tokenize a text corpus into a memory-mapped folder.",
+    "train": "Train a model with a recipe, or resume a run.",
+    "plot": "Plot the metrics of training runs.",
+    "export": "Export a training checkpoint to a model folder.",
+    "quantize": "Quantize a model folder to int8 or int4 (GPTQ, AWQ formats).",
+    "doctor": "Check the installation, the device and a model folder.",
 }
 
 INTERRUPTED = 130
 
 
-class Program(click.Group):
-    """A group whose commands are imported when called, and whose failures are one line."""
+class LazyGroup(click.Group):
+    """Click group that imports its commands lazily and reports errors as one line."""
 
     debug = False
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands in the order of the help."""
+        """Return the command names in the order of --help."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
+        """Import and return a command; None if it does not exist."""
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
         return getattr(import_module(f"qwen2vl.cli.commands.{name}"), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands' lines without importing them."""
+        """Write the command list of --help without importing the commands."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a reader who closed the pipe is no failure."""
+        """Run the command; a closed output pipe (BrokenPipeError) is exit code 0."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The interpreter flushes stdout once more when it ends; give it somewhere to go.
+            # The interpreter flushes stdout again at exit; redirect that to devnull.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
         return result
@@ -83,7 +82,7 @@ class Program(click.Group):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run, and end the process with the exit code."""
+        """Run the command line and exit the process with its exit code."""
         self.debug = False
         terminal.prepare_streams()
         logging.getLogger("qwen2vl").handlers = [terminal.NoteHandler(logging.WARNING)]
@@ -95,32 +94,32 @@ class Program(click.Group):
             terminal.note("interrupted")
             code = INTERRUPTED
         except click.ClickException as error:
-            terminal.note(f"error: {_usage(error)}")
+            terminal.note(f"error: {_format_usage_error(error)}")
             code = error.exit_code
         except Exception as error:
             if self.debug:
                 raise
-            terminal.note(f"error: {_explain(error)}")
+            terminal.note(f"error: {_format_exception(error)}")
             code = error.exit_code if isinstance(error, Qwen2VLError) else 1
         sys.exit(code)
 
 
-def _usage(error: click.ClickException) -> str:
+def _format_usage_error(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     where = f" ({context.command_path} --help shows the options)" if context else ""
     return " ".join(error.format_message().split()) + where
 
 
-def _explain(error: Exception) -> str:
-    """Put a failure into one line; what we did not raise ourselves says so."""
+def _format_exception(error: Exception) -> str:
+    """Format an exception as one line; one that is not a Qwen2VLError is reported as a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, Qwen2VLError):
         return text
     return f"{type(error).__name__}: {text}; this is a bug of qwen2vl: run again with --debug"
 
 
-@click.command(cls=Program)
+@click.command(cls=LazyGroup)
 @click.version_option(qwen2vl.__version__, prog_name="qwen2vl")
 @terminal.debug_option
 def main() -> None:
-    """Ask questions about pictures and videos with Qwen2-VL."""
+    """Qwen2-VL: inference, evaluation, training and quantization."""

@@ -1,7 +1,9 @@
-"""Options that several commands share, and the model that they open.
+"""Click options shared by several commands, and construction of the objects they configure.
 
-A flag means the same wherever it stands. Models are imported inside the functions, so that the
-help of any command stays instant. It must not know any command. Next room: ask.py.
+The same option has the same meaning in every command. Decorators (`*_options`) add options; the
+`*_from_options` functions convert the parsed values to a loaded model, a processor,
+`SamplingParams` or a `Grammar`. Engine modules are imported inside these functions, so that --help
+does not import torch.
 """
 
 from __future__ import annotations
@@ -23,143 +25,187 @@ if TYPE_CHECKING:
     from qwen2vl.processor.processor import Processor
 
 __all__ = [
-    "NANO_LINE",
-    "Opened",
-    "form",
-    "form_options",
-    "media_options",
-    "media_part",
+    "NANO_CAPABILITIES",
+    "LoadedModel",
+    "content_part",
+    "grammar_from_options",
+    "load_model_from_options",
+    "load_processor_from_options",
+    "media_preprocessing_options",
     "model_option",
     "model_options",
-    "open_model",
-    "open_processor",
+    "note_ignored_sampling_options",
+    "note_truncation",
     "sampling_options",
-    "sampling_params",
-    "say_if_cut",
-    "say_if_greedy",
+    "sampling_params_from_options",
+    "structured_output_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-NANO_LINE = (
+NANO_CAPABILITIES = (
     "nano reads lines of text, names and finds colored shapes, and follows simple "
     "motion; for photographs use --model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)"
 )
 
 
 def model_option(command: F) -> F:
-    """Add the choice of the model."""
+    """Add --model."""
     return click.option(
         "--model",
         default="nano",
         show_default=True,
         metavar="DIR_OR_REPO",
-        help="A folder, a repo id of the hub, or nano.",
+        help="Model folder, Hugging Face repo id, or nano (included in the package).",
     )(command)
 
 
 def model_options(command: F) -> F:
-    """Add what decides which model runs, and how."""
-    return _all(
+    """Add --model and the options of loading: device, dtype, adapter, quantization, compilation."""
+    return _add_options(
         command,
         model_option,
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="Device: cpu, cuda, cuda:1, ...; auto: cuda if available.",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16"]),
             default="auto",
             show_default=True,
-            help="Precision of the weights.",
+            help="Data type of the weights; auto: by device and available memory.",
         ),
-        click.option("--adapter", metavar="DIR", help="A LoRA adapter of PEFT, to be merged in."),
+        click.option(
+            "--adapter",
+            metavar="DIR",
+            help="LoRA adapter folder (PEFT format), merged into the weights.",
+        ),
         click.option(
             "--quantize",
             type=click.Choice(["int8", "int4", "fp8"]),
-            help="Round the weights as they are read; fp8 on a GPU alone.",
+            help="Quantize the weights at load time; fp8 requires a GPU.",
         ),
         click.option(
             "--compile",
             is_flag=True,
-            help="Compile first: half a minute once, then reading and answering are faster.",
+            help="Use torch.compile: half a minute at startup, then faster prefill and decode.",
         ),
     )
 
 
-def shown_options(command: F) -> F:
-    """Add the pictures and clips that are shown."""
-    return _all(
+def media_input_options(command: F) -> F:
+    """Add --image and --video."""
+    return _add_options(
         command,
         click.option(
-            "--image", "images", multiple=True, metavar="PATH", help="A picture; repeatable."
+            "--image",
+            "images",
+            multiple=True,
+            metavar="PATH",
+            help="Image of the prompt; repeatable.",
         ),
         click.option(
-            "--video", "videos", multiple=True, metavar="PATH", help="A clip; repeatable."
+            "--video",
+            "videos",
+            multiple=True,
+            metavar="PATH",
+            help="Video of the prompt; repeatable.",
         ),
     )
 
 
-def media_options(command: F) -> F:
-    """Add what decides how much of a picture or clip the model sees."""
-    return _all(
+def media_preprocessing_options(command: F) -> F:
+    """Add the options of image and video preprocessing: pixel limits and frame sampling."""
+    return _add_options(
         command,
-        click.option("--min-pixels", type=int, help="Enlarge smaller pictures to this many."),
-        click.option("--max-pixels", type=int, help="Shrink larger pictures to this many."),
-        click.option("--fps", type=float, help="Frames taken from a second of video."),
+        click.option("--min-pixels", type=int, help="Upscale images with fewer pixels than this."),
+        click.option("--max-pixels", type=int, help="Downscale images with more pixels than this."),
+        click.option("--fps", type=float, help="Frames sampled per second of video."),
         click.option(
-            "--preset",
+            "--video-preset",
             type=click.Choice(["paper", "qwen_vl_utils_0_0_8", "qwen_vl_utils_0_0_14"]),
             default="paper",
             show_default=True,
-            help="Whose rules choose and size the frames.",
+            help="Rules of frame sampling and resizing: the paper's, or a qwen-vl-utils release's.",
         ),
     )
 
 
 def sampling_options(command: F) -> F:
-    """Add what decides the choice of words; the checkpoint speaks where nothing is given."""
-    return _all(
+    """Add the sampling options; defaults are those of the checkpoint's generation_config.json."""
+    return _add_options(
         command,
-        click.option("--max-tokens", type=int, default=512, show_default=True),
-        click.option("--temperature", type=float, help="0 is greedy; 1 the model's own odds."),
-        click.option("--top-k", type=int, help="Draw among so many words; 0 turns it off."),
-        click.option("--top-p", type=float, help="Draw among words with this share of the odds."),
-        click.option("--seed", type=int, help="The same seed draws the same answer."),
+        click.option(
+            "--max-tokens",
+            type=int,
+            default=512,
+            show_default=True,
+            help="Maximum number of output tokens.",
+        ),
+        click.option("--temperature", type=float, help="Sampling temperature; 0: greedy decoding."),
+        click.option("--top-k", type=int, help="Sample from the K likeliest tokens; 0: from all."),
+        click.option(
+            "--top-p",
+            type=float,
+            help="Nucleus sampling: sample from the likeliest tokens of this total probability.",
+        ),
+        click.option(
+            "--seed", type=int, help="Random seed of the sampling, for a reproducible output."
+        ),
     )
 
 
-def sampling_params(given: dict[str, Any]) -> SamplingParams:
-    """Collect the sampling options of a command into SamplingParams."""
+def sampling_params_from_options(given: dict[str, Any]) -> SamplingParams:
+    """Build `SamplingParams` from the parsed sampling options."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
     return qwen2vl.SamplingParams(**{name: given[name] for name in names})
 
 
-def form_options(command: F) -> F:
-    """Add what the whole answer must look like; at most one of them counts."""
-    return _all(
+def structured_output_options(command: F) -> F:
+    """Add the options of structured output (constrained decoding); they are mutually exclusive."""
+    return _add_options(
         command,
-        click.option("--json-schema", metavar="FILE", help="Answer with JSON of this schema."),
-        click.option("--regex", metavar="PATTERN", help="Answer with what this matches whole."),
-        click.option("--choice", multiple=True, metavar="TEXT", help="Answer so; repeatable."),
-        click.option("--boxes", is_flag=True, help="Answer with boxes, named or not."),
+        click.option(
+            "--json-schema",
+            metavar="FILE",
+            help="Constrain the output to JSON that matches the schema in FILE.",
+        ),
+        click.option(
+            "--regex", metavar="PATTERN", help="Constrain the output to a full match of PATTERN."
+        ),
+        click.option(
+            "--choice",
+            multiple=True,
+            metavar="TEXT",
+            help="Constrain the output to one of the given texts; repeatable.",
+        ),
+        click.option(
+            "--boxes",
+            is_flag=True,
+            help="Constrain the output to bounding boxes and their phrases.",
+        ),
     )
 
 
-def form(given: dict[str, Any]) -> Grammar | None:
-    """Make the grammar that the options describe; None where nothing is asked for."""
-    asked = [name for name in ("json_schema", "regex", "choice", "boxes") if given[name]]
-    if not asked:
+def grammar_from_options(given: dict[str, Any]) -> Grammar | None:
+    """Build the grammar of the structured output options; None if none is given."""
+    constraints = [name for name in ("json_schema", "regex", "choice", "boxes") if given[name]]
+    if not constraints:
         return None
-    if len(asked) > 1:
-        flags = " and ".join("--" + name.replace("_", "-") for name in asked)
-        raise click.UsageError(f"{flags}: an answer has one form; give one of them")
+    if len(constraints) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in constraints)
+        raise click.UsageError(f"{flags} are mutually exclusive; give one of them")
     if given["json_schema"]:
-        return qwen2vl.Grammar.json_schema(_text_of(given["json_schema"]))
+        return qwen2vl.Grammar.json_schema(_read_text(given["json_schema"]))
     if given["regex"]:
         return qwen2vl.Grammar.regex(given["regex"])
     return qwen2vl.Grammar.choice(given["choice"]) if given["choice"] else qwen2vl.Grammar.boxes()
 
 
-def _text_of(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -169,8 +215,8 @@ def _text_of(path: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """A model ready to answer, and how long that took."""
+class LoadedModel:
+    """A loaded LLM, its name, and the load time in seconds."""
 
     llm: LLM
     name: str
@@ -179,31 +225,30 @@ class Opened:
 
     @property
     def is_nano(self) -> bool:
-        """Tell whether this is the packaged model."""
+        """Return whether this is the model included in the package."""
         return self.name == "nano"
 
-    def say_what_it_can(self) -> None:
-        """End a command of nano, as it is shipped, with what to expect of it."""
+    def note_capabilities(self) -> None:
+        """Write to stderr what nano can do, unless another model or an adapter was loaded."""
         if self.is_nano and not self.has_adapter:
-            terminal.note(NANO_LINE)
+            terminal.note(NANO_CAPABILITIES)
 
 
-def open_model(given: dict[str, Any]) -> Opened:
-    """Load the model that the options name, showing progress where a person is watching."""
-    from qwen2vl.weights import find
+def load_model_from_options(given: dict[str, Any]) -> LoadedModel:
+    """Load the model of the parsed options, with a spinner on a terminal."""
+    from qwen2vl.weights import resolve_model
 
     start = time.perf_counter()
-    same = ("device", "dtype", "quantize", "compile", "adapter", "min_pixels", "max_pixels")
-    names = {name: name for name in same}
-    names["preset"] = "video_preset"
-    # A command without --max-pixels, say, leaves that to the model.
-    wishes = {argument: given[name] for name, argument in names.items() if name in given}
-    folder = find(given["model"])  # shows its own progress where it must fetch
-    with terminal.waiting(f"loading {given['model']}"):
-        llm = qwen2vl.LLM(folder, **wishes)
+    names = ("device", "dtype", "quantize", "compile", "adapter")
+    names += ("min_pixels", "max_pixels", "video_preset")
+    # A command without one of these options uses the default of the LLM.
+    overrides = {name: given[name] for name in names if name in given}
+    folder = resolve_model(given["model"])  # shows its own progress bar for downloads
+    with terminal.spinner(f"loading {given['model']}"):
+        llm = qwen2vl.LLM(folder, **overrides)
     if llm.compile_seconds is not None:
-        terminal.note(f"compiled in {llm.compile_seconds:.0f} s; the next start finds most of it")
-    return Opened(
+        terminal.note(f"compiled in {llm.compile_seconds:.0f} s; the next start reuses most of it")
+    return LoadedModel(
         llm=llm,
         name=given["model"],
         load_seconds=time.perf_counter() - start,
@@ -211,38 +256,38 @@ def open_model(given: dict[str, Any]) -> Opened:
     )
 
 
-def open_processor(given: dict[str, Any]) -> Processor:
-    """Open what feeds the model that the options name, without its weights."""
+def load_processor_from_options(given: dict[str, Any]) -> Processor:
+    """Load the processor of the parsed options, without the model weights."""
     from qwen2vl.loading import load_processor
 
     return load_processor(
         given["model"],
         min_pixels=given["min_pixels"],
         max_pixels=given["max_pixels"],
-        video_preset=given["preset"],
+        video_preset=given["video_preset"],
     )
 
 
-def say_if_greedy(llm: LLM, params: SamplingParams) -> None:
-    """Warn where options ask for a draw and the checkpoint's habits leave nothing to draw."""
-    from qwen2vl.engine.sampling.sampler import Rule
+def note_ignored_sampling_options(llm: LLM, params: SamplingParams) -> None:
+    """Note sampling options without effect because the checkpoint's defaults are greedy."""
+    from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams
 
-    rule = Rule.resolve(params, llm.generation)
-    asked = {"--top-k": params.top_k, "--top-p": params.top_p, "--seed": params.seed}
-    idle = [option for option, value in asked.items() if value is not None]
-    if params.temperature and rule.top_k == 1:
+    resolved = ResolvedSamplingParams.resolve(params, llm.generation_defaults)
+    given = {"--top-k": params.top_k, "--top-p": params.top_p, "--seed": params.seed}
+    ignored = [option for option, value in given.items() if value is not None]
+    if params.temperature and resolved.top_k == 1:
         terminal.note(
-            "this checkpoint's top-k of 1 leaves nothing to draw; add --top-k 0 --top-p 1"
+            "this checkpoint's default top_k=1 makes sampling greedy; add --top-k 0 --top-p 1"
         )
-    elif params.temperature is None and rule.temperature == 0 and idle:
+    elif params.temperature is None and resolved.temperature == 0 and ignored:
         terminal.note(
-            f"this checkpoint takes the likeliest word: {', '.join(idle)} without effect; add "
-            "--temperature 1 to draw"
+            f"this checkpoint uses greedy decoding: {', '.join(ignored)} without effect; add "
+            "--temperature 1 to sample"
         )
 
 
-def say_if_cut(llm: LLM, params: SamplingParams, completion: Completion) -> None:
-    """Tell that an answer is not whole, and which of the two limits it reached."""
+def note_truncation(llm: LLM, params: SamplingParams, completion: Completion) -> None:
+    """Note that the output was truncated, and by which limit: max_tokens or the context length."""
     if completion.finish_reason != "length":
         return
     count = len(completion.token_ids)
@@ -254,13 +299,13 @@ def say_if_cut(llm: LLM, params: SamplingParams, completion: Completion) -> None
     terminal.note(f"the answer was cut after {count:,} tokens{why}")
 
 
-def media_part(kind: Literal["image", "video"], path: str, fps: float | None) -> dict[str, Any]:
-    """Name one picture or clip in a message."""
+def content_part(kind: Literal["image", "video"], path: str, fps: float | None) -> dict[str, Any]:
+    """Build the content part of one image or video of a message."""
     rate = {"fps": fps} if kind == "video" and fps is not None else {}
     return {"type": kind, kind: path, **rate}
 
 
-def _all(command: F, *options: Callable[[F], F]) -> F:
+def _add_options(command: F, *options: Callable[[F], F]) -> F:
     for option in reversed(options):
         command = option(command)
     return command

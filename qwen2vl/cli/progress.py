@@ -1,9 +1,9 @@
-"""A run's lines as a person reads them: where it is, how it learns, how fast, when it ends.
+"""Formatting of training metrics as one line of text a report, for the terminal.
 
-A line of training says step, loss, speed, the share of the hardware that is used (where its peak
-is known), the share of time that data kept it waiting, and the time left; what should not happen
-(bad samples, skipped steps, a rank that the others wait for) is said only when it does. A line of
-a probe says what the model knows of conversations it does not learn from. Back up: train.py.
+Training records show step, stage, loss, throughput (tokens and images per second), MFU (where the
+peak FLOPS of the device are known), the fraction of time spent waiting for data, ETA, and loss and
+exact-match accuracy by family. Anomalies (bad samples, skipped loss spikes, straggler ranks) are
+shown only when they occur. Evaluation records show held-out loss, vision gain, mini suite scores.
 """
 
 from __future__ import annotations
@@ -13,74 +13,82 @@ from typing import Any
 
 from qwen2vl.cli import terminal
 
-__all__ = ["Progress"]
+__all__ = ["ProgressFormatter"]
 
-SLOW = 1.2  # times the mean of all ranks: worth a word
-SLOW_SHARE = 0.05  # of the time, that a phase has to take for that
+STRAGGLER_RATIO = 1.2  # of the mean over all ranks, from which on a rank is reported as slow
+MIN_PHASE_SHARE = 0.05  # of the step time that a phase has to take to be reported
 
-Line = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-class Progress:
-    """Remembers the last step, from which follows how long the rest will take."""
+class ProgressFormatter:
+    """Formats metrics; keeps the last step to compute the ETA."""
 
     def __init__(self) -> None:
         self._last_step: int | None = None
 
-    def __call__(self, line: Line, seconds: float) -> str:
-        """Fit a line into one of text; `seconds` since the run was started."""
-        told = "  ".join(self._training(line) if "families" in line else _probe(line))
-        return f"{seconds / 60:6.1f} min  {told}"
+    def __call__(self, record: Record, seconds: float) -> str:
+        """Format one record; `seconds` is the time since the start of the run."""
+        is_training = "families" in record
+        fields = self._format_training(record) if is_training else _format_evaluation(record)
+        return f"{seconds / 60:6.1f} min  {'  '.join(fields)}"
 
-    def _training(self, line: Line) -> Iterator[str]:
-        yield f"{line['step']}/{line['steps']} {line['stage']}"
-        yield "loss -" if line["loss"] is None else f"loss {line['loss']:.3f}"
-        yield f"{line['tokens_per_second']:,.0f} tok/s"
-        yield f"{line['pictures_per_second']:,.0f} img/s"
-        if "mfu" in line:
-            yield f"MFU {line['mfu']:.1%}"
-        yield f"wait {line['data_wait']:.0%}"
-        if self._last_step is not None and line["step"] < line["steps"]:
-            each = line["seconds"] / (line["step"] - self._last_step)
-            yield f"ETA {terminal.person_seconds(each * (line['steps'] - line['step']))}"
-        self._last_step = line["step"]
-        yield from _trouble(line)
+    def _format_training(self, record: Record) -> Iterator[str]:
+        yield f"{record['step']}/{record['steps']} {record['stage']}"
+        yield "loss -" if record["loss"] is None else f"loss {record['loss']:.3f}"
+        yield f"{record['tokens_per_second']:,.0f} tok/s"
+        yield f"{record['images_per_second']:,.0f} img/s"
+        if "mfu" in record:
+            yield f"MFU {record['mfu']:.1%}"
+        yield f"wait {record['data_wait']:.0%}"
+        if self._last_step is not None and record["step"] < record["steps"]:
+            step_seconds = record["seconds"] / (record["step"] - self._last_step)
+            remaining = step_seconds * (record["steps"] - record["step"])
+            yield f"ETA {terminal.format_duration(remaining)}"
+        self._last_step = record["step"]
+        yield from _format_anomalies(record)
         yield "| " + "  ".join(
-            f"{name} {family['loss']:.3f}/{family['exact']:.0%}"
-            for name, family in line["families"].items()
+            f"{name} {family['loss']:.3f}/{family['exact_match']:.0%}"
+            for name, family in record["families"].items()
         )
 
 
-def _trouble(line: Line) -> Iterator[str]:
-    for key, words in (("bad_samples", "bad samples"), ("skipped", "spikes skipped")):
-        if line.get(key):
-            yield f"{line[key]} {words}"
-    for what, slow in line.get("slowest", {}).items():
-        share = {"waited": line["data_wait"], "operations": 1.0}.get(what)
-        share = line.get("phases", {}).get(what, 0.0) if share is None else share
-        # "waited" is what the phase of data is, and there is always something else to do.
-        if what not in ("data", "other") and share > SLOW_SHARE and slow["over_mean"] > SLOW:
-            word = {"waited": "data", "operations": "work"}.get(what, what)
-            yield f"slow: rank {slow['rank']} ({word} {slow['over_mean']:.1f}x)"
+def _format_anomalies(record: Record) -> Iterator[str]:
+    for key, label in (("bad_samples", "bad samples"), ("skipped", "spikes skipped")):
+        if record.get(key):
+            yield f"{record[key]} {label}"
+    for what, slow in record.get("slowest", {}).items():
+        share = {"data_wait": record["data_wait"], "flops": 1.0}.get(what)
+        share = record.get("phases", {}).get(what, 0.0) if share is None else share
+        # The phase "data" is the same as "data_wait"; "other" has no single cause.
+        if (
+            what not in ("data", "other")
+            and share > MIN_PHASE_SHARE
+            and slow["over_mean"] > STRAGGLER_RATIO
+        ):
+            label = {"data_wait": "data", "flops": "work"}.get(what, what)
+            yield f"slow: rank {slow['rank']} ({label} {slow['over_mean']:.1f}x)"
 
 
-def _probe(line: Line) -> Iterator[str]:
-    yield f"{line['step']} held out"
-    if found := line.get("held_out"):
-        yield f"loss {found['loss']:.3f}"
-        if "vision_gain" in found:
-            yield f"vision gain {found['vision_gain']:.3f}"
-        yield "| " + "  ".join(_family(name, row) for name, row in found["families"].items())
-    if suite := line.get("mini"):
-        yield "| mini " + "  ".join(_score(name, row) for name, row in suite.items())
+def _format_evaluation(record: Record) -> Iterator[str]:
+    yield f"{record['step']} held out"
+    if held_out := record.get("held_out"):
+        yield f"loss {held_out['loss']:.3f}"
+        if "vision_gain" in held_out:
+            yield f"vision gain {held_out['vision_gain']:.3f}"
+        yield "| " + "  ".join(
+            _format_family(name, scores) for name, scores in held_out["families"].items()
+        )
+    if suite := record.get("mini"):
+        yield "| mini " + "  ".join(_format_score(name, scores) for name, scores in suite.items())
 
 
-def _family(name: str, row: Mapping[str, float]) -> str:
-    gain = f" gain {row['vision_gain']:.3f}" if "vision_gain" in row else ""
-    return f"{name} {row['loss']:.3f}{gain}"
+def _format_family(name: str, scores: Mapping[str, float]) -> str:
+    gain = f" gain {scores['vision_gain']:.3f}" if "vision_gain" in scores else ""
+    return f"{name} {scores['loss']:.3f}{gain}"
 
 
-def _score(name: str, row: Mapping[str, float]) -> str:
-    if "character_errors" in row:
-        return f"{name} {row['character_errors']:.1%} wrong"
-    return f"{name} {row['share_right']:.0%}"
+def _format_score(name: str, scores: Mapping[str, float]) -> str:
+    if "character_error_rate" in scores:
+        return f"{name} {scores['character_error_rate']:.1%} CER"
+    return f"{name} {scores['accuracy']:.0%}"

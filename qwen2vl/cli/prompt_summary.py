@@ -1,8 +1,8 @@
-"""What a prompt will cost, said before it is paid: sizes, tokens, notes, and a long wait.
+"""Summary of a prompt on stderr before generation: items, preprocessing notes, estimated TTFT.
 
-Nothing is adjusted silently: frames left out, damage and conversions have their lines on stderr,
-and where the first word is more than ten seconds away so has the way to be faster. It must not
-change the prompt. Next room: ask.py.
+Every adjustment of the input (dropped frames, damaged files, conversions) is reported. Where the
+estimated time to first token (TTFT) is ten seconds or more, the summary also lists the items with
+their token counts and an option that reduces it.
 """
 
 from __future__ import annotations
@@ -15,73 +15,77 @@ if TYPE_CHECKING:
     from qwen2vl.engine import LLM
     from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["item_line", "say_outlook"]
+__all__ = ["format_item", "print_prompt_summary"]
 
-LONG_SECONDS = 10.0
-HINT_SHARE = 0.25  # of a clip's frames
-HINT_TOKENS = 1280  # an image of 1003520 pixels, which qwen-vl-utils' documents recommend
+MIN_WAIT_SECONDS = 10.0
+HINT_SHARE = 0.25  # of a video's frames
+HINT_TOKENS = 1280  # an image of 1003520 pixels, as the documentation of qwen-vl-utils recommends
 
-# So many operations in ten seconds are within the reach of any machine: no need to measure.
-SMALL_WORK = 1e11
+# Any machine computes this in less than ten seconds: throughput is not measured below it.
+NEGLIGIBLE_FLOPS = 1e11
 
 
-def say_outlook(llm: LLM, prompt: ModelInput, *, told: int = 0) -> None:
-    """Write a line for each adjustment, and where the wait is long one for each item.
+def print_prompt_summary(llm: LLM, prompt: ModelInput, *, num_noted_items: int = 0) -> None:
+    """Write one line for each preprocessing note, and for each item if the TTFT is long.
 
-    The notes of the first `told` items were written before.
+    Notes of the first `num_noted_items` items are skipped (written in an earlier turn).
     """
-    wait = _wait(llm, prompt)
+    ttft = _format_ttft(llm, prompt)
     for number, item in enumerate(prompt.items):
         is_last = number + 1 == len(prompt.items)
-        if wait and is_last:
-            terminal.note(f"{item_line(item)}, {wait}")
-        elif wait:
-            terminal.note(item_line(item))
-    if wait and not prompt.items:
-        terminal.note(f"{len(prompt.input_ids):,} tokens, {wait}")
-    for item in prompt.items[told:]:
+        if ttft and is_last:
+            terminal.note(f"{format_item(item)}, {ttft}")
+        elif ttft:
+            terminal.note(format_item(item))
+    if ttft and not prompt.items:
+        terminal.note(f"{len(prompt.input_ids):,} tokens, {ttft}")
+    for item in prompt.items[num_noted_items:]:
         for text in item.notes:
             terminal.note(f"{item.name}: {text}")
 
 
-def item_line(item: Item) -> str:
-    """Tell how an item is seen: `photo.jpg 4032 x 3024 -> 15,552 tokens`."""
-    frames = f", {len(item.frame_times)} frames" if item.frame_times else ""
-    size = terminal.person_size(item.size_given)
+def format_item(item: Item) -> str:
+    """Format the size of an item: `photo.jpg 4032 x 3024 -> 15,552 tokens`."""
+    frames = f", {len(item.frame_timestamps)} frames" if item.frame_timestamps else ""
+    size = terminal.format_size(item.original_size)
     return f"{item.name} {size}{frames} -> {item.num_tokens:,} tokens"
 
 
-def _wait(llm: LLM, prompt: ModelInput) -> str:
-    """Say how long the first word will take and how to shorten it; nothing if it is soon."""
-    from qwen2vl.engine.ttft import Speed, Work
+def _format_ttft(llm: LLM, prompt: ModelInput) -> str:
+    """Format the estimated TTFT and an option that reduces it; empty if it is short."""
+    from qwen2vl.engine.ttft import PromptFlops, Throughput
 
-    work = Work.of(prompt, llm.config)
-    if work.vision + work.text < SMALL_WORK:
+    flops = PromptFlops.from_prompt(prompt, llm.config)
+    if flops.vision + flops.text < NEGLIGIBLE_FLOPS:
         return ""
-    speed = Speed.measure(llm.model)
-    seconds = speed.seconds(work)
-    if seconds < LONG_SECONDS:
+    throughput = Throughput.measure(llm.model)
+    seconds = throughput.estimate_ttft(flops)
+    if seconds < MIN_WAIT_SECONDS:
         return ""
-    text = f"about {terminal.person_seconds(seconds)} here"
+    text = f"about {terminal.format_duration(seconds)} here"
     if any(item.kind == "image" and item.num_tokens > HINT_TOKENS for item in prompt.items):
-        faster = speed.seconds(Work.at_most(prompt, llm.config, HINT_TOKENS))
+        faster = throughput.estimate_ttft(
+            PromptFlops.with_max_image_tokens(prompt, llm.config, HINT_TOKENS)
+        )
         pixels = HINT_TOKENS * llm.config.vision.factor**2
         text += (
             f"; --max-pixels {pixels} gives at most {HINT_TOKENS:,}, "
-            f"about {terminal.person_seconds(faster)}"
+            f"about {terminal.format_duration(faster)}"
         )
-    elif rate := max((_rate(item) for item in prompt.items), default=0.0):
-        faster = speed.seconds(Work.with_frames(prompt, llm.config, HINT_SHARE))
+    elif rate := max((_frame_rate(item) for item in prompt.items), default=0.0):
+        faster = throughput.estimate_ttft(
+            PromptFlops.with_frame_fraction(prompt, llm.config, HINT_SHARE)
+        )
         text += (
             f"; --fps {rate * HINT_SHARE:.1g} shows a quarter of the frames, "
-            f"about {terminal.person_seconds(faster)}"
+            f"about {terminal.format_duration(faster)}"
         )
     return text
 
 
-def _rate(item: Item) -> float:
-    """Tell how many frames a second of a clip are used; 0 for a picture, or a very short clip."""
-    times = item.frame_times
+def _frame_rate(item: Item) -> float:
+    """Return the sampled frames per second of a video; 0 for an image or a very short video."""
+    times = item.frame_timestamps
     if not times or len(times) < 2 / HINT_SHARE or times[-1] <= times[0]:
         return 0.0
     return (len(times) - 1) / (times[-1] - times[0])

@@ -1,8 +1,8 @@
-"""What the commands share: two streams, one spinner, and options that mean the same everywhere.
+"""Terminal output of the commands: stdout and stderr, tables, spinner, progress bar, formatting.
 
-Answers go to stdout, everything said about them to stderr, so that output can be piped. Plain
-text and ASCII only, so that narrow, colorless and non-UTF-8 terminals lose nothing. It must not
-know any command. Next room: ask.py.
+Results are written to stdout, notes and errors to stderr, so that the output can be piped. Only
+plain ASCII decoration is used, for narrow, colorless and non-UTF-8 terminals. Text from a model or
+a file is escaped where it could contain terminal control sequences.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
     from qwen2vl.engine import Delta
 
 __all__ = [
+    "DeltaWriter",
     "NoteHandler",
-    "Writer",
-    "check_folder_of",
-    "check_picture_name",
+    "check_image_path",
+    "check_parent_folder",
     "debug_option",
+    "echo",
+    "echo_json",
+    "echo_table",
+    "escape_control_characters",
+    "format_bytes",
+    "format_duration",
+    "format_size",
     "note",
-    "person_bytes",
-    "person_seconds",
-    "person_size",
-    "plain",
     "prepare_streams",
-    "progress",
+    "progress_bar",
     "read_line",
-    "save_picture",
-    "say",
-    "say_json",
-    "say_table",
-    "waiting",
+    "save_image",
+    "spinner",
 ]
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
-PIPE_WIDTH = 120  # characters of a table where no terminal says how wide it is
+PIPE_WIDTH = 120  # characters of a table where stdout is not a terminal
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def prepare_streams() -> None:
-    """Never fail for what is read or written: strange bytes and characters become escapes."""
-    # A closed stream is None, and every use of it would be a crash.
+    """Escape invalid bytes and unencodable characters, and replace closed streams by devnull."""
+    # A closed stream is None, and every use of it would raise an exception.
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - for the whole process, as these:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -67,48 +67,50 @@ def prepare_streams() -> None:
 
 
 class NoteHandler(logging.Handler):
-    """Show the library's warnings as notes."""
+    """Logging handler that writes the warnings of the library as notes to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one warning."""
+        """Write one log record."""
         note(record.getMessage())
 
 
-def say(text: str, *, end: str = "\n") -> None:
-    """Write to stdout, at once."""
+def echo(text: str, *, end: str = "\n") -> None:
+    """Write text to stdout and flush it."""
     sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
 def read_line(prompt: str) -> str | None:
-    """Read a line from stdin, with a prompt where a person types; None at the end."""
+    """Read a line from stdin, with a prompt on a terminal; None at the end of the input."""
     if not sys.stdin.isatty():
         return sys.stdin.readline() or None
     with suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing and history
+        import readline  # noqa: F401 - enables line editing and history in input()
     try:
         return input(prompt)
     except EOFError:
-        say("")
+        echo("")
         return None
 
 
-def say_json(value: object) -> None:
-    """Write one JSON value; escapes of our own would not be JSON, so its own are used."""
+def echo_json(value: object) -> None:
+    """Write one JSON value to stdout, with JSON escapes where the encoding is not UTF-8."""
     is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    say(json.dumps(value, ensure_ascii=not is_utf8))
+    echo(json.dumps(value, ensure_ascii=not is_utf8))
 
 
-def say_table(
-    titles: Sequence[str], rows: Iterable[Sequence[str]], *, words: Collection[str]
+def echo_table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], *, left_aligned: Collection[str]
 ) -> None:
-    """Write a table to stdout; columns whose titles are in `words` stand left, numbers right."""
+    """Write a table to stdout; columns are right-aligned unless in `left_aligned`."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.ASCII)
     for title in titles:
-        table.add_column(title, justify="left" if title in words else "right", overflow="fold")
+        table.add_column(
+            title, justify="left" if title in left_aligned else "right", overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else PIPE_WIDTH
@@ -116,15 +118,15 @@ def say_table(
 
 
 def note(text: str) -> None:
-    """Write one line to stderr."""
+    """Write one line to stderr, prefixed by the program name."""
     sys.stdout.flush()
     sys.stderr.write(f"qwen2vl: {text}\n")
     sys.stderr.flush()
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Show that something is going on, where a person is watching."""
+def spinner(what: str) -> Iterator[None]:
+    """Show a spinner with a text on stderr, if it is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield
@@ -134,8 +136,8 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show how far something is, where a person is watching: `step(name, done, total)`."""
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on stderr, if it is a terminal: `update(name, done, total)`."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -156,71 +158,71 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda name, done, total: p.update(bar, description=name, completed=done, total=total)
 
 
-def plain(text: str, keep: str = "") -> str:
-    """Keep an answer from steering the terminal: control characters become escapes.
+def escape_control_characters(text: str, keep: str = "") -> str:
+    """Escape control characters, so that a text cannot contain terminal control sequences.
 
-    A picture can make a model write anything; `keep` are control characters that may pass.
+    An image can make a model write any text; `keep` lists control characters to leave unescaped.
     """
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
     )
 
 
-def check_picture_name(output: str) -> None:
-    """Find out before the work whether `save_picture` can succeed.
+def check_image_path(output: str) -> None:
+    """Check before a long computation that `save_image` can write to this path.
 
     Raises:
-        InputError: the ending is of no picture, or the folder does not exist.
+        InputError: the suffix is no image format, or the folder does not exist.
     """
-    if Path(output).suffix.lower() not in PICTURE_ENDINGS:
-        raise InputError(f"-o {output}: give a name that ends in {', '.join(PICTURE_ENDINGS)}")
-    check_folder_of(output)
+    if Path(output).suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"-o {output}: give a name that ends in {', '.join(IMAGE_SUFFIXES)}")
+    check_parent_folder(output)
 
 
-def check_folder_of(output: str) -> None:
-    """Find out before the work whether there is a folder for what will be written.
+def check_parent_folder(output: str) -> None:
+    """Check before a long computation that the folder of an output file exists.
 
     Raises:
-        InputError: there is none.
+        InputError: it does not.
     """
     folder = Path(output).absolute().parent
     if not folder.is_dir():
         raise InputError(f"-o {output}: the folder {folder} does not exist; make it first")
 
 
-def save_picture(picture: Image.Image, output: str) -> None:
-    """Write a picture where the user said.
+def save_image(image: Image.Image, output: str) -> None:
+    """Write an image to the path given by -o.
 
     Raises:
         InputError: the file cannot be written.
     """
     try:
-        picture.save(output)
+        image.save(output)
     except OSError as error:
         raise InputError(f"-o {output}: cannot be written: {error.strerror or error}") from error
 
 
-def person_bytes(num_bytes: int) -> str:
-    """Write a size with its unit: 4.4 GB, 8.8 MB."""
+def format_bytes(num_bytes: int) -> str:
+    """Format a size in bytes: 4.4 GB, 8.8 MB."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def person_seconds(seconds: float) -> str:
-    """Round a duration as one would say it: 15 s, 10 min, 2 h."""
+def format_duration(seconds: float) -> str:
+    """Format a duration, rounded: 15 s, 10 min, 2 h."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"
 
 
-def person_size(size: tuple[int, int]) -> str:
-    """Write (height, width) as people do, width first."""
+def format_size(size: tuple[int, int]) -> str:
+    """Format (height, width) as "width x height"."""
     height, width = size
     return f"{width} x {height}"
 
 
 def debug_option(command: F) -> F:
-    """Add --debug, which every command understands."""
+    """Add --debug."""
 
     def switch_on(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         if value:
@@ -231,19 +233,23 @@ def debug_option(command: F) -> F:
         is_flag=True,
         expose_value=False,
         callback=switch_on,
-        help="Show the traceback of a failure.",
+        help="Show the traceback of an error.",
     )(command)
 
 
-class Writer:
-    """Write an answer on stdout as it comes, and end its last line."""
+class DeltaWriter:
+    """Streaming callback: writes the text deltas of a request to stdout and ends the last line."""
 
     def __init__(self) -> None:
         self.text = ""
 
     def __call__(self, delta: Delta) -> None:
-        """Write one piece."""
+        """Write one text delta."""
         self.text += delta.text
         ends = delta.finish_reason is not None and not self.text.endswith("\n")
-        shown = plain(delta.text, keep="\n\t") if sys.stdout.isatty() else delta.text
-        say(shown, end="\n" if ends else "")
+        shown = (
+            escape_control_characters(delta.text, keep="\n\t")
+            if sys.stdout.isatty()
+            else delta.text
+        )
+        echo(shown, end="\n" if ends else "")

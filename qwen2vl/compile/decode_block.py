@@ -1,10 +1,11 @@
-"""One token through a block of the decoder, as one compiled function: decode on a CPU.
+"""Ahead-of-time compiled decoder blocks for decode with a single token on a CPU.
 
-Of a single row a block makes some fifty small operations around its four products. Called one by
-one they take a tenth of a step; as parts that torch.compile guards, nearly as much. So the forward
-of a block is traced once as it stands, with weights, keys and values as arguments, and compiled
-into one function (direct.py) that serves every block built alike. Who exchanges weights says so.
-Letters as in model/attention.py. Back up: engine/decode/compiled.py, which brings the token.
+For a single row a block runs some fifty small operations around its four matrix products. Eagerly
+they take a tenth of a decode step; as regions with torch.compile's guards, nearly as much. So the
+forward of a block is traced once, with weights, keys and values as arguments, and compiled into one
+function without guards (linear/aot.py) that serves every block of the same structure. Whoever
+replaces weights must call `refresh_weights`. Letters as in model/attention.py. Used by
+engine/decode/compiled.py, which provides the token.
 """
 
 from __future__ import annotations
@@ -16,48 +17,49 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.linear.aot import Direct, compile_direct
+from qwen2vl.linear.aot import CompiledFunction, compile_ahead_of_time
 from qwen2vl.model import Qwen2VL
-from qwen2vl.model.attention import attend_token
-from qwen2vl.model.rope import text_rotation
+from qwen2vl.model.attention import decode_attention
+from qwen2vl.model.rope import mrope_cos_sin
 
-__all__ = ["TokenBlocks"]
+__all__ = ["CompiledDecodeBlocks"]
 
-_TOKENS = 77  # keys of the example; any other number would do
+_EXAMPLE_LENGTH = 77  # keys in the example inputs; the number is arbitrary
 
 
-class TokenBlocks:
-    """The decoder's blocks for a single row; weights are arguments, and so not copied."""
+class CompiledDecodeBlocks:
+    """The decoder's blocks for a single token; weights are passed as arguments, not copied."""
 
     def __init__(self, model: Qwen2VL) -> None:
-        """Compile one function for each kind of block.
+        """Compile one function for each distinct block structure.
 
         Raises:
-            NotCompiledError: that does not work here.
+            CompilationError: nothing can be compiled on this machine.
         """
         self._model = model
-        self._kinds: dict[str, Direct] = {}  # x_1D, cos, sin, k_KTC, v_KTC, weights -> (x_1D,)
-        self._blocks: list[tuple[Direct, list[Tensor]]] = []
-        self.gather()
+        # Block signature -> function of x_1D, cos, sin, k_KTC, v_KTC and weights; returns (x_1D,).
+        self._functions: dict[str, CompiledFunction] = {}
+        self._blocks: list[tuple[CompiledFunction, list[Tensor]]] = []
+        self.refresh_weights()
 
-    def gather(self) -> None:
-        """Take the weights that the model has now; compiles where they are of another kind.
+    def refresh_weights(self) -> None:
+        """Use the model's current weights; compiles where a block's structure is new.
 
         Raises:
-            NotCompiledError: that does not work here.
+            CompilationError: nothing can be compiled on this machine.
         """
-        blocks: list[tuple[Direct, list[Tensor]]] = []
+        blocks: list[tuple[CompiledFunction, list[Tensor]]] = []
         for layer in self._model.model.layers:
-            kind = _describe(layer)
-            if kind not in self._kinds:
-                self._kinds[kind] = _compiled(layer, self._model)
-            blocks.append((self._kinds[kind], list(_tensors(layer).values())))
+            signature = _block_signature(layer)
+            if signature not in self._functions:
+                self._functions[signature] = _compile_block(layer, self._model)
+            blocks.append((self._functions[signature], list(_tensors(layer).values())))
         self._blocks = blocks
 
     def __call__(
         self, x_1D: Tensor, cos: Tensor, sin: Tensor, k_LKTC: Tensor, v_LKTC: Tensor
     ) -> Tensor:
-        """Run all blocks; the token's own keys and values are written to the last of T."""
+        """Run all blocks; the token's own keys and values are written at the last index of T."""
         caches = zip(k_LKTC.unbind(), v_LKTC.unbind(), strict=True)
         for (function, weights), (k_KTC, v_KTC) in zip(self._blocks, caches, strict=True):
             (x_1D,) = function(x_1D, cos, sin, k_KTC, v_KTC, *weights)
@@ -68,44 +70,44 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
 
-def _describe(layer: nn.Module) -> str:
-    """Say how a block is built: the same for blocks that one function serves."""
-    kinds = [(n, tuple(t.shape), t.dtype, _strides(t)) for n, t in _tensors(layer).items()]
-    return f"{layer} {kinds}"
+def _block_signature(layer: nn.Module) -> str:
+    """Return the structure of a block as text; blocks with equal ones share a function."""
+    tensors = [(n, tuple(t.shape), t.dtype, _strides(t)) for n, t in _tensors(layer).items()]
+    return f"{layer} {tensors}"
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...] | None:
-    return tensor.stride() if tensor.layout == torch.strided else None  # packed ones have none
+    return tensor.stride() if tensor.layout == torch.strided else None  # prepacked ones have none
 
 
-def _compiled(layer: nn.Module, model: Qwen2VL) -> Direct:
+def _compile_block(layer: nn.Module, model: Qwen2VL) -> CompiledFunction:
     config, dtype = model.config.text, model.dtype
-    rotation = text_rotation(
+    cos_sin = mrope_cos_sin(
         torch.zeros(3, 1, dtype=torch.int64),
         config.head_dim,
         config.rope_theta,
         config.mrope_section,
     )
-    shape = (config.num_key_value_heads, 2 * _TOKENS, config.head_dim)
-    k_KTC, v_KTC = (torch.zeros(shape, dtype=dtype)[:, :_TOKENS] for _ in range(2))
+    shape = (config.num_key_value_heads, 2 * _EXAMPLE_LENGTH, config.head_dim)
+    k_KTC, v_KTC = (torch.zeros(shape, dtype=dtype)[:, :_EXAMPLE_LENGTH] for _ in range(2))
     tensors = _tensors(layer)
-    return compile_direct(
-        _flat(layer, list(tensors)),
+    return compile_ahead_of_time(
+        _functional_forward(layer, list(tensors)),
         (
             torch.zeros(1, config.hidden_size, dtype=dtype),
-            *rotation,
+            *cos_sin,
             k_KTC,
             v_KTC,
             *tensors.values(),
         ),
-        free={3: 1, 4: 1},
-        threads=1,  # for what lies between products; a row is too little for two
+        dynamic_dims={3: 1, 4: 1},
+        num_threads=1,  # for the operations between products; one row is too little work for two
     )
 
 
-def _flat(layer: nn.Module, names: Sequence[str]) -> Callable[..., tuple[Tensor]]:
-    """Write the forward of a block as a function of tensors alone."""
-    meta = AttnMeta.build([1], [_TOKENS])
+def _functional_forward(layer: nn.Module, names: Sequence[str]) -> Callable[..., tuple[Tensor]]:
+    """Return the forward of a block as a function of tensors alone."""
+    meta = AttnMeta.build([1], [_EXAMPLE_LENGTH])
 
     def block(
         x_1D: Tensor, cos: Tensor, sin: Tensor, k_KTC: Tensor, v_KTC: Tensor, *weights: Tensor
@@ -113,11 +115,12 @@ def _flat(layer: nn.Module, names: Sequence[str]) -> Callable[..., tuple[Tensor]
         def attend(q_1HC: Tensor, k_1KC: Tensor, v_1KC: Tensor) -> Tensor:
             k_KTC[:, -1:] = k_1KC.transpose(0, 1)
             v_KTC[:, -1:] = v_1KC.transpose(0, 1)
-            return attend_token(q_1HC, k_KTC, v_KTC)
+            return decode_attention(q_1HC, k_KTC, v_KTC)
 
-        own = dict(zip(names, weights, strict=True))
-        # Tied, a layer that several share would be exchanged several times, and back only once.
+        state = dict(zip(names, weights, strict=True))
+        # tie_weights would swap a fused layer once for each slice that shares it, and restore it
+        # only once.
         inputs = (x_1D, (cos, sin), meta, attend)
-        return (functional_call(layer, own, inputs, tie_weights=False),)
+        return (functional_call(layer, state, inputs, tie_weights=False),)
 
     return block

@@ -1,9 +1,10 @@
-"""What training reads: files of conversations, packed text and the world, from sizes to bins.
+"""Training data: sources, row formats, lengths, mixing, bin packing, preprocessing, disk caches.
 
-    storage -> sources -> dialects -> prepare -> Example        one sample at a time
-    lengths -> plan -> bins -> corpus                           all of them, by their headers
+    storage -> sources -> formats -> preprocess -> TrainingExample      one sample at a time
+    lengths -> bin_planner -> bin_packing -> dataset                    all of them, by headers
 
-Start at corpus.py, which puts the two together: any bin of a pass, at any time, for any rank. A
-sample is measured without decoding its media, prepared by the very Processor that answers, and
-never replaced by another. (Qwen2-VL sec. 2.2, 2.3.)
+`dataset.PackedDataset` puts the two together: any bin of an epoch, in any order, on any rank. The
+length of a sample is computed without decoding its media, the sample is preprocessed by the same
+Processor that inference uses, and a bad sample is never replaced by another. (Qwen2-VL sec. 2.2,
+2.3.)
 """

@@ -1,7 +1,7 @@
-"""What is read: sources of samples, and how they become bins; set by a recipe or `data.KEY=VALUE`.
+"""Data configuration: the sources of a training stage and how their samples become packed bins.
 
-It must not know steps, ranks or rates. (Qwen2-VL sec. 2.2: mixtures of families of data.) Next
-rooms: sources.py, plan.py.
+Set by a recipe, or on the command line as `data.KEY=VALUE`. Steps, ranks and learning rates are in
+train/config.py. (Qwen2-VL sec. 2.2: mixtures of dataset families.)
 """
 
 from __future__ import annotations
@@ -12,38 +12,48 @@ from typing import Literal
 from qwen2vl.errors import ConfigError
 from qwen2vl.synth import Mixture
 
-__all__ = ["MANNERS", "DataConfig", "Source"]
+__all__ = ["IO_OPTIONS", "DataConfig", "SourceConfig"]
 
-FEWEST = 1000  # samples that a share is taken of at least, where there are so many
+MIN_BAD_FRACTION_BASE = 1000  # samples; max_bad_fraction is a fraction of at least so many
 
-# How samples are fetched, kept and given up, not which: they may change in the course of a run.
-MANNERS = frozenset(
-    ("max_bad", "decode_seconds", "fetch_seconds", "retries", "concurrency", "cache", "cache_gb")
+# How samples are fetched, cached and given up, not which ones: may change when a run is resumed.
+IO_OPTIONS = frozenset(
+    (
+        "max_bad_fraction",
+        "decode_timeout",
+        "fetch_timeout",
+        "max_retries",
+        "concurrency",
+        "cache_dir",
+        "frame_cache_gb",
+    )
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One body of samples: a file of conversations, packed text, or a piece of the world.
+class SourceConfig:
+    """One data source: a file of conversations, packed text, or the synthetic world.
 
     Raises:
-        ConfigError: neither a path nor a mixture, or a share that means nothing.
+        ConfigError: neither a path nor a mixture, or repeats or weight out of range.
     """
 
-    path: str = ""  # JSON lines, parquet, packed text; a pattern; here or at any fsspec address
-    name: str = ""  # in metrics and reports; default: of the file, or "world"
-    media: str = ""  # where relative names of media begin; default: beside the file
-    mixture: Mixture | None = None  # the procedural world, instead of a path
-    samples: int = 0  # of the world: how many make a pass
-    repeats: float = 1.0  # how often a sample comes in a pass; 0.1: a fixed tenth of them comes
-    weight: float = 0.0  # share of a pass, whatever the source's size; then repeats must stay 1
+    path: str = ""  # JSON lines, parquet, packed text; a glob pattern; local or any fsspec address
+    name: str = ""  # in metrics and reports; default: from the file name, or "world"
+    media_root: str = ""  # base of relative media paths; default: the folder of the file
+    mixture: Mixture | None = None  # of the synthetic world, instead of a path
+    num_samples: int = 0  # of the synthetic world, in one epoch
+    repeats: float = 1.0  # of each sample in an epoch; 0.1: a fixed tenth of the samples is used
+    weight: float = 0.0  # share of an epoch, whatever the source's size; then repeats must stay 1
 
     def __post_init__(self) -> None:
         what = f"source {self.name or self.path or 'world'}"
         if bool(self.path) == (self.mixture is not None):
-            raise ConfigError(f"{what}: give either a path or a mixture of the world")
-        if self.mixture is not None and self.samples < 1:
-            raise ConfigError(f"{what}: samples is {self.samples}; say how many make a pass")
+            raise ConfigError(f"{what}: give either a path or a mixture of the synthetic world")
+        if self.mixture is not None and self.num_samples < 1:
+            raise ConfigError(
+                f"{what}: num_samples is {self.num_samples}; give the samples of one epoch"
+            )
         if self.repeats <= 0 or self.weight < 0 or (self.weight and self.repeats != 1):
             raise ConfigError(
                 f"{what}: repeats is {self.repeats:g} and weight {self.weight:g}; repeats must be "
@@ -52,34 +62,34 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What reports call it."""
+        """Name of the source in metrics and reports."""
         bare = self.path.rstrip("/").rpartition("/")[2].partition(".")[0]
         return self.name or ("world" if self.mixture else bare.replace("*", "") or "data")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """What a stage reads instead of the endless world: sources, and how they become steps.
+    """Data of a training stage: its sources, bin capacities, error limits, fetching and caching.
 
     Raises:
         ConfigError: no source, two of one name, some with a weight and some without, or a number
-            that means nothing.
+            out of range.
     """
 
-    sources: tuple[Source, ...]
-    max_tokens: int = 8192  # of a bin: what one forward reads
-    max_vision: float = 0.0  # vision cost of a bin, in patches (lengths.vision_cost); 0 = no limit
-    bins: int = 8  # in one optimizer step, over all ranks and batches
+    sources: tuple[SourceConfig, ...]
+    max_tokens: int = 8192  # of a bin, which is the input of one forward pass
+    max_vision_cost: float = 0.0  # of a bin, in patches (lengths.vision_cost); 0 = no limit
+    global_batch_size: int = 8  # bins per optimizer step, over all ranks and microbatches
     oversize: Literal["refuse", "resize", "drop"] = "refuse"  # of samples larger than a bin
-    max_bad: float = 0.01  # share of samples that may be bad before the run stops
-    max_frames: int = 20_000  # of one video file, before frames are chosen
-    decode_seconds: float = 60.0  # for one video
-    fetch_seconds: float = 30.0  # for one object from elsewhere, each try
-    retries: int = 4  # after a failed fetch, waiting longer each time
-    concurrency: int = 16  # objects fetched at a time, in each worker
-    video_preset: str = "paper"  # which frames of a video are taken
-    cache: str = ""  # folder of length tables, plans and frames; default: in the user's cache
-    cache_gb: float = 20.0  # of decoded frames; 0 = keep none
+    max_bad_fraction: float = 0.01  # of the samples; the run stops when more are bad
+    max_frames: int = 20_000  # of one video file, before frame sampling
+    decode_timeout: float = 60.0  # seconds, for one video
+    fetch_timeout: float = 30.0  # seconds, for one remote object, each attempt
+    max_retries: int = 4  # of a failed fetch, with exponential backoff
+    concurrency: int = 16  # simultaneous fetches in each worker process
+    video_preset: str = "paper"  # frame sampling rules
+    cache_dir: str = ""  # for length tables, bin plans and frames; default: in the user's cache
+    frame_cache_gb: float = 20.0  # limit of decoded frames on disk; 0 = no frame cache
 
     def __post_init__(self) -> None:
         names = [source.label for source in self.sources]
@@ -87,13 +97,21 @@ class DataConfig:
             raise ConfigError(f"data: sources are {names}; give at least one, each its own name")
         if len({source.weight > 0 for source in self.sources}) > 1:
             raise ConfigError(f"data: give all of {', '.join(names)} a weight, or none of them")
-        for name, least in (("max_tokens", 64), ("bins", 1), ("concurrency", 1), ("retries", 0)):
+        for name, least in (
+            ("max_tokens", 64),
+            ("global_batch_size", 1),
+            ("concurrency", 1),
+            ("max_retries", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}, must be {least} or more")
 
-    def tolerates(self, bad: int, seen: int, total: int) -> bool:
-        """Say whether so many of the samples `seen` so far, of `total`, may be bad.
+    def tolerates(self, num_bad: int, num_seen: int, num_total: int) -> bool:
+        """Return whether `num_bad` of the `num_seen` samples so far, of `num_total`, is acceptable.
 
-        Of the first few a share says little: it is taken of FEWEST at least, or of all there are.
+        A fraction of the first few samples means little: the base is at least
+        MIN_BAD_FRACTION_BASE samples, or all samples if there are fewer.
         """
-        return bad <= self.max_bad * max(seen, min(FEWEST, total))
+        return num_bad <= self.max_bad_fraction * max(
+            num_seen, min(MIN_BAD_FRACTION_BASE, num_total)
+        )

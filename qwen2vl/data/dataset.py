@@ -1,11 +1,11 @@
-"""What one stage reads: sources opened, measured, mixed and packed into bins; any bin at any time.
+"""PackedDataset: the samples of a training stage, packed into bins, with random access to any bin.
 
-    sources --lengths.py--> tables --plan.py--> bins of a pass
-    samples of bin 17 --prepare.py--> examples, and the bad ones by name
+    sources --lengths.py--> length tables --bin_planner.py--> bins of an epoch
+    samples of a bin --preprocess.py--> examples, and a list of the bad ones
 
-The bins of a pass stay the same in every pass, their order does not (train/loader/data_order.py).
-Everything here is a function of the sources' content, the config and the seed, and has one
-fingerprint. It must not know steps or ranks. Next rooms: train/loader/dataloader.py, train/dry_run/report.py.
+The bins are the same in every epoch, their order is not (train/loader/data_order.py). All results
+are functions of the sources' content, the config and the seed, identified by one fingerprint.
+train/loader/dataloader.py reads the bins of a step; train/dry_run/report.py reports statistics.
 """
 
 from __future__ import annotations
@@ -20,42 +20,49 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen2vl.data.bin_packing import BinPlan
+from qwen2vl.data.bin_planner import BinPlanner, plan_from_arrays
 from qwen2vl.data.config import DataConfig
-from qwen2vl.data.disk_cache import cache_folder, keep, trim
+from qwen2vl.data.disk_cache import evict_lru, load_or_create, resolve_cache_dir
 from qwen2vl.data.formats import Sample, SampleError
 from qwen2vl.data.frame_cache import FrameCache
-from qwen2vl.data.lengths import Lengths, Progress, measure
-from qwen2vl.data.mixture import Planner, plan_of
-from qwen2vl.data.packing import Plan
-from qwen2vl.data.preprocess import BadSample, Example, Measurer, Preparer
-from qwen2vl.data.sources.source import Samples, open_source
+from qwen2vl.data.lengths import LengthTable, ProgressCallback, measure_lengths
+from qwen2vl.data.preprocess import (
+    BadSample,
+    HeaderPreprocessor,
+    SamplePreprocessor,
+    TrainingExample,
+)
+from qwen2vl.data.sources.source import SampleSource, open_source
 from qwen2vl.processor.processor import Processor
 
-__all__ = ["Corpus"]
+__all__ = ["PackedDataset"]
 
-# Folders below the cache, and bytes that each may hold of what no run has opened for a month:
-# copies of text from elsewhere, which runs go on reading, and what was measured and packed.
-KEPT = {"text": 50 * 10**9, "lengths": 5 * 10**9, "plans": 5 * 10**9}
-IDLE = 30 * 86400.0
+# Cache folders, and the bytes that each may hold of files that no run has opened for a month:
+# local copies of remote text files, which runs continue to read, length tables and bin plans.
+CACHE_LIMITS = {"text": 50 * 10**9, "lengths": 5 * 10**9, "plans": 5 * 10**9}
+MIN_IDLE_SECONDS = 30 * 86400.0
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A stage's samples, numbered through: entry e is sample e - first[s] of source s."""
+class PackedDataset:
+    """All samples of a stage, numbered: entry e is sample e - offsets[s] of source s."""
 
     data: DataConfig
     processor: Processor
-    sources: tuple[Samples, ...]
+    sources: tuple[SampleSource, ...]
     labels: tuple[str, ...]
-    lengths: tuple[Lengths, ...]
-    first: np.ndarray  # where each source's entries begin, and where the last ends
-    tokens: np.ndarray  # of every sample, as it will be read
+    lengths: tuple[LengthTable, ...]
+    offsets: np.ndarray  # first entry of each source, and the number of all entries
+    tokens: np.ndarray  # of every sample, after resizing; 0 for a bad or dropped one
     targets: np.ndarray
-    shrunk: Mapping[int, int]  # entry -> pixels of its pictures at most, to fit into a bin
-    plan: Plan
+    resized: Mapping[int, int]  # entry -> pixel limit of its images, which makes it fit into a bin
+    plan: BinPlan
     fingerprint: str
-    cache: Path
-    _preparers: dict[tuple[int, int, int], Preparer] = field(default_factory=dict, repr=False)
+    cache_dir: Path
+    _preprocessors: dict[tuple[int, int, int], SamplePreprocessor] = field(
+        default_factory=dict, repr=False
+    )
 
     @classmethod
     def open(
@@ -65,151 +72,153 @@ class Corpus:
         *,
         seed: int,
         default_system: float = 0.0,
-        workers: int = 0,
-        progress: Progress = lambda what, done, total: None,
-    ) -> Corpus:
-        """Open what a stage reads.
+        num_workers: int = 0,
+        progress: ProgressCallback = lambda what, done, total: None,
+    ) -> PackedDataset:
+        """Open a stage's sources, measure them, and pack their samples into bins.
 
         Args:
-            default_system: share of the world's conversations with the default system sentence.
+            default_system: share of synthetic conversations with the default system prompt.
 
         Raises:
             InputError: a source is missing or damaged, too many of its samples are bad, or some
                 are larger than a bin.
-            ConfigError: nothing can read a source, or there is too little for a step.
+            ConfigError: a source has no supported format, or there are too few samples for a step.
         """
-        cache = cache_folder(data.cache)
-        opened = [
+        cache_dir = resolve_cache_dir(data.cache_dir)
+        sources = [
             open_source(
                 source,
                 data,
                 tokenizer=processor.tokenizer,
-                cache=cache,
+                cache_dir=cache_dir,
                 seed=seed,
                 default_system=default_system,
             )
             for source in data.sources
         ]
         labels = tuple(source.label for source in data.sources)
-        measured = [
-            measure(
+        tables = [
+            measure_lengths(
                 source,
-                Measurer(processor, data, base=source.base),
-                cache=cache,
+                HeaderPreprocessor(processor, data, media_root=source.media_root),
+                cache_dir=cache_dir,
                 label=label,
-                workers=workers,
+                num_workers=num_workers,
                 progress=progress,
             )
-            for source, label in zip(opened, labels, strict=True)
+            for source, label in zip(sources, labels, strict=True)
         ]
-        lengths = tuple(table for table, _ in measured)
-        planner = Planner(data, processor, opened, lengths, seed)
-        planner.check_bad()
-        key = _fingerprint(data, [(key, table.digest()) for table, key in measured], seed)
-        arrays = keep(cache / "plans" / f"{key}.npz", planner.arrays)
-        # Only now, when what this stage reads, however old, is noted as used.
-        for folder, limit in KEPT.items():
-            trim(cache / folder, limit, idle=IDLE)
+        lengths = tuple(table for table, _ in tables)
+        planner = BinPlanner(data, processor, sources, lengths, seed)
+        planner.raise_if_too_many_bad()
+        key = _fingerprint(data, [(key, table.digest()) for table, key in tables], seed)
+        arrays = load_or_create(cache_dir / "plans" / f"{key}.npz", planner.build_arrays)
+        # Evict last: by now all files of this stage, however old, are marked as used.
+        for folder, max_bytes in CACHE_LIMITS.items():
+            evict_lru(cache_dir / folder, max_bytes, min_idle_seconds=MIN_IDLE_SECONDS)
         return cls(
             data=data,
             processor=processor,
-            sources=tuple(opened),
+            sources=tuple(sources),
             labels=labels,
             lengths=lengths,
-            first=planner.first,
+            offsets=planner.offsets,
             tokens=arrays["tokens"],
             targets=arrays["targets"],
-            shrunk=dict(zip(arrays["shrunk"].tolist(), arrays["pixels"].tolist(), strict=True)),
-            plan=plan_of(arrays, data),
+            resized=dict(zip(arrays["shrunk"].tolist(), arrays["pixels"].tolist(), strict=True)),
+            plan=plan_from_arrays(arrays, data),
             fingerprint=key,
-            cache=cache,
+            cache_dir=cache_dir,
         )
 
-    def read(self, entries: Iterable[int]) -> tuple[list[Example], list[BadSample]]:
-        """Prepare samples; what cannot be used is told, and nothing takes its place."""
-        examples: list[Example] = []
+    def read(self, entries: Iterable[int]) -> tuple[list[TrainingExample], list[BadSample]]:
+        """Prepare samples; bad ones are returned separately and not replaced."""
+        examples: list[TrainingExample] = []
         bad: list[BadSample] = []
-        for number, group in self._by_source(entries).items():
-            found: list[tuple[int, Sample]] = []
+        for source_index, group in self._by_source(entries).items():
+            samples: list[tuple[int, Sample]] = []
             for entry in group:
-                with self._told(entry, bad):
-                    found.append((entry, self._sample(entry)))
-            # Media from elsewhere come for all of the bin at a time.
-            self._preparer(number).fetch(sample for _, sample in found)
-            for entry, sample in found:
-                with self._told(entry, bad):
-                    examples.append(self._example(number, entry, sample))
+                with self._recording_bad(entry, bad):
+                    samples.append((entry, self._read_sample(entry)))
+            # Remote media of all samples of the bin are fetched concurrently.
+            self._preprocessor_of(source_index).prefetch(sample for _, sample in samples)
+            for entry, sample in samples:
+                with self._recording_bad(entry, bad):
+                    examples.append(self._prepare_example(source_index, entry, sample))
         return examples, bad
 
     def grids(self, entry: int) -> np.ndarray:
-        """Give a sample's grids (K, 3) as they were measured, before any shrinking."""
-        number, index = self._place(entry)
-        table = self.lengths[number]
+        """Return a sample's grids (K, 3) as they were measured, before any resizing."""
+        source_index, index = self._locate(entry)
+        table = self.lengths[source_index]
         return table.grids_K3[table.starts[index] : table.starts[index + 1]]
 
-    def _place(self, entry: int) -> tuple[int, int]:
-        """Find (number of the source, index of the sample in it) of an entry."""
-        number = int(np.searchsorted(self.first, entry, side="right")) - 1
-        return number, int(entry) - int(self.first[number])
+    def _locate(self, entry: int) -> tuple[int, int]:
+        """Return (source index, sample index in it) of an entry."""
+        source_index = int(np.searchsorted(self.offsets, entry, side="right")) - 1
+        return source_index, int(entry) - int(self.offsets[source_index])
 
     def _by_source(self, entries: Iterable[int]) -> dict[int, list[int]]:
-        """Sort entries by source, in their order: media of one source are fetched together."""
+        """Group entries by source, in order: media of one source are fetched together."""
         groups: dict[int, list[int]] = {}
         for entry in entries:
-            number, _ = self._place(entry)
-            groups.setdefault(number, []).append(int(entry))
+            source_index, _ = self._locate(entry)
+            groups.setdefault(source_index, []).append(int(entry))
         return groups
 
     @contextmanager
-    def _told(self, entry: int, bad: list[BadSample]) -> Iterator[None]:
-        """Note a sample that cannot be used, and go on."""
+    def _recording_bad(self, entry: int, bad: list[BadSample]) -> Iterator[None]:
+        """Append a sample that raises SampleError to `bad`, and continue."""
         try:
             yield
         except SampleError as error:
-            number, index = self._place(entry)
-            name = self.sources[number].name(index)
+            source_index, index = self._locate(entry)
+            name = self.sources[source_index].name(index)
             known = not self.tokens[entry]
-            bad.append(BadSample(name, self.labels[number], error.reason, str(error), known))
+            bad.append(BadSample(name, self.labels[source_index], error.reason, str(error), known))
 
-    def _sample(self, entry: int) -> Sample:
+    def _read_sample(self, entry: int) -> Sample:
         """Read a sample, unless it is known to be bad or too large."""
-        number, index = self._place(entry)
-        table = self.lengths[number]
+        source_index, index = self._locate(entry)
+        table = self.lengths[source_index]
         if index in table.bad:
             raise SampleError(*table.bad[index])
         if not self.tokens[entry]:
             limit = f"the limit of a bin is {self.data.max_tokens:,}"
             raise SampleError("oversize", f"{table.tokens[index]:,} tokens, {limit}")
-        return self.sources[number].read(index)
+        return self.sources[source_index].read(index)
 
-    def _example(self, number: int, entry: int, sample: Sample) -> Example:
-        made = self._preparer(number, self.shrunk.get(entry, 0)).prepare(sample)
-        if len(made.input_ids) != self.tokens[entry]:
+    def _prepare_example(self, source_index: int, entry: int, sample: Sample) -> TrainingExample:
+        processed = self._preprocessor_of(source_index, self.resized.get(entry, 0)).prepare(sample)
+        if len(processed.input_ids) != self.tokens[entry]:
             raise SampleError(
                 "length",
-                f"{len(made.input_ids)} tokens, where its headers promised {self.tokens[entry]}; "
+                f"{len(processed.input_ids)} tokens, its headers gave {self.tokens[entry]}; "
                 "its files are damaged, or have changed since they were measured",
             )
-        return Example(made, self.labels[number])
+        return TrainingExample(processed, self.labels[source_index])
 
-    def _preparer(self, number: int, pixels: int = 0) -> Preparer:
-        """Make what prepares a source, once in each process, for the sake of its connections."""
-        key = (os.getpid(), number, pixels)
-        if key not in self._preparers:
-            limit = int(self.data.cache_gb * 1e9)
-            self._preparers[key] = Preparer(
+    def _preprocessor_of(self, source_index: int, pixels: int = 0) -> SamplePreprocessor:
+        """Return a source's preprocessor, one per process: connections cannot be shared."""
+        key = (os.getpid(), source_index, pixels)
+        if key not in self._preprocessors:
+            max_bytes = int(self.data.frame_cache_gb * 1e9)
+            self._preprocessors[key] = SamplePreprocessor(
                 self.processor,
                 self.data,
-                base=self.sources[number].base,
-                frames=FrameCache(self.cache / "frames", limit=limit) if limit else None,
+                media_root=self.sources[source_index].media_root,
+                frame_cache=FrameCache(self.cache_dir / "frames", max_bytes=max_bytes)
+                if max_bytes
+                else None,
                 max_pixels=pixels,
             )
-        return self._preparers[key]
+        return self._preprocessors[key]
 
 
 def _fingerprint(data: DataConfig, tables: Sequence[tuple[str, str]], seed: int) -> str:
-    """Name all that decides what a step sees; config.MANNERS do not."""
+    """Hash all settings that decide the samples of a step; config.IO_OPTIONS are not included."""
     shares = [(source.repeats, source.weight) for source in data.sources]
-    sizes = (data.max_tokens, data.max_vision, data.bins, data.oversize)
-    about = json.dumps([tables, shares, sizes, seed])
-    return blake2b(about.encode(), digest_size=16).hexdigest()
+    sizes = (data.max_tokens, data.max_vision_cost, data.global_batch_size, data.oversize)
+    settings = json.dumps([tables, shares, sizes, seed])
+    return blake2b(settings.encode(), digest_size=16).hexdigest()

@@ -1,9 +1,9 @@
-"""Arrays that cost minutes to make, kept on disk by name: made once, by one process.
+"""Disk cache of arrays that take minutes to compute: each is computed once, by one process.
 
-A file is written aside and renamed, so that it is whole or not there; a damaged one counts as not
-there. Where several ranks of a machine want the same, the first makes (or mends) it and the others
-wait. Folders of what is kept stay bounded: what was used longest ago leaves. It must not know what
-the arrays mean. Next rooms: lengths.py, corpus.py.
+A file is written under a temporary name and renamed, so that it is complete or absent; a damaged
+file counts as absent. If several ranks of a machine need the same arrays, the first creates (or
+refreshes) them while the others wait on a file lock. Cache folders are bounded by evicting the
+least recently used files.
 """
 
 from __future__ import annotations
@@ -20,119 +20,119 @@ import numpy as np
 
 from qwen2vl.errors import ConfigError
 
-__all__ = ["PARTIAL", "Arrays", "cache_folder", "keep", "trim", "used"]
+__all__ = ["PARTIAL_SUFFIX", "Arrays", "evict_lru", "load_or_create", "resolve_cache_dir", "touch"]
 
 Arrays = Mapping[str, np.ndarray]
 
-PARTIAL = ".partial"  # in the name of what is being written, which also begins with a dot
-STALE = 3600.0  # seconds in which a writer that lives has written more
+PARTIAL_SUFFIX = ".partial"  # in the name of a file being written, which also begins with a dot
+STALE_SECONDS = 3600.0  # since the last write; a partial file older than this has no writer
 
 
-def cache_folder(given: str) -> Path:
-    """Say where things are kept: in `given`, or else in the user's cache."""
-    if given:
-        return Path(given).expanduser()
+def resolve_cache_dir(folder: str) -> Path:
+    """Return the cache folder: `folder`, or by default one in the user's cache."""
+    if folder:
+        return Path(folder).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "qwen2vl"
 
 
-def keep(
+def load_or_create(
     path: Path,
-    make: Callable[[], Arrays],
+    create: Callable[[], Arrays],
     *,
-    mender: Callable[[Arrays], Callable[[], Arrays] | None] = lambda found: None,
+    refresh: Callable[[Arrays], Callable[[], Arrays] | None] = lambda cached: None,
 ) -> Arrays:
-    """Read the arrays in `path`, or make them and write them there.
+    """Load the arrays in `path`, or create and store them.
 
     Args:
         path: of the file.
-        make: makes the arrays.
-        mender: looks at arrays that were kept, and gives what makes better ones where it can.
+        create: computes the arrays.
+        refresh: given cached arrays, returns a function that computes better ones, or None.
 
     Raises:
-        ConfigError: the folder cannot be written. And whatever `make` raises.
+        ConfigError: the folder cannot be written. Errors of `create` are passed on.
     """
-    stamp = _stamp(path)
-    found = _read(path) if used(path) else None
-    wanted = make if found is None else mender(found)
-    if found is not None and wanted is None:
-        return found
-    assert wanted is not None
+    identity = _file_identity(path)
+    cached = _read(path) if touch(path) else None
+    create_or_refresh = create if cached is None else refresh(cached)
+    if cached is not None and create_or_refresh is None:
+        return cached
+    assert create_or_refresh is not None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
     except OSError as error:
-        raise _refusal(path, error) from error
+        raise _cache_dir_error(path, error) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed, or its process dies
-        # Another process may have made it in the meantime.
-        if _stamp(path) != stamp and (found := _read(path)) is not None:
-            return found
-        made = wanted()
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed or the process dies
+        # Another process may have created the file in the meantime.
+        if _file_identity(path) != identity and (cached := _read(path)) is not None:
+            return cached
+        created = create_or_refresh()
         try:
-            aside = path.with_name(f".{path.stem}.partial.npz")
-            np.savez(aside, **made)  # pyright: ignore[reportArgumentType] - arrays by name
-            os.replace(aside, path)
+            partial = path.with_name(f".{path.stem}.partial.npz")
+            np.savez(partial, **created)  # pyright: ignore[reportArgumentType] - arrays by name
+            os.replace(partial, path)
         except OSError as error:
-            raise _refusal(path, error) from error
+            raise _cache_dir_error(path, error) from error
         path.with_suffix(".lock").unlink(missing_ok=True)
-    return made
+    return created
 
 
-def used(path: Path) -> bool:
-    """Say whether a file is there, and note that it is used now."""
+def touch(path: Path) -> bool:
+    """Return whether a file exists, and mark it as used now by its modification time."""
     try:
         os.utime(path)
     except FileNotFoundError:
         return False
-    except OSError:  # somebody else's, or on a medium that is only read
+    except OSError:  # owned by another user, or on a read-only file system
         return path.is_file()
     return True
 
 
-def trim(folder: Path, limit: int, *, idle: float = 0.0) -> None:
-    """Delete what a dead writer left, then the least recently used until the rest fits.
+def evict_lru(folder: Path, max_bytes: int, *, min_idle_seconds: float = 0.0) -> None:
+    """Delete partial files of dead writers, then least recently used files above `max_bytes`.
 
-    Other processes may do the same, and use what is there, at the same time. What cannot be
-    deleted stays.
+    Other processes may do the same, and use the files, at the same time. Files that cannot be
+    deleted stay.
 
     Args:
-        folder: of files, and of folders of files.
-        limit: in bytes.
-        idle: seconds; what was used since is spared, even above the limit.
+        folder: of files, also in subfolders.
+        max_bytes: of all files together.
+        min_idle_seconds: a file that was used within them stays, even above the limit.
     """
     now, entries = time.time(), []
     for path in folder.glob("**/*"):
-        with suppress(OSError):  # gone meanwhile, somebody else's, or on a medium only read
+        with suppress(OSError):  # deleted meanwhile, another user's, or a read-only file system
             info = path.stat()
-            if path.name.startswith(".") and PARTIAL in path.name:
-                if now - info.st_mtime > STALE:
+            if path.name.startswith(".") and PARTIAL_SUFFIX in path.name:
+                if now - info.st_mtime > STALE_SECONDS:
                     path.unlink()
             elif path.is_file():
                 entries.append((info.st_mtime_ns, info.st_size, path))
     total = sum(size for _, size, _ in entries)
-    for stamp, size, path in sorted(entries):
-        if total <= limit or now - stamp / 1e9 < idle:
+    for last_used, size, path in sorted(entries):
+        if total <= max_bytes or now - last_used / 1e9 < min_idle_seconds:
             return
-        if _leaves(path, stamp):
+        if _evict(path, last_used):
             total -= size
 
 
-def _leaves(path: Path, stamp: int) -> bool:
-    """Delete a file unless it was used after `stamp`, and say whether it is gone."""
+def _evict(path: Path, last_used: int) -> bool:
+    """Delete a file unless it was used after `last_used`; return whether it is gone."""
     try:
-        if path.stat().st_mtime_ns != stamp:
+        if path.stat().st_mtime_ns != last_used:
             return False
         path.unlink()
     except FileNotFoundError:  # another process was faster
         return True
-    except OSError:  # somebody else's, or on a medium that is only read
+    except OSError:  # owned by another user, or on a read-only file system
         return False
     return True
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Tell one file of this name from another; its time says only when it was used."""
+def _file_identity(path: Path) -> tuple[int, int]:
+    """Identify a version of a file; its modification time is only that of its last use."""
     try:
         info = path.stat()
     except OSError:
@@ -142,14 +142,14 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-            return {name: held[name] for name in held.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, BadZipFile):
         return None
 
 
-def _refusal(path: Path, error: OSError) -> ConfigError:
+def _cache_dir_error(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{path.parent}: nothing can be kept here: {error.strerror}; give another folder, "
-        "data.cache=FOLDER"
+        f"{path.parent}: cannot write cache files: {error.strerror}; give another folder, "
+        "data.cache_dir=FOLDER"
     )

@@ -1,10 +1,9 @@
-"""Videos as the model sees them, kept on disk: decoded once, mapped ever after.
+"""Frame cache: decoded, resized videos on disk, keyed by content; decoded once, then memory-mapped.
 
-An entry is named by the video's content and by all that decides which frames are taken and at
-which size, so nothing in it can become stale. It appears whole (written aside, renamed), one that
-differs from its own digest is made again, and the least recently used leave when the folder
-outgrows its limit. Several processes may share a folder. (Qwen2-VL sec. 2.3: decoding was the
-bottleneck.) Next: prepare.py.
+The key covers the video's content and all settings that decide frame sampling and size, so no entry
+can become stale. Entries are written under a temporary name and renamed; one that does not match
+its own digest is decoded again; the least recently used are evicted above a size limit. Several
+processes may share a folder. (Qwen2-VL sec. 2.3: decoding was the bottleneck.)
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen2vl.data.disk_cache import PARTIAL, trim
+from qwen2vl.data.disk_cache import PARTIAL_SUFFIX, evict_lru
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item
 
@@ -28,37 +27,39 @@ __all__ = ["FrameCache"]
 
 logger = logging.getLogger(__name__)
 
-ENDING = ".safetensors"
-_PIECE = 1 << 22  # bytes hashed at a time
+SUFFIX = ".safetensors"
+READ_CHUNK = 1 << 22  # bytes hashed at a time
 
 
 class FrameCache:
-    """Items of videos by content and sampling, in at most `limit` bytes on disk."""
+    """Decoded items of videos by content and sampling, in at most `max_bytes` bytes on disk."""
 
-    def __init__(self, folder: str | Path, *, limit: int) -> None:
-        self.folder, self.limit = Path(folder), limit
+    def __init__(self, folder: str | Path, *, max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
         self._digests: dict[tuple[str, int, int], str] = {}
-        self._told = False
+        self._has_warned = False
 
-    def item(self, source: Path | bytes, sampling: str, make: Callable[[], Item]) -> Item:
-        """Give the item of `source` under `sampling`, made by `make` unless it is here.
+    def get_or_decode(
+        self, source: Path | bytes, sampling_key: str, decode: Callable[[], Item]
+    ) -> Item:
+        """Return the item of `source` for a sampling key, from the cache or by calling `decode`.
 
-        Raises whatever `make` raises; a folder that cannot be written costs a warning, no item.
+        Errors of `decode` are passed on; if the folder cannot be written, a warning is logged.
         """
-        key = blake2b(f"{self._digest(source)}/{sampling}".encode(), digest_size=20).hexdigest()
-        path = self.folder / key[:2] / f"{key}{ENDING}"
-        found = _read(path)
-        if found is not None:
-            return found
-        made = make()
+        key = blake2b(f"{self._digest(source)}/{sampling_key}".encode(), digest_size=20).hexdigest()
+        path = self.folder / key[:2] / f"{key}{SUFFIX}"
+        cached = _read(path)
+        if cached is not None:
+            return cached
+        item = decode()
         try:
-            _write(path, made)
-            trim(self.folder, self.limit)
+            _write(path, item)
+            evict_lru(self.folder, self.max_bytes)
         except (OSError, SafetensorError) as error:
-            if not self._told:
-                logger.warning("%s: decoded videos cannot be kept: %s", self.folder, error)
-            self._told = True
-        return made
+            if not self._has_warned:
+                logger.warning("%s: cannot cache decoded videos: %s", self.folder, error)
+            self._has_warned = True
+        return item
 
     def _digest(self, source: Path | bytes) -> str:
         if isinstance(source, bytes):
@@ -66,62 +67,62 @@ class FrameCache:
         info = source.stat()
         key = (str(source), info.st_size, info.st_mtime_ns)
         if key not in self._digests:
-            whole = blake2b(digest_size=20)
+            digest = blake2b(digest_size=20)
             with source.open("rb") as file:
-                while piece := file.read(_PIECE):
-                    whole.update(piece)
-            self._digests[key] = whole.hexdigest()
+                while chunk := file.read(READ_CHUNK):
+                    digest.update(chunk)
+            self._digests[key] = digest.hexdigest()
         return self._digests[key]
 
 
 def _read(path: Path) -> Item | None:
     try:
         with safe_open(path, "pt") as file:
-            text, promised = file.metadata()["item"], file.metadata()["digest"]
+            text, stored_digest = file.metadata()["item"], file.metadata()["digest"]
             patches_NP = file.get_tensor("patches_NP")
-        if _digest_of(text, patches_NP) != promised:
+        if _digest_of(text, patches_NP) != stored_digest:
             return None
-        about = json.loads(text)
-        os.utime(path)  # used now
+        metadata = json.loads(text)
+        os.utime(path)  # marks the entry as used
         return Item(
             kind="video",
             patches_NP=patches_NP,
-            grid=Grid(*about["grid"]),
-            digest=bytes.fromhex(about["digest"]),
-            name=about["name"],
-            size_given=tuple(about["size_given"]),
-            size_seen=tuple(about["size_seen"]),
-            frame_times=tuple(about["frame_times"]),
-            notes=tuple(about["notes"]),
+            grid=Grid(*metadata["grid"]),
+            digest=bytes.fromhex(metadata["digest"]),
+            name=metadata["name"],
+            original_size=tuple(metadata["original_size"]),
+            resized_size=tuple(metadata["resized_size"]),
+            frame_timestamps=tuple(metadata["frame_timestamps"]),
+            notes=tuple(metadata["notes"]),
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None  # not there, or not whole: it is made again
+        return None  # absent or damaged: it is decoded again
 
 
 def _write(path: Path, item: Item) -> None:
     patches_NP = item.patches_NP.contiguous()
-    about = {
+    metadata = {
         "grid": list(item.grid),
         "digest": item.digest.hex(),
         "name": item.name,
-        "size_given": item.size_given,
-        "size_seen": item.size_seen,
-        "frame_times": item.frame_times,
+        "original_size": item.original_size,
+        "resized_size": item.resized_size,
+        "frame_timestamps": item.frame_timestamps,
         "notes": item.notes,
     }
-    text = json.dumps(about)
-    told = {"item": text, "digest": _digest_of(text, patches_NP)}
+    text = json.dumps(metadata)
+    header = {"item": text, "digest": _digest_of(text, patches_NP)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        save_file({"patches_NP": patches_NP}, aside, told)
-        os.replace(aside, path)
+        save_file({"patches_NP": patches_NP}, partial, header)
+        os.replace(partial, path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _digest_of(about: str, patches_NP: Tensor) -> str:
-    """Name an entry's whole content."""
-    whole = blake2b(about.encode(), digest_size=20)
-    whole.update(patches_NP.numpy().data)
-    return whole.hexdigest()
+def _digest_of(metadata: str, patches_NP: Tensor) -> str:
+    """Hash the whole content of an entry."""
+    digest = blake2b(metadata.encode(), digest_size=20)
+    digest.update(patches_NP.numpy().data)
+    return digest.hexdigest()

@@ -1,18 +1,19 @@
-"""How large every sample of a source is, found out from headers once and kept on disk.
+"""Sample lengths: tokens, supervised tokens and grids of every sample of a source, from headers.
 
     sample   tokens  targets  vision   grids
     0           411       36   1,903   (1, 30, 46)
     1           102       80       0
     2             0        0       0   bad: missing
 
-The schedule packs by these numbers before anything is decoded. A table is named by the source's
-content and by all that decides sizes (tokenizer, pixel limits, preset), but not by the files that
-media lie in: bad samples are measured again at each opening, and a good one whose files change
-later is found out when it is prepared. It must not know bins. Next room: corpus.py.
+Bins are packed by these numbers before any media are decoded. A table is cached on disk under a key
+of the source's content and of all settings that decide sizes (tokenizer, pixel limits, preset), but
+not of the media files: bad samples are measured again whenever a source is opened, and a good
+sample whose media change later is detected when it is prepared.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,218 +27,237 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwen2vl.config import VisionConfig
-from qwen2vl.data.disk_cache import Arrays, keep
+from qwen2vl.data.disk_cache import Arrays, load_or_create
 from qwen2vl.data.formats import Sample, SampleError
-from qwen2vl.data.preprocess import Measurer
+from qwen2vl.data.preprocess import HeaderPreprocessor
 from qwen2vl.data.sources.packed_text import TokenStore
-from qwen2vl.data.sources.source import Samples
+from qwen2vl.data.sources.source import SampleSource
 from qwen2vl.geometry import Grid
 
-__all__ = ["Lengths", "Progress", "Size", "measure", "size_of", "vision_cost"]
+__all__ = [
+    "LengthTable",
+    "ProgressCallback",
+    "SampleSize",
+    "measure_lengths",
+    "measure_sample",
+    "vision_cost",
+]
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]  # what, how many are done, of how many
+ProgressCallback = Callable[[str, int, int], None]  # label, number done, total
 
-VERSION = 1  # of the table; another one makes old tables strangers
-CHUNK = 128  # samples that a worker measures at a time
+TABLE_VERSION = 1  # part of the cache key; increment to invalidate cached tables
+CHUNK_SIZE = 128  # samples per item of the DataLoader that measures
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
-    """One row a sample."""
+class LengthTable:
+    """Sizes of all samples of a source, one row per sample."""
 
     tokens: np.ndarray  # int32; 0 for a bad sample
-    targets: np.ndarray  # int32, tokens that carry loss
-    vision: np.ndarray  # float64, what the tower pays, in patches
-    grids_K3: np.ndarray  # int32, of all items, sample after sample
-    starts: np.ndarray  # int64, where each sample's grids begin, and where the last end
+    targets: np.ndarray  # int32, supervised tokens
+    vision: np.ndarray  # float64, cost in the vision tower, in patches
+    grids_K3: np.ndarray  # int32, of all items, in the order of the samples
+    starts: np.ndarray  # int64, index of each sample's first grid, and the number of all grids
     bad: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # index -> (reason, text)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def digest(self) -> str:
-        """Name all sizes; why a bad sample is bad may be told in other words the next time."""
-        whole = blake2b(digest_size=16)
+        """Hash all sizes, not the texts of bad samples, which may differ from run to run."""
+        digest = blake2b(digest_size=16)
         for array in (self.tokens, self.targets, self.vision, self.grids_K3, self.starts):
-            whole.update(np.ascontiguousarray(array).data)
-        return whole.hexdigest()
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
-class Size(NamedTuple):
-    """One sample's row."""
+class SampleSize(NamedTuple):
+    """Sizes of one sample: a row of a LengthTable."""
 
     tokens: int
     targets: int
     grids: tuple[Grid, ...]
     bad: tuple[str, str] | None = None  # reason, text
 
-    def vision(self, vision: VisionConfig) -> float:
-        """Tell what the tower pays for it, in patches."""
-        return float(vision_cost(_grids_of([self]), vision).sum())
+    def vision_cost(self, vision: VisionConfig) -> float:
+        """Return the cost of the sample in the vision tower, in patches."""
+        return float(vision_cost(_stack_grids([self]), vision).sum())
 
 
 def vision_cost(grids_K3: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Weigh items by what the tower computes: patches, each frame's attention on top.
+    """Estimate the vision tower's compute per item: patches, plus attention within each frame.
 
-    A block multiplies a patch of width d by 8 d^2 + 4 d f numbers, and by 4 d n of the n patches
-    in its frame: n patches of one frame cost n (1 + n / (2 d + f)).
+    A block multiplies a patch of width d by 8 d^2 + 4 d f numbers, and by 4 d n for the n patches
+    of its frame: the n patches of one frame cost n (1 + n / (2 d + f)).
     """
     width = vision.embed_dim
-    frame = (grids_K3[:, 1] * grids_K3[:, 2]).astype(np.float64)
-    return grids_K3[:, 0] * frame * (1 + frame / (2 * width + width * vision.mlp_ratio))
+    patches_per_frame = (grids_K3[:, 1] * grids_K3[:, 2]).astype(np.float64)
+    return (
+        grids_K3[:, 0]
+        * patches_per_frame
+        * (1 + patches_per_frame / (2 * width + width * vision.mlp_ratio))
+    )
 
 
-def measure(
-    source: Samples,
-    measurer: Measurer,
+def measure_lengths(
+    source: SampleSource,
+    preprocessor: HeaderPreprocessor,
     *,
-    cache: Path,
+    cache_dir: Path,
     label: str,
-    workers: int = 0,
-    progress: Progress = lambda what, done, total: None,
-) -> tuple[Lengths, str]:
-    """Measure a source, of a table that is on disk only what is bad; gives table and its name."""
-    key = _key(source, measurer)
+    num_workers: int = 0,
+    progress: ProgressCallback = lambda what, done, total: None,
+) -> tuple[LengthTable, str]:
+    """Measure a source, of a cached table only the bad samples; returns the table and its key."""
+    key = _table_key(source, preprocessor)
     if isinstance(source, TokenStore):
-        return _of_text(source), key
+        return _text_lengths(source), key
 
-    def make(indices: Sequence[int]) -> Arrays:
-        rows = _rows(source, indices, measurer, label, workers, progress)
-        return _arrays(rows, measurer.config.vision)
+    def measure(indices: Sequence[int]) -> Arrays:
+        sizes = _measure_samples(source, indices, preprocessor, label, num_workers, progress)
+        return _to_arrays(sizes, preprocessor.config.vision)
 
-    def mender(held: Arrays) -> Callable[[], Arrays] | None:
-        bad = [index for index, *_ in _bad_of(held)]
-        return (lambda: _mended(held, bad, make(bad))) if bad else None
+    def refresh(stored: Arrays) -> Callable[[], Arrays] | None:
+        bad = [index for index, *_ in _bad_samples(stored)]
+        return (lambda: _merge_remeasured(stored, bad, measure(bad))) if bad else None
 
-    path = cache / "lengths" / f"{key}.npz"
-    arrays = dict(keep(path, lambda: make(range(len(source))), mender=mender))
-    told = _bad_of(arrays)
+    path = cache_dir / "lengths" / f"{key}.npz"
+    arrays = dict(load_or_create(path, lambda: measure(range(len(source))), refresh=refresh))
+    bad_samples = _bad_samples(arrays)
     del arrays["bad"]
-    return Lengths(**arrays, bad={i: (reason, text) for i, reason, text in told}), key
+    return LengthTable(**arrays, bad={i: (reason, text) for i, reason, text in bad_samples}), key
 
 
-def _key(source: Samples, measurer: Measurer) -> str:
-    about = [
-        VERSION,
+def _table_key(source: SampleSource, preprocessor: HeaderPreprocessor) -> str:
+    settings = [
+        TABLE_VERSION,
         source.fingerprint(),
-        source.base,
-        measurer.tokenizer.digest(),
-        asdict(measurer.pixels),
-        asdict(measurer.config.vision),
-        measurer.video_preset,
-        measurer.limits.max_frames,
+        source.media_root,
+        preprocessor.tokenizer.digest(),
+        asdict(preprocessor.pixels),
+        asdict(preprocessor.config.vision),
+        preprocessor.video_preset,
+        preprocessor.limits.max_frames,
     ]
-    return blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+    return blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
-class _Chunks(Dataset[list[Size]]):
-    """Samples of a source by their numbers, so many of them measured in one go."""
+class _ChunkDataset(Dataset[list[SampleSize]]):
+    """Samples of a source by index; an item of the dataset is a chunk of measured samples."""
 
-    def __init__(self, source: Samples, indices: Sequence[int], measurer: Measurer) -> None:
-        self.source, self.indices, self.measurer = source, indices, measurer
+    def __init__(
+        self, source: SampleSource, indices: Sequence[int], preprocessor: HeaderPreprocessor
+    ) -> None:
+        self.source, self.indices, self.preprocessor = source, indices, preprocessor
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // CHUNK)
+        return -(-len(self.indices) // CHUNK_SIZE)
 
-    def __getitem__(self, number: int) -> list[Size]:
+    def __getitem__(self, chunk: int) -> list[SampleSize]:
         samples: list[Sample | SampleError] = []
-        for index in self.indices[number * CHUNK : (number + 1) * CHUNK]:
+        for index in self.indices[chunk * CHUNK_SIZE : (chunk + 1) * CHUNK_SIZE]:
             try:
                 samples.append(self.source.read(index, pixels=False))
             except SampleError as error:
                 samples.append(error)
-        self.measurer.fetch(s for s in samples if not isinstance(s, SampleError))
-        return [size_of(sample, self.measurer) for sample in samples]
+        self.preprocessor.prefetch(
+            sample for sample in samples if not isinstance(sample, SampleError)
+        )
+        return [measure_sample(sample, self.preprocessor) for sample in samples]
 
 
-def size_of(sample: Sample | SampleError, measurer: Measurer) -> Size:
-    """Measure one sample; one that could not even be read is bad."""
+def measure_sample(sample: Sample | SampleError, preprocessor: HeaderPreprocessor) -> SampleSize:
+    """Measure one sample; a sample that cannot be read is bad too."""
     try:
         if isinstance(sample, SampleError):
             raise sample
-        made = measurer.prepare(sample)
+        processed = preprocessor.prepare(sample)
     except SampleError as error:
-        return Size(0, 0, (), (error.reason, str(error)))
-    assert made.loss_mask is not None
-    return Size(len(made.input_ids), sum(made.loss_mask[1:]), tuple(made.grids))
-
-
-def _rows(
-    source: Samples,
-    indices: Sequence[int],
-    measurer: Measurer,
-    label: str,
-    workers: int,
-    progress: Progress,
-) -> list[Size]:
-    logger.info("measuring %s samples of %s", f"{len(indices):,}", label)
-    rows: list[Size] = []
-    loader = DataLoader(
-        _Chunks(source, indices, measurer),
-        batch_size=None,
-        num_workers=workers if len(indices) > CHUNK else 0,
-        worker_init_fn=_one_thread,
-        generator=torch.Generator(),  # the global one is a checkpoint's
+        return SampleSize(0, 0, (), (error.reason, str(error)))
+    assert processed.loss_mask is not None
+    return SampleSize(
+        len(processed.input_ids), sum(processed.loss_mask[1:]), tuple(processed.grids)
     )
+
+
+def _measure_samples(
+    source: SampleSource,
+    indices: Sequence[int],
+    preprocessor: HeaderPreprocessor,
+    label: str,
+    num_workers: int,
+    progress: ProgressCallback,
+) -> list[SampleSize]:
+    logger.info("measuring %s samples of %s", f"{len(indices):,}", label)
+    sizes: list[SampleSize] = []
+    loader = DataLoader(
+        _ChunkDataset(source, indices, preprocessor),
+        batch_size=None,
+        num_workers=num_workers if len(indices) > CHUNK_SIZE else 0,
+        worker_init_fn=_limit_threads,
+        generator=torch.Generator(),  # does not touch the global RNG, whose state checkpoints save
+    )
+    if loader.num_workers:
+        gc.collect()  # a worker that frees an inherited video decoder waits for threads it lacks
     for chunk in loader:
-        rows += chunk
-        progress(f"measuring {label}", len(rows), len(indices))
-    return rows
+        sizes += chunk
+        progress(f"measuring {label}", len(sizes), len(indices))
+    return sizes
 
 
-def _one_thread(_worker: int) -> None:
+def _limit_threads(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _arrays(rows: Sequence[Size], vision: VisionConfig) -> Arrays:
-    grids_K3 = _grids_of(rows)
-    starts = np.cumsum([0, *(len(row.grids) for row in rows)])
-    owner = np.repeat(np.arange(len(rows)), np.diff(starts))
-    bad = [[i, *row.bad] for i, row in enumerate(rows) if row.bad]
+def _to_arrays(sizes: Sequence[SampleSize], vision: VisionConfig) -> Arrays:
+    grids_K3 = _stack_grids(sizes)
+    starts = np.cumsum([0, *(len(size.grids) for size in sizes)])
+    sample_of_grid = np.repeat(np.arange(len(sizes)), np.diff(starts))
+    bad = [[i, *size.bad] for i, size in enumerate(sizes) if size.bad]
     return {
-        "tokens": np.array([row.tokens for row in rows], np.int32),
-        "targets": np.array([row.targets for row in rows], np.int32),
-        "vision": np.bincount(owner, vision_cost(grids_K3, vision), minlength=len(rows)),
+        "tokens": np.array([size.tokens for size in sizes], np.int32),
+        "targets": np.array([size.targets for size in sizes], np.int32),
+        "vision": np.bincount(sample_of_grid, vision_cost(grids_K3, vision), minlength=len(sizes)),
         "grids_K3": grids_K3,
         "starts": starts,
-        "bad": _bad_array(bad),
+        "bad": _encode_bad(bad),
     }
 
 
-def _mended(held: Arrays, bad: Sequence[int], fresh: Arrays) -> Arrays:
-    """Put rows that were measured again into the places of the bad ones, which had no grids."""
-    made = {name: held[name].copy() for name in ("tokens", "targets", "vision")}
-    for name, column in made.items():
+def _merge_remeasured(stored: Arrays, bad: Sequence[int], fresh: Arrays) -> Arrays:
+    """Replace the rows of bad samples, which have no grids, by their new measurements."""
+    merged = {name: stored[name].copy() for name in ("tokens", "targets", "vision")}
+    for name, column in merged.items():
         column[bad] = fresh[name]
-    more, counts = np.diff(fresh["starts"]), np.diff(held["starts"])
-    counts[bad] = more
-    places = np.repeat(held["starts"][bad], more)
+    num_new, counts = np.diff(fresh["starts"]), np.diff(stored["starts"])
+    counts[bad] = num_new
+    positions = np.repeat(stored["starts"][bad], num_new)
     return {
-        **made,
-        "grids_K3": np.insert(held["grids_K3"], places, fresh["grids_K3"], axis=0),
+        **merged,
+        "grids_K3": np.insert(stored["grids_K3"], positions, fresh["grids_K3"], axis=0),
         "starts": np.cumsum([0, *counts]),
-        "bad": _bad_array([[bad[i], *why] for i, *why in _bad_of(fresh)]),
+        "bad": _encode_bad([[bad[i], *why] for i, *why in _bad_samples(fresh)]),
     }
 
 
-def _bad_array(bad: Sequence[Sequence[int | str]]) -> np.ndarray:
+def _encode_bad(bad: Sequence[Sequence[int | str]]) -> np.ndarray:
     return np.frombuffer(json.dumps(bad).encode(), np.uint8)
 
 
-def _bad_of(arrays: Arrays) -> list[tuple[int, str, str]]:
-    """List index, reason and text of each bad sample."""
+def _bad_samples(arrays: Arrays) -> list[tuple[int, str, str]]:
+    """Return (index, reason, text) of each bad sample."""
     return [(i, reason, text) for i, reason, text in json.loads(arrays["bad"].tobytes())]
 
 
-def _grids_of(rows: Sequence[Size]) -> np.ndarray:
-    return np.array([grid for row in rows for grid in row.grids], np.int32).reshape(-1, 3)
+def _stack_grids(sizes: Sequence[SampleSize]) -> np.ndarray:
+    return np.array([grid for size in sizes for grid in size.grids], np.int32).reshape(-1, 3)
 
 
-def _of_text(store: TokenStore) -> Lengths:
+def _text_lengths(store: TokenStore) -> LengthTable:
     tokens = store.lengths().astype(np.int32)
-    return Lengths(
+    return LengthTable(
         tokens=tokens,
         targets=tokens - 1,
         vision=np.zeros(len(tokens)),

@@ -1,9 +1,11 @@
-"""One sample -> ModelInput, by the very Processor that answers; or only its size, by headers.
+"""Preprocessing: one sample to a ModelInput with its loss mask, or, by file headers, to its size.
 
-`Preparer` finds media where the data lie and keeps decoded videos; `Measurer` walks the same path
-but opens headers only, so that what was planned is what comes. Whatever is wrong with a sample is
-a SampleError with the word it is counted by. It must not know files of samples, bins or steps.
-Next rooms: lengths.py (measures all), corpus.py (prepares what a step needs).
+`SamplePreprocessor` is the Processor of inference with training's media lookup: local paths below a
+base folder, remote objects fetched in advance, and a disk cache of decoded videos.
+`HeaderPreprocessor` follows the same path but reads image and video headers only, so that the
+lengths that bins are packed by are those of the prepared samples. Any defect of a sample is
+raised as SampleError with the reason that it is counted by. `lengths.py` measures whole sources,
+`dataset.py` prepares the samples of a bin.
 """
 
 from __future__ import annotations
@@ -20,75 +22,81 @@ import torch
 from PIL import Image
 
 from qwen2vl.data.config import DataConfig
-from qwen2vl.data.formats import Conversation, Page, Sample, SampleError, Words
+from qwen2vl.data.formats import Conversation, Document, Sample, SampleError, TextTokens
 from qwen2vl.data.frame_cache import FrameCache
-from qwen2vl.data.storage import MissingError, Storage, is_remote, join
+from qwen2vl.data.storage import MissingError, Storage, is_remote, resolve_address
 from qwen2vl.errors import InputError
 from qwen2vl.geometry import Grid
 from qwen2vl.grounding import GROUNDING_TOKENS
-from qwen2vl.processor.chat_template import KIND_OF
-from qwen2vl.processor.image import PixelLimits, requested_size
+from qwen2vl.processor.chat_template import MODALITY_OF
+from qwen2vl.processor.image import PixelLimits, target_size
 from qwen2vl.processor.inputs import Item, ModelInput
-from qwen2vl.processor.media.clip import open_clip
-from qwen2vl.processor.media.rgb import opened, shown_size
+from qwen2vl.processor.media.rgb import open_encoded, oriented_size
 from qwen2vl.processor.media.source import MediaLimits, read_source
-from qwen2vl.processor.messages import MediaPart, normalize
+from qwen2vl.processor.media.video_source import open_video
+from qwen2vl.processor.messages import MediaPart, parse_messages
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer_files import END_OF_TEXT, VISION_END, VISION_START
-from qwen2vl.processor.video import find_preset, plan_frames
+from qwen2vl.processor.video import find_video_preset, plan_frames
 
-__all__ = ["ROUND", "BadSample", "Example", "Measurer", "Preparer", "rounded"]
+__all__ = [
+    "PAD_TO_MULTIPLE_OF",
+    "BadSample",
+    "HeaderPreprocessor",
+    "SamplePreprocessor",
+    "TrainingExample",
+    "padded_length",
+]
 
-ROUND = 8  # lengths are rounded up to a multiple of this
+PAD_TO_MULTIPLE_OF = 8  # tokens; each conversation of a batch is padded to a multiple of this
+HEADER_BYTES = 1 << 16  # of a remote image that are fetched to read its size
+
+_PLACEHOLDER_OF = {kind: placeholder for placeholder, kind in MODALITY_OF.items()}
+_REASON_OF = {"image": "image", "video": "video"}
 
 
-class Example(NamedTuple):
-    """One supervised conversation, and which family of tasks it belongs to."""
+class TrainingExample(NamedTuple):
+    """One supervised conversation, and the task family that metrics report it under."""
 
     input: ModelInput
     family: str
 
 
 class BadSample(NamedTuple):
-    """A sample that could not be used; nothing took its place."""
+    """A sample that could not be used; no other sample replaces it."""
 
     id: str
     source: str
-    reason: str  # one word, to count by
+    reason: str  # category to count by
     text: str
-    known: bool = False  # before the run began, and judged then: bad by its header, or too large
+    known: bool = False  # before the run began: bad by its header, or too large and dropped
 
 
-def rounded(length: int) -> int:
-    """Tell how many tokens a conversation of `length` takes up in a batch."""
-    return -(-length // ROUND) * ROUND
+def padded_length(length: int) -> int:
+    """Return the number of tokens that a conversation of `length` tokens occupies in a batch."""
+    return -(-length // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
 
 
-_PAD_OF = {kind: pad for pad, kind in KIND_OF.items()}
-_REASONS = {"image": "picture", "video": "video"}
-HEAD = 1 << 16  # bytes of a picture elsewhere that are asked for first
-
-
-class Preparer(Processor):
-    """Turns the samples of one source into ModelInputs for training."""
+class SamplePreprocessor(Processor):
+    """Turns the samples of one source into ModelInputs with loss masks, for training."""
 
     def __init__(
         self,
         processor: Processor,
         data: DataConfig,
         *,
-        base: str = "",
-        frames: FrameCache | None = None,
+        media_root: str = "",
+        frame_cache: FrameCache | None = None,
         max_pixels: int = 0,
     ) -> None:
-        """Prepare as `processor` does.
+        """Create a preprocessor with the settings of `processor`.
 
         Args:
             processor: of the model that is trained.
-            data: limits on time and size, and the preset of videos.
-            base: folder or address where relative names of media begin.
-            frames: where decoded videos are kept.
-            max_pixels: of every picture and frame, below the processor's own limit; 0: that one.
+            data: limits on time and size, and the video preset.
+            media_root: folder or address that relative media paths are resolved against.
+            frame_cache: disk cache of decoded videos.
+            max_pixels: limit of every image and frame, below the processor's own; 0: that one.
         """
         pixels = processor.pixels
         if max_pixels:
@@ -99,206 +107,229 @@ class Preparer(Processor):
             processor.tokenizer,
             pixels=pixels,
             video_preset=data.video_preset,
-            limits=MediaLimits(max_frames=data.max_frames, decode_timeout=data.decode_seconds),
+            limits=MediaLimits(max_frames=data.max_frames, decode_timeout=data.decode_timeout),
         )
-        self.data, self.base, self.frames = data, base, frames
+        self.data, self.media_root, self.frame_cache = data, media_root, frame_cache
         self.storage = Storage(
-            concurrency=data.concurrency, retries=data.retries, seconds=data.fetch_seconds
+            concurrency=data.concurrency, max_retries=data.max_retries, timeout=data.fetch_timeout
         )
         self._fetched: dict[str, bytes | InputError] = {}
 
     def prepare(self, sample: Sample) -> ModelInput:
-        """Process one sample, with the mask of what is learned.
+        """Process one sample into a ModelInput with its loss mask.
 
         Raises:
-            SampleError: it cannot be used.
+            SampleError: the sample cannot be used.
         """
         try:
-            made = self._processed(sample)
+            processed = self._process(sample)
         except SampleError:
             raise
         except InputError as error:
             raise SampleError("messages", str(error)) from error
-        assert made.loss_mask is not None
-        if not any(made.loss_mask[1:]):
+        assert processed.loss_mask is not None
+        if not any(processed.loss_mask[1:]):
             raise SampleError("answer", "there is no answer to learn from")
-        return made
+        return processed
 
-    def fetch(self, samples: Iterable[Sample]) -> None:
-        """Bring what lies elsewhere for all of these samples, many at a time; forget the rest."""
-        wanted = [a for s in samples for _, source in _media_of(s) for a in self._remote(source)]
-        self._fetched = self.storage.read_all(wanted) if wanted else {}
+    def prefetch(self, samples: Iterable[Sample]) -> None:
+        """Fetch the remote media of all of these samples concurrently; earlier ones are dropped."""
+        addresses = [
+            address
+            for sample in samples
+            for _, source in _media_sources(sample)
+            for address in self._remote_addresses(source)
+        ]
+        self._fetched = self.storage.read_many(addresses) if addresses else {}
 
-    def _processed(self, sample: Sample) -> ModelInput:
+    def _process(self, sample: Sample) -> ModelInput:
         if isinstance(sample, Conversation):
             return self(sample.messages, tools=sample.tools, for_training=True)
-        if isinstance(sample, Page):
+        if isinstance(sample, Document):
             media = [part for part in sample.parts if not isinstance(part, str)]
-            return self.from_text(self._page(sample), media, for_training=True)
-        return _words(sample)
+            return self.from_text(self._document_text(sample), media, for_training=True)
+        return _from_text_tokens(sample)
 
-    def _page(self, page: Page) -> str:
+    def _document_text(self, document: Document) -> str:
         text = ""
-        for part in page.parts:
+        for part in document.parts:
             if not isinstance(part, str):
-                text += VISION_START + _PAD_OF[part["type"]] + VISION_END
+                text += VISION_START + _PLACEHOLDER_OF[part["type"]] + VISION_END
                 continue
-            special = set(self.tokenizer.split_special(part)[1::2]) - set(GROUNDING_TOKENS)
+            special = set(self.tokenizer.split_special_tokens(part)[1::2]) - set(GROUNDING_TOKENS)
             if special:
-                raise SampleError("text", f"the page holds the special token {min(special)}")
+                raise SampleError("text", f"the document has the special token {min(special)}")
             text += part
         return text + END_OF_TEXT
 
-    def _item(self, part: MediaPart, numbered: str) -> Item:
+    def _build_item(self, part: MediaPart, default_name: str) -> Item:
         try:
-            found = replace(part, source=self._found(part.source))
-            return self._opened(found, numbered)
+            resolved = replace(part, source=self._resolve_source(part.source))
+            return self._load_item(resolved, default_name)
         except MissingError as error:
             raise SampleError("missing", str(error)) from error
         except InputError as error:
-            raise SampleError(_REASONS[part.kind], str(error)) from error
+            raise SampleError(_REASON_OF[part.kind], str(error)) from error
 
-    def _opened(self, part: MediaPart, numbered: str) -> Item:
+    def _load_item(self, part: MediaPart, default_name: str) -> Item:
         source = part.source
-        if part.kind == "video" and self.frames and isinstance(source, Path | bytes):
-            make = super()._item
-            return self.frames.item(source, self._sampling(part), lambda: make(part, numbered))
-        return super()._item(part, numbered)
+        if part.kind == "video" and self.frame_cache and isinstance(source, Path | bytes):
+            decode = super()._build_item
+            return self.frame_cache.get_or_decode(
+                source, self._sampling_key(part), lambda: decode(part, default_name)
+            )
+        return super()._build_item(part, default_name)
 
-    def _sampling(self, part: MediaPart) -> str:
-        """Name all that decides a video's frames and pixels, besides its content."""
-        asked = [self.video_preset, part.options.given(), asdict(self.pixels)]
-        return json.dumps([*asked, asdict(self.config.vision)], sort_keys=True)
+    def _sampling_key(self, part: MediaPart) -> str:
+        """Return a key of all settings that determine a video's frames and pixels."""
+        decisive = [self.video_preset, part.options.to_dict(), asdict(self.pixels)]
+        return json.dumps([*decisive, asdict(self.config.vision)], sort_keys=True)
 
-    def _found(self, source: Any) -> Any:
-        """Follow a name to where the data lie: a local path, or the bytes from elsewhere."""
+    def _resolve_source(self, source: Any) -> Any:
+        """Resolve a media path: to a local path, or to the bytes of a remote object."""
         if isinstance(source, list | tuple):
-            return [self._found(one) for one in source]
+            return [self._resolve_source(item) for item in source]
         if not isinstance(source, str):
             return source
-        address = join(self.base, source)
+        address = resolve_address(self.media_root, source)
         if is_remote(address):
-            return self._bytes(address)
+            return self._read_remote(address)
         if address.startswith(("data:", "file:")):
             return address
         path = Path(os.path.expanduser(address))
         try:
-            found = path.is_file()
+            exists = path.is_file()
         except OSError as error:
-            raise MissingError(f"{source:.80} cannot be looked for: {error.strerror}") from error
-        if not found:
+            raise MissingError(f"{source:.80} cannot be opened: {error.strerror}") from error
+        if not exists:
             raise MissingError(f"{source} is missing in {path.parent}")
         return path
 
-    def _bytes(self, address: str) -> bytes:
-        held = self._fetched.get(address)
-        if isinstance(held, InputError):
-            raise held
-        return self.storage.read(address) if held is None else held
+    def _read_remote(self, address: str) -> bytes:
+        fetched = self._fetched.get(address)
+        if isinstance(fetched, InputError):
+            raise fetched
+        return self.storage.read(address) if fetched is None else fetched
 
-    def _remote(self, source: Any) -> Iterator[str]:
+    def _remote_addresses(self, source: Any) -> Iterator[str]:
         if isinstance(source, list | tuple):
-            for one in source:
-                yield from self._remote(one)
-        elif isinstance(source, str) and is_remote(address := join(self.base, source)):
+            for item in source:
+                yield from self._remote_addresses(item)
+        elif isinstance(source, str) and is_remote(
+            address := resolve_address(self.media_root, source)
+        ):
             yield address
 
 
-class Measurer(Preparer):
-    """Finds out how large samples are, from headers: items come without pixels."""
+class HeaderPreprocessor(SamplePreprocessor):
+    """Computes the sizes of samples from media headers: its items have grids but no patches."""
 
-    def fetch(self, samples: Iterable[Sample]) -> None:
-        """Bring the heads of pictures that lie elsewhere, many at a time; forget the rest."""
-        wanted = [
+    def prefetch(self, samples: Iterable[Sample]) -> None:
+        """Fetch the headers of remote images concurrently; earlier ones are dropped."""
+        addresses = [
             address
             for sample in samples
-            for kind, source in _media_of(sample)
+            for kind, source in _media_sources(sample)
             if kind == "image"
-            for address in self._remote(source)
+            for address in self._remote_addresses(source)
         ]
-        self._fetched = self.storage.read_all(wanted, HEAD) if wanted else {}
+        self._fetched = self.storage.read_many(addresses, HEADER_BYTES) if addresses else {}
 
-    def _item(self, part: MediaPart, numbered: str) -> Item:
-        address = next(self._remote(part.source), "")
-        head = self._fetched.get(address)
+    def _build_item(self, part: MediaPart, default_name: str) -> Item:
+        address = next(self._remote_addresses(part.source), "")
+        header = self._fetched.get(address)
         try:
-            return super()._item(part, numbered)
+            return super()._build_item(part, default_name)
         except SampleError:
-            if not isinstance(head, bytes) or len(head) < HEAD:
+            if not isinstance(header, bytes) or len(header) < HEADER_BYTES:
                 raise
-        self._fetched[address] = self.storage.read(address)  # some headers stand at the end
-        return super()._item(part, numbered)
+        self._fetched[address] = self.storage.read(address)  # some formats store the size later
+        return super()._build_item(part, default_name)
 
-    def _opened(self, part: MediaPart, numbered: str) -> Item:
+    def _load_item(self, part: MediaPart, default_name: str) -> Item:
         vision, options = self.config.vision, part.options
         if part.kind == "video":
-            rules = find_preset(self.video_preset)
-            rate = options.fps or rules.fps
-            clip = open_clip(
-                part.source, self.limits, numbered, rate=rate, turn=rules.turn_pictures
+            rules = find_video_preset(self.video_preset)
+            fps = options.fps or rules.fps
+            video = open_video(
+                part.source,
+                self.limits,
+                default_name,
+                fps=fps,
+                apply_exif_orientation=rules.apply_exif_orientation,
             )
             plan = plan_frames(
-                clip.timeline,
+                video.metadata,
                 preset=rules,
                 vision=vision,
                 pixels=self.pixels,
                 options=options,
-                name=numbered,
+                name=default_name,
             )
-            pairs = -(-len(plan.indices) // vision.temporal_patch_size)
-            given = (clip.timeline.height, clip.timeline.width)
-            size = (plan.height, plan.width)
+            num_frame_pairs = -(-len(plan.indices) // vision.temporal_patch_size)
+            original_size = (video.metadata.height, video.metadata.width)
+            resized_size = (plan.height, plan.width)
         else:
-            given = self._shown(part.source, numbered)
-            pairs = 1
-            size = requested_size(
-                *given, vision=vision, pixels=self.pixels, options=options, name=numbered
+            original_size = self._image_size(part.source, default_name)
+            num_frame_pairs = 1
+            resized_size = target_size(
+                *original_size,
+                vision=vision,
+                pixels=self.pixels,
+                options=options,
+                name=default_name,
             )
         return Item(
             kind=part.kind,
             patches_NP=torch.empty(0, vision.patch_dim, dtype=torch.uint8),
-            grid=Grid(pairs, size[0] // vision.patch_size, size[1] // vision.patch_size),
+            grid=Grid(
+                num_frame_pairs,
+                resized_size[0] // vision.patch_size,
+                resized_size[1] // vision.patch_size,
+            ),
             digest=b"",
-            name=numbered,
-            size_given=given,  # boxes in pixels are written relative to it
-            size_seen=size,
+            name=default_name,
+            original_size=original_size,  # boxes in pixels are written relative to it
+            resized_size=resized_size,
         )
 
-    def _shown(self, source: Any, name: str) -> tuple[int, int]:
-        """Read (height, width) from a picture's header."""
-        turn = find_preset(self.video_preset).turn_pictures
+    def _image_size(self, source: Any, name: str) -> tuple[int, int]:
+        """Return (height, width) from an image's header."""
+        exif = find_video_preset(self.video_preset).apply_exif_orientation
         media = read_source(source, self.limits, name)
         if isinstance(media.content, np.ndarray):
             return media.content.shape[0], media.content.shape[1]
         if isinstance(media.content, Image.Image):
-            return shown_size(media.content, turn=turn)
-        with opened(media, self.limits, name) as (image, _):
-            return shown_size(image, turn=turn)
+            return oriented_size(media.content, apply_exif_orientation=exif)
+        with open_encoded(media, self.limits, name) as (image, _):
+            return oriented_size(image, apply_exif_orientation=exif)
 
 
-def _media_of(sample: Sample) -> Iterator[tuple[str, Any]]:
-    """Name the kind and source of a sample's media; of one that cannot be read, none."""
-    if isinstance(sample, Page):
+def _media_sources(sample: Sample) -> Iterator[tuple[str, Any]]:
+    """Yield kind and source of each of a sample's media; none if its messages are malformed."""
+    if isinstance(sample, Document):
         for part in sample.parts:
             if isinstance(part, Mapping):
                 kind = part.get("type", "")
                 yield kind, part.get(kind)
     elif isinstance(sample, Conversation):
         try:
-            read = normalize(sample.messages)
+            messages = parse_messages(sample.messages)
         except InputError:
-            return  # said again, and counted, when the sample is prepared
-        for message in read:
-            yield from ((p.kind, p.source) for p in message.parts if isinstance(p, MediaPart))
+            return  # raised again, and counted, when the sample is prepared
+        for message in messages:
+            yield from (
+                (part.kind, part.source) for part in message.parts if isinstance(part, MediaPart)
+            )
 
 
-def _words(sample: Words) -> ModelInput:
-    count = len(sample.ids)
+def _from_text_tokens(sample: TextTokens) -> ModelInput:
+    num_tokens = len(sample.ids)
     return ModelInput(
         input_ids=sample.ids.tolist(),
         items=(),
-        position_ids_3T=torch.arange(count).expand(3, -1),
+        position_ids_3T=torch.arange(num_tokens).expand(3, -1),
         rope_delta=0,
-        pad_index_M=torch.empty(0, dtype=torch.int64),
-        loss_mask=[True] * count,
+        placeholder_index_M=torch.empty(0, dtype=torch.int64),
+        loss_mask=[True] * num_tokens,
     )

@@ -1,9 +1,10 @@
-"""Answers requests: a prompt and SamplingParams in, a Completion out.
+"""Inference engine: continuous batching, prefix caching, speculative decoding, multi-LoRA.
 
-Read params.py (what is asked, what comes back), sequence.py (one request's life), blocks.py,
-plan.py and scheduler.py (who runs now, and where), runner.py (a plan becomes tensors), sampler.py
-(logits -> one id), grammar.py and matcher.py (answers of a given form), llm.py (the wheel).
-Pictures and words arrive as a ModelInput; this floor never opens a file or renders a message.
+Inputs are prompts (ModelInput) and SamplingParams, outputs are Completions. Entry points: llm.py
+(offline), async_llm.py (asyncio). A request (request.py) is validated (validation.py), scheduled
+(scheduler/) and run (runner.py, decode/) over its KV cache (kv_cache/) and vision embeddings
+(encoder_cache/); sampling/ selects tokens, also under a grammar (structured output). Files are read
+and messages are rendered by the processor, not here.
 """
 
 from qwen2vl.engine.async_llm import AsyncLLM

@@ -1,11 +1,11 @@
-"""The same engine behind a queue: many callers, one thread that computes, answers as streams.
+"""AsyncLLM: asyncio interface with streaming, for many concurrent callers of one engine.
 
-    caller --messages--> processor (a worker thread) --sequences--> inbox
-    engine thread: inbox -> step -> news --call_soon_threadsafe--> the caller's loop
+    caller --messages--> processor (a worker thread) --requests--> input queue
+    engine thread: input queue -> LLM.step -> deltas --call_soon_threadsafe--> the caller's loop
 
-The engine thread alone touches scheduler, caches and model. A caller that goes away has its request
-cancelled; an engine that dies tells everybody why, and stays dead. One process, one device. It
-must not know HTTP. Next room: serve, which speaks it.
+Only the engine thread uses scheduler, caches and model. A caller that stops iterating or is
+canceled has its request aborted. If the engine fails, all callers get an EngineError with the
+cause, and so do later ones. One process, one device. (vLLM: AsyncLLM.)
 """
 
 from __future__ import annotations
@@ -13,188 +13,195 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import AsyncIterator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
 from qwen2vl.engine.llm import LLM
 from qwen2vl.engine.outputs import Completion, Delta
-from qwen2vl.engine.request import Sequence
+from qwen2vl.engine.request import Request
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.scheduler.scheduler import News
+from qwen2vl.engine.scheduler.scheduler import RequestOutput
 from qwen2vl.engine.validation import Conversation
 from qwen2vl.errors import EngineError
 
-__all__ = ["Answer", "AsyncLLM"]
+__all__ = ["AsyncLLM", "CompletionStream"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class Answer:
-    """One request under way: iterate over its deltas, then await its completions."""
+class CompletionStream:
+    """A running request: iterate over its deltas, or await its completions."""
 
-    def __init__(self, owner: AsyncLLM, sequences: list[Sequence], process: float) -> None:
-        self._owner = owner
-        self._sequences = sequences
-        self._process = process
+    def __init__(self, engine: AsyncLLM, requests: list[Request], process_seconds: float) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._process_seconds = process_seconds
         self._loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
-        self._open = len(sequences)  # samples that are not over
-        self._failure: EngineError | None = None  # why they never will be
+        self._num_unfinished = len(requests)  # samples
+        self._error: EngineError | None = None  # why they will not finish
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Yield news of all samples as they come; leaving early cancels the request.
+        """Yield the deltas of all samples as they are generated; leaving early aborts the request.
 
         Raises:
-            EngineError: the engine died, or somebody else cancelled the request.
+            EngineError: the engine died, or the request was aborted elsewhere.
         """
         try:
-            while self._open and self._failure is None:
+            while self._num_unfinished and self._error is None:
                 delta = await self._deltas.get()
                 if isinstance(delta, EngineError):
-                    self._failure = delta
+                    self._error = delta
                     raise delta
-                self._open -= delta.finish_reason is not None
+                self._num_unfinished -= delta.finish_reason is not None
                 yield delta
         finally:
-            self.cancel()
+            self.abort()
 
     async def completions(self) -> list[Completion]:
-        """Wait for the end; one Completion for each sample.
+        """Wait until all samples have finished; return one Completion for each.
 
         Raises:
-            Qwen2VLError: the only sample failed, the request was cancelled, or the engine died.
+            Qwen2VLError: the only sample failed, the request was aborted, or the engine died.
         """
         async for _ in self:
             pass
-        if self._failure is not None:
-            raise self._failure
-        first = self._sequences[0]
-        if len(self._sequences) == 1 and first.error is not None:
+        if self._error is not None:
+            raise self._error
+        first = self._requests[0]
+        if len(self._requests) == 1 and first.error is not None:
             raise first.error
-        return [sequence.completion(process=self._process) for sequence in self._sequences]
+        return [
+            request.completion(process_seconds=self._process_seconds) for request in self._requests
+        ]
 
-    def cancel(self) -> None:
-        """Stop answering, unless it is over; whoever still listens hears that it was cancelled."""
-        if self._open and self._failure is None:
-            self._failure = EngineError("the request was cancelled before its answer was whole")
-            self._owner._send(_Cancel(self._sequences))
-            self._deltas.put_nowait(self._failure)
+    def abort(self) -> None:
+        """Abort the request unless it has finished; other iterators get an EngineError."""
+        if self._num_unfinished and self._error is None:
+            self._error = EngineError("the request was aborted before it finished")
+            self._engine._enqueue(_Abort(self._requests))
+            self._deltas.put_nowait(self._error)
 
-    def _hear(self, delta: Delta | EngineError) -> None:
-        """Take news from the engine thread; a loop that is closed has nobody listening."""
+    def _deliver(self, delta: Delta | EngineError) -> None:
+        """Pass a delta from the engine thread to the caller's loop; abort if the loop is closed."""
         try:
             self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
         except RuntimeError:
-            self._owner._send(_Cancel(self._sequences))
+            self._engine._enqueue(_Abort(self._requests))
 
 
-class _Cancel:
-    def __init__(self, sequences: SequenceOf[Sequence]) -> None:
-        self.sequences = sequences
+class _Abort:
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
 
 
 class AsyncLLM:
-    """An LLM that many coroutines may ask at once."""
+    """An LLM for concurrent coroutines; the engine runs in its own thread."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._inbox: SimpleQueue[tuple[Answer, list[Sequence]] | _Cancel | None] = SimpleQueue()
-        self._answers: dict[Sequence, Answer] = {}  # of the engine thread alone
-        self._death: EngineError | None = None
-        self._thread = threading.Thread(target=self._turn, name="engine", daemon=True)
+        self._input_queue: SimpleQueue[tuple[CompletionStream, list[Request]] | _Abort | None] = (
+            SimpleQueue()
+        )
+        self._streams: dict[Request, CompletionStream] = {}  # used by the engine thread only
+        self._error: EngineError | None = None
+        self._thread = threading.Thread(target=self._run_busy_loop, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """The engine answers."""
-        return self._death is None and self._thread.is_alive()
+        """Whether the engine thread is running."""
+        return self._error is None and self._thread.is_alive()
 
-    async def ask(
+    async def stream(
         self,
         messages: Conversation,
         params: SamplingParams | None = None,
         *,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
-    ) -> Answer:
-        """Begin to answer one conversation.
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> CompletionStream:
+        """Submit one conversation; return the stream of its output.
 
         Raises:
             InputError, CapacityError: as `LLM.chat` does, before anything is queued.
-            EngineError: the engine has died; carries the first cause.
+            EngineError: the engine has died; names the first cause.
         """
         self._check_alive()
-        wish = params or SamplingParams()
-        prompt, wish, seconds = await asyncio.to_thread(self.llm.prepare, messages, wish, tools)
-        sequences = self.llm.sequences(prompt, wish)
-        answer = Answer(self, sequences, seconds)
-        self._send((answer, sequences))
-        self._check_alive()  # after sending, since one that has died reads its inbox no more
-        return answer
+        request_params = params or SamplingParams()
+        prompt, request_params, seconds = await asyncio.to_thread(
+            self.llm.prepare, messages, request_params, tools
+        )
+        requests = self.llm.create_requests(prompt, request_params)
+        stream = CompletionStream(self, requests, seconds)
+        self._enqueue((stream, requests))
+        self._check_alive()  # again: a dead engine no longer reads its input queue
+        return stream
 
     async def chat(
         self, messages: Conversation, params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Answer one conversation; one Completion for each sample."""
-        return await (await self.ask(messages, params)).completions()
+        """Generate the reply to one conversation; one Completion for each sample."""
+        return await (await self.stream(messages, params)).completions()
 
     def close(self) -> None:
-        """Stop the engine thread; answers under way end with an EngineError, the LLM is free."""
-        self._send(None)
+        """Stop the engine thread; running requests get an EngineError, the LLM stays usable."""
+        self._enqueue(None)
         self._thread.join()
 
     def _check_alive(self) -> None:
-        if self._death is not None:
-            raise self._death
+        if self._error is not None:
+            raise self._error
 
-    def _send(self, message: tuple[Answer, list[Sequence]] | _Cancel | None) -> None:
-        self._inbox.put(message)
+    def _enqueue(self, message: tuple[CompletionStream, list[Request]] | _Abort | None) -> None:
+        self._input_queue.put(message)
 
-    def _turn(self) -> None:
-        """Live: take in what came, step, tell; until closed or dead."""
+    def _run_busy_loop(self) -> None:
+        """Process the input queue, run a step, deliver its outputs; until closed or failed."""
         try:
-            while self._take_in():
-                for news in self.llm.step():
-                    self._tell(news)
+            while self._process_input_queue():
+                for output in self.llm.step():
+                    self._deliver_output(output)
         except Exception as error:
-            log.exception("the engine died")
-            self._die(EngineError(f"the engine died: {type(error).__name__}: {error}"))
+            logger.exception("the engine died")
+            self._shut_down(EngineError(f"the engine died: {type(error).__name__}: {error}"))
         else:
-            for sequence in self._answers:
-                self.llm.cancel(sequence)
-            self._die(EngineError("the engine was closed"))
+            for request in self._streams:
+                self.llm.abort(request)
+            self._shut_down(EngineError("the engine was closed"))
 
-    def _take_in(self) -> bool:
-        """Read the inbox, waiting only when there is nothing to do; False: closed."""
-        while not self._inbox.empty() or not self.llm.scheduler.has_work:
-            message = self._inbox.get()
+    def _process_input_queue(self) -> bool:
+        """Read the input queue, blocking only when the engine is idle; False: closed."""
+        while not self._input_queue.empty() or not self.llm.scheduler.has_unfinished_requests:
+            message = self._input_queue.get()
             if message is None:
                 return False
-            if isinstance(message, _Cancel):
-                for sequence in message.sequences:
-                    if self._answers.pop(sequence, None) is not None:
-                        self.llm.cancel(sequence)
+            if isinstance(message, _Abort):
+                for request in message.requests:
+                    if self._streams.pop(request, None) is not None:
+                        self.llm.abort(request)
                 continue
-            answer, sequences = message
-            for sequence in sequences:
-                self._answers[sequence] = answer
-                self.llm.scheduler.add(sequence)
+            stream, requests = message
+            for request in requests:
+                self._streams[request] = stream
+                self.llm.scheduler.add_request(request)
         return True
 
-    def _tell(self, news: News) -> None:
-        one = news.sequence
-        answer = self._answers[one]
-        if one.finish_reason is not None:
-            del self._answers[one]
-        answer._hear(Delta(index=one.index, text=news.text, finish_reason=one.finish_reason))
+    def _deliver_output(self, output: RequestOutput) -> None:
+        request = output.request
+        stream = self._streams[request]
+        if request.finish_reason is not None:
+            del self._streams[request]
+        stream._deliver(
+            Delta(index=request.index, text=output.text, finish_reason=request.finish_reason)
+        )
 
-    def _die(self, error: EngineError) -> None:
-        self._death = error
-        waiting = set(self._answers.values())
-        while not self._inbox.empty():
-            message = self._inbox.get()
+    def _shut_down(self, error: EngineError) -> None:
+        self._error = error
+        streams = set(self._streams.values())
+        while not self._input_queue.empty():
+            message = self._input_queue.get()
             if isinstance(message, tuple):
-                waiting.add(message[0])
-        for answer in waiting:
-            answer._hear(error)
+                streams.add(message[0])
+        for stream in streams:
+            stream._deliver(error)

@@ -1,6 +1,7 @@
-"""How a process answers: the sizes of steps and caches, with defaults that are safe anywhere.
+"""Engine configuration: step limits, KV cache and encoder cache sizes, speculative decoding.
 
-What the model is stands in qwen2vl.config; what one request wants in params.py.
+The defaults fit any machine. The model's own configuration is in qwen2vl/config.py, the parameters
+of a request in engine/sampling/params.py. (vLLM: SchedulerConfig, CacheConfig, SpeculativeConfig.)
 """
 
 from __future__ import annotations
@@ -13,36 +14,41 @@ from qwen2vl.errors import ConfigError
 __all__ = ["EngineConfig"]
 
 MIB = 1024**2
-LEAST = {"max_step_tokens": 32, "max_step_patches": 4, "max_sequences": 1, "num_drafts": 0}
+MINIMUMS = {
+    "max_num_batched_tokens": 32,
+    "max_num_encoder_patches": 4,
+    "max_num_seqs": 1,
+    "num_speculative_tokens": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Budgets of a step, and room for what is kept between requests.
+    """Limits of one engine step, and sizes of the caches that persist between requests.
 
     Raises:
-        ConfigError: a number is too small, or is none.
+        ConfigError: a value is too small or of the wrong type.
     """
 
-    max_sequences: int = 16  # answered at the same time; the others wait
-    max_step_tokens: int = 2048  # of all sequences in one step; longer prompts take several
-    max_step_patches: int = 4096  # encoded in one step; a single larger frame goes alone
-    num_drafts: int = 0  # guesses at the next tokens, verified together; 0: none
-    cache_tokens: int | None = None  # keys and values kept, in tokens; None: by memory
-    vision_cache_bytes: int = 512 * MIB  # vision rows kept in memory
-    vision_cache_dir: str | Path | None = None  # and on disk; None: not on disk
-    vision_disk_bytes: int = 4096 * MIB
-    item_cache_bytes: int = 256 * MIB  # patches of pictures and clips that may be shown again
-    graphs: bool = True  # on a GPU, record steps of decode and replay them
+    max_num_seqs: int = 16  # requests that run at the same time; others wait
+    max_num_batched_tokens: int = 2048  # per step; longer prompts are prefilled in chunks
+    max_num_encoder_patches: int = 4096  # per step; one larger frame is encoded alone
+    num_speculative_tokens: int = 0  # draft tokens per request and step; 0: none
+    kv_cache_tokens: int | None = None  # capacity of the KV cache; None: by available memory
+    encoder_cache_bytes: int = 512 * MIB  # vision embeddings kept in memory
+    encoder_cache_dir: str | Path | None = None  # vision embeddings on disk; None: none
+    encoder_cache_disk_bytes: int = 4096 * MIB
+    item_cache_bytes: int = 256 * MIB  # preprocessed images and videos
+    cuda_graphs: bool = True  # on a GPU, capture decode steps as CUDA graphs and replay them
 
     def __post_init__(self) -> None:
-        if not isinstance(self.graphs, bool):
-            raise ConfigError(f"graphs: got {self.graphs!r}, must be True or False")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs: got {self.cuda_graphs!r}, must be True or False")
         for f in fields(self):
             value = getattr(self, f.name)
-            is_free = f.name == "cache_tokens" and value is None
-            if is_free or f.name in ("graphs", "vision_cache_dir"):
+            is_unset = f.name == "kv_cache_tokens" and value is None
+            if is_unset or f.name in ("cuda_graphs", "encoder_cache_dir"):
                 continue
-            least = LEAST.get(f.name, 0)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{f.name}: got {value!r}, must be a whole number from {least}")
+            minimum = MINIMUMS.get(f.name, 0)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{f.name}: got {value!r}, must be a whole number from {minimum}")

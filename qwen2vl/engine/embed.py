@@ -1,15 +1,14 @@
-"""Prompts -> vectors: packed forwards for many prompts, chunks for a long one, and no answers.
+"""Embeddings: prompts to pooled, normalized hidden states, without generation.
 
-Prompts are packed as they come, up to a budget of tokens; one that exceeds it is read in chunks of
-that size over keys and values of its own, so that its length does not decide how much memory a
-forward takes. Pictures go through the same shelf as those of questions: one asked about before
-costs no vision work. Next room: pool.py.
+Prompts are packed into forwards of at most `max_num_batched_tokens` tokens. A longer prompt is
+prefilled in chunks of that size over its own KV cache, so its length does not determine the memory
+of a forward. Images and videos use the engine's encoder cache. `pool` takes the last token of each
+prompt or the mean over its tokens, and L2-normalizes. (vLLM: LLM.embed, pooling types LAST, MEAN.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -18,40 +17,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwen2vl.engine.encoder_cache.manager import VisionShelf
-from qwen2vl.engine.scheduler.output import Limits, Slices
+from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
+from qwen2vl.engine.scheduler.output import EncoderChunk, StepLimits
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.lora.multi import Adapter, AdapterSwitch
+from qwen2vl.lora.multi import LoraAdapter, LoraManager
 from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
 __all__ = ["Embedder", "Pooling", "pool"]
 
+Pooling = Literal["last", "mean"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedder:
-    """Reads prompts with one model, each forward within the limits of a step."""
+    """Computes embeddings with one model; each forward stays within the limits of a step."""
 
     model: Qwen2VL
-    shelf: VisionShelf
-    switch: AdapterSwitch
-    limits: Limits
-    adapter: Adapter | None = None
+    encoder_cache: EncoderCacheManager
+    lora_manager: LoraManager
+    limits: StepLimits
+    adapter: LoraAdapter | None = None
 
     @torch.inference_mode()
-    def embed(self, prompts: SequenceOf[ModelInput], pooling: Pooling) -> Tensor:
-        """Compute (S, D) float32 on the CPU, each of length one."""
+    def embed(self, prompts: Sequence[ModelInput], pooling: Pooling) -> Tensor:
+        """Return one L2-normalized vector for each prompt: (S, D) float32 on the CPU."""
         vectors = [
-            pool(self._read(group), [len(p.input_ids) for p in group], pooling)
-            for group in _groups(prompts, self.limits.tokens)
+            pool(self._hidden_states(batch), [len(p.input_ids) for p in batch], pooling)
+            for batch in _batches(prompts, self.limits.max_num_batched_tokens)
         ]
         return torch.cat(vectors).cpu()
 
-    def _read(self, prompts: SequenceOf[ModelInput]) -> Tensor:
-        """Compute the states of prompts, end to end: hidden_TD."""
-        vision_MD = self._vision([item for prompt in prompts for item in prompt.items])
-        if len(prompts) == 1 and len(prompts[0].input_ids) > self.limits.tokens:
-            return self._read_in_chunks(prompts[0], vision_MD)
+    def _hidden_states(self, prompts: Sequence[ModelInput]) -> Tensor:
+        """Compute the hidden states of prompts, packed end to end: hidden_TD."""
+        vision_MD = self._vision_embeddings([item for prompt in prompts for item in prompt.items])
+        if len(prompts) == 1 and len(prompts[0].input_ids) > self.limits.max_num_batched_tokens:
+            return self._hidden_states_in_chunks(prompts[0], vision_MD)
         lengths = [len(prompt.input_ids) for prompt in prompts]
         starts = accumulate(lengths[:-1], initial=0)
         return self._forward(
@@ -59,23 +60,27 @@ class Embedder:
             torch.cat([prompt.position_ids_3T for prompt in prompts], dim=1),
             AttnMeta.build(lengths),
             vision_MD,
-            torch.cat([p.pad_index_M + start for p, start in zip(prompts, starts, strict=True)]),
+            torch.cat(
+                [p.placeholder_index_M + start for p, start in zip(prompts, starts, strict=True)]
+            ),
         )
 
-    def _read_in_chunks(self, prompt: ModelInput, vision_MD: Tensor | None) -> Tensor:
-        total, pads_M = len(prompt.input_ids), prompt.pad_index_M
+    def _hidden_states_in_chunks(self, prompt: ModelInput, vision_MD: Tensor | None) -> Tensor:
+        total, placeholder_index_M = len(prompt.input_ids), prompt.placeholder_index_M
         text, dtype, device = self.model.config.text, self.model.dtype, self.model.device
         caches = [KVCache.allocate(text, total, dtype, device)]
         parts: list[Tensor] = []
-        for start in range(0, total, self.limits.tokens):
-            stop = min(start + self.limits.tokens, total)
-            first, last = torch.searchsorted(pads_M, torch.tensor([start, stop])).tolist()
+        for start in range(0, total, self.limits.max_num_batched_tokens):
+            stop = min(start + self.limits.max_num_batched_tokens, total)
+            first, last = torch.searchsorted(
+                placeholder_index_M, torch.tensor([start, stop])
+            ).tolist()
             part_TD = self._forward(
                 torch.tensor(prompt.input_ids[start:stop]),
                 prompt.position_ids_3T[:, start:stop],
                 AttnMeta.build([stop - start], [stop]),
                 None if vision_MD is None else vision_MD[first:last],
-                pads_M[first:last] - start,
+                placeholder_index_M[first:last] - start,
                 caches,
             )
             parts.append(part_TD)
@@ -83,70 +88,67 @@ class Embedder:
 
     def _forward(
         self,
-        ids_T: Tensor,
+        input_ids_T: Tensor,
         position_ids_3T: Tensor,
         meta: AttnMeta,
         vision_MD: Tensor | None,
-        pads_M: Tensor,
+        placeholder_index_M: Tensor,
         caches: list[KVCache] | None = None,
     ) -> Tensor:
         device = self.model.device
-        with self.switch.at_work("model", [(self.adapter, len(ids_T))]):
+        with self.lora_manager.activate("model", [(self.adapter, len(input_ids_T))]):
             return self.model(
-                ids_T.to(device),
+                input_ids_T.to(device),
                 position_ids_3T.to(device),
                 meta.to(device),
                 vision_MD=vision_MD,
-                pad_index_M=None if vision_MD is None else pads_M.to(device),
+                placeholder_index_M=None if vision_MD is None else placeholder_index_M.to(device),
                 caches=caches,
             )
 
-    def _vision(self, items: SequenceOf[Item]) -> Tensor | None:
-        """Take the rows of items, encoding those that are new."""
+    def _vision_embeddings(self, items: Sequence[Item]) -> Tensor | None:
+        """Return the vision embeddings of items, encoding those that are not cached."""
         if not items:
             return None
         for item in items:
-            self.shelf.hold(item)
+            self.encoder_cache.acquire(item)
         try:
             for item in items:
                 self._encode(item)
-            return torch.cat([self.shelf.rows(item) for item in items])
+            return torch.cat([self.encoder_cache.embeddings(item) for item in items])
         finally:
             for item in items:
-                self.shelf.release(item)
+                self.encoder_cache.release(item)
 
     def _encode(self, item: Item) -> None:
-        """Make an item's rows whole, a few frame pairs at a time."""
-        each = max(1, self.limits.patches // (item.grid.h * item.grid.w))
-        while (ready := self.shelf.ready(item)) < item.grid.t:
-            stop = min(ready + each, item.grid.t)
-            self.shelf.encode([Slices(item, ready, stop, self.adapter)])
+        """Encode the missing frame pairs of an item, a few at a time."""
+        step = max(1, self.limits.max_num_encoder_patches // (item.grid.h * item.grid.w))
+        while (num_encoded := self.encoder_cache.num_encoded_frame_pairs(item)) < item.grid.t:
+            stop = min(num_encoded + step, item.grid.t)
+            self.encoder_cache.encode([EncoderChunk(item, num_encoded, stop, self.adapter)])
 
 
-def _groups(prompts: SequenceOf[ModelInput], max_tokens: int) -> Iterator[list[ModelInput]]:
-    """Cut the prompts into groups of at most `max_tokens`; a longer one is alone."""
-    group: list[ModelInput] = []
+def _batches(prompts: Sequence[ModelInput], max_tokens: int) -> Iterator[list[ModelInput]]:
+    """Split prompts into batches of at most `max_tokens` tokens; a longer prompt is alone."""
+    batch: list[ModelInput] = []
     total = 0
     for prompt in prompts:
-        if group and total + len(prompt.input_ids) > max_tokens:
-            yield group
-            group, total = [], 0
-        group.append(prompt)
+        if batch and total + len(prompt.input_ids) > max_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(prompt)
         total += len(prompt.input_ids)
-    if group:
-        yield group
-
-
-Pooling = Literal["last", "mean"]
+    if batch:
+        yield batch
 
 
 def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling = "last") -> Tensor:
-    """Give each sequence its vector: (S, D), float32, of length one.
+    """Pool the hidden states of each sequence into an L2-normalized vector: (S, D), float32.
 
     Args:
-        hidden_TD: the states of all sequences, end to end.
-        lengths: tokens of each sequence, at least one; together they are T.
-        pooling: the last token of each sequence, or the mean of its tokens.
+        hidden_TD: the hidden states of all sequences, packed end to end.
+        lengths: the number of tokens of each sequence, at least 1; their sum is T.
+        pooling: the last token of each sequence, or the mean over its tokens.
     """
     assert min(lengths) > 0 and sum(lengths) == len(hidden_TD), "lengths do not cover the states"
     if pooling == "last":

@@ -1,8 +1,8 @@
-"""Numbers of a step from the host to the device, without waiting.
+"""Host-to-device copies of a step's index tensors, batched and non-blocking.
 
-A GPU takes small copies one by one, each with a wait for all that was asked of it before, unless
-the memory they come from is pinned. So what a step needs is laid end to end, pinned, and copied at
-once. Elsewhere tensors stay what they are. Back up: runner.py.
+Copies from unpinned memory synchronize with the GPU, each one separately. So the tensors of a step
+are flattened into one, pinned, copied in one non-blocking transfer, and split again on the GPU. On
+other devices each tensor is moved as it is.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["laid_out", "send", "taken_apart"]
+__all__ = ["copy_to_device", "flatten_tensors", "unflatten_tensors"]
 
 
-def send(device: torch.device, *tensors: Tensor) -> list[Tensor]:
-    """Bring tensors of one dtype to `device`, to a GPU in one copy that nobody waits for."""
+def copy_to_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Copy tensors of one dtype to `device`; to a GPU in one non-blocking transfer."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    packed = laid_out(tensors).pin_memory().to(device, non_blocking=True)
-    return taken_apart(packed, tensors)
+    flat = flatten_tensors(tensors).pin_memory().to(device, non_blocking=True)
+    return unflatten_tensors(flat, tensors)
 
 
-def laid_out(tensors: Sequence[Tensor]) -> Tensor:
-    """Lay the numbers of all tensors end to end."""
+def flatten_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """Flatten all tensors and concatenate them."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def taken_apart(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Give what was laid end to end the shapes that it had."""
-    parts = packed.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+def unflatten_tensors(flat: Tensor, templates: Sequence[Tensor]) -> list[Tensor]:
+    """Split what `flatten_tensors` returned into tensors of the shapes of `templates`."""
+    parts = flat.split([tensor.numel() for tensor in templates])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, templates, strict=True)]

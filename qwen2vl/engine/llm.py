@@ -1,75 +1,67 @@
-"""The door of the engine: conversations in, Completions out, in order.
+"""The LLM class: offline inference with continuous batching, chat, generate and embed.
 
-Requests become sequences, and `step` moves all of them on: plan -> run -> commit. The prompts of a
-call are all made and checked before the first is answered; after an interrupt or an error the LLM
-is ready for the next. What one request computed (keys and values, vision rows) serves the next one
-that begins alike. It must not know the command line or HTTP. (HF: GenerationMixin.generate.)
-Back up: cli/commands/ask.py, which is this door for people; async_llm.py, the same door for many at once.
+Takes conversations (`chat`, `embed`) or prompts (`generate`) and returns completions or vectors in
+order. All prompts of a call are validated before the first one runs. `step` runs one engine step:
+schedule, execute, update. KV blocks and vision embeddings are reused between requests (prefix
+caching, encoder cache). After an interrupt or an error the LLM stays usable. (vLLM: LLM; HF:
+GenerationMixin.generate.)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen2vl.compile.regions import compile_for_answers
+from qwen2vl.compile.regions import compile_for_inference
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.decode.compiled import SingleDecode
-from qwen2vl.engine.decode.decoder import Decode
+from qwen2vl.engine.decode.backend import DecodeBackend
+from qwen2vl.engine.decode.compiled import CompiledDecode
 from qwen2vl.engine.embed import Embedder, Pooling
-from qwen2vl.engine.encoder_cache.manager import VisionShelf
-from qwen2vl.engine.kv_cache.arena import Arena
-from qwen2vl.engine.kv_cache.block_pool import BLOCK, BlockPool
-from qwen2vl.engine.kv_cache.capacity import cache_blocks
+from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
+from qwen2vl.engine.kv_cache.arena import KVArena
+from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE, BlockPool
+from qwen2vl.engine.kv_cache.capacity import num_cache_blocks
 from qwen2vl.engine.outputs import Completion, Delta
-from qwen2vl.engine.request import Sequence
-from qwen2vl.engine.runner import OverloadError, Runner
+from qwen2vl.engine.request import Request
+from qwen2vl.engine.runner import ModelRunner, StepOutOfMemoryError
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.scheduler.output import Limits
-from qwen2vl.engine.scheduler.scheduler import News, Scheduler
-from qwen2vl.engine.speculative import Drafter
+from qwen2vl.engine.scheduler.output import StepLimits
+from qwen2vl.engine.scheduler.scheduler import RequestOutput, Scheduler
+from qwen2vl.engine.speculative import NgramProposer
 from qwen2vl.engine.validation import (
     Conversation,
-    Reception,
+    PreparedRequest,
+    RequestValidator,
     as_batch,
-    is_unfinished,
-    one_each,
-    seen_through,
+    broadcast_params,
+    ends_with_assistant,
+    with_adapter_digest,
 )
 from qwen2vl.errors import InputError
 from qwen2vl.loading import DTypeName, load, load_adapters
-from qwen2vl.lora.multi import AdapterSwitch
+from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tools import STOP_WORDS
-from qwen2vl.quantization.scheme import AnyMode
-from qwen2vl.weights import GenerationDefaults, find, read_generation_defaults
+from qwen2vl.quantization.scheme import QuantizationMode
+from qwen2vl.weights import GenerationDefaults, read_generation_defaults, resolve_model
 
-__all__ = ["LLM", "OnDelta", "Prepared"]
+__all__ = ["LLM", "OnDelta"]
 
 OnDelta = Callable[[Delta], None]
 
 
-class Prepared(NamedTuple):
-    """A request that may be answered."""
-
-    prompt: ModelInput
-    params: SamplingParams
-    seconds: float  # that making the prompt took
-
-
 class LLM:
-    """A model with everything it takes to answer: words, pixels, cache, sampling."""
+    """A model with its processor and inference engine."""
 
     def __init__(
         self,
@@ -77,7 +69,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: DTypeName = "auto",
-        quantize: AnyMode | None = None,
+        quantize: QuantizationMode | None = None,
         compile: bool = False,
         adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
@@ -88,11 +80,11 @@ class LLM:
         limits: MediaLimits | None = None,
         engine: EngineConfig | None = None,
     ) -> None:
-        """Load a model; arguments as for `load`, and device "auto" takes a GPU where there is one.
+        """Load a model; arguments as for `load`, and device "auto" uses a GPU if available.
 
-        Of `adapters` (name -> folder) each request may ask for one: SamplingParams(adapter=name).
-        `compile` takes half a minute once, and less when it is asked for again; without a C++
-        compiler it says so and does nothing.
+        `adapters` (name -> folder) are LoRA adapters that stay unmerged; each request selects one
+        by SamplingParams(adapter=name). `compile` takes half a minute the first time and less
+        later; without a C++ compiler it logs a warning and does nothing.
 
         Raises:
             CheckpointError, ConfigError, CapacityError, InputError: as `load` does.
@@ -102,7 +94,7 @@ class LLM:
                 "compile: layers of adapters that stay unmerged cannot be compiled; leave either "
                 "out, or merge one by adapter="
             )
-        folder = find(model)
+        folder = resolve_model(model)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         network, processor = load(
@@ -117,290 +109,291 @@ class LLM:
             video_preset=video_preset,
             limits=limits,
         )
-        habits = read_generation_defaults(folder)
-        self._take(network, processor, habits, engine, adapters, max_model_len, compile)
+        defaults = read_generation_defaults(folder)
+        self._initialize(network, processor, defaults, engine, adapters, max_model_len, compile)
 
     @classmethod
-    def of(
+    def from_model(
         cls,
         model: Qwen2VL,
         processor: Processor,
         *,
-        generation: GenerationDefaults | None = None,
+        generation_defaults: GenerationDefaults | None = None,
         engine: EngineConfig | None = None,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> LLM:
-        """Answer with a model that is already in memory, up to the whole of its context."""
+        """Create an LLM from a model in memory; max_model_len is the model's context length."""
         llm = cls.__new__(cls)
-        llm._take(model, processor, generation or GenerationDefaults(), engine, adapters)
+        defaults = generation_defaults or GenerationDefaults()
+        llm._initialize(model, processor, defaults, engine, adapters)
         return llm
 
-    def _take(
+    def _initialize(
         self,
         model: Qwen2VL,
         processor: Processor,
-        generation: GenerationDefaults,
+        generation_defaults: GenerationDefaults,
         engine: EngineConfig | None,
         adapters: Mapping[str, str | Path] | None,
         max_model_len: int | None = None,
         compile: bool = False,
     ) -> None:
         self.model = model
-        self._engine = engine or EngineConfig()
-        self.processor = processor.keeping(self._engine.item_cache_bytes)
-        self.generation = generation
-        # `load` has checked it.
+        self._engine_config = engine = engine or EngineConfig()
+        self.processor = processor.with_item_cache(engine.item_cache_bytes)
+        self.generation_defaults = generation_defaults
         self.max_model_len = max_model_len or model.config.text.max_position_embeddings
-        self._switch = AdapterSwitch(model)
-        self._reception = Reception(
-            model, processor.tokenizer, generation, load_adapters(model, adapters or {})
+        self._lora_manager = LoraManager(model)
+        self._validator = RequestValidator(
+            model, processor.tokenizer, generation_defaults, load_adapters(model, adapters or {})
         )
-        num_blocks = cache_blocks(model, self._engine.cache_tokens, max_model_len)
-        self._arena: Arena | None = None
-        self._decode: Decode | None = None
-        self.compile_seconds: float | None = None  # None: it was not compiled
+        num_blocks = num_cache_blocks(model, engine.kv_cache_tokens, max_model_len)
+        self._arena: KVArena | None = None
+        self._decode_backend: DecodeBackend | None = None
+        self.compile_seconds: float | None = None  # None: not compiled
         began = time.perf_counter()
-        if compile and compile_for_answers(model):
+        if compile and compile_for_inference(model):
             if model.device.type == "cpu":
-                self._decode = SingleDecode.compiled(model)
+                self._decode_backend = CompiledDecode.try_compile(model)
             self.compile_seconds = time.perf_counter() - began
         if model.device.type == "cuda":
-            self._arena = Arena(model.config.text, num_blocks * BLOCK, model.dtype, model.device)
-            if self._engine.graphs:
-                from qwen2vl.engine.decode.cuda_graphs import (
-                    DecodeGraphs,  # a room that may be missing
-                )
+            num_slots = num_blocks * BLOCK_SIZE
+            self._arena = KVArena(model.config.text, num_slots, model.dtype, model.device)
+            if engine.cuda_graphs:
+                from qwen2vl.engine.decode.cuda_graphs import CudaGraphDecode
 
-                self._decode = DecodeGraphs(model, self._arena, self._engine.max_sequences)
-        self._begin(num_blocks)
+                self._decode_backend = CudaGraphDecode(model, self._arena, engine.max_num_seqs)
+        self._reset_engine(num_blocks)
 
-    def _begin(self, num_blocks: int) -> None:
-        """Set up the engine: nothing waits, runs or is kept, but for vision rows on disk."""
-        config = self._engine
-        shelf = VisionShelf.of(self.model, config, self._switch)
-        self.runner = Runner(self.model, shelf, self._switch, self._arena, self._decode)
+    def _reset_engine(self, num_blocks: int) -> None:
+        """Create a new scheduler and runner with empty caches; the encoder cache on disk stays."""
+        config = self._engine_config
+        encoder_cache = EncoderCacheManager.from_config(self.model, config, self._lora_manager)
+        self.runner = ModelRunner(
+            self.model, encoder_cache, self._lora_manager, self._arena, self._decode_backend
+        )
         self.scheduler = Scheduler(
             BlockPool(num_blocks),
-            shelf,
-            Limits(
-                tokens=config.max_step_tokens,
-                patches=config.max_step_patches,
-                sequences=config.max_sequences,
+            encoder_cache,
+            StepLimits(
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_encoder_patches=config.max_num_encoder_patches,
+                max_num_seqs=config.max_num_seqs,
             ),
-            Drafter(config.num_drafts) if config.num_drafts else None,
+            NgramProposer(config.num_speculative_tokens) if config.num_speculative_tokens else None,
         )
 
-    def _mend(self) -> None:
-        """Begin anew where an interrupt has come while the books were written."""
-        if self.runner.is_torn:
-            self.scheduler.is_torn = True  # until both are new
-        if self.scheduler.is_torn:
-            self._begin(self.scheduler.pool.num_blocks)
+    def _recover(self) -> None:
+        """Reset the engine if an interrupt has left its state inconsistent."""
+        if self.runner.is_inconsistent:
+            self.scheduler.is_inconsistent = True  # until both are replaced
+        if self.scheduler.is_inconsistent:
+            self._reset_engine(self.scheduler.pool.num_blocks)
 
     @property
     def config(self) -> Qwen2VLConfig:
-        """What the model is."""
+        """The model's configuration."""
         return self.model.config
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The model's device."""
         return self.model.device
 
     def chat(
         self,
-        conversations: Conversation | SequenceOf[Conversation],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        conversations: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         on_delta: OnDelta | None = None,
     ) -> list[Completion]:
-        """Answer one conversation, or each of a list of them, in order.
+        """Generate the next assistant message of one conversation, or of each in a list, in order.
 
-        A conversation is a list of messages; one that ends with an assistant's is continued.
-        `params` are for all, or one for each. `on_delta` hears each piece of text as it comes. With
-        `tools` an answer ends where a tool's result belongs; processor.tools.parse_calls reads it.
+        A conversation is a list of messages; a final assistant message is continued. `params` are
+        for all, or one for each. `on_delta` receives each piece of text as it is generated. With
+        `tools`, generation stops where a tool's result belongs; parse calls by `parse_tool_calls`.
 
         Raises:
-            InputError: a message, medium or parameter cannot be used.
+            InputError: a message, image, video or parameter is invalid.
             CapacityError: a prompt does not fit into the context.
         """
         batch = as_batch(conversations)
+        params_list = broadcast_params(params, len(batch))
         prepared = [
-            self.prepare(conversation, wish, tools)
-            for conversation, wish in zip(batch, one_each(params, len(batch)), strict=True)
+            self.prepare(conversation, request_params, tools)
+            for conversation, request_params in zip(batch, params_list, strict=True)
         ]
-        return self._answer_all(prepared, on_delta)
+        return self._generate(prepared, on_delta)
 
     def embed(
         self,
-        conversations: Conversation | SequenceOf[Conversation],
+        conversations: Conversation | Sequence[Conversation],
         *,
         pooling: Pooling = "last",
         adapter: str | None = None,
     ) -> Tensor:
-        """Give each conversation a vector of length one: (S, D) float32, on the CPU.
+        """Return one L2-normalized embedding for each conversation: (S, D) float32, on the CPU.
 
-        The states are those after the final norm, as the model or an adapter of its reads: of the
-        last token of the prompt (which opens the assistant's turn), or the mean over all tokens.
+        Pools the hidden states after the final norm, computed with `adapter` if given: that of the
+        last prompt token (which opens the assistant's turn), or the mean over all tokens.
 
         Raises:
             InputError, CapacityError: as `chat` does.
         """
-        wish = SamplingParams(max_tokens=1, adapter=adapter)
-        prompts = [self.prepare(one, wish).prompt for one in as_batch(conversations)]
+        request_params = SamplingParams(max_tokens=1, adapter=adapter)
+        prompts = [self.prepare(chat, request_params).prompt for chat in as_batch(conversations)]
         if not prompts:
             return torch.empty(0, self.config.text.hidden_size)
-        self._mend()
-        reader = self._reception.adapter(adapter)
+        self._recover()
+        lora_adapter = self._validator.get_adapter(adapter)
         embedder = Embedder(
             model=self.model,
-            shelf=self.runner.shelf,
-            switch=self._switch,
+            encoder_cache=self.runner.encoder_cache,
+            lora_manager=self._lora_manager,
             limits=self.scheduler.limits,
-            adapter=reader,
+            adapter=lora_adapter,
         )
-        return embedder.embed([seen_through(prompt, reader) for prompt in prompts], pooling)
+        return embedder.embed(
+            [with_adapter_digest(prompt, lora_adapter) for prompt in prompts], pooling
+        )
 
     def prepare(
         self,
         conversation: Conversation,
         params: SamplingParams,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
-    ) -> Prepared:
-        """Make the prompt of a conversation and check it; may run in any thread.
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> PreparedRequest:
+        """Preprocess a conversation into a prompt and validate it; thread-safe.
 
         Raises:
             InputError, CapacityError: as `chat` does.
         """
         began = time.perf_counter()
         prompt = self.processor(
-            conversation, tools=tools, continue_final=is_unfinished(conversation)
+            conversation, tools=tools, continue_final_message=ends_with_assistant(conversation)
         )
-        if tools:  # what a tool returns is for the caller to say, not for the model to make up
+        if tools:  # stop before the model invents the tool's result
             params = replace(params, stop=(*params.stop, *STOP_WORDS))
-        self.check(prompt, params)
-        return Prepared(prompt, params, time.perf_counter() - began)
+        self.validate(prompt, params)
+        return PreparedRequest(prompt, params, time.perf_counter() - began)
 
     def generate(
         self,
-        prompts: str | ModelInput | SequenceOf[str | ModelInput],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        prompts: str | ModelInput | Sequence[str | ModelInput],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_delta: OnDelta | None = None,
     ) -> list[Completion]:
-        """Continue raw text (special tokens and all), or prompts that the processor has made.
+        """Continue raw text (special tokens are parsed), or prompts built by the processor.
 
         Raises:
-            InputError: a prompt or parameter cannot be used.
+            InputError: a prompt or parameter is invalid.
             CapacityError: a prompt does not fit into the context.
         """
         batch = [prompts] if isinstance(prompts, (str, ModelInput)) else list(prompts)
-        each = one_each(params, len(batch))
-        strange = [type(p).__name__ for p in batch if not isinstance(p, (str, ModelInput))]
-        if strange:
+        params_list = broadcast_params(params, len(batch))
+        unexpected = [type(p).__name__ for p in batch if not isinstance(p, (str, ModelInput))]
+        if unexpected:
             raise InputError(
-                f"prompts: got {strange[0]}, must be text or what the processor makes; messages "
-                "go to LLM.chat"
+                f"prompts: got {unexpected[0]}, must be text or a ModelInput of the processor; "
+                "messages go to LLM.chat"
             )
-        prepared: list[Prepared] = []
-        for prompt, wish in zip(batch, each, strict=True):
-            made = self.processor.from_text(prompt) if isinstance(prompt, str) else prompt
-            self.check(made, wish)
-            prepared.append(Prepared(made, wish, 0.0))
-        return self._answer_all(prepared, on_delta)
+        prepared: list[PreparedRequest] = []
+        for prompt, request_params in zip(batch, params_list, strict=True):
+            model_input = self.processor.from_text(prompt) if isinstance(prompt, str) else prompt
+            self.validate(model_input, request_params)
+            prepared.append(PreparedRequest(model_input, request_params, 0.0))
+        return self._generate(prepared, on_delta)
 
-    def _answer_all(
-        self, prepared: SequenceOf[Prepared], on_delta: OnDelta | None
+    def _generate(
+        self, prepared: Sequence[PreparedRequest], on_delta: OnDelta | None
     ) -> list[Completion]:
-        self._mend()
-        mine: list[Sequence] = []
-        bills: list[float] = []
+        self._recover()
+        requests: list[Request] = []
+        process_seconds: list[float] = []
         for prompt, params, seconds in prepared:
-            mine += self.sequences(prompt, params, index=len(mine))
-            bills += [seconds] * params.n
+            requests += self.create_requests(prompt, params, index=len(requests))
+            process_seconds += [seconds] * params.n
         try:
-            self._finish(mine, on_delta or (lambda delta: None))
+            self._run_engine(requests, on_delta or (lambda delta: None))
         except BaseException:
-            if not self.scheduler.is_torn:
-                for sequence in mine:
-                    self.cancel(sequence)
+            if not self.scheduler.is_inconsistent:
+                for request in requests:
+                    self.abort(request)
             raise
-        if len(mine) == 1 and mine[0].error is not None:
-            raise mine[0].error
-        return [s.completion(process=seconds) for s, seconds in zip(mine, bills, strict=True)]
+        if len(requests) == 1 and requests[0].error is not None:
+            raise requests[0].error
+        pairs = zip(requests, process_seconds, strict=True)
+        return [request.completion(process_seconds=seconds) for request, seconds in pairs]
 
-    def _finish(self, sequences: SequenceOf[Sequence], say: OnDelta) -> None:
-        """Step until all of `sequences` are over."""
-        for sequence in sequences:
-            self.scheduler.add(sequence)
-        left = set(sequences)
-        while left:
-            for news in self.step():
-                one = news.sequence
-                if one in left:
-                    say(Delta(index=one.index, text=news.text, finish_reason=one.finish_reason))
-                if one.finish_reason is not None:
-                    left.discard(one)
+    def _run_engine(self, requests: Sequence[Request], on_delta: OnDelta) -> None:
+        """Run engine steps until all of `requests` are finished."""
+        for request in requests:
+            self.scheduler.add_request(request)
+        unfinished = set(requests)
+        while unfinished:
+            for output in self.step():
+                request, reason = output.request, output.request.finish_reason
+                if request in unfinished:
+                    on_delta(Delta(index=request.index, text=output.text, finish_reason=reason))
+                if reason is not None:
+                    unfinished.discard(request)
 
-    def step(self) -> list[News]:
-        """Move every sequence that can move; returns what became certain."""
-        if not self.scheduler.has_work:
+    def step(self) -> list[RequestOutput]:
+        """Run one engine step: schedule, execute, update; return new text of its requests."""
+        if not self.scheduler.has_unfinished_requests:
             return []
-        plan = self.scheduler.plan()
+        scheduler_output = self.scheduler.schedule()
         try:
-            results = self.runner.run(plan)
-        except OverloadError as overload:
-            if self._give_up_rest():
-                return []  # and the next step tries again
-            news = [self.scheduler.fail(overload.sequence, overload.error)]
+            results = self.runner.execute_model(scheduler_output)
+        except StepOutOfMemoryError as out_of_memory:
+            if self._evict_cached():
+                return []  # the next step tries again
+            outputs = [self.scheduler.fail(out_of_memory.request, out_of_memory.error)]
         else:
-            news = self.scheduler.commit(plan, results)
-        self.runner.free(self.scheduler.pool.orders)
-        return news
+            outputs = self.scheduler.update_from_output(scheduler_output, results)
+        self.runner.apply_free_operations(self.scheduler.pool.cache_operations)
+        return outputs
 
-    def _give_up_rest(self) -> bool:
-        """Give up what is kept for requests to come; False: nothing was."""
-        pool, cache = self.scheduler.pool, self.runner.shelf.cache
-        if not pool.num_resting and cache.pinned_bytes == cache.stats.num_bytes:
+    def _evict_cached(self) -> bool:
+        """Evict cached KV blocks and vision embeddings that no request uses; False: none."""
+        pool, cache = self.scheduler.pool, self.runner.encoder_cache.cache
+        if not pool.num_evictable_blocks and cache.pinned_bytes == cache.stats.num_bytes:
             return False
-        self.scheduler.forget()
-        self.runner.free(pool.orders)
+        self.scheduler.reset_prefix_cache()
+        self.runner.apply_free_operations(pool.cache_operations)
         cache.clear()
         return True
 
-    def forget(self) -> None:
-        """Drop all keys, values and vision rows at rest; call it after changing the weights."""
-        self._give_up_rest()
-        if self._decode is not None:
-            self._decode.forget()
+    def reset_caches(self) -> None:
+        """Evict all cached KV blocks and vision embeddings; call it after changing the weights."""
+        self._evict_cached()
+        if self._decode_backend is not None:
+            self._decode_backend.on_weights_changed()
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Stop answering; what it computed rests until somebody needs the room."""
-        self.scheduler.cancel(sequence)
-        self.runner.free(self.scheduler.pool.orders)
+    def abort(self, request: Request) -> None:
+        """Stop a request; what it computed stays in the prefix cache until it is evicted."""
+        self.scheduler.abort(request)
+        self.runner.apply_free_operations(self.scheduler.pool.cache_operations)
 
-    def check(self, prompt: ModelInput, params: SamplingParams) -> None:
-        """Refuse what cannot be answered, before anything is computed.
+    def validate(self, prompt: ModelInput, params: SamplingParams) -> None:
+        """Validate a request before anything is computed.
 
         Raises:
-            InputError: a stop token or adapter is not there, or a grammar allows nothing.
+            InputError: a stop token or adapter does not exist, or a grammar allows no output.
             CapacityError: the prompt does not fit into the context.
         """
-        self._reception.check(
+        self._validator.validate(
             prompt,
             params,
             max_model_len=self.max_model_len,
-            cache_tokens=self.scheduler.pool.num_blocks * BLOCK,
+            kv_cache_tokens=self.scheduler.pool.num_blocks * BLOCK_SIZE,
         )
 
-    @property
-    def _longest(self) -> int:
-        """Tokens of prompt and answer at most: the context, or a smaller cache."""
-        return min(self.max_model_len, self.scheduler.pool.num_blocks * BLOCK)
-
-    def sequences(
+    def create_requests(
         self, prompt: ModelInput, params: SamplingParams, *, index: int = 0
-    ) -> list[Sequence]:
-        """Make the `params.n` sequences of a request that `check` has let pass."""
-        return self._reception.sequences(prompt, params, longest=self._longest, index=index)
+    ) -> list[Request]:
+        """Create the `params.n` engine requests of a prompt that `validate` has accepted."""
+        limit = min(self.max_model_len, self.scheduler.pool.num_blocks * BLOCK_SIZE)
+        return self._validator.create_requests(prompt, params, max_total_tokens=limit, index=index)

@@ -1,7 +1,7 @@
-"""What a request returns: completions, streamed deltas, log probabilities and timings.
+"""Request outputs: completions, streamed deltas, log probabilities and timings.
 
-Plain data, JSON-able by `Completion.to_dict`. (vLLM: CompletionOutput; transformers:
-GenerateDecoderOnlyOutput.)
+Plain data; `Completion.to_dict` returns values that `json` can serialize.
+(vLLM: CompletionOutput; transformers: GenerateDecoderOnlyOutput.)
 """
 
 from __future__ import annotations
@@ -9,68 +9,71 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["Completion", "Delta", "FinishReason", "ItemReport", "Seconds", "TokenLogprob"]
+__all__ = ["Completion", "Delta", "FinishReason", "ItemReport", "Timings", "TokenLogprob"]
 
 FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """How likely one token of the answer was, before penalty, temperature and cuts."""
+    """Log probability of one output token, before penalties, temperature and top-k/top-p/min-p."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]  # the likeliest (id, logprob), best first
+    top: tuple[tuple[int, float], ...]  # most likely (token id, logprob), best first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemReport:
-    """How one picture or clip was seen; sizes are (height, width) in pixels."""
+    """How one image or video was preprocessed; sizes are (height, width) in pixels."""
 
     kind: Literal["image", "video"]
     name: str
-    size_given: tuple[int, int]
-    size_seen: tuple[int, int]
+    original_size: tuple[int, int]
+    resized_size: tuple[int, int]
     tokens: int
-    frame_times: tuple[float, ...] = ()  # seconds of the frames used; empty for an image
-    notes: tuple[str, ...] = ()  # what was adjusted on the way, in words for people
+    frame_timestamps: tuple[float, ...] = ()  # seconds of the sampled frames; empty for images
+    notes: tuple[str, ...] = ()  # human-readable notes on adjustments of the input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seconds:
-    """Where the time went."""
+class Timings:
+    """Time spent on one request, by phase, in seconds."""
 
-    process: float = 0.0  # files and words -> ModelInput
+    process: float = 0.0  # messages and media -> ModelInput
     vision: float = 0.0  # patches -> vision tokens
-    prefill: float = 0.0  # prompt -> its last hidden state, from which the first token comes
-    decode: float = 0.0  # choosing every token, and running all but the last
+    prefill: float = 0.0  # prompt -> its last hidden state, from which the first token is sampled
+    decode: float = 0.0  # sampling of all tokens, and the forwards of all but the last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """News of one answer while it is being written; `text` never ends inside a character."""
+    """A piece of streamed output text; `text` never ends inside a character."""
 
-    index: int  # which of the conversations
+    index: int  # which completion of the call
     text: str
     finish_reason: FinishReason | None = None  # set on the last one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One answer. `text` keeps the six grounding tokens and drops the other special ones."""
+    """The output of one request: text, tokens and usage.
+
+    `text` keeps the six grounding tokens and drops the other special tokens.
+    """
 
     text: str
-    token_ids: tuple[int, ...]  # as sampled, the end token included
+    token_ids: tuple[int, ...]  # as sampled, including the end token
     finish_reason: FinishReason
     prompt_tokens: int
     image_tokens: int
     video_tokens: int
-    cached_tokens: int = 0  # of the prompt, found in the cache and not computed again
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     items: tuple[ItemReport, ...] = ()
-    seconds: Seconds = Seconds()
+    seconds: Timings = Timings()
     logprobs: tuple[TokenLogprob, ...] | None = None
-    error: str | None = None  # why it ended, where finish_reason is "error"
+    error: str | None = None  # the reason, if finish_reason is "error"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the answer as plain JSON values."""
+        """Return the completion as plain JSON values."""
         return asdict(self)

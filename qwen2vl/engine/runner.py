@@ -1,143 +1,157 @@
-"""Plan -> tensors -> model -> next ids. Owns all memory that grows with requests.
+"""Model runner: executes a SchedulerOutput, from cache operations to sampled tokens.
 
-    orders --arrange--> caches      slices --encode--> shelf
-    chunks --prepare--> one packed forward over every sequence's cache --> hidden_TD
-    (chunks of one token of an answer may go to decode.py instead)
-    last rows --logits--> sampler of each sequence --> tokens, or the error of that sequence alone
+    cache operations --> KV caches                encoder chunks --> encoder cache
+    token chunks --> one packed forward over the caches of all requests --> hidden_TD
+    (pure decode batches may go to a DecodeBackend instead)
+    last hidden states --> logits_RV --> the sampler of each request --> tokens or its own error
 
-A step that fails leaves every cache as it was, since lengths advance last, and every sampler, since
-sampling cannot fail but for one sequence. Letter of this room: R, the rows from which a token is
-chosen. It must not know why a plan is as it is. Next room: llm.py, which turns the wheel.
+A step that fails leaves all caches as they were, since cache lengths are advanced last, and all
+samplers, since a sampling error affects only its own request. Letter: R, hidden states from which a
+token is sampled. (vLLM: GPUModelRunner.)
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from qwen2vl.engine.decode.decoder import Decode, Token
-from qwen2vl.engine.encoder_cache.manager import VisionShelf
-from qwen2vl.engine.host_to_device import send
-from qwen2vl.engine.kv_cache.arena import Arena
-from qwen2vl.engine.kv_cache.block_pool import Copy, Free, MemoryOrder, Reserve
-from qwen2vl.engine.kv_cache.capacity import memory_errors_named
-from qwen2vl.engine.request import Sequence
-from qwen2vl.engine.sampling.batched import choose
-from qwen2vl.engine.scheduler.output import Chunk, Plan, Sampled
+from qwen2vl.engine.decode.backend import DecodeBackend, DecodeToken
+from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
+from qwen2vl.engine.host_to_device import copy_to_device
+from qwen2vl.engine.kv_cache.arena import KVArena
+from qwen2vl.engine.kv_cache.block_pool import CacheOperation, CopySlots, FreeSlots, ReserveSlots
+from qwen2vl.engine.kv_cache.capacity import out_of_memory_as_capacity_error
+from qwen2vl.engine.request import Request
+from qwen2vl.engine.sampling.batched import sample_batch
+from qwen2vl.engine.scheduler.output import SampledTokens, SchedulerOutput, TokenChunk
 from qwen2vl.errors import CapacityError, Qwen2VLError
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.lora.multi import AdapterSwitch
+from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import KVCache, Qwen2VL
-from qwen2vl.model.attention import SharedCache
+from qwen2vl.model.attention import BatchKVCache
 
-__all__ = ["OverloadError", "Runner"]
+__all__ = ["ModelRunner", "StepOutOfMemoryError"]
 
 
-class OverloadError(Exception):
-    """Memory ran out in a step, for what `sequence` asked of it; caught by llm.py."""
+class StepOutOfMemoryError(Exception):
+    """Memory ran out in a step, attributed to `request`; caught by `LLM.step`."""
 
-    def __init__(self, sequence: Sequence, error: CapacityError) -> None:
+    def __init__(self, request: Request, error: CapacityError) -> None:
         super().__init__(str(error))
-        self.sequence = sequence
+        self.request = request
         self.error = error
 
 
-class Runner:
-    """Carries out plans on one device."""
+class ModelRunner:
+    """Executes scheduler outputs on one device; owns the KV caches."""
 
     def __init__(
         self,
         model: Qwen2VL,
-        shelf: VisionShelf,
-        switch: AdapterSwitch,
-        arena: Arena | None = None,
-        decode: Decode | None = None,
+        encoder_cache: EncoderCacheManager,
+        lora_manager: LoraManager,
+        arena: KVArena | None = None,
+        decode_backend: DecodeBackend | None = None,
     ) -> None:
-        """Begin without rows, those of `arena` included, if rows are to lie in one.
+        """Start with an empty KV cache; on a GPU, all caches are ranges of `arena`.
 
-        `decode` computes steps of single tokens of answers, on a GPU in the same arena.
+        `decode_backend` computes pure decode steps, on a GPU in the same arena.
         """
         self.model = model
-        self.shelf = shelf
-        self.switch = switch
+        self.encoder_cache = encoder_cache
+        self.lora_manager = lora_manager
         self.arena = arena
-        self.decode = decode
-        self.caches: dict[int, KVCache] = {}  # by row
+        self.decode_backend = decode_backend
+        self.caches: dict[int, KVCache] = {}  # by allocation id
         if arena is not None:
-            arena.is_torn = False
+            arena.is_inconsistent = False
 
     @property
-    def is_torn(self) -> bool:
-        """An interrupt came while rows were moved: begin with a new runner."""
-        return self.arena is not None and self.arena.is_torn
+    def is_inconsistent(self) -> bool:
+        """Whether an interrupt came while caches were moved; the runner must be replaced then."""
+        return self.arena is not None and self.arena.is_inconsistent
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device of the model."""
         return self.model.device
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Sampled | Qwen2VLError]:
-        """Do one step; returns one result for each chunk.
+    def execute_model(
+        self, scheduler_output: SchedulerOutput
+    ) -> list[SampledTokens | Qwen2VLError]:
+        """Execute one step; return one result for each token chunk.
 
         Raises:
-            OverloadError: memory ran out; nothing of the step has happened but what was encoded.
+            StepOutOfMemoryError: memory ran out; only encoder chunks of the step have taken effect.
         """
-        with _blaming(plan.largest):
-            self.arrange(plan.orders)
-        if plan.slices:
-            with _blaming(plan.largest_viewer):
-                self._encode(plan)
-        if not plan.chunks:
+        with _attribute_memory_errors(scheduler_output.largest_request):
+            self.apply_cache_operations(scheduler_output.cache_operations)
+        if scheduler_output.encoder_chunks:
+            with _attribute_memory_errors(scheduler_output.largest_encoder_request):
+                self._encode(scheduler_output)
+        if not scheduler_output.token_chunks:
             return []
-        with _blaming(plan.largest):
-            if self.decode is not None and _suits(self.decode, plan.chunks):
-                logits_RV = self._decode(self.decode, plan.chunks)
+        with _attribute_memory_errors(scheduler_output.largest_request):
+            if self.decode_backend is not None and _can_decode(
+                self.decode_backend, scheduler_output.token_chunks
+            ):
+                logits_RV = self._decode(self.decode_backend, scheduler_output.token_chunks)
             else:
-                hidden_TD = self._forward(plan.chunks)
-                logits_RV = self._logits(plan.chunks, hidden_TD)
-        return _sample(plan.chunks, logits_RV, at_once=self.device.type == "cuda")
+                hidden_TD = self._forward(scheduler_output.token_chunks)
+                logits_RV = self._compute_logits(scheduler_output.token_chunks, hidden_TD)
+        return _sample(scheduler_output.token_chunks, logits_RV, batch=self.device.type == "cuda")
 
-    def _encode(self, plan: Plan) -> None:
+    def _encode(self, scheduler_output: SchedulerOutput) -> None:
         began = time.perf_counter()
-        self.shelf.encode(plan.slices)
-        for sequence in plan.viewers:
-            sequence.clock.vision += time.perf_counter() - began
+        self.encoder_cache.encode(scheduler_output.encoder_chunks)
+        for request in scheduler_output.encoder_requests:
+            request.timer.vision_seconds += time.perf_counter() - began
 
-    def arrange(self, orders: deque[MemoryOrder]) -> None:
-        """Reserve, copy and free rows as the pool ordered; an order is taken away when it is done.
+    def apply_cache_operations(self, cache_operations: deque[CacheOperation]) -> None:
+        """Reserve, copy and free caches in order; executed operations are removed from the queue.
 
-        Carrying one out twice does no harm, so that an interrupt may come at any time.
+        The operations are idempotent, so an interrupt may come at any time.
         """
-        self.free(orders)
-        while orders:
-            match orders[0]:
-                case Free(row):
-                    self.caches.pop(row, None)
-                case Reserve(row) | Copy(_, row) if not _is_wanted(row, orders):
-                    pass  # left over from a step that ran out of memory; its owner is gone
-                case Reserve(row, num_tokens):
-                    self.caches[row] = self._reserve(self.caches.get(row), num_tokens)
-                case Copy(source, target, num_tokens):
+        self.apply_free_operations(cache_operations)
+        while cache_operations:
+            match cache_operations[0]:
+                case FreeSlots(allocation_id):
+                    self.caches.pop(allocation_id, None)
+                case ReserveSlots(allocation_id) | CopySlots(_, allocation_id) if not _is_needed(
+                    allocation_id, cache_operations
+                ):
+                    pass  # left over from a step that ran out of memory; its request is gone
+                case ReserveSlots(allocation_id, num_tokens):
+                    self.caches[allocation_id] = self._allocate_cache(
+                        self.caches.get(allocation_id), num_tokens
+                    )
+                case CopySlots(source, target, num_tokens):
                     self.caches[target].copy_from(self.caches[source], num_tokens)
-            orders.popleft()
+            cache_operations.popleft()
 
-    def free(self, orders: SequenceOf[MemoryOrder]) -> None:
-        """Give back at once what nobody copies from any more, before memory is asked for."""
-        if not orders:
+    def apply_free_operations(self, cache_operations: Sequence[CacheOperation]) -> None:
+        """Free, ahead of their turn, the caches that no pending copy reads from.
+
+        This releases memory before `apply_cache_operations` allocates more.
+        """
+        if not cache_operations:
             return
-        sources = {o.source for o in orders if isinstance(o, Copy) and _is_wanted(o.target, orders)}
-        for order in orders:
-            if isinstance(order, Free) and order.row not in sources:
-                self.caches.pop(order.row, None)
+        sources = {
+            operation.source
+            for operation in cache_operations
+            if isinstance(operation, CopySlots) and _is_needed(operation.target, cache_operations)
+        }
+        for operation in cache_operations:
+            if isinstance(operation, FreeSlots) and operation.allocation_id not in sources:
+                self.caches.pop(operation.allocation_id, None)
 
-    def _reserve(self, old: KVCache | None, num_tokens: int) -> KVCache:
+    def _allocate_cache(self, old: KVCache | None, num_tokens: int) -> KVCache:
         if self.arena is not None:
             return self.arena.reserve(old, num_tokens, self.caches.values())
         dtype = self.model.dtype
@@ -146,185 +160,191 @@ class Runner:
             cache.copy_from(old, old.length)
         return cache
 
-    def _decode(self, decode: Decode, chunks: SequenceOf[Chunk]) -> Tensor:
-        """Score the words after the newest token of each answer."""
-        tokens: list[Token] = []
+    def _decode(self, decode_backend: DecodeBackend, chunks: Sequence[TokenChunk]) -> Tensor:
+        """Compute the logits after the newest token of each request."""
+        tokens: list[DecodeToken] = []
         for chunk in chunks:
-            cache = self._row(chunk)
+            cache = self._kv_cache(chunk)
             cache.length = chunk.start
-            position = chunk.start + chunk.sequence.prompt.rope_delta
-            tokens.append(Token(chunk.sequence.ids[-1], position, cache))
-        # Nobody's rows ask for an adapter here, and none that an interrupt has left may answer.
-        with self.switch.at_work("model", [(None, len(tokens))]):
-            logits_RV = decode(tokens)
+            position = chunk.start + chunk.request.prompt.rope_delta
+            tokens.append(DecodeToken(chunk.request.all_token_ids[-1], position, cache))
+        # No request of the batch has an adapter; deactivate one that an interrupt left active.
+        with self.lora_manager.activate("model", [(None, len(tokens))]):
+            logits_RV = decode_backend(tokens)
         for chunk, token in zip(chunks, tokens, strict=True):
             token.cache.length = chunk.stop
         return logits_RV
 
-    def _forward(self, chunks: SequenceOf[Chunk]) -> Tensor:
-        ids: list[int] = []
+    def _forward(self, chunks: Sequence[TokenChunk]) -> Tensor:
+        input_ids: list[int] = []
         positions: list[Tensor] = []
-        rows: list[Tensor] = []
-        pads: list[int] = []
+        embeddings: list[Tensor] = []
+        placeholders: list[int] = []
         for chunk in chunks:
-            for at, row_MD in self._vision_of(chunk):
-                rows.append(row_MD)
-                first = len(ids) + at - chunk.start
-                pads += range(first, first + len(row_MD))
-            ids += chunk.ids
-            positions.append(chunk.sequence.positions(chunk.start, chunk.stop + len(chunk.drafts)))
-        ids_T, position_ids_3T, pad_index_M = send(
+            for start, part_MD in self._vision_embeddings(chunk):
+                embeddings.append(part_MD)
+                first = len(input_ids) + start - chunk.start
+                placeholders += range(first, first + len(part_MD))
+            input_ids += chunk.input_ids
+            positions.append(
+                chunk.request.positions(chunk.start, chunk.stop + len(chunk.draft_tokens))
+            )
+        ids_T, position_ids_3T, placeholder_index_M = copy_to_device(
             self.device,
-            torch.tensor(ids),
+            torch.tensor(input_ids),
             torch.cat(positions, dim=1),
-            torch.tensor(pads, dtype=torch.int64),
+            torch.tensor(placeholders, dtype=torch.int64),
         )
         meta = AttnMeta.build(
-            [chunk.num_ids for chunk in chunks],
-            [chunk.start + chunk.num_ids for chunk in chunks],
+            [chunk.num_tokens for chunk in chunks],
+            [chunk.start + chunk.num_tokens for chunk in chunks],
         ).to(self.device)
-        caches = [self._row(chunk) for chunk in chunks]
+        caches = [self._kv_cache(chunk) for chunk in chunks]
         for chunk, cache in zip(chunks, caches, strict=True):
             cache.length = chunk.start
-        with self.switch.at_work("model", [(c.sequence.adapter, c.num_ids) for c in chunks]):
+        with self.lora_manager.activate(
+            "model", [(c.request.adapter, c.num_tokens) for c in chunks]
+        ):
             hidden_TD = self.model(
                 ids_T,
                 position_ids_3T,
                 meta,
-                vision_MD=torch.cat(rows) if rows else None,
-                pad_index_M=pad_index_M if rows else None,
-                caches=self._packed(chunks, caches, meta) or caches,
+                vision_MD=torch.cat(embeddings) if embeddings else None,
+                placeholder_index_M=placeholder_index_M if embeddings else None,
+                caches=self._batch_kv_cache(chunks, caches, meta) or caches,
             )
         for cache, length in zip(caches, meta.lengths_k, strict=True):
             cache.length = length
         return hidden_TD
 
-    def _packed(
-        self, chunks: SequenceOf[Chunk], caches: SequenceOf[KVCache], meta: AttnMeta
-    ) -> SharedCache | None:
-        """Say to a kernel that takes all rows at once where they lie; None: there is none."""
-        if self.arena is None or not self.arena.packs:
+    def _batch_kv_cache(
+        self, chunks: Sequence[TokenChunk], caches: Sequence[KVCache], meta: AttnMeta
+    ) -> BatchKVCache | None:
+        """Describe all caches to the varlen attention kernel; None where it is not supported."""
+        if self.arena is None or not self.arena.supports_varlen:
             return None
-        starts = [self.arena.start(cache) for cache in caches]
+        starts = [self.arena.first_slot(cache) for cache in caches]
         slots = [
-            torch.arange(start + chunk.start, start + chunk.start + chunk.num_ids)
+            torch.arange(start + chunk.start, start + chunk.start + chunk.num_tokens)
             for start, chunk in zip(starts, chunks, strict=True)
         ]
-        starts_S, totals_S, slots_T = send(
+        starts_S, seq_lens_S, slot_mapping_T = copy_to_device(
             self.device, torch.tensor(starts), torch.tensor(meta.lengths_k), torch.cat(slots)
         )
-        return self.arena.rows(meta, starts_S, totals_S, slots_T)
+        return self.arena.batch_cache(meta, starts_S, seq_lens_S, slot_mapping_T)
 
-    def _row(self, chunk: Chunk) -> KVCache:
-        assert chunk.sequence.row is not None
-        return self.caches[chunk.sequence.row.number]
+    def _kv_cache(self, chunk: TokenChunk) -> KVCache:
+        assert chunk.request.allocation is not None
+        return self.caches[chunk.request.allocation.id]
 
-    def _vision_of(self, chunk: Chunk) -> list[tuple[int, Tensor]]:
-        """List (first token, rows) of what a chunk sees of each item."""
-        seen: list[tuple[int, Tensor]] = []
-        for start, item in chunk.sequence.items_after(chunk.start):
+    def _vision_embeddings(self, chunk: TokenChunk) -> list[tuple[int, Tensor]]:
+        """Return (first token, embeddings) of the part of each item that lies in the chunk."""
+        parts: list[tuple[int, Tensor]] = []
+        for start, item in chunk.request.items_after(chunk.start):
             first, last = max(start, chunk.start), min(start + item.num_tokens, chunk.stop)
             if first < last:
-                seen.append((first, self.shelf.rows(item)[first - start : last - start]))
-        return seen
+                parts.append(
+                    (first, self.encoder_cache.embeddings(item)[first - start : last - start])
+                )
+        return parts
 
-    def _logits(self, chunks: SequenceOf[Chunk], hidden_TD: Tensor) -> Tensor:
-        """Score the words after each row from which a token is chosen; R such rows."""
-        wanted: list[int] = []
+    def _compute_logits(self, chunks: Sequence[TokenChunk], hidden_TD: Tensor) -> Tensor:
+        """Compute logits of the R hidden states from which a token is sampled."""
+        logits_indices: list[int] = []
         end = 0
         for chunk in chunks:
-            end += chunk.num_ids
-            wanted += range(end - chunk.num_sampled, end)
-        if not wanted:
+            end += chunk.num_tokens
+            logits_indices += range(end - chunk.num_logits, end)
+        if not logits_indices:
             return hidden_TD.new_empty(0, self.model.config.text.vocab_size)
-        if len(wanted) < len(hidden_TD):
-            hidden_TD = hidden_TD[send(self.device, torch.tensor(wanted))[0]]
-        owners = [(chunk.sequence.adapter, chunk.num_sampled) for chunk in chunks]
-        with self.switch.at_work("lm_head", owners):
+        if len(logits_indices) < len(hidden_TD):
+            hidden_TD = hidden_TD[copy_to_device(self.device, torch.tensor(logits_indices))[0]]
+        adapter_segments = [(chunk.request.adapter, chunk.num_logits) for chunk in chunks]
+        with self.lora_manager.activate("lm_head", adapter_segments):
             return self.model.logits(hidden_TD)
 
 
 def _sample(
-    chunks: SequenceOf[Chunk], logits_RV: Tensor, *, at_once: bool
-) -> list[Sampled | Qwen2VLError]:
-    """Choose the tokens of each sequence, which has its own draws and its own errors."""
-    results: list[Sampled | Qwen2VLError] = []
-    chosen = _chosen_at_once(chunks, logits_RV) if at_once else {}
-    parts = logits_RV.split([chunk.num_sampled for chunk in chunks])
+    chunks: Sequence[TokenChunk], logits_RV: Tensor, *, batch: bool
+) -> list[SampledTokens | Qwen2VLError]:
+    """Sample the tokens of each request, with its own random draws and its own errors."""
+    results: list[SampledTokens | Qwen2VLError] = []
+    batched = _sample_batched(chunks, logits_RV) if batch else {}
+    parts = logits_RV.split([chunk.num_logits for chunk in chunks])
     for index, (chunk, part_RV) in enumerate(zip(chunks, parts, strict=True)):
-        if chunk.num_sampled:
-            chunk.sequence.clock.answer()
-        if index in chosen:
-            results.append(chosen[index])
+        if chunk.num_logits:
+            chunk.request.timer.mark_prefilled()
+        if index in batched:
+            results.append(batched[index])
             continue
         try:
-            # Memory, too: draws that were made cannot be made again by another attempt.
-            with memory_errors_named(chunk.sequence.prompt):
-                results.append(_verify(chunk, part_RV))
+            # Out of memory fails the request: retrying the step would repeat the others' draws.
+            with out_of_memory_as_capacity_error(chunk.request.prompt):
+                results.append(_verify_draft_tokens(chunk, part_RV))
         except Qwen2VLError as error:
             results.append(error)
     return results
 
 
-def _chosen_at_once(
-    chunks: SequenceOf[Chunk], logits_RV: Tensor
-) -> dict[int, Sampled | Qwen2VLError]:
-    """Choose for all whose token depends on one row of logits alone, by place in `chunks`."""
-    plain: dict[int, int] = {}  # place -> row
+def _sample_batched(
+    chunks: Sequence[TokenChunk], logits_RV: Tensor
+) -> dict[int, SampledTokens | Qwen2VLError]:
+    """Sample in one batch all chunks that need one token and nothing special; by chunk index."""
+    rows: dict[int, int] = {}  # chunk index -> row of the logits
     stop = 0
     for index, chunk in enumerate(chunks):
-        stop += chunk.num_sampled
-        if chunk.num_sampled == 1 and chunk.sequence.sampler.is_plain:
-            plain[index] = stop - 1
-    if len(plain) < len(logits_RV):
-        if not plain:
+        stop += chunk.num_logits
+        if chunk.num_logits == 1 and chunk.request.sampler.supports_batched_sampling:
+            rows[index] = stop - 1
+    if len(rows) < len(logits_RV):
+        if not rows:
             return {}
-        logits_RV = logits_RV[send(logits_RV.device, torch.tensor([*plain.values()]))[0]]
+        logits_RV = logits_RV[copy_to_device(logits_RV.device, torch.tensor([*rows.values()]))[0]]
     try:
-        tokens = choose([chunks[index].sequence.sampler for index in plain], logits_RV)
+        tokens = sample_batch([chunks[index].request.sampler for index in rows], logits_RV)
     except torch.OutOfMemoryError:
-        return {}  # one by one they take less, and will draw the same
+        return {}  # one by one they take less memory, with the same draws
     return {
         index: token if isinstance(token, Qwen2VLError) else [(token, None)]
-        for index, token in zip(plain, tokens, strict=True)
+        for index, token in zip(rows, tokens, strict=True)
     }
 
 
-def _suits(decode: Decode, chunks: SequenceOf[Chunk]) -> bool:
-    """Tell whether all chunks are tokens decoded without anything that a quick step has not."""
-    return len(chunks) <= decode.most and all(
-        chunk.is_decode and chunk.sequence.adapter is None for chunk in chunks
+def _can_decode(decode_backend: DecodeBackend, chunks: Sequence[TokenChunk]) -> bool:
+    """Whether the decode backend can compute all chunks: a pure decode batch without adapters."""
+    return len(chunks) <= decode_backend.max_batch_size and all(
+        chunk.is_decode and chunk.request.adapter is None for chunk in chunks
     )
 
 
-def _is_wanted(row: int, orders: SequenceOf[MemoryOrder]) -> bool:
-    """Tell whether a row is to stay, or is copied into one that is to stay."""
-    return Free(row) not in orders or any(
-        order.source == row and _is_wanted(order.target, orders)
-        for order in orders
-        if isinstance(order, Copy)
+def _is_needed(allocation_id: int, cache_operations: Sequence[CacheOperation]) -> bool:
+    """Whether an allocation will not be freed, or is copied into one that will not be."""
+    return FreeSlots(allocation_id) not in cache_operations or any(
+        operation.source == allocation_id and _is_needed(operation.target, cache_operations)
+        for operation in cache_operations
+        if isinstance(operation, CopySlots)
     )
 
 
 @contextmanager
-def _blaming(sequence: Sequence) -> Iterator[None]:
+def _attribute_memory_errors(request: Request) -> Iterator[None]:
     try:
-        with memory_errors_named(sequence.prompt):
+        with out_of_memory_as_capacity_error(request.prompt):
             yield
     except CapacityError as error:
-        raise OverloadError(sequence, error) from error
+        raise StepOutOfMemoryError(request, error) from error
 
 
-def _verify(chunk: Chunk, logits_TV: Tensor) -> Sampled:
-    """Choose a token after the known ones, then after each guess that came true.
+def _verify_draft_tokens(chunk: TokenChunk, logits_TV: Tensor) -> SampledTokens:
+    """Sample the next token, then one more after each draft token that was accepted.
 
-    Every token is chosen by the sampler from the model's own scores, with the same draws as
-    without guesses; a guess only decides whether its scores were computed already.
+    Each token is sampled from the model's logits with the same draws as without speculation, and a
+    draft token is accepted if it equals the sampled one. So drafts never change the output.
     """
-    sampled: Sampled = []
-    for row, logits_V in enumerate(logits_TV):
-        token, logprob = chunk.sequence.sampler.sample(logits_V)
+    sampled: SampledTokens = []
+    for index, logits_V in enumerate(logits_TV):
+        token, logprob = chunk.request.sampler.sample(logits_V)
         sampled.append((token, logprob))
-        if row == len(chunk.drafts) or token != chunk.drafts[row]:
+        if index == len(chunk.draft_tokens) or token != chunk.draft_tokens[index]:
             break
     return sampled

@@ -1,10 +1,10 @@
-"""Guesses at the next tokens, from what was said before: no second model.
+"""Speculative decoding by n-gram lookup: draft tokens are proposed without a draft model.
 
-The last tokens of a sequence are looked up in its own past and in earlier answers about the same
-pictures; what followed there is the guess. The model verifies all guesses of a step in one forward
-(runner.py), so that a right one costs no step of its own and a wrong one changes no answer. A
-sequence begins with a few guesses, gets more as they come true, and none when they fail. (Prompt
-lookup decoding; HF: prompt_lookup_num_tokens.)
+The last tokens of a request are looked up in its prompt and output so far, and in earlier outputs
+for the same images and videos; the tokens that followed there become the draft. `ModelRunner`
+verifies all draft tokens of a step in one forward, so rejected drafts never change the output. Each
+request has a draft budget that grows with accepted tokens and shrinks with rejected ones.
+(Prompt lookup decoding; vLLM: NgramProposer; HF: prompt_lookup_num_tokens.)
 """
 
 from __future__ import annotations
@@ -12,69 +12,70 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 
-from qwen2vl.engine.request import Sequence
+from qwen2vl.engine.request import Request
 
-__all__ = ["Drafter"]
+__all__ = ["NgramProposer"]
 
-_LENGTHS = (6, 4, 3)  # tokens that must agree, the surest first
-_CREDIT = 6  # guesses on trust; each one made costs 1, each that came true earns 4
-_REMEMBERED = 64  # sets of pictures whose last answers are kept
-_TOKENS_EACH = 2048  # of such answers
-_LEAD = max(_LENGTHS)  # tokens of the prompt kept before an answer, by which it is found again
-_BYTES = array("i").itemsize
+_NGRAM_LENGTHS = (6, 4, 3)  # tokens that must match, tried in this order
+_INITIAL_BUDGET = 6  # draft tokens; each one proposed costs 1, each one accepted earns 4
+_MAX_MEDIA_KEYS = 64  # sets of images and videos whose latest outputs are kept
+_MAX_TOKENS_PER_KEY = 2048  # of those outputs
+_NUM_PROMPT_TOKENS = max(_NGRAM_LENGTHS)  # kept before each output, to match its beginning
+_TOKEN_BYTES = array("i").itemsize
 
 
-class Drafter:
-    """Proposes at most `num_drafts` tokens a step for each sequence."""
+class NgramProposer:
+    """Proposes up to `num_speculative_tokens` draft tokens per step for each request."""
 
-    def __init__(self, num_drafts: int) -> None:
-        self.num_drafts = num_drafts
-        self._answers: OrderedDict[tuple[bytes, ...], list[int]] = OrderedDict()
+    def __init__(self, num_speculative_tokens: int) -> None:
+        self.num_speculative_tokens = num_speculative_tokens
+        self._outputs: OrderedDict[tuple[bytes, ...], list[int]] = OrderedDict()
 
-    def __call__(self, sequence: Sequence, most: int) -> list[int]:
-        """Guess what follows, at most `most` tokens; often nothing."""
-        forced = sequence.sampler.forced()  # what a grammar dictates is as good as known
-        if forced:
-            return forced[: max(0, min(most, self.num_drafts))]
-        credit = _CREDIT + 4 * sequence.num_accepted - sequence.num_drafted
-        most = min(most, self.num_drafts, (credit + 1) // 2)
-        if most <= 0:
+    def propose(self, request: Request, max_tokens: int) -> list[int]:
+        """Return up to `max_tokens` draft tokens for a request; often none."""
+        # Tokens that the grammar determines are accepted almost always: no n-gram lookup needed.
+        jump_forward = request.sampler.jump_forward_tokens()
+        if jump_forward:
+            return jump_forward[: max(0, min(max_tokens, self.num_speculative_tokens))]
+        budget = _INITIAL_BUDGET + 4 * request.num_accepted_tokens - request.num_draft_tokens
+        max_tokens = min(max_tokens, self.num_speculative_tokens, (budget + 1) // 2)
+        if max_tokens <= 0:
             return []
-        known = array("i", self._answers.get(_pictures(sequence), ()))
-        known.extend(array("i", sequence.ids))
-        text = known.tobytes()
-        for length in _LENGTHS:
-            found = _continuation(text, length, most)
-            if found:
-                return found
+        tokens = array("i", self._outputs.get(_media_key(request), ()))
+        tokens.extend(array("i", request.all_token_ids))
+        token_bytes = tokens.tobytes()
+        for length in _NGRAM_LENGTHS:
+            draft_tokens = _find_continuation(token_bytes, length, max_tokens)
+            if draft_tokens:
+                return draft_tokens
         return []
 
-    def learn(self, sequence: Sequence) -> None:
-        """Remember a finished answer, if it was about pictures."""
-        pictures = _pictures(sequence)
-        if not pictures:
+    def add_finished(self, request: Request) -> None:
+        """Store the output of a finished request for later lookups, if it has images or videos."""
+        key = _media_key(request)
+        if not key:
             return
-        start = max(0, len(sequence.prompt.input_ids) - _LEAD)
-        told = self._answers.pop(pictures, []) + sequence.ids[start:]
-        self._answers[pictures] = told[-_TOKENS_EACH:]
-        if len(self._answers) > _REMEMBERED:
-            self._answers.popitem(last=False)
+        start = max(0, len(request.prompt.input_ids) - _NUM_PROMPT_TOKENS)
+        tokens = self._outputs.pop(key, []) + request.all_token_ids[start:]
+        self._outputs[key] = tokens[-_MAX_TOKENS_PER_KEY:]
+        if len(self._outputs) > _MAX_MEDIA_KEYS:
+            self._outputs.popitem(last=False)
 
 
-def _pictures(sequence: Sequence) -> tuple[bytes, ...]:
-    return tuple(item.digest for item in sequence.prompt.items)
+def _media_key(request: Request) -> tuple[bytes, ...]:
+    return tuple(item.digest for item in request.prompt.items)
 
 
-def _continuation(text: bytes, length: int, most: int) -> list[int]:
-    """Find the last earlier place where the last `length` ids stand, and what follows there.
+def _find_continuation(token_bytes: bytes, ngram_length: int, max_tokens: int) -> list[int]:
+    """Return the tokens after the last earlier occurrence of the final n-gram.
 
-    Searching bytes runs in C; a hit that is not aligned to whole ids is none.
+    The search runs over bytes, in C; a match that is not aligned to whole tokens is skipped.
     """
-    pattern = text[-length * _BYTES :]
-    end = len(text) - _BYTES
-    while (at := text.rfind(pattern, 0, end)) >= 0:
-        if at % _BYTES == 0:
-            first = at + len(pattern)
-            return array("i", text[first : first + most * _BYTES]).tolist()
-        end = at + len(pattern) - 1
+    ngram = token_bytes[-ngram_length * _TOKEN_BYTES :]
+    end = len(token_bytes) - _TOKEN_BYTES
+    while (at := token_bytes.rfind(ngram, 0, end)) >= 0:
+        if at % _TOKEN_BYTES == 0:
+            first = at + len(ngram)
+            return array("i", token_bytes[first : first + max_tokens * _TOKEN_BYTES]).tolist()
+        end = at + len(ngram) - 1
     return []

@@ -1,78 +1,97 @@
-"""A prompt and its wishes -> refused in words, or made into sequences that can be answered.
+"""Request validation: checks prompts and sampling parameters, and creates engine requests.
 
-Everything that is known of a request before it is computed is decided here: whether its tokens,
-its grammar and its adapter exist and its prompt fits, how its tokens are chosen, and when its
-answer is over. Nothing is queued. Next room: llm.py, the door that this stands behind.
+Before anything is computed, `RequestValidator` checks that stop tokens, grammar and LoRA adapter
+exist and that the prompt fits, and resolves sampling parameters and stop conditions. The functions
+after it normalize arguments of `LLM` methods: conversations to a list, params to one per prompt.
+Nothing is queued here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen2vl.engine.kv_cache.capacity import check_context
-from qwen2vl.engine.request import Sequence
+from qwen2vl.engine.request import Request
 from qwen2vl.engine.sampling.grammar_matcher import GrammarCompiler
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.sampling.sampler import Rule, Sampler
+from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams, Sampler
 from qwen2vl.errors import InputError
-from qwen2vl.lora.multi import Adapter
+from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
-from qwen2vl.processor.tokenizer import TextStream, Tokenizer
+from qwen2vl.processor.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwen2vl.weights import GenerationDefaults
 
 __all__ = [
     "Conversation",
-    "Reception",
+    "PreparedRequest",
+    "RequestValidator",
     "as_batch",
+    "broadcast_params",
+    "ends_with_assistant",
     "find_adapter",
-    "is_unfinished",
-    "one_each",
-    "seen_through",
+    "with_adapter_digest",
 ]
 
 
-class Reception:
-    """Receives the requests of one model."""
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class PreparedRequest(NamedTuple):
+    """A request that was preprocessed and validated."""
+
+    prompt: ModelInput
+    params: SamplingParams
+    process_seconds: float  # time that preprocessing took
+
+
+class RequestValidator:
+    """Validates the requests of one model and creates them."""
 
     def __init__(
         self,
         model: Qwen2VL,
         tokenizer: Tokenizer,
-        generation: GenerationDefaults,
-        adapters: Mapping[str, Adapter],
+        generation_defaults: GenerationDefaults,
+        adapters: Mapping[str, LoraAdapter],
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._generation = generation
+        self._generation_defaults = generation_defaults
         self._adapters = adapters
-        ends = generation.eos_token_ids or ()
-        self._end_ids = frozenset((model.config.eos_token_id, *ends))
+        eos_token_ids = generation_defaults.eos_token_ids or ()
+        self._eos_token_ids = frozenset((model.config.eos_token_id, *eos_token_ids))
         self._vocab_size = model.config.text.vocab_size
-        self._grammars = GrammarCompiler(
-            tokenizer, end_ids=self._end_ids, vocab_size=self._vocab_size
+        self._grammar_compiler = GrammarCompiler(
+            tokenizer, end_ids=self._eos_token_ids, vocab_size=self._vocab_size
         )
 
-    def check(
-        self, prompt: ModelInput, params: SamplingParams, *, max_model_len: int, cache_tokens: int
+    def validate(
+        self,
+        prompt: ModelInput,
+        params: SamplingParams,
+        *,
+        max_model_len: int,
+        kv_cache_tokens: int,
     ) -> None:
-        """Refuse what cannot be answered; may run in any thread.
+        """Check that a request can be run; thread-safe.
 
         Raises:
-            InputError: a stop token or adapter is not there, or a grammar allows nothing.
-            CapacityError: the prompt does not fit into context or cache.
+            InputError: a stop token or adapter does not exist, or a grammar allows no output.
+            CapacityError: the prompt does not fit into the context or the KV cache.
         """
-        self.adapter(params.adapter)
+        self.get_adapter(params.adapter)
         if params.grammar is not None:
-            self._grammars.start(params.grammar)  # compiled now, and kept
-        strangers = [token for token in params.stop_token_ids if token >= self._vocab_size]
-        if strangers:
+            self._grammar_compiler.create_matcher(
+                params.grammar
+            )  # compiles it, and keeps it cached
+        unknown = [token for token in params.stop_token_ids if token >= self._vocab_size]
+        if unknown:
             raise InputError(
-                f"stop_token_ids: {strangers[0]} is not a token of this model, whose ids end at "
+                f"stop_token_ids: {unknown[0]} is not a token of this model, whose ids end at "
                 f"{self._vocab_size - 1}"
             )
         check_context(
@@ -80,39 +99,39 @@ class Reception:
             self._model.config,
             max_model_len=max_model_len,
             max_tokens=params.max_tokens,
-            cache_tokens=cache_tokens,
+            kv_cache_tokens=kv_cache_tokens,
         )
 
-    def adapter(self, name: str | None) -> Adapter | None:
-        """Look up an adapter; None: the model alone.
+    def get_adapter(self, name: str | None) -> LoraAdapter | None:
+        """Return the adapter of that name; None for no adapter.
 
         Raises:
-            InputError: there is none of that name.
+            InputError: no adapter has that name.
         """
         return find_adapter(self._adapters, name)
 
-    def sequences(
-        self, prompt: ModelInput, params: SamplingParams, *, longest: int, index: int
-    ) -> list[Sequence]:
-        """Make the `params.n` sequences of a request that `check` has let pass.
+    def create_requests(
+        self, prompt: ModelInput, params: SamplingParams, *, max_total_tokens: int, index: int
+    ) -> list[Request]:
+        """Create `params.n` requests, one for each sample, from a prompt that passed `validate`.
 
         Args:
             prompt: the prompt they share.
-            params: what is wished of each.
-            longest: tokens of prompt and answer at most.
-            index: which of the answers of a call the first of them is.
+            params: the sampling parameters they share.
+            max_total_tokens: the limit of prompt plus output tokens.
+            index: the index of the first completion among those of the call.
         """
-        ends = frozenset() if params.ignore_eos else self._end_ids
-        adapter = self.adapter(params.adapter)
-        prompt = seen_through(prompt, adapter)
+        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        adapter = self.get_adapter(params.adapter)
+        prompt = with_adapter_digest(prompt, adapter)
         return [
-            Sequence(
+            Request(
                 prompt,
                 params,
-                TextStream(self._tokenizer),
+                IncrementalDetokenizer(self._tokenizer),
                 self._sampler(prompt, params, sample),
-                end_ids=ends | frozenset(params.stop_token_ids),
-                max_model_len=longest,
+                stop_token_ids=eos_token_ids | frozenset(params.stop_token_ids),
+                max_model_len=max_total_tokens,
                 index=index + sample,
                 adapter=adapter,
             )
@@ -121,21 +140,23 @@ class Reception:
 
     def _sampler(self, prompt: ModelInput, params: SamplingParams, sample: int) -> Sampler:
         return Sampler(
-            Rule.resolve(params, self._generation),
+            ResolvedSamplingParams.resolve(params, self._generation_defaults),
             prompt.input_ids,
             vocab_size=self._vocab_size,
             device=self._model.device,
             seed=None if params.seed is None else (params.seed + sample) % 2**64,
             num_logprobs=params.logprobs,
-            matcher=None if params.grammar is None else self._grammars.start(params.grammar),
+            matcher=None
+            if params.grammar is None
+            else self._grammar_compiler.create_matcher(params.grammar),
         )
 
 
-def find_adapter(adapters: Mapping[str, Adapter], name: str | None) -> Adapter | None:
-    """Look up the adapter of a request; None: the model alone.
+def find_adapter(adapters: Mapping[str, LoraAdapter], name: str | None) -> LoraAdapter | None:
+    """Return the adapter of that name; None for no adapter.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no adapter has that name.
     """
     if name is None:
         return None
@@ -145,8 +166,11 @@ def find_adapter(adapters: Mapping[str, Adapter], name: str | None) -> Adapter |
     return adapters[name]
 
 
-def seen_through(prompt: ModelInput, adapter: Adapter | None) -> ModelInput:
-    """Tell a prompt's items from the same ones that another tower sees."""
+def with_adapter_digest(prompt: ModelInput, adapter: LoraAdapter | None) -> ModelInput:
+    """Mix the adapter's digest into the item digests, if it changes the vision tower.
+
+    So the encoder cache never shares embeddings between different vision weights.
+    """
     if adapter is None or not adapter.vision_digest or not prompt.items:
         return prompt
     items = [
@@ -156,16 +180,13 @@ def seen_through(prompt: ModelInput, adapter: Adapter | None) -> ModelInput:
     return replace(prompt, items=tuple(items))
 
 
-Conversation = SequenceOf[Mapping[str, Any]]
-
-
-def as_batch(conversations: Conversation | SequenceOf[Conversation]) -> list[Conversation]:
-    """Tell one conversation (its first element is a message) from a list of them.
+def as_batch(conversations: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """Return a list of conversations, given one conversation or a list of them.
 
     Raises:
-        InputError: neither; what its messages are is for the processor to check.
+        InputError: the argument is neither. The messages are checked by the processor.
     """
-    if not isinstance(conversations, SequenceOf) or isinstance(conversations, str):
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         raise InputError(
             "conversations: expected a list of messages or a list of such lists, got "
             f"{type(conversations).__name__}; wrap text as "
@@ -176,25 +197,25 @@ def as_batch(conversations: Conversation | SequenceOf[Conversation]) -> list[Con
     return list(conversations)  # type: ignore[arg-type]
 
 
-def is_unfinished(conversation: Conversation) -> bool:
-    """Tell whether the assistant has the last word; what is no message the processor names."""
+def ends_with_assistant(conversation: Conversation) -> bool:
+    """Whether the last message is an assistant's; the processor reports malformed messages."""
     last = conversation[-1] if conversation else None
     return isinstance(last, Mapping) and last.get("role") == "assistant"
 
 
-def one_each(
-    params: SamplingParams | SequenceOf[SamplingParams] | None, count: int
+def broadcast_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams]:
-    """Give each of `count` prompts its params.
+    """Return one SamplingParams for each of `count` prompts.
 
     Raises:
-        InputError: there are more or fewer, or something else among them.
+        InputError: their number differs from `count`, or an element has another type.
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
         raise InputError(f"params: got {len(params)} for {count} prompts; give one, or one each")
-    strange = [type(wish).__name__ for wish in params if not isinstance(wish, SamplingParams)]
-    if strange:
-        raise InputError(f"params: got {strange[0]}, must be SamplingParams, one or one each")
+    unexpected = [type(one).__name__ for one in params if not isinstance(one, SamplingParams)]
+    if unexpected:
+        raise InputError(f"params: got {unexpected[0]}, must be SamplingParams, one or one each")
     return list(params)

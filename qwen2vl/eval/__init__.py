@@ -1,7 +1,7 @@
-"""What is measured: this library against the reference, step by step, and answers against truth.
+"""Evaluation: benchmark suites with known answers, and numerical parity with transformers.
 
-parity.py compares two sides of one forward; reference.py is the other side, run by transformers.
-metrics.py says how right an answer is, task.py walks through questions with any callable that
-answers, drawn.py makes questions of drawn pictures, mini.py is the suite of this house, and
-freeze.py how its specs were drawn. Nothing here prints: cli/ does.
+task.py runs a task with any callable that answers messages; metrics.py scores answers;
+synthetic.py builds tasks from rendered images; mini.py is the mini suite, and freeze.py is how its
+examples were sampled. parity.py compares the activations of one forward pass with reference.py,
+which runs transformers. Nothing here prints: cli/ does.
 """

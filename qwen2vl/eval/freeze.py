@@ -1,9 +1,9 @@
-"""How the mini suite was drawn, once: python -c "from qwen2vl.eval.freeze import freeze; freeze()".
+"""Sampling of the frozen mini suite: python -c "from qwen2vl.eval.freeze import freeze; freeze()".
 
-Each section takes the first specs of one endless series that fill its quotas: so many of each kind
-of question, and of these at most so many with the same answer, so that no guess is worth much.
-Drawing again after synth/ has changed gives another suite, and every figure before it is void;
-tests/eval/test_mini.py guards the file. It must not know tasks or models. Next room: mini.py.
+Each section takes the first specs of an endless seeded series that fill its quotas: a number of
+questions of each kind, of which at most a number have the same answer, so that answering without
+the image scores little. This was run once. Running it again after synth/ has changed gives a
+different suite and invalidates all earlier scores; tests/eval/test_mini.py checks the file's hash.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ FILE = Path(__file__).parent / "suites" / "mini.json"
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """How many questions of one kind, and how many of them may have the same answer."""
+    """Number of questions of one kind, and how many of them may have the same answer."""
 
     count: int
-    same_answer: int
+    max_same_answer: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """Where the specs of a section come from, and which are taken."""
+    """Distribution of the specs of a section, and the quotas that select from it."""
 
     mixture: Mixture
     quotas: Mapping[str, Quota]  # by kind of question
@@ -108,46 +108,50 @@ SECTIONS: Mapping[str, Section] = {
 
 
 def freeze(path: Path = FILE) -> None:
-    """Write all sections, one spec a line.
+    """Write all sections, one spec per line.
 
     Raises:
-        FontError: a judging font is not installed.
+        FontError: a held-out font is not installed.
     """
-    parts = []
+    sections = []
     for name, section in SECTIONS.items():
         specs = [json.dumps(s.to_json(), separators=(",", ":")) for s in draw_section(section)]
-        parts.append(f'"{name}": [\n' + ",\n".join(specs) + "\n]")
-    content = f'{{"seed": {SEED}, "sections": {{\n' + ",\n".join(parts) + "\n}}\n"
+        sections.append(f'"{name}": [\n' + ",\n".join(specs) + "\n]")
+    content = f'{{"seed": {SEED}, "sections": {{\n' + ",\n".join(sections) + "\n}}\n"
     path.write_text(content, encoding="utf-8")
 
 
 def draw_section(section: Section) -> list[Spec]:
-    """Take specs until every quota is full, in an order that tells nothing of their answers."""
-    taken: list[Spec] = []
-    answers: Counter[tuple[str, str]] = Counter()
-    kinds: Counter[str] = Counter()
+    """Sample specs until every quota is full, and shuffle them."""
+    selected: list[Spec] = []
+    num_per_answer: Counter[tuple[str, str]] = Counter()
+    num_per_kind: Counter[str] = Counter()
     index = 0
-    while any(kinds[kind] < quota.count for kind, quota in section.quotas.items()):
+    while any(num_per_kind[kind] < quota.count for kind, quota in section.quotas.items()):
         spec = sample(SEED, index, section.mixture)
         index += 1
         (question,) = spec.questions
         quota = section.quotas.get(question.task, Quota(0, 0))
         key = (question.task, question.answer)
-        room = kinds[question.task] < quota.count and answers[key] < quota.same_answer
-        if room and _is_knowable(spec):
-            taken.append(spec)
-            kinds[question.task] += 1
-            answers[key] += 1
-    # Rare answers fill their quota last: neighbors would share them, the first few lack them.
-    Random(SEED).shuffle(taken)
-    return taken
+        has_capacity = (
+            num_per_kind[question.task] < quota.count
+            and num_per_answer[key] < quota.max_same_answer
+        )
+        if has_capacity and _is_legible(spec):
+            selected.append(spec)
+            num_per_kind[question.task] += 1
+            num_per_answer[key] += 1
+    # Rare answers fill their quota last, so they would be adjacent and missing from the first
+    # examples (--limit).
+    Random(SEED).shuffle(selected)
+    return selected
 
 
-def _is_knowable(spec: Spec) -> bool:
-    """Tell whether the letters can be known: EB Garamond writes 0 as o, and 1 as a small I."""
+def _is_legible(spec: Spec) -> bool:
+    """Return whether every character is unambiguous: EB Garamond draws 0 as o, 1 as a small I."""
     return not any(
-        isinstance(picture, Line)
-        and picture.font.startswith("EBGaramond")
-        and set(picture.text) & {"0", "1"}
-        for picture in spec.pictures
+        isinstance(image, Line)
+        and image.font.startswith("EBGaramond")
+        and set(image.text) & {"0", "1"}
+        for image in spec.pictures
     )

@@ -1,9 +1,9 @@
-"""How right an answer is, and how sure one can be of a mean of such answers.
+"""Evaluation metrics with confidence intervals: CER, exact match, IoU, Wilson score, chance level.
 
-Text is judged by the character error rate (edits over the length of the truth, all lines together)
-and by exact match; words by exact match after `normalize`; boxes by their overlap. Beside every
-share stands what guessing would reach: `chance_limit` is the most that luck explains. It must not
-know tasks, pictures or models; standard library only. Next room: task.py.
+Recognized text is scored by the character error rate (edit distance over the length of the ground
+truth, summed over all lines) and by exact match; short answers by exact match after
+`normalize_answer`; boxes by IoU. `chance_upper_bound` is the highest accuracy that guessing can
+explain. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from math import sqrt
 from qwen2vl import grounding
 
 __all__ = [
-    "chance_limit",
+    "chance_upper_bound",
     "edit_distance",
     "iou",
-    "normalize",
+    "normalize_answer",
     "ratio_interval",
     "wilson_interval",
 ]
@@ -26,11 +26,11 @@ Z = 1.96  # standard deviations on either side that hold 95 % of a normal distri
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Count the fewest insertions, deletions and replacements that turn `a` into `b`.
+    """Return the Levenshtein distance: fewest insertions, deletions and replacements from a to b.
 
-    Compares code points; costs len(a) * len(b) steps. (Levenshtein.)
+    Compares code points; takes len(a) * len(b) steps.
     """
-    row = list(range(len(b) + 1))  # distances from the first i characters of a to each start of b
+    row = list(range(len(b) + 1))  # distances from the first i characters of a to each prefix of b
     for i, left in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, right in enumerate(b, 1):
@@ -40,12 +40,12 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def normalize(answer: str) -> str:
-    """Reduce an answer in words to what is compared: "A red circle. " is "red circle".
+def normalize_answer(answer: str) -> str:
+    """Normalize a short answer for exact match: "A red circle. " becomes "red circle".
 
-    Grounding tokens, space around, one full stop at the end, upper case and an article at the
-    beginning do not count; space inside counts as one. Never used on text that was read, where
-    all but the space around matters.
+    Removes grounding tokens, surrounding whitespace, one final full stop, case and a leading
+    article, and collapses whitespace. Not used for text recognition, where only surrounding
+    whitespace is ignored. (As in the evaluation of SQuAD and VQA.)
     """
     for token in grounding.GROUNDING_TOKENS:
         answer = answer.replace(token, " ")
@@ -56,50 +56,52 @@ def normalize(answer: str) -> str:
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Divide what two boxes (x1, y1, x2, y2) share by what they cover together.
+    """Return the intersection over union (IoU) of two boxes (x1, y1, x2, y2).
 
-    Scaling an axis of both changes nothing, so boxes in pixels, in thousandths or in shares of
-    the picture give the same. Two boxes without area share nothing.
+    Invariant to scaling an axis of both boxes, so that pixels, thousandths and normalized
+    coordinates give the same value. The IoU of two boxes without area is 0.
     """
-    wide = min(a[2], b[2]) - max(a[0], b[0])
-    high = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(wide, 0) * max(high, 0)
-    covered = _area(a) + _area(b) - shared
-    return shared / covered if covered > 0 else 0.0
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(width, 0) * max(height, 0)
+    union = _area(a) + _area(b) - intersection
+    return intersection / union if union > 0 else 0.0
 
 
-def wilson_interval(right: float, count: int) -> tuple[float, float]:
-    """Bound a share `right` / `count` with 95 % confidence (Wilson's score interval).
+def wilson_interval(correct: float, count: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of `correct` / `count` (Wilson score interval).
 
-    Unlike the plain normal interval it says something at shares of 0 and 1.
+    Unlike the normal approximation it has a width at proportions of 0 and 1.
     """
-    share, z2 = right / count, Z * Z
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z * sqrt(share * (1 - share) / count + z2 / (4 * count * count)) / (1 + z2 / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    p, z2 = correct / count, Z * Z
+    center = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z * sqrt(p * (1 - p) / count + z2 / (4 * count * count)) / (1 + z2 / count)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
-def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Bound sum(parts) / sum(wholes) with 95 % confidence, each pair being drawn on its own.
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float]
+) -> tuple[float, float]:
+    """Return the 95 % confidence interval of sum(numerators) / sum(denominators).
 
-    The linearized ratio: a long line with many errors counts for more than a short one. With one
-    pair nothing is known, and the ratio itself comes back twice.
+    Linearized ratio estimator over independent pairs: a long line with many errors weighs more
+    than a short one. With one pair the variance is unknown, and both bounds are the ratio.
     """
-    count, total = len(parts), sum(wholes)
-    ratio = sum(parts) / total
+    count, total = len(numerators), sum(denominators)
+    ratio = sum(numerators) / total
     if count < 2:
         return ratio, ratio
-    squares = sum((part - ratio * whole) ** 2 for part, whole in zip(parts, wholes, strict=True))
+    squares = sum((n - ratio * d) ** 2 for n, d in zip(numerators, denominators, strict=True))
     half = Z * sqrt(squares * count / (count - 1)) / total
     return max(0.0, ratio - half), ratio + half
 
 
-def chance_limit(chances: Sequence[float], *, sigmas: float = 3.0) -> float:
-    """Return the share of right answers that guessing exceeds in one run of a thousand.
+def chance_upper_bound(chances: Sequence[float], *, sigmas: float = 3.0) -> float:
+    """Return the accuracy that guessing exceeds in about one of a thousand runs.
 
     Args:
-        chances: for each question, how likely a guess is right.
-        sigmas: standard deviations above the expected share; three leave 0.13 %.
+        chances: chance level of each question: probability that a guess is correct.
+        sigmas: standard deviations above the expected accuracy; three leave 0.13 %.
     """
     count = len(chances)
     deviation = sqrt(sum(p * (1 - p) for p in chances)) / count

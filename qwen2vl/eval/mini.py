@@ -1,9 +1,8 @@
-"""The mini suite: what a small Qwen2-VL must be able to do, frozen, in a few minutes.
+"""The mini suite: a frozen benchmark of OCR, counting, grounding, relations and video, in minutes.
 
-suites/mini.json holds the specs (freeze.py made it); pictures are drawn when asked for. Each part
-is one line of the table: a task and the bar that it has to pass. The parts that repeat questions
-on other canvases, with shuffled frames or with wrong pictures are made here, from the same specs.
-It must not know how answers come about. Next room: cli/commands/eval.py.
+suites/mini.json holds the specs (sampled once by freeze.py); images are rendered on demand. Each
+part is one line of the result table: a task and the threshold of its score. The parts with scaled
+text, other canvases, shuffled frames or mismatched images are derived here from the same specs.
 """
 
 from __future__ import annotations
@@ -17,131 +16,160 @@ from importlib.resources import files
 from typing import Literal
 
 from qwen2vl.errors import InputError
-from qwen2vl.eval.drawn import (
-    Case,
-    DrawnTask,
-    cases_of,
-    chances_of,
-    on_canvas,
-    out_of_order,
-    with_wrong_pictures,
+from qwen2vl.eval.synthetic import (
+    EvalCase,
+    SyntheticTask,
+    build_cases,
+    chance_levels,
+    pad_to_aspect_ratio,
+    shuffle_frames,
+    with_mismatched_images,
 )
-from qwen2vl.eval.task import Results
+from qwen2vl.eval.task import TaskResults
 from qwen2vl.synth import Spec
 
-__all__ = ["PARTS", "Bar", "Verdict", "build", "judge", "select", "specs_of"]
+__all__ = [
+    "PARTS",
+    "Threshold",
+    "ThresholdCheck",
+    "build_task",
+    "check_thresholds",
+    "load_section",
+    "select_parts",
+]
 
-# Width / height of the canvases in text_odd_aspect; the lines themselves have from 1 to 20.
-ASPECTS = (0.5, 1.0, 10.0, 20.0)
+# Width / height of the canvases in text_odd_aspect; those of the lines themselves are 1 to 20.
+ASPECT_RATIOS = (0.5, 1.0, 10.0, 20.0)
 
-# With its frames shuffled a clip still shows the line along which something moved, not the way.
+# Shuffled frames still show the axis of a motion, but not its direction: two answers are left.
 SHUFFLED_CHANCE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """What the score of a part has to reach.
+class Threshold:
+    """Threshold of the score of a part.
 
-    share: right answers, at least `floor`. errors: characters wrong, at most `floor`. near: the
-    error rate at most `floor` above that of the part `text`. chance: right answers, no more than
-    luck explains. none: reported only.
+    accuracy: at least `limit`. cer: character error rate of at most `limit`. relative_cer:
+    character error rate of at most `limit` above that of the part `text`. chance: accuracy no
+    higher than guessing explains. none: reported only.
     """
 
-    kind: Literal["share", "errors", "near", "chance", "none"]
-    floor: float | None = None
+    kind: Literal["accuracy", "cer", "relative_cer", "chance", "none"]
+    limit: float | None = None
     goal: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One line of the table."""
+class SuitePart:
+    """One part of the suite: a line of the result table."""
 
-    section: str  # of the file, whose specs it takes
+    section: str  # of the file, whose specs it uses
     note: str
-    bar: Bar
-    twist: Callable[[tuple[Case, ...]], tuple[Case, ...]] = tuple
+    threshold: Threshold
+    transform: Callable[[tuple[EvalCase, ...]], tuple[EvalCase, ...]] = tuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """How a part stands to its bar."""
+class ThresholdCheck:
+    """Score of a part compared with its threshold."""
 
-    measure: Literal["share right", "character errors"]
+    metric: Literal["accuracy", "character error rate"]
     score: float
     interval: tuple[float, float]  # 95 % confidence
-    floor: float | None  # a share has to reach it, a share of chance or errors to stay below
+    limit: float | None  # lower bound, or upper bound if `lower_is_better`
     goal: float | None
-    at_most: bool  # whether less is better
-    met: bool | None  # None: there is no floor, or what it refers to was not run
+    lower_is_better: bool
+    passed: bool | None  # None: no limit, or the part it is relative to was not run
 
 
-def _each(change: Callable[[Spec], Spec], cases: Sequence[Case]) -> tuple[Case, ...]:
-    return tuple(replace(case, spec=change(case.spec)) for case in cases)
+def _map_specs(
+    transform: Callable[[Spec], Spec], cases: Sequence[EvalCase]
+) -> tuple[EvalCase, ...]:
+    return tuple(replace(case, spec=transform(case.spec)) for case in cases)
 
 
-def _enlarged(k: int) -> Callable[[tuple[Case, ...]], tuple[Case, ...]]:
-    return partial(_each, lambda spec: spec.scaled(k))
+def _scale(k: int) -> Callable[[tuple[EvalCase, ...]], tuple[EvalCase, ...]]:
+    return partial(_map_specs, lambda spec: spec.scaled(k))
 
 
-def _on_odd_canvases(cases: Sequence[Case]) -> tuple[Case, ...]:
+def _pad_to_odd_aspects(cases: Sequence[EvalCase]) -> tuple[EvalCase, ...]:
     return tuple(
-        replace(case, spec=on_canvas(case.spec, ASPECTS[i % len(ASPECTS)]))
+        replace(case, spec=pad_to_aspect_ratio(case.spec, ASPECT_RATIOS[i % len(ASPECT_RATIOS)]))
         for i, case in enumerate(cases)
     )
 
 
-def _shuffled(cases: Sequence[Case]) -> tuple[Case, ...]:
-    return tuple(replace(case, chance=SHUFFLED_CHANCE) for case in _each(out_of_order, cases))
+def _shuffle(cases: Sequence[EvalCase]) -> tuple[EvalCase, ...]:
+    return tuple(
+        replace(case, chance=SHUFFLED_CHANCE) for case in _map_specs(shuffle_frames, cases)
+    )
 
 
-_FONTS = "fonts that training never saw; question wordings that training never saw"
-_WORDINGS = "question wordings that training never saw"
-_WRONG = "control: the picture belongs to another question of the same kind"
-_NEAR = Bar(kind="near", floor=0.02)
-_CHANCE = Bar(kind="chance")
-_NO_BAR = Bar(kind="none")
+_FONTS = "fonts and question wordings that were held out from training"
+_WORDINGS = "question wordings that were held out from training"
+_MISMATCHED = "control: the image belongs to another question of the same kind"
+_NEAR_TEXT = Threshold(kind="relative_cer", limit=0.02)
+_CHANCE = Threshold(kind="chance")
+_NO_THRESHOLD = Threshold(kind="none")
 
-_PLAIN = {
-    "text": Part(section="text", note=_FONTS, bar=Bar(kind="errors", floor=0.04, goal=0.02)),
-    "text_2x": Part(section="text", note="text at twice the size", bar=_NEAR, twist=_enlarged(2)),
-    "text_3x": Part(section="text", note="text at 3 times the size", bar=_NEAR, twist=_enlarged(3)),
-    "text_odd_aspect": Part(
+_BASE_PARTS = {
+    "text": SuitePart(
+        section="text", note=_FONTS, threshold=Threshold(kind="cer", limit=0.04, goal=0.02)
+    ),
+    "text_2x": SuitePart(
+        section="text", note="text at twice the size", threshold=_NEAR_TEXT, transform=_scale(2)
+    ),
+    "text_3x": SuitePart(
+        section="text", note="text at 3 times the size", threshold=_NEAR_TEXT, transform=_scale(3)
+    ),
+    "text_odd_aspect": SuitePart(
         section="text",
         note="text on larger canvases, width : height 1:2, 1:1, 10:1, 20:1",
-        bar=_NEAR,
-        twist=_on_odd_canvases,
+        threshold=_NEAR_TEXT,
+        transform=_pad_to_odd_aspects,
     ),
-    "shapes": Part(section="shapes", note=_WORDINGS, bar=Bar(kind="share", floor=0.99)),
-    "counting": Part(section="counting", note=_WORDINGS, bar=Bar(kind="share", floor=0.95)),
-    "relations": Part(section="relations", note=_WORDINGS, bar=_NO_BAR),
-    "find": Part(
+    "shapes": SuitePart(
+        section="shapes", note=_WORDINGS, threshold=Threshold(kind="accuracy", limit=0.99)
+    ),
+    "counting": SuitePart(
+        section="counting", note=_WORDINGS, threshold=Threshold(kind="accuracy", limit=0.95)
+    ),
+    "relations": SuitePart(section="relations", note=_WORDINGS, threshold=_NO_THRESHOLD),
+    "find": SuitePart(
         section="find",
-        note=f"right where the first box overlaps the truth with an IoU of 0.5; {_WORDINGS}",
-        bar=Bar(kind="share", floor=0.9),
+        note=f"correct where the first box has an IoU of at least 0.5; {_WORDINGS}",
+        threshold=Threshold(kind="accuracy", limit=0.9),
     ),
-    "name_box": Part(section="name_box", note=_WORDINGS, bar=_NO_BAR),
-    "motion": Part(section="motion", note=_WORDINGS, bar=Bar(kind="share", floor=0.95)),
-    "two_pictures": Part(section="two_pictures", note=_WORDINGS, bar=Bar(kind="share", floor=0.9)),
+    "name_box": SuitePart(section="name_box", note=_WORDINGS, threshold=_NO_THRESHOLD),
+    "motion": SuitePart(
+        section="motion", note=_WORDINGS, threshold=Threshold(kind="accuracy", limit=0.95)
+    ),
+    "two_pictures": SuitePart(
+        section="two_pictures", note=_WORDINGS, threshold=Threshold(kind="accuracy", limit=0.9)
+    ),
 }
-_SHUFFLED = Part(
-    section="motion", note="control: frames out of order", bar=_CHANCE, twist=_shuffled
+_SHUFFLED_MOTION = SuitePart(
+    section="motion", note="control: shuffled frames", threshold=_CHANCE, transform=_shuffle
 )
 
 # Name -> part, in the order of the table.
-PARTS: Mapping[str, Part] = {
-    **_PLAIN,
-    "motion_shuffled": _SHUFFLED,
+PARTS: Mapping[str, SuitePart] = {
+    **_BASE_PARTS,
+    "motion_shuffled": _SHUFFLED_MOTION,
     **{
-        f"wrong_{part.section}": Part(
-            section=part.section, note=_WRONG, bar=_CHANCE, twist=with_wrong_pictures
+        f"wrong_{part.section}": SuitePart(
+            section=part.section,
+            note=_MISMATCHED,
+            threshold=_CHANCE,
+            transform=with_mismatched_images,
         )
-        for part in _PLAIN.values()
+        for part in _BASE_PARTS.values()
     },
 }
 
 
-def select(patterns: Sequence[str]) -> list[str]:
-    """List the parts whose names match any pattern ("text", "text*"); all without a pattern.
+def select_parts(patterns: Sequence[str]) -> list[str]:
+    """Return the names of the parts that match any pattern ("text", "text*"); all without one.
 
     Raises:
         InputError: a pattern matches nothing.
@@ -149,62 +177,71 @@ def select(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in PARTS):
             raise InputError(f"no part of the mini suite is called {pattern}: {', '.join(PARTS)}")
-    wanted = patterns or ("*",)
-    return [name for name in PARTS if any(fnmatchcase(name, pattern) for pattern in wanted)]
+    selected = patterns or ("*",)
+    return [name for name in PARTS if any(fnmatchcase(name, pattern) for pattern in selected)]
 
 
-def build(name: str) -> DrawnTask:
-    """Make the task of one part."""
+def build_task(name: str) -> SyntheticTask:
+    """Build the task of one part."""
     part = PARTS[name]
-    specs = specs_of(part.section)
-    cases = part.twist(cases_of(specs, chances_of(specs)))
-    return DrawnTask(name=name, note=part.note, cases=cases)
+    specs = load_section(part.section)
+    cases = part.transform(build_cases(specs, chance_levels(specs)))
+    return SyntheticTask(name=name, note=part.note, cases=cases)
 
 
-def specs_of(section: str) -> tuple[Spec, ...]:
-    """Read the frozen specs of a section."""
-    return tuple(Spec.from_json(raw) for raw in _sections()[section])
+def load_section(section: str) -> tuple[Spec, ...]:
+    """Load the frozen specs of a section."""
+    return tuple(Spec.from_json(raw) for raw in _load_sections()[section])
 
 
-def judge(runs: Mapping[str, Results]) -> dict[str, Verdict]:
-    """Hold the results of each part against its bar."""
-    return {name: _verdict(results, PARTS[name].bar, runs) for name, results in runs.items()}
+def check_thresholds(runs: Mapping[str, TaskResults]) -> dict[str, ThresholdCheck]:
+    """Compare the results of each part with its threshold."""
+    return {
+        name: _check_threshold(results, PARTS[name].threshold, runs)
+        for name, results in runs.items()
+    }
 
 
-def _verdict(results: Results, bar: Bar, runs: Mapping[str, Results]) -> Verdict:
-    rate, rate_interval = results.error_rate, results.error_interval
-    if bar.kind in ("errors", "near") and rate is not None and rate_interval is not None:
-        floor = bar.floor if bar.kind == "errors" else _near("text", bar.floor, runs)
-        return Verdict(
-            measure="character errors",
-            score=rate,
-            interval=rate_interval,
-            floor=floor,
-            goal=bar.goal,
-            at_most=True,
-            met=None if floor is None else rate <= floor,
+def _check_threshold(
+    results: TaskResults, threshold: Threshold, runs: Mapping[str, TaskResults]
+) -> ThresholdCheck:
+    cer, cer_interval = results.character_error_rate, results.character_error_interval
+    kind = threshold.kind
+    if kind in ("cer", "relative_cer") and cer is not None and cer_interval is not None:
+        limit = threshold.limit if kind == "cer" else _limit_above("text", threshold.limit, runs)
+        return ThresholdCheck(
+            metric="character error rate",
+            score=cer,
+            interval=cer_interval,
+            limit=limit,
+            goal=threshold.goal,
+            lower_is_better=True,
+            passed=None if limit is None else cer <= limit,
         )
-    at_most = bar.kind == "chance"
-    floor = results.chance_limit if at_most else bar.floor
-    score = results.mean
-    met = None if floor is None else (score <= floor if at_most else score >= floor)
-    return Verdict(
-        measure="share right",
+    lower_is_better = kind == "chance"
+    limit = results.chance_upper_bound if lower_is_better else threshold.limit
+    score = results.accuracy
+    passed = None if limit is None else (score <= limit if lower_is_better else score >= limit)
+    return ThresholdCheck(
+        metric="accuracy",
         score=score,
-        interval=results.interval,
-        floor=floor,
-        goal=bar.goal,
-        at_most=at_most,
-        met=met,
+        interval=results.accuracy_interval,
+        limit=limit,
+        goal=threshold.goal,
+        lower_is_better=lower_is_better,
+        passed=passed,
     )
 
 
-def _near(name: str, distance: float | None, runs: Mapping[str, Results]) -> float | None:
-    rate = runs[name].error_rate if name in runs else None
-    return None if rate is None or distance is None else rate + distance
+def _limit_above(
+    name: str, distance: float | None, runs: Mapping[str, TaskResults]
+) -> float | None:
+    """Return the character error rate of part `name` plus `distance`; None if it was not run."""
+    cer = runs[name].character_error_rate if name in runs else None
+    return None if cer is None or distance is None else cer + distance
 
 
 @lru_cache(maxsize=1)
-def _sections() -> dict[str, list[dict[str, object]]]:
+def _load_sections() -> dict[str, list[dict[str, object]]]:
     text = files("qwen2vl.eval").joinpath("suites", "mini.json").read_text(encoding="utf-8")
     return json.loads(text)["sections"]

@@ -1,9 +1,9 @@
-"""One prompt, two sides, step by step: where do we part from the reference, and by how much?
+"""Numerical parity: compare the activations of this library with a reference, step by step.
 
-A side is a function from a Question to a Trace: every intermediate result under one list of step
-names. `compare` lays two traces side by side and names the first step that differs. The model
-stays pure: what happens inside is overheard by hooks put on from outside.
-It must not know transformers. Next room: reference.py, the other side.
+A `Tracer` runs a ParityPrompt and returns a `Trace`: pixels, ids, positions, the output of each
+block and the logits, under common step names. `compare` finds the first step that differs, and by
+how much. Activations are recorded with forward hooks; the model code is unchanged. The reference
+tracer, which runs transformers, is in reference.py.
 """
 
 from __future__ import annotations
@@ -27,103 +27,106 @@ from qwen2vl.processor.processor import Processor
 
 __all__ = [
     "EXACT",
-    "Question",
-    "Recorder",
-    "Report",
-    "Side",
-    "Step",
+    "ActivationRecorder",
+    "ParityPrompt",
+    "ParityReport",
+    "StepComparison",
     "Trace",
+    "Tracer",
     "compare",
-    "drawn_question",
-    "our_side",
+    "model_tracer",
     "run_model",
+    "synthetic_prompt",
 ]
 
-# Integers, and pixels, on which both sides do the same arithmetic in the same order.
+# Integers, and pixels, for which both implementations do the same arithmetic in the same order.
 EXACT = frozenset({"pixels", "grids", "ids", "positions", "rope_delta"})
 
-Trace = dict[str, Tensor]  # step -> result, in the order of the forward
+Trace = dict[str, Tensor]  # step name -> activation, in the order of the forward pass
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What both sides are asked: media in prompt order, then words."""
+class ParityPrompt:
+    """Input of both implementations: images and videos in prompt order, then text."""
 
     text: str
     media: tuple[tuple[str, Any], ...]  # ("image" | "video", any source the processor opens)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation of one turn."""
+        """The prompt as a conversation of one turn."""
         content = [{"type": kind, kind: source} for kind, source in self.media]
         return [{"role": "user", "content": [*content, {"type": "text", "text": self.text}]}]
 
 
-Side = Callable[[Question], Trace]
+Tracer = Callable[[ParityPrompt], Trace]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One line of the comparison."""
+class StepComparison:
+    """Comparison of one step."""
 
     name: str
-    max_abs: float  # largest deviation
+    max_abs: float  # largest absolute error
     relative: float  # the same over the largest magnitude of the reference
-    limit: float  # what `relative` may reach
+    limit: float  # tolerance of `relative`
     note: str = ""
 
     @property
-    def agrees(self) -> bool:
-        """Whether both sides computed the same; not-a-number agrees with nothing."""
+    def matches(self) -> bool:
+        """Whether the error is within the limit; NaN never matches."""
         return self.relative <= self.limit
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """All steps, in the order of the forward."""
+class ParityReport:
+    """Comparison of all steps, in the order of the forward pass."""
 
-    steps: tuple[Step, ...]
-
-    @property
-    def first_divergence(self) -> Step | None:
-        """The step to look at: everything after it inherits its error."""
-        return next((step for step in self.steps if not step.agrees), None)
+    steps: tuple[StepComparison, ...]
 
     @property
-    def worst(self) -> Step:
+    def first_divergence(self) -> StepComparison | None:
+        """The first step that differs; later steps inherit its error."""
+        return next((step for step in self.steps if not step.matches), None)
+
+    @property
+    def worst(self) -> StepComparison:
         """The step with the largest relative error."""
         return max(self.steps, key=lambda step: step.relative)
 
 
-def compare(ours: Trace, theirs: Trace, tolerance: float = 1e-5) -> Report:
-    """Hold every step of `ours` against `theirs`, within `tolerance` of the largest magnitude."""
-    names = [*theirs, *(name for name in ours if name not in theirs)]
-    return Report(tuple(_step(n, ours.get(n), theirs.get(n), tolerance) for n in names))
+def compare(trace: Trace, reference: Trace, tolerance: float = 1e-5) -> ParityReport:
+    """Compare each step with the reference, within `tolerance` of its largest magnitude."""
+    names = [*reference, *(name for name in trace if name not in reference)]
+    return ParityReport(
+        tuple(_compare_step(n, trace.get(n), reference.get(n), tolerance) for n in names)
+    )
 
 
-def _step(name: str, ours: Tensor | None, theirs: Tensor | None, tolerance: float) -> Step:
+def _compare_step(
+    name: str, actual: Tensor | None, expected: Tensor | None, tolerance: float
+) -> StepComparison:
     limit = 0.0 if name in EXACT else tolerance
-    if ours is None or theirs is None:
-        return Step(
-            name, math.inf, math.inf, limit, f"only {'the reference' if ours is None else 'we'} did"
-        )
-    if ours.shape != theirs.shape:
-        note = f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
-        return Step(name, math.inf, math.inf, limit, note)
-    deviation = (ours.double() - theirs.double()).abs().max().item()
-    magnitude = theirs.double().abs().max().item()
-    relative = deviation / magnitude if magnitude else deviation
-    return Step(name, deviation, relative, limit)
+    if actual is None or expected is None:
+        side = "the reference" if actual is None else "this library"
+        return StepComparison(name, math.inf, math.inf, limit, f"only in {side}")
+    if actual.shape != expected.shape:
+        note = f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+        return StepComparison(name, math.inf, math.inf, limit, note)
+    max_abs = (actual.double() - expected.double()).abs().max().item()
+    magnitude = expected.double().abs().max().item()
+    relative = max_abs / magnitude if magnitude else max_abs
+    return StepComparison(name, max_abs, relative, limit)
 
 
-# Our side -------------------------------------------------------------------------------------
+# This library -----------------------------------------------------------------------------------
 
 
-def our_side(folder: Path, processor: Processor) -> Side:
-    """Answer with this library; the model is loaded for one question and dropped after it."""
+def model_tracer(folder: Path, processor: Processor) -> Tracer:
+    """Return a tracer of this library, which loads the model for one prompt and then frees it."""
 
-    def answer(question: Question) -> Trace:
-        inputs = processor(question.messages)
+    def trace(prompt: ParityPrompt) -> Trace:
+        inputs = processor(prompt.messages)
         num_patches = sum(math.prod(grid) for grid in inputs.grids)
         model = load_model(
             folder,
@@ -134,25 +137,25 @@ def our_side(folder: Path, processor: Processor) -> Side:
         )
         return run_model(model, inputs)
 
-    return answer
+    return trace
 
 
 @torch.inference_mode()
 def run_model(model: Qwen2VL, inputs: ModelInput) -> Trace:
-    """Run one prompt and keep what every step computed."""
-    with Recorder().listening() as recorder:
-        _overhear(recorder, model)
+    """Run one prompt and record the activations of every step."""
+    with ActivationRecorder().recording() as recorder:
+        _register_hooks(recorder, model)
         hidden_TD = model(
             torch.tensor(inputs.input_ids),
             inputs.position_ids_3T,
             AttnMeta.build([len(inputs.input_ids)]),
             patches_NP=inputs.patches_NP,
             vision_meta=inputs.vision_meta,
-            pad_index_M=inputs.pad_index_M,
+            placeholder_index_M=inputs.placeholder_index_M,
         )
         logits_TV = model.logits(hidden_TD)
-    heard = {name: parts[0] for name, parts in recorder.heard.items()}
-    pixels = {"pixels": heard.pop("pixels")} if "pixels" in heard else {}
+    activations = {name: calls[0] for name, calls in recorder.activations.items()}
+    pixels = {"pixels": activations.pop("pixels")} if "pixels" in activations else {}
     grids = {"grids": torch.tensor(inputs.grids)} if inputs.items else {}
     return {
         **pixels,
@@ -160,73 +163,80 @@ def run_model(model: Qwen2VL, inputs: ModelInput) -> Trace:
         "ids": torch.tensor(inputs.input_ids),
         "positions": inputs.position_ids_3T,
         "rope_delta": torch.tensor(inputs.rope_delta),
-        **heard,
+        **activations,
         "logits": logits_TV.float(),
     }
 
 
-def _overhear(recorder: Recorder, model: Qwen2VL) -> None:
+def _register_hooks(recorder: ActivationRecorder, model: Qwen2VL) -> None:
     tower, decoder = model.visual, model.model
-    recorder.keep_input("pixels", tower.patch_embed, 0)
-    recorder.keep_output("vision.patch_embed", tower.patch_embed)
-    recorder.keep_input("vision.rotary", tower.blocks[0], 1)
+    recorder.record_input("pixels", tower.patch_embed, 0)
+    recorder.record_output("vision.patch_embed", tower.patch_embed)
+    recorder.record_input("vision.rotary", tower.blocks[0], 1)
     for i, block in enumerate(tower.blocks):
-        recorder.keep_output(f"vision.block.{i}", block)
-    recorder.keep_output("vision.merger", tower.merger)
-    recorder.keep_input("text.embeddings", decoder.layers[0], 0)
-    recorder.keep_input("text.rotary", decoder.layers[0], 1)
+        recorder.record_output(f"vision.block.{i}", block)
+    recorder.record_output("vision.merger", tower.merger)
+    recorder.record_input("text.embeddings", decoder.layers[0], 0)
+    recorder.record_input("text.rotary", decoder.layers[0], 1)
     for i, layer in enumerate(decoder.layers):
-        recorder.keep_output(f"text.layer.{i}", layer)
-    recorder.keep_output("text.norm", decoder.norm)
+        recorder.record_output(f"text.layer.{i}", layer)
+    recorder.record_output("text.norm", decoder.norm)
 
 
-class Recorder:
-    """Keeps what goes in and out of modules, call by call, until the block ends."""
+class ActivationRecorder:
+    """Records inputs and outputs of modules with forward hooks, call by call."""
 
     def __init__(self) -> None:
-        self.heard: dict[str, list[Tensor]] = {}
+        self.activations: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     @contextmanager
-    def listening(self) -> Iterator[Recorder]:
-        """Take the hooks off again at the end, whatever happens."""
+    def recording(self) -> Iterator[ActivationRecorder]:
+        """Remove all hooks on exit, also after an exception."""
         try:
             yield self
         finally:
             for handle in self._handles:
                 handle.remove()
 
-    def keep_output(
-        self, name: str, module: nn.Module, of: Callable[[Any], Any] = lambda output: output
+    def record_output(
+        self, name: str, module: nn.Module, select: Callable[[Any], Any] = lambda output: output
     ) -> None:
-        """Keep what `module` returns, or the part of it that `of` picks."""
+        """Record what `module` returns, or `select` of it."""
         self._handles.append(
             module.register_forward_hook(
-                lambda _module, _args, output: self._keep(name, of(output))
+                lambda _module, _args, output: self._store(name, select(output))
             )
         )
 
-    def keep_input(self, name: str, module: nn.Module, index: int) -> None:
-        """Keep one positional argument of `module`."""
+    def record_input(self, name: str, module: nn.Module, index: int) -> None:
+        """Record one positional argument of `module`."""
         self._handles.append(
-            module.register_forward_pre_hook(lambda _module, args: self._keep(name, args[index]))
+            module.register_forward_pre_hook(lambda _module, args: self._store(name, args[index]))
         )
 
-    def _keep(self, name: str, value: Tensor | tuple[Tensor, ...]) -> None:
-        """Store a copy: what the forward does to the original later is not our business."""
+    def _store(self, name: str, value: Tensor | tuple[Tensor, ...]) -> None:
+        """Store a copy, because the forward pass may modify the tensor in place later."""
         joined = torch.cat(value, dim=-1) if isinstance(value, tuple) else value.clone()
-        self.heard.setdefault(name, []).append(joined.float())
+        self.activations.setdefault(name, []).append(joined.float())
 
 
-# What to ask ----------------------------------------------------------------------------------
+# Default prompt ---------------------------------------------------------------------------------
 
 
-def drawn_question() -> Question:
-    """Ask about two drawn pictures of odd shapes and a drawn clip, longer in time than in space."""
+def synthetic_prompt() -> ParityPrompt:
+    """Return a prompt of two random images of odd sizes and a random video with t > h, w in tokens.
+
+    In such a video the two rules for the text positions after it differ (geometry.py).
+    """
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Any:
+    def random_pixels(*shape: int) -> Any:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()
 
-    media = (("image", draw(90, 150, 3)), ("video", draw(8, 56, 84, 3)), ("image", draw(70, 61, 3)))
-    return Question("What do you see in these?", media)
+    media = (
+        ("image", random_pixels(90, 150, 3)),
+        ("video", random_pixels(8, 56, 84, 3)),
+        ("image", random_pixels(70, 61, 3)),
+    )
+    return ParityPrompt("What do you see in these?", media)

@@ -1,10 +1,10 @@
-"""The other side of parity: the same folder, opened and run by transformers alone.
+"""Reference for parity: the same checkpoint folder, processed and run by transformers.
 
-Its tokenizer and chat template, its picture processor, its model in fp32 with eager attention.
-From our rooms it takes only what parity starts from: the upright RGB picture, and the frames of a
-clip (its own video processor needs torchvision). This is the only module that imports
+Uses its tokenizer and chat template, its image processor and its model in fp32 with eager
+attention. Only decoded RGB images and the sampled frames of videos come from this library
+(transformers' own video processor needs torchvision). This is the only module that imports
 transformers, an extra: `pip install 'qwen2vl[parity]'`.
-(HF: Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil.) Next room: cli/commands/parity.py.
+(HF: Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil.)
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
-from qwen2vl.eval.parity import Question, Recorder, Side, Trace
+from qwen2vl.eval.parity import ActivationRecorder, ParityPrompt, Trace, Tracer
 from qwen2vl.processor.image import unpatchify
 from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 
-__all__ = ["Prompt", "prepare", "reference_side", "run_reference"]
+__all__ = ["ReferenceInputs", "prepare", "reference_tracer", "run_reference"]
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """One question as transformers prepares it; one entry an item, in prompt order."""
+class ReferenceInputs:
+    """A prompt as preprocessed by transformers; one entry per item, in prompt order."""
 
     ids: list[int]
     kinds: tuple[str, ...]
@@ -43,81 +43,82 @@ class Prompt:
     grids: tuple[tuple[int, int, int], ...]
 
 
-def reference_side(folder: Path, processor: Processor) -> Side:
-    """Answer with transformers; the model is loaded for one question and dropped after it.
+def reference_tracer(folder: Path, processor: Processor) -> Tracer:
+    """Return a tracer of transformers, which loads the model for one prompt and then frees it.
 
-    `processor` is ours, and only decodes clips.
+    `processor` is that of this library, and only decodes videos.
     """
 
-    def answer(question: Question) -> Trace:
+    def trace(prompt: ParityPrompt) -> Trace:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        prompt = prepare(folder, processor, question)
+        inputs = prepare(folder, processor, prompt)
         model = Qwen2VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         )
-        return run_reference(model.eval(), prompt)
+        return run_reference(model.eval(), inputs)
 
-    return answer
+    return trace
 
 
 # Preparing ------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, processor: Processor, question: Question) -> Prompt:
-    """Turn a question into pixels, grids and ids with transformers' own parts."""
-    pictures = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    kinds = tuple(kind for kind, _ in question.media)
+def prepare(folder: Path, processor: Processor, prompt: ParityPrompt) -> ReferenceInputs:
+    """Convert a prompt to pixels, grids and ids with transformers' own classes."""
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    kinds = tuple(kind for kind, _ in prompt.media)
     items = [
-        _picture(pictures, source, processor.limits)
+        _process_image(image_processor, source, processor.limits)
         if kind == "image"
-        else _clip(pictures, _frames(processor, source))
-        for kind, source in question.media
+        else _process_video(image_processor, _decode_frames(processor, source))
+        for kind, source in prompt.media
     ]
     grids = tuple(grid for _, grid in items)
-    ids = _ids(folder, question, kinds, [t * h * w // pictures.merge_size**2 for t, h, w in grids])
-    return Prompt(ids, kinds, tuple(patches for patches, _ in items), grids)
+    counts = [t * h * w // image_processor.merge_size**2 for t, h, w in grids]
+    ids = _tokenize(folder, prompt, kinds, counts)
+    return ReferenceInputs(ids, kinds, tuple(patches for patches, _ in items), grids)
 
 
-def _picture(
-    pictures: Qwen2VLImageProcessorPil, source: Any, limits: MediaLimits
+def _process_image(
+    image_processor: Qwen2VLImageProcessorPil, source: Any, limits: MediaLimits
 ) -> tuple[Tensor, tuple[int, int, int]]:
     rgb, _ = open_image(source, limits, "image")
-    made = pictures(rgb, return_tensors="pt")
-    t, h, w = made["image_grid_thw"][0].tolist()
-    return made["pixel_values"], (t, h, w)
+    features = image_processor(rgb, return_tensors="pt")
+    t, h, w = features["image_grid_thw"][0].tolist()
+    return features["pixel_values"], (t, h, w)
 
 
-def _clip(
-    pictures: Qwen2VLImageProcessorPil, frames_FHWC: np.ndarray
+def _process_video(
+    image_processor: Qwen2VLImageProcessorPil, frames_FHWC: np.ndarray
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    """Weave a clip out of pictures: a patch of frames a and b holds a's half, then b's.
+    """Interleave frames processed as images: a patch of frames a and b holds a, then b.
 
-    The picture processor doubles each frame in time; the first of every pair gives its first
-    half, the second its second.
+    The image processor repeats each frame in time; of every pair of frames, the first one supplies
+    the first half of a patch and the second one the second half.
     """
-    made = pictures(list(frames_FHWC), do_resize=False, return_tensors="pt")
-    _, h, w = made["image_grid_thw"][0].tolist()
-    t = len(frames_FHWC) // pictures.temporal_patch_size
-    frames = made["pixel_values"].view(t, 2, h * w, 3, 2, -1)
-    woven = torch.stack((frames[:, 0, :, :, 0], frames[:, 1, :, :, 1]), dim=3)
-    return woven.flatten(2).flatten(0, 1), (t, h, w)
+    features = image_processor(list(frames_FHWC), do_resize=False, return_tensors="pt")
+    _, h, w = features["image_grid_thw"][0].tolist()
+    t = len(frames_FHWC) // image_processor.temporal_patch_size
+    frames = features["pixel_values"].view(t, 2, h * w, 3, 2, -1)
+    interleaved = torch.stack((frames[:, 0, :, :, 0], frames[:, 1, :, :, 1]), dim=3)
+    return interleaved.flatten(2).flatten(0, 1), (t, h, w)
 
 
-def _frames(processor: Processor, source: Any) -> np.ndarray:
-    """Decode a clip into the frames the model is shown, an even number, already resized."""
+def _decode_frames(processor: Processor, source: Any) -> np.ndarray:
+    """Return the sampled frames of a video: an even number, already resized."""
     content = [{"type": "video", "video": source}]
     item = processor([{"role": "user", "content": content}]).items[0]
     frames_FCHW = unpatchify(item.patches_NP, item.grid, processor.config.vision)
     return frames_FCHW.permute(0, 2, 3, 1).numpy()
 
 
-def _ids(
-    folder: Path, question: Question, kinds: Sequence[str], counts: Sequence[int]
+def _tokenize(
+    folder: Path, prompt: ParityPrompt, kinds: Sequence[str], counts: Sequence[int]
 ) -> list[int]:
-    """Render the folder's own template and repeat each pad, as HF's Qwen2VLProcessor does."""
+    """Apply the folder's chat template and expand placeholders, as HF's Qwen2VLProcessor does."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question.text}]
+    content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": prompt.text}]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -131,95 +132,97 @@ def _ids(
 
 
 @torch.inference_mode()
-def run_reference(model: Qwen2VLForConditionalGeneration, prompt: Prompt) -> Trace:
-    """Run one prompt and keep what every step computed, under our names and in our order."""
-    positions, rope_delta = _positions(model, prompt)
-    with Recorder().listening() as recorder:
-        _overhear(recorder, model)
+def run_reference(model: Qwen2VLForConditionalGeneration, inputs: ReferenceInputs) -> Trace:
+    """Run one prompt and record its activations, with the names and the order of parity.py."""
+    positions, rope_delta = _positions(model, inputs)
+    with ActivationRecorder().recording() as recorder:
+        _register_hooks(recorder, model)
         output = model(
-            input_ids=torch.tensor([prompt.ids]),
-            attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
+            input_ids=torch.tensor([inputs.ids]),
+            attention_mask=torch.ones(1, len(inputs.ids), dtype=torch.int64),
             position_ids=positions[:, None],
             use_cache=False,
-            **_by_kind(prompt),
+            **_media_arguments(inputs),
         )
-    heard = {
-        name: _in_prompt_order(parts, prompt) if name.startswith("vision.") else parts[0][0]
-        for name, parts in recorder.heard.items()
+    activations = {
+        name: _in_prompt_order(calls, inputs) if name.startswith("vision.") else calls[0][0]
+        for name, calls in recorder.activations.items()
     }
     visual: Trace = {}
-    if prompt.patches:
-        visual = {"pixels": torch.cat(prompt.patches), "grids": torch.tensor(prompt.grids)}
+    if inputs.patches:
+        visual = {"pixels": torch.cat(inputs.patches), "grids": torch.tensor(inputs.grids)}
     return {
         **visual,
-        "ids": torch.tensor(prompt.ids),
+        "ids": torch.tensor(inputs.ids),
         "positions": positions,
         "rope_delta": torch.tensor(rope_delta),
-        **heard,
+        **activations,
         "logits": output.logits[0].float(),
     }
 
 
-def _positions(model: Qwen2VLForConditionalGeneration, prompt: Prompt) -> tuple[Tensor, int]:
-    """Take transformers' positions, but let text resume behind a clip's last frame.
+def _positions(
+    model: Qwen2VLForConditionalGeneration, inputs: ReferenceInputs
+) -> tuple[Tensor, int]:
+    """Return transformers' M-RoPE positions, with text resuming after a video's last frame.
 
-    5.23 resumes at max(h, w) / 2 whatever t is; the paper, transformers 4.x and Qwen's own
-    training code count t, too. Both agree unless a clip is longer than it is wide.
+    transformers 5.23 resumes at max(h, w) / 2 for any t; the paper, transformers 4.x and Qwen's
+    own training code take t into account. The two differ only if t > max(h, w) / 2.
     """
-    if not prompt.kinds:
-        return torch.arange(len(prompt.ids)).expand(3, -1), 0
+    if not inputs.kinds:
+        return torch.arange(len(inputs.ids)).expand(3, -1), 0
     config: Any = model.config
-    pads = {config.image_token_id: 1, config.video_token_id: 2}
-    tensors = _by_kind(prompt)
-    ids: Any = torch.tensor([prompt.ids])
-    types: Any = torch.tensor([[pads.get(token, 0) for token in prompt.ids]])
+    placeholders = {config.image_token_id: 1, config.video_token_id: 2}
+    tensors = _media_arguments(inputs)
+    ids: Any = torch.tensor([inputs.ids])
+    types: Any = torch.tensor([[placeholders.get(token, 0) for token in inputs.ids]])
     batched, delta = model.model.get_rope_index(
         ids, types, tensors.get("image_grid_thw"), tensors.get("video_grid_thw")
     )
-    positions, late = batched[:, 0].clone(), 0
-    ends = [i + 1 for i in range(len(prompt.ids)) if types[0, i] and not types[0, i + 1]]
-    for end, (t, h, w) in zip(ends, prompt.grids, strict=True):
+    positions, total_shift = batched[:, 0].clone(), 0
+    ends = [i + 1 for i in range(len(inputs.ids)) if types[0, i] and not types[0, i + 1]]
+    for end, (t, h, w) in zip(ends, inputs.grids, strict=True):
         shift = max(0, t - max(h, w) // config.vision_config.spatial_merge_size)
         positions[:, end:] += shift
-        late += shift
-    return positions, int(delta) + late
+        total_shift += shift
+    return positions, int(delta) + total_shift
 
 
-def _by_kind(prompt: Prompt) -> dict[str, Any]:
-    """Part one stream of items into the arguments for images and those for videos."""
+def _media_arguments(inputs: ReferenceInputs) -> dict[str, Any]:
+    """Split the stream of items into the model's arguments for images and for videos."""
     arguments: dict[str, Any] = {}
-    for kind in dict.fromkeys(prompt.kinds):
-        chosen = [i for i, own in enumerate(prompt.kinds) if own == kind]
-        arguments[_PIXELS[kind]] = torch.cat([prompt.patches[i] for i in chosen])
-        arguments[_GRIDS[kind]] = torch.tensor([prompt.grids[i] for i in chosen])
+    for kind in dict.fromkeys(inputs.kinds):
+        indices = [i for i, other in enumerate(inputs.kinds) if other == kind]
+        arguments[_PIXELS[kind]] = torch.cat([inputs.patches[i] for i in indices])
+        arguments[_GRIDS[kind]] = torch.tensor([inputs.grids[i] for i in indices])
     return arguments
 
 
-def _in_prompt_order(calls: list[Tensor], prompt: Prompt) -> Tensor:
-    """Join what the tower did for all images, and then for all videos, into one stream again."""
-    sizes = [t * h * w for t, h, w in prompt.grids]
-    merged = sum(sizes) // sum(len(call) for call in calls)  # 1 before the merger, 4 after it
-    rows: dict[str, Iterator[Tensor]] = {}
-    for kind, call in zip(sorted(set(prompt.kinds)), calls, strict=True):  # images come first
-        own = [n // merged for n, other in zip(sizes, prompt.kinds, strict=True) if other == kind]
-        rows[kind] = iter(call.split(own))
-    return torch.cat([next(rows[kind]) for kind in prompt.kinds])
+def _in_prompt_order(calls: list[Tensor], inputs: ReferenceInputs) -> Tensor:
+    """Reorder activations of the vision tower: all images, then all videos -> prompt order."""
+    sizes = [t * h * w for t, h, w in inputs.grids]
+    merge = sum(sizes) // sum(len(call) for call in calls)  # 1 before the merger, 4 after it
+    by_kind: dict[str, Iterator[Tensor]] = {}
+    for kind, call in zip(sorted(set(inputs.kinds)), calls, strict=True):  # images come first
+        lengths = [n // merge for n, k in zip(sizes, inputs.kinds, strict=True) if k == kind]
+        by_kind[kind] = iter(call.split(lengths))
+    return torch.cat([next(by_kind[kind]) for kind in inputs.kinds])
 
 
-def _overhear(recorder: Recorder, model: Qwen2VLForConditionalGeneration) -> None:
+def _register_hooks(recorder: ActivationRecorder, model: Qwen2VLForConditionalGeneration) -> None:
     tower, decoder = model.model.visual, model.model.language_model
-    recorder.keep_output("vision.patch_embed", tower.patch_embed)
-    recorder.keep_output("vision.rotary", tower.rotary_pos_emb, _first_halves)
+    recorder.record_output("vision.patch_embed", tower.patch_embed)
+    recorder.record_output("vision.rotary", tower.rotary_pos_emb, _first_halves)
     for i, block in enumerate(tower.blocks):
-        recorder.keep_output(f"vision.block.{i}", block)
-    recorder.keep_output("vision.merger", tower.merger)
-    recorder.keep_input("text.embeddings", decoder.layers[0], 0)
-    recorder.keep_output("text.rotary", decoder.rotary_emb, _first_halves)
+        recorder.record_output(f"vision.block.{i}", block)
+    recorder.record_output("vision.merger", tower.merger)
+    recorder.record_input("text.embeddings", decoder.layers[0], 0)
+    recorder.record_output("text.rotary", decoder.rotary_emb, _first_halves)
     for i, layer in enumerate(decoder.layers):
-        recorder.keep_output(f"text.layer.{i}", layer)
-    recorder.keep_output("text.norm", decoder.norm)
+        recorder.record_output(f"text.layer.{i}", layer)
+    recorder.record_output("text.norm", decoder.norm)
 
 
-def _first_halves(rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Drop the repetition of each angle, which our rotation does not store."""
-    return tuple(part[..., : part.shape[-1] // 2] for part in rotation)
+def _first_halves(cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Return the first half of cos and sin: the second repeats it, and is not stored here."""
+    return tuple(part[..., : part.shape[-1] // 2] for part in cos_sin)

@@ -1,9 +1,9 @@
-"""One evaluation in one straight walk: examples -> prompt -> ask -> score -> results.
+"""Evaluation loop: task examples -> prompt -> model answer -> score -> results.
 
-A Task says what is asked and how an answer is judged; `run_task` walks through it with any
-callable that answers messages, one question at a time, and keeps every answer beside its truth.
-An answer that is missing or empty is wrong and counts. It must not know models, engines or what
-the tasks are about. Next room: mini.py, the suite of this house.
+A `Task` provides prompts and scores answers; `run_task` runs it with any callable that answers
+messages, one example at a time, and keeps each answer with its ground truth. A missing or empty
+answer is scored as wrong. Results are read and written as JSON lines. No model or engine is
+imported here. (lm-evaluation-harness: Task, simple_evaluate.)
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from qwen2vl.errors import InputError
-from qwen2vl.eval.metrics import chance_limit, ratio_interval, wilson_interval
+from qwen2vl.eval.metrics import chance_upper_bound, ratio_interval, wilson_interval
 
 __all__ = [
     "Answer",
-    "Ask",
+    "AnswerFn",
+    "ExampleResult",
     "HasText",
     "Messages",
-    "Result",
-    "Results",
     "Task",
+    "TaskResults",
     "read_results",
     "run_task",
     "write_results",
@@ -35,74 +35,74 @@ Messages = list[dict[str, Any]]
 
 
 class HasText(Protocol):
-    """What an engine's Completion is to an evaluation."""
+    """Object with the text of an answer, such as the engine's Completion."""
 
     @property
     def text(self) -> str:
-        """The answer."""
+        """Text of the answer."""
         ...
 
 
 Answer = str | HasText | None
-Ask = Callable[[Messages], Answer]
+AnswerFn = Callable[[Messages], Answer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One question with its truth, the answer it got, and what that is worth."""
+class ExampleResult:
+    """One question with its ground truth, the model's answer and the score."""
 
     name: str  # of the example within its task: "text/017"
-    kind: str  # what was asked: "count_kind"
+    kind: str  # of question: "count_kind"
     question: str
     truth: str
     answer: str
-    score: float  # 1 right, 0 wrong
-    chance: float  # how likely a guess is right
-    edits: int | None = None  # text that was read: between answer and truth
-    length: int | None = None  # characters of that truth
+    score: float  # 1 correct, 0 wrong
+    chance: float  # chance level: probability that a guess is correct
+    edits: int | None = None  # text recognition: edit distance between answer and truth
+    length: int | None = None  # text recognition: characters of the truth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
-    """What one task came to."""
+class TaskResults:
+    """Results of one task, and their aggregates."""
 
     task: str
-    note: str  # how this measurement deviates from what a reader might take it for
-    results: tuple[Result, ...]
+    note: str  # how this measurement differs from what a reader might assume
+    results: tuple[ExampleResult, ...]
 
     @property
-    def count(self) -> int:
-        """How many questions were asked."""
+    def num_examples(self) -> int:
+        """Number of examples that were run."""
         return len(self.results)
 
     @property
-    def mean(self) -> float:
-        """The share of right answers."""
-        return sum(r.score for r in self.results) / self.count
+    def accuracy(self) -> float:
+        """Share of correct answers (exact match)."""
+        return sum(r.score for r in self.results) / self.num_examples
 
     @property
-    def error_rate(self) -> float | None:
-        """Edits over characters, all lines together; None where nothing was read."""
-        edits, lengths = self._edits()
+    def character_error_rate(self) -> float | None:
+        """Edits over characters (CER), summed over all lines; None without text recognition."""
+        edits, lengths = self._edits_and_lengths()
         return sum(edits) / sum(lengths) if lengths else None
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Where the share of right answers lies, with 95 % confidence."""
-        return wilson_interval(sum(r.score for r in self.results), self.count)
+    def accuracy_interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy."""
+        return wilson_interval(sum(r.score for r in self.results), self.num_examples)
 
     @property
-    def error_interval(self) -> tuple[float, float] | None:
-        """Where the error rate lies, with 95 % confidence; None where nothing was read."""
-        edits, lengths = self._edits()
+    def character_error_interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the character error rate; None without text recognition."""
+        edits, lengths = self._edits_and_lengths()
         return ratio_interval(edits, lengths) if lengths else None
 
     @property
-    def chance_limit(self) -> float:
-        """The largest share of right answers that luck explains: chance and 3 sigma."""
-        return chance_limit([r.chance for r in self.results])
+    def chance_upper_bound(self) -> float:
+        """Highest accuracy that guessing can explain: chance level plus 3 sigma."""
+        return chance_upper_bound([r.chance for r in self.results])
 
-    def _edits(self) -> tuple[list[int], list[int]]:
+    def _edits_and_lengths(self) -> tuple[list[int], list[int]]:
         pairs = [
             (r.edits, r.length)
             for r in self.results
@@ -112,61 +112,61 @@ class Results:
 
 
 class Task(Protocol[E]):
-    """Questions with known answers, and the judge of an answer."""
+    """Questions with known answers: builds prompts and scores answers."""
 
     @property
     def name(self) -> str:
-        """What it is called in tables and files."""
+        """Name in tables and files."""
         ...
 
     @property
     def note(self) -> str:
-        """How the measurement deviates from what a reader might take it for."""
+        """How the measurement differs from what a reader might assume."""
         ...
 
     def examples(self) -> Sequence[E]:
-        """List the examples, always in the same order."""
+        """Return the examples, always in the same order."""
         ...
 
     def prompt(self, example: E) -> Messages:
-        """Put the question of an example, with its pictures."""
+        """Build the messages of an example: its question with its images."""
         ...
 
-    def score(self, example: E, answer: str) -> Result:
-        """Judge an answer."""
+    def score(self, example: E, answer: str) -> ExampleResult:
+        """Score an answer."""
         ...
 
 
 def run_task(
     task: Task[E],
-    ask: Ask,
+    answer_fn: AnswerFn,
     *,
     limit: int | None = None,
-    on_result: Callable[[Result], None] | None = None,
-) -> Results:
-    """Ask the questions of a task, in order, and judge the answers.
+    on_result: Callable[[ExampleResult], None] | None = None,
+) -> TaskResults:
+    """Run the examples of a task in order and score the answers.
 
     Args:
-        task: what to ask.
-        ask: answers messages; gives a text, an object with `text`, or None.
-        limit: ask only so many, from the first.
-        on_result: hears of each result as it comes.
+        task: provides prompts and scores.
+        answer_fn: answers messages; returns a text, an object with `text`, or None.
+        limit: run only the first `limit` examples.
+        on_result: called with each result.
 
     Raises:
         InputError: `limit` is below 1.
     """
     if limit is not None and limit < 1:
         raise InputError(f"task {task.name}: limit is {limit}, must be at least 1")
-    results: list[Result] = []
+    results: list[ExampleResult] = []
     for example in task.examples()[:limit]:
-        results.append(task.score(example, _text(ask(task.prompt(example)))))
+        results.append(task.score(example, _text(answer_fn(task.prompt(example)))))
         if on_result is not None:
             on_result(results[-1])
-    return Results(task=task.name, note=task.note, results=tuple(results))
+    return TaskResults(task=task.name, note=task.note, results=tuple(results))
 
 
-def write_results(path: Path, runs: Iterable[Results]) -> None:
-    """Write one JSON line for every question.
+def write_results(path: Path, runs: Iterable[TaskResults]) -> None:
+    """Write one JSON line per example.
 
     Raises:
         InputError: the file cannot be written.
@@ -182,23 +182,23 @@ def write_results(path: Path, runs: Iterable[Results]) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def read_results(path: Path) -> list[Results]:
-    """Read what `write_results` wrote.
+def read_results(path: Path) -> list[TaskResults]:
+    """Read a file written by `write_results`.
 
     Raises:
-        InputError: the file cannot be read, or a line of it is no result.
+        InputError: the file cannot be read, or one of its lines is not a result.
     """
-    runs: dict[tuple[str, str], list[Result]] = {}
+    runs: dict[tuple[str, str], list[ExampleResult]] = {}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             raw = json.loads(line)
-            runs.setdefault((raw.pop("task"), raw.pop("note")), []).append(Result(**raw))
+            runs.setdefault((raw.pop("task"), raw.pop("note")), []).append(ExampleResult(**raw))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a file of results: {error}") from error
     return [
-        Results(task=task, note=note, results=tuple(results))
+        TaskResults(task=task, note=note, results=tuple(results))
         for (task, note), results in runs.items()
     ]
 

@@ -1,10 +1,13 @@
-"""Functions of tensors, compiled once and called without a look at what they are given.
+"""Ahead-of-time compilation of tensor functions by Inductor, called without guards.
 
-torch.compile asks at every call whether the arguments are still of the kind that it compiled for.
-Where a call takes microseconds the asking costs more than the work. Here a function is traced with
-examples, compiled by Inductor, and from then on called directly: who calls vouches that tensors
-have the dtypes and sizes of the examples, but for the sizes that were set free. What was compiled
-is kept by torch for the next start. Next room: one_token.py, which needs it most.
+torch.compile evaluates guards at every call: whether the arguments still have the properties that
+it compiled for. Where a call takes microseconds the guards cost more than the computation. Here a
+function is traced with example inputs (`make_fx`), compiled by Inductor (`standalone_compile`) and
+then called directly: the caller guarantees that tensors have the dtypes and sizes of the examples,
+except for the dimensions declared dynamic. torch caches the compiled code on disk.
+
+Experimental: private APIs of torch are used, and any failure raises CompilationError, so that the
+caller can run eagerly. Used by compile/decode_block.py and quantization/int4.py.
 """
 
 from __future__ import annotations
@@ -19,56 +22,58 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
     from torch.fx import GraphModule
 
-__all__ = ["Direct", "NotCompiledError", "compile_direct"]
+__all__ = ["CompilationError", "CompiledFunction", "compile_ahead_of_time"]
 
-Direct = Callable[..., Sequence[Tensor]]
-
-
-class NotCompiledError(Exception):
-    """A function could not be compiled here; says why in one line."""
+CompiledFunction = Callable[..., Sequence[Tensor]]
 
 
-def compile_direct(
+class CompilationError(Exception):
+    """A function could not be compiled on this machine; the message is one line."""
+
+
+def compile_ahead_of_time(
     function: Callable[..., tuple[Tensor, ...]],
-    examples: Sequence[Tensor],
-    free: Mapping[int, int],
+    example_inputs: Sequence[Tensor],
+    dynamic_dims: Mapping[int, int],
     *,
-    threads: int | None = None,
-) -> Direct:
-    """Compile a function of tensors; what it changes in its arguments is changed there, too.
+    num_threads: int | None = None,
+) -> CompiledFunction:
+    """Compile a function of tensors; in-place changes of its arguments are kept.
 
     Args:
         function: returns a tuple of tensors.
-        examples: its arguments; of what is in them nothing is read.
-        free: by the place of an argument, the axis whose size may differ from the example's: two
-            or more. The axes before it may have any stride. What is equal in the examples, of
-            sizes and of strides, must stay equal.
-        threads: for what Inductor writes; None takes all.
+        example_inputs: its arguments; their values are not read.
+        dynamic_dims: by the index of an argument, the dimension whose size may differ from the
+            example's; sizes must be at least 2. The dimensions before it may have any stride. Sizes
+            and strides that are equal in the examples must be equal in every call.
+        num_threads: of the code that Inductor generates; None uses all.
 
     Raises:
-        NotCompiledError: no compiler, one that failed, or one that fixed a size which is free.
+        CompilationError: no compiler, a compiler error, or a dynamic dimension was specialized.
     """
     options: dict[str, Any] = {"size_asserts": False}
-    if threads is not None:
-        options["cpp.threads"] = threads
+    if num_threads is not None:
+        options["cpp.threads"] = num_threads
     try:
         with torch.inference_mode():
-            graph, inputs, mode = _trace(function, examples, free)
+            graph, inputs, mode = _trace(function, example_inputs, dynamic_dims)
             compiled = _compile(graph, inputs, mode, options)
-            fixed = _fixed_sizes(mode)
-    except Exception as error:  # torch's rooms for this may change, and nobody needs it to answer
+            specialized = _specialized_sizes(mode)
+    except Exception as error:  # private torch APIs may change, and callers can run eagerly
         reason = str(error).strip() or type(error).__name__
-        raise NotCompiledError(reason.splitlines()[0]) from error
-    if fixed:
-        raise NotCompiledError(f"free sizes were fixed, at {', '.join(fixed)}")
+        raise CompilationError(reason.splitlines()[0]) from error
+    if specialized:
+        raise CompilationError(f"dynamic dimensions were specialized to {', '.join(specialized)}")
     return compiled
 
 
 def _trace(
-    function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], free: Mapping[int, int]
+    function: Callable[..., tuple[Tensor, ...]],
+    example_inputs: Sequence[Tensor],
+    dynamic_dims: Mapping[int, int],
 ) -> tuple[GraphModule, list[Any], FakeTensorMode]:
-    """Write down what a function does to tensors without numbers."""
-    # These take seconds to import.
+    """Trace a function with fake tensors; return its graph, the fake inputs and their mode."""
+    # These imports take seconds.
     from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -80,16 +85,17 @@ def _trace(
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
     inputs: list[Any] = []
-    for place, example in enumerate(examples):
-        if place in free:
+    for index, example in enumerate(example_inputs):
+        if index in dynamic_dims:
             sizes = [DimDynamic.STATIC] * example.ndim
-            sizes[free[place]] = DimDynamic.DUCK  # alike in the examples, alike always
-            kind = StatelessSymbolicContext(dynamic_sizes=sizes)
-            inputs.append(mode.from_tensor(example, symbolic_context=kind))
+            # DUCK: sizes that are equal in the examples share one symbol.
+            sizes[dynamic_dims[index]] = DimDynamic.DUCK
+            context = StatelessSymbolicContext(dynamic_sizes=sizes)
+            inputs.append(mode.from_tensor(example, symbolic_context=context))
         else:
             inputs.append(mode.from_tensor(example, static_shapes=True))
-    # The dispatcher knows results of more operators where sizes are free. Without annotations:
-    # written as strings they would spoil the key of torch's cache.
+    # The Python dispatcher has shape rules for more operators with symbolic sizes. The lambda drops
+    # the annotations: as strings they would change the key of torch's cache.
     with mode, enable_python_dispatcher():
         graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="fake")(*inputs)
     return graph, inputs, mode
@@ -97,7 +103,7 @@ def _trace(
 
 def _compile(
     graph: GraphModule, inputs: list[Any], mode: FakeTensorMode, options: dict[str, Any]
-) -> Direct:
+) -> CompiledFunction:
     from torch._guards import TracingContext, tracing
     from torch._inductor import standalone_compile
 
@@ -110,7 +116,7 @@ def _compile(
         )
 
 
-def _fixed_sizes(mode: FakeTensorMode) -> list[str]:
-    """List the numbers that an operator has put in place of free sizes: nobody asks for them."""
+def _specialized_sizes(mode: FakeTensorMode) -> list[str]:
+    """List the constants that replaced dynamic dimensions; torch itself does not raise."""
     assert mode.shape_env is not None
     return [str(size) for size in mode.shape_env.replacements.values() if size.is_number]

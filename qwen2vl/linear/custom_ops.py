@@ -1,9 +1,10 @@
-"""Products that a compiler is to leave as they are, as operators of our own.
+"""Custom operators (torch.library): matrix products that torch.compile must not decompose.
 
-Inductor fuses what lies around a matrix product; of the product itself it makes something slower,
-or nothing: it knows no packed weights but its own. So where a tracer looks on, the product is one
-operator without an inside, and everywhere else the plain function. The operators are as light as
-torch has them: decode calls over a hundred in a step.
+Inductor fuses the operations around a matrix product; the product itself it compiles into something
+slower, or not at all: it supports no prepacked weights but its own. So under tracing the product is
+one opaque operator of the `qwen2vl` namespace, and everywhere else the plain function is called.
+The low-level API (`define`, `impl`) has the least overhead in torch: a decode step calls over a
+hundred of these operators.
 """
 
 from __future__ import annotations
@@ -16,29 +17,33 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-__all__ = ["opaque"]
+__all__ = ["custom_op"]
 
 C = TypeVar("C", bound=Callable[..., Tensor])
 
 
-def opaque(shape: Callable[..., Tensor]) -> Callable[[C], C]:
-    """Hide what a function computes from tracers; `shape` makes an empty result of its arguments.
+def custom_op(fake: Callable[..., Tensor]) -> Callable[[C], C]:
+    """Register a function as an operator that is opaque to tracers; eager calls bypass it.
 
-    The first argument is a Tensor, and nothing is changed in place.
+    The first argument must be a Tensor, and no argument may be changed in place.
+
+    Args:
+        fake: returns an empty tensor of the result's shape and dtype from the same arguments
+            (`torch.library.register_fake`).
     """
 
-    def hide(compute: C) -> C:
+    def register(compute: C) -> C:
         name = f"qwen2vl::{compute.__name__.strip('_')}"
         torch.library.define(name, torch.library.infer_schema(compute, mutates_args=()))
         torch.library.impl(name, "default")(compute)
-        torch.library.register_fake(name)(shape)
+        torch.library.register_fake(name)(fake)
         operator = getattr(torch.ops.qwen2vl, name.partition("::")[2]).default
 
         @wraps(compute)
-        def choose(x: Tensor, *rest: object) -> Tensor:
+        def dispatch(x: Tensor, *args: object) -> Tensor:
             is_traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-            return (operator if is_traced else compute)(x, *rest)
+            return (operator if is_traced else compute)(x, *args)
 
-        return cast("C", choose)
+        return cast("C", dispatch)
 
-    return hide
+    return register

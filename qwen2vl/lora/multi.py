@@ -1,12 +1,13 @@
-"""Adapters that stay unmerged: several at once, each for the rows that ask for it.
+"""Multi-LoRA: several unmerged adapters in one packed batch, each applied to its request's tokens.
 
-Rows of one packed forward belong to different requests, and those to different adapters: the rows
-of an adapter gain (x A^T) B^T, with its scale inside B. Nothing is installed in the model. Only
-while somebody's rows ask for it, the layers that an adapter changes lend their places to layers
-that add the gain; a forward in which nobody does runs the very modules that it would run if no
-adapter had been read, and so costs the same. What lies beneath may be any linear layer: of floats,
-of small integers, or a share of a joined one. It must not know requests. Letters as in lora.py: R
-rank, X and Y inputs and outputs. Back up: load.py reads adapters, engine/runner.py says whose rows.
+Tokens of one packed forward belong to different requests, and these may use different adapters. To
+the outputs of an adapter's tokens (x A^T) B^T is added, with the scale folded into B. The wrappers
+that add it replace modules only during a forward that has adapted tokens: a forward without any
+runs the unchanged modules, at no extra cost. The base layer may be any linear layer:
+floating-point, quantized, or a slice of a fused one. This module does not depend on requests: the
+engine passes a LoraMapping. Letters: R rank, X and Y inputs and outputs of a linear layer. (vLLM:
+LoRAMapping, LoRAModelManager.) loading.py reads adapters, engine/runner.py activates
+them.
 """
 
 from __future__ import annotations
@@ -24,143 +25,146 @@ from torch.nn import functional as F
 from qwen2vl.lora.layers import LoraFactors
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["Adapter", "AdapterSwitch", "Owners", "Room"]
+__all__ = ["LoraAdapter", "LoraManager", "LoraMapping", "ModelPart"]
 
-Room = Literal["visual", "model", "lm_head"]  # the parts of Qwen2VL that are run one by one
+ModelPart = Literal["visual", "model", "lm_head"]  # Qwen2VL's separately called parts
 
 
-class Gain(NamedTuple):
-    """What one linear layer gains: x @ a_RX.T @ b_RY."""
+class LoraDelta(NamedTuple):
+    """What is added to the output of one linear layer: x @ a_RX.T @ b_RY."""
 
     a_RX: Tensor
     b_RY: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
-    """An adapter, ready to compute with; two are the same only if they are one."""
+class LoraAdapter:
+    """An adapter on the model's device; compared by identity, not by content."""
 
-    gains: Mapping[Room, Mapping[str, Gain]]  # by room, then by the layer's official name
-    digest: bytes  # of all it adds: keys and values computed with it are no other's
-    vision_digest: bytes  # of what it adds to the tower; empty where that stays as it is
+    # By part, then by the layer's official name.
+    deltas: Mapping[ModelPart, Mapping[str, LoraDelta]]
+    digest: bytes  # of all factors: part of the prefix cache's keys
+    vision_digest: bytes  # of the vision tower's factors; empty if it has none
 
     @classmethod
-    def of(cls, factors: Mapping[str, LoraFactors], model: Qwen2VL) -> Adapter:
-        """Bring what `read_lora` has understood to the device and dtype of `model`."""
-        gains: dict[Room, dict[str, Gain]] = {}
-        for name, found in factors.items():
-            room = cast("Room", name.partition(".")[0])
-            b_RY = (found.b_YR.float() * found.scale).T
-            gains.setdefault(room, {})[name] = Gain(
-                found.a_RX.to(model.device, model.dtype),
+    def from_factors(cls, factors: Mapping[str, LoraFactors], model: Qwen2VL) -> LoraAdapter:
+        """Move factors (of `parse_peft_adapter`) to the device and dtype of `model`."""
+        deltas: dict[ModelPart, dict[str, LoraDelta]] = {}
+        for name, layer_factors in factors.items():
+            part = cast("ModelPart", name.partition(".")[0])
+            b_RY = (layer_factors.b_YR.float() * layer_factors.scale).T
+            deltas.setdefault(part, {})[name] = LoraDelta(
+                layer_factors.a_RX.to(model.device, model.dtype),
                 b_RY.to(model.device, model.dtype).contiguous(),
             )
-        seen = {name: found for name, found in factors.items() if name.startswith("visual.")}
-        return cls(gains, _digest(factors), _digest(seen) if seen else b"")
+        visual = {name: f for name, f in factors.items() if name.startswith("visual.")}
+        return cls(deltas, _digest(factors), _digest(visual) if visual else b"")
 
 
-Owners = Sequence[tuple[Adapter | None, int]]  # whose the rows are, and how many, end to end
+# For consecutive tokens (or patches) of a forward: their adapter and their number.
+LoraMapping = Sequence[tuple[LoraAdapter | None, int]]
 
 
-_AS_IT_IS = nullcontext()
+_NO_ADAPTER = nullcontext()
 
 
-class AdapterSwitch:
-    """Puts adapters to work in one model, for one forward at a time."""
+class LoraManager:
+    """Activates adapters in one model, for one forward at a time."""
 
     def __init__(self, model: Qwen2VL) -> None:
         self._model = model
-        self._places: dict[str, tuple[dict[str, nn.Module | None], str]] = {}
-        self._lent: list[tuple[str, nn.Module | None]] = []  # names, and whose place it is
+        self._slots: dict[str, tuple[dict[str, nn.Module | None], str]] = {}
+        self._replaced: list[tuple[str, nn.Module | None]] = []  # name and base layer
 
-    def at_work(self, room: Room, owners: Owners) -> AbstractContextManager[None]:
-        """Let the rows of a forward through `room` gain what their owners' adapters add."""
-        if not self._lent and all(adapter is None for adapter, _ in owners):
-            return _AS_IT_IS
-        return self._adapted(room, owners)
+    def activate(self, part: ModelPart, mapping: LoraMapping) -> AbstractContextManager[None]:
+        """Return a context in which a forward through `part` applies the adapters of `mapping`."""
+        if not self._replaced and all(adapter is None for adapter, _ in mapping):
+            return _NO_ADAPTER
+        return self._activated(part, mapping)
 
     @contextmanager
-    def _adapted(self, room: Room, owners: Owners) -> Iterator[None]:
-        self._take_back()  # what an interrupt has left, if one came
+    def _activated(self, part: ModelPart, mapping: LoraMapping) -> Iterator[None]:
+        self._restore()  # wrappers that an interrupt has left, if any
         try:
-            self._lend(room, _runs(owners), sum(count for _, count in owners))
+            self._install(part, _adapter_spans(mapping), sum(count for _, count in mapping))
             yield
         finally:
-            self._take_back()
+            self._restore()
 
-    def _lend(self, room: Room, runs: Sequence[_Run], total: int) -> None:
-        parts: dict[str, list[tuple[int, int, Gain]]] = {}
-        for adapter, start, stop in runs:
-            for name, gain in adapter.gains.get(room, {}).items():
-                parts.setdefault(name, []).append((start, stop, gain))
-        for name, gained in parts.items():
-            modules, leaf = self._place(name)
+    def _install(self, part: ModelPart, spans: Sequence[_AdapterSpan], total: int) -> None:
+        deltas: dict[str, list[tuple[int, int, LoraDelta]]] = {}
+        for adapter, start, stop in spans:
+            for name, delta in adapter.deltas.get(part, {}).items():
+                deltas.setdefault(name, []).append((start, stop, delta))
+        for name, layer_deltas in deltas.items():
+            modules, leaf = self._slot(name)
             layer = modules[leaf]
             assert layer is not None
-            self._lent.append((name, layer))  # first: what is not noted is not given back
-            # The model only ever calls it, as every module.
-            modules[leaf] = cast("nn.Module", _Gaining(layer, gained, total))
+            # Recorded before it is replaced, so that an interrupt in between cannot lose it.
+            self._replaced.append((name, layer))
+            # Not an nn.Module, but the model only calls it.
+            modules[leaf] = cast("nn.Module", _WithDeltas(layer, layer_deltas, total))
 
-    def _take_back(self) -> None:
-        while self._lent:
-            name, layer = self._lent[-1]
-            modules, leaf = self._place(name)
+    def _restore(self) -> None:
+        while self._replaced:
+            name, layer = self._replaced[-1]
+            modules, leaf = self._slot(name)
             modules[leaf] = layer
-            self._lent.pop()
+            self._replaced.pop()
 
-    def _place(self, name: str) -> tuple[dict[str, nn.Module | None], str]:
-        """Find where a layer's parent holds it: by `setattr` it would take ten times as long."""
-        if name not in self._places:
+    def _slot(self, name: str) -> tuple[dict[str, nn.Module | None], str]:
+        """Return the `_modules` dict and the key of a layer; `setattr` takes ten times as long."""
+        if name not in self._slots:
             parent, _, leaf = name.rpartition(".")
-            self._places[name] = (self._model.get_submodule(parent)._modules, leaf)
-        return self._places[name]
+            self._slots[name] = (self._model.get_submodule(parent)._modules, leaf)
+        return self._slots[name]
 
 
-class _Gaining:
-    """A layer whose rows gain: from start to stop, in rows of the whole forward."""
+class _WithDeltas:
+    """A layer with LoRA deltas for spans (start, stop) of the forward's tokens or patches."""
 
-    __slots__ = ("_gained", "_layer", "_total")
+    __slots__ = ("_deltas", "_layer", "_total")
 
     def __init__(
-        self, layer: nn.Module, gained: Sequence[tuple[int, int, Gain]], total: int
+        self, layer: nn.Module, deltas: Sequence[tuple[int, int, LoraDelta]], total: int
     ) -> None:
         self._layer = layer
-        self._gained = gained
+        self._deltas = deltas
         self._total = total
 
     def __call__(self, x_TX: Tensor) -> Tensor:
         y_TY = self._layer(x_TX)
-        merged = self._total // len(x_TX)  # patches to a row: 4 in the merger, 1 elsewhere
-        for start, stop, gain in self._gained:
-            rows = slice(start // merged, stop // merged)
-            # In place: the output is new, and of a joined layer these columns are nobody else's.
-            y_TY[rows].addmm_(F.linear(x_TX[rows], gain.a_RX), gain.b_RY)
+        per_row = self._total // len(x_TX)  # patches a row: 4 in the merger, 1 elsewhere
+        for start, stop, delta in self._deltas:
+            rows = slice(start // per_row, stop // per_row)
+            # In place: the output is new, and no other layer reads these columns of a fused one.
+            y_TY[rows].addmm_(F.linear(x_TX[rows], delta.a_RX), delta.b_RY)
         return y_TY
 
 
-_Run = tuple[Adapter, int, int]
+_AdapterSpan = tuple[LoraAdapter, int, int]
 
 
-def _runs(owners: Owners) -> list[_Run]:
-    """List (adapter, first row, last row + 1), neighbors of one adapter together."""
-    runs: list[_Run] = []
+def _adapter_spans(mapping: LoraMapping) -> list[_AdapterSpan]:
+    """List (adapter, first token, last token + 1); adjacent spans of one adapter are joined."""
+    spans: list[_AdapterSpan] = []
     stop = 0
-    for adapter, count in owners:
+    for adapter, count in mapping:
         start, stop = stop, stop + count
         if adapter is None or not count:
             continue
-        if runs and runs[-1][0] is adapter and runs[-1][2] == start:
-            start = runs.pop()[1]
-        runs.append((adapter, start, stop))
-    return runs
+        if spans and spans[-1][0] is adapter and spans[-1][2] == start:
+            start = spans.pop()[1]
+        spans.append((adapter, start, stop))
+    return spans
 
 
 def _digest(factors: Mapping[str, LoraFactors]) -> bytes:
-    """Hash every number, under the name of its layer."""
+    """Hash names, scales and values of all factors."""
     hasher = sha256()
-    for name, found in sorted(factors.items()):
-        hasher.update(f"{name} {found.scale!r}\n".encode())
-        for tensor in (found.a_RX, found.b_YR):
+    for name, layer_factors in sorted(factors.items()):
+        hasher.update(f"{name} {layer_factors.scale!r}\n".encode())
+        for tensor in (layer_factors.a_RX, layer_factors.b_YR):
             hasher.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
             hasher.update(flat.numpy().data)

@@ -1,8 +1,8 @@
-"""What is computed: the network of Qwen2-VL in pure torch, readable in one sitting.
+"""The Qwen2-VL network in plain PyTorch: vision tower, language model, M-RoPE, KV cache.
 
-Read attention.py, rope.py, vision.py, text.py, qwen2vl.py, in this order. This floor knows no
-file, no process group, no request and no tokenizer; everything it needs to know about a prompt
-arrives as tensors and AttnMeta.
+Read attention.py, rope.py, vision.py, text.py, qwen2vl.py, in this order. The package depends on
+`qwen2vl.config` and `qwen2vl.geometry` alone: no files, process groups, requests or tokenizer. All
+that depends on a prompt is passed in as tensors and `AttnMeta`.
 """
 
 from qwen2vl.model.attention import KVCache

@@ -1,9 +1,9 @@
-"""Eyes and words joined: patches and ids -> hidden states -> logits.
+"""Qwen2-VL: vision tower and language model, from patches and token ids to logits.
 
-Vision tokens overwrite the embeddings of the placeholders; from there on a token is a token. The
-model takes every index as data (geometry.py) and never searches ids, so training, prefill and
-decode are the same `forward`. Parameter names are the names of the official checkpoints.
-(Qwen2-VL Fig. 2; HF: Qwen2VLForConditionalGeneration.) Back up: load.py fills it from a folder.
+Vision embeddings overwrite the embeddings of the placeholder tokens (<|image_pad|>, <|video_pad|>);
+the decoder then treats all tokens alike. Every index is an input (geometry.py), so training,
+prefill and decode call the same `forward`. Parameter names are those of the official checkpoints;
+qwen2vl/loading.py fills them. (Qwen2-VL Fig. 2; HF: Qwen2VLForConditionalGeneration.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.geometry import AttnMeta, VisionMeta
-from qwen2vl.model.attention import KVCache, SharedCache
+from qwen2vl.model.attention import BatchKVCache, KVCache
 from qwen2vl.model.text import TextModel
 from qwen2vl.model.vision import VisionTower
 
@@ -24,14 +24,14 @@ __all__ = ["Qwen2VL"]
 
 
 class Qwen2VL(nn.Module):
-    """The whole network; build it on the meta device and fill it, or initialize it to train."""
+    """The complete network: vision tower, decoder and language-model head."""
 
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
         self.config = config
         self.visual = VisionTower(config.vision)
         self.model = TextModel(config.text)
-        # A tied head (2B) is the embedding: no second parameter, as in the files.
+        # With tied embeddings (2B) there is no lm_head parameter, as in the checkpoints.
         self.lm_head = (
             None
             if config.text.tie_word_embeddings
@@ -40,39 +40,41 @@ class Qwen2VL(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the parameters."""
         return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in; matrices may be stored in fewer bits, norms never are."""
+        """Compute dtype, read from a norm: linear layers may be quantized, norms never are."""
         return self.model.norm.weight.dtype
 
     @property
-    def head_weight(self) -> Tensor:
-        """The (V, D) matrix that turns hidden states into logits."""
+    def lm_head_weight(self) -> Tensor:
+        """Output embedding matrix (V, D); the input embedding if tied."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def encode(self, patches_NP: Tensor, vision_meta: VisionMeta) -> Tensor:
-        """Turn patches into vision_MD, the rows that will stand at the placeholders."""
+        """Encode patches into vision_MD, the embeddings for the placeholder tokens."""
         return self.visual(patches_NP, vision_meta)
 
-    def embed(self, input_ids_T: Tensor, vision_MD: Tensor | None, pad_index_M: Tensor) -> Tensor:
-        """Look up the ids, then overwrite token pad_index_M[m] with row m of `vision_MD`.
+    def embed(
+        self, input_ids_T: Tensor, vision_MD: Tensor | None, placeholder_index_M: Tensor
+    ) -> Tensor:
+        """Embed the ids, then overwrite token placeholder_index_M[m] with vision_MD[m].
 
-        A training batch without a picture brings the one row of a null item and an empty index:
-        the row goes nowhere, and the tower's gradients are exact zeros.
+        A training batch without images passes the single vision token of a null item and an empty
+        index: the token is dropped, and the vision tower's gradients are exact zeros.
         """
-        num_rows = 0 if vision_MD is None else len(vision_MD)
-        if vision_MD is not None and num_rows == 1 and len(pad_index_M) == 0:
-            vision_MD, num_rows = vision_MD[:0], 0
-        assert num_rows == len(pad_index_M), (
-            f"{num_rows} vision tokens for {len(pad_index_M)} placeholders"
+        num_vision_tokens = 0 if vision_MD is None else len(vision_MD)
+        if vision_MD is not None and num_vision_tokens == 1 and len(placeholder_index_M) == 0:
+            vision_MD, num_vision_tokens = vision_MD[:0], 0
+        assert num_vision_tokens == len(placeholder_index_M), (
+            f"{num_vision_tokens} vision tokens for {len(placeholder_index_M)} placeholders"
         )
         embeds_TD = self.model.embed_tokens(input_ids_T)
         if vision_MD is None:
             return embeds_TD
-        return embeds_TD.index_copy(0, pad_index_M, vision_MD.to(embeds_TD.dtype))
+        return embeds_TD.index_copy(0, placeholder_index_M, vision_MD.to(embeds_TD.dtype))
 
     def forward(
         self,
@@ -83,27 +85,33 @@ class Qwen2VL(nn.Module):
         patches_NP: Tensor | None = None,
         vision_meta: VisionMeta | None = None,
         vision_MD: Tensor | None = None,
-        pad_index_M: Tensor | None = None,
-        caches: Sequence[KVCache] | SharedCache | None = None,
+        placeholder_index_M: Tensor | None = None,
+        caches: Sequence[KVCache] | BatchKVCache | None = None,
     ) -> Tensor:
-        """Compute hidden_TD, normed and ready for `logits`.
+        """Compute hidden_TD after the final norm, the input of `logits`.
 
-        Pictures come either as patches with their meta (training), or as rows encoded before
-        (`vision_MD`, answering); never both. Either way `pad_index_M` says where rows go.
-        `caches` hold what came before, one for each segment of `meta`, or one for all.
+        Args:
+            input_ids_T: token ids, sequences concatenated.
+            position_ids_3T: M-RoPE positions (geometry.mrope_positions).
+            meta: bounds of the sequences.
+            patches_NP: patches of all items, to be encoded here (training); needs `vision_meta`.
+            vision_meta: positions and attention bounds of the patches.
+            vision_MD: vision embeddings encoded before (inference); excludes `patches_NP`.
+            placeholder_index_M: which tokens the vision embeddings overwrite.
+            caches: KV caches of the preceding tokens, one per segment of `meta`, or one for all.
         """
         if patches_NP is not None:
             assert vision_MD is None and vision_meta is not None
             vision_MD = self.encode(patches_NP, vision_meta)
-        if pad_index_M is None:
-            assert vision_MD is None, "vision tokens need pad_index_M"
+        if placeholder_index_M is None:
+            assert vision_MD is None, "vision tokens need placeholder_index_M"
             embeds_TD = self.model.embed_tokens(input_ids_T)
         else:
-            embeds_TD = self.embed(input_ids_T, vision_MD, pad_index_M)
+            embeds_TD = self.embed(input_ids_T, vision_MD, placeholder_index_M)
         return self.model(embeds_TD, position_ids_3T, meta, caches)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Score every word of the vocabulary: logits_TV, in the dtype of the weights."""
+        """Compute logits_TV over the vocabulary, in the dtype of the weights."""
         if self.lm_head is None:
             return F.linear(hidden_TD, self.model.embed_tokens.weight)
         return self.lm_head(hidden_TD)

@@ -1,8 +1,8 @@
-"""The words: embeddings -> hidden states. A Qwen2 decoder with three-section rotary positions.
+"""Language model of Qwen2-VL: a Qwen2 decoder with M-RoPE, from embeddings to hidden states.
 
-Pre-norm blocks of grouped-query attention (q, k, v with bias) and SwiGLU. It never sees ids of
-pictures: vision tokens have already taken their places among the embeddings.
-(Qwen2-VL sec. 2.1; HF: Qwen2VLTextModel.) Next room: qwen2vl.py, where eyes and words meet.
+Pre-norm blocks of grouped-query attention (q, k, v with bias) and SwiGLU. The input is token
+embeddings in which vision embeddings have already replaced those of the placeholder tokens
+(qwen2vl.py). (Qwen2-VL sec. 2.1; HF: Qwen2VLTextModel.)
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model.attention import KVCache, LayerCaches, SharedCache, attention
-from qwen2vl.model.rope import Rotation, rotate, text_rotation
+from qwen2vl.model.attention import BatchKVCache, KVCache, LayerCaches, attention
+from qwen2vl.model.rope import CosSin, apply_rotary_emb, mrope_cos_sin
 
 __all__ = ["TextModel"]
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit mean square, in float32; rounded to the model's dtype before the weight."""
+    """RMS normalization in float32; rounded to the model's dtype before the weight is applied."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        wide = x_TD.float()
-        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * unit.to(x_TD.dtype)
+        x_float_TD = x_TD.float()
+        normed_TD = x_float_TD * torch.rsqrt(x_float_TD.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed_TD.to(x_TD.dtype)
 
 
 class TextAttention(nn.Module):
-    """Causal attention; K key/value heads are shared by H query heads."""
+    """Causal grouped-query attention: H query heads share K key/value heads."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -46,21 +46,21 @@ class TextAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
 
-    def project(self, hidden_TD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute q_THC, k_TKC, v_TKC, the first two already rotated to their positions."""
+    def project_qkv(self, hidden_TD: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to q_THC, k_TKC, v_TKC, with rotary embeddings applied to the first two."""
         q_THC = self.q_proj(hidden_TD).unflatten(1, (-1, self.head_dim))
         k_TKC = self.k_proj(hidden_TD).unflatten(1, (-1, self.head_dim))
         v_TKC = self.v_proj(hidden_TD).unflatten(1, (-1, self.head_dim))
-        return rotate(q_THC, rotation), rotate(k_TKC, rotation), v_TKC
+        return apply_rotary_emb(q_THC, cos_sin), apply_rotary_emb(k_TKC, cos_sin), v_TKC
 
     def forward(
         self,
         hidden_TD: Tensor,
-        rotation: Rotation,
+        cos_sin: CosSin,
         meta: AttnMeta,
         layer_caches: LayerCaches | None,
     ) -> Tensor:
-        q_THC, k_TKC, v_TKC = self.project(hidden_TD, rotation)
+        q_THC, k_TKC, v_TKC = self.project_qkv(hidden_TD, cos_sin)
         out_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_caches=layer_caches)
         return self.o_proj(out_THC.flatten(1))
 
@@ -91,17 +91,17 @@ class TextBlock(nn.Module):
     def forward(
         self,
         hidden_TD: Tensor,
-        rotation: Rotation,
+        cos_sin: CosSin,
         meta: AttnMeta,
         layer_caches: LayerCaches | None,
     ) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
-        hidden_TD = hidden_TD + self.self_attn(normed_TD, rotation, meta, layer_caches)
+        hidden_TD = hidden_TD + self.self_attn(normed_TD, cos_sin, meta, layer_caches)
         return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
 
 
 class TextModel(nn.Module):
-    """The decoder, from embeddings to the normed hidden states the head reads."""
+    """The decoder: input embeddings to hidden states after the final norm."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -115,14 +115,15 @@ class TextModel(nn.Module):
         embeds_TD: Tensor,
         position_ids_3T: Tensor,
         meta: AttnMeta,
-        caches: Sequence[KVCache] | SharedCache | None,
+        caches: Sequence[KVCache] | BatchKVCache | None,
     ) -> Tensor:
-        """Run all blocks; with caches, store each segment's keys and values and advance them.
+        """Run all blocks; with `caches`, append each segment's keys and values to its cache.
 
-        A SharedCache is advanced by who owns it.
+        The lengths of per-sequence caches are advanced at the end; those behind a `BatchKVCache`
+        are advanced by the caller.
         """
         config = self.config
-        rotation = text_rotation(
+        cos_sin = mrope_cos_sin(
             position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section
         )
         hidden_TD = embeds_TD
@@ -131,7 +132,7 @@ class TextModel(nn.Module):
                 layer_caches = [cache.layer(index) for cache in caches]
             else:
                 layer_caches = None if caches is None else caches.layer(index)
-            hidden_TD = layer(hidden_TD, rotation, meta, layer_caches)
+            hidden_TD = layer(hidden_TD, cos_sin, meta, layer_caches)
         if isinstance(caches, Sequence):
             for cache, length in zip(caches, meta.lengths_q, strict=True):
                 cache.length += length

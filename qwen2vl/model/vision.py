@@ -1,10 +1,10 @@
-"""The eyes: patches of any picture or clip -> vision tokens.
+"""Vision tower of Qwen2-VL (a ViT): patches of images and videos to vision embeddings.
 
-A plain pre-norm transformer over a packed stream of patches. Attention stays inside one pair of
-frames; time is mixed only by the patch embedding, which folds two frames into one vector. Four
-neighboring patches then become one vision token. It knows no file and no item, only what
-`VisionMeta` says. (Qwen2-VL sec. 2.1; HF: Qwen2VisionTransformerPretrainedModel.)
-Next room: text.py.
+A pre-norm transformer over the packed patches of all items. Attention is restricted to one temporal
+patch (a pair of frames); only the patch embedding mixes time, by folding two frames into one
+vector. The merger then turns each 2 x 2 neighborhood of patches into one vision token. What depends
+on the grids is passed in as `VisionMeta`.
+(Qwen2-VL sec. 2.1; HF: Qwen2VisionTransformerPretrainedModel.)
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.nn import functional as F
 from qwen2vl.config import VisionConfig
 from qwen2vl.geometry import AttnMeta, VisionMeta
 from qwen2vl.model.attention import attention
-from qwen2vl.model.rope import Rotation, rotate, vision_rotation
+from qwen2vl.model.rope import CosSin, apply_rotary_emb, vision_cos_sin
 
 __all__ = ["VisionTower", "normalize_pixels"]
 
 
 class PatchEmbed(nn.Module):
-    """One matmul. The parameter keeps the Conv3d shape (E, 3, 2, 14, 14) of the checkpoints.
+    """Patch embedding as one matmul; the weight keeps its Conv3d shape, (E, 3, 2, 14, 14).
 
-    Kernel and stride are equal, so the convolution is linear on flat patches; as a convolution it
-    is many times slower on several backends.
+    Kernel and stride are equal, so the convolution is a linear map of flattened patches; as a
+    convolution it is many times slower on several backends.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -41,7 +41,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Attention of every head over the patches of one pair of frames."""
+    """Bidirectional multi-head attention among the patches of one pair of frames."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -49,23 +49,23 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def project(self, hidden_NE: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute q_NHC, k_NHC, v_NHC, the first two already rotated to their positions."""
+    def project_qkv(self, hidden_NE: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to q_NHC, k_NHC, v_NHC, with rotary embeddings applied to the first two."""
         qkv_N3HC = self.qkv(hidden_NE).unflatten(1, (3, self.num_heads, -1))
         q_NHC, k_NHC, v_NHC = qkv_N3HC.unbind(1)
-        # The reference rotates in float32 here (not in the text model), and so do we.
-        q_NHC = rotate(q_NHC.float(), rotation).to(v_NHC.dtype)
-        k_NHC = rotate(k_NHC.float(), rotation).to(v_NHC.dtype)
+        # In float32, as the reference does here (but not in the text model).
+        q_NHC = apply_rotary_emb(q_NHC.float(), cos_sin).to(v_NHC.dtype)
+        k_NHC = apply_rotary_emb(k_NHC.float(), cos_sin).to(v_NHC.dtype)
         return q_NHC, k_NHC, v_NHC
 
-    def forward(self, hidden_NE: Tensor, rotation: Rotation, frames: AttnMeta) -> Tensor:
-        q_NHC, k_NHC, v_NHC = self.project(hidden_NE, rotation)
-        out_NHC = attention(q_NHC, k_NHC, v_NHC, frames, causal=False)
+    def forward(self, hidden_NE: Tensor, cos_sin: CosSin, attn_meta: AttnMeta) -> Tensor:
+        q_NHC, k_NHC, v_NHC = self.project_qkv(hidden_NE, cos_sin)
+        out_NHC = attention(q_NHC, k_NHC, v_NHC, attn_meta, causal=False)
         return self.proj(out_NHC.flatten(1))
 
 
 class VisionMLP(nn.Module):
-    """Two layers with the sigmoid approximation of GELU, as in CLIP."""
+    """Two layers with quick GELU, the sigmoid approximation of GELU used in CLIP."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -88,13 +88,13 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
 
-    def forward(self, hidden_NE: Tensor, rotation: Rotation, frames: AttnMeta) -> Tensor:
-        hidden_NE = hidden_NE + self.attn(self.norm1(hidden_NE), rotation, frames)
+    def forward(self, hidden_NE: Tensor, cos_sin: CosSin, attn_meta: AttnMeta) -> Tensor:
+        hidden_NE = hidden_NE + self.attn(self.norm1(hidden_NE), cos_sin, attn_meta)
         return hidden_NE + self.mlp(self.norm2(hidden_NE))
 
 
 class PatchMerger(nn.Module):
-    """Four neighboring patches, side by side in the stream -> one vision token of text width."""
+    """Merge four consecutive patches (a 2 x 2 neighborhood) into one vision token of text width."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of all items, end to end -> vision tokens of all items, end to end."""
+    """The vision encoder: packed patches of all items to packed vision embeddings of all items."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -122,21 +122,21 @@ class VisionTower(nn.Module):
         """Encode patches into vision_MD, M = N / 4; uint8 patches are normalized first."""
         if patches_NP.dtype == torch.uint8:
             patches_NP = normalize_pixels(patches_NP, self.config)
-        rotation = vision_rotation(meta.positions_N2, self.config.head_dim, self.config.rope_theta)
+        cos_sin = vision_cos_sin(meta.positions_N2, self.config.head_dim, self.config.rope_theta)
         hidden_NE = self.patch_embed(patches_NP)
         for block in self.blocks:
-            hidden_NE = block(hidden_NE, rotation, meta.frames)
+            hidden_NE = block(hidden_NE, cos_sin, meta.attn_meta)
         return self.merger(hidden_NE)
 
 
 def normalize_pixels(patches_NP: Tensor, config: VisionConfig) -> Tensor:
-    """Scale uint8 patches to [0, 1], then subtract the mean and divide by the deviation.
+    """Rescale uint8 patches to [0, 1], then subtract the mean and divide by the standard deviation.
 
-    Returns float32. Rows are channel-major, so each third of a row has its own mean.
+    Returns float32. A patch is channel-major, so each third of it has its own mean.
     (HF: Qwen2VLImageProcessorPil, the same numbers bit for bit.)
     """
     mean, std = _channel_constants(config, patches_NP.device)
-    # Divide: a product with the rounded 1/255 is off by one bit for 126 of the 256 values.
+    # Division: multiplying by the rounded 1/255 is off by one bit for 126 of the 256 values.
     pixels_NCX = patches_NP.unflatten(1, (config.in_channels, -1)).to(torch.float32, copy=True)
     return pixels_NCX.div_(255).sub_(mean).div_(std).flatten(1)
 

@@ -1,6 +1,7 @@
-"""Acts on a finished model, which never knows: meshes of processes, sharding, recomputing.
+"""Distributed training on top of a built model: device mesh, FSDP2, activation checkpointing.
 
-Read mesh.py for who takes part, shard.py for who keeps which weights, recompute.py for what the
-backward computes twice, matrices.py for work on whole matrices when every rank has a part of each.
-torch.distributed lives here and in the trainer only; one process never starts it.
+`mesh.py` starts torch.distributed under torchrun and builds the device mesh; `fsdp.py` shards the
+weights (FSDP2/HSDP); `activation_checkpointing.py` recomputes blocks in the backward;
+`all_to_all.py` applies a function to full matrices of which every rank holds some rows (Muon).
+Only this package and the trainer use torch.distributed; a single process never starts it.
 """

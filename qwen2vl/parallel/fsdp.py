@@ -1,14 +1,14 @@
-"""Who keeps which weights: FSDP2 over a mesh, one unit a block, the model none the wiser.
+"""FSDP2 (`fully_shard`): parameters, gradients and optimizer states sharded over a device mesh.
 
-    visual.blocks.0 .. n | visual.merger | model.layers.0 .. n     gathered when their turn comes
-    the rest: patches, embedding, norm, head                       gathered from forward to loss
+    visual.blocks.0 .. n | visual.merger | model.layers.0 .. n     all-gathered one at a time
+    the rest: patch embedding, embedding, norm, head               gathered from forward to loss
 
-The head's weight is read by the loss, outside of every forward, so its group, which a tied head
-shares with the embedding, stays gathered until the backward. Training must call `forward` alone:
-`encode` or `logits` called from outside would see shards. Gradients are summed, never averaged,
-since the loss is divided by the weight of all ranks. Every rank must run every trainable unit in
-every batch (a batch without pictures runs the null item of train/loader/batch.py), else ranks would wait
-for each other for ever. (FSDP, arXiv 2304.11277.)
+The loss reads the head's weight outside of every forward, so the root's group, in which a tied head
+is the embedding, stays gathered until the backward. Training must call `forward` only: `encode` or
+`logits` called from outside would run on shards. Gradients are summed, never averaged, since the
+loss is divided by the target weight of all ranks. Every rank must run every trainable FSDP unit in
+every batch (a batch without media runs the dummy image of train/loader/batch.py), else the
+collectives deadlock. (FSDP, arXiv 2304.11277.)
 """
 
 from __future__ import annotations
@@ -24,95 +24,108 @@ from torch.distributed.tensor import DTensor
 from qwen2vl.model import Qwen2VL
 
 __all__ = [
-    "fill_parts",
-    "free_gathered",
+    "apply_fsdp",
+    "fill_shards",
+    "fsdp_units",
     "is_sharded",
-    "note_frozen",
-    "reduce_over_copies",
-    "shard",
-    "units",
+    "refresh_requires_grad",
+    "reshard_model",
+    "set_replica_all_reduce",
 ]
 
 
-def shard(
+def apply_fsdp(
     model: Qwen2VL,
     mesh: DeviceMesh,
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    whole: Collection[str] = (),
-    reshard: bool = True,
+    replicated: Collection[str] = (),
+    reshard_after_forward: bool = True,
 ) -> None:
-    """Leave each rank its part of every parameter, in place; parts lie on `device`.
+    """Shard `model` in place over the mesh, one FSDP unit per block; shards are on `device`.
 
     Args:
-        model: the same on every rank, in the dtype its weights are stepped in; or on the meta
-            device, where parts come out empty, for `fill_parts`.
-        mesh: axes "replicate" and "shard".
+        model: the same on every rank, in the dtype of the optimizer step; or on the meta device,
+            then the shards are empty, to be filled by `fill_shards`.
+        mesh: dimensions "replicate" and "shard".
         device: of this rank.
-        dtype: of gathered weights and products; gradients are summed in float32. None: as stored.
-        whole: names of frozen parameters that every rank keeps, in `dtype`: more memory, and
-            nothing to gather.
-        reshard: free a block's weights after its forward, and gather them again for its backward.
+        dtype: of gathered weights and matmuls; gradients are reduced in float32. None: as stored.
+        replicated: names of frozen parameters that every rank holds in full, in `dtype`: more
+            memory, no all-gather.
+        reshard_after_forward: free a block's weights after its forward, and gather them again for
+            its backward.
     """
-    kept = {parameter for name, parameter in model.named_parameters() if name in whole}
-    for parameter in kept:
-        assert not parameter.requires_grad, "only frozen parameters can be kept whole"
-        place = parameter.device if parameter.is_meta else device
-        parameter.data = parameter.data.to(place, dtype)
-    sharded = [unit for unit in units(model) if not kept.issuperset(unit.parameters())]
-    policy = _policy(dtype)
-    axes = mesh if mesh.size(0) > 1 else mesh["shard"]
-    for unit in sharded:
-        # What the backward needs first is not worth freeing; nor is the root, see above.
-        frees = reshard and unit is not model.model.layers[-1] and unit is not model
-        fully_shard(
-            unit, mesh=axes, reshard_after_forward=frees, mp_policy=policy, ignored_params=kept
+    replicated_parameters = {
+        parameter for name, parameter in model.named_parameters() if name in replicated
+    }
+    for parameter in replicated_parameters:
+        assert not parameter.requires_grad, "only frozen parameters can be replicated"
+        target_device = parameter.device if parameter.is_meta else device
+        parameter.data = parameter.data.to(target_device, dtype)
+    fsdp_modules = [
+        unit
+        for unit in fsdp_units(model)
+        if not replicated_parameters.issuperset(unit.parameters())
+    ]
+    policy = _mixed_precision_policy(dtype)
+    fsdp_mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    for unit in fsdp_modules:
+        # The backward needs the last block first; the root stays gathered for the loss, see above.
+        frees_weights = (
+            reshard_after_forward and unit is not model.model.layers[-1] and unit is not model
         )
-    for unit in sharded:
+        fully_shard(
+            unit,
+            mesh=fsdp_mesh,
+            reshard_after_forward=frees_weights,
+            mp_policy=policy,
+            ignored_params=replicated_parameters,
+        )
+    for unit in fsdp_modules:
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
-        # Divided by one, a sum is a plain sum; without this NCCL would be asked for another kind.
+        # With a factor of 1 it is a plain sum; without this NCCL would get a premultiplied sum.
         unit.set_force_sum_reduction_for_comms(True)
     if model.model.norm.weight.is_meta:
         model.to_empty(device=device)
 
 
 @torch.no_grad()
-def fill_parts(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Copy each rank's rows of all parameters and buffers from whole tensors.
+def fill_shards(model: nn.Module, read_tensor: Callable[[str], Tensor]) -> None:
+    """Copy this rank's rows of every parameter and buffer from full tensors.
 
     Args:
         model: sharded or not.
-        read: gives the whole tensor of a name. One is alive at a time.
+        read_tensor: returns the full tensor of a name. One full tensor exists at a time.
     """
-    for name, own in model.state_dict().items():
-        if isinstance(own, DTensor):
-            _copy_rows(own, read(name))
+    for name, parameter_or_buffer in model.state_dict().items():
+        if isinstance(parameter_or_buffer, DTensor):
+            _copy_shard(parameter_or_buffer, read_tensor(name))
         else:
-            own.copy_(read(name))
+            parameter_or_buffer.copy_(read_tensor(name))
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether `shard` was here."""
+    """Return whether `apply_fsdp` was applied to `model`."""
     return isinstance(model, FSDPModule)
 
 
-def free_gathered(model: nn.Module) -> None:
-    """Free what a forward without a backward left gathered.
+def reshard_model(model: nn.Module) -> None:
+    """Free the weights that a forward without a backward left all-gathered.
 
-    Until then the model's parameters are not the sharded ones that optimizers step.
+    Until then the model's parameters are not the sharded ones that the optimizers step.
     """
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
 
 
-def note_frozen(model: nn.Module) -> None:
-    """Let units look again at which of their parameters learn, as a new stage says.
+def refresh_requires_grad(model: nn.Module) -> None:
+    """Update FSDP's record of which parameters require gradients, after a stage changed them.
 
-    They decide at their first gathering in which dtype gradients are summed and kept; one that
-    was frozen then would keep them in that of the products.
+    At its first all-gather a unit fixes the dtype in which gradients are reduced and stored; a
+    parameter that was frozen then would store its gradient in the dtype of the matmuls.
     """
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
@@ -120,35 +133,35 @@ def note_frozen(model: nn.Module) -> None:
             unit.reshard()
 
 
-def reduce_over_copies(model: nn.Module, now: bool) -> None:
-    """Say whether the next backward adds gradients up over the copies of the model.
+def set_replica_all_reduce(model: nn.Module, enabled: bool) -> None:
+    """Set whether the next backward all-reduces gradients over the replicas of the model (HSDP).
 
-    Only the last batch of an optimizer step needs to; within a copy every batch does, so that no
-    rank ever holds whole gradients.
+    With gradient accumulation only the last batch of an optimizer step needs it; within a replica
+    every batch reduce-scatters, so that no rank ever holds full gradients.
     """
     if isinstance(model, FSDPModule):
-        model.set_is_last_backward(now)
-        model.set_requires_all_reduce(now)
+        model.set_is_last_backward(enabled)
+        model.set_requires_all_reduce(enabled)
 
 
-def _copy_rows(own: DTensor, whole: Tensor) -> None:
-    """Fill this rank's part: equal chunks of rows, then a shorter one, then none."""
-    part, mesh = own.to_local(), own.device_mesh
-    chunk = -(-len(whole) // mesh["shard"].size())
-    first = min(len(whole), chunk * mesh.get_local_rank("shard"))
-    part.copy_(whole[first : first + len(part)])
+def _copy_shard(parameter_or_buffer: DTensor, full: Tensor) -> None:
+    """Copy this rank's rows of `full`: chunks of equal size, then a shorter one, then none."""
+    local, mesh = parameter_or_buffer.to_local(), parameter_or_buffer.device_mesh
+    chunk = -(-len(full) // mesh["shard"].size())
+    first = min(len(full), chunk * mesh.get_local_rank("shard"))
+    local.copy_(full[first : first + len(local)])
 
 
-def units(model: Qwen2VL) -> Iterator[nn.Module]:
-    """List what is gathered as one, inner modules first; the root takes what is left."""
+def fsdp_units(model: Qwen2VL) -> Iterator[nn.Module]:
+    """Yield the modules that are all-gathered as one, inner ones first; the root holds the rest."""
     yield from model.visual.blocks
     yield model.visual.merger
     yield from model.model.layers
     yield model
 
 
-def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    # Inputs stay as they are: rotations and pixels are float32 on purpose.
+def _mixed_precision_policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    # Inputs are not cast: rotary tables and pixels are float32 on purpose.
     if dtype is None:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     return MixedPrecisionPolicy(

@@ -1,11 +1,11 @@
-"""Who takes part in a run: the processes that torchrun started, as a mesh of ranks.
+"""Process groups and device mesh of a distributed run, from torchrun's environment variables.
 
-    torchrun --nproc-per-node 8      ranks 0 .. 7, replicate=2:     shard ->  0 1 2 3
+    torchrun --nproc-per-node 8      ranks 0 .. 7, dp_replicate=2:  shard ->  0 1 2 3
                                                                replicate |    4 5 6 7
 
-Weights are sharded along a row and copied along a column. A process that nobody started so is a
-run of one: it gets no mesh, and torch.distributed stays asleep. It must not know models or data.
-(FSDP, arXiv 2304.11277; rows and columns: its hybrid sharding.) Next room: shard.py.
+Weights are sharded along a row of the mesh and replicated along a column: FSDP, or HSDP (hybrid
+sharding) with `dp_replicate` above 1 (arXiv 2304.11277). A process that torchrun did not start has
+no mesh, and torch.distributed is not initialized.
 """
 
 from __future__ import annotations
@@ -22,96 +22,100 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qwen2vl.errors import ConfigError
 
-__all__ = ["Ranks", "is_first", "join"]
+__all__ = ["DistributedContext", "init_distributed", "is_main_process"]
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """This process among those of its run."""
+class DistributedContext:
+    """Rank, device and process groups of this process."""
 
-    device: torch.device  # of this process alone
+    device: torch.device  # of this process
     rank: int = 0
-    size: int = 1
-    mesh: DeviceMesh | None = None  # axes "replicate" and "shard"; None: a run of one
-    control: dist.ProcessGroup | None = None  # all ranks, for a few numbers on the CPU
-    saving: dist.ProcessGroup | None = None  # all ranks, for a thread that writes checkpoints
+    world_size: int = 1
+    mesh: DeviceMesh | None = None  # dimensions "replicate" and "shard"; None: a single process
+    cpu_group: dist.ProcessGroup | None = None  # gloo, all ranks: small CPU tensors
+    checkpoint_group: dist.ProcessGroup | None = None  # gloo, all ranks: checkpoint thread
 
     @property
     def shard_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold one copy of the model together."""
+        """The ranks that together hold one replica of the model."""
         return None if self.mesh is None else self.mesh.get_group("shard")
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Add up over all ranks, in place, where the tensor is."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all ranks, in place, on its own device."""
         if self.mesh is not None:
-            dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
+            dist.all_reduce(tensor, group=self.cpu_group if tensor.device.type == "cpu" else None)
         return tensor
 
-    def sum_of_shards(self, tensor: Tensor) -> Tensor:
-        """Add up over the ranks that hold one copy of the model, in place."""
+    def all_reduce_shards(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks of one replica, in place."""
         if self.mesh is not None:
             dist.all_reduce(tensor, group=self.shard_group)
         return tensor
 
-    def wait_for_all(self) -> None:
-        """Return when every rank has come here."""
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
         if self.mesh is not None:
-            dist.barrier(group=self.control)
+            dist.barrier(group=self.cpu_group)
 
 
-def is_first() -> bool:
-    """Tell whether this process speaks for its run."""
+def is_main_process() -> bool:
+    """Return whether this process has rank 0 (or is the only one); it alone prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def join(device: str, *, replicate: int = 1) -> Iterator[Ranks]:
-    """Take part in the run that torchrun's environment describes, until the block ends.
+def init_distributed(device: str, *, dp_replicate: int = 1) -> Iterator[DistributedContext]:
+    """Initialize torch.distributed as torchrun's environment says; destroy it when the block ends.
 
     Args:
-        device: cpu or cuda; with several ranks each takes the one of its local rank.
-        replicate: copies of the model; the ranks are replicate x shard.
+        device: cpu or cuda; with several ranks each uses the GPU of its local rank.
+        dp_replicate: replicas of the model; the mesh is (dp_replicate, world size / dp_replicate).
 
     Raises:
-        ConfigError: the number of ranks is no multiple of `replicate`, or a rank has no device.
+        ConfigError: the world size is no multiple of `dp_replicate`, or a rank has no GPU.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if replicate < 1 or size % replicate:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if dp_replicate < 1 or world_size % dp_replicate:
         raise ConfigError(
-            f"mesh.replicate={replicate}: {size} ranks cannot be parted so; "
-            "give a divisor of the number of ranks"
+            f"mesh.dp_replicate={dp_replicate}: {world_size} ranks cannot be divided "
+            "into that many replicas; give a divisor of the number of ranks"
         )
-    if size == 1:
-        yield Ranks(torch.device(device))
+    if world_size == 1:
+        yield DistributedContext(torch.device(device))
         return
-    own = _own_device(device)
-    # Gloo beside NCCL: numbers that the host reads must not wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    local_device = _local_device(device)
+    # Gloo beside NCCL: reducing numbers that the host reads must not wait for the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if local_device.type == "cuda" else "gloo")
     try:
         mesh = init_device_mesh(
-            own.type, (replicate, size // replicate), mesh_dim_names=("replicate", "shard")
+            local_device.type,
+            (dp_replicate, world_size // dp_replicate),
+            mesh_dim_names=("replicate", "shard"),
         )
-        yield Ranks(own, dist.get_rank(), size, mesh, _cpu_group(), _cpu_group())
+        yield DistributedContext(
+            local_device, dist.get_rank(), world_size, mesh, _new_gloo_group(), _new_gloo_group()
+        )
     finally:
         dist.destroy_process_group()
 
 
-def _own_device(name: str) -> torch.device:
-    """Give each rank of a machine its own GPU; CPUs are shared."""
+def _local_device(name: str) -> torch.device:
+    """Return the device of this rank: one GPU per local rank; the CPU is shared."""
     device = torch.device(name)
     if device.type != "cuda":
         return device
-    local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= present:
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
         raise ConfigError(
-            f"device {name}: rank {local} of this machine has no GPU, there are {present}; "
+            f"device {name}: rank {local_rank} of this machine has no GPU, there are {num_gpus}; "
             "lower --nproc-per-node"
         )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def _cpu_group() -> dist.ProcessGroup:
+def _new_gloo_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member of the group"
     return group

@@ -1,5 +1,7 @@
-"""What the model is fed: pixels and words become one ModelInput, on the CPU.
+"""Multimodal preprocessing: chat messages with images and videos -> one ModelInput, on the CPU.
 
-The same path serves training and answering, so the two cannot drift apart. This floor knows no
-network and no weights. Start at processor.py; the struct that leaves this room is in inputs.py.
+Training and inference use the same code, so the two cannot drift apart. The entry point is
+`processor.Processor`; its result, `ModelInput`, is defined in inputs.py. Nothing here depends on
+model weights or devices.
+(HF: Qwen2VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor; qwen_vl_utils.)
 """

@@ -1,10 +1,10 @@
-"""From a picture to patches: the size the model sees, the resize, the order of the pixels.
+"""Image preprocessing: naive dynamic resolution (smart_resize), bicubic resize, flattened patches.
 
-    RGB picture -> smart_resize -> Pillow bicubic -> patchify -> Item
+    RGB image -> smart_resize -> Pillow bicubic -> patchify -> Item
 
-Nothing here is ever a float: pixels stay uint8, and the model's first step normalizes them. It
-must not know files (media.py, rgb.py) or text. (Qwen2-VL sec. 2.1; HF: Qwen2VLImageProcessorPil.)
-The order of patches is geometry's `merge_order`. Next room: video.py, which shares `patchify`.
+Pixels stay uint8; the model's first operation rescales and normalizes them. Files are opened in
+media/rgb.py. The order of patches is geometry's `merge_order`; video.py uses `patchify` as well.
+(Qwen2-VL sec. 2.1; HF: Qwen2VLImageProcessorPil; qwen_vl_utils: fetch_image, smart_resize.)
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from qwen2vl.processor.media.source import (
 
 __all__ = [
     "PixelLimits",
-    "image_item",
     "item_digest",
     "patchify",
-    "pixel_limits",
-    "requested_size",
-    "resize_picture",
+    "preprocess_image",
+    "resize_image",
+    "resolve_pixel_limits",
     "smart_resize",
+    "target_size",
     "unpatchify",
 ]
 
-_MAX_RATIO = 200  # long side over short side; the bound itself is allowed
+_MAX_RATIO = 200  # long side over short side, inclusive
 _VIDEO_OPTIONS = "fps nframes min_frames max_frames total_pixels video_start video_end".split()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelLimits:
-    """Smallest and largest area of a picture after resizing, from preprocessor_config.json."""
+    """Smallest and largest area of an image after resizing, from preprocessor_config.json."""
 
     min_pixels: int
     max_pixels: int
@@ -67,15 +67,15 @@ class PixelLimits:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PixelLimits:
-        """Read either spelling: min_pixels and max_pixels, or size with its two edges.
+        """Read min_pixels and max_pixels, or size with shortest_edge and longest_edge.
 
-        Where both are given the first wins, as in transformers. (HF "edges" are areas, too.)
+        The first form takes precedence, as in transformers. (HF's "edges" are areas, too.)
 
         Raises:
-            ConfigError: neither spelling is there, or the numbers contradict each other.
+            ConfigError: neither form is present, or the numbers contradict each other.
         """
         size = raw.get("size")
-        size = size if isinstance(size, Mapping) else {}  # older image processors wrote one number
+        size = size if isinstance(size, Mapping) else {}  # older image processors wrote an int
         low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
         high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
         if not isinstance(low, int) or not isinstance(high, int):
@@ -95,13 +95,13 @@ def smart_resize(
     max_pixels: float,
     name: str = "image",
 ) -> tuple[int, int]:
-    """Choose the size the model sees: multiples of `factor`, area within limits, shape kept.
+    """Return the resized (height, width): multiples of `factor`, area in limits, same aspect ratio.
 
-    The arithmetic is transformers 5.23's to the bit, halves rounding to even. A side never
-    becomes 0, so a very flat picture may exceed a small `max_pixels`.
+    The arithmetic is exactly that of transformers 5.23; halves round to even. A side never
+    becomes 0, so a very flat image may exceed a small `max_pixels`.
 
     Raises:
-        InputError: the aspect ratio exceeds 200.
+        InputError: the aspect ratio exceeds 200, or a side is 0.
     """
     short, long = sorted((height, width))
     if short < 1:
@@ -125,8 +125,8 @@ def smart_resize(
     return rows, cols
 
 
-def pixel_limits(pixels: PixelLimits, options: MediaOptions, name: str) -> PixelLimits:
-    """Put the user's limits in place of the model's.
+def resolve_pixel_limits(pixels: PixelLimits, options: MediaOptions, name: str) -> PixelLimits:
+    """Override the model's limits with the user's.
 
     Raises:
         InputError: one limit is given and contradicts the model's other one.
@@ -141,7 +141,7 @@ def pixel_limits(pixels: PixelLimits, options: MediaOptions, name: str) -> Pixel
     return PixelLimits(min_pixels=low, max_pixels=high)
 
 
-def requested_size(
+def target_size(
     height: int,
     width: int,
     *,
@@ -150,8 +150,8 @@ def requested_size(
     options: MediaOptions,
     name: str,
 ) -> tuple[int, int]:
-    """Apply the user's options to `smart_resize`: a wished size replaces the picture's own."""
-    limits = pixel_limits(pixels, options, name)
+    """Return `smart_resize` of the image's size, or of resized_height x resized_width if given."""
+    limits = resolve_pixel_limits(pixels, options, name)
     if options.resized_height is not None and options.resized_width is not None:
         height, width = options.resized_height, options.resized_width
     return smart_resize(
@@ -165,11 +165,11 @@ def requested_size(
 
 
 def patchify(frames_FCHW: Tensor, vision: VisionConfig) -> tuple[Tensor, Grid]:
-    """Cut frames into patches, in the order of `geometry.merge_order`, frame pair by frame pair.
+    """Flatten frames into patches: frame pairs in order, each in `geometry.merge_order`.
 
-    A row holds one patch as (channel, time, y, x). The last frame is repeated where the count is
-    not a multiple of temporal_patch_size, so that an image becomes a pair of the same frame.
-    Sides must be multiples of `vision.factor`.
+    Each row is one patch, flattened as (channel, time, y, x). The last frame is repeated where the
+    count is not a multiple of temporal_patch_size, so that an image becomes a pair of the same
+    frame. Sides must be multiples of `vision.factor`.
 
     Returns:
         patches_NP with the dtype of the frames, and the grid.
@@ -179,9 +179,9 @@ def patchify(frames_FCHW: Tensor, vision: VisionConfig) -> tuple[Tensor, Grid]:
     assert height % vision.factor == 0, "height must be a multiple of the factor"
     assert width % vision.factor == 0, "width must be a multiple of the factor"
     grid = Grid(-(-count // step), height // patch, width // patch)
-    frames = _whole_pairs(np.ascontiguousarray(frames_FCHW.numpy()), step)
-    # The x of a patch lie together in both orders, so they are copied as one thing: about three
-    # times as fast as number by number.
+    frames = _pad_frames(np.ascontiguousarray(frames_FCHW.numpy()), step)
+    # The pixels of a patch's line are contiguous in both layouts, so each line is copied as one
+    # element: about three times as fast as pixel by pixel.
     line = np.dtype((np.void, patch * frames.itemsize))
     blocks = frames.view(line).reshape(
         grid.t, step, channels, grid.h // merge, merge, patch, grid.w // merge, merge
@@ -192,8 +192,8 @@ def patchify(frames_FCHW: Tensor, vision: VisionConfig) -> tuple[Tensor, Grid]:
     return torch.from_numpy(patches_NP), grid
 
 
-def _whole_pairs(frames: np.ndarray, step: int) -> np.ndarray:
-    """Repeat the last frame until the count is a multiple of `step`; a single one costs nothing."""
+def _pad_frames(frames: np.ndarray, step: int) -> np.ndarray:
+    """Repeat the last frame until the count is a multiple of `step`; a single one is broadcast."""
     if len(frames) == 1:
         return np.broadcast_to(frames, (step, *frames.shape[1:]))
     missing = -len(frames) % step
@@ -201,7 +201,7 @@ def _whole_pairs(frames: np.ndarray, step: int) -> np.ndarray:
 
 
 def unpatchify(patches_NP: Tensor, grid: Grid, vision: VisionConfig) -> Tensor:
-    """Put patches back together as frames_FCHW: the inverse of `patchify`, doubled frames kept."""
+    """Return frames_FCHW from patches: the inverse of `patchify`; repeated frames remain."""
     step, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
     blocks = patches_NP.reshape(
         grid.t,
@@ -218,7 +218,7 @@ def unpatchify(patches_NP: Tensor, grid: Grid, vision: VisionConfig) -> Tensor:
     return frames.reshape(grid.t * step, vision.in_channels, grid.h * patch, grid.w * patch)
 
 
-def image_item(
+def preprocess_image(
     source: MediaSource,
     *,
     vision: VisionConfig,
@@ -226,19 +226,19 @@ def image_item(
     options: MediaOptions = NO_OPTIONS,
     limits: MediaLimits = DEFAULT_LIMITS,
     name: str,
-    turn: bool = True,
+    apply_exif_orientation: bool = True,
 ) -> Item:
-    """Make one picture ready for the model. `turn` applies the EXIF orientation.
+    """Preprocess one image.
 
     Raises:
-        InputError: the picture cannot be used, or an option is for videos only.
+        InputError: the image cannot be used, or an option is for videos only.
     """
     if misplaced := [key for key in _VIDEO_OPTIONS if getattr(options, key) is not None]:
         raise InputError(f"{name}: {', '.join(misplaced)} is for videos, this is an image")
-    rgb, notes = _rgb(source, limits, name, turn)
-    given = rgb.shape[:2] if isinstance(rgb, np.ndarray) else (rgb.height, rgb.width)
-    height, width = requested_size(*given, vision=vision, pixels=pixels, options=options, name=name)
-    frames_FCHW = torch.from_numpy(resize_picture(rgb, height, width)).unsqueeze(0)
+    rgb, notes = _load_rgb(source, limits, name, apply_exif_orientation)
+    size = rgb.shape[:2] if isinstance(rgb, np.ndarray) else (rgb.height, rgb.width)
+    height, width = target_size(*size, vision=vision, pixels=pixels, options=options, name=name)
+    frames_FCHW = torch.from_numpy(resize_image(rgb, height, width)).unsqueeze(0)
     patches_NP, grid = patchify(frames_FCHW, vision)
     return Item(
         kind="image",
@@ -246,17 +246,17 @@ def image_item(
         grid=grid,
         digest=item_digest(frames_FCHW, grid, vision),
         name=name,
-        size_given=given,
-        size_seen=(height, width),
+        original_size=size,
+        resized_size=(height, width),
         notes=notes,
     )
 
 
-def resize_picture(rgb: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
-    """Resize with Pillow's bicubic, which widens its support when shrinking.
+def resize_image(rgb: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
+    """Resize with Pillow's bicubic filter, which antialiases when downscaling.
 
     Returns:
-        A copy, (3, height, width) uint8, plane by plane as `patchify` likes it.
+        A copy, (3, height, width) uint8, channels first as `patchify` needs it.
     """
     if isinstance(rgb, np.ndarray):
         if rgb.shape[:2] == (height, width):
@@ -271,33 +271,33 @@ def resize_picture(rgb: np.ndarray | Image.Image, height: int, width: int) -> np
 
 
 def item_digest(frames_FCHW: Tensor, grid: Grid, vision: VisionConfig) -> bytes:
-    """Fingerprint what the vision tower will compute on: resized pixels, grid, mean and std.
+    """Hash the input of the vision tower: resized pixels, grid, mean and std.
 
-    Never the file: the same file at another pixel limit is another input. SHA-256, because
-    processors compute it in hardware: here 1.8 times as fast as BLAKE2b.
+    Not the file: the same file at another pixel limit is another input. SHA-256, because
+    CPUs compute it in hardware: 1.8 times as fast as BLAKE2b, measured.
     """
-    hasher = sha256(_digest_head(grid, vision.image_mean, vision.image_std))
+    hasher = sha256(_digest_header(grid, vision.image_mean, vision.image_std))
     hasher.update(np.ascontiguousarray(frames_FCHW.numpy()).data)
     return hasher.digest()
 
 
 @lru_cache(maxsize=1024)
-def _digest_head(grid: Grid, mean: tuple[float, ...], std: tuple[float, ...]) -> bytes:
+def _digest_header(grid: Grid, mean: tuple[float, ...], std: tuple[float, ...]) -> bytes:
     return struct.pack(f"<3q{len(mean) + len(std)}d", *grid, *mean, *std)
 
 
-def _rgb(
-    source: MediaSource, limits: MediaLimits, name: str, turn: bool
+def _load_rgb(
+    source: MediaSource, limits: MediaLimits, name: str, apply_exif_orientation: bool
 ) -> tuple[np.ndarray | Image.Image, tuple[str, ...]]:
-    """Open `source`; RGB arrays skip Pillow, because training makes hundreds of them a second."""
-    if _is_plain_rgb(source, limits):
+    """Open `source`; RGB arrays skip Pillow, because training loads hundreds of them a second."""
+    if _is_rgb_array(source, limits):
         assert isinstance(source, np.ndarray)
         return source, ()
-    return open_image(source, limits, name, turn=turn)
+    return open_image(source, limits, name, apply_exif_orientation=apply_exif_orientation)
 
 
-def _is_plain_rgb(source: MediaSource, limits: MediaLimits) -> bool:
-    """Tell whether an array is (height > 4, width, 3) uint8, which needs no second look."""
+def _is_rgb_array(source: MediaSource, limits: MediaLimits) -> bool:
+    """Return whether `source` is a uint8 array (height > 4, width, 3), so certainly RGB."""
     if not isinstance(source, np.ndarray) or source.dtype != np.uint8 or source.ndim != 3:
         return False
     height, width, channels = source.shape

@@ -1,9 +1,9 @@
-"""Items kept by what their source holds, so that a chat does not open its pictures every turn.
+"""LRU cache of preprocessed images and videos: a multi-turn chat decodes each of them once.
 
-A source is named by its bytes, not by its path: a file that changed is opened again, one that was
-copied is not. Reading and hashing a JPEG costs a hundredth of decoding and resizing it. What comes
-over the network is fetched and opened anew; so are Pillow's pictures, whose look depends on more
-than their pixels, and very large files. It must not know messages. Back up: processor.py.
+Keys are content hashes, not paths: a file that changed is decoded again, a copy of a file is not.
+Reading and hashing a JPEG costs a hundredth of decoding and resizing it. Not cached: URLs, which
+are downloaded every time; PIL images, whose appearance depends on more than their pixels; and
+files above `MAX_HASHED_BYTES`. (vLLM: the multi-modal processor cache.)
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from qwen2vl.errors import InputError
 from qwen2vl.processor.inputs import Item
 from qwen2vl.processor.media.source import MediaLimits, read_source
 
-__all__ = ["KeptItems", "content_digest"]
+__all__ = ["ItemCache", "content_digest"]
 
-LARGEST = 256 * 1024**2  # bytes of a source that are hashed: a fifth of a second
+MAX_HASHED_BYTES = 256 * 1024**2  # larger sources are not cached; hashing takes a fifth of a second
 
 
-class KeptItems:
-    """A bounded number of bytes of patches, the items unused for longest first to go."""
+class ItemCache:
+    """LRU cache of items, bounded by the bytes of their patches. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._items: OrderedDict[tuple[Any, ...], Item] = OrderedDict()
-        self._lock = Lock()  # prompts may be made in any thread
+        self._lock = Lock()  # prompts may be preprocessed in any thread
 
     def get(self, key: tuple[Any, ...]) -> Item | None:
-        """Find what `put` has kept under the same key."""
+        """Return the item stored under `key`, or None."""
         with self._lock:
             item = self._items.get(key)
             if item is not None:
@@ -43,7 +43,7 @@ class KeptItems:
             return item
 
     def put(self, key: tuple[Any, ...], item: Item) -> None:
-        """Keep an item that nobody will write to."""
+        """Store an item; its tensors must not be modified afterwards."""
         if item.patches_NP.nbytes > self.max_bytes:
             return
         with self._lock:
@@ -56,27 +56,31 @@ class KeptItems:
 
 
 def content_digest(source: Any, limits: MediaLimits, name: str) -> bytes | None:
-    """Hash what a source holds; None: it is of a kind that is not kept.
+    """Hash the content of a source; None for a kind of source that is not cached.
 
     Raises:
         InputError: the source cannot be found, or is not allowed.
     """
     if isinstance(source, np.ndarray):
-        shape = f"{source.dtype.str} {source.shape}".encode()
-        return sha256(shape + np.ascontiguousarray(source).tobytes()).digest()
+        prefix = f"{source.dtype.str} {source.shape}".encode()
+        return sha256(prefix + np.ascontiguousarray(source).tobytes()).digest()
     if not isinstance(source, (str, bytes, bytearray, Path)) or _is_remote(source):
         return None
     media = read_source(source, limits, name)
     if isinstance(media.content, Path):
         return _file_digest(media.content, name)
     assert isinstance(media.content, bytes)
-    declared = f"{media.declared} ".encode()
-    return sha256(declared + media.content).digest() if len(media.content) <= LARGEST else None
+    prefix = f"{media.content_type} ".encode()
+    return (
+        sha256(prefix + media.content).digest() if len(media.content) <= MAX_HASHED_BYTES else None
+    )
 
 
 def _file_digest(path: Path, name: str) -> bytes | None:
     try:
-        return sha256(path.read_bytes()).digest() if path.stat().st_size <= LARGEST else None
+        return (
+            sha256(path.read_bytes()).digest() if path.stat().st_size <= MAX_HASHED_BYTES else None
+        )
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror}") from None
 

@@ -1,10 +1,10 @@
-"""Messages as people write them -> Message and its parts, whichever dialect they were written in.
+"""Parsing and validation of chat messages in three formats: Qwen, Hugging Face and OpenAI.
 
-Qwen's content items ({"type": "image", "image": ...}), Hugging Face's ({"type": "image", "url":
-...}) and OpenAI's ({"type": "image_url", "image_url": {"url": ...}}) become the same few parts;
-any role may hold media. What is not understood is refused by its path, never dropped. Nothing is
-opened or rendered here. (Schema: qwen-vl-utils, HF chat templates, OpenAI chat completions.)
-Next: tools.py, then chat.py.
+Content items of qwen-vl-utils ({"type": "image", "image": ...}), Hugging Face ({"type": "image",
+"url": ...}) and OpenAI ({"type": "image_url", "image_url": {"url": ...}}) are converted to the
+same `Message` and parts (text, media, grounding). Media are allowed in every role. Unknown keys
+and types raise InputError with the path of the item; nothing is dropped silently. No media are
+opened and nothing is rendered here. (qwen_vl_utils: extract_vision_info.)
 """
 
 from __future__ import annotations
@@ -22,57 +22,57 @@ from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 
 __all__ = [
     "ROLES",
-    "Call",
-    "Kind",
-    "MarkPart",
+    "GroundingPart",
     "MediaPart",
     "Message",
+    "Modality",
     "Part",
     "TextPart",
-    "normalize",
-    "read_media",
+    "ToolCall",
+    "parse_media_item",
+    "parse_messages",
 ]
 
-Kind = Literal["image", "video"]
+Modality = Literal["image", "video"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Words. `given` marks what stands in an assistant's turn but was not written by it."""
+    """Text. `from_tool` marks tool output inside an assistant's turn, which is not supervised."""
 
     text: str
-    given: bool = False
+    from_tool: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class MediaPart:
-    """An image or a video, not opened yet."""
+    """An image or a video that has not been opened yet."""
 
-    kind: Kind
-    source: Any  # path, URL, bytes, PIL image, array, list of frames: media.py knows
+    kind: Modality
+    source: Any  # path, URL, bytes, PIL image, array, list of frames: see media/source.py
     options: MediaOptions
-    path: str  # where it stands, as "messages[0].content[1]"
+    path: str  # location in the messages, as "messages[0].content[1]"
 
 
 @dataclass(frozen=True, slots=True)
-class MarkPart:
-    """A place in a picture, in pixels of the picture as given."""
+class GroundingPart:
+    """A box, point or quad, in pixels of the original image (visual grounding)."""
 
     kind: Literal["box", "point", "quad"]
     numbers: tuple[float, ...]
-    picture: int | None  # 1-based, as in "Picture 1: "; None is the latest one before
+    image_number: int | None  # 1-based, as in "Picture 1: "; None: the latest image before it
     path: str
-    given: bool = False
+    from_tool: bool = False
 
 
-Part = TextPart | MediaPart | MarkPart
+Part = TextPart | MediaPart | GroundingPart
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A tool that the assistant asks for; `arguments` is JSON as the model wrote it."""
+class ToolCall:
+    """A tool call of the assistant; `arguments` is the JSON text that the model generated."""
 
     name: str
     arguments: str
@@ -81,20 +81,20 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message, read."""
+    """One parsed message."""
 
     role: str
     parts: tuple[Part, ...]
     path: str
-    calls: tuple[Call, ...] = ()  # of an assistant
-    call_id: str | None = None  # of a tool's result
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str | None = None  # of a tool's result
 
 
-def normalize(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Read a conversation in any of the three dialects.
+def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Parse and validate a conversation in any of the three formats.
 
     Raises:
-        InputError: something is missing, unknown or of the wrong kind; the text names its path.
+        InputError: something is missing, unknown or of the wrong type; the text names its path.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise InputError(
@@ -103,64 +103,64 @@ def normalize(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         )
     if not messages:
         raise InputError('messages is empty; give at least {"role": "user", "content": ...}')
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def read_media(kind: Kind, given: Any, path: str) -> MediaPart:
-    """Read one image or video: a bare source, or a content item with its options."""
-    if not isinstance(given, Mapping):
-        return MediaPart(kind, given, NO_OPTIONS, path)
-    item = _present(given)
+def parse_media_item(kind: Modality, source: Any, path: str) -> MediaPart:
+    """Parse one image or video: a bare source, or a content item with its options."""
+    if not isinstance(source, Mapping):
+        return MediaPart(kind, source, NO_OPTIONS, path)
+    item = _drop_none(source)
     item.setdefault("type", kind)
     if _TYPES.get(item["type"]) != kind:
-        raise InputError(f"{path}: expected {_a(kind)}, got type {item['type']!r}")
-    return _media(kind, item, path)
+        raise InputError(f"{path}: expected {_with_article(kind)}, got type {item['type']!r}")
+    return _parse_media(kind, item, path)
 
 
 # Messages -------------------------------------------------------------------------------------
 
 _KEYS_OF_ROLE = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
-_KEYS_OF_CALL = {"id", "type"}  # and "function", or what it would hold
+_KEYS_OF_CALL = {"id", "type"}  # and "function", or the keys of the function itself
 _KEYS_OF_FUNCTION = {"name", "arguments"}
 
 
-def _message(raw: Any, path: str) -> Message:
+def _parse_message(raw: Any, path: str) -> Message:
     if not isinstance(raw, Mapping):
         raise InputError(f'{path} must be {{"role": ..., "content": ...}}, got {raw!r:.60}')
-    message = _present(raw)
+    message = _drop_none(raw)
     role = message.get("role")
     if role not in ROLES:
         raise InputError(f"{path}.role is {role!r}; known roles: {', '.join(ROLES)}")
     _refuse_unknown(message, {"role", "content"} | _KEYS_OF_ROLE.get(role, set()), path)
-    calls = tuple(_calls(message.get("tool_calls", ()), f"{path}.tool_calls"))
-    if "content" not in message and not calls:
+    tool_calls = tuple(_parse_tool_calls(message.get("tool_calls", ()), f"{path}.tool_calls"))
+    if "content" not in message and not tool_calls:
         raise InputError(f"{path}.content is missing or null; give a string or a list of items")
-    parts = tuple(_parts(message.get("content", ""), f"{path}.content"))
+    parts = tuple(_parse_content(message.get("content", ""), f"{path}.content"))
     if role == "user" and not parts:
         raise InputError(f"{path}.content is empty; a user's turn needs text, an image or a video")
-    return Message(role, parts, path, calls, message.get("tool_call_id"))
+    return Message(role, parts, path, tool_calls, message.get("tool_call_id"))
 
 
-def _parts(content: Any, path: str) -> Iterable[Part]:
+def _parse_content(content: Any, path: str) -> Iterable[Part]:
     if isinstance(content, str):
         return [TextPart(content)] if content else []
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise InputError(
             f"{path} must be a string or a list of items, got {type(content).__name__}"
         )
-    return [_part(item, f"{path}[{i}]") for i, item in enumerate(content)]
+    return [_parse_part(item, f"{path}[{i}]") for i, item in enumerate(content)]
 
 
-def _calls(raw: Any, path: str) -> Iterable[Call]:
+def _parse_tool_calls(raw: Any, path: str) -> Iterable[ToolCall]:
     if not isinstance(raw, Sequence) or isinstance(raw, str):
         raise InputError(f"{path} must be a list, got {type(raw).__name__}")
     for i, call in enumerate(raw):
-        yield _call(call, f"{path}[{i}]")
+        yield _parse_tool_call(call, f"{path}[{i}]")
 
 
-def _call(raw: Any, path: str) -> Call:
-    """Read {"id": ..., "function": {"name": ..., "arguments": ...}}, or its function alone."""
-    call = _present(raw) if isinstance(raw, Mapping) else {}
+def _parse_tool_call(raw: Any, path: str) -> ToolCall:
+    """Parse {"id": ..., "function": {"name": ..., "arguments": ...}}, or its function alone."""
+    call = _drop_none(raw) if isinstance(raw, Mapping) else {}
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(
@@ -168,13 +168,13 @@ def _call(raw: Any, path: str) -> Call:
         )
     nested = "function" in call
     _refuse_unknown(call, _KEYS_OF_CALL | ({"function"} if nested else _KEYS_OF_FUNCTION), path)
-    function = _present(function)
+    function = _drop_none(function)
     if nested:
         _refuse_unknown(function, _KEYS_OF_FUNCTION, f"{path}.function")
     arguments = function.get("arguments", "{}")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return Call(function["name"], arguments, call.get("id"))
+    return ToolCall(function["name"], arguments, call.get("id"))
 
 
 # Content items --------------------------------------------------------------------------------
@@ -200,19 +200,19 @@ _OPTIONS = {
     "video": _IMAGE_OPTIONS
     | {"fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end"},
 }
-_NUMBERS = {"box": 4, "point": 2, "quad": 8}
-_FAR = 1e9  # pixels: no picture reaches so far, and arithmetic never overflows below
+_NUM_COORDINATES = {"box": 4, "point": 2, "quad": 8}
+_MAX_COORDINATE = 1e9  # pixels: larger than any image, and small enough never to overflow
 
 
-def _part(raw: Any, path: str) -> Part:
+def _parse_part(raw: Any, path: str) -> Part:
     if not isinstance(raw, Mapping):
         raise InputError(f'{path} must be {{"type": ..., ...}}, got {raw!r:.60}')
-    item = _present(raw)
-    kind = _kind_of(item, path)
+    item = _drop_none(raw)
+    kind = _item_type(item, path)
     if kind in _SOURCES:
-        return _media(kind, item, path)
-    if kind in _NUMBERS:
-        return _mark(kind, item, path)
+        return _parse_media(kind, item, path)
+    if kind in _NUM_COORDINATES:
+        return _parse_grounding(kind, item, path)
     _refuse_unknown(item, {"type", kind}, path)
     value = item.get(kind)
     if not isinstance(value, str):
@@ -220,32 +220,32 @@ def _part(raw: Any, path: str) -> Part:
     return TextPart(value if kind == "text" else Ref(value).to_text())
 
 
-def _kind_of(item: Mapping[str, Any], path: str) -> Any:
-    """Tell what an item is by its type, or else by the key that holds its content."""
-    given = item.get("type")
-    if given is not None:
-        if not isinstance(given, str) or given not in _TYPES:
-            raise InputError(f"{path}.type is {given!r}; {_known(str(given), _TYPES)}")
-        return _TYPES[given]
+def _item_type(item: Mapping[str, Any], path: str) -> Any:
+    """Return the type of an item by its "type", or else by the key that holds its content."""
+    declared = item.get("type")
+    if declared is not None:
+        if not isinstance(declared, str) or declared not in _TYPES:
+            raise InputError(f"{path}.type is {declared!r}; {_suggest(str(declared), _TYPES)}")
+        return _TYPES[declared]
     kinds = {_TYPES[key] for key in item if key in _TYPES}
     if len(kinds) != 1:
         found = ", ".join(map(repr, item)) or "none"
-        raise InputError(f'{path} has no "type", and its keys ({found}) do not tell what it is')
+        raise InputError(f'{path} has no "type", and its keys ({found}) do not imply one')
     return kinds.pop()
 
 
-def _media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
+def _parse_media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
     names, options = _SOURCES[kind], _OPTIONS[kind]
     _refuse_unknown(item, {"type", *names} | options, path)
-    given = [name for name in names if name in item]
-    if len(given) != 1:
+    found = [name for name in names if name in item]
+    if len(found) != 1:
         raise InputError(
-            f"{path} needs one source ({', '.join(names)}), got {' and '.join(given) or 'none'}"
+            f"{path} needs one source ({', '.join(names)}), got {' and '.join(found) or 'none'}"
         )
-    source = item[given[0]]
+    source = item[found[0]]
     if isinstance(source, Mapping):
-        source = _url_of(source, f"{path}.{given[0]}")
-    elif given[0] == "base64":
+        source = _parse_image_url(source, f"{path}.{found[0]}")
+    elif found[0] == "base64":
         source = f"data:;base64,{source}"
     chosen = {name: item[name] for name in options if name in item}
     if not chosen:
@@ -256,9 +256,9 @@ def _media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
         raise InputError(f"{path}: {error}") from error
 
 
-def _url_of(source: Mapping[str, Any], path: str) -> Any:
-    """Read OpenAI's {"url": ..., "detail": "auto"}."""
-    fields = _present(source)
+def _parse_image_url(source: Mapping[str, Any], path: str) -> Any:
+    """Parse OpenAI's {"url": ..., "detail": "auto"}."""
+    fields = _drop_none(source)
     _refuse_unknown(fields, {"url", "detail"}, path)
     if fields.get("detail", "auto") != "auto":
         raise InputError(
@@ -270,49 +270,49 @@ def _url_of(source: Mapping[str, Any], path: str) -> Any:
     return fields["url"]
 
 
-def _mark(kind: Any, item: Mapping[str, Any], path: str) -> MarkPart:
+def _parse_grounding(kind: Any, item: Mapping[str, Any], path: str) -> GroundingPart:
     _refuse_unknown(item, {"type", kind, "picture"}, path)
-    count, picture = _NUMBERS[kind], item.get("picture")
-    numbers = _numbers(item.get(kind))
+    count, image_number = _NUM_COORDINATES[kind], item.get("picture")
+    numbers = _parse_coordinates(item.get(kind))
     if len(numbers) != count:
         raise InputError(f"{path}.{kind} must be {count} numbers in pixels, got {item.get(kind)!r}")
     if kind == "box" and (numbers[0] > numbers[2] or numbers[1] > numbers[3]):
         raise InputError(
             f"{path}.box is {list(numbers)}: x2 and y2 must not be smaller than x1 and y1"
         )
-    if picture is not None and (not isinstance(picture, int) or picture < 1):
-        raise InputError(f"{path}.picture is {picture!r}; pictures are numbered from 1")
-    return MarkPart(kind, numbers, picture, path)
+    if image_number is not None and (not isinstance(image_number, int) or image_number < 1):
+        raise InputError(f"{path}.picture is {image_number!r}; images are numbered from 1")
+    return GroundingPart(kind, numbers, image_number, path)
 
 
-def _numbers(given: Any) -> tuple[float, ...]:
-    """Read [x, y, ...] or [[x, y], ...]; what is not made of usable numbers gives none."""
-    if not isinstance(given, list | tuple):
+def _parse_coordinates(raw: Any) -> tuple[float, ...]:
+    """Parse [x, y, ...] or [[x, y], ...]; return () for anything else."""
+    if not isinstance(raw, list | tuple):
         return ()
-    flat = [n for entry in given for n in (entry if isinstance(entry, list | tuple) else [entry])]
+    flat = [n for entry in raw for n in (entry if isinstance(entry, list | tuple) else [entry])]
     numbers = all(isinstance(n, Real) and not isinstance(n, bool) for n in flat)
-    return tuple(flat) if numbers and all(abs(n) < _FAR for n in flat) else ()
+    return tuple(flat) if numbers and all(abs(n) < _MAX_COORDINATE for n in flat) else ()
 
 
 # Keys -----------------------------------------------------------------------------------------
 
 
-def _present(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop keys whose value is None: tables of examples fill absent keys with it."""
+def _drop_none(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop keys whose value is None: columnar datasets fill absent keys with it."""
     return {key: value for key, value in raw.items() if value is not None}
 
 
 def _refuse_unknown(item: Mapping[str, Any], known: set[str], path: str) -> None:
     for key in item:
         if key not in known:
-            raise InputError(f"{path} has an unknown key {key!r}; {_known(str(key), known)}")
+            raise InputError(f"{path} has an unknown key {key!r}; {_suggest(str(key), known)}")
 
 
-def _known(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known word, or list them all."""
-    close = difflib.get_close_matches(word, known, 1)
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """Suggest the closest known name, or list them all."""
+    close = difflib.get_close_matches(name, known, 1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _a(kind: str) -> str:
+def _with_article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

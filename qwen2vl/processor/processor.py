@@ -1,8 +1,9 @@
-"""The steps in a row: messages -> items -> text -> ids -> positions -> ModelInput.
+"""Multimodal processor: chat messages -> items -> text -> token ids -> positions -> ModelInput.
 
-The same walk serves an answer and a training example; only the loss mask differs. It must not
-know weights, devices or batches. (HF: Qwen2VLProcessor.) Next: engine/ or train/, which take the
-ModelInput.
+`Processor` preprocesses images and videos, renders the chat template, tokenizes, expands image and
+video pads and computes M-RoPE position ids. Inference prompts and training examples take the same
+path; only the loss mask differs. The engine and the trainer consume the ModelInput.
+(HF: Qwen2VLProcessor; qwen_vl_utils: process_vision_info.)
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from typing import Any
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import InputError
-from qwen2vl.geometry import num_tokens, pad_index, text_positions
-from qwen2vl.processor.chat_template import KIND_OF, Segment, render, tokenize
-from qwen2vl.processor.image import PixelLimits, image_item
+from qwen2vl.geometry import mrope_positions, num_vision_tokens, placeholder_index
+from qwen2vl.processor.chat_template import MODALITY_OF, Segment, render, tokenize
+from qwen2vl.processor.image import PixelLimits, preprocess_image
 from qwen2vl.processor.inputs import Item, ModelInput
-from qwen2vl.processor.item_cache import KeptItems, content_digest
+from qwen2vl.processor.item_cache import ItemCache, content_digest
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
-from qwen2vl.processor.messages import Kind, MediaPart, normalize, read_media
+from qwen2vl.processor.messages import MediaPart, Modality, parse_media_item, parse_messages
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tokenizer_files import VISION_END, VISION_START
-from qwen2vl.processor.video import find_preset, video_item
+from qwen2vl.processor.video import find_video_preset, preprocess_video
 
 __all__ = ["Processor"]
 
 
 class Processor:
-    """Turns conversations into ModelInputs for one model."""
+    """Converts conversations to ModelInputs for one model."""
 
     def __init__(
         self,
@@ -40,36 +41,36 @@ class Processor:
         video_preset: str = "paper",
         limits: MediaLimits | None = None,
     ) -> None:
-        """Join the parts of one model.
+        """Build the processor of one model.
 
         Args:
-            config: of the model that will be fed.
+            config: of the model.
             tokenizer: of the same folder.
-            pixels: limits of a picture's size, from preprocessor_config.json.
-            video_preset: which frames of a video are taken, and at which size.
-            limits: on the media that are opened; None: those of a person's own machine.
+            pixels: min_pixels and max_pixels of an image, from preprocessor_config.json.
+            video_preset: name of the frame sampling and resizing rules for videos.
+            limits: on the media that are opened; None: `DEFAULT_LIMITS`, for local use.
 
         Raises:
             CheckpointError: the tokenizer's special ids are not those of `config`.
             InputError: there is no such preset.
         """
-        tokenizer.check(config)
-        self._rules = find_preset(video_preset)
+        tokenizer.check_config(config)
+        self._preset = find_video_preset(video_preset)
         self.config = config
         self.tokenizer = tokenizer
         self.pixels = pixels
         self.video_preset = video_preset
         self.limits = limits or DEFAULT_LIMITS
-        self._kept: KeptItems | None = None
+        self._item_cache: ItemCache | None = None
 
-    def keeping(self, max_bytes: int) -> Processor:
-        """Make the same processor with a memory: so many bytes of the items it has made.
+    def with_item_cache(self, max_bytes: int) -> Processor:
+        """Return a copy of this processor with an LRU cache of `max_bytes` of preprocessed items.
 
-        For conversations, which show the same pictures turn after turn.
+        For multi-turn chat, where each request holds the images of all earlier turns.
         """
-        same = copy(self)
-        same._kept = KeptItems(max_bytes)
-        return same
+        processor = copy(self)
+        processor._item_cache = ItemCache(max_bytes)
+        return processor
 
     def __call__(
         self,
@@ -78,105 +79,114 @@ class Processor:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
-        continue_final: bool = False,
+        continue_final_message: bool = False,
         for_training: bool = False,
-        trusted: bool = False,
+        allow_special_tokens: bool = False,
     ) -> ModelInput:
         """Process one conversation.
 
         Args:
-            messages: in Qwen's, Hugging Face's or OpenAI's form.
-            tools: OpenAI's or Qwen's descriptions of functions the assistant may call.
-            add_generation_prompt: end with the head of the assistant's next turn.
-            add_vision_id: number the media in the text, as "Picture 1: ".
-            continue_final: leave the assistant's last turn open and continue it.
+            messages: in Qwen's, Hugging Face's or OpenAI's format.
+            tools: definitions of functions that the assistant may call, in OpenAI's or Qwen's
+                format.
+            add_generation_prompt: end with the header of the assistant's next turn.
+            add_vision_id: number images and videos in the text, as "Picture 1: ".
+            continue_final_message: leave the assistant's last turn open, to be continued.
             for_training: add the loss mask, and no generation prompt.
-            trusted: let text hold every special token, not only the six of grounding.
+            allow_special_tokens: recognize every special token in text, not only the six
+                grounding tokens; for trusted text only.
 
         Raises:
-            InputError: messages or media cannot be used; the text says which and why.
+            InputError: messages or media cannot be used; the text names them and the reason.
         """
-        read = normalize(messages)
-        media = [part for message in read for part in message.parts if isinstance(part, MediaPart)]
-        items = self._items(media)
+        parsed = parse_messages(messages)
+        media = [p for message in parsed for p in message.parts if isinstance(p, MediaPart)]
+        items = self._build_items(media)
         segments = render(
-            read,
-            sizes=[item.size_given for item in items if item.kind == "image"],
+            parsed,
+            sizes=[item.original_size for item in items if item.kind == "image"],
             tools=tools,
             add_generation_prompt=add_generation_prompt and not for_training,
             add_vision_id=add_vision_id,
-            continue_final=continue_final,
+            continue_final_message=continue_final_message,
         )
-        return self._assemble(segments, items, for_training=for_training, trusted=trusted)
+        return self._assemble(
+            segments, items, for_training=for_training, allow_special_tokens=allow_special_tokens
+        )
 
     def from_text(
         self, text: str, media: Sequence[Any] = (), *, for_training: bool = False
     ) -> ModelInput:
-        """Process raw text, special tokens and all, as for pretraining or a hand-made prompt.
+        """Process raw text that holds its special tokens, as for pretraining or a custom prompt.
 
-        Each <|image_pad|> or <|video_pad|> stands for the next of `media`: a source, or a content
-        item such as {"image": ..., "max_pixels": ...}. For training every token is supervised
-        but those of media.
+        Each <|image_pad|> or <|video_pad|> is the placeholder of the next of `media`: a source, or
+        a content item such as {"image": ..., "max_pixels": ...}. With `for_training` every token
+        is supervised except the vision tokens with their start and end.
 
         Raises:
-            InputError: the numbers of placeholders and of media differ, or a medium is unusable.
+            InputError: the numbers of placeholders and of media differ, or one of the media cannot
+                be used.
         """
-        parts = self.tokenizer.split_special(text)
-        kinds: list[Kind] = [KIND_OF[part] for part in parts if part in KIND_OF]
+        parts = self.tokenizer.split_special_tokens(text)
+        kinds: list[Modality] = [MODALITY_OF[part] for part in parts if part in MODALITY_OF]
         if len(kinds) != len(media):
             raise InputError(
                 f"the text has {len(kinds)} placeholders ({kinds.count('image')} image, "
                 f"{kinds.count('video')} video), but {len(media)} media were given; each "
                 "placeholder needs one"
             )
-        wanted = [
-            read_media(kind, given, f"media[{i}]")
-            for i, (kind, given) in enumerate(zip(kinds, media, strict=True))
+        parsed = [
+            parse_media_item(kind, source, f"media[{i}]")
+            for i, (kind, source) in enumerate(zip(kinds, media, strict=True))
         ]
-        unsupervised = {VISION_START, VISION_END, *KIND_OF}
+        unsupervised = {VISION_START, VISION_END, *MODALITY_OF}
         segments = [
             Segment(part, is_token=i % 2 == 1, supervised=part not in unsupervised)
             for i, part in enumerate(parts)
         ]
         return self._assemble(
-            segments, self._items(wanted), for_training=for_training, trusted=True
+            segments,
+            self._build_items(parsed),
+            for_training=for_training,
+            allow_special_tokens=True,
         )
 
-    def _items(self, media: Sequence[MediaPart]) -> list[Item]:
+    def _build_items(self, media: Sequence[MediaPart]) -> list[Item]:
         counts = {"image": 0, "video": 0}
         items = []
         for part in media:
             counts[part.kind] += 1
-            items.append(self._item(part, f"{part.kind} {counts[part.kind]}"))
+            items.append(self._build_item(part, f"{part.kind} {counts[part.kind]}"))
         return items
 
-    def _item(self, part: MediaPart, numbered: str) -> Item:
-        name = _name_of(part.source) or numbered
-        if self._kept is None:
-            return self._made(part, name)
+    def _build_item(self, part: MediaPart, default_name: str) -> Item:
+        """Return the item of one image or video, from the cache if there is one."""
+        name = _file_name(part.source) or default_name
+        if self._item_cache is None:
+            return self._preprocess(part, name)
         digest = content_digest(part.source, self.limits, name)
         if digest is None:
-            return self._made(part, name)
+            return self._preprocess(part, name)
         key = (part.kind, name, part.options, self.pixels, self.video_preset, digest)
-        item = self._kept.get(key)
+        item = self._item_cache.get(key)
         if item is None:
-            item = self._made(part, name)
-            self._kept.put(key, item)
+            item = self._preprocess(part, name)
+            self._item_cache.put(key, item)
         return item
 
-    def _made(self, part: MediaPart, name: str) -> Item:
+    def _preprocess(self, part: MediaPart, name: str) -> Item:
         vision, pixels, options = self.config.vision, self.pixels, part.options
         if part.kind == "image":
-            return image_item(
+            return preprocess_image(
                 part.source,
                 vision=vision,
                 pixels=pixels,
                 options=options,
                 limits=self.limits,
                 name=name,
-                turn=self._rules.turn_pictures,
+                apply_exif_orientation=self._preset.apply_exif_orientation,
             )
-        return video_item(
+        return preprocess_video(
             part.source,
             vision=vision,
             pixels=pixels,
@@ -187,29 +197,34 @@ class Processor:
         )
 
     def _assemble(
-        self, segments: list[Segment], items: list[Item], *, for_training: bool, trusted: bool
+        self,
+        segments: list[Segment],
+        items: list[Item],
+        *,
+        for_training: bool,
+        allow_special_tokens: bool,
     ) -> ModelInput:
         grids = [item.grid for item in items]
         ids, mask = tokenize(
             segments,
             self.tokenizer,
-            [num_tokens(grid, self.config.vision.spatial_merge_size) for grid in grids],
-            special="all" if trusted else "grounding",
+            [num_vision_tokens(grid, self.config.vision.spatial_merge_size) for grid in grids],
+            allowed_special="all" if allow_special_tokens else "grounding",
         )
-        position_ids_3T, rope_delta = text_positions(ids, grids, self.config)
+        position_ids_3T, rope_delta = mrope_positions(ids, grids, self.config)
         return ModelInput(
             input_ids=ids,
             items=tuple(items),
             position_ids_3T=position_ids_3T,
             rope_delta=rope_delta,
-            pad_index_M=pad_index(ids, self.config),
+            placeholder_index_M=placeholder_index(ids, self.config),
             loss_mask=mask if for_training else None,
             notes=tuple(f"{item.name}: {note}" for item in items for note in item.notes),
         )
 
 
-def _name_of(source: Any) -> str | None:
-    """Give the file's name, for sources that have one."""
+def _file_name(source: Any) -> str | None:
+    """Return the file name of a path or URL; None for other sources."""
     if isinstance(source, PurePath):
         return source.name
     if isinstance(source, str) and not source.startswith("data:"):

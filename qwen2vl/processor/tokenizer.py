@@ -1,10 +1,10 @@
-"""Text <-> ids: a Hugging Face tokenizer folder, and the fourteen special tokens by name.
+"""Qwen2 tokenizer (byte-level BPE): text <-> token ids, special tokens, incremental detokenizing.
 
-Two rules live here. Special tokens are known by name, never by number: nano's differ from the
-official 151643 to 151656. And text from people cannot forge structure: of the special tokens only
-the six grounding ones are recognized inside text, the other eight become plain characters unless
-the caller says that the text is trusted. It must not know messages or pictures.
-(HF: Qwen2Tokenizer; byte-level BPE, NFC, every digit its own token.) Next: chat.py.
+Special tokens are identified by name, never by id: nano's ids differ from the official 151643 to
+151656. User text cannot forge chat structure: of the fourteen special tokens only the six grounding
+tokens are recognized inside text, the other eight are encoded as plain characters unless the
+caller passes `allowed_special="all"`.
+(HF: Qwen2Tokenizer; byte-level BPE, NFC, every digit its own token. vLLM: IncrementalDetokenizer.)
 """
 
 from __future__ import annotations
@@ -34,24 +34,30 @@ from qwen2vl.processor.tokenizer_files import (
     to_bytes,
 )
 
-__all__ = ["Keep", "Special", "TextStream", "Tokenizer"]
+__all__ = ["AllowedSpecial", "IncrementalDetokenizer", "KeepSpecial", "Tokenizer"]
 
-Special = Literal["none", "grounding", "all"]  # which special tokens are recognized inside text
-Keep = Literal["none", "grounding", "all"]  # which special tokens decoding writes out
+AllowedSpecial = Literal[
+    "none", "grounding", "all"
+]  # which special tokens are recognized inside text
+KeepSpecial = Literal["none", "grounding", "all"]  # which special tokens decoding writes out
 
-_CACHED_CHARS = 256  # texts up to this length are remembered, such as headers and system turns
-_CACHED_TEXTS = 4096
+_MAX_CACHED_CHARS = 256  # longer texts are not cached; turn headers and system prompts are short
+_MAX_CACHED_TEXTS = 4096
 
 
 class Tokenizer:
-    """Byte-level BPE with special tokens by name. Build with `from_folder`."""
+    """Byte-level BPE tokenizer with special tokens by name. Build with `from_folder`."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, name: str = "tokenizer") -> None:
-        """Wrap `backend`, whose special tokens must include the fourteen; `name` is for errors."""
+        """Wrap a `tokenizers.Tokenizer`; `name` is used in error texts.
+
+        Raises:
+            CheckpointError: one of the fourteen special tokens is missing.
+        """
         self._backend = backend
-        # From now on the backend sees only text: special tokens are cut out here, by our rules.
+        # The backend gets plain text only: special tokens are split off here, by `allowed_special`.
         backend.encode_special_tokens = True
-        backend.no_truncation()  # some folders were saved with it, and it would cut in silence
+        backend.no_truncation()  # some folders were saved with it; it would truncate silently
         backend.no_padding()
         self.name = name
         added = backend.get_added_tokens_decoder()
@@ -63,31 +69,31 @@ class Tokenizer:
                 "of a Qwen2-VL model"
             )
         self._patterns = {
-            "grounding": _any_of(GROUNDING_TOKENS),
-            "all": _any_of(self.special_ids),
+            "grounding": _compile_alternation(GROUNDING_TOKENS),
+            "all": _compile_alternation(self.special_ids),
         }
-        self._dropped: dict[Keep, frozenset[int]] = {
+        self._skipped_ids: dict[KeepSpecial, frozenset[int]] = {
             "none": frozenset(self.special_ids.values()),
             "grounding": frozenset(
                 i for t, i in self.special_ids.items() if t not in GROUNDING_TOKENS
             ),
             "all": frozenset(),
         }
-        self._encoded: dict[str, list[int]] = {}
+        self._encode_cache: dict[str, list[int]] = {}
         self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json, or else vocab.json and merges.txt.
+        """Load tokenizer.json, or else vocab.json and merges.txt.
 
         Raises:
-            CheckpointError: none of them is there, or it cannot be read as a tokenizer.
+            CheckpointError: none of them exists, or the file cannot be read as a tokenizer.
         """
         folder = Path(path)
-        whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+        full, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
         try:
-            if whole.is_file():
-                backend = tokenizers.Tokenizer.from_file(str(whole))
+            if full.is_file():
+                backend = tokenizers.Tokenizer.from_file(str(full))
             elif vocab.is_file() and merges.is_file():
                 backend = build_backend(models.BPE.from_file(str(vocab), str(merges)))
             else:
@@ -101,145 +107,145 @@ class Tokenizer:
         return cls(backend, name=str(folder))
 
     def __len__(self) -> int:
-        """Count the tokens, special ones included."""
+        """Return the vocabulary size, special tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def digest(self) -> str:
-        """Name what turns text into ids, for what is kept on disk in ids."""
+        """Return a fingerprint of the tokenizer, for files on disk that store token ids."""
         return sha256(self._backend.to_str().encode()).hexdigest()[:32]
 
-    def id_of(self, token: str) -> int:
-        """Give the id of a special token."""
+    def token_to_id(self, token: str) -> int:
+        """Return the id of a special token."""
         return self.special_ids[token]
 
     @property
     def config_ids(self) -> dict[str, int]:
-        """The special ids that config.json holds, under its names."""
+        """Special token ids that config.json holds, by its key names."""
         return {
-            "bos_token_id": self.id_of(END_OF_TEXT),
-            "eos_token_id": self.id_of(IM_END),
-            "vision_start_token_id": self.id_of(VISION_START),
-            "vision_end_token_id": self.id_of(VISION_END),
-            "image_token_id": self.id_of(IMAGE_PAD),
-            "video_token_id": self.id_of(VIDEO_PAD),
+            "bos_token_id": self.token_to_id(END_OF_TEXT),
+            "eos_token_id": self.token_to_id(IM_END),
+            "vision_start_token_id": self.token_to_id(VISION_START),
+            "vision_end_token_id": self.token_to_id(VISION_END),
+            "image_token_id": self.token_to_id(IMAGE_PAD),
+            "video_token_id": self.token_to_id(VIDEO_PAD),
         }
 
-    def check(self, config: Qwen2VLConfig) -> None:
-        """Refuse a tokenizer that belongs to another model.
+    def check_config(self, config: Qwen2VLConfig) -> None:
+        """Check that the tokenizer belongs to the model of `config`.
 
-        The fourteen ids must follow each other in the official order, and be where config.json
-        says that vision_start, vision_end, the pads and the end of a turn are.
+        The fourteen special ids must be consecutive in the official order, and equal the ids of
+        vision_start, vision_end, image and video placeholders and the end of a turn in config.json.
 
         Raises:
             CheckpointError: ids or the size of the vocabulary disagree; the text lists them.
         """
         first = config.vision_start_token_id - SPECIAL_TOKENS.index(VISION_START)
-        wanted = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
-        if config.eos_token_id != wanted[END_OF_TEXT]:  # what base models end with
-            wanted[IM_END] = config.eos_token_id
-        wanted[VISION_END] = config.vision_end_token_id
-        wanted[IMAGE_PAD] = config.image_token_id
-        wanted[VIDEO_PAD] = config.video_token_id
-        wrong = [
-            f"{token} is {self.id_of(token)}, config.json wants {want}"
-            for token, want in wanted.items()
-            if self.id_of(token) != want
+        expected = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+        if config.eos_token_id != expected[END_OF_TEXT]:  # the eos token of base models
+            expected[IM_END] = config.eos_token_id
+        expected[VISION_END] = config.vision_end_token_id
+        expected[IMAGE_PAD] = config.image_token_id
+        expected[VIDEO_PAD] = config.video_token_id
+        mismatches = [
+            f"{token} is {self.token_to_id(token)}, config.json wants {expected_id}"
+            for token, expected_id in expected.items()
+            if self.token_to_id(token) != expected_id
         ]
         if len(self) > config.text.vocab_size:
-            wrong.append(f"{len(self)} tokens, config.json has {config.text.vocab_size}")
-        if wrong:
+            mismatches.append(f"{len(self)} tokens, config.json has {config.text.vocab_size}")
+        if mismatches:
             raise CheckpointError(
-                f"{self.name}: the tokenizer does not fit config.json: {'; '.join(wrong)}; "
+                f"{self.name}: the tokenizer does not fit config.json: {'; '.join(mismatches)}; "
                 "take both from the same model"
             )
 
-    def split_special(self, text: str) -> list[str]:
-        """Cut text at special tokens: plain text at even indices, tokens at odd ones."""
+    def split_special_tokens(self, text: str) -> list[str]:
+        """Split text at special tokens: plain text at even indices, special tokens at odd ones."""
         return self._patterns["all"].split(text)
 
-    def encode_text(self, text: str, *, special: Special = "grounding") -> list[int]:
-        """Turn text into ids; special tokens outside `special` are plain characters."""
-        if special == "none" or (special == "grounding" and "<|" not in text):
+    def encode_text(self, text: str, *, allowed_special: AllowedSpecial = "grounding") -> list[int]:
+        """Encode text; special tokens outside `allowed_special` are encoded as plain characters."""
+        if allowed_special == "none" or (allowed_special == "grounding" and "<|" not in text):
             return self._encode_plain(text)
         ids: list[int] = []
-        for i, part in enumerate(self._patterns[special].split(text)):
+        for i, part in enumerate(self._patterns[allowed_special].split(text)):
             if i % 2:
                 ids.append(self.special_ids[part])
             elif part:
                 ids += self._encode_plain(part)
         return ids
 
-    def encode_spans(
-        self, text: str, *, special: Special = "grounding"
+    def encode_with_offsets(
+        self, text: str, *, allowed_special: AllowedSpecial = "grounding"
     ) -> list[tuple[int, int, int]]:
-        """Like `encode_text`, but each id comes with its span of characters: (id, start, end)."""
-        found: list[tuple[int, int, int]] = []
+        """Encode as `encode_text` does, with character offsets: a list of (id, start, end)."""
+        spans: list[tuple[int, int, int]] = []
         start = 0
-        parts = [text] if special == "none" else self._patterns[special].split(text)
+        parts = [text] if allowed_special == "none" else self._patterns[allowed_special].split(text)
         for i, part in enumerate(parts):
             if i % 2:
-                found.append((self.special_ids[part], start, start + len(part)))
+                spans.append((self.special_ids[part], start, start + len(part)))
             else:
-                encoding = self._run(part)
-                found += [
+                encoding = self._encode(part)
+                spans += [
                     (token, start + a, start + b)
                     for token, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
                 ]
             start += len(part)
-        return found
+        return spans
 
-    def decode(self, ids: Iterable[int], *, keep: Keep = "grounding") -> str:
-        """Turn ids into text; broken UTF-8 becomes U+FFFD, unused ids become nothing."""
-        dropped = self._dropped[keep]
-        joined = b"".join(self.bytes_of(i) for i in ids if i not in dropped)
+    def decode(self, ids: Iterable[int], *, keep_special: KeepSpecial = "grounding") -> str:
+        """Decode ids to text; invalid UTF-8 becomes U+FFFD, unused ids become an empty string."""
+        skipped = self._skipped_ids[keep_special]
+        joined = b"".join(self.id_to_bytes(i) for i in ids if i not in skipped)
         return joined.decode("utf-8", errors="replace")
 
-    def bytes_of(self, token: int) -> bytes:
-        """Give the bytes one id stands for; none for the unused rows of a padded vocabulary."""
-        found = self._token_bytes.get(token)
-        if found is None:
-            found = to_bytes(self._backend.id_to_token(token) or "")
-            self._token_bytes[token] = found
-        return found
+    def id_to_bytes(self, token: int) -> bytes:
+        """Return the bytes of one token id; b"" for the unused ids of a padded vocabulary."""
+        token_bytes = self._token_bytes.get(token)
+        if token_bytes is None:
+            token_bytes = to_bytes(self._backend.id_to_token(token) or "")
+            self._token_bytes[token] = token_bytes
+        return token_bytes
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids = self._encoded.get(text)
+        ids = self._encode_cache.get(text)
         if ids is None:
-            ids = self._run(text).ids
-            if len(text) <= _CACHED_CHARS:
-                if len(self._encoded) >= _CACHED_TEXTS:
-                    self._encoded.clear()
-                self._encoded[text] = ids
+            ids = self._encode(text).ids
+            if len(text) <= _MAX_CACHED_CHARS:
+                if len(self._encode_cache) >= _MAX_CACHED_TEXTS:
+                    self._encode_cache.clear()
+                self._encode_cache[text] = ids
         return list(ids)
 
-    def _run(self, text: str) -> tokenizers.Encoding:
+    def _encode(self, text: str) -> tokenizers.Encoding:
         try:
             return self._backend.encode(text, add_special_tokens=False)
-        except TypeError as error:  # how the backend says that Python's text is not Unicode
+        except TypeError as error:  # raised by the backend for a str that is not valid Unicode
             raise InputError(
                 "the text holds half of a surrogate pair (U+D800 to U+DFFF), which is not a "
                 "character; decode it properly first"
             ) from error
 
 
-class TextStream:
-    """Decode ids one by one as they are generated, never writing half a character."""
+class IncrementalDetokenizer:
+    """Decodes token ids one by one while they are generated, in whole UTF-8 characters."""
 
-    def __init__(self, tokenizer: Tokenizer, *, keep: Keep = "grounding") -> None:
+    def __init__(self, tokenizer: Tokenizer, *, keep_special: KeepSpecial = "grounding") -> None:
         self._tokenizer = tokenizer
-        self._dropped = tokenizer._dropped[keep]
+        self._skipped_ids = tokenizer._skipped_ids[keep_special]
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Take one id and return the text that is now certain, often a word, sometimes none."""
-        if token in self._dropped:
+        """Decode one id; return the text that is complete now, which may be empty."""
+        if token in self._skipped_ids:
             return ""
-        return self._decoder.decode(self._tokenizer.bytes_of(token))
+        return self._decoder.decode(self._tokenizer.id_to_bytes(token))
 
     def finish(self) -> str:
-        """Return what is still held back: U+FFFD if the answer ended inside a character."""
+        """Return the text still buffered: U+FFFD if the output ended inside a character."""
         return self._decoder.decode(b"", final=True)
 
 
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+def _compile_alternation(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("(" + "|".join(re.escape(token) for token in tokens) + ")")

@@ -1,9 +1,9 @@
-"""What a tokenizer folder holds: special tokens, the rules of Qwen2, and nano's own vocabulary.
+"""Tokenizer files: special tokens, Qwen2's pre-tokenization rules, and byte-level vocabularies.
 
-Qwen2 spells every byte as one printable character (the map GPT-2 introduced), cuts text with one
-regular expression, and merges inside the cuts. `write_byte_tokenizer` writes a folder by the same
-rules with a vocabulary of little more than the 256 bytes, so that every engine that reads Qwen2
-reads it. It must not know messages or models. (HF: Qwen2Tokenizer.) Next: tokenizer.py.
+Qwen2 represents every byte as one printable character (GPT-2's bytes_to_unicode), splits text with
+one regular expression into pre-tokens, and merges inside pre-tokens. `write_byte_tokenizer` writes
+a folder in the same format with a vocabulary of little more than the 256 bytes (that of nano), so
+that every engine that loads Qwen2 tokenizers loads it. (HF: Qwen2Tokenizer.)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = [
     "VIDEO_PAD",
     "VISION_END",
     "VISION_START",
+    "add_missing_special_tokens",
     "build_backend",
-    "complete_tokenizer",
     "to_bytes",
     "write_byte_tokenizer",
 ]
@@ -53,35 +53,35 @@ SPECIAL_TOKENS = (
     VIDEO_PAD,
 )
 
-# Pre-tokens of Qwen2: letters with one leading mark, single digits, runs of marks, line breaks.
+# Pre-tokens of Qwen2: letters with one leading symbol, single digits, symbols, line breaks.
 PRE_TOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def _spellings() -> Iterator[tuple[int, str]]:
-    """Pair each byte with its character: printable Latin-1 as it is, the rest from U+0100 up."""
+def _bytes_to_unicode() -> Iterator[tuple[int, str]]:
+    """Yield each byte with its character: printable Latin-1 unchanged, the rest from U+0100 up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     yield from ((byte, chr(byte)) for byte in printable)
     others = [byte for byte in range(256) if byte not in printable]
     yield from ((byte, chr(256 + i)) for i, byte in enumerate(others))
 
 
-_CHAR_OF = dict(_spellings())  # in the order of ids 0 to 255
+_CHAR_OF = dict(_bytes_to_unicode())  # in the order of ids 0 to 255
 _BYTE_OF = {char: byte for byte, char in _CHAR_OF.items()}
 
 
 def to_bytes(token: str) -> bytes:
-    """Turn a token as spelled in vocab.json into the bytes it stands for."""
+    """Convert a token as spelled in vocab.json to its bytes."""
     try:
         return bytes(_BYTE_OF[char] for char in token)
-    except KeyError:  # an added token with characters of its own is not spelled byte by byte
+    except KeyError:  # an added token may hold characters outside the byte map
         return token.encode()
 
 
 def build_backend(bpe: models.BPE) -> tokenizers.Tokenizer:
-    """Put the rules of Qwen2 and the fourteen special tokens around a table of merges."""
+    """Build a `tokenizers.Tokenizer` with Qwen2's rules and the fourteen special tokens."""
     backend = tokenizers.Tokenizer(bpe)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,14 +96,14 @@ def build_backend(bpe: models.BPE) -> tokenizers.Tokenizer:
 
 
 def write_byte_tokenizer(folder: str | Path, characters: Iterable[str]) -> None:
-    """Write a Qwen2 tokenizer of 256 bytes, whole `characters` beyond ASCII, and special tokens.
+    """Write a Qwen2 tokenizer folder: 256 bytes, one token for each character, special tokens.
 
-    Merges join only the bytes of one character, so that text is spelled out letter by letter. Ids:
-    bytes 0 to 255, then the merges, then the fourteen special tokens in the official order.
+    Merges join only the bytes of one character, so that text is tokenized character by character.
+    Ids: bytes 0 to 255, then the merges, then the fourteen special tokens in the official order.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    merges = _merges(characters)
+    merges = _character_merges(characters)
     tokens = [*_CHAR_OF.values(), *(left + right for left, right in merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
     build_backend(models.BPE(vocab=vocab, merges=merges)).save(str(folder / "tokenizer.json"))
@@ -113,11 +113,11 @@ def write_byte_tokenizer(folder: str | Path, characters: Iterable[str]) -> None:
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(first_special=len(tokens)))
 
 
-def complete_tokenizer(source: Path, target: Path) -> list[int]:
-    """Write the tokenizer of a Qwen2 folder to `target`, with all fourteen special tokens.
+def add_missing_special_tokens(source: Path, target: Path) -> list[int]:
+    """Copy the tokenizer of a Qwen2 folder to `target`, with all fourteen special tokens.
 
     Returns:
-        The ids of those that were missing: they follow the last one, in the official order.
+        The ids of the tokens that were missing: appended after the last id, in the official order.
 
     Raises:
         CheckpointError: there is no tokenizer.json, or it cannot be read.
@@ -129,25 +129,25 @@ def complete_tokenizer(source: Path, target: Path) -> list[int]:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception for bad files
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from error
-    there = _ids_of_added(backend)
-    missing = [token for token in SPECIAL_TOKENS if token not in there]
+    present = _added_token_ids(backend)
+    missing = [token for token in SPECIAL_TOKENS if token not in present]
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in missing])
     backend.save(str(target / "tokenizer.json"))
     for name in ("vocab.json", "merges.txt"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    ids = _ids_of_added(backend)
+    ids = _added_token_ids(backend)
     settings = _tokenizer_config(first_special=ids[END_OF_TEXT])
     _write_json(target / "tokenizer_config.json", settings)
     return [ids[token] for token in missing]
 
 
-def _ids_of_added(backend: tokenizers.Tokenizer) -> dict[str, int]:
+def _added_token_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
     return {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
 
 
-def _merges(characters: Iterable[str]) -> list[tuple[str, str]]:
-    """List the merges that build each character from its first byte on, none of them twice."""
+def _character_merges(characters: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the merges that build each character from its first byte on, without duplicates."""
     merges: dict[tuple[str, str], None] = {}
     for char in sorted(set(unicodedata.normalize("NFC", "".join(characters)))):
         spelled = [_CHAR_OF[byte] for byte in char.encode()]

@@ -1,11 +1,11 @@
-"""Which frames of a video the model sees, and at which size: presets, plan, item.
+"""Video preprocessing: frame sampling and resizing within a token budget, by preset.
 
-    source -> clip.py: timeline -> plan_frames: indices, size -> decode, resize -> patchify -> Item
+    source -> metadata -> plan_frames: indices, size -> decode, resize -> patchify -> Item
 
-A preset fixes everything that other implementations have fixed differently; `plan_frames` is pure
-arithmetic on a timeline. Frames are resized by torch's bicubic with antialias on uint8, as
-transformers does. It must not know decoders. (Qwen2-VL sec. 2.1, 3.2; docs/pixels.md has the
-table.) Next room: processor.py.
+A preset sets everything in which implementations differ (the paper, versions of qwen_vl_utils);
+`plan_frames` is pure arithmetic on the timestamps. Frames are resized by torch's bicubic with
+antialias on uint8, as transformers does. docs/pixels.md has the table of presets.
+(Qwen2-VL sec. 2.1, 3.2; HF: Qwen2VLVideoProcessor; qwen_vl_utils: fetch_video, smart_nframes.)
 """
 
 from __future__ import annotations
@@ -28,73 +28,84 @@ from qwen2vl.processor.image import (
     PixelLimits,
     item_digest,
     patchify,
-    pixel_limits,
-    requested_size,
-    resize_picture,
+    resize_image,
+    resolve_pixel_limits,
     smart_resize,
+    target_size,
 )
 from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media.clip import VideoSource, open_clip
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, NO_OPTIONS, MediaLimits, MediaOptions
-from qwen2vl.processor.media.timeline import Clip, Timeline, clip_seconds
+from qwen2vl.processor.media.video_metadata import VideoMetadata, VideoReader, video_duration
+from qwen2vl.processor.media.video_source import VideoSource, open_video
 
-__all__ = ["PRESETS", "Plan", "VideoPreset", "find_preset", "plan_frames", "video_item"]
+__all__ = [
+    "VIDEO_PRESETS",
+    "FramePlan",
+    "VideoPreset",
+    "find_video_preset",
+    "plan_frames",
+    "preprocess_video",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoPreset:
-    """One way to choose frames. Areas are in vision tokens of one pair of frames."""
+    """Rules of frame sampling and resizing. Areas are in vision tokens of one pair of frames."""
 
-    fps: float = 2.0  # frames taken a second
+    fps: float = 2.0  # sampled frames per second
     min_frames: int = 4
     max_frames: int = 768
-    frame_min_tokens: int = 128  # frames are not shrunk below this for the budget's sake
-    frame_max_tokens: int = 768
+    min_frame_tokens: int = 128  # the budget does not shrink frames below this
+    max_frame_tokens: int = 768
     total_tokens: float  # budget of a whole video
     rounding: Literal["nearest", "down"]  # of the frame count, to an even number
-    hard_budget: bool = False  # where the smallest frames exceed the budget, take fewer
-    enlarge: bool = True  # frames smaller than frame_min_tokens are enlarged to it
-    floor_slack: float = 1.05  # the budget's share never falls below the floor times this
-    user_max: Literal["wins", "lowers", "within_budget"]  # what max_pixels in a message does
-    lists_as_images: bool = False  # listed frames take the limits and the resize of pictures
-    turn_pictures: bool = False  # EXIF orientation of pictures and listed frames
+    strict_budget: bool = False  # where the smallest frames exceed the budget, sample fewer
+    upscale_small_frames: bool = True  # frames below min_frame_tokens are upscaled to it
+    min_tokens_slack: float = 1.05  # a frame's budget is at least min_frame_tokens times this
+    # What max_pixels in a message does:
+    max_pixels_policy: Literal["override", "lower_only", "within_budget"]
+    frame_lists_as_images: bool = False  # frame lists take the limits and the resize of images
+    apply_exif_orientation: bool = False  # of images and of frames in lists
 
 
-PRESETS: Mapping[str, VideoPreset] = MappingProxyType(
+VIDEO_PRESETS: Mapping[str, VideoPreset] = MappingProxyType(
     {
         "paper": VideoPreset(
             total_tokens=16384,
             rounding="nearest",
-            hard_budget=True,
-            enlarge=False,
-            floor_slack=1.0,
-            user_max="within_budget",
-            turn_pictures=True,
+            strict_budget=True,
+            upscale_small_frames=False,
+            min_tokens_slack=1.0,
+            max_pixels_policy="within_budget",
+            apply_exif_orientation=True,
         ),
         "qwen_vl_utils_0_0_8": VideoPreset(
-            total_tokens=24576, rounding="nearest", user_max="wins", lists_as_images=True
+            total_tokens=24576,
+            rounding="nearest",
+            max_pixels_policy="override",
+            frame_lists_as_images=True,
         ),
         "qwen_vl_utils_0_0_14": VideoPreset(
-            total_tokens=0.9 * 128_000, rounding="down", user_max="lowers"
+            total_tokens=0.9 * 128_000, rounding="down", max_pixels_policy="lower_only"
         ),
     }
 )
 
 
-def find_preset(name: str) -> VideoPreset:
-    """Look a preset up.
+def find_video_preset(name: str) -> VideoPreset:
+    """Return the preset of this name.
 
     Raises:
         InputError: there is none of this name; the text lists them.
     """
-    if name not in PRESETS:
-        raise InputError(f"unknown video preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    if name not in VIDEO_PRESETS:
+        raise InputError(f"unknown video preset {name!r}; choose one of {', '.join(VIDEO_PRESETS)}")
+    return VIDEO_PRESETS[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """The frames to take, in display order (one may come twice), and their size."""
+class FramePlan:
+    """Indices of the sampled frames, in display order (with repeats), and their resized size."""
 
     indices: tuple[int, ...]
     height: int
@@ -102,7 +113,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def video_item(
+def preprocess_video(
     source: VideoSource,
     *,
     vision: VisionConfig,
@@ -112,29 +123,31 @@ def video_item(
     limits: MediaLimits = DEFAULT_LIMITS,
     name: str,
 ) -> Item:
-    """Make one video ready for the model.
+    """Preprocess one video.
 
-    A source is what `image_item` takes (an animation or a picture is a clip, too), a list of
-    pictures, or an array (frames, height, width, channels).
+    A source is a video file or whatever `preprocess_image` takes (an animation or an image is a
+    video as well), a list of images, or an array (frames, height, width, channels).
 
     Raises:
-        InputError: the video cannot be used, or the options leave no room for it.
+        InputError: the video cannot be used, or no frame fits into the budget.
     """
-    rules = find_preset(preset)
-    rate = options.fps or rules.fps
-    clip = open_clip(source, limits, name, rate=rate, turn=rules.turn_pictures)
+    rules = find_video_preset(preset)
+    fps = options.fps or rules.fps
+    reader = open_video(
+        source, limits, name, fps=fps, apply_exif_orientation=rules.apply_exif_orientation
+    )
 
-    def choose() -> Plan:
+    def plan_from_metadata() -> FramePlan:
         return plan_frames(
-            clip.timeline, preset=rules, vision=vision, pixels=pixels, options=options, name=name
+            reader.metadata, preset=rules, vision=vision, pixels=pixels, options=options, name=name
         )
 
-    plan = choose()
-    frames_FCHW = _decode(clip, plan, rules)
-    if frames_FCHW is None:  # the decoded frames are not those that the packets promised
-        plan = choose()
-        frames_FCHW = _decode(clip, plan, rules)
-        assert frames_FCHW is not None, "a timeline of decoded frames holds"
+    plan = plan_from_metadata()
+    frames_FCHW = _decode_frames(reader, plan, rules)
+    if frames_FCHW is None:  # the decoded frames differ from the packet timestamps
+        plan = plan_from_metadata()
+        frames_FCHW = _decode_frames(reader, plan, rules)
+        assert frames_FCHW is not None, "metadata of decoded frames is exact"
     patches_NP, grid = patchify(frames_FCHW, vision)
     return Item(
         kind="video",
@@ -142,54 +155,55 @@ def video_item(
         grid=grid,
         digest=item_digest(frames_FCHW, grid, vision),
         name=name,
-        size_given=(clip.timeline.height, clip.timeline.width),
-        size_seen=(plan.height, plan.width),
-        frame_times=tuple(clip.timeline.times[i] for i in plan.indices),
-        notes=(*clip.timeline.notes, *plan.notes),
+        original_size=(reader.metadata.height, reader.metadata.width),
+        resized_size=(plan.height, plan.width),
+        frame_timestamps=tuple(reader.metadata.timestamps[i] for i in plan.indices),
+        notes=(*reader.metadata.notes, *plan.notes),
     )
 
 
 def plan_frames(
-    timeline: Timeline,
+    metadata: VideoMetadata,
     *,
     preset: VideoPreset,
     vision: VisionConfig,
     pixels: PixelLimits,
     options: MediaOptions = NO_OPTIONS,
     name: str = "video",
-) -> Plan:
-    """Choose frames and their size within the budget.
+) -> FramePlan:
+    """Choose the frames to sample and their size within the budget.
 
     Raises:
-        InputError: the part asked for is empty, or no frame fits into the budget.
+        InputError: the interval from video_start to video_end is empty, or no frame fits into the
+            budget.
     """
-    ask = _Ask(preset, vision, pixels, options, name)
-    first, last = _window(timeline, ask)
-    times = timeline.times[first:last]
-    whole = len(times) == len(timeline.times)
-    seconds = timeline.seconds if whole else clip_seconds(times, timeline.rate)
-    uniform = timeline.rate is not None or len(times) == 1
-    if timeline.listed and options.nframes is None:
-        wanted = _listed_count(len(times), ask)
+    settings = _FrameSettings(preset, vision, pixels, options, name)
+    first, last = _frame_range(metadata, settings)
+    timestamps = metadata.timestamps[first:last]
+    is_whole = len(timestamps) == len(metadata.timestamps)
+    duration = metadata.duration if is_whole else video_duration(timestamps, metadata.fps)
+    uniform = metadata.fps is not None or len(timestamps) == 1
+    if metadata.is_frame_list and options.nframes is None:
+        requested = _frame_list_count(len(timestamps), settings)
     else:
-        wanted = _frame_count(len(times), seconds, ask, uniform=uniform)
-    count = _affordable(wanted, timeline, ask) if preset.hard_budget else wanted
-    height, width = _frame_size(timeline, count, ask)
-    indices = tuple(first + i for i in _indices(times, count, uniform=uniform))
-    used, total = len(set(indices)), len(timeline.times)
-    repeats = "" if used == count else f" ({count - used} again, for their length)"
-    notes = [f"{used} of {total} frames{repeats}, {_rate(count, seconds)}{width} x {height}"]
-    if count < wanted:
-        tokens = ask.budget / vision.factor**2
-        notes.append(f"{wanted} frames lowered to {count}, within {tokens:,.0f} tokens")
+        requested = _smart_nframes(len(timestamps), duration, settings, uniform=uniform)
+    count = _fit_to_budget(requested, metadata, settings) if preset.strict_budget else requested
+    height, width = _frame_size(metadata, count, settings)
+    indices = tuple(first + i for i in _sample_indices(timestamps, count, uniform=uniform))
+    used, total = len(set(indices)), len(metadata.timestamps)
+    repeats = "" if used == count else f" ({count - used} repeated, for their duration)"
+    notes = [f"{used} of {total} frames{repeats}, {_format_fps(count, duration)}{width} x {height}"]
+    if count < requested:
+        tokens = settings.budget / vision.factor**2
+        notes.append(f"{requested} frames lowered to {count}, within {tokens:,.0f} tokens")
     elif count < (options.nframes or 0) // 2 * 2:
         notes.append(f"nframes {options.nframes} lowered to the {count} frames there are")
-    return Plan(indices=indices, height=height, width=width, notes=tuple(notes))
+    return FramePlan(indices=indices, height=height, width=width, notes=tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
-class _Ask:
-    """What travels together through the plan of one video."""
+class _FrameSettings:
+    """Settings that determine the frames of one video."""
 
     preset: VideoPreset
     vision: VisionConfig
@@ -199,119 +213,126 @@ class _Ask:
 
     @property
     def budget(self) -> float:
-        """Pixels of one frame, summed over pairs of frames."""
+        """Budget of the video in pixels: the area of one frame, summed over frame pairs."""
         return self.options.total_pixels or self.preset.total_tokens * self.vision.factor**2
 
 
-def _window(timeline: Timeline, ask: _Ask) -> tuple[int, int]:
-    """Find the frames between video_start and video_end: [first, last)."""
-    start = ask.options.video_start or 0.0
-    end = math.inf if ask.options.video_end is None else ask.options.video_end
-    # A microsecond of grace: the user's decimal fractions are not the file's.
-    first = bisect_left(timeline.times, start - 1e-6)
-    last = bisect_right(timeline.times, end + 1e-6)
+def _frame_range(metadata: VideoMetadata, settings: _FrameSettings) -> tuple[int, int]:
+    """Return the range [first, last) of the frames between video_start and video_end."""
+    start = settings.options.video_start or 0.0
+    end = math.inf if settings.options.video_end is None else settings.options.video_end
+    # Tolerance of a microsecond: decimal fractions are not the file's timestamps exactly.
+    first = bisect_left(metadata.timestamps, start - 1e-6)
+    last = bisect_right(metadata.timestamps, end + 1e-6)
     if first >= last:
-        asked = f"from {start:g} s" + (f" to {end:g} s" if end < math.inf else "")
+        interval = f"from {start:g} s" + (f" to {end:g} s" if end < math.inf else "")
         raise InputError(
-            f"{ask.name}: no frame {asked}; it lasts {timeline.seconds:.1f} s, so change "
+            f"{settings.name}: no frame {interval}; it lasts {metadata.duration:.1f} s, so change "
             "video_start and video_end"
         )
     return first, last
 
 
-def _listed_count(total: int, ask: _Ask) -> int:
-    """Take every frame that the user listed, up to the limit."""
-    count = min(total, ask.options.max_frames or total)
-    return min(count, ask.preset.max_frames) if ask.preset.hard_budget else count
+def _frame_list_count(total: int, settings: _FrameSettings) -> int:
+    """Return the number of frames of a frame list: all of them, up to max_frames."""
+    count = min(total, settings.options.max_frames or total)
+    return min(count, settings.preset.max_frames) if settings.preset.strict_budget else count
 
 
-def _frame_count(total: int, seconds: float, ask: _Ask, *, uniform: bool) -> int:
-    """Count the frames to take: even, but for a clip that has fewer than asked for."""
-    preset, options = ask.preset, ask.options
+def _smart_nframes(total: int, duration: float, settings: _FrameSettings, *, uniform: bool) -> int:
+    """Return the number of frames to sample: even, unless the video has fewer than requested."""
+    preset, options = settings.preset, settings.options
     if options.nframes is not None:
         count = round(options.nframes / 2) * 2
     else:
-        least = math.ceil((options.min_frames or preset.min_frames) / 2) * 2
-        most = math.floor((options.max_frames or preset.max_frames) / 2) * 2
-        exact = min(max(seconds * (options.fps or preset.fps), least), most)
+        min_frames = math.ceil((options.min_frames or preset.min_frames) / 2) * 2
+        max_frames = math.floor((options.max_frames or preset.max_frames) / 2) * 2
+        exact = min(max(duration * (options.fps or preset.fps), min_frames), max_frames)
         count = (round if preset.rounding == "nearest" else math.floor)(exact / 2) * 2
-    if uniform:  # else one frame may stand for several moments
-        count = min(count, total if preset.hard_budget else total // 2 * 2)
+    if uniform:  # else one frame may be sampled at several points in time
+        count = min(count, total if preset.strict_budget else total // 2 * 2)
     return max(count, 1)
 
 
-def _frame_size(timeline: Timeline, count: int, ask: _Ask) -> tuple[int, int]:
-    """Size `count` frames: within the limits of a frame and their share of the budget."""
-    preset, options = ask.preset, ask.options
-    height, width, unit = timeline.height, timeline.width, ask.vision.factor**2
-    if options.resized_height is not None or (timeline.listed and preset.lists_as_images):
-        return requested_size(
-            height, width, vision=ask.vision, pixels=ask.pixels, options=options, name=ask.name
+def _frame_size(metadata: VideoMetadata, count: int, settings: _FrameSettings) -> tuple[int, int]:
+    """Return (height, width) of `count` frames, within the frame limits and the video's budget."""
+    preset, options = settings.preset, settings.options
+    height, width, unit = metadata.height, metadata.width, settings.vision.factor**2
+    if options.resized_height is not None or (
+        metadata.is_frame_list and preset.frame_lists_as_images
+    ):
+        return target_size(
+            height,
+            width,
+            vision=settings.vision,
+            pixels=settings.pixels,
+            options=options,
+            name=settings.name,
         )
-    limits = pixel_limits(ask.pixels, options, ask.name)
-    floor = min(options.min_pixels or preset.frame_min_tokens * unit, limits.max_pixels)
-    ceiling = preset.frame_max_tokens * unit
-    if options.max_pixels is not None and preset.user_max == "within_budget":
-        ceiling = options.max_pixels
-    share = ask.budget / (count + count % 2) * 2
-    most = max(min(ceiling, share), int(floor * preset.floor_slack))
-    if options.max_pixels is not None and preset.user_max == "wins":
-        most = options.max_pixels
-    most = min(most, limits.max_pixels)
-    least = floor if preset.enlarge else min(limits.min_pixels, floor)
+    limits = resolve_pixel_limits(settings.pixels, options, settings.name)
+    min_area = min(options.min_pixels or preset.min_frame_tokens * unit, limits.max_pixels)
+    max_area = preset.max_frame_tokens * unit
+    if options.max_pixels is not None and preset.max_pixels_policy == "within_budget":
+        max_area = options.max_pixels
+    budget_per_pair = settings.budget / (count + count % 2) * 2
+    max_pixels = max(min(max_area, budget_per_pair), int(min_area * preset.min_tokens_slack))
+    if options.max_pixels is not None and preset.max_pixels_policy == "override":
+        max_pixels = options.max_pixels
+    max_pixels = min(max_pixels, limits.max_pixels)
+    min_pixels = min_area if preset.upscale_small_frames else min(limits.min_pixels, min_area)
     return smart_resize(
         height,
         width,
-        factor=ask.vision.factor,
-        min_pixels=min(least, most),
-        max_pixels=most,
-        name=ask.name,
+        factor=settings.vision.factor,
+        min_pixels=min(min_pixels, max_pixels),
+        max_pixels=max_pixels,
+        name=settings.name,
     )
 
 
-def _affordable(count: int, timeline: Timeline, ask: _Ask) -> int:
-    """Lower the count until its frames, at the size they then have, fit into the budget."""
+def _fit_to_budget(count: int, metadata: VideoMetadata, settings: _FrameSettings) -> int:
+    """Lower the number of frames until they, at their resulting size, fit into the budget."""
     while True:
-        height, width = _frame_size(timeline, count, ask)
-        if math.ceil(count / 2) * height * width <= ask.budget:
+        height, width = _frame_size(metadata, count, settings)
+        if math.ceil(count / 2) * height * width <= settings.budget:
             return count
         if count <= 2:
             raise InputError(
-                f"{ask.name}: one pair of frames of {width} x {height} exceeds the video's budget "
-                f"of {ask.budget:,.0f} pixels; raise total_pixels or lower min_pixels"
+                f"{settings.name}: one pair of frames of {width} x {height} exceeds the video's "
+                f"budget of {settings.budget:,.0f} pixels; raise total_pixels or lower min_pixels"
             )
         count = (count - 1) // 2 * 2
 
 
-def _indices(times: Sequence[float], count: int, *, uniform: bool) -> list[int]:
-    """Spread `count` frames evenly, first and last included: by number, or by time with gaps."""
+def _sample_indices(timestamps: Sequence[float], count: int, *, uniform: bool) -> list[int]:
+    """Sample `count` frames evenly, first and last included: by index; by time if not uniform."""
     if uniform:
-        return torch.linspace(0, len(times) - 1, count).round().long().tolist()
-    targets = np.linspace(times[0], times[-1], count)
-    after = np.searchsorted(times, targets).clip(1, len(times) - 1)
-    stamps = np.asarray(times)
-    earlier = targets - stamps[after - 1] <= stamps[after] - targets
+        return torch.linspace(0, len(timestamps) - 1, count).round().long().tolist()
+    targets = np.linspace(timestamps[0], timestamps[-1], count)
+    after = np.searchsorted(timestamps, targets).clip(1, len(timestamps) - 1)
+    times = np.asarray(timestamps)
+    earlier = targets - times[after - 1] <= times[after] - targets
     return (after - earlier).tolist()
 
 
-def _rate(count: int, seconds: float) -> str:
-    return f"{count / seconds:.3g} fps, " if seconds > 0 else ""
+def _format_fps(count: int, duration: float) -> str:
+    return f"{count / duration:.3g} fps, " if duration > 0 else ""
 
 
-def _decode(clip: Clip, plan: Plan, rules: VideoPreset) -> Tensor | None:
-    """Decode the frames of `plan`, each resized at once; None where the clip must be replanned."""
-    as_images = clip.timeline.listed and rules.lists_as_images
-    resize = _resize_as_picture if as_images else _resize_as_frame
+def _decode_frames(reader: VideoReader, plan: FramePlan, rules: VideoPreset) -> Tensor | None:
+    """Decode the frames of `plan`, each resized at once; None if the metadata has changed."""
+    as_images = reader.metadata.is_frame_list and rules.frame_lists_as_images
+    resize = _resize_as_image if as_images else _resize_frame
     distinct = sorted(set(plan.indices))
-    kept = clip.frames(distinct, lambda rgb: resize(rgb, plan.height, plan.width))
-    if kept is None:
+    frames = reader.get_frames_at(distinct, lambda rgb: resize(rgb, plan.height, plan.width))
+    if frames is None:
         return None
-    places = {index: place for place, index in enumerate(distinct)}
-    return torch.stack([kept[places[index]] for index in plan.indices])
+    positions = {index: position for position, index in enumerate(distinct)}
+    return torch.stack([frames[positions[index]] for index in plan.indices])
 
 
-def _resize_as_frame(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
-    """Resize by torch on uint8: what torchvision's v2 resize, and so transformers, computes."""
+def _resize_frame(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
+    """Resize with torch on uint8: the arithmetic of torchvision's v2 resize and transformers."""
     frame_CHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC)).permute(2, 0, 1)
     if frame_CHW.shape[1:] == (height, width):
         return frame_CHW
@@ -324,5 +345,5 @@ def _resize_as_frame(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
     ).squeeze(0)
 
 
-def _resize_as_picture(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
-    return torch.from_numpy(resize_picture(pixels_HWC, height, width))
+def _resize_as_image(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
+    return torch.from_numpy(resize_image(pixels_HWC, height, width))

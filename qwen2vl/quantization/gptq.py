@@ -1,13 +1,14 @@
-"""Rounding to 4 bits with an eye on what the layers are shown: GPTQ.
+"""GPTQ: 4-bit weight quantization with calibration data.
 
-Rounding to the nearest treats all inputs alike. Here examples are run first, and for each layer
-the squares of its inputs are added up, H = X^T X. Then a matrix is rounded column by column, and
-each column's error is made up for by those not yet rounded, as H says how they go together. On nano
-that takes away three quarters of the damage (docs/quantization.md).
+Round-to-nearest weighs all inputs equally. GPTQ first runs calibration examples and accumulates for
+each layer the Hessian of the squared output error, H = X^T X of its inputs (up to a factor). Then
+it quantizes the matrix column by column and compensates each column's error in the columns that are
+not yet quantized, according to H. On nano that removes three quarters of the loss
+(docs/quantization.md).
 
-The decoder is walked block by block, so only the examples' hidden states and one block's squares
-are held: I * I numbers for each width of inputs. Letters: O outputs, I inputs, G groups.
-(Frantar et al. 2022, GPTQ, Algorithm 1.) Next room: convert.py, which writes a folder of it.
+The decoder is processed block by block, so only the examples' hidden states and the Hessians of one
+block are in memory: I * I numbers for each distinct input. Letters: O outputs, I inputs, G groups.
+(Frantar et al. 2022, GPTQ, Algorithm 1; AutoGPTQ.) convert.py writes the result to a folder.
 """
 
 from __future__ import annotations
@@ -20,158 +21,167 @@ from torch import Tensor, nn
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.model import Qwen2VL
-from qwen2vl.quantization.rtn import LEVELS, Groups, grid_of
-from qwen2vl.quantization.scheme import Kind
+from qwen2vl.quantization.rtn import QMAX, GroupwiseWeight, choose_qparams
+from qwen2vl.quantization.scheme import LayerScheme
 
-__all__ = ["Show", "round_by_examples", "round_by_squares"]
+__all__ = ["CalibrationForward", "gptq_quantize_decoder", "gptq_quantize_weight"]
 
-Show = Callable[[Qwen2VL], object]  # runs the model on one example
+CalibrationForward = Callable[[Qwen2VL], object]  # runs the model on one example
 
-COLUMNS = 128  # rounded before the rest of the matrix hears of their errors; a multiple of groups
+# Columns quantized before their errors are applied to the rest of the matrix; a multiple of groups.
+BLOCK_SIZE = 128
 
-# Added to the diagonal, as a share of its mean, so that H can be inverted; more where needed.
+# Added to the diagonal, as a share of its mean, so that H can be inverted (GPTQ's percdamp).
 DAMPING = 0.01
-MAX_DAMPINGS = 4  # each ten times the one before
+MAX_DAMPING_TRIES = 4  # each with ten times the damping of the one before
 
 
-class _ReachedError(Exception):
-    """The decoder was reached; what its first block was given is here."""
+class _InputsCapturedError(Exception):
+    """Stops a forward at the first block of the decoder, whose arguments have been captured."""
 
 
 @torch.inference_mode()
-def round_by_examples(
-    model: Qwen2VL, kinds: Mapping[str, Kind], examples: Iterable[Show]
-) -> Iterator[tuple[str, Groups]]:
-    """Round the decoder's layers of 4 bits, in their order; the model stays as it is.
+def gptq_quantize_decoder(
+    model: Qwen2VL, schemes: Mapping[str, LayerScheme], examples: Iterable[CalibrationForward]
+) -> Iterator[tuple[str, GroupwiseWeight]]:
+    """Quantize the decoder's 4-bit layers with GPTQ, in model order; the model is not changed.
 
-    Costs one run of all examples, and then some seconds a layer: about I * I * (O + I)
+    Costs one forward of all examples, and then some seconds a layer: about I * I * (O + I)
     multiplications.
+
+    Yields:
+        The layer's name and its quantized weight.
     """
-    flows = [_inputs_of_decoder(model, show) for show in examples]
-    assert flows, "no examples to calibrate on"
+    block_inputs = [_capture_decoder_inputs(model, run) for run in examples]
+    assert block_inputs, "no examples to calibrate on"
     for index, block in enumerate(model.model.layers):
         prefix = f"model.layers.{index}."
         layers = {
             name: module
             for name, module in block.named_modules()
-            if isinstance(module, nn.Linear) and kinds.get(prefix + name, Kind(8)).bits == 4
+            if isinstance(module, nn.Linear)
+            and schemes.get(prefix + name, LayerScheme(8)).bits == 4
         }
-        squares = _squares_of(block, layers, flows)
+        hessians = _accumulate_hessians(block, layers, block_inputs)
         for name, layer in layers.items():
-            size = kinds[prefix + name].group_size
-            yield prefix + name, round_by_squares(layer.weight, squares[name], size)
+            size = schemes[prefix + name].group_size
+            yield prefix + name, gptq_quantize_weight(layer.weight, hessians[name], size)
 
 
-def round_by_squares(weight_OI: Tensor, squares_II: Tensor, group_size: int) -> Groups:
-    """Round to 4 bits so that the outputs, not the weights, change least.
+def gptq_quantize_weight(weight_OI: Tensor, hessian_II: Tensor, group_size: int) -> GroupwiseWeight:
+    """Quantize a matrix to 4 bits so that its outputs, not its weights, change least.
 
     Args:
         weight_OI: the matrix.
-        squares_II: X^T X of the inputs that it was shown, float32.
-        group_size: inputs that share a scale; divides I and COLUMNS.
+        hessian_II: X^T X of its inputs on the calibration examples, float32.
+        group_size: inputs that share a scale; divides I and BLOCK_SIZE.
+
+    Raises:
+        CheckpointError: the Hessian cannot be inverted.
     """
-    assert COLUMNS % group_size == 0
+    assert BLOCK_SIZE % group_size == 0
     assert weight_OI.shape[1] % group_size == 0
-    rest_OI = weight_OI.float().clone()
-    factor_II = _inverse_factor(squares_II)
-    ints_OI = torch.empty_like(rest_OI, dtype=torch.uint8)
-    grids: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, rest_OI.shape[1], COLUMNS):
-        end = min(start + COLUMNS, rest_OI.shape[1])
-        own = factor_II[start:end, start:end]
-        errors = torch.empty_like(rest_OI[:, start:end])
+    remaining_OI = weight_OI.float().clone()
+    factor_II = _inverse_factor(hessian_II)
+    ints_OI = torch.empty_like(remaining_OI, dtype=torch.uint8)
+    qparams: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, remaining_OI.shape[1], BLOCK_SIZE):
+        end = min(start + BLOCK_SIZE, remaining_OI.shape[1])
+        block_factor = factor_II[start:end, start:end]
+        errors = torch.empty_like(remaining_OI[:, start:end])
         for first in range(start, end, group_size):
-            grids.append(grid_of(rest_OI[:, first : first + group_size]))
+            qparams.append(choose_qparams(remaining_OI[:, first : first + group_size]))
             for i in range(first, first + group_size):
-                ints_OI[:, i : i + 1], errors[:, i - start] = _round_column(
-                    rest_OI[:, i:end], own[i - start, i - start :], grids[-1]
+                ints_OI[:, i : i + 1], errors[:, i - start] = _quantize_column(
+                    remaining_OI[:, i:end], block_factor[i - start, i - start :], qparams[-1]
                 )
-        rest_OI[:, end:] -= errors @ factor_II[start:end, end:]
-    scales, zeros = zip(*grids, strict=True)
-    return Groups(
+        remaining_OI[:, end:] -= errors @ factor_II[start:end, end:]
+    scales, zeros = zip(*qparams, strict=True)
+    return GroupwiseWeight(
         ints_OI=ints_OI,
         scale_GO=torch.cat(scales, 1).T.contiguous(),
         zero_GO=torch.cat(zeros, 1).T.to(torch.uint8).contiguous(),
     )
 
 
-def _round_column(
-    rest: Tensor, factor: Tensor, grid: tuple[Tensor, Tensor]
+def _quantize_column(
+    remaining: Tensor, factor: Tensor, qparams: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Round the first column of `rest`, and let the others, in place, make up for its error."""
-    scale, zero = grid
-    column = rest[:, :1]
-    ints = (column / scale).round_().add_(zero).clamp_(0, LEVELS)
+    """Quantize the first column of `remaining`; compensate its error in the others, in place."""
+    scale, zero = qparams
+    column = remaining[:, :1]
+    ints = (column / scale).round_().add_(zero).clamp_(0, QMAX)
     error = (column - (ints - zero) * scale) / factor[0]
-    rest[:, 1:] -= error * factor[1:]
+    remaining[:, 1:] -= error * factor[1:]
     return ints.to(torch.uint8), error[:, 0]
 
 
-def _inverse_factor(squares_II: Tensor) -> Tensor:
+def _inverse_factor(hessian_II: Tensor) -> Tensor:
     """Compute the upper Cholesky factor of the inverse of H, damped."""
-    diagonal = squares_II.diagonal()
+    diagonal = hessian_II.diagonal()
     damping = DAMPING * float(diagonal.mean()) or 1.0
-    for more in range(MAX_DAMPINGS):
-        damped = squares_II.clone()
-        # An input that is always zero: nothing is known of it, and nothing depends on it.
-        damped.diagonal().copy_(torch.where(diagonal == 0, damping, diagonal + damping * 10**more))
+    for power in range(MAX_DAMPING_TRIES):
+        damped = hessian_II.clone()
+        # A diagonal of 0 is an input that was always zero: its columns do not affect the outputs.
+        damped.diagonal().copy_(torch.where(diagonal == 0, damping, diagonal + damping * 10**power))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper
     raise CheckpointError(
-        "the examples make a layer's inputs so large or so alike that its weights cannot be "
-        "rounded by them: look for NaN with `qwen2vl doctor`, or quantize without examples"
+        "the examples make a layer's inputs so large or so alike that its Hessian cannot be "
+        "inverted: look for NaN with `qwen2vl doctor`, or quantize without examples"
     )
 
 
-def _inputs_of_decoder(model: Qwen2VL, show: Show) -> list[Any]:
-    """Run one example up to the first block; return the arguments that it was called with."""
-    arguments: list[Any] = []
+def _capture_decoder_inputs(model: Qwen2VL, run: CalibrationForward) -> list[Any]:
+    """Run one example up to the decoder's first block; return the block's arguments."""
+    captured: list[Any] = []
 
-    def stop(_: nn.Module, given: tuple[Any, ...]) -> None:
-        arguments.extend(given)
-        raise _ReachedError
+    def capture(_: nn.Module, args: tuple[Any, ...]) -> None:
+        captured.extend(args)
+        raise _InputsCapturedError
 
-    hook = model.model.layers[0].register_forward_pre_hook(stop)
+    hook = model.model.layers[0].register_forward_pre_hook(capture)
     try:
-        show(model)
-    except _ReachedError:
+        run(model)
+    except _InputsCapturedError:
         pass
     finally:
         hook.remove()
-    return arguments
+    return captured
 
 
-def _squares_of(
-    block: nn.Module, layers: Mapping[str, nn.Linear], flows: list[list[Any]]
+def _accumulate_hessians(
+    block: nn.Module, layers: Mapping[str, nn.Linear], block_inputs: list[list[Any]]
 ) -> dict[str, Tensor]:
-    """Run a block on every flow, in place, and add up the squares of its layers' inputs.
+    """Run a block on every example and sum X^T X of its layers' inputs.
 
-    Layers that are given the same tensor share their squares.
+    The first argument of each example is replaced by the block's output. Layers that read the same
+    tensor share one Hessian.
     """
-    squares: dict[str, Tensor] = {}
-    last: list[tuple[Tensor, str]] = []  # the newest input, and who was given it first
-    owners: dict[str, str] = {}
+    hessians: dict[str, Tensor] = {}
+    last: list[tuple[Tensor, str]] = []  # the newest input, and the first layer that read it
+    shared: dict[str, str] = {}  # layer -> the layer whose Hessian it shares
 
-    def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def take(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            (x_TI,) = given
+    def make_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def accumulate(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            (x_TI,) = args
             if last and last[0][0] is x_TI:
-                owners[name] = last[0][1]
+                shared[name] = last[0][1]
                 return
             last[:] = [(x_TI, name)]
-            wide_TI = x_TI.float()
-            if name not in squares:
-                squares[name] = wide_TI.new_zeros(wide_TI.shape[1], wide_TI.shape[1])
-            squares[name].addmm_(wide_TI.T, wide_TI)
+            float_TI = x_TI.float()
+            if name not in hessians:
+                hessians[name] = float_TI.new_zeros(float_TI.shape[1], float_TI.shape[1])
+            hessians[name].addmm_(float_TI.T, float_TI)
 
-        return take
+        return accumulate
 
-    hooks = [m.register_forward_pre_hook(listen(name)) for name, m in layers.items()]
-    for flow in flows:
-        flow[0] = block(*flow)
+    hooks = [m.register_forward_pre_hook(make_hook(name)) for name, m in layers.items()]
+    for inputs in block_inputs:
+        inputs[0] = block(*inputs)
     for hook in hooks:
         hook.remove()
-    return {name: squares[owners.get(name, name)] for name in layers}
+    return {name: hessians[shared.get(name, name)] for name in layers}

@@ -1,14 +1,14 @@
-"""Linear layers of 8-bit weights, on torch's own operators for the CPU.
+"""Int8 linear layers (W8A8 with dynamic per-token activation scales, and W8A16) for the CPU.
 
-`Int8Linear` multiplies integers by integers: each row of the input is rounded to 8 bits, too, with
-a scale of its own, and oneDNN adds the products exactly. Up to FEW_ROWS rows (decode) cost only
-the reading of the weights, so there the input gets a second row of 8 bits that holds what the
-first has lost: with 15 bits it is as good as exact. A row's result never depends on its
-neighbors, but on their number: FEW_ROWS or fewer.
+`Int8Linear` (W8A8) quantizes each row of the input to int8 as well, with a scale of its own, and
+oneDNN accumulates the integer products exactly. Up to MAX_HIGH_PRECISION_ROWS rows (decode) cost
+only the reading of the weights, so there each row is split into two int8 rows, a high and a low
+byte: 15 bits, nearly exact. A row's result never depends on the other rows, except on whether their
+number is above MAX_HIGH_PRECISION_ROWS.
 
-`WideInt8Linear` is for processors without integer products: the input stays as it is.
-Both hold no parameters and cannot be trained. Letters: T rows, O outputs, I inputs.
-(Dettmers et al. 2022, LLM.int8, for scales by row and output.) Next room: int4.py.
+`Int8WeightOnlyLinear` (W8A16) is for processors without int8 dot products: inputs are not
+quantized. Neither has parameters or can be trained. Letters: T rows, O outputs, I inputs. (Dettmers
+et al. 2022, LLM.int8, for scales by row and output.)
 """
 
 from __future__ import annotations
@@ -19,181 +19,186 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwen2vl.linear.custom_ops import opaque
-from qwen2vl.quantization.rtn import Channels
+from qwen2vl.linear.custom_ops import custom_op
+from qwen2vl.quantization.rtn import PerChannelWeight
 
-__all__ = ["Int8Linear", "WideInt8Linear", "has_integer_products", "int8_linear"]
+__all__ = ["Int8Linear", "Int8WeightOnlyLinear", "build_int8_linear", "has_int8_dot_product"]
 
-# Rows that a product is free for: half of what an AMX tile holds, as each is there twice.
-FEW_ROWS = 8
+# Rows whose second product is free: half the rows of an AMX tile, as each row is there twice.
+MAX_HIGH_PRECISION_ROWS = 8
 
-# 126, not 127: dividing in bfloat16 can lift the largest number of a row by half a step.
-STEPS = 126
-FINE = 256  # parts of a step that few rows are rounded to: one more byte
+# 126, not 127: dividing in bfloat16 can raise the largest number of a row by half a step.
+ACTIVATION_QMAX = 126
+LOW_BYTE_STEPS = 256  # fractions of a step in 15-bit inputs: one more byte
 
-SMALLEST_STEP = 1e-30  # for rows of zeros
+MIN_SCALE = 1e-30  # for rows of zeros
 
-# Words of /proc/cpuinfo for processors that multiply int8 by int8.
-_INTEGER_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+# Flags in /proc/cpuinfo of processors with int8 dot products.
+_INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
-def has_integer_products() -> bool:
-    """Tell whether this processor multiplies 8-bit integers itself; only Linux says so."""
+def has_int8_dot_product() -> bool:
+    """Return whether this processor has int8 dot products (VNNI, AMX); False if not on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and not _INTEGER_PRODUCTS.isdisjoint(cpuinfo.read_text().split())
+    return cpuinfo.is_file() and not _INT8_FLAGS.isdisjoint(cpuinfo.read_text().split())
 
 
-def int8_linear(rounded: Channels, bias_O: Tensor | None) -> Int8Linear | WideInt8Linear:
-    """Build the layer that suits this processor."""
-    kind = Int8Linear if has_integer_products() else WideInt8Linear
-    return kind(rounded, bias_O)
+def build_int8_linear(
+    weight: PerChannelWeight, bias_O: Tensor | None
+) -> Int8Linear | Int8WeightOnlyLinear:
+    """Build the int8 layer that this processor computes fastest."""
+    layer_class = Int8Linear if has_int8_dot_product() else Int8WeightOnlyLinear
+    return layer_class(weight, bias_O)
 
 
-def _shape(
-    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
+def _fake_int8_matmul(
+    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, zero_point_O: Tensor, dtype: torch.dtype
 ) -> Tensor:
     return ints_TI.new_empty((ints_TI.shape[0], scale_O.shape[0]), dtype=dtype)
 
 
-@opaque(_shape)
-def _multiply_integers(
-    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, no_zeros: Tensor, dtype: torch.dtype
+@custom_op(_fake_int8_matmul)
+def _int8_matmul(
+    ints_TI: Tensor, packed: Tensor, scale_O: Tensor, zero_point_O: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Add up integers, and scale each output."""
-    # Without a bias, a scale of the result, or an operation after it.
+    """Accumulate integer products, and scale each output."""
+    # No bias, output scale 1, output zero point 0, no fused post-operation.
     rest = (None, 1.0, 0, dtype, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise.default(
-        ints_TI, 1.0, 0, packed, scale_O, no_zeros, *rest
+        ints_TI, 1.0, 0, packed, scale_O, zero_point_O, *rest
     )
 
 
-class _Quantized(nn.Module):
-    """What both layers know: widths, scales and the bias, in float32."""
+class _Int8Base(nn.Module):
+    """Sizes, scales and the bias of both int8 layers; scales and bias are float32."""
 
     scale_O: Tensor
     bias_O: Tensor | None
 
-    def __init__(self, rounded: Channels, bias_O: Tensor | None) -> None:
+    def __init__(self, weight: PerChannelWeight, bias_O: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = rounded.ints_OI.shape
-        self.register_buffer("scale_O", rounded.scale_O.float())
-        own = None if bias_O is None else bias_O.detach().to(torch.float32, copy=True)
-        self.register_buffer("bias_O", own)
+        self.out_features, self.in_features = weight.ints_OI.shape
+        self.register_buffer("scale_O", weight.scale_O.float())
+        float_bias_O = None if bias_O is None else bias_O.detach().to(torch.float32, copy=True)
+        self.register_buffer("bias_O", float_bias_O)
 
-    def integers(self) -> Tensor:
-        """Give the weights as they were rounded, (O, I) int8."""
+    def quantized_weight(self) -> Tensor:
+        """Return the quantized weights, (O, I) int8."""
         raise NotImplementedError
 
-    def dequantized(self) -> Tensor:
-        """Compute the matrix this layer stands for, in float32: the oracle of its tests."""
-        return Channels(ints_OI=self.integers(), scale_O=self.scale_O).dequantized()
+    def dequantize(self) -> Tensor:
+        """Compute the dequantized weights (O, I) in float32: the reference of the tests."""
+        return PerChannelWeight(ints_OI=self.quantized_weight(), scale_O=self.scale_O).dequantize()
 
-    def describe(self) -> str:
-        """Name the arithmetic, for keys of caches."""
+    def describe_quantization(self) -> str:
+        """Return the name of the arithmetic, for cache keys."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Say the widths, as nn.Linear does."""
+        """Return the sizes, as nn.Linear does."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias_O is not None}"
 
 
-class Int8Linear(_Quantized):
-    """y = x W^T + b by integer products; oneDNN's own layout of the weights is the only copy."""
+class Int8Linear(_Int8Base):
+    """y = x W^T + b by int8 dot products (W8A8); the only copy of W is in oneDNN's layout."""
 
     packed: Tensor
-    no_zeros: Tensor
+    zero_point_O: Tensor  # all 0: weights are symmetric
 
-    def __init__(self, rounded: Channels, bias_O: Tensor | None) -> None:
-        super().__init__(rounded, bias_O)
-        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(rounded.ints_OI, None))
-        self.register_buffer("no_zeros", torch.zeros(self.out_features, dtype=torch.int64))
+    def __init__(self, weight: PerChannelWeight, bias_O: Tensor | None) -> None:
+        super().__init__(weight, bias_O)
+        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(weight.ints_OI, None))
+        self.register_buffer("zero_point_O", torch.zeros(self.out_features, dtype=torch.int64))
 
-    def integers(self) -> Tensor:
-        """Give the weights as they were rounded, (O, I) int8."""
+    def quantized_weight(self) -> Tensor:
+        """Return the quantized weights, (O, I) int8."""
         return self.packed.to_dense().T
 
-    def describe(self) -> str:
-        """Name the arithmetic, for keys of caches."""
+    def describe_quantization(self) -> str:
+        """Return the name of the arithmetic, for cache keys."""
         return "int8"
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
-        if x_TI.shape[0] > FEW_ROWS:
-            step_T1 = _step(x_TI)
-            ints_TI = (x_TI / step_T1).round_().to(torch.int8)
-            return self._finish(self._products(ints_TI, x_TI.dtype), step_T1)
-        # A row of zeros divides by zero here, and what that gives is multiplied by zero below.
-        top_T1 = x_TI.abs().amax(1, keepdim=True).float()
-        parts_TI = torch.mul(x_TI, STEPS * FINE / top_T1).round_()
-        # v = 256 high + low with both bytes signed: 128 more carry into the high one. In floats,
-        # which a compiler makes one pass of, and without one takes no longer than bytes.
-        high_TI = torch.add(parts_TI, FINE // 2).mul_(1 / FINE).floor_()
-        low_TI = torch.sub(parts_TI, high_TI, alpha=FINE)
-        both = self._products(torch.cat((high_TI, low_TI)).to(torch.int8), torch.float32)
+        if x_TI.shape[0] > MAX_HIGH_PRECISION_ROWS:
+            scale_T1 = _row_scales(x_TI)
+            ints_TI = (x_TI / scale_T1).round_().to(torch.int8)
+            return self._scale_rows(self._matmul(ints_TI, x_TI.dtype), scale_T1)
+        # A row of zeros divides by zero here; its products are multiplied by zero below.
+        max_T1 = x_TI.abs().amax(1, keepdim=True).float()
+        parts_TI = torch.mul(x_TI, ACTIVATION_QMAX * LOW_BYTE_STEPS / max_T1).round_()
+        # v = 256 high + low with both bytes signed: adding 128 carries into the high byte. Computed
+        # in floats, which a compiler fuses into one pass, and which take no longer than integers.
+        high_TI = torch.add(parts_TI, LOW_BYTE_STEPS // 2).mul_(1 / LOW_BYTE_STEPS).floor_()
+        low_TI = torch.sub(parts_TI, high_TI, alpha=LOW_BYTE_STEPS)
+        both = self._matmul(torch.cat((high_TI, low_TI)).to(torch.int8), torch.float32)
         high_TO, low_TO = both.chunk(2)
-        products_TO = torch.add(high_TO, low_TO, alpha=1 / FINE)
-        return self._finish(products_TO, top_T1.mul_(1 / STEPS)).to(x_TI.dtype)
+        products_TO = torch.add(high_TO, low_TO, alpha=1 / LOW_BYTE_STEPS)
+        return self._scale_rows(products_TO, max_T1.mul_(1 / ACTIVATION_QMAX)).to(x_TI.dtype)
 
-    def _products(self, ints_TI: Tensor, dtype: torch.dtype) -> Tensor:
-        return _multiply_integers(ints_TI, self.packed, self.scale_O, self.no_zeros, dtype)
+    def _matmul(self, ints_TI: Tensor, dtype: torch.dtype) -> Tensor:
+        return _int8_matmul(ints_TI, self.packed, self.scale_O, self.zero_point_O, dtype)
 
-    def _finish(self, products_TO: Tensor, step_T1: Tensor) -> Tensor:
+    def _scale_rows(self, products_TO: Tensor, scale_T1: Tensor) -> Tensor:
         """Scale each row and add the bias, rounding once."""
         if self.bias_O is None:
-            return products_TO.mul_(step_T1)
-        return torch.addcmul(self.bias_O.to(products_TO.dtype), products_TO, step_T1)
+            return products_TO.mul_(scale_T1)
+        return torch.addcmul(self.bias_O.to(products_TO.dtype), products_TO, scale_T1)
 
 
-class WideInt8Linear(_Quantized):
-    """y = x W^T + b, the weights widened on their way through the processor."""
+class Int8WeightOnlyLinear(_Int8Base):
+    """y = x W^T + b with int8 weights, converted to the input's dtype in the product (W8A16)."""
 
-    plain_OI: Tensor
+    weight_OI: Tensor
 
-    # Beyond these rows widening the matrix once is cheaper than widening it row by row.
-    FEW_ROWS = 16
+    # Beyond these rows converting the matrix once is cheaper than the operator, which converts it
+    # again for each row.
+    MAX_FUSED_ROWS = 16
 
-    STRIP = 2**22  # numbers that are widened at once
+    CHUNK_NUMEL = 2**22  # weights that are converted at once
 
-    # torch's operator for few rows crashed on a width of 61; it is given multiples of this.
-    ALIGNED = 32
+    # torch's operator for few rows crashed on a width of 61; it is called for multiples of this.
+    ALIGNMENT = 32
 
-    def __init__(self, rounded: Channels, bias_O: Tensor | None) -> None:
-        super().__init__(rounded, bias_O)
-        self.register_buffer("plain_OI", rounded.ints_OI)
+    def __init__(self, weight: PerChannelWeight, bias_O: Tensor | None) -> None:
+        super().__init__(weight, bias_O)
+        self.register_buffer("weight_OI", weight.ints_OI)
 
-    def integers(self) -> Tensor:
-        """Give the weights as they were rounded, (O, I) int8."""
-        return self.plain_OI
+    def quantized_weight(self) -> Tensor:
+        """Return the quantized weights, (O, I) int8."""
+        return self.weight_OI
 
-    def describe(self) -> str:
-        """Name the arithmetic, for keys of caches."""
+    def describe_quantization(self) -> str:
+        """Return the name of the arithmetic, for cache keys."""
         return "int8/wide"
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into (T, O), in the dtype of `x_TI`."""
         scale_O = self.scale_O.to(x_TI.dtype)
-        if x_TI.shape[0] <= self.FEW_ROWS and self.in_features % self.ALIGNED == 0:
+        if x_TI.shape[0] <= self.MAX_FUSED_ROWS and self.in_features % self.ALIGNMENT == 0:
             out_TO = torch.ops.aten._weight_int8pack_mm.default(
-                x_TI.contiguous(), self.plain_OI, scale_O
+                x_TI.contiguous(), self.weight_OI, scale_O
             )
         else:
-            pieces = self.plain_OI.split(max(1, self.STRIP // self.in_features))
-            out_TO = torch.cat([F.linear(x_TI, piece.to(x_TI.dtype)) for piece in pieces], 1)
+            chunks = self.weight_OI.split(max(1, self.CHUNK_NUMEL // self.in_features))
+            out_TO = torch.cat([F.linear(x_TI, chunk.to(x_TI.dtype)) for chunk in chunks], 1)
             out_TO *= scale_O
         return out_TO if self.bias_O is None else out_TO + self.bias_O.to(x_TI.dtype)
 
 
-def _step(x_TI: Tensor) -> Tensor:
-    """Choose each row's scale; a row with a NaN keeps it, and spoils no other.
+def _row_scales(x_TI: Tensor) -> Tensor:
+    """Compute each row's dynamic scale; a NaN stays in its row.
 
-    Without their sign floats are in the order of their bits, NaN last, and integers are compared
-    twice as fast: 0.6 instead of 1.2 ms for 308 rows of 8,960 (torch 2.13, one core). Compiled, a
-    tensor seen as integers is read number by number: half as slow again for a whole layer.
+    Without the sign bit floats have the order of their bit patterns, NaN last, and integers are
+    compared twice as fast: 0.6 instead of 1.2 ms for 308 rows of 8,960 (torch 2.13, one core).
+    Compiled, a tensor viewed as integers is read one element at a time: 1.5 times the time of a
+        whole
+    layer.
     """
     if torch.compiler.is_compiling():
-        top_T1 = x_TI.abs().amax(1, keepdim=True)
+        max_T1 = x_TI.abs().amax(1, keepdim=True)
     else:
-        whole = torch.int16 if x_TI.itemsize == 2 else torch.int32
-        sizes_TI = x_TI.view(whole) & torch.iinfo(whole).max
-        top_T1 = sizes_TI.amax(1, keepdim=True).view(x_TI.dtype)
-    return top_T1.div_(STEPS).clamp_(min=SMALLEST_STEP)
+        int_dtype = torch.int16 if x_TI.itemsize == 2 else torch.int32
+        magnitude_TI = x_TI.view(int_dtype) & torch.iinfo(int_dtype).max
+        max_T1 = magnitude_TI.amax(1, keepdim=True).view(x_TI.dtype)
+    return max_T1.div_(ACTIVATION_QMAX).clamp_(min=MIN_SCALE)

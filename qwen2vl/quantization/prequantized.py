@@ -1,10 +1,11 @@
-"""Integers that a folder stores -> the same layers that `quantize` makes, if these can hold them.
+"""Prequantized weights: layers built from the integers of a GPTQ or AWQ checkpoint.
 
-    4 bits, groups of 32 k inputs in order    Int4Linear; any zeros, larger groups repeat a scale
-    8 bits, one scale a row, zero at 128      Int8Linear
-    8 bits in groups; act-order               neither: the caller widens them
+    4 bits, contiguous groups of 32 k    Int4Linear; any zero points, larger groups repeat a scale
+    8 bits, a scale an output, zero 128  Int8Linear
+    8 bits in groups; act-order          no kernel: the caller dequantizes them
 
-It must not know files; load.py hands over what weights/ has unpacked. Next room: calibrate.py.
+The layers are those that `scheme.quantize` makes. The input is what weights/ has unpacked
+(fill.py).
 """
 
 from __future__ import annotations
@@ -16,73 +17,76 @@ from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.quantization.int4 import GROUP_SIZES, Int4Linear
-from qwen2vl.quantization.int8 import int8_linear
-from qwen2vl.quantization.rtn import Channels, Groups
-from qwen2vl.quantization.scheme import Kind, QuantizedLinear
+from qwen2vl.quantization.int8 import build_int8_linear
+from qwen2vl.quantization.rtn import GroupwiseWeight, PerChannelWeight
+from qwen2vl.quantization.scheme import LayerScheme, QuantizedLinear
 
-__all__ = ["stored_kind", "stored_layer"]
+__all__ = ["build_prequantized_layer", "prequantized_scheme"]
 
-MIDDLE = 128  # of the levels of 8 bits
+ZERO_POINT = 128  # of symmetric 8-bit weights, stored unsigned
 
 
-def stored_kind(
-    bits: int, group_size: int, num_inputs: int, *, is_symmetric: bool, is_ordered: bool
-) -> Kind | None:
-    """Say which layer can hold a stored matrix as it is; None: none can.
+def prequantized_scheme(
+    bits: int, group_size: int, num_inputs: int, *, is_symmetric: bool, has_contiguous_groups: bool
+) -> LayerScheme | None:
+    """Return the scheme of the layer that holds a prequantized matrix exactly; None if none does.
 
     Args:
         bits: of an integer, 4 or 8.
         group_size: inputs that share a scale; -1: all of them.
         num_inputs: of the matrix.
-        is_symmetric: the zero lies in the middle of the levels.
-        is_ordered: inputs that share a group are neighbors.
+        is_symmetric: the zero point is the middle of the range.
+        has_contiguous_groups: inputs of a group are neighbors (no act-order).
     """
     size = group_size if group_size > 0 else num_inputs
-    if not is_ordered:
+    if not has_contiguous_groups:
         return None
     if bits == 8:
-        return Kind(8) if size >= num_inputs and is_symmetric else None
-    fitting = (ours for ours in GROUP_SIZES if size % ours == 0 and num_inputs % ours == 0)
-    ours = next(fitting, None)
-    return None if ours is None else Kind(4, ours)
+        return LayerScheme(8) if size >= num_inputs and is_symmetric else None
+    divisors = (n for n in GROUP_SIZES if size % n == 0 and num_inputs % n == 0)
+    layer_group_size = next(divisors, None)
+    return None if layer_group_size is None else LayerScheme(4, layer_group_size)
 
 
-def stored_layer(
+def build_prequantized_layer(
     ints_OI: Tensor,
     scale_GO: Tensor,
     zero_GO: Tensor,
     groups: Sequence[Tensor],
     bias_O: Tensor | None,
-    kind: Kind,
+    scheme: LayerScheme,
 ) -> QuantizedLinear:
-    """Build the layer that `stored_kind` found.
+    """Build the layer that `prequantized_scheme` returned the scheme of.
 
     Args:
-        ints_OI: from 0 to 15 or 255; of siblings, their outputs one after the other.
+        ints_OI: from 0 to 15 or 255; of fused layers, their outputs concatenated.
         scale_GO: of each stored group.
-        zero_GO: likewise.
-        groups: of each layer in it, the stored group of each input.
+        zero_GO: zero point of each stored group.
+        groups: of each fused layer, the stored group of each input.
         bias_O: of the layer, if it has one.
-        kind: what was found.
+        scheme: of the layer.
 
     Raises:
-        CheckpointError: zeros or groups are not what config.json says of them.
+        CheckpointError: zero points or groups contradict config.json.
     """
-    if kind.bits == 8:
-        _demand(bool((zero_GO == MIDDLE).all()), "sym is true", f"zeros other than {MIDDLE}")
-        centerd_OI = (ints_OI.to(torch.int16) - MIDDLE).to(torch.int8)
-        return int8_linear(Channels(ints_OI=centerd_OI, scale_O=scale_GO[0]), bias_O)
-    ours = groups[0].view(-1, kind.group_size)  # our groups may be parts of the stored ones
-    is_ordered = bool((ours == ours[:, :1]).all())
-    is_ordered &= all(torch.equal(group_I, groups[0]) for group_I in groups)
-    _demand(is_ordered, "desc_act is false", "g_idx out of order")
-    group_G = ours[:, 0]
+    if scheme.bits == 8:
+        _require(
+            bool((zero_GO == ZERO_POINT).all()), "sym is true", f"zeros other than {ZERO_POINT}"
+        )
+        signed_OI = (ints_OI.to(torch.int16) - ZERO_POINT).to(torch.int8)
+        return build_int8_linear(PerChannelWeight(ints_OI=signed_OI, scale_O=scale_GO[0]), bias_O)
+    layer_groups = groups[0].view(-1, scheme.group_size)  # these may be parts of the stored groups
+    has_contiguous_groups = bool((layer_groups == layer_groups[:, :1]).all())
+    has_contiguous_groups &= all(torch.equal(group_I, groups[0]) for group_I in groups)
+    _require(has_contiguous_groups, "desc_act is false", "g_idx out of order")
+    group_G = layer_groups[:, 0]
     return Int4Linear(
-        Groups(ints_OI=ints_OI, scale_GO=scale_GO[group_G], zero_GO=zero_GO[group_G]), bias_O
+        GroupwiseWeight(ints_OI=ints_OI, scale_GO=scale_GO[group_G], zero_GO=zero_GO[group_G]),
+        bias_O,
     )
 
 
-def _demand(holds: bool, claim: str, found: str) -> None:
+def _require(holds: bool, claim: str, found: str) -> None:
     if not holds:
         raise CheckpointError(
             f"quantization_config says that {claim}, but there are {found}; correct config.json"

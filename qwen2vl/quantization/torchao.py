@@ -1,13 +1,13 @@
-"""Linear layers of small numbers on a GPU, held and multiplied by torchao.
+"""GPU quantization by torchao: int8 weight-only, int4 weight-only and fp8 dynamic linear layers.
 
-    int8    weights alone, a scale for each output: half the memory. They are widened in every
-            product, which takes longer than bfloat16 reads; for memory, not for speed
-    int4    weights alone, scale and zero for each group: tinygemm's kernel, bfloat16 only
-    fp8     weights and rows, e4m3, a scale for each: tensor cores of compute capability 8.9
+    int8    weight-only, a scale for each output: half the memory. Dequantized in every product,
+            which takes longer than reading bfloat16; for memory, not for speed
+    int4    weight-only, scale and zero for each group: tinygemm's kernel, bfloat16 only
+    fp8     weights and activations in e4m3, a scale for each row: needs compute capability 8.9
 
-torchao is an extra (qwen2vl[gpu-quant]). Its tensors are subclasses without memory of their own;
-what they consist of is registered here as plain buffers, which fingerprints and walks over a model
-can read. Such a layer can be neither trained nor saved. Back up: quantize.py, for which layers.
+torchao is an extra (qwen2vl[gpu-quant]). Its tensors are subclasses without storage of their own;
+their components are registered here as plain buffers, which digests and `buffers()` can read. Such
+a layer can be neither trained nor saved. scheme.py decides which layers are replaced.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from torch.nn import functional as F
 
 from qwen2vl.errors import InputError
 
-__all__ = ["NarrowLinear", "check_gpu", "narrow_linear"]
+__all__ = ["TorchaoLinear", "check_gpu_support", "torchao_linear"]
 
-# Least compute capability, by mode: of torchao's kernels.
-LEAST = {"int8": (7, 5), "int4": (8, 0), "fp8": (8, 9)}
+# The compute capability that torchao's kernels require, by mode.
+MIN_COMPUTE_CAPABILITY = {"int8": (7, 5), "int4": (8, 0), "fp8": (8, 9)}
 
 
-class NarrowLinear(nn.Module):
-    """y = x W^T + b with weights that torchao holds."""
+class TorchaoLinear(nn.Module):
+    """y = x W^T + b with weights in a torchao tensor subclass."""
 
     bias_O: Tensor | None
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, how: str) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, description: str) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
-        self.weight_OI = weight_OI  # no parameter: it has no address and no bytes of its own
-        names, _ = weight_OI.__tensor_flatten__()  # type: ignore[operator]  a tensor subclass's
+        self.weight_OI = weight_OI  # not a parameter: a subclass without storage of its own
+        names, _ = weight_OI.__tensor_flatten__()  # type: ignore[operator]  of the subclass
         for name in names:
             self.register_buffer(f"weight_{name}", getattr(weight_OI, name))
         self.register_buffer("bias_O", bias_O)
-        self._how = how
+        self._description = description
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into (T, O)."""
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
-    def describe(self) -> str:
-        """Name the arithmetic, for keys of caches."""
-        return f"{self._how} by torchao"
+    def describe_quantization(self) -> str:
+        """Return the name of the arithmetic, for cache keys."""
+        return f"{self._description} by torchao"
 
     def extra_repr(self) -> str:
-        """Say the widths, as nn.Linear does."""
+        """Return the sizes, as nn.Linear does."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias_O is not None}"
 
 
-def check_gpu(mode: str, device: torch.device) -> None:
-    """Make sure that layers of a mode can be computed on a GPU.
+def check_gpu_support(mode: str, device: torch.device) -> None:
+    """Check that a GPU and the installation support a mode.
 
     Raises:
-        InputError: the GPU or the installation has not what it takes.
+        InputError: the GPU is too old, or torchao is not installed.
     """
-    least, found = LEAST[mode], torch.cuda.get_device_capability(device)
+    least, found = MIN_COMPUTE_CAPABILITY[mode], torch.cuda.get_device_capability(device)
     if found < least:
         raise InputError(
-            f"quantize {mode!r} needs a GPU of compute capability {_dotted(least)}, and that of "
-            f"{device} is {_dotted(found)}; leave it out, or use another mode"
+            f"quantize {mode!r} needs a GPU of compute capability {_version(least)}, and that of "
+            f"{device} is {_version(found)}; leave it out, or use another mode"
         )
     if find_spec("torchao") is None:
         raise InputError(
@@ -73,13 +73,13 @@ def check_gpu(mode: str, device: torch.device) -> None:
         )
 
 
-def narrow_linear(
+def torchao_linear(
     weight_OI: Tensor, bias_O: Tensor | None, mode: str, group_size: int
-) -> NarrowLinear:
-    """Round the weights of a linear layer; `group_size` inputs share a scale in int4.
+) -> TorchaoLinear:
+    """Quantize a linear layer with torchao; in int4 `group_size` inputs share a scale.
 
     Raises:
-        InputError: the weights are not bfloat16, which int4 and fp8 must be.
+        InputError: int4 or fp8, and the weights are not bfloat16.
     """
     from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # an extra, slow
         Float8DynamicActivationFloat8WeightConfig,
@@ -94,7 +94,7 @@ def narrow_linear(
             f"quantize {mode!r} computes in bfloat16 only, got dtype {str(weight_OI.dtype)[6:]}; "
             "use dtype bfloat16, or quantize 'int8'"
         )
-    # Each would otherwise change settings of torch.compile for the whole process.
+    # By default each would change torch.compile's settings for the whole process.
     if mode == "int8":
         config = Int8WeightOnlyConfig(set_inductor_config=False)
     elif mode == "int4":
@@ -111,9 +111,9 @@ def narrow_linear(
         layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
     layer.weight = nn.Parameter(weight_OI, requires_grad=False)
     quantize_(layer, config)
-    how = f"int4/{group_size}" if mode == "int4" else mode
-    return NarrowLinear(layer.weight.detach(), bias_O, how)
+    description = f"int4/{group_size}" if mode == "int4" else mode
+    return TorchaoLinear(layer.weight.detach(), bias_O, description)
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _version(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))

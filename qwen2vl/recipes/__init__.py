@@ -1,8 +1,8 @@
-"""Runs by name: each file is one Python function `recipe()` that returns a TrainConfig.
+"""Training recipes by name: each module has a function `recipe()` that returns a TrainConfig.
 
-A recipe's docstring is its command, its hardware, and what to expect of time and result. Functions
-are typed, commented and derived from one another, and need no parser. To make your own, write a
-file with a function `recipe()` and give its path instead of a name: it is run as code.
+A recipe's docstring has its command, its hardware, and the expected time and result. Recipes are
+typed Python, derived from one another. For your own, write a file with a function `recipe()` and
+pass its path instead of a name: the file is executed.
 """
 
 from __future__ import annotations
@@ -19,42 +19,44 @@ import torch
 from qwen2vl.errors import ConfigError
 from qwen2vl.train.config import TrainConfig
 
-__all__ = ["best_device", "build", "names"]
+__all__ = ["default_device", "list_recipes", "load_recipe"]
 
 
-def best_device() -> str:
-    """Name the device that a run of an official model should take: a GPU where there is one."""
+def default_device() -> str:
+    """Return the default device for official models: cuda if available, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def names() -> list[str]:
-    """List the recipes that ship with the package."""
+def list_recipes() -> list[str]:
+    """List the names of the recipes in this package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def build(name: str) -> TrainConfig:
-    """Call the recipe of this name, or the one in the Python file at this path.
+def load_recipe(name: str) -> TrainConfig:
+    """Return the config of the recipe with this name, or of the Python file at this path.
 
     Raises:
         ConfigError: there is no such recipe or file, it fails, or has no function `recipe`.
     """
     if name.endswith(".py"):
-        return _from_file(Path(name))()
-    if name not in names():
-        near = get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names())};"
+        return _recipe_from_file(Path(name))()
+    if name not in list_recipes():
+        closest = get_close_matches(name, list_recipes(), n=1)
+        hint = (
+            f"did you mean {closest[0]}?" if closest else f"known are {', '.join(list_recipes())};"
+        )
         raise ConfigError(f"no recipe {name!r}; {hint} a file's name must end in .py")
     return import_module(f"{__name__}.{name}").recipe()
 
 
-def _from_file(path: Path) -> Callable[[], TrainConfig]:
+def _recipe_from_file(path: Path) -> Callable[[], TrainConfig]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{path}: no such recipe file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # somebody's own code may fail in any way
+    except Exception as error:  # user code may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: the recipe fails when it is read: {reason}") from error
     recipe: Callable[[], TrainConfig] | None = getattr(module, "recipe", None)

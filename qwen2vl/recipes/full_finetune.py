@@ -1,21 +1,21 @@
-"""full_finetune: move every weight of a finished model, on your own conversations.
+"""full_finetune: full fine-tuning of a pretrained model on your own conversations.
 
     qwen2vl train full_finetune model=Qwen/Qwen2-VL-2B-Instruct data=mine.jsonl
     torchrun --nproc-per-node 8 -m qwen2vl train full_finetune model=DIR data=mine.jsonl
 
-A file holds one conversation a line, as for `qwen2vl ask`, with the answers (docs/training.md).
-The tower moves a tenth as fast as the rest. Weights, gradients and moments take 16 bytes a
-parameter, 35 GB for the 2B, shared by all GPUs; where that is too much, take lora. `stages.0.steps`
-says for how long: one step reads 8 bins of 8,192 tokens.
+A file has one conversation per line, as for `qwen2vl ask`, with the answers (docs/training.md). The
+vision tower has a tenth of the learning rate. Weights, gradients and moments take 16 bytes a
+parameter, 35 GB for the 2B, sharded over all GPUs; if that is too much, use lora. `stages.0.steps`
+is the number of optimizer steps, of 8 bins with up to 8,192 tokens each.
 """
 
 from __future__ import annotations
 
-from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.recipes import best_device
+from qwen2vl.data.config import DataConfig, SourceConfig
+from qwen2vl.recipes import default_device
 from qwen2vl.train.config import (
+    EvaluationConfig,
     OptimConfig,
-    ProbeConfig,
     Stage,
     TrainConfig,
 )
@@ -24,23 +24,28 @@ __all__ = ["recipe"]
 
 
 def recipe() -> TrainConfig:
-    """Fine-tune everything, gently."""
+    """Fine-tune all weights with a low learning rate."""
     return TrainConfig(
         name="full_finetune",
-        device=best_device(),
+        device=default_device(),
         optim=OptimConfig(
-            method="adamw", lr=1e-5, warmup=50, beta2=0.95, weight_decay=0.0, fall="cosine"
+            name="adamw",
+            lr=1e-5,
+            warmup_steps=50,
+            beta2=0.95,
+            weight_decay=0.0,
+            decay_type="cosine",
         ),
         stages=(
             Stage(
                 name="finetune",
                 steps=1000,
-                data=DataConfig(sources=(Source(path="data.jsonl"),)),
+                data=DataConfig(sources=(SourceConfig(path="data.jsonl"),)),
                 rules=((r"visual\.(?!merger).*", 0.1), (r".*", 1.0)),
-                decay=1.0,
+                decay_ratio=1.0,
                 weighting="sample",
             ),
         ),
-        probe=ProbeConfig(every=0),
-        workers=4,
+        evaluation=EvaluationConfig(eval_steps=0),
+        num_workers=4,
     )

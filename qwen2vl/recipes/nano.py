@@ -1,11 +1,12 @@
-"""nano: a Qwen2-VL of 4 M parameters that reads lines, knows shapes, boxes and motion.
+"""nano: a Qwen2-VL of 4 M parameters for OCR of lines, shapes, boxes and motion, from scratch.
 
-    qwen2vl train nano                    from nothing, in one go
-    qwen2vl train nano minutes=40         one leg; the same command again goes on
+    qwen2vl train nano                        from scratch, in one invocation
+    qwen2vl train nano max_minutes=40         one invocation of a resumable run; repeat to continue
 
-Short and aligned first, then free, then dense: trained on long proportional lines from the start,
-the loss stays on a plateau; once single lines are read, pages of them and lists of shapes teach
-most for their tokens. The stages are the published three behind a warm-up of the words.
+A curriculum of synthetic data: first short aligned text, then free, then dense. Trained on long
+proportional lines from the start, the loss stays on a plateau; once single lines are read, pages
+of lines and lists of shapes give the most supervision per token. The stages are the published three
+after a warmup of the decoder on text.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ MODEL = Qwen2VLConfig(
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
-        vocab_size=288,  # 256 bytes, one mark, 14 special tokens, rounded up
+        vocab_size=288,  # 256 bytes, one separator, 14 special tokens, rounded up
         mrope_section=(4, 6, 6),
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     ),
-    # Placeholders until the tokenizer is written, which the trainer does first.
+    # Placeholders: the trainer writes the tokenizer first, and then sets these.
     bos_token_id=270,
     eos_token_id=271,
     vision_start_token_id=272,
@@ -40,12 +41,15 @@ MODEL = Qwen2VLConfig(
     video_token_id=275,
 )
 
-WORDS = ((r"visual\..*", FROZEN), (r".*", 1.0))
-SEE = ((r"visual\..*", 1.0), (r".*", FROZEN))  # stage 1: tower and merger learn to see
-ALL = ((r".*", 1.0),)  # stage 2: everything
-ANSWER = ((r"visual\.(?!merger).*", FROZEN), (r".*", 1.0))  # stage 3: the tower is locked
+TRAIN_DECODER = ((r"visual\..*", FROZEN), (r".*", 1.0))
+TRAIN_VISION = ((r"visual\..*", 1.0), (r".*", FROZEN))  # stage 1: vision tower and merger
+TRAIN_ALL = ((r".*", 1.0),)  # stage 2: everything
+TRAIN_DECODER_AND_MERGER = (  # stage 3: the vision tower is frozen
+    (r"visual\.(?!merger).*", FROZEN),
+    (r".*", 1.0),
+)
 
-CELLS = Mixture(  # one character in each vision token
+CELLS = Mixture(  # one character per vision token
     weights={"text": 1.0},
     layout="cells",
     fonts="mono2",
@@ -62,11 +66,11 @@ FONTS = replace(
     text_length=(2, 8),
     random_share=0.7,
     plain_share=0.5,
-    num_shapes=(1, 1),  # like letters, shapes are learned alone first
+    num_shapes=(1, 1),  # single shapes first, as single letters
     canvas=(56, 84),
-    questions=2,
+    max_questions=2,
 )
-FREE = replace(  # proportional letters, anywhere
+FREE = replace(  # proportional fonts, at any position
     FONTS,
     weights={"text": 0.5, "shapes": 0.22, "grounding": 0.2, "motion": 0.06, "text_only": 0.02},
     layout="line",
@@ -77,7 +81,7 @@ FREE = replace(  # proportional letters, anywhere
     canvas=(56, 98),
     clip_canvas=(56, 84),
 )
-PAGES = replace(  # many letters, and many shapes, for each question
+PAGES = replace(  # many characters and many shapes per question
     FREE,
     weights={
         "text": 0.42,
@@ -93,12 +97,12 @@ PAGES = replace(  # many letters, and many shapes, for each question
     plain_share=0.4,
     page_share=0.7,
     page_lines=(2, 4),
-    list_share=0.7,  # a truth for every name is what teaches which shape a name means
+    list_share=0.7,  # lists give a label for every shape name, from which the names are learned
     num_shapes=(1, 4),
     canvas=(56, 140),
-    questions=3,
+    max_questions=3,
 )
-WORLD = replace(  # as the mini suite asks, and larger
+WORLD = replace(  # the distribution of the mini suite, and larger images
     PAGES,
     weights={
         "text": 0.33,
@@ -122,7 +126,7 @@ WORLD = replace(  # as the mini suite asks, and larger
 
 
 def recipe() -> TrainConfig:
-    """Train nano from nothing on 2 CPU cores."""
+    """Train nano from scratch on 2 CPU cores."""
     return TrainConfig(
         name="nano",
         model=MODEL,
@@ -131,16 +135,16 @@ def recipe() -> TrainConfig:
             Stage(
                 name="words",
                 steps=200,
-                examples=192,
-                rules=WORDS,
+                global_batch_size=192,
+                rules=TRAIN_DECODER,
                 mixture=Mixture(weights={"text_only": 1.0}),
                 default_system=0.1,
             ),
             Stage(
                 name="see",
                 steps=100,
-                examples=160,
-                rules=SEE,
+                global_batch_size=160,
+                rules=TRAIN_VISION,
                 mixture=CELLS,
                 min_pixels=784,
                 default_system=0.0,
@@ -148,8 +152,8 @@ def recipe() -> TrainConfig:
             Stage(
                 name="cells",
                 steps=200,
-                examples=160,
-                rules=ALL,
+                global_batch_size=160,
+                rules=TRAIN_ALL,
                 mixture=CELLS,
                 min_pixels=784,
                 default_system=0.0,
@@ -157,8 +161,8 @@ def recipe() -> TrainConfig:
             Stage(
                 name="fonts",
                 steps=400,
-                examples=128,
-                rules=ALL,
+                global_batch_size=128,
+                rules=TRAIN_ALL,
                 mixture=FONTS,
                 min_pixels=784,
                 default_system=0.02,
@@ -166,36 +170,36 @@ def recipe() -> TrainConfig:
             Stage(
                 name="free",
                 steps=900,
-                examples=96,
-                rules=ALL,
+                global_batch_size=96,
+                rules=TRAIN_ALL,
                 mixture=FREE,
                 default_system=0.02,
             ),
             Stage(
                 name="pages",
                 steps=1500,
-                examples=80,
-                rules=ALL,
+                global_batch_size=80,
+                rules=TRAIN_ALL,
                 mixture=PAGES,
                 default_system=0.02,
             ),
             Stage(
                 name="world",
                 steps=3000,
-                examples=80,
-                rules=ALL,
+                global_batch_size=80,
+                rules=TRAIN_ALL,
                 mixture=WORLD,
                 default_system=0.1,
-                decay=0.45,
+                decay_ratio=0.45,
             ),
             Stage(
                 name="answers",
                 steps=300,
-                examples=80,
-                rules=ANSWER,
+                global_batch_size=80,
+                rules=TRAIN_DECODER_AND_MERGER,
                 mixture=WORLD,
                 default_system=0.8,
-                decay=1.0,
+                decay_ratio=1.0,
             ),
         ),
     )

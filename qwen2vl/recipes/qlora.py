@@ -1,11 +1,11 @@
-"""qlora: as lora, over weights of 4 bits: for models that would not fit otherwise.
+"""qlora: QLoRA, LoRA over 4-bit (NF4) base weights, for models that would not fit otherwise.
 
     qwen2vl train qlora model=Qwen/Qwen2-VL-7B-Instruct data=mine.jsonl
 
-The adapted layers' own weights are NormalFloat codes with magnitudes of 8 bits, 4.13 bits a weight,
-widened in every forward and backward. What is exported merges into the widened codes, which is
-what was trained beside; PEFT's folder may also be put on the whole weights, which answer nearly
-the same. (Dettmers et al. 2023, QLoRA.)
+The base weights of the adapted layers are NormalFloat codes with 8-bit scales (double
+quantization), 4.13 bits a weight, dequantized in every forward and backward. The exported model
+merges the adapter into the dequantized weights, which it was trained with; the PEFT folder may also
+be applied to the unquantized weights, with nearly the same outputs. (Dettmers et al. 2023, QLoRA.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ __all__ = ["recipe"]
 
 
 def recipe() -> TrainConfig:
-    """Fine-tune low-rank factors over 4-bit weights."""
-    plain = lora.recipe()
-    assert plain.adapter is not None
-    return replace(plain, name="qlora", adapter=replace(plain.adapter, quantize_base="nf4_double"))
+    """Fine-tune low-rank adapters over 4-bit weights."""
+    config = lora.recipe()
+    assert config.adapter is not None
+    return replace(
+        config, name="qlora", adapter=replace(config.adapter, quantize_base="nf4_double")
+    )

@@ -1,20 +1,20 @@
-"""stage2_joint: see and speak together. Published stage 2, from what stage 1 exported.
+"""stage2_joint: published stage 2, joint pretraining of all weights, from stage 1's export.
 
     torchrun --nproc-per-node 8 -m qwen2vl train stage2_joint model=runs/stage1_vision/model-...
 
-The paper: 800 billion tokens more, 1.4 trillion with stage 1; everything moves. Families: more
-interleaved pictures and text, question answering, sets of many tasks, talk about videos, knowledge
-about pictures, and text alone, which keeps the language model able. Not published, so ours: shares,
-rates, lengths. (Qwen2-VL sec. 2.2.) Next: stage3_instruct.py.
+The paper: 800 billion tokens more, 1.4 trillion with stage 1; all weights are trained. Families:
+more interleaved images and text, visual question answering, multitask sets, video dialogue, image
+knowledge, and pure text, which preserves the language model's abilities. Not published, so choices
+of this project: weights of the datasets, learning rates, lengths. (Qwen2-VL sec. 2.2.)
 """
 
 from __future__ import annotations
 
-from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.recipes import best_device
+from qwen2vl.data.config import DataConfig, SourceConfig
+from qwen2vl.recipes import default_device
 from qwen2vl.train.config import (
+    EvaluationConfig,
     OptimConfig,
-    ProbeConfig,
     Stage,
     TrainConfig,
 )
@@ -27,45 +27,45 @@ RULES = ((r"visual\..*", 1.0), (r".*", 0.5))
 
 DATA = DataConfig(
     sources=(
-        # Articles with their pictures in place, as OBELICS.
-        Source(path="data/interleaved/*.parquet", name="interleaved", weight=0.3),
-        Source(path="data/image_text/*.parquet", name="image_text", weight=0.2),
-        Source(path="data/ocr/*.parquet", name="ocr", weight=0.1),
-        # Questions about pictures, as VQAv2 and the other sets of The Cauldron.
-        Source(path="data/vqa/*.parquet", name="vqa", weight=0.1),
-        # Many tasks in one set, as M3IT.
-        Source(path="data/multitask/*.parquet", name="multitask", weight=0.05),
-        # Talk about clips, as VideoChat2-IT.
-        Source(path="data/video/*.jsonl", name="video_dialogue", weight=0.1),
-        # What a lexicon says of its pictures, as WIT.
-        Source(path="data/knowledge/*.parquet", name="image_knowledge", weight=0.05),
-        # Text alone, packed by `qwen2vl pack-text`, as FineWeb.
-        Source(path="data/text", name="text", weight=0.1),
+        # Interleaved image-text articles, as OBELICS.
+        SourceConfig(path="data/interleaved/*.parquet", name="interleaved", weight=0.3),
+        SourceConfig(path="data/image_text/*.parquet", name="image_text", weight=0.2),
+        SourceConfig(path="data/ocr/*.parquet", name="ocr", weight=0.1),
+        # Visual question answering, as VQAv2 and the other sets of The Cauldron.
+        SourceConfig(path="data/vqa/*.parquet", name="vqa", weight=0.1),
+        # Multitask sets, as M3IT.
+        SourceConfig(path="data/multitask/*.parquet", name="multitask", weight=0.05),
+        # Dialogue about videos, as VideoChat2-IT.
+        SourceConfig(path="data/video/*.jsonl", name="video_dialogue", weight=0.1),
+        # Encyclopedic texts about images, as WIT.
+        SourceConfig(path="data/knowledge/*.parquet", name="image_knowledge", weight=0.05),
+        # Text only, packed by `qwen2vl pack-text`, as FineWeb.
+        SourceConfig(path="data/text", name="text", weight=0.1),
     ),
     max_tokens=16384,  # the paper's limit of one video
-    bins=128,
+    global_batch_size=128,
 )
 
 
 def recipe() -> TrainConfig:
-    """Train everything on everything.
+    """Train all weights on all families.
 
-    Hardware: any number of GPUs that divides 128; not run by us at this size.
+    Hardware: any number of GPUs that divides 128; not run by this project at this size.
     """
     return TrainConfig(
         name="stage2_joint",
-        device=best_device(),
-        optim=OptimConfig(method="adamw", lr=2e-5, warmup=2000, beta2=0.95, weight_decay=0.05),
+        device=default_device(),
+        optim=OptimConfig(name="adamw", lr=2e-5, warmup_steps=2000, beta2=0.95, weight_decay=0.05),
         stages=(
             Stage(
                 name="joint",
-                steps=int(TOKENS / (DATA.bins * DATA.max_tokens)),
+                steps=int(TOKENS / (DATA.global_batch_size * DATA.max_tokens)),
                 data=DATA,
                 rules=RULES,
                 weighting="token",
             ),
         ),
-        probe=ProbeConfig(every=0),
-        workers=8,
-        save_every=1000,
+        evaluation=EvaluationConfig(eval_steps=0),
+        num_workers=8,
+        save_steps=1000,
     )

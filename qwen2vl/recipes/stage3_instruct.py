@@ -1,22 +1,22 @@
-"""stage3_instruct: answer. Published stage 3, from what stage 2 exported.
+"""stage3_instruct: published stage 3, instruction tuning, from stage 2's export.
 
     torchrun --nproc-per-node 8 -m qwen2vl train stage3_instruct model=runs/stage2_joint/model-...
 
-The paper: instruction tuning in ChatML with the vision tower locked; how many tokens, it does not
-say. Families: dialogue in text alone, questions about pictures, parsing of documents, comparison of
-several pictures, understanding of videos, talk about a stream of video, agents at work. Not
-published, so ours: shares, rates, steps, and that the merger moves with the language model, as in
-Qwen's own later fine-tuning script. (Qwen2-VL sec. 2.2, 2.2.1.) Next: full_finetune.py, lora.py.
+The paper: instruction tuning in ChatML with the vision tower frozen; the number of tokens is not
+given. Families: text dialogue, image question answering, document parsing, multi-image comparison,
+video understanding, video stream dialogue, agents. Not published, so choices of this project:
+weights of the datasets, learning rates, steps, and that the merger is trained with the language
+model, as in Qwen's own later fine-tuning script. (Qwen2-VL sec. 2.2, 2.2.1.)
 """
 
 from __future__ import annotations
 
-from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.recipes import best_device
+from qwen2vl.data.config import DataConfig, SourceConfig
+from qwen2vl.recipes import default_device
 from qwen2vl.train.config import (
     FROZEN,
+    EvaluationConfig,
     OptimConfig,
-    ProbeConfig,
     Stage,
     TrainConfig,
 )
@@ -28,35 +28,40 @@ RULES = ((r"visual\.(?!merger).*", FROZEN), (r".*", 1.0))
 DATA = DataConfig(
     sources=(
         # As Tulu 3's mixture.
-        Source(path="data/chat/*.parquet", name="text_dialogue", weight=0.25),
+        SourceConfig(path="data/chat/*.parquet", name="text_dialogue", weight=0.25),
         # As LLaVA-OneVision's instructions.
-        Source(path="data/image_qa/*.parquet", name="image_qa", weight=0.3),
-        # Pages to be read and laid out, as Docmatix.
-        Source(path="data/documents/*.parquet", name="documents", weight=0.15),
+        SourceConfig(path="data/image_qa/*.parquet", name="image_qa", weight=0.3),
+        # Document pages with their text and layout, as Docmatix.
+        SourceConfig(path="data/documents/*.parquet", name="documents", weight=0.15),
         # As M4-Instruct.
-        Source(path="data/multi_image/*.jsonl", name="multi_image", weight=0.1),
+        SourceConfig(path="data/multi_image/*.jsonl", name="multi_image", weight=0.1),
         # As LLaVA-Video-178K.
-        Source(path="data/video_qa/*.jsonl", name="video", weight=0.1),
+        SourceConfig(path="data/video_qa/*.jsonl", name="video", weight=0.1),
         # Questions in the middle of a video, as VideoChatOnline-IT.
-        Source(path="data/streaming/*.jsonl", name="streaming_video", weight=0.05),
-        # Screens and what to do next, as AITZ and GUIAct.
-        Source(path="data/agent/*.jsonl", name="agent", weight=0.05),
+        SourceConfig(path="data/streaming/*.jsonl", name="streaming_video", weight=0.05),
+        # Screenshots and the next action, as AITZ and GUIAct.
+        SourceConfig(path="data/agent/*.jsonl", name="agent", weight=0.05),
     ),
     max_tokens=16384,
-    bins=32,
+    global_batch_size=32,
 )
 
 
 def recipe() -> TrainConfig:
-    """Train the language model and the merger to answer.
+    """Train the language model and the merger on instructions.
 
-    Hardware: any number of GPUs that divides 32; not run by us at this size.
+    Hardware: any number of GPUs that divides 32; not run by this project at this size.
     """
     return TrainConfig(
         name="stage3_instruct",
-        device=best_device(),
+        device=default_device(),
         optim=OptimConfig(
-            method="adamw", lr=1e-5, warmup=300, beta2=0.95, weight_decay=0.05, fall="cosine"
+            name="adamw",
+            lr=1e-5,
+            warmup_steps=300,
+            beta2=0.95,
+            weight_decay=0.05,
+            decay_type="cosine",
         ),
         stages=(
             Stage(
@@ -64,10 +69,10 @@ def recipe() -> TrainConfig:
                 steps=10_000,
                 data=DATA,
                 rules=RULES,
-                decay=1.0,
+                decay_ratio=1.0,
                 weighting="sample",
             ),
         ),
-        probe=ProbeConfig(every=0),
-        workers=8,
+        evaluation=EvaluationConfig(eval_steps=0),
+        num_workers=8,
     )

@@ -1,8 +1,8 @@
-"""tiny: a run of seconds that goes through every stage, to see the trainer work.
+"""tiny: a run of seconds through all stages, as a smoke test of the trainer.
 
     qwen2vl train tiny
 
-One core, half a minute; the loss falls from about 6 to about 3, and the model knows nothing.
+One CPU core, half a minute; the loss falls from about 6 to about 3, and the model is useless.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["recipe"]
 
 
 def recipe() -> TrainConfig:
-    """Train next to nothing, through all stages."""
+    """Train a tiny model for a few steps of every stage."""
     model = replace(
         nano.MODEL,
         vision=VisionConfig(depth=2, embed_dim=64, num_heads=2, hidden_size=64),
@@ -35,16 +35,28 @@ def recipe() -> TrainConfig:
         ),
     )
     shapes = Mixture(weights={"shapes": 1.0}, canvas=(56, 84), num_shapes=(1, 2))
-    rules = {"words": nano.WORDS, "see": nano.SEE, "world": nano.ALL, "answers": nano.ANSWER}
+    rules_of_stage = {
+        "words": nano.TRAIN_DECODER,
+        "see": nano.TRAIN_VISION,
+        "world": nano.TRAIN_ALL,
+        "answers": nano.TRAIN_DECODER_AND_MERGER,
+    }
     return TrainConfig(
         name="tiny",
         model=model,
         min_pixels=56 * 56,
-        optim=OptimConfig(warmup=4),
-        log_every=5,
-        save_every=10,
+        optim=OptimConfig(warmup_steps=4),
+        logging_steps=5,
+        save_steps=10,
         stages=tuple(
-            Stage(name=name, steps=10, examples=16, mixture=shapes, rules=own, decay=0.5)
-            for name, own in rules.items()
+            Stage(
+                name=name,
+                steps=10,
+                global_batch_size=16,
+                mixture=shapes,
+                rules=rules,
+                decay_ratio=0.5,
+            )
+            for name, rules in rules_of_stage.items()
         ),
     )

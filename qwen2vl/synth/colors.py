@@ -1,9 +1,9 @@
-"""Eight colors that nobody mistakes, and the grounds they stand on.
+"""Sampling of colors: eight named colors for shapes, backgrounds, and text colors.
 
-Each color is a span between two anchors, so that CSS "green" and "lime" are both green while no
-two spans meet. Grounds are light or dark with a slight tint; white stands only on dark grounds and
-black only on light ones. Text takes any pair of colors whose WCAG contrast suffices. It must not
-know shapes or glyphs. Next room: draw.py.
+Each named color is an RGB segment between two anchors, so that CSS "green" and "lime" are both
+green while no two segments meet. Backgrounds ("grounds") are light or dark with a slight tint;
+white is used on dark grounds only and black on light ones only. Text uses any pair of colors with
+sufficient WCAG contrast.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ COLORS: dict[str, tuple[RGB, RGB]] = {
     "white": ((255, 255, 255), (236, 236, 236)),
 }
 
-_MIN_CONTRAST = 3.5  # of ink on ground; WCAG asks 3 for large and 4.5 for small text
+_MIN_CONTRAST = 3.5  # of ink on ground; WCAG requires 3 for large and 4.5 for small text
 
 
 def sample_color(rng: Random, name: str) -> RGB:
-    """Take a shade of the named color."""
+    """Sample a shade of the named color."""
     (r1, g1, b1), (r2, g2, b2) = COLORS[name]
     t = rng.random()
     return (round(r1 + t * (r2 - r1)), round(g1 + t * (g2 - g1)), round(b1 + t * (b2 - b1)))
 
 
 def sample_ground(rng: Random) -> RGB:
-    """Take a light or a dark ground; one in three is plainly white or black."""
+    """Sample a light or dark background; one in three is pure white or black."""
     light = rng.random() < 0.6
     if rng.random() < 1 / 3:
         return (255, 255, 255) if light else (0, 0, 0)
@@ -53,29 +53,29 @@ def sample_ground(rng: Random) -> RGB:
 
 
 def is_light(ground: RGB) -> bool:
-    """Tell a light ground from a dark one."""
+    """Return whether a background is light."""
     return sum(ground) > 384
 
 
 def colors_on(ground: RGB) -> list[str]:
-    """List the colors that can be told on this ground."""
-    unseen = "white" if is_light(ground) else "black"
-    return [name for name in COLORS if name != unseen]
+    """Return the names of the colors that are distinguishable on this background."""
+    invisible = "white" if is_light(ground) else "black"
+    return [name for name in COLORS if name != invisible]
 
 
 def sample_text_colors(rng: Random) -> tuple[RGB, RGB]:
-    """Take (ink, ground), any two colors that differ enough to be read, in either order."""
+    """Sample (ink, ground): any two colors of sufficient contrast, either one the lighter."""
     while True:
         ground = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         ink = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
-        if rng.random() < 0.5:  # inks and grounds of daily life are seldom both colorful
+        if rng.random() < 0.5:  # real text seldom has a colorful ink and a colorful ground
             ground = sample_ground(rng)
         if contrast(ink, ground) >= _MIN_CONTRAST:
             return ink, ground
 
 
 def contrast(a: RGB, b: RGB) -> float:
-    """Ratio of relative luminances, 1 to 21 (WCAG 2, with gamma 2.2)."""
+    """Return the ratio of relative luminances, 1 to 21 (WCAG 2, with gamma 2.2)."""
     light, dark = sorted((_luminance(a), _luminance(b)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 

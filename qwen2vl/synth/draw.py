@@ -1,8 +1,8 @@
-"""From numbers to pixels: lines of text and scenes of shapes, as uint8 (height, width, 3).
+"""Rasterization of specs: lines of text and scenes of shapes, as uint8 (height, width, 3).
 
-Everything costly is drawn once and kept: glyph masks by font and size, shape masks by kind and
-side, one tile of grain. A picture is then a ground and a few pastes, well under a millisecond.
-It must not know questions, answers or chance. Next room: world.py.
+Everything costly is computed once and cached: glyph masks by font and size, shape masks by kind
+and side, one tile of background noise. An image is then a background and a few pastes, well under
+a millisecond. Drawing is deterministic: all random choices are in the spec.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from qwen2vl.synth.fonts import Glyph, glyphs
 from qwen2vl.synth.spec import RGB, Line, Picture, Scene
 from qwen2vl.synth.strings import ALPHABETS
 
-__all__ = ["CHARACTERS", "KINDS", "draw", "ink_extent", "shape_mask"]
+__all__ = ["CHARACTERS", "SHAPE_KINDS", "draw_image", "ink_extent", "shape_mask"]
 
 CHARACTERS = ALPHABETS["all"] + " "
-KINDS = ("circle", "square", "triangle", "star", "cross", "diamond")
+SHAPE_KINDS = ("circle", "square", "triangle", "star", "cross", "diamond")
 
 _SUPERSAMPLING = 4
 _GRAIN_SIDE = 1024
-_GRAIN_SHADES = 7  # most that grain adds to or takes from a channel
+_GRAIN_SHADES = 7  # largest change of a channel value by the grain
 
 
-def draw(picture: Picture) -> NDArray[np.uint8]:
-    """Draw a line or a scene."""
+def draw_image(picture: Picture) -> NDArray[np.uint8]:
+    """Draw a line of text or a scene of shapes, (H, W, 3) uint8."""
     return _draw_line(picture) if isinstance(picture, Line) else _draw_scene(picture)
 
 
 def ink_extent(
     text: str, font: str, size: int, *, cell: int, tracking: int, leading: int = 0
 ) -> tuple[int, int, int, int]:
-    """Measure where the ink of a text falls, from the first pen position and baseline.
+    """Compute the bounding box of the ink of a text, relative to the first pen position.
 
     Returns:
         (left, top, right, bottom), the last two exclusive; left and top are often negative.
     """
     boxes = [
         (x + g.left, y + g.top, x + g.left + g.mask.shape[1], y + g.top + g.mask.shape[0])
-        for x, y, g in _placed(text, font, size, cell, tracking, leading)
+        for x, y, g in _layout_glyphs(text, font, size, cell, tracking, leading)
         if g.mask.size
     ]
     left, top, right, bottom = zip(*boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
 
 
-def _placed(
+def _layout_glyphs(
     text: str, font: str, size: int, cell: int, tracking: int, leading: int
 ) -> list[tuple[int, int, Glyph]]:
-    """List (x, y, glyph) by pen position; in cells each stands in the middle of its own."""
+    """Return (x, y, glyph) for each character; in cells each glyph is centered in its own cell."""
     table = glyphs(font, size, CHARACTERS)
     placed: list[tuple[int, int, Glyph]] = []
     pen = baseline = 0
@@ -74,27 +74,27 @@ def _placed(
 
 def _draw_line(line: Line) -> NDArray[np.uint8]:
     coverage = np.zeros((line.height, line.width), dtype=np.uint8)
-    for x, y, glyph in _placed(
+    for x, y, glyph in _layout_glyphs(
         line.text, line.font, line.size, line.cell, line.tracking, line.leading
     ):
         height, width = glyph.mask.shape
         left, top = line.x + x + glyph.left, line.y + y + glyph.top
-        # Letters that lean over their neighbor share pixels with it: the darker one counts.
+        # Glyphs may overlap their neighbor: the larger coverage counts.
         target = coverage[top : top + height, left : left + width]
         np.maximum(target, glyph.mask, out=target)
-    picture = _ground(line.width, line.height, line.ground, line.texture)
-    picture.paste(line.ink, (0, 0), Image.fromarray(coverage))
-    return np.array(picture)
+    image = _background(line.width, line.height, line.ground, line.texture)
+    image.paste(line.ink, (0, 0), Image.fromarray(coverage))
+    return np.array(image)
 
 
 def _draw_scene(scene: Scene) -> NDArray[np.uint8]:
-    picture = _ground(scene.width, scene.height, scene.ground, scene.texture)
+    image = _background(scene.width, scene.height, scene.ground, scene.texture)
     for shape in scene.shapes:
-        picture.paste(shape.rgb, shape.box[:2], shape_mask(shape.kind, shape.side))
-    return np.array(picture)
+        image.paste(shape.rgb, shape.box[:2], shape_mask(shape.kind, shape.side))
+    return np.array(image)
 
 
-def _ground(width: int, height: int, color: RGB, texture: int) -> Image.Image:
+def _background(width: int, height: int, color: RGB, texture: int) -> Image.Image:
     if not texture:
         return Image.new("RGB", (width, height), color)
     y, x = texture % 1009 % (_GRAIN_SIDE - 1), texture % 997
@@ -106,7 +106,7 @@ def _ground(width: int, height: int, color: RGB, texture: int) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def _grain() -> NDArray[np.int16]:
-    """One fixed tile of soft grain; a picture takes a window of it."""
+    """Create one fixed tile of smooth noise; each image takes a window of it."""
     noise = np.random.Generator(np.random.Philox(2)).integers(0, 256, (_GRAIN_SIDE // 4,) * 2)
     soft = Image.fromarray(noise.astype(np.uint8)).resize((_GRAIN_SIDE, _GRAIN_SIDE))
     shades = np.asarray(soft, dtype=np.float32) / 127.5 - 1
@@ -115,22 +115,22 @@ def _grain() -> NDArray[np.int16]:
 
 @lru_cache(maxsize=4096)
 def shape_mask(kind: str, side: int) -> Image.Image:
-    """Draw coverage of one shape; its ink touches all four sides of the square."""
+    """Draw the coverage mask of one shape; it touches all four sides of the square."""
     big = side * _SUPERSAMPLING
     image = Image.new("L", (big, big), 0)
     canvas = ImageDraw.Draw(image)
     if kind == "circle":
         canvas.ellipse((0, 0, big - 1, big - 1), fill=255)
     else:
-        points = [(x * (big - 1), y * (big - 1)) for x, y in _outline(kind)]
+        points = [(x * (big - 1), y * (big - 1)) for x, y in _polygon(kind)]
         canvas.polygon(points, fill=255)
     return image.resize((side, side), Image.Resampling.BOX)
 
 
-def _outline(kind: str) -> list[tuple[float, float]]:
-    """Corners of a shape in the unit square."""
+def _polygon(kind: str) -> list[tuple[float, float]]:
+    """Return the corners of a shape in the unit square."""
     if kind == "star":
-        return _star()
+        return _star_polygon()
     arm = 1 / 3
     corners = {
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
@@ -144,8 +144,8 @@ def _outline(kind: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in corners[kind]]
 
 
-def _star() -> list[tuple[float, float]]:
-    """Five points, stretched a little so that they touch all sides."""
+def _star_polygon() -> list[tuple[float, float]]:
+    """Return a five-pointed star, stretched so that it touches all sides."""
     raw = [(r * sin(i * pi / 5), -r * cos(i * pi / 5)) for i, r in enumerate([1.0, 0.42] * 5)]
     xs, ys = zip(*raw, strict=True)
     wide, high = max(xs) - min(xs), max(ys) - min(ys)

@@ -1,10 +1,9 @@
-"""Which fonts the world is written in, and their glyphs as small cached masks.
+"""Fonts of the synthetic text images, and their glyphs as cached masks.
 
-Families are split into those that train, those that validate, and those that judge; judging
-families come from packages that training never touches and are no clones of the others. The
-tables are fixed, so that a seed means the same line of text on every machine; the files must be
-there, complete, or FontError says which package to install. Ultra-thin, extremely condensed and
-decorative faces are left out. It must not know colors or questions. Next room: draw.py.
+Font families are split into training, validation and evaluation ("judge") sets; evaluation families
+come from packages that training does not use and are no clones of the others. The tables are fixed,
+so that a seed produces the same line of text on every machine; if files are missing, `FontError`
+names the packages to install. Ultra-thin, extremely condensed and decorative faces are excluded.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qwen2vl.errors import ConfigError
 
 __all__ = [
+    "BUNDLED_FAMILIES",
     "JUDGE_FAMILIES",
     "JUDGE_PACKAGES",
     "TRAINING_FAMILIES",
@@ -89,7 +89,7 @@ TRAINING_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
-# Held out of training, from the same packages: watches for overfitting while training runs.
+# Held out of training, from the same packages: shows overfitting during training.
 VALIDATION_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Roboto": (
         "fonts-roboto",
@@ -101,8 +101,8 @@ VALIDATION_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
-# Seen by no training or tuning. Nimbus is left out (FreeFont's source), so are Carlito (Lato)
-# and Hack (DejaVu Sans Mono).
+# Used in neither training nor tuning. Nimbus is excluded (the source of FreeFont), and so are
+# Carlito (Lato) and Hack (DejaVu Sans Mono).
 JUDGE_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "C059": ("fonts-urw-base35", ("C059-Roman.otf", "C059-Bold.otf", "C059-Italic.otf")),
     "Cabin": ("fonts-cabin", ("Cabin-Regular.otf", "Cabin-Bold.otf", "Cabin-Italic.otf")),
@@ -124,10 +124,16 @@ TRAINING_PACKAGES = tuple(
 )
 JUDGE_PACKAGES = tuple(sorted({package for package, _ in JUDGE_FAMILIES.values()}))
 
+# Included in the package, unmodified: a sans, a serif and a monospaced family of the evaluation
+# set. They need no system font; font_files/README.md has versions and licenses.
+BUNDLED_FAMILIES = {name: JUDGE_FAMILIES[name] for name in ("Cabin", "Caladea", "Courier Prime")}
+_BUNDLED_FOLDER = Path(__file__).with_name("font_files")
+
 _MONO2 = ("DejaVuSansMono.ttf", "LiberationMono-Regular.ttf")
 _TABLES = {"all": TRAINING_FAMILIES, "validation": VALIDATION_FAMILIES, "judge": JUDGE_FAMILIES}
 _FAMILIES_OF = {name: tuple(files for _, files in t.values()) for name, t in _TABLES.items()} | {
-    "mono2": tuple((file,) for file in _MONO2)
+    "mono2": tuple((file,) for file in _MONO2),
+    "bundled": tuple(files for _, files in BUNDLED_FAMILIES.values()),
 }
 _PACKAGE_OF = {
     file: package for t in _TABLES.values() for package, files in t.values() for file in files
@@ -136,12 +142,12 @@ _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts"
 
 
 class FontError(ConfigError):
-    """A font that the world is written in is not installed, or lacks a character."""
+    """A font of the synthetic data is not installed, or lacks a character."""
 
 
 @dataclass(frozen=True, slots=True)
 class Glyph:
-    """One character drawn once: coverage and where it stands relative to pen and baseline."""
+    """One rasterized character: coverage mask, and its position relative to pen and baseline."""
 
     mask: NDArray[np.uint8]  # (height, width), ink only
     left: int  # from the pen to the first column
@@ -151,13 +157,14 @@ class Glyph:
 
 @lru_cache
 def files_of(name: str) -> tuple[tuple[str, ...], ...]:
-    """List the files of a set of fonts, family by family, all of them installed.
+    """Return the files of a font set by family, after checking that all are installed.
 
     Args:
-        name: "mono2" (two monospaced faces), "all" (training), "validation" or "judge".
+        name: "mono2" (two monospaced faces), "all" (training), "validation", "judge", or "bundled"
+            (the part of "judge" that comes with the package).
 
     Raises:
-        FontError: files are missing; the text names every package to install.
+        FontError: files are missing; the text names the packages to install.
     """
     families = _FAMILIES_OF[name]
     missing = [file for files in families for file in files if file not in _installed()]
@@ -169,7 +176,7 @@ def files_of(name: str) -> tuple[tuple[str, ...], ...]:
 # Every training face at every size from 12 to 40 makes 1,300 tables of some 45 KB.
 @lru_cache(maxsize=2400)
 def glyphs(file: str, size: int, characters: str) -> dict[str, Glyph]:
-    """Draw each of `characters` once, at `size` pixels per em; a line is then pasted together.
+    """Rasterize each of `characters` at `size` pixels per em; the result is cached.
 
     Raises:
         FontError: the file is not installed.
@@ -180,7 +187,7 @@ def glyphs(file: str, size: int, characters: str) -> dict[str, Glyph]:
 
 @lru_cache
 def stems_look_alike(file: str) -> bool:
-    """Tell whether capital I and small l are both bare stems, so that no reader could know which.
+    """Return whether capital I and small l are both bare stems, which makes them ambiguous.
 
     A bare stem is as wide in every row; a serif, a tail or a slab is wider than the middle.
     """
@@ -190,12 +197,12 @@ def stems_look_alike(file: str) -> bool:
 
 
 def check_coverage(file: str, characters: str) -> None:
-    """Make sure that the font maps every one of `characters`, so that no label belongs to tofu.
+    """Check that the font maps every one of `characters`, so that no label belongs to tofu.
 
     Raises:
         FontError: the file is not installed, or has no glyph for a character.
     """
-    from fontTools.ttLib import TTFont  # an extra, needed only to check
+    from fontTools.ttLib import TTFont  # an optional dependency, needed for this check only
 
     with TTFont(_path(file), lazy=True) as font:
         known = font.getBestCmap() or {}
@@ -205,7 +212,7 @@ def check_coverage(file: str, characters: str) -> None:
 
 
 def _face(file: str, size: int) -> ImageFont.FreeTypeFont:
-    # BASIC, because raqm is not in every build of Pillow and places letters differently.
+    # BASIC, because raqm is not in every build of Pillow and positions glyphs differently.
     return ImageFont.truetype(_path(file), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -225,8 +232,9 @@ def _remedy(missing: list[str]) -> str:
 
 @lru_cache
 def _installed() -> dict[str, str]:
+    """Map file names to paths; bundled files take precedence over other versions on the system."""
     found: dict[str, str] = {}
-    for folder in _FOLDERS:
+    for folder in (_BUNDLED_FOLDER, *_FOLDERS):
         for root, _, files in os.walk(Path(folder).expanduser()):
             for file in files:
                 if file in _PACKAGE_OF:
@@ -235,7 +243,7 @@ def _installed() -> dict[str, str]:
 
 
 def _glyph(face: ImageFont.FreeTypeFont, size: int, char: str) -> Glyph:
-    pad = size  # room for what leans or hangs out of the pen's box
+    pad = size  # margin for glyphs that extend beyond their advance box
     advance = round(face.getlength(char))
     image = Image.new("L", (advance + 2 * pad, 3 * size), 0)
     ImageDraw.Draw(image).text((pad, 2 * size), char, font=face, fill=255, anchor="ls")

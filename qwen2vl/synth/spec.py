@@ -1,9 +1,8 @@
-"""What the rooms of the world hand to each other: pictures as plain numbers, with their truth.
+"""Data types of the synthetic data: `Mixture` (configuration), `Spec` (one example as numbers).
 
-A Spec says everything about one example (what is drawn, what is asked, what is true) and nothing
-about pixels; it survives JSON, so a frozen test suite is a file of specs. Coordinates are pixels,
-x to the right, y down; boxes are (x1, y1, x2, y2), the last two exclusive. It must not know how
-anything is drawn or sampled. Next room: world.py.
+A `Spec` describes one example completely (what is drawn, the questions and their answers) without
+pixels; it converts to JSON and back, so a frozen test suite is a file of specs. Coordinates are
+pixels, x to the right, y down; boxes are (x1, y1, x2, y2), the last two exclusive.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ __all__ = [
     "MAX_SHAPES",
     "RGB",
     "Box",
-    "Draft",
-    "Example",
+    "FamilySample",
     "Line",
     "Mixture",
     "Picture",
@@ -28,6 +26,7 @@ __all__ = [
     "Scene",
     "Shape",
     "Spec",
+    "SyntheticExample",
 ]
 
 RGB = tuple[int, int, int]
@@ -37,45 +36,43 @@ FAMILY_NAMES = ("text", "shapes", "grounding", "two_pictures", "motion", "text_o
 MAX_SHAPES = 5  # in one scene
 
 _Split = Literal["train", "held_out", "all"]
-_Fonts = Literal["mono2", "all", "validation", "judge"]
+_Fonts = Literal["mono2", "all", "validation", "judge", "bundled"]
 _Alphabet = Literal["digits", "letters", "all"]
 _Layout = Literal["cells", "line"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """What to sample: weights of the families, and the knobs that a curriculum turns.
+    """Sampling configuration: weights of the task families, and the settings of a curriculum.
 
-    Ranges are (least, most), both included.
+    Ranges are (minimum, maximum), both inclusive.
 
     Raises:
-        ConfigError: an unknown family or choice, a negative weight, a range that runs backwards.
+        ConfigError: an unknown family or choice, a negative weight, a range whose ends are swapped.
     """
 
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(FAMILY_NAMES, 1.0))
     split: _Split = "train"  # of the wordings; three quarters train, a quarter is held out
-    questions: int = (
-        1  # at most so many about one picture (shapes, grounding, two_pictures, motion)
-    )
+    max_questions: int = 1  # about one image (shapes, grounding, two_pictures, motion)
     # text
     text_length: tuple[int, int] = (1, 16)  # characters, spaces included
     alphabet: _Alphabet = "all"  # all: letters, digits and . , ! ? - : ' &
-    random_share: float = 0.6  # strings without meaning; the rest is made of words
-    layout: _Layout = "line"  # cells: each character centerd in its own 28 x 28 pixels
+    random_share: float = 0.6  # random strings; the others are made of words
+    layout: _Layout = "line"  # cells: each character centered in its own 28 x 28 pixels
     fonts: _Fonts = "all"
     font_size: tuple[int, int] = (12, 40)  # pixels per em
     padding: tuple[int, int] = (1, 12)  # pixels around the ink of a line
-    max_width: int = 448  # of a line's canvas; a smaller size is taken, then letters are dropped
-    large_share: float = 0.0  # lines one to three times as large as font_size and max_width allow
-    sparse_share: float = 0.0  # lines somewhere on a canvas of 1:4 to 40:1, mostly empty
-    page_share: float = 0.0  # pictures of several lines: many letters for one question
+    max_width: int = 448  # of a line's canvas; longer text gets a smaller font, then is cut
+    large_share: float = 0.0  # lines at one to three times the limits font_size and max_width
+    sparse_share: float = 0.0  # lines at a random position on a canvas of 1:4 to 40:1, mostly empty
+    page_share: float = 0.0  # images of several lines: many characters for one question
     page_lines: tuple[int, int] = (2, 4)
-    plain_share: float = 0.3  # black on white; the rest has colored ink, grounds and texture
+    plain_share: float = 0.3  # black on white; the others have colored ink, background and texture
     # shapes, grounding, two_pictures
     num_shapes: tuple[int, int] = (1, 5)
-    canvas: tuple[int, int] = (56, 224)  # pixels a side, each side on its own
+    canvas: tuple[int, int] = (56, 224)  # pixels; width and height are sampled independently
     textured_share: float = 0.3
-    list_share: float = 0.0  # shapes, grounding: several answers at once
+    list_share: float = 0.0  # shapes, grounding, two_pictures: one question with several answers
     # motion
     num_frames: tuple[int, ...] = (4, 6, 8)  # one of these
     clip_canvas: tuple[int, int] = (56, 112)
@@ -86,20 +83,20 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One question with its only right answer."""
+    """One question with its only correct answer."""
 
-    task: str  # finer than the family: "count_kind"; scores are listed by it
+    task: str  # finer than the family, e.g. "count_kind"; scores are reported by task
     text: str
     answer: str
-    box: Box | None = None  # when the answer is a box: the same in pixels
-    choices: int = 0  # equally likely answers, for chance level; 0 where there is no such number
+    box: Box | None = None  # if the answer is a box: the same box in pixels
+    choices: int = 0  # number of equally likely answers, for the chance level; 0 = undefined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A picture of text: one line, or several under each other."""
+    """An image of text: one line, or several below each other."""
 
-    text: str  # lines are parted by a line feed
+    text: str  # lines are separated by a line feed
     font: str  # file name
     size: int  # pixels per em
     width: int
@@ -108,20 +105,22 @@ class Line:
     y: int  # baseline
     ink: RGB
     ground: RGB
-    cell: int = 0  # pixels a character; 0: as wide as the font says
+    cell: int = 0  # pixels a character; 0: the advance of the font
     tracking: int = 0  # pixels added between characters
     leading: int = 0  # pixels from one baseline to the next
-    texture: int = 0  # seed of the ground's grain; 0: plain
+    texture: int = 0  # seed of the background noise; 0: none
 
     def scaled(self, k: int) -> Line:
-        """Draw the same at `k` times the size."""
+        """Return the same picture scaled by the factor `k`."""
         numbers = ("size", "width", "height", "x", "y", "cell", "tracking", "leading")
-        return Line(**{**_shallow(self), **{name: k * getattr(self, name) for name in numbers}})
+        return Line(
+            **{**_field_values(self), **{name: k * getattr(self, name) for name in numbers}}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One shape of a scene; the box is exactly what its pixels fill."""
+    """One shape of a scene; its pixels fill the box exactly."""
 
     kind: str
     color: str
@@ -130,12 +129,12 @@ class Shape:
 
     @property
     def phrase(self) -> str:
-        """What people call it: "red circle"."""
+        """The full phrase of the shape: "red circle"."""
         return f"{self.color} {self.kind}"
 
     @property
     def center(self) -> tuple[float, float]:
-        """Middle of the box, (x, y)."""
+        """Center of the box, (x, y)."""
         x1, y1, x2, y2 = self.box
         return (x1 + x2) / 2, (y1 + y2) / 2
 
@@ -147,7 +146,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """A picture of shapes on a ground, or one frame of a clip."""
+    """An image of shapes on a background, or one frame of a video."""
 
     width: int
     height: int
@@ -156,9 +155,10 @@ class Scene:
     texture: int = 0
 
     def scaled(self, k: int) -> Scene:
-        """Draw the same at `k` times the size."""
+        """Return the same picture scaled by the factor `k`."""
         shapes = tuple(
-            Shape(kind=s.kind, color=s.color, rgb=s.rgb, box=_times(s.box, k)) for s in self.shapes
+            Shape(kind=s.kind, color=s.color, rgb=s.rgb, box=_scale_box(s.box, k))
+            for s in self.shapes
         )
         return Scene(
             width=k * self.width,
@@ -172,8 +172,8 @@ class Scene:
 Picture = Line | Scene
 
 
-class Draft(NamedTuple):
-    """What a family makes up: a Spec that has no number yet."""
+class FamilySample(NamedTuple):
+    """Return type of a task family: the content of a `Spec` without seed and index."""
 
     questions: tuple[Question, ...]
     pictures: tuple[Picture, ...] = ()
@@ -182,25 +182,26 @@ class Draft(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """One example before it is drawn."""
+    """One example before its images are drawn."""
 
     family: str
     seed: int
     index: int
     questions: tuple[Question, ...]
     pictures: tuple[Picture, ...] = ()
-    clip: bool = False  # the pictures are frames of one video
+    clip: bool = False  # pictures are the frames of one video
 
     def scaled(self, k: int) -> Spec:
-        """Ask the same about pictures `k` times the size."""
+        """Return the same questions about images scaled by the factor `k`."""
         questions = tuple(
-            Question(**{**_shallow(q), "box": q.box and _times(q.box, k)}) for q in self.questions
+            Question(**{**_field_values(q), "box": q.box and _scale_box(q.box, k)})
+            for q in self.questions
         )
         pictures = tuple(picture.scaled(k) for picture in self.pictures)
-        return Spec(**{**_shallow(self), "questions": questions, "pictures": pictures})
+        return Spec(**{**_field_values(self), "questions": questions, "pictures": pictures})
 
     def to_json(self) -> dict[str, Any]:
-        """Write as JSON values; fields that hold their default are left out."""
+        """Convert to JSON values; fields that hold their default are omitted."""
         pictures = [
             {"type": type(p).__name__.lower(), **_without_defaults(p)} for p in self.pictures
         ]
@@ -215,16 +216,16 @@ class Spec:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Spec:
-        """Read what `to_json` wrote."""
+        """Create from the output of `to_json`."""
         known = {**raw}
-        known["questions"] = tuple(Question(**_tuples(q)) for q in raw["questions"])
-        known["pictures"] = tuple(_picture(p) for p in raw["pictures"])
+        known["questions"] = tuple(Question(**_lists_to_tuples(q)) for q in raw["questions"])
+        known["pictures"] = tuple(_picture_from_json(p) for p in raw["pictures"])
         return cls(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One example, drawn: the conversation to train on, and the truth to judge by."""
+class SyntheticExample:
+    """One rendered example: the conversation to train on, and the ground truth for scoring."""
 
     messages: list[dict[str, Any]]  # ends with an assistant turn
     truth: tuple[Question, ...]  # one for each assistant turn
@@ -232,37 +233,37 @@ class Example:
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
-        """The conversation up to the first question: what one asks a model."""
+        """The prompt of the first question: its user message."""
         return self.messages[:1]
 
 
-def _shallow(item: Any) -> dict[str, Any]:
+def _field_values(item: Any) -> dict[str, Any]:
     return {f.name: getattr(item, f.name) for f in fields(item)}
 
 
 def _without_defaults(item: Any) -> dict[str, Any]:
-    plain = asdict(item)
-    return {f.name: plain[f.name] for f in fields(item) if getattr(item, f.name) != f.default}
+    values = asdict(item)
+    return {f.name: values[f.name] for f in fields(item) if getattr(item, f.name) != f.default}
 
 
-def _picture(raw: Mapping[str, Any]) -> Picture:
-    values = _tuples({k: v for k, v in raw.items() if k != "type"})
+def _picture_from_json(raw: Mapping[str, Any]) -> Picture:
+    values = _lists_to_tuples({k: v for k, v in raw.items() if k != "type"})
     if raw["type"] == "line":
         return Line(**values)
-    values["shapes"] = tuple(Shape(**_tuples(shape)) for shape in values["shapes"])
+    values["shapes"] = tuple(Shape(**_lists_to_tuples(shape)) for shape in values["shapes"])
     return Scene(**values)
 
 
-def _tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _lists_to_tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
 
 
-def _times(box: Box, k: int) -> Box:
+def _scale_box(box: Box, k: int) -> Box:
     return (k * box[0], k * box[1], k * box[2], k * box[3])
 
 
-# Knob -> what it must reach at least.
-_LEAST_OF_RANGE = {
+# Field -> lower limit of its range.
+_RANGE_MINIMUMS = {
     "text_length": 1,
     "font_size": 8,
     "padding": 0,
@@ -271,7 +272,7 @@ _LEAST_OF_RANGE = {
     "canvas": 56,
     "clip_canvas": 56,
 }
-_LEAST = {"questions": 1, "max_width": 28}
+_MINIMUMS = {"max_questions": 1, "max_width": 28}
 _SHARES = (
     "random_share",
     "large_share",
@@ -288,10 +289,10 @@ def _check_mixture(mixture: Mixture) -> None:
     _check_weights(mixture.weights)
     for name, kind in _CHOICES.items():
         _require(mixture, name, getattr(mixture, name) in get_args(kind), get_args(kind))
-    for name, limit in _LEAST_OF_RANGE.items():
+    for name, limit in _RANGE_MINIMUMS.items():
         low, high = getattr(mixture, name)
         _require(mixture, name, limit <= low <= high, f"it must rise and start at {limit} or more")
-    for name, limit in _LEAST.items():
+    for name, limit in _MINIMUMS.items():
         _require(mixture, name, getattr(mixture, name) >= limit, f"it must be at least {limit}")
     for name in _SHARES:
         _require(mixture, name, 0 <= getattr(mixture, name) <= 1, "it must lie between 0 and 1")
@@ -312,7 +313,7 @@ def _check_weights(weights: Mapping[str, float]) -> None:
         )
 
 
-def _require(mixture: Mixture, name: str, holds: bool, remedy: str | tuple[str, ...]) -> None:
-    if not holds:
-        say = remedy if isinstance(remedy, str) else f"choose {', '.join(remedy)}"
-        raise ConfigError(f"mixture: {name} is {getattr(mixture, name)!r}; {say}")
+def _require(mixture: Mixture, name: str, condition: bool, remedy: str | tuple[str, ...]) -> None:
+    if not condition:
+        hint = remedy if isinstance(remedy, str) else f"choose {', '.join(remedy)}"
+        raise ConfigError(f"mixture: {name} is {getattr(mixture, name)!r}; {hint}")

@@ -1,20 +1,20 @@
-"""What is written in the pictures: strings that say nothing, and strings that look like language.
+"""Sampling of strings for text images: random characters, and text made of words and numbers.
 
-Half or more of all lines are random, so that a reader cannot guess what it has not seen. Eight
-marks belong to the alphabet: . , ! ? - : ' & and the space stands only between words. It must not
-know fonts or pixels. Next room: text.py.
+Half or more of all lines are random, so that a model cannot predict characters from language alone.
+The alphabet includes eight punctuation characters: . , ! ? - : ' & and spaces occur only between
+words.
 """
 
 from __future__ import annotations
 
 from random import Random
 
-__all__ = ["ALPHABETS", "DIGITS", "LETTERS", "MARKS", "WORDS", "random_string", "word_string"]
+__all__ = ["ALPHABETS", "DIGITS", "LETTERS", "PUNCTUATION", "WORDS", "random_string", "word_string"]
 
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-MARKS = ".,!?-:'&"
-ALPHABETS = {"digits": DIGITS, "letters": LETTERS, "all": LETTERS + DIGITS + MARKS}
+PUNCTUATION = ".,!?-:'&"
+ALPHABETS = {"digits": DIGITS, "letters": LETTERS, "all": LETTERS + DIGITS + PUNCTUATION}
 
 WORDS = tuple(
     (
@@ -48,21 +48,22 @@ WORDS = tuple(
     ).split()
 )
 
-# Alone on a canvas these look like another character of another size or height.
-_NEEDS_A_NEIGHBOUR = frozenset("CcKkOoPpSsUuVvWwXxYyZz0Il1.,-:'")
+# Without a neighbor these look like another character at another size or height.
+_AMBIGUOUS_ALONE = frozenset("CcKkOoPpSsUuVvWwXxYyZz0Il1.,-:'")
 
 
 def random_string(
     rng: Random, length: int, alphabet: str, *, spaces: bool, excluded: str = ""
 ) -> str:
-    """Draw characters independently; now and then a space, never first, last or doubled.
+    """Sample characters independently; some strings get one space, not at either end.
 
-    A short string gets a character that shows its size, or "o" and "O" could not be told apart.
+    A string of ambiguous characters gets one that shows the font size, since "o" and "O" could not
+    be distinguished otherwise.
     """
     chars = [rng.choice(alphabet) for _ in range(length)]
     chars = [rng.choice("abdefgh") if c in excluded else c for c in chars]
-    if _NEEDS_A_NEIGHBOUR.issuperset(chars):
-        anchors = [c for c in alphabet if c not in _NEEDS_A_NEIGHBOUR]
+    if _AMBIGUOUS_ALONE.issuperset(chars):
+        anchors = [c for c in alphabet if c not in _AMBIGUOUS_ALONE]
         chars[rng.randrange(length)] = rng.choice(anchors)
     if spaces and length >= 5 and rng.random() < 0.4:
         chars[rng.randrange(2, length - 2)] = " "
@@ -70,23 +71,24 @@ def random_string(
 
 
 def word_string(rng: Random, low: int, high: int, alphabet: str) -> str:
-    """Write words, numbers, times and prices of `low` to `high` characters, in several cases.
+    """Sample words, numbers, times and prices of `low` to `high` characters, in several cases.
 
-    Only the last word may be cut. Digits alone, and one or two characters, are no words: random.
+    Only the last word may be cut. For the digits alphabet, and for targets of one or two
+    characters, the result is a random string.
     """
     target = rng.randint(low, high)
     if alphabet == DIGITS or target < 3:
         return random_string(rng, target, alphabet, spaces=False, excluded="I")
     marks = alphabet == ALPHABETS["all"]
-    text = _chunk(rng, marks=marks)
+    text = _sample_word(rng, marks=marks)
     while len(text) < target:
-        text += _joint(rng, marks=marks) + _chunk(rng, marks=marks)
+        text += _sample_separator(rng, marks=marks) + _sample_word(rng, marks=marks)
     case = rng.randrange(4)
     text = (text, text.capitalize(), text.upper(), text.title())[case]
     return text[:target].strip(" ")
 
 
-def _chunk(rng: Random, *, marks: bool) -> str:
+def _sample_word(rng: Random, *, marks: bool) -> str:
     kind = rng.random()
     if not marks or kind < 0.8:
         return rng.choice(WORDS)
@@ -97,7 +99,7 @@ def _chunk(rng: Random, *, marks: bool) -> str:
     return f"{rng.randrange(100)}.{rng.randrange(100):02d}"
 
 
-def _joint(rng: Random, *, marks: bool) -> str:
+def _sample_separator(rng: Random, *, marks: bool) -> str:
     if not marks or rng.random() < 0.75:
         return " "
     return rng.choice((", ", ". ", "! ", "? ", "-", ": ", " & ", "'"))

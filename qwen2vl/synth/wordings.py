@@ -1,17 +1,16 @@
-"""How people ask: many wordings for each task, a quarter of them held out of training.
+"""Question templates of the synthetic tasks: many wordings a task, a quarter held out of training.
 
-A wording is a format string; its fields are filled by the family that asks. Every fourth wording
-of a task (index 3, 7, 11, ...) is held out, so that the split is fixed, readable below, and adding
-a wording at the end of a list moves no other. A quarter of the training questions is put as
-people type, with an opening or without capitals and stops. It must not know pictures. Next room:
-shapes.py.
+A wording is a format string; the task family fills in its fields. Every fourth wording of a task
+(index 3, 7, 11, ...) is held out, so that the split is fixed, readable below, and appending a
+wording to a list changes no other. A quarter of the training questions are written casually, with
+an opening phrase or without capitals and final punctuation.
 """
 
 from __future__ import annotations
 
 from random import Random
 
-__all__ = ["OPENINGS", "WORDINGS", "ask", "wordings_of"]
+__all__ = ["OPENINGS", "WORDINGS", "sample_question_text", "wordings_of"]
 
 _CASUAL_SHARE = 0.25  # of training questions
 OPENINGS = ("Please tell me: ", "And now: ", "Hi, ", "Look at this: ", "One question: ", "So, ")
@@ -887,7 +886,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 
 
 def wordings_of(task: str, split: str) -> tuple[str, ...]:
-    """List the wordings of a task that belong to `split` ("train", "held_out" or "all")."""
+    """Return the wordings of a task that belong to `split` ("train", "held_out" or "all")."""
     wordings = WORDINGS[task]
     if split == "all":
         return wordings
@@ -895,11 +894,13 @@ def wordings_of(task: str, split: str) -> tuple[str, ...]:
     return tuple(w for i, w in enumerate(wordings) if (i % 4 == 3) == held_out)
 
 
-def ask(rng: Random, task: str, split: str, *fields: str, article: bool = False) -> str:
-    """Put a question in one of its wordings.
+def sample_question_text(
+    rng: Random, task: str, split: str, *fields: str, article: bool = False
+) -> str:
+    """Sample a wording of a task and fill in its fields.
 
     Args:
-        article: the wording says "a" before the first field; say "an" where English does.
+        article: the wording has "a" before the first field; replace it by "an" where required.
     """
     wording = rng.choice(wordings_of(task, split))
     if split == "train" and rng.random() < _CASUAL_SHARE:
@@ -910,7 +911,7 @@ def ask(rng: Random, task: str, split: str, *fields: str, article: bool = False)
 
 
 def _casual(rng: Random, wording: str) -> str:
-    """Put a wording as people type: politely, without capitals, without a full stop."""
+    """Make a wording casual: with an opening, in lower case, or without a full stop."""
     how = rng.randrange(3)
     if how == 0:
         return rng.choice(OPENINGS) + wording[0].lower() + wording[1:]

@@ -1,8 +1,8 @@
-"""The door of the world: a number becomes a spec, a spec becomes a conversation with pictures.
+"""Entry points of the synthetic data: `sample` (index -> spec), `render` (spec -> conversation).
 
-`sample` is a pure function of (seed, index, mixture): no state, so any worker can make any example
-and a run can resume anywhere. `render` draws. Families are plain functions in a table. It must not
-know models, processors or files. Next room: text.py, the first family.
+`sample` is a pure function of (seed, index, mixture), without state, so that any dataloader worker
+can produce any example and a run can resume at any index. `render` draws the images. The task
+families are functions in the table `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from qwen2vl.synth.draw import draw
+from qwen2vl.synth.draw import draw_image
 from qwen2vl.synth.families import grounding, motion, shapes, text, text_only, two_pictures
 from qwen2vl.synth.fonts import files_of
-from qwen2vl.synth.spec import Draft, Example, Mixture, Spec
+from qwen2vl.synth.spec import FamilySample, Mixture, Spec, SyntheticExample
 
-__all__ = ["FAMILIES", "check_fonts", "converse", "render", "sample"]
+__all__ = ["FAMILIES", "build_conversation", "check_fonts", "render", "sample"]
 
-FAMILIES: Mapping[str, Callable[[Random, Mixture], Draft]] = MappingProxyType(
+FAMILIES: Mapping[str, Callable[[Random, Mixture], FamilySample]] = MappingProxyType(
     {
         "text": text.sample,
         "shapes": shapes.sample,
@@ -33,47 +33,49 @@ FAMILIES: Mapping[str, Callable[[Random, Mixture], Draft]] = MappingProxyType(
 )
 
 
-_WRITING = ("text", "two_pictures")  # families whose pictures hold letters
+_TEXT_FAMILIES = ("text", "two_pictures")  # families whose images contain text
 
 
 def check_fonts(mixture: Mixture) -> None:
-    """Find out before a long run whether everything in a mixture can be drawn.
+    """Check before a long run that the fonts of a mixture are available.
 
     Raises:
         FontError: fonts of the mixture are not installed; names the packages.
     """
-    if any(mixture.weights.get(name, 0) > 0 for name in _WRITING):
+    if any(mixture.weights.get(name, 0) > 0 for name in _TEXT_FAMILIES):
         files_of(mixture.fonts)
 
 
 def sample(seed: int, index: int, mixture: Mixture) -> Spec:
-    """Make up example number `index` of the endless series `seed`.
+    """Sample example number `index` of the unbounded sequence `seed`.
 
     Raises:
         FontError: a font of the mixture is not installed.
     """
-    rng = Random(f"{seed}/{index}")  # a text seed is hashed, so neighbors share nothing
+    rng = Random(
+        f"{seed}/{index}"
+    )  # string seeds are hashed, so consecutive indices are uncorrelated
     names = [name for name in FAMILIES if mixture.weights.get(name, 0) > 0]
     (family,) = rng.choices(names, [mixture.weights[name] for name in names])
-    draft = FAMILIES[family](rng, mixture)
+    sampled = FAMILIES[family](rng, mixture)
     return Spec(
         family=family,
         seed=seed,
         index=index,
-        questions=draft.questions,
-        pictures=draft.pictures,
-        clip=draft.clip,
+        questions=sampled.questions,
+        pictures=sampled.pictures,
+        clip=sampled.clip,
     )
 
 
-def render(spec: Spec) -> Example:
-    """Draw the pictures of a spec and lay out its conversation; pictures come first."""
-    messages = converse(spec, [draw(picture) for picture in spec.pictures])
-    return Example(messages=messages, truth=spec.questions, spec=spec)
+def render(spec: Spec) -> SyntheticExample:
+    """Draw the images of a spec and build its conversation; images precede the text."""
+    messages = build_conversation(spec, [draw_image(picture) for picture in spec.pictures])
+    return SyntheticExample(messages=messages, truth=spec.questions, spec=spec)
 
 
-def converse(spec: Spec, frames: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """Lay out a spec's conversation around its pictures, drawn as `frames`."""
+def build_conversation(spec: Spec, frames: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Build the messages of a spec's conversation with its images, drawn as `frames`."""
     media: list[dict[str, Any]]
     if spec.clip:
         media = [{"type": "video", "video": np.stack(frames)}]

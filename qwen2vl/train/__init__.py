@@ -1,7 +1,7 @@
-"""Changes the weights: recipe -> schedule -> packed batch -> loss -> step -> checkpoint.
+"""Training: recipe -> data order -> packed batch -> loss -> optimizer step -> checkpoint.
 
-Start at loop.py, which shows a whole run on one screen. What a run is stands in config.py; which
-samples a step sees is a pure function in schedule.py, so resuming is arithmetic. This floor never
-imports the engine: a run ends in an ordinary folder, and answering with it is another room's work.
-(Qwen2-VL sec. 2.2.)
+`loop.py` holds the training loop; `config.py` the configuration of a run; `state.py` the model,
+optimizers and step counter of a running one. Which samples a step reads is a pure function
+(`loader/data_order.py`), so resuming needs the step number only. A run ends in an ordinary model
+folder; training does not import the inference engine. (Qwen2-VL sec. 2.2.)
 """

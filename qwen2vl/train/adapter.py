@@ -1,9 +1,9 @@
-"""Adapters as a run has them: put on the model it begins with, and taken out of its checkpoints.
+"""LoRA and QLoRA adapters in training: injection into the base model, export from checkpoints.
 
-A run with `adapter` trains low-rank factors beside weights that its rules freeze. Its checkpoints
-hold both; an export makes of them an ordinary model, merged, and a folder in PEFT's format. Over
-4-bit weights the model is filled layer by layer, so that whole ones never exist together. It must
-not know steps or optimizers. Next rooms: begin.py and export.py, which use it.
+A run with `adapter` trains low-rank factors while its rules freeze the base weights. Checkpoints
+hold both; the export writes a model with merged weights, and the factors in PEFT's format. For
+QLoRA (4-bit NF4 base weights) the model is loaded and quantized layer by layer, so that the
+full-precision weights of the adapted layers never exist all at once.
 """
 
 from __future__ import annotations
@@ -18,115 +18,117 @@ from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
-from qwen2vl.fill import fill, fill_layer
+from qwen2vl.fill import fill_layer, fill_parameters
 from qwen2vl.lora.layers import (
     LoraConfig,
     LoraFactors,
-    factors_of,
-    fresh_factors,
-    merged_state,
-    put_lora,
-    target_names,
+    extract_factors,
+    init_factors,
+    inject_lora,
+    match_target_modules,
+    merge_state_dict,
 )
-from qwen2vl.lora.peft import peft_settings, peft_tensors, read_lora
+from qwen2vl.lora.peft import parse_peft_adapter, to_peft_config, to_peft_state_dict
 from qwen2vl.model import Qwen2VL
-from qwen2vl.weights import check_fit, open_tensors, read_adapter, save_adapter
+from qwen2vl.weights import check_state_dict, open_tensors, read_adapter, save_adapter
 
 __all__ = [
-    "adapter_in",
-    "factors_to_train",
-    "load_quantized",
-    "merged",
-    "put_adapter",
-    "room_for",
+    "adapter_config_of",
+    "empty_tensors",
+    "initial_factors",
+    "inject_adapter",
+    "load_qlora_model",
+    "merge_adapter",
     "write_adapter",
 ]
 
-_A = ".lora_A"
+_LORA_A = ".lora_A"
 
 
-def put_adapter(model: Qwen2VL, adapter: LoraConfig, seed: int) -> None:
-    """Let layers of a model learn, from fresh factors or from those of `adapter.init`.
+def inject_adapter(model: Qwen2VL, adapter: LoraConfig, seed: int) -> None:
+    """Inject LoRA layers, with freshly drawn factors or those of `adapter.init`.
 
     Raises:
-        ConfigError: the layers or sizes asked for are impossible, or not those of `adapter.init`.
+        ConfigError: the target modules or sizes are impossible, or differ from `adapter.init`.
         CheckpointError: `adapter.init` is no adapter of this model.
     """
-    factors = factors_to_train(model, adapter, seed)
-    put_lora(model, factors, dropout=adapter.dropout, quantize=adapter.quantize_base)
-    model.train()  # only the factors' dropout asks
+    factors = initial_factors(model, adapter, seed)
+    inject_lora(model, factors, dropout=adapter.dropout, quantize=adapter.quantize_base)
+    model.train()  # enables LoRA dropout, and changes nothing else
 
 
-def load_quantized(
+def load_qlora_model(
     folder: Path, config: Qwen2VLConfig, adapter: LoraConfig, *, device: str, seed: int
 ) -> Qwen2VL:
-    """Fill a model whose adapted layers have 4-bit weights, one layer at a time; else as above.
+    """Load a model and inject LoRA layers with quantized (NF4) base weights, layer by layer.
 
     Raises:
         CheckpointError: the folder's tensors do not fit.
-        ConfigError: as `put_adapter`.
+        ConfigError: as `inject_adapter`.
     """
     tensors = open_tensors(folder)
-    check_fit(tensors, config)
+    check_state_dict(tensors, config)
     with torch.device("meta"):
         model = Qwen2VL(config)
-    factors = factors_to_train(model, adapter, seed)
-    place = torch.device(device)
-    fill(model, tensors, place, torch.float32, later=factors)
-    for name, found in factors.items():
+    factors = initial_factors(model, adapter, seed)
+    target_device = torch.device(device)
+    fill_parameters(model, tensors, target_device, torch.float32, skip_layers=factors)
+    for name, lora_factors in factors.items():
         fill_layer(model, tensors, name)
-        model.get_submodule(name).to(place, torch.float32)
-        one = {name: found}
-        put_lora(model, one, dropout=adapter.dropout, quantize=adapter.quantize_base)
-    model.train()  # only the factors' dropout asks
+        model.get_submodule(name).to(target_device, torch.float32)
+        layer_factors = {name: lora_factors}
+        inject_lora(model, layer_factors, dropout=adapter.dropout, quantize=adapter.quantize_base)
+    model.train()  # enables LoRA dropout, and changes nothing else
     return model
 
 
-def factors_to_train(model: Qwen2VL, adapter: LoraConfig, seed: int) -> dict[str, LoraFactors]:
-    """Draw the factors of the layers that `adapter` names, or read those of `adapter.init`.
+def initial_factors(model: Qwen2VL, adapter: LoraConfig, seed: int) -> dict[str, LoraFactors]:
+    """Draw the factors of the target modules, or read those of `adapter.init`.
 
     Raises:
-        ConfigError: as `put_adapter`.
-        CheckpointError: as `put_adapter`.
+        ConfigError: as `inject_adapter`.
+        CheckpointError: as `inject_adapter`.
     """
     if not adapter.init:
-        return fresh_factors(model, adapter, seed)
+        return init_factors(model, adapter, seed)
     settings, tensors = read_adapter(adapter.init)
-    factors = read_lora(settings, tensors, model, where=adapter.init)
-    if other := factors.keys() ^ set(target_names(model, adapter.targets)):
+    factors = parse_peft_adapter(settings, tensors, model, where=adapter.init)
+    if differing := factors.keys() ^ set(match_target_modules(model, adapter.target_modules)):
         raise ConfigError(
-            f"adapter.init {adapter.init} and adapter.targets {list(adapter.targets)} differ in "
-            f"{len(other)} layers, such as {min(other)}; give the targets that it was trained with"
+            f"adapter.init {adapter.init} and adapter.target_modules "
+            f"{list(adapter.target_modules)} differ in {len(differing)} layers, such as "
+            f"{min(differing)}; give the target_modules that it was trained with"
         )
-    for name, found in factors.items():
-        if len(found.a_RX) != adapter.rank or found.scale != adapter.scale:
+    for name, lora_factors in factors.items():
+        if len(lora_factors.a_RX) != adapter.rank or lora_factors.scale != adapter.scale:
             raise ConfigError(
-                f"adapter.init {adapter.init}: {name} has rank {len(found.a_RX)} and scale "
-                f"{found.scale:g}, adapter.rank {adapter.rank} and adapter.alpha {adapter.alpha:g} "
-                f"mean scale {adapter.scale:g}; give those that it was trained with"
+                f"adapter.init {adapter.init}: {name} has rank {len(lora_factors.a_RX)} and scale "
+                f"{lora_factors.scale:g}, adapter.rank {adapter.rank} and "
+                f"adapter.alpha {adapter.alpha:g} mean scale {adapter.scale:g}; give those that it "
+                "was trained with"
             )
     return factors
 
 
-def adapter_in(facts: Mapping[str, Any]) -> LoraConfig | None:
-    """Find the adapter of a run in the manifest of its checkpoint."""
-    found = facts.get("config", {}).get("adapter")
-    if found is None:
+def adapter_config_of(metadata: Mapping[str, Any]) -> LoraConfig | None:
+    """Return the adapter config in the manifest of a checkpoint; None for a run without adapter."""
+    saved = metadata.get("config", {}).get("adapter")
+    if saved is None:
         return None
-    known = {f.name for f in fields(LoraConfig)}
-    given = {name: value for name, value in found.items() if name in known}
-    return LoraConfig(**{**given, "targets": tuple(given.get("targets", ()))})
+    field_names = {f.name for f in fields(LoraConfig)}
+    settings = {name: value for name, value in saved.items() if name in field_names}
+    return LoraConfig(**{**settings, "target_modules": tuple(settings.get("target_modules", ()))})
 
 
-def room_for(stored: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Make empty tensors for the weights, factors and codes among a checkpoint's tensors."""
-    names = [name for name in stored if "|" not in name]  # others are moments and the like
-    return {name: torch.empty(stored[name], dtype=_dtype(name, stored)) for name in names}
+def empty_tensors(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Allocate the weights, factors and NF4 buffers among the tensors of a checkpoint."""
+    names = [name for name in shapes if "|" not in name]  # not optimizer states etc.
+    return {name: torch.empty(shapes[name], dtype=_stored_dtype(name, shapes)) for name in names}
 
 
-def merged(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str, Tensor]:
-    """Turn the state of an adapted model into an ordinary one's."""
-    return merged_state(state, _scales(state, adapter))
+def merge_adapter(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str, Tensor]:
+    """Return the state dict of the plain model, with the factors merged into the weights."""
+    return merge_state_dict(state, _adapter_scales(state, adapter))
 
 
 def write_adapter(
@@ -137,26 +139,28 @@ def write_adapter(
     *,
     base: str,
 ) -> None:
-    """Write the factors of an adapted model's state as PEFT does.
+    """Write the factors in the state dict of a model with adapters, in PEFT's format.
 
     Raises:
-        CheckpointError: `target` cannot be made.
+        CheckpointError: `target` cannot be created.
     """
-    factors = factors_of(state, _scales(state, adapter))
+    factors = extract_factors(state, _adapter_scales(state, adapter))
     with torch.device("meta"):
-        plain = Qwen2VL(config)
-    save_adapter(target, peft_settings(adapter, factors, plain, base=base), peft_tensors(factors))
+        base_model = Qwen2VL(config)
+    save_adapter(
+        target, to_peft_config(adapter, factors, base_model, base=base), to_peft_state_dict(factors)
+    )
 
 
-def _scales(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str, float]:
-    layers = [name.removesuffix(_A) for name in state if name.endswith(_A)]
+def _adapter_scales(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str, float]:
+    layers = [name.removesuffix(_LORA_A) for name in state if name.endswith(_LORA_A)]
     return dict.fromkeys(layers, adapter.scale)
 
 
-def _dtype(name: str, stored: Mapping[str, torch.Size]) -> torch.dtype:
-    """Codes are bytes, and so are magnitudes that are quantized once more."""
+def _stored_dtype(name: str, shapes: Mapping[str, torch.Size]) -> torch.dtype:
+    """NF4 codes are uint8, and so are block scales under double quantization."""
     layer, _, leaf = name.rpartition(".")
-    is_code = layer.endswith(".nf4") and (
-        leaf == "codes" or (leaf == "magnitude_G" and f"{layer}.mean" in stored)
+    is_byte = layer.endswith(".nf4") and (
+        leaf == "codes" or (leaf == "magnitude_G" and f"{layer}.mean" in shapes)
     )
-    return torch.uint8 if is_code else torch.float32
+    return torch.uint8 if is_byte else torch.float32

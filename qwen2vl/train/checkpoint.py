@@ -1,14 +1,14 @@
-"""Save and resume, exactly: weights, moments, the guard's history, and the next step's number.
+"""Checkpoints for exact resuming: weights, optimizer states, spike-guard history, RNG, step.
 
     runs/nano/
-      step-000500/   shard-00001-....safetensors  one a rank     state.json  the manifest
-      step-001000/   ...                                         (the last `keep` stay)
+      step-000500/   shard-00001-....safetensors  one per rank   state.json  the manifest
+      step-001000/   ...                                         (the last `save_total_limit`)
 
-Written in the background by torch.distributed.checkpoint, in its safetensors layout: every rank
-its own parts, and any other number of ranks reads what it needs of them. Files go aside, are
-flushed and read back for the manifest, which comes last; then the folder gets its name, so that a
-folder with this name is whole. The schedule is a pure function, so the step's number is all there
-is to say about data. No pickle. Several machines need one file system. Next room: export.py.
+Saved asynchronously by torch.distributed.checkpoint (DCP), as safetensors without pickle: every
+rank writes its own shards, and a run with any other world size reads what it needs of them. Files
+are written to a partial folder, flushed, and read back for their digests; the manifest comes last,
+then the folder is renamed, so that a folder of this name is complete. The data order is a pure
+function of the step, so no data loader state is stored. Several machines need a shared file system.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from qwen2vl.data.config import MANNERS
+from qwen2vl.data.config import IO_OPTIONS
 from qwen2vl.errors import CheckpointError, ConfigError
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.train.config import TrainConfig, dump
 
 __all__ = [
     "MANIFEST",
-    "Saver",
-    "latest",
-    "make_folder",
-    "read",
-    "read_state",
+    "CheckpointSaver",
+    "create_run_folder",
+    "latest_checkpoint",
+    "load_tensors",
+    "read_manifest",
     "read_step",
-    "shapes",
+    "tensor_shapes",
     "verify",
 ]
 
@@ -58,77 +58,80 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "state.json"
 
-NAMED = 4  # differences that an error names
-LONGEST = 40  # characters of a value in it
+MAX_NAMED_DIFFERENCES = 4  # in an error text
+MAX_VALUE_CHARS = 40  # of a config value in an error text
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-# What a run learns, and how; all else may change from leg to leg. Workers, minutes and reports
-# change no bit by that; ranks, accumulate, compile and recompute may change the last ones.
-_BINDING = (
+# What must not change when a run is resumed; all else may. Workers, time limits and logging do not
+# change the result; world size, gradient accumulation, torch.compile and activation checkpointing
+# may change its rounding.
+_FIXED_FIELDS = (
     *("stages", "seed", "optim", "dtype", "init", "model", "adapter", "min_pixels", "max_pixels"),
 )
 
-_NAME = re.compile(r"step-(\d{6,})")
+_STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
-# A run of one process is what we mean: nobody needs to be told at every checkpoint.
+# DCP would warn at every checkpoint of a single-process run, which is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of a run, before any work is done for it.
+def create_run_folder(folder: Path) -> None:
+    """Create the folder of a run, before any work is done for it.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot be made a folder: {error.strerror}; give another, out=FOLDER"
+            f"{folder}: cannot be made a folder: {error.strerror}; give another, output_dir=FOLDER"
         ) from error
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{folder}: cannot be written to; give another folder, out=FOLDER")
+        raise ConfigError(f"{folder}: cannot be written to; give another folder, output_dir=FOLDER")
 
 
-class Saver:
-    """Writes a run's checkpoints, one at a time, while the run goes on."""
+class CheckpointSaver:
+    """Saves checkpoints asynchronously, one at a time, in a background thread."""
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
-        """Keep the last `keep` checkpoints in `folder`."""
+    def __init__(
+        self, folder: Path, save_total_limit: int, distributed: DistributedContext
+    ) -> None:
+        """Keep the last `save_total_limit` checkpoints in `folder`."""
         self.folder = folder
-        self.keep = keep
-        self.ranks = ranks
+        self.save_total_limit = save_total_limit
+        self.distributed = distributed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-        """Begin to write checkpoint `step` (steps done so far), as the tensors are now.
+    def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+        """Start to write the checkpoint of `step` (steps done so far), and return its folder.
 
-        Returns when they are copied to the CPU; every rank must call it, with its own parts.
+        Returns once the tensors are copied to the CPU. Every rank must call it, with its shards.
 
         Args:
-            step: names the folder; one that is there already is left as it is.
-            tensors: DTensors, or tensors that all ranks have alike or under names of their own.
-            facts: for the manifest, beside the step.
+            step: in the name of the folder; an existing folder is left as it is.
+            tensors: DTensors, or tensors that are equal on all ranks or have a name per rank.
+            metadata: for the manifest, beside the step.
 
         Raises:
-            CheckpointError: the checkpoint before could not be written.
+            CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
         target = self.folder / f"step-{step:06d}"
         if target.is_dir():
             return target
         stager = DefaultStager(StagingOptions(False, False, False, False))
-        copies = stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
+        staged = stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
         stager.close()
-        assert not isinstance(copies, Future), "asked to copy before it returns"
-        manifest = {"step": step, **facts}
-        self._pending = self._thread.submit(self._write, target, copies, manifest)
+        assert not isinstance(staged, Future), "staging is synchronous"
+        manifest = {"step": step, **metadata}
+        self._pending = self._thread.submit(self._write, target, staged, manifest)
         return target
 
     def wait(self) -> None:
-        """Return when what was begun is on disk.
+        """Wait until the pending checkpoint is on disk.
 
         Raises:
             CheckpointError: the disk is full, or no longer writable.
@@ -138,78 +141,85 @@ class Saver:
             pending.result()
 
     def close(self) -> None:
-        """Wait, and let the thread end; raises as `wait`."""
+        """Wait for the pending checkpoint, and end the thread; raises as `wait`."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def _write(self, target: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-        aside = target.with_name(f".{target.name}.partial")
+        partial = target.with_name(f".{target.name}.partial")
         try:
-            self._first(lambda: _make_empty(aside))
+            self._on_first_rank(lambda: _recreate_folder(partial))
             state_dict_saver.save(
                 tensors,
-                storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
-                process_group=self.ranks.saving,
-                no_dist=self.ranks.mesh is None,
+                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                process_group=self.distributed.checkpoint_group,
+                no_dist=self.distributed.mesh is None,
             )
-            parts = self._together(lambda: self._digests(aside))
-            files = {name: entry for part in parts for name, entry in sorted(part.items())}
-            self._first(lambda: _finish(aside, target, {**manifest, "files": files}))
+            digests_by_rank = self._on_all_ranks(lambda: self._digests(partial))
+            files = {
+                name: entry
+                for digests in digests_by_rank
+                for name, entry in sorted(digests.items())
+            }
+            self._on_first_rank(lambda: _commit(partial, target, {**manifest, "files": files}))
         except (OSError, SafetensorError, CheckpointException) as error:
-            if self.ranks.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
+            if self.distributed.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{target}: cannot be saved: {_reason(error)}; free some space and start again: "
-                "the run goes on from the checkpoint before"
+                f"{target}: cannot be saved: {_failure_reason(error)}; free some space and start "
+                "again: the run resumes from the checkpoint before"
             ) from error
-        if self.ranks.rank == 0:
-            self._drop_old()
+        if self.distributed.rank == 0:
+            self._delete_old()
 
-    def _first(self, act: Callable[[], None]) -> None:
-        """Let the first rank act, and the others wait for it."""
-        self._together(act if self.ranks.rank == 0 else lambda: None)
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0 while the other ranks wait."""
+        self._on_all_ranks(action if self.distributed.rank == 0 else lambda: None)
 
-    def _together(self, act: Callable[[], Found]) -> list[Found]:
-        """Let every rank act, and give what each found; where one fails, all do."""
-        if self.ranks.saving is None:
-            return [act()]
-        found, failed = None, ""
+    def _on_all_ranks(self, action: Callable[[], Result]) -> list[Result]:
+        """Run `action` on every rank, and return all results; if one rank fails, all raise."""
+        if self.distributed.checkpoint_group is None:
+            return [action()]
+        result, failure = None, ""
         try:
-            found = act()
+            result = action()
         except OSError as error:
-            failed = _reason(error)
-        told: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(told, (found, failed), group=self.ranks.saving)
-        if reasons := [reason for _, reason in told if reason]:
+            failure = _failure_reason(error)
+        results: list[Any] = [None] * self.distributed.world_size
+        dist.all_gather_object(results, (result, failure), group=self.distributed.checkpoint_group)
+        if reasons := [reason for _, reason in results if reason]:
             raise OSError(reasons[0])
-        return [part for part, _ in told]
+        return [rank_result for rank_result, _ in results]
 
     def _digests(self, folder: Path) -> dict[str, list[Any]]:
-        """Read back a share of what all ranks wrote: name -> [bytes, digest]."""
+        """Read back this rank's share of all files written: name -> [bytes, digest]."""
         names = sorted(path.name for path in folder.iterdir())
-        return {n: _measure(folder / n) for n in names[self.ranks.rank :: self.ranks.size]}
+        return {
+            n: _size_and_digest(folder / n)
+            for n in names[self.distributed.rank :: self.distributed.world_size]
+        }
 
-    def _drop_old(self) -> None:
-        """Drop what is older than the last `keep` checkpoints whose files are all there."""
-        whole = [path for path in _all(self.folder) if _is_complete(path)]
-        if len(whole) < self.keep:
+    def _delete_old(self) -> None:
+        """Delete checkpoints older than the last `save_total_limit` complete ones."""
+        complete = [path for path in _list_checkpoints(self.folder) if _is_complete(path)]
+        if len(complete) < self.save_total_limit:
             return
-        for path in _all(self.folder):
-            if path == whole[-self.keep]:
+        for path in _list_checkpoints(self.folder):
+            if path == complete[-self.save_total_limit]:
                 return
             shutil.rmtree(path, ignore_errors=True)
 
 
-def latest(folder: Path) -> Path | None:
-    """Find the checkpoint with the most steps, or None."""
-    found = _all(folder)
-    return found[-1] if found else None
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with the highest step, or None."""
+    checkpoints = _list_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint: its step, the run's config, the model's, the files.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint: step, config of the run and of the model, files.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -218,41 +228,50 @@ def read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return {**state, "step": int(state["step"]), "config": dict(state["config"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"no readable {MANIFEST}") from error
+        raise _damaged_checkpoint(path, f"no readable {MANIFEST}") from error
 
 
 def read_step(path: Path, config: TrainConfig) -> int:
-    """Read how many steps a checkpoint has done.
+    """Read the step of a checkpoint, after a comparison of its config with `config`.
 
     Raises:
-        CheckpointError: it belongs to a run that differs in what it learns or how, or is damaged.
+        CheckpointError: a field that must not change differs, or the checkpoint is damaged.
     """
-    state = read_state(path)
-    own = json.loads(dump(config))
-    differ = [d for key in _BINDING for d in _differing(own[key], state["config"].get(key), key)]
-    if differ:
-        more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
+    state = read_manifest(path)
+    current = json.loads(dump(config))
+    differences = [
+        difference
+        for key in _FIXED_FIELDS
+        for difference in _config_differences(current[key], state["config"].get(key), key)
+    ]
+    if differences:
+        remainder = (
+            f" and {len(differences) - MAX_NAMED_DIFFERENCES} more"
+            if len(differences) > MAX_NAMED_DIFFERENCES
+            else ""
+        )
         raise CheckpointError(
-            f"{path} was made with other values of {', '.join(differ[:NAMED])}{more}; resume with "
-            "the same, or begin another run with out=FOLDER"
+            f"{path} was made with other values of "
+            f"{', '.join(differences[:MAX_NAMED_DIFFERENCES])}{remainder}; resume with "
+            "the same, or begin another run with output_dir=FOLDER"
         )
     return state["step"]
 
 
-def verify(path: Path, ranks: Ranks) -> None:
-    """Compare a checkpoint's files with its manifest; each rank reads a share.
+def verify(path: Path, distributed: DistributedContext) -> None:
+    """Compare the files of a checkpoint with its manifest; each rank reads its share.
 
     Raises:
-        CheckpointError: a file is missing or holds something else.
+        CheckpointError: a file is missing, or its size or digest differs.
     """
-    files = sorted(read_state(path).get("files", {}).items())
-    for name, entry in files[ranks.rank :: ranks.size]:
-        if not (path / name).is_file() or _measure(path / name) != entry:
-            raise _damaged(path, f"{name} is not what was written")
+    files = sorted(read_manifest(path).get("files", {}).items())
+    for name, entry in files[distributed.rank :: distributed.world_size]:
+        if not (path / name).is_file() or _size_and_digest(path / name) != entry:
+            raise _damaged_checkpoint(path, f"{name} is not what was written")
 
 
-def shapes(path: Path) -> dict[str, torch.Size]:
-    """List the tensors of a checkpoint, whole as they are across ranks.
+def tensor_shapes(path: Path) -> dict[str, torch.Size]:
+    """Return the full shape of every tensor in a checkpoint, whatever its sharding.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -260,12 +279,12 @@ def shapes(path: Path) -> dict[str, torch.Size]:
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata()
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, _reason(error)) from error
+        raise _damaged_checkpoint(path, _failure_reason(error)) from error
     return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr] - tensors only
 
 
-def read(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    """Fill `tensors` in place, each rank its parts, whatever the number of ranks that wrote.
+def load_tensors(path: Path, tensors: dict[str, Tensor], distributed: DistributedContext) -> None:
+    """Load `tensors` in place, each rank its shards, from a checkpoint of any world size.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or cannot be read.
@@ -274,8 +293,8 @@ def read(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         state_dict_loader.load(
             tensors,
             storage_reader=HuggingFaceStorageReader(str(path)),
-            process_group=ranks.control,
-            no_dist=ranks.mesh is None,
+            process_group=distributed.cpu_group,
+            no_dist=distributed.mesh is None,
         )
     except (
         OSError,
@@ -290,71 +309,71 @@ def read(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         ) from error
 
 
-def _all(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    named = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted((int(m[1]), p) for m, p in named)]
+    matches = [(m, p) for p in folder.iterdir() if (m := _STEP_FOLDER.fullmatch(p.name))]
+    return [path for _, path in sorted((int(m[1]), p) for m, p in matches)]
 
 
-def _make_empty(folder: Path) -> None:
-    # What a killed run left behind here was never finished, and may be of another number of ranks.
+def _recreate_folder(folder: Path) -> None:
+    # A killed run may have left an incomplete checkpoint here, of another world size.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def _finish(aside: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, and give the folder its name once everything is on disk."""
-    with (aside / MANIFEST).open("w", encoding="utf-8") as file:
+def _commit(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, and rename the folder once everything is on disk."""
+    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    aside.rename(target)
+    partial.rename(target)
 
 
-def _measure(path: Path) -> list[Any]:
-    """Give the size and digest of a file."""
+def _size_and_digest(path: Path) -> list[Any]:
+    """Return the size in bytes and the digest of a file."""
     digest = blake2b(digest_size=16)
     with path.open("rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
+        while block := file.read(1 << 24):
+            digest.update(block)
     return [path.stat().st_size, digest.hexdigest()]
 
 
 def _is_complete(path: Path) -> bool:
-    """Tell whether all files of the manifest are there, in their size."""
+    """Return whether all files of the manifest exist with their size."""
     try:
-        files = read_state(path).get("files", {})
+        files = read_manifest(path).get("files", {})
         return all((path / name).stat().st_size == size for name, (size, _) in files.items())
     except (CheckpointError, OSError):
         return False
 
 
-def _differing(own: Any, saved: Any, path: str) -> Iterator[str]:
-    """Name what differs in a config; a field that an older version did not have had its default."""
-    if isinstance(own, dict) and isinstance(saved, dict):
-        for key in own:
-            if key in saved.keys() - MANNERS:
-                yield from _differing(own[key], saved[key], f"{path}.{key}")
-    elif isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
-        for index, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
-            yield from _differing(mine, theirs, f"{path}.{index}")
-    elif own != saved:
-        yield f"{path} ({_short(saved)}, now {_short(own)})"
+def _config_differences(current: Any, saved: Any, path: str) -> Iterator[str]:
+    """Yield what differs; a field missing in `saved`, of an older version, had its default."""
+    if isinstance(current, dict) and isinstance(saved, dict):
+        for key in current:
+            if key in saved.keys() - IO_OPTIONS:
+                yield from _config_differences(current[key], saved[key], f"{path}.{key}")
+    elif isinstance(current, list) and isinstance(saved, list) and len(current) == len(saved):
+        for index, (current_item, saved_item) in enumerate(zip(current, saved, strict=True)):
+            yield from _config_differences(current_item, saved_item, f"{path}.{index}")
+    elif current != saved:
+        yield f"{path} ({_shorten(saved)}, now {_shorten(current)})"
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
-def _damaged(path: Path, how: str) -> CheckpointError:
-    return CheckpointError(f"{path}: damaged checkpoint ({how}); delete it to resume before it")
+def _damaged_checkpoint(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged checkpoint ({reason}); delete it to resume before it")
 
 
-def _reason(error: BaseException) -> str:
-    """Find words for what went wrong; other ranks' failures come wrapped."""
+def _failure_reason(error: BaseException) -> str:
+    """Return the reason as text; DCP wraps the failures of other ranks."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -1,11 +1,11 @@
-"""What a model knows of conversations that it does not learn from, and whether it looks at them.
+"""Evaluation during training: loss on held-out conversations, and the vision gain.
 
-The held-out loss is the mean over their targets. The vision gain is how much worse that loss gets
-with another conversation's pictures in place of the right ones: nothing, for a model that answers
-from the words alone, which is where one that learns to read spends its first stretch. It is the
-curve that tells the two apart. (Image-text ablations as in arXiv 2506.13688's plateaus.)
-Pictures of equal grids change places, so that all else of a batch stays as it is, token for token;
-conversations whose pictures find no partner are left out of the gain. Back up: loop.py.
+The held-out loss is the mean cross-entropy of the targets of conversations that are never trained
+on. The vision gain is by how much that loss rises with another conversation's images in place of
+the right ones: zero for a model that answers from the text alone, as a model that learns to read
+does for the first part of its training. (Image-text ablations as in arXiv 2506.13688's plateaus.)
+Images of equal grids are exchanged, so that the rest of a batch does not change, token for token;
+conversations whose images have no partner are left out of the gain.
 """
 
 from __future__ import annotations
@@ -20,173 +20,191 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.geometry import Grid
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.fsdp import is_sharded
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.loader.batch import Batch
-from qwen2vl.train.loader.data_order import locate
-from qwen2vl.train.loader.dataloader import batches
+from qwen2vl.train.loader.data_order import locate_step
+from qwen2vl.train.loader.dataloader import iterate_batches
 from qwen2vl.train.loss import token_loss
 
-__all__ = ["HeldOut", "Probe", "held_out_batches", "with_wrong_pictures"]
+__all__ = ["EvaluationFunction", "Evaluator", "held_out_batches", "swap_images"]
 
-Probe = Callable[[Qwen2VL, Processor, int], Mapping[str, Any]]  # after so many steps
+EvaluationFunction = Callable[[Qwen2VL, Processor, int], Mapping[str, Any]]  # ..., step
 
 
-class HeldOut:
-    """Loss and vision gain on the same held-out conversations throughout a stage.
+class Evaluator:
+    """Computes loss and vision gain on the same held-out conversations throughout a stage.
 
-    In a run of several ranks all of them measure the same batches: their forwards must agree, and
-    the numbers are those of any one.
+    With several ranks every rank evaluates the same batches, since FSDP collectives must match;
+    the result is the same on each.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._stage = -1
+        self._stage_index = -1
         self._batches: list[Batch] = []
 
     def __call__(self, model: Qwen2VL, processor: Processor, step: int) -> dict[str, Any]:
-        """Measure `model` after `step` steps; nothing where a stage has nothing held out."""
-        number, _ = locate(self._config, step - 1)
-        if number != self._stage:
-            self._stage = number
-            self._batches = held_out_batches(self._config, number, processor)
-        return {"held_out": self._measure(model)} if self._batches else {}
+        """Evaluate `model` after `step` steps; empty where a stage has no held-out data."""
+        stage_index, _ = locate_step(self._config, step - 1)
+        if stage_index != self._stage_index:
+            self._stage_index = stage_index
+            self._batches = held_out_batches(self._config, stage_index, processor)
+        return {"held_out": self._evaluate(model)} if self._batches else {}
 
-    def _measure(self, model: Qwen2VL) -> dict[str, Any]:
-        # family -> [loss, targets, loss with right and with wrong pictures, targets of those]
+    def _evaluate(self, model: Qwen2VL) -> dict[str, Any]:
+        # family -> [loss, targets, loss with own and with swapped images, targets of the swapped]
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
-        compared = 0
+        num_compared = 0
         for batch in self._batches:
-            right_R = self._losses(model, batch)
-            wrong = with_wrong_pictures(batch)
-            changed = wrong.conversations
-            compared += len(changed)
-            wrong_R = self._losses(model, wrong.batch) if changed else right_R
-            for owner, family in enumerate(batch.families):
-                mine_R = batch.owner_R == owner
-                own = torch.stack((right_R[mine_R].sum(), mine_R.sum()))
-                pair = torch.stack((right_R[mine_R].sum(), wrong_R[mine_R].sum(), mine_R.sum()))
-                sums[family] += torch.cat((own, pair if owner in changed else torch.zeros(3)))
+            matched_R = self._losses(model, batch)
+            swapped = swap_images(batch)
+            swapped_examples = swapped.swapped_examples
+            num_compared += len(swapped_examples)
+            swapped_R = self._losses(model, swapped.batch) if swapped_examples else matched_R
+            for example_index, family in enumerate(batch.families):
+                in_example_R = batch.example_index_R == example_index
+                loss_sums = torch.stack((matched_R[in_example_R].sum(), in_example_R.sum()))
+                comparison_sums = torch.stack(
+                    (
+                        matched_R[in_example_R].sum(),
+                        swapped_R[in_example_R].sum(),
+                        in_example_R.sum(),
+                    )
+                )
+                sums[family] += torch.cat(
+                    (
+                        loss_sums,
+                        comparison_sums if example_index in swapped_examples else torch.zeros(3),
+                    )
+                )
         if not sums:
             return {}
-        total = torch.stack(list(sums.values())).sum(0)
-        families = {family: _means(row) for family, row in sorted(sums.items())}
-        return {**_means(total), "compared": compared, "families": families}
+        total_sums = torch.stack(list(sums.values())).sum(0)
+        families = {family: _means(own) for family, own in sorted(sums.items())}
+        return {**_means(total_sums), "compared": num_compared, "families": families}
 
     def _losses(self, model: Qwen2VL, batch: Batch) -> Tensor:
-        """Compute losses_R, on the CPU in float64, as training would."""
-        moved = batch.to(model.device)
-        casts = self._config.dtype == "bfloat16" and not is_sharded(model)
+        """Compute losses_R with the precision of training; returns float64 on the CPU."""
+        device_batch = batch.to(model.device)
+        use_autocast = self._config.dtype == "bfloat16" and not is_sharded(model)
         was_training = model.training
         model.eval()
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=casts):
-            outcome = token_loss(moved.run(model), model.head_weight, moved, 1.0)
+        with (
+            torch.no_grad(),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=use_autocast),
+        ):
+            output = token_loss(
+                device_batch.forward(model), model.lm_head_weight, device_batch, 1.0
+            )
         model.train(was_training)
-        return outcome.losses_R.cpu().double()
+        return output.losses_R.cpu().double()
 
 
-class Wrong(NamedTuple):
-    """A batch with pictures in the wrong places."""
+class SwappedBatch(NamedTuple):
+    """A batch whose images and videos are exchanged between conversations."""
 
     batch: Batch
-    conversations: frozenset[int]  # those of which every picture is another's
+    swapped_examples: frozenset[int]  # conversations of which every item is another's
 
 
-def with_wrong_pictures(batch: Batch) -> Wrong:
-    """Let pictures and clips of equal grids change places between conversations; on the CPU.
+def swap_images(batch: Batch) -> SwappedBatch:
+    """Exchange images and videos of equal grids between conversations; on the CPU.
 
-    Each goes on by as many places as one conversation has at most, so that none gets one of its
-    own. Where one conversation has more than half of a grid's pictures, these stay.
+    The items of a grid are rotated by the largest number that one conversation has, so that none
+    gets an item of its own. Where one conversation has more than half of them, they stay.
     """
-    items = list(_items(batch))
-    by_grid: dict[Grid, list[_Placed]] = defaultdict(list)
-    for item in sorted(items, key=lambda item: item.owner):
+    items = list(_find_items(batch))
+    by_grid: dict[Grid, list[_ItemPatches]] = defaultdict(list)
+    for item in sorted(items, key=lambda item: item.example_index):
         by_grid[item.grid].append(item)
     order_N = torch.arange(len(batch.patches_NP))
-    kept: set[int] = set()
+    unswapped: set[int] = set()
     for group in by_grid.values():
-        (_, most), *_ = Counter(item.owner for item in group).most_common(1)
-        if 2 * most > len(group):
-            kept.update(item.owner for item in group)
+        (_, max_per_example), *_ = Counter(item.example_index for item in group).most_common(1)
+        if 2 * max_per_example > len(group):
+            unswapped.update(item.example_index for item in group)
             continue
-        for item, donor in zip(group, [*group[most:], *group[:most]], strict=True):
-            order_N[item.patches] = torch.arange(donor.patches.start, donor.patches.stop)
-    changed = frozenset(item.owner for item in items) - kept
-    return Wrong(replace(batch, patches_NP=batch.patches_NP[order_N]), changed)
+        for item, source in zip(
+            group, [*group[max_per_example:], *group[:max_per_example]], strict=True
+        ):
+            order_N[item.patches] = torch.arange(source.patches.start, source.patches.stop)
+    swapped_examples = frozenset(item.example_index for item in items) - unswapped
+    return SwappedBatch(replace(batch, patches_NP=batch.patches_NP[order_N]), swapped_examples)
 
 
-def held_out_batches(config: TrainConfig, number: int, processor: Processor) -> list[Batch]:
-    """Prepare the conversations that stage `number` is measured on.
+def held_out_batches(config: TrainConfig, stage_index: int, processor: Processor) -> list[Batch]:
+    """Prepare the held-out batches of stage `stage_index`.
 
-    Of the world they come from another seed; of data from the file that `probe.path` names.
+    Synthetic conversations come from another seed, others from the file `evaluation.path`.
 
     Raises:
-        As train.batches.batches does.
+        As `iterate_batches` does.
     """
-    stage = _held_out_stage(config, config.stages[number])
+    stage = _held_out_stage(config, config.stages[stage_index])
     if stage is None:
         return []
-    apart = replace(
+    held_out_config = replace(
         config,
         stages=(stage,),
-        out=f"{config.folder}/held-out",
+        output_dir=f"{config.folder}/held-out",
         seed=-1 - config.seed if stage.data is None else config.seed,
-        accumulate=1,
-        workers=0,
+        gradient_accumulation_steps=1,
+        num_workers=0,
     )
-    found: list[Batch] = []
-    for batch in islice(batches(apart, processor, 0), stage.steps):
-        found.append(batch)
-        if sum(len(one.families) for one in found) >= config.probe.examples:
+    held_out: list[Batch] = []
+    for batch in islice(iterate_batches(held_out_config, processor, 0), stage.steps):
+        held_out.append(batch)
+        if sum(len(b.families) for b in held_out) >= config.evaluation.num_examples:
             break
-    return found
+    return held_out
 
 
 def _held_out_stage(config: TrainConfig, stage: Stage) -> Stage | None:
-    """Turn a stage into one that shows what is held out, in batches of the same size."""
-    wanted, path = config.probe.examples, config.probe.path
+    """Return `stage` with the held-out data in place of its own, in batches of the same size."""
+    num_examples, path = config.evaluation.num_examples, config.evaluation.path
     if path:
-        data = stage.data or DataConfig(sources=(Source(path=path),))
-        data = replace(data, sources=(Source(path=path),), bins=1)
-        return replace(stage, mixture=None, data=data, steps=wanted)
+        data = stage.data or DataConfig(sources=(SourceConfig(path=path),))
+        data = replace(data, sources=(SourceConfig(path=path),), global_batch_size=1)
+        return replace(stage, mixture=None, data=data, steps=num_examples)
     if stage.data is not None:
         return None
-    examples = min(stage.examples, wanted)
-    return replace(stage, examples=examples, steps=-(-wanted // examples))
+    batch_size = min(stage.global_batch_size, num_examples)
+    return replace(stage, global_batch_size=batch_size, steps=-(-num_examples // batch_size))
 
 
-def _means(row: Tensor) -> dict[str, float]:
-    loss, targets, right, wrong, compared = row.tolist()
-    means = {"loss": loss / targets}
-    if compared:
-        means["vision_gain"] = (wrong - right) / compared
+def _means(sums: Tensor) -> dict[str, float]:
+    loss, num_targets, matched_loss, swapped_loss, num_swapped_targets = sums.tolist()
+    means = {"loss": loss / num_targets}
+    if num_swapped_targets:
+        means["vision_gain"] = (swapped_loss - matched_loss) / num_swapped_targets
     return means
 
 
-class _Placed(NamedTuple):
-    """A picture or clip in the stream of a batch."""
+class _ItemPatches(NamedTuple):
+    """The patches of an image or video in a batch."""
 
     patches: slice
     grid: Grid
-    owner: int  # conversation that it stands in
+    example_index: int  # its conversation in the batch
 
 
-def _items(batch: Batch) -> Iterator[_Placed]:
-    """Find the items of a batch again: the rows of each stand at neighboring tokens."""
-    index_M = batch.pad_index_M
+def _find_items(batch: Batch) -> Iterator[_ItemPatches]:
+    """Recover the items of a batch: the placeholders of each are consecutive tokens."""
+    index_M = batch.placeholder_index_M
     if not len(index_M):
         return
-    ends = list(accumulate(batch.meta.lengths_q))
-    merged = len(batch.patches_NP) // len(index_M)
+    example_ends = list(accumulate(batch.meta.lengths_q))
+    patches_per_token = len(batch.patches_NP) // len(index_M)
     breaks = (index_M.diff() != 1).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), len(index_M)]
     for first, last in pairwise(bounds):
-        patches = slice(merged * first, merged * last)
+        patches = slice(patches_per_token * first, patches_per_token * last)
         rows, columns = (batch.vision_meta.positions_N2[patches].amax(0) + 1).tolist()
-        frames = merged * (last - first) // (rows * columns)
-        owner = bisect(ends, int(index_M[first]))
-        yield _Placed(patches, Grid(frames, rows, columns), owner)
+        frames = patches_per_token * (last - first) // (rows * columns)
+        example_index = bisect(example_ends, int(index_M[first]))
+        yield _ItemPatches(patches, Grid(frames, rows, columns), example_index)

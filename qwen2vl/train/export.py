@@ -1,9 +1,9 @@
-"""A checkpoint of a run -> an ordinary model folder, which every engine opens.
+"""Export: a training checkpoint -> a model folder in the Hugging Face layout, or a PEFT adapter.
 
-The manifest says what the model is, how large it is shown pictures, and whose tokenizer it has;
-weights of any number of ranks are put together on the CPU. Of a run with an adapter the model is
-the merged one, and the factors alone make a second folder. It must not know steps or optimizers.
-Back up: loop.py, which ends a run with it; cli/commands/export.py does so for any step.
+The manifest of a checkpoint has the model's config, its pixel limits and the path of its tokenizer;
+sharded weights of any world size are assembled on the CPU. For a run with an adapter, the exported
+model has the LoRA factors merged, and the factors are exported to a second folder. `train` calls it
+at the end of a run; `qwen2vl export` for any checkpoint.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from torch import Tensor
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
 from qwen2vl.lora.layers import LoraConfig
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train import checkpoint
-from qwen2vl.train.adapter import adapter_in, merged, room_for, write_adapter
+from qwen2vl.train.adapter import adapter_config_of, empty_tensors, merge_adapter, write_adapter
 from qwen2vl.weights.config_files import GenerationDefaults
 from qwen2vl.weights.save import save_folder
 from qwen2vl.weights.state_dict import expected_shapes
 
-__all__ = ["describe", "export", "export_adapter"]
+__all__ = ["export_adapter", "export_metadata", "export_model"]
 
 GREEDY = GenerationDefaults(do_sample=False)
 
 
-def describe(processor: Processor, tokenizer: Path, run: Path) -> dict[str, Any]:
-    """Say for a manifest what an export needs beside the weights."""
-    tokenizer, run = tokenizer.resolve(), run.resolve()
-    is_own = run in tokenizer.parents
+def export_metadata(
+    processor: Processor, tokenizer_folder: Path, run_folder: Path
+) -> dict[str, Any]:
+    """Return what an export needs beside the weights, for the manifest of a checkpoint."""
+    tokenizer_folder, run_folder = tokenizer_folder.resolve(), run_folder.resolve()
+    is_inside_run = run_folder in tokenizer_folder.parents
     vision = processor.config.vision
     return {
         "model": processor.config.to_dict("float32"),
@@ -46,67 +48,86 @@ def describe(processor: Processor, tokenizer: Path, run: Path) -> dict[str, Any]
             "image_mean": list(vision.image_mean),
             "image_std": list(vision.image_std),
         },
-        # A run's own tokenizer moves with its folder.
-        "tokenizer": os.path.relpath(tokenizer, run) if is_own else str(tokenizer),
+        # Relative inside the run's folder, which may be moved.
+        "tokenizer": os.path.relpath(tokenizer_folder, run_folder)
+        if is_inside_run
+        else str(tokenizer_folder),
     }
 
 
-def export(source: Path, target: Path, facts: Mapping[str, Any] | None = None) -> Path:
-    """Write the model of a checkpoint, or of a run's last one, to `target`; returns what was read.
+def export_model(source: Path, target: Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write the model of a checkpoint, or of a run's last one, to `target`.
 
-    `facts` are those of `describe`, in place of the manifest's.
+    Args:
+        source: the folder of a checkpoint or of a run.
+        target: the model folder to write.
+        metadata: from `export_metadata`, in place of the manifest's.
+
+    Returns:
+        The checkpoint that was exported.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged, or `target` cannot be made.
+        CheckpointError: there is no checkpoint, it is damaged, or `target` cannot be created.
     """
-    path = source if (source / checkpoint.MANIFEST).is_file() else checkpoint.latest(source)
-    if path is None:
+    checkpoint_path = (
+        source if (source / checkpoint.MANIFEST).is_file() else checkpoint.latest_checkpoint(source)
+    )
+    if checkpoint_path is None:
         raise CheckpointError(f"{source}: neither a checkpoint nor a run's folder with one")
-    one = Ranks(torch.device("cpu"))
-    checkpoint.verify(path, one)
-    state = facts or checkpoint.read_state(path)
+    distributed = DistributedContext(torch.device("cpu"))
+    checkpoint.verify(checkpoint_path, distributed)
+    state = metadata or checkpoint.read_manifest(checkpoint_path)
     try:
         config = Qwen2VLConfig.from_dict(state["model"], state["preprocessor"])
         pixels = PixelLimits.from_dict(state["preprocessor"])
-        tokenizer = path.parent / state["tokenizer"]
+        tokenizer_folder = checkpoint_path.parent / state["tokenizer"]
     except KeyError as error:
         raise CheckpointError(
-            f"{path}: made by an older version, which exported at the end of a run only; resume "
-            "the run with minutes=0.01 to export it"
+            f"{checkpoint_path}: made by an older version, which exported at the end of a run "
+            "only; resume the run with max_minutes=0.01 to export it"
         ) from error
     save_folder(
         target,
         config=config,
-        state_dict=_weights(path, config, adapter_in(state), one),
-        tokenizer_folder=tokenizer,
+        state_dict=_model_state_dict(
+            checkpoint_path, config, adapter_config_of(state), distributed
+        ),
+        tokenizer_folder=tokenizer_folder,
         pixels=pixels,
         generation=GREEDY,
     )
-    return path
+    return checkpoint_path
 
 
-def export_adapter(path: Path, target: Path, facts: Mapping[str, Any]) -> None:
-    """Write the factors of a checkpoint to `target`, as PEFT does.
+def export_adapter(checkpoint_path: Path, target: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the LoRA factors of a checkpoint to `target`, in PEFT's format.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or `target` cannot be made.
+        CheckpointError: the checkpoint cannot be read, or `target` cannot be created.
     """
-    adapter = adapter_in(facts)
+    adapter = adapter_config_of(metadata)
     assert adapter is not None, "this run has no adapter"
-    stored = {name: size for name, size in checkpoint.shapes(path).items() if ".lora_" in name}
-    factors = room_for(stored)
-    checkpoint.read(path, factors, Ranks(torch.device("cpu")))
-    config = Qwen2VLConfig.from_dict(facts["model"], facts["preprocessor"])
-    write_adapter(target, factors, adapter, config, base=facts["config"]["init"])
+    factor_shapes = {
+        name: size
+        for name, size in checkpoint.tensor_shapes(checkpoint_path).items()
+        if ".lora_" in name
+    }
+    factors = empty_tensors(factor_shapes)
+    checkpoint.load_tensors(checkpoint_path, factors, DistributedContext(torch.device("cpu")))
+    config = Qwen2VLConfig.from_dict(metadata["model"], metadata["preprocessor"])
+    write_adapter(target, factors, adapter, config, base=metadata["config"]["init"])
 
 
-def _weights(
-    path: Path, config: Qwen2VLConfig, adapter: LoraConfig | None, one: Ranks
+def _model_state_dict(
+    checkpoint_path: Path,
+    config: Qwen2VLConfig,
+    adapter: LoraConfig | None,
+    distributed: DistributedContext,
 ) -> dict[str, Tensor]:
     if adapter is None:
         tensors = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
-        checkpoint.read(path, tensors, one)
+        checkpoint.load_tensors(checkpoint_path, tensors, distributed)
         return tensors
-    state = room_for(checkpoint.shapes(path))
-    checkpoint.read(path, state, one)
-    return merged(state, adapter)
+    state = empty_tensors(checkpoint.tensor_shapes(checkpoint_path))
+    checkpoint.load_tensors(checkpoint_path, state, distributed)
+    return merge_adapter(state, adapter)

@@ -1,13 +1,13 @@
-"""What a batch costs in arithmetic, exactly: both towers, who is frozen, what is computed twice.
+"""FLOPs of a training batch, exactly, for MFU and HFU: vision tower, decoder, freezing, recompute.
 
-A product of (rows, inputs) with (inputs, outputs) is 2 * rows * inputs * outputs operations; its
-backward is as much again for the inputs, if anything before them learns, and as much again for the
-weight, if it learns. Attention is counted for each pair of tokens that may see each other: in the
-tower those of one frame pair, in the decoder the causal half. Nothing else is counted, as is usual
-(norms, activations and rotations are bound by memory). `costs` walks through a model once a stage;
-a batch is then priced by six integers of the host. torch.utils.flop_counter agrees to the last
-operation where it sees the same squares (tests). (MFU, HFU: PaLM, arXiv 2204.02311, App. B.)
-Next room: metrics.py.
+A matmul of (rows, inputs) with (inputs, outputs) is 2 * rows * inputs * outputs FLOPs; its backward
+is as many for the gradient of the inputs, if anything before them is trainable, and as many for the
+gradient of the weight, if that is trainable. Attention is counted per pair of tokens that attend to
+each other: in the tower those of one frame pair, in the decoder the causal half. Nothing else is
+counted, as is usual (norms, activations and rotary embeddings are memory-bound).
+`build_flop_counter` traverses the model once per stage; a batch is then counted from six integers
+on the host. torch.utils.flop_counter agrees exactly where it counts the same pairs (tests).
+(MFU, HFU: PaLM, arXiv 2204.02311, App. B.)
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ from torch import nn
 
 from qwen2vl.lora.layers import LoraLinear
 from qwen2vl.model import Qwen2VL
-from qwen2vl.train.config import RecomputeConfig
+from qwen2vl.train.config import ActivationCheckpointingConfig
 from qwen2vl.train.loader.batch import Batch
 
-__all__ = ["PEAKS", "Costs", "Flops", "Price", "Work", "costs", "peak_of"]
+__all__ = [
+    "PEAK_TFLOPS",
+    "BatchCounts",
+    "FlopCounter",
+    "Flops",
+    "UnitCost",
+    "build_flop_counter",
+    "peak_flops",
+]
 
 # Published dense bfloat16 TFLOP/s of one device, by a part of its name; the first match wins.
-PEAKS = (
+PEAK_TFLOPS = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
     ("H100", 989.0),
@@ -35,209 +43,226 @@ PEAKS = (
     ("A100", 312.0),
 )
 
-NOTHING_AGAIN = RecomputeConfig()
+NO_CHECKPOINTING = ActivationCheckpointingConfig()
 
 
-class Price(NamedTuple):
-    """Operations for one unit of something."""
+class UnitCost(NamedTuple):
+    """FLOPs of one unit: a patch, a token, a pair of them, or a target."""
 
     forward: int = 0
     backward: int = 0
-    again: int = 0  # a second forward, for the backward (activation checkpointing)
+    recompute: int = 0  # the second forward of activation checkpointing
 
-    def __add__(self, other: tuple[object, ...]) -> Price:
-        """Add up part by part."""
-        assert isinstance(other, Price)
-        return Price(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: tuple[object, ...]) -> UnitCost:
+        """Add elementwise."""
+        assert isinstance(other, UnitCost)
+        return UnitCost(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def times(self, count: int) -> Price:
-        """Multiply every part."""
-        return Price(*(count * part for part in self))
+    def times(self, count: int) -> UnitCost:
+        """Multiply elementwise by `count`."""
+        return UnitCost(*(count * flops for flops in self))
 
-    def where_again(self, recomputed: bool) -> Price:
-        """Keep or drop the second forward."""
-        return self if recomputed else self._replace(again=0)
+    def with_recompute(self, enabled: bool) -> UnitCost:
+        """Return itself if `enabled`, else without the second forward."""
+        return self if enabled else self._replace(recompute=0)
 
 
-class Work(NamedTuple):
-    """A batch, as far as arithmetic sees it."""
+class BatchCounts(NamedTuple):
+    """The sizes of a batch that determine its FLOPs."""
 
-    patches: int
-    patch_pairs: int  # squares of the frame pairs' patches
-    tokens: int  # with the up to seven by which each conversation is rounded up
-    token_pairs: int  # squares of the conversations' lengths
-    future_pairs: int  # of those, what causality forbids: the triangle above the diagonal
-    targets: int
+    num_patches: int
+    num_patch_pairs: int  # sum of squares of the patches of each frame pair
+    num_tokens: int  # with up to seven of padding for each conversation
+    num_token_pairs: int  # sum of squares of the conversations' lengths
+    num_masked_pairs: int  # of those, above the diagonal: excluded by causality
+    num_targets: int
 
     @classmethod
-    def of(cls, batch: Batch) -> Work:
-        """Read the sizes of a batch; all of them are on the host."""
-        frames, lengths = batch.vision_meta.frames.lengths_q, batch.meta.lengths_q
+    def of(cls, batch: Batch) -> BatchCounts:
+        """Read the sizes of a batch; all of them are on the host already."""
+        frames, lengths = batch.vision_meta.attn_meta.lengths_q, batch.meta.lengths_q
         return cls(
-            patches=sum(frames),
-            patch_pairs=sum(n * n for n in frames),
-            tokens=sum(lengths),
-            token_pairs=sum(n * n for n in lengths),
-            future_pairs=sum(n * (n - 1) // 2 for n in lengths),
-            targets=len(batch.targets_R),
+            num_patches=sum(frames),
+            num_patch_pairs=sum(n * n for n in frames),
+            num_tokens=sum(lengths),
+            num_token_pairs=sum(n * n for n in lengths),
+            num_masked_pairs=sum(n * (n - 1) // 2 for n in lengths),
+            num_targets=len(batch.targets_R),
         )
 
 
 class Flops(NamedTuple):
-    """Operations of one forward and backward."""
+    """FLOPs of one forward and backward."""
 
-    model: int  # what the mathematics asks for: MFU counts these
-    again: int  # what is computed twice to save memory: HFU counts these too
+    model: int  # without recomputation: MFU counts these
+    recompute: int  # of activation checkpointing: HFU counts these too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Costs:
-    """Prices of a model in its present freezing."""
+class FlopCounter:
+    """FLOPs per unit of a model, for its current trainable parameters."""
 
-    patch: Price
-    patch_pair: Price
-    token: Price
-    token_pair: Price
-    target: Price
+    patch: UnitCost
+    patch_pair: UnitCost
+    token: UnitCost
+    token_pair: UnitCost
+    target: UnitCost
 
-    def of_batch(self, batch: Batch) -> Flops:
-        """Price a batch as the mathematics asks for it."""
-        return self.of(Work.of(batch))
+    def count_batch(self, batch: Batch) -> Flops:
+        """Count the FLOPs of `batch`, with causal attention."""
+        return self.count(BatchCounts.of(batch))
 
-    def of(self, work: Work, *, causal: bool = True) -> Flops:
-        """Price a batch; with causal=False as kernels do that compute whole squares."""
-        pairs = work.token_pairs - (work.future_pairs if causal else 0)
+    def count(self, counts: BatchCounts, *, causal: bool = True) -> Flops:
+        """Count FLOPs; `causal` False counts all pairs, as kernels without causal skipping do."""
+        num_pairs = counts.num_token_pairs - (counts.num_masked_pairs if causal else 0)
         total = (
-            self.patch.times(work.patches)
-            + self.patch_pair.times(work.patch_pairs)
-            + self.token.times(work.tokens)
-            + self.token_pair.times(pairs)
-            + self.target.times(work.targets)
+            self.patch.times(counts.num_patches)
+            + self.patch_pair.times(counts.num_patch_pairs)
+            + self.token.times(counts.num_tokens)
+            + self.token_pair.times(num_pairs)
+            + self.target.times(counts.num_targets)
         )
-        return Flops(total.forward + total.backward, total.again)
+        return Flops(total.forward + total.backward, total.recompute)
 
 
-def costs(model: Qwen2VL, recompute: RecomputeConfig = NOTHING_AGAIN) -> Costs:
-    """Walk through `model` as its forward does, and see where gradients flow.
+def build_flop_counter(
+    model: Qwen2VL, checkpointing: ActivationCheckpointingConfig = NO_CHECKPOINTING
+) -> FlopCounter:
+    """Traverse `model` in the order of its forward, tracking where gradients flow.
 
     Args:
-        model: its parameters' requires_grad says who learns.
-        recompute: as given to parallel.recompute.
+        model: with requires_grad set as in training.
+        checkpointing: as given to `apply_activation_checkpointing`.
     """
-    patch, patch_pair, live = _tower(model, recompute)
-    live = live or model.model.embed_tokens.weight.requires_grad
-    token, token_pair, live = _decoder(model, recompute, live)
-    head = model.head_weight
-    return Costs(
+    patch, patch_pair, has_grad = _vision_tower(model, checkpointing)
+    has_grad = has_grad or model.model.embed_tokens.weight.requires_grad
+    token, token_pair, has_grad = _decoder(model, checkpointing, has_grad)
+    head = model.lm_head_weight
+    return FlopCounter(
         patch=patch,
         patch_pair=patch_pair,
         token=token,
         token_pair=token_pair,
-        target=_product(head.numel(), live, head.requires_grad).where_again(False),
+        target=_matmul(head.numel(), has_grad, head.requires_grad).with_recompute(False),
     )
 
 
-def peak_of(device: torch.device, tflops: float = 0.0) -> float | None:
-    """Give the operations a second that `device` is sold for: `tflops`, or the table's, or None."""
+def peak_flops(device: torch.device, tflops: float = 0.0) -> float | None:
+    """Return the peak FLOP/s of `device`: `tflops` if given, else PEAK_TFLOPS, else None."""
     if tflops:
         return tflops * 1e12
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in PEAKS if part in name), None)
+    return next((1e12 * peak for name_part, peak in PEAK_TFLOPS if name_part in name), None)
 
 
-def _tower(model: Qwen2VL, recompute: RecomputeConfig) -> tuple[Price, Price, bool]:
-    """Price a patch and a pair of patches, and say whether vision tokens carry a gradient."""
+def _vision_tower(
+    model: Qwen2VL, checkpointing: ActivationCheckpointingConfig
+) -> tuple[UnitCost, UnitCost, bool]:
+    """Return the cost of a patch and of a pair, and whether vision tokens require a gradient."""
     tower = model.visual
     proj = tower.patch_embed.proj.weight
-    live = proj.requires_grad
-    patch, pair = _product(proj.numel(), False, live).where_again(False), Price()
+    has_grad = proj.requires_grad
+    patch, pair = _matmul(proj.numel(), False, has_grad).with_recompute(False), UnitCost()
     for index, block in enumerate(tower.blocks):
-        mode = recompute.visual if index % recompute.every == 0 else "none"
-        row, square, live = _vision_block(block, live, mode)
-        patch, pair = patch + row, pair + square
-    one, live = _linear(cast("nn.Linear", tower.merger.mlp[0]), _norm(tower.merger.ln_q, live))
-    two, live = _linear(cast("nn.Linear", tower.merger.mlp[2]), live)
-    merged, side = (one + two).where_again(False), tower.config.spatial_merge_size
-    return patch + Price(*(part // side**2 for part in merged)), pair, live
-
-
-def _decoder(model: Qwen2VL, recompute: RecomputeConfig, live: bool) -> tuple[Price, Price, bool]:
-    """Price a token and a pair of tokens, and say whether hidden states carry a gradient."""
-    token, pair = Price(), Price()
-    for index, block in enumerate(model.model.layers):
-        mode = recompute.text if index % recompute.every == 0 else "none"
-        row, square, live = _text_block(block, live, mode)
-        token, pair = token + row, pair + square
-    return token, pair, _norm(model.model.norm, live)
-
-
-def _vision_block(block: Any, live: bool, mode: str) -> tuple[Price, Price, bool]:
-    qkv, qkv_live = _linear(block.attn.qkv, _norm(block.norm1, live))
-    attention = _attention(block.attn.proj.in_features, qkv_live, qkv_live, qkv_live)
-    out, out_live = _linear(block.attn.proj, qkv_live)
-    live = live or out_live
-    fc1, up_live = _linear(block.mlp.fc1, _norm(block.norm2, live))
-    fc2, down_live = _linear(block.mlp.fc2, up_live, last=True)
-    return *_price_block(mode, (qkv, fc1), (out, fc2), attention), live or down_live
-
-
-def _text_block(block: Any, live: bool, mode: str) -> tuple[Price, Price, bool]:
-    attn, mlp = block.self_attn, block.mlp
-    normed = _norm(block.input_layernorm, live)
-    (q, q_live), (k, k_live), (v, v_live) = (
-        _linear(layer, normed) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+        mode = checkpointing.visual if index % checkpointing.every_n_blocks == 0 else "none"
+        token_cost, pair_cost, has_grad = _vision_block(block, has_grad, mode)
+        patch, pair = patch + token_cost, pair + pair_cost
+    fc1, has_grad = _linear(
+        cast("nn.Linear", tower.merger.mlp[0]), _norm(tower.merger.ln_q, has_grad)
     )
-    attention = _attention(attn.o_proj.in_features, q_live, k_live, v_live)
-    out, out_live = _linear(attn.o_proj, q_live or k_live or v_live)
-    live = live or out_live
-    normed = _norm(block.post_attention_layernorm, live)
-    (gate, gate_live), (up, up_live) = (_linear(x, normed) for x in (mlp.gate_proj, mlp.up_proj))
-    down, down_live = _linear(mlp.down_proj, gate_live or up_live, last=True)
-    return *_price_block(mode, (gate, up), (q, k, v, out, down), attention), live or down_live
+    fc2, has_grad = _linear(cast("nn.Linear", tower.merger.mlp[2]), has_grad)
+    merged, merge_size = (fc1 + fc2).with_recompute(False), tower.config.spatial_merge_size
+    return patch + UnitCost(*(flops // merge_size**2 for flops in merged)), pair, has_grad
 
 
-def _price_block(
-    mode: str, wide: Iterable[Price], narrow: Iterable[Price], attention: Price
-) -> tuple[Price, Price]:
-    """Add a block up: selective keeps attention, and products no wider than their input."""
-    whole = mode == "block"
-    row = sum(wide, Price()).where_again(mode != "none")
-    row += sum(narrow, Price()).where_again(whole)
-    if not row.backward:
-        row, attention = row.where_again(False), attention.where_again(False)
-    return row, attention.where_again(whole)
+def _decoder(
+    model: Qwen2VL, checkpointing: ActivationCheckpointingConfig, has_grad: bool
+) -> tuple[UnitCost, UnitCost, bool]:
+    """Return the cost of a token and of a pair, and whether hidden states require a gradient."""
+    token, pair = UnitCost(), UnitCost()
+    for index, block in enumerate(model.model.layers):
+        mode = checkpointing.text if index % checkpointing.every_n_blocks == 0 else "none"
+        token_cost, pair_cost, has_grad = _text_block(block, has_grad, mode)
+        token, pair = token + token_cost, pair + pair_cost
+    return token, pair, _norm(model.model.norm, has_grad)
 
 
-def _linear(layer: nn.Linear, live: bool, *, last: bool = False) -> tuple[Price, bool]:
-    """Price one row, and say whether the output carries a gradient.
+def _vision_block(block: Any, has_grad: bool, mode: str) -> tuple[UnitCost, UnitCost, bool]:
+    qkv, qkv_has_grad = _linear(block.attn.qkv, _norm(block.norm1, has_grad))
+    attention = _attention(block.attn.proj.in_features, qkv_has_grad, qkv_has_grad, qkv_has_grad)
+    out, out_has_grad = _linear(block.attn.proj, qkv_has_grad)
+    has_grad = has_grad or out_has_grad
+    fc1, up_has_grad = _linear(block.mlp.fc1, _norm(block.norm2, has_grad))
+    fc2, down_has_grad = _linear(block.mlp.fc2, up_has_grad, is_last=True)
+    return *_block_cost(mode, (qkv, fc1), (out, fc2), attention), has_grad or down_has_grad
 
-    `last`: of a block. Computing again stops as soon as the backward has all it needs, and the
-    result of the last product is not among it.
+
+def _text_block(block: Any, has_grad: bool, mode: str) -> tuple[UnitCost, UnitCost, bool]:
+    attn, mlp = block.self_attn, block.mlp
+    input_has_grad = _norm(block.input_layernorm, has_grad)
+    (q, q_has_grad), (k, k_has_grad), (v, v_has_grad) = (
+        _linear(layer, input_has_grad) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    attention = _attention(attn.o_proj.in_features, q_has_grad, k_has_grad, v_has_grad)
+    out, out_has_grad = _linear(attn.o_proj, q_has_grad or k_has_grad or v_has_grad)
+    has_grad = has_grad or out_has_grad
+    input_has_grad = _norm(block.post_attention_layernorm, has_grad)
+    (gate, gate_has_grad), (up, up_has_grad) = (
+        _linear(x, input_has_grad) for x in (mlp.gate_proj, mlp.up_proj)
+    )
+    down, down_has_grad = _linear(mlp.down_proj, gate_has_grad or up_has_grad, is_last=True)
+    return *_block_cost(
+        mode, (gate, up), (q, k, v, out, down), attention
+    ), has_grad or down_has_grad
+
+
+def _block_cost(
+    mode: str,
+    recomputed_products: Iterable[UnitCost],
+    saved_products: Iterable[UnitCost],
+    attention: UnitCost,
+) -> tuple[UnitCost, UnitCost]:
+    """Sum a block; selective checkpointing saves attention and the narrow matmuls."""
+    is_full = mode == "full"
+    token_cost = sum(recomputed_products, UnitCost()).with_recompute(mode != "none")
+    token_cost += sum(saved_products, UnitCost()).with_recompute(is_full)
+    if not token_cost.backward:
+        token_cost, attention = token_cost.with_recompute(False), attention.with_recompute(False)
+    return token_cost, attention.with_recompute(is_full)
+
+
+def _linear(layer: nn.Linear, has_grad: bool, *, is_last: bool = False) -> tuple[UnitCost, bool]:
+    """Return the cost of one row, and whether the output requires a gradient.
+
+    `is_last`: the last matmul of a block is not recomputed, since recomputation stops as soon as
+    the backward has all the tensors it needs, and the output of the block is none of them.
     """
-    size = layer.in_features * layer.out_features
-    learns = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
-    weight = cast("nn.Parameter | None", layer.weight)  # None where it is stored in 4 bits
-    price = _product(size, live, weight is not None and weight.requires_grad)
+    num_weights = layer.in_features * layer.out_features
+    is_trainable = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+    weight = cast("nn.Parameter | None", layer.weight)  # None: stored as NF4
+    cost = _matmul(num_weights, has_grad, weight is not None and weight.requires_grad)
     if not isinstance(layer, LoraLinear):
-        return price.where_again(False) if last else price, live or learns
+        return cost.with_recompute(False) if is_last else cost, has_grad or is_trainable
     a_RX, b_YR = layer.lora_A, layer.lora_B
-    first = _product(a_RX.numel(), live, a_RX.requires_grad)
-    second = _product(b_YR.numel(), live or a_RX.requires_grad, b_YR.requires_grad)
-    return price + first + (second.where_again(False) if last else second), live or learns
+    a_cost = _matmul(a_RX.numel(), has_grad, a_RX.requires_grad)
+    b_cost = _matmul(b_YR.numel(), has_grad or a_RX.requires_grad, b_YR.requires_grad)
+    return cost + a_cost + (
+        b_cost.with_recompute(False) if is_last else b_cost
+    ), has_grad or is_trainable
 
 
-def _product(size: int, live: bool, learns: bool) -> Price:
-    """Price one row against a matrix of `size` numbers."""
-    return Price(2 * size, 2 * size * (live + learns), 2 * size)
+def _matmul(num_weights: int, has_grad: bool, is_trainable: bool) -> UnitCost:
+    """Return the cost of one row times a matrix of `num_weights`."""
+    return UnitCost(2 * num_weights, 2 * num_weights * (has_grad + is_trainable), 2 * num_weights)
 
 
-def _attention(width: int, q_live: bool, k_live: bool, v_live: bool) -> Price:
-    """Price one pair over all heads: scores and sums, and what the backward needs of them."""
-    products = q_live + k_live + v_live + (q_live or k_live)
-    return Price(4 * width, 2 * width * products, 4 * width)
+def _attention(width: int, q_has_grad: bool, k_has_grad: bool, v_has_grad: bool) -> UnitCost:
+    """Return the cost of one pair over all heads: scores, weighted sum, and their backward."""
+    num_products = q_has_grad + k_has_grad + v_has_grad + (q_has_grad or k_has_grad)
+    return UnitCost(4 * width, 2 * width * num_products, 4 * width)
 
 
-def _norm(norm: nn.Module, live: bool) -> bool:
-    return live or any(parameter.requires_grad for parameter in norm.parameters())
+def _norm(norm: nn.Module, has_grad: bool) -> bool:
+    return has_grad or any(parameter.requires_grad for parameter in norm.parameters())

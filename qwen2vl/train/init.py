@@ -1,7 +1,9 @@
-"""The model a run begins with: a folder's weights, or fresh ones for a new small model.
+"""Model initialization of a run: pretrained weights from a folder, or random ones; also on meta.
 
-A fresh model speaks bytes: its tokenizer is written into the run's folder, and the special ids of
-its config are taken from there. It must not know stages or steps. Next rooms: adapter.py, run.py.
+`build_model` returns the whole model on one device. `build_meta_model` returns it on the meta
+device, with a function that reads or draws one tensor at a time, for FSDP to shard before anything
+is loaded (meta-device initialization). A model initialized at random has a byte tokenizer, which is
+written into the run's folder and determines the special token ids of its config.
 """
 
 from __future__ import annotations
@@ -19,64 +21,109 @@ from torch import Tensor
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
 from qwen2vl.loading import load, load_processor
-from qwen2vl.lora.layers import LoraFactors, lora_layers, put_lora
+from qwen2vl.lora.layers import LoraFactors, inject_lora, named_lora_layers
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tokenizer_files import write_byte_tokenizer
 from qwen2vl.quantization.nf4 import Nf4Weight
-from qwen2vl.train.adapter import factors_to_train, load_quantized, put_adapter
+from qwen2vl.train.adapter import initial_factors, inject_adapter, load_qlora_model
 from qwen2vl.train.config import TrainConfig
-from qwen2vl.weights import TensorFolder, check_fit, find, open_tensors
+from qwen2vl.weights import TensorFolder, check_state_dict, open_tensors, resolve_model
 
 __all__ = [
-    "Outline",
-    "begin",
-    "check_start",
-    "drawn_weights",
+    "MetaModel",
+    "build_meta_model",
+    "build_model",
+    "fresh_model_config",
     "fresh_processor",
-    "initialize",
-    "outline",
-    "with_ids_of",
+    "init_weights",
+    "weight_initializer",
+    "with_special_token_ids",
 ]
 
-EMBEDDING_STD = 0.05  # with a tied head of width 192, first logits deviate by 0.7
+EMBEDDING_STD = 0.05  # with a tied head of width 192 the initial logits have a deviation of 0.7
 
-# What writes into the residual stream of either tower.
-_WRITERS = ("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+# Layers whose output is added to the residual stream, of both towers.
+_RESIDUAL_PROJECTIONS = ("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+
+ReadTensor = Callable[[str], Tensor]
 
 
-def begin(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
-    """Build what the run trains: the model in float32, its processor, its tokenizer's folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetaModel:
+    """A model on the meta device, its processor, and a function that reads its tensors."""
+
+    model: Qwen2VL
+    processor: Processor
+    tokenizer_folder: Path
+    read_tensor: ReadTensor  # name -> full tensor on the CPU; call in the order of the state dict
+
+
+def build_model(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
+    """Build the model in float32, its processor and the path of its tokenizer's folder.
 
     Raises:
         ConfigError: neither `init` nor `model` is given.
         CheckpointError: `init` names no folder with a model, or its adapter does not fit.
     """
-    fresh = check_start(config)
-    if fresh is None:
-        source = find(config.init)
-        model, processor = _open(source, config)
+    model_config = fresh_model_config(config)
+    if model_config is None:
+        source = resolve_model(config.init)
+        model, processor = _load_pretrained(source, config)
         return model, processor, source
     folder = Path(config.folder) / "tokenizer"
-    processor = fresh_processor(config, fresh, folder)
+    processor = fresh_processor(config, model_config, folder)
     model = Qwen2VL(processor.config)
-    initialize(model, config.seed)
+    init_weights(model, config.seed)
     return model.to(config.device), processor, folder
 
 
-def check_start(config: TrainConfig) -> Qwen2VLConfig | None:
-    """Give the model that a run builds fresh; None where it starts from `init`.
+def build_meta_model(config: TrainConfig) -> MetaModel:
+    """Build the same model as `build_model`, on the meta device, without reading its weights.
 
     Raises:
-        ConfigError: there is neither, or an adapter of a model that knows nothing.
+        ConfigError: neither `init` nor `model` is given, or the adapter is impossible.
+        CheckpointError: `init` names no folder with a model, or its adapter does not fit.
+    """
+    model_config = fresh_model_config(config)
+    if model_config is not None:
+        folder = Path(config.folder) / "tokenizer"
+        processor = fresh_processor(config, model_config, folder)
+        model = _empty_meta_model(processor)
+        draw_weight = weight_initializer(model, config.seed)
+        return MetaModel(
+            model=model, processor=processor, tokenizer_folder=folder, read_tensor=draw_weight
+        )
+    source = resolve_model(config.init)
+    processor = load_processor(source)
+    tensors = open_tensors(source)
+    check_state_dict(tensors, processor.config)
+    model = _empty_meta_model(processor)
+    factors: dict[str, LoraFactors] = {}
+    if config.adapter is not None:
+        factors = initial_factors(model, config.adapter, config.seed)
+        quantize = config.adapter.quantize_base
+        inject_lora(model, factors, dropout=config.adapter.dropout, quantize=quantize)
+        model.train()  # enables LoRA dropout, and changes nothing else
+    read_tensor = _TensorReader(model, tensors, factors)
+    return MetaModel(
+        model=model, processor=processor, tokenizer_folder=source, read_tensor=read_tensor
+    )
+
+
+def fresh_model_config(config: TrainConfig) -> Qwen2VLConfig | None:
+    """Return the config of a model to initialize at random; None with pretrained weights (`init`).
+
+    Raises:
+        ConfigError: there is neither `init` nor `model`, or an adapter without `init`.
     """
     if config.init:
         return None
     if config.adapter is not None:
         raise ConfigError(
-            f"run {config.name}: an adapter needs a model that has learned; give model=FOLDER"
+            f"run {config.name}: an adapter needs a pretrained model; give model=FOLDER"
         )
     if config.model is None:
         raise ConfigError(
@@ -86,147 +133,108 @@ def check_start(config: TrainConfig) -> Qwen2VLConfig | None:
 
 
 def fresh_processor(config: TrainConfig, model: Qwen2VLConfig, folder: Path) -> Processor:
-    """Make the processor of a fresh model; its byte tokenizer is written to `folder`, once."""
+    """Build the processor of a randomly initialized model; writes its tokenizer to `folder`."""
     _write_tokenizer(folder)
     tokenizer = Tokenizer.from_folder(folder)
     pixels = PixelLimits(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    return Processor(with_ids_of(model, tokenizer), tokenizer, pixels=pixels)
+    return Processor(with_special_token_ids(model, tokenizer), tokenizer, pixels=pixels)
 
 
-def with_ids_of(config: Qwen2VLConfig, tokenizer: Tokenizer) -> Qwen2VLConfig:
-    """Take the special ids from the tokenizer."""
+def with_special_token_ids(config: Qwen2VLConfig, tokenizer: Tokenizer) -> Qwen2VLConfig:
+    """Return `config` with the special token ids of `tokenizer`."""
     return replace(config, **tokenizer.config_ids)
 
 
 @torch.no_grad()
-def initialize(model: Qwen2VL, seed: int) -> None:
-    """Draw fresh weights: deviation fan_in ** -0.5, less for what writes into the residual."""
-    draw = drawn_weights(model, seed)
+def init_weights(model: Qwen2VL, seed: int) -> None:
+    """Draw weights: deviation fan_in ** -0.5, less for projections into the residual stream."""
+    draw_weight = weight_initializer(model, seed)
     for name, parameter in model.named_parameters():
-        parameter.copy_(draw(name))
+        parameter.copy_(draw_weight(name))
 
 
-def drawn_weights(model: Qwen2VL, seed: int) -> Callable[[str], Tensor]:
-    """Give what draws the weight of a name, each once and in the order of the model's."""
+def weight_initializer(model: Qwen2VL, seed: int) -> Callable[[str], Tensor]:
+    """Return a function name -> random tensor; call it once per name, in the model's order."""
     generator = torch.Generator().manual_seed(seed)
     depth = {"visual": model.config.vision.depth, "model": model.config.text.num_hidden_layers}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def draw(name: str) -> Tensor:
+    def draw_weight(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
         std = prod(shape[1:]) ** -0.5
-        if name.endswith(_WRITERS):
+        if name.endswith(_RESIDUAL_PROJECTIONS):
             std *= (2 * depth[name.partition(".")[0]]) ** -0.5
         if "embed_tokens" in name or name.startswith("lm_head"):
             std = EMBEDDING_STD
         return torch.randn(shape, generator=generator) * std
 
-    return draw
+    return draw_weight
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """Write the tokenizer, once and whole: other ranks may be reading it."""
-    if folder.is_dir():
-        return
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    write_byte_tokenizer(aside, characters="✿")  # the mark of the agent format's keywords
-    aside.rename(folder)
-
-
-def _open(source: Path, config: TrainConfig) -> tuple[Qwen2VL, Processor]:
-    """Load a folder, and put the run's adapter on it."""
+def _load_pretrained(source: Path, config: TrainConfig) -> tuple[Qwen2VL, Processor]:
+    """Load a model folder, and inject the run's adapter."""
     adapter = config.adapter
     if adapter is not None and adapter.quantize_base != "none":
         processor = load_processor(source)
-        model = load_quantized(
+        model = load_qlora_model(
             source, processor.config, adapter, device=config.device, seed=config.seed
         )
-        _own_copy(model)
+        _clone_parameters(model)
         return model, processor
     model, processor = load(source, device=config.device, dtype="float32")
-    _own_copy(model)
+    _clone_parameters(model)
     if adapter is not None:
-        put_adapter(model, adapter, config.seed)
+        inject_adapter(model, adapter, config.seed)
     return model, processor
 
 
-def _own_copy(model: Qwen2VL) -> None:
-    """Loaded weights may be mapped from the file, read-only: training needs its own."""
+def _clone_parameters(model: Qwen2VL) -> None:
+    """Copy the weights: loaded ones may be memory-mapped from a file, read-only."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
-Read = Callable[[str], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outline:
-    """A model to be, its processor, its tokenizer's folder, and its tensors by name."""
-
-    model: Qwen2VL  # on the meta device
-    processor: Processor
-    tokenizer: Path
-    read: Read  # gives a whole tensor on the CPU; asked in the order of the state dict
-
-
-def outline(config: TrainConfig) -> Outline:
-    """Find what the run trains, as `begin` does, without reading it.
-
-    Raises:
-        ConfigError: neither `init` nor `model` is given, or the adapter is impossible.
-        CheckpointError: `init` names no folder with a model, or its adapter does not fit.
-    """
-    fresh = check_start(config)
-    if fresh is not None:
-        folder = Path(config.folder) / "tokenizer"
-        processor = fresh_processor(config, fresh, folder)
-        model = _empty(processor)
-        drawn = drawn_weights(model, config.seed)
-        return Outline(model=model, processor=processor, tokenizer=folder, read=drawn)
-    source = find(config.init)
-    processor = load_processor(source)
-    tensors = open_tensors(source)
-    check_fit(tensors, processor.config)
-    model = _empty(processor)
-    factors: dict[str, LoraFactors] = {}
-    if config.adapter is not None:
-        factors = factors_to_train(model, config.adapter, config.seed)
-        quantize = config.adapter.quantize_base
-        put_lora(model, factors, dropout=config.adapter.dropout, quantize=quantize)
-        model.train()  # only the factors' dropout asks
-    read = _Reader(model, tensors, factors)
-    return Outline(model=model, processor=processor, tokenizer=source, read=read)
-
-
-def _empty(processor: Processor) -> Qwen2VL:
+def _empty_meta_model(processor: Processor) -> Qwen2VL:
     with torch.device("meta"):
         return Qwen2VL(processor.config)
 
 
-class _Reader:
-    """Finds the tensors of an adapted model: in the folder, among the factors, or as codes."""
+def _write_tokenizer(folder: Path) -> None:
+    """Write the byte tokenizer once, atomically: other ranks may be reading it."""
+    if folder.is_dir():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_byte_tokenizer(partial, characters="✿")  # of the agent format's keywords, as ✿FUNCTION✿
+    partial.rename(folder)
+
+
+class _TensorReader:
+    """Reads tensors of a model with adapters: from the folder, LoRA factors, NF4 buffers."""
 
     def __init__(
         self, model: Qwen2VL, tensors: TensorFolder, factors: dict[str, LoraFactors]
     ) -> None:
         self.tensors, self.factors = tensors, factors
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        coded = ((name, layer.nf4) for name, layer in lora_layers(model))
-        self.is_double = {name: nf4.is_double for name, nf4 in coded if nf4 is not None}
-        self.codes = lru_cache(maxsize=1)(self._codes)  # of the layer that is asked for now
+        nf4_layers = ((name, layer.nf4) for name, layer in named_lora_layers(model))
+        self.is_double_quantized = {
+            name: nf4.is_double_quantized for name, nf4 in nf4_layers if nf4 is not None
+        }
+        # Caches one layer, whose buffers are read one after the other.
+        self.nf4_weight = lru_cache(maxsize=1)(self._quantize)
 
     def __call__(self, name: str) -> Tensor:
         layer, _, leaf = name.rpartition(".")
         if layer.endswith(".nf4"):
-            return self.codes(layer.removesuffix(".nf4")).get_buffer(leaf)
+            return self.nf4_weight(layer.removesuffix(".nf4")).get_buffer(leaf)
         if leaf in ("lora_A", "lora_B"):
-            found = self.factors[layer]
-            return found.a_RX if leaf == "lora_A" else found.b_YR
-        # A patch embedding stored as a matrix takes the Conv3d shape here.
+            lora_factors = self.factors[layer]
+            return lora_factors.a_RX if leaf == "lora_A" else lora_factors.b_YR
+        # Reshapes a patch embedding that is stored as a matrix to the Conv3d shape.
         return self.tensors[name].view(self.shapes[name])
 
-    def _codes(self, layer: str) -> Nf4Weight:
-        return Nf4Weight(self.tensors[f"{layer}.weight"], double=self.is_double[layer])
+    def _quantize(self, layer: str) -> Nf4Weight:
+        return Nf4Weight(self.tensors[f"{layer}.weight"], double=self.is_double_quantized[layer])

@@ -1,12 +1,13 @@
-"""A whole run on one screen: build, resume, then batches -> loss -> step -> report -> checkpoint.
+"""The training loop: build or resume, then batches -> loss -> optimizer step -> log -> checkpoint.
 
-    folder or preset --build--> model, processor --shard--> this rank's part
-    step --data--> Batches --model--> hidden_TD --objective--> loss --backward--> optim.step
+    folder or config --init--> model, processor --FSDP--> this rank's shards
+    step --loader--> Batch --model--> hidden_TD --loss--> backward --> optimizers.step
 
-Weights are float32 and products bfloat16. Inside a step the host never waits for the device: it
-asks at reports and checkpoints. A run of one process that is stopped and started again gives the
-same bits as one that was not; under torchrun the same loop runs in every process, each on its
-share of the samples. (Qwen2-VL sec. 2.2, 2.3.)
+Weights are float32, matmuls bfloat16 (mixed precision). With gradient accumulation a step is
+several batches. Inside a step the host never waits for the device; it synchronizes at log lines and
+checkpoints. A single-process run that is stopped and resumed equals an uninterrupted one bit for
+bit; under torchrun the same loop runs in every process, each on its share of the samples (data
+parallel). (Qwen2-VL sec. 2.2, 2.3.)
 """
 
 from __future__ import annotations
@@ -24,228 +25,254 @@ import torch
 from torch import Tensor
 
 from qwen2vl.model import Qwen2VL
-from qwen2vl.parallel.fsdp import free_gathered, is_sharded, reduce_over_copies
-from qwen2vl.parallel.mesh import join
-from qwen2vl.train.checkpoint import Saver, latest, make_folder
+from qwen2vl.parallel.fsdp import is_sharded, reshard_model, set_replica_all_reduce
+from qwen2vl.parallel.mesh import init_distributed
+from qwen2vl.train.checkpoint import CheckpointSaver, create_run_folder, latest_checkpoint
 from qwen2vl.train.config import TrainConfig, dump
-from qwen2vl.train.evaluate import Probe
-from qwen2vl.train.export import describe, export, export_adapter
-from qwen2vl.train.flops import costs, peak_of
-from qwen2vl.train.loader.batch import Batch, sent
-from qwen2vl.train.loader.data_order import check_shares, locate
-from qwen2vl.train.loader.dataloader import batches, open_corpora
-from qwen2vl.train.logging.loggers import open_sinks
-from qwen2vl.train.logging.metrics import Metrics, families_of
-from qwen2vl.train.loss import Outcome, token_loss
-from qwen2vl.train.optim.lr_schedule import is_warming, rate
-from qwen2vl.train.signals import Stop, Wish
-from qwen2vl.train.state import Run, build, resume
+from qwen2vl.train.evaluate import EvaluationFunction
+from qwen2vl.train.export import export_adapter, export_metadata, export_model
+from qwen2vl.train.flops import build_flop_counter, peak_flops
+from qwen2vl.train.loader.batch import Batch, copy_to_device
+from qwen2vl.train.loader.data_order import check_global_batch_sizes, locate_step
+from qwen2vl.train.loader.dataloader import iterate_batches, open_datasets
+from qwen2vl.train.logging.loggers import open_loggers
+from qwen2vl.train.logging.metrics import Metrics, metric_families
+from qwen2vl.train.loss import LossOutput, token_loss
+from qwen2vl.train.optim.lr_schedule import is_in_warmup, lr_factor
+from qwen2vl.train.signals import SignalHandler, StopReason
+from qwen2vl.train.state import TrainState, build_train_state, resume
 
-__all__ = ["one_step", "train"]
+__all__ = ["train", "train_step"]
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[dict[str, Any]], None]
+ReportFunction = Callable[[dict[str, Any]], None]
 
 
 def train(
-    config: TrainConfig, *, report: Report = lambda line: None, probe: Probe | None = None
+    config: TrainConfig,
+    *,
+    report: ReportFunction = lambda line: None,
+    evaluate: EvaluationFunction | None = None,
 ) -> Path:
-    """Run `config` from its last checkpoint, or from the start, to its end or its time limit.
+    """Train as `config` says, from its last checkpoint or from step 0, to its end or time limit.
 
     Args:
-        config: the run.
-        report: called with every line of metrics, on the first rank.
-        probe: asked every `config.probe.every` steps, on every rank.
+        config: of the run.
+        report: called with every line of metrics, on rank 0.
+        evaluate: called every `config.evaluation.eval_steps` steps, on every rank.
 
     Returns:
-        The folder with the model as it stands: an ordinary one, which every engine opens.
+        The folder of the exported model, in the ordinary layout.
 
     Raises:
-        EngineError: a loss or gradient is not finite; no weight has taken it in.
-        CheckpointError: the run's folder holds checkpoints of another run, or is full.
+        EngineError: a loss or gradient norm is not finite; no weight was updated with it.
+        CheckpointError: the run's folder holds checkpoints of another run, or the disk is full.
         ConfigError: the run's folder cannot be made, a rule of a stage is wrong, or there are more
             ranks than samples.
-        SystemExit: SIGTERM came between two steps: with code 0, after a checkpoint.
-        KeyboardInterrupt: Ctrl-C came: after a checkpoint, where there were steps.
+        SystemExit: after SIGTERM between two steps, with code 0, once a checkpoint is saved.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved, if a step was done.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    stop = Stop(config.minutes)
-    with join(config.device, replicate=config.mesh.replicate) as ranks:
-        check_shares(config, ranks.size)
-        make_folder(Path(config.folder))
-        run = build(config, ranks, filled=latest(Path(config.folder)) is None)
-        resume(run)
-        # Until here there is nothing to save, and measuring may take hours: signals end it at once.
-        corpora = open_corpora(config, run.processor)
-        with stop.listening():
-            with stop.unheard():  # the workers begin here
-                run.stream = batches(
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    signal_handler = SignalHandler(config.max_minutes)
+    with init_distributed(config.device, dp_replicate=config.mesh.dp_replicate) as distributed:
+        check_global_batch_sizes(config, distributed.world_size)
+        create_run_folder(Path(config.folder))
+        state = build_train_state(
+            config, distributed, fill_weights=latest_checkpoint(Path(config.folder)) is None
+        )
+        resume(state)
+        # Nothing to save up to here, and measuring data may take hours: signals end it at once.
+        datasets = open_datasets(config, state.processor)
+        with signal_handler.handle_signals():
+            with signal_handler.block_signals():  # the workers start here
+                state.data_iterator = iterate_batches(
                     config,
-                    run.processor,
-                    run.step,
-                    corpora=corpora,
-                    rank=ranks.rank,
-                    ranks=ranks.size,
+                    state.processor,
+                    state.step,
+                    datasets=datasets,
+                    rank=distributed.rank,
+                    world_size=distributed.world_size,
                 )
-            return _go(run, stop, report, probe)
+            return _train_and_export(state, signal_handler, report, evaluate)
 
 
-def _go(run: Run, stop: Stop, report: Report, probe: Probe | None) -> Path:
-    """Step, save what the last step left, and put it together unless somebody wishes to stop."""
-    facts = {
-        "config": json.loads(dump(run.config)),
-        **describe(run.processor, run.tokenizer, run.folder),
+def _train_and_export(
+    state: TrainState,
+    signal_handler: SignalHandler,
+    report: ReportFunction,
+    evaluate: EvaluationFunction | None,
+) -> Path:
+    """Train, save the last checkpoint, and export the model unless a signal asks to stop."""
+    metadata = {
+        "config": json.loads(dump(state.config)),
+        **export_metadata(state.processor, state.tokenizer_folder, state.folder),
     }
-    saver = Saver(run.folder, run.config.keep, run.ranks)
+    saver = CheckpointSaver(state.folder, state.config.save_total_limit, state.distributed)
     try:
-        wish = _steps(run, saver, facts, stop, report, probe)
-        last = saver.save(run.step, run.tensors(), facts)
+        stop_reason = _train_steps(state, saver, metadata, signal_handler, report, evaluate)
+        last_checkpoint = saver.save(state.step, state.state_dict(), metadata)
     except BaseException as error:
-        # A frame that failed may hold the stream, and so the workers; see below.
+        # A failed frame may hold the data iterator, and so the workers; see below.
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        run.stream = iter(())  # ends the workers, who are deaf to what would end them at exit
+        state.data_iterator = iter(())  # ends the workers, which ignore the signal sent at exit
         saver.close()
-    if run.ranks.rank == 0:
-        _warn_of_warm_up(run)
-    if wish in ("SIGTERM", "SIGINT"):
-        logger.warning("%s: saved %s; the same command goes on from there", wish, last)
-        raise SystemExit(0) if wish == "SIGTERM" else KeyboardInterrupt
-    return _export(run, last, facts)
-
-
-def _steps(
-    run: Run,
-    saver: Saver,
-    facts: Mapping[str, Any],
-    stop: Stop,
-    report: Report,
-    probe: Probe | None,
-) -> Wish:
-    """Step to the end, or until somebody wishes to stop."""
-    config, ranks = run.config, run.ranks
-    metrics = _open_metrics(run)
-    told, wish = run.step, stop.heard(ranks)
-    while run.step < config.steps and not wish:
-        if run.optimizers is None or run.begins_stage:
-            run.begin_stage()
-            metrics.costs = None  # who learns may have changed
-        metrics.costs = metrics.costs or costs(run.model, config.recompute)
-        metrics.enter("data")
-        asked = time.perf_counter()
-        # All batches of the step at once: their weight together divides the loss of each.
-        own = [next(run.stream) for _ in range(config.accumulate)]
-        one_step(run, own, metrics, time.perf_counter() - asked)
-        metrics.enter("other")
-        if run.step % config.log_every == 0:
-            _tell(run, metrics, report)
-            told = run.step
-        if run.step % config.save_every == 0:
-            saver.save(run.step, run.tensors(), facts)
-        if probe is not None and config.probe.every and run.step % config.probe.every == 0:
-            _ask(run, metrics, report, probe)
-        wish = stop.heard(ranks)
-    if told < run.step:  # a short leg, too, has something to tell
-        _tell(run, metrics, report)
-    return wish
-
-
-def _warn_of_warm_up(run: Run) -> None:
-    """Tell where the run stands if its last step was too slow to teach."""
-    if not run.step:
-        return
-    _, inner = locate(run.config, run.step - 1)
-    if is_warming(run.config, inner + 1):
+    if state.distributed.rank == 0:
+        _warn_if_in_warmup(state)
+    if stop_reason in ("SIGTERM", "SIGINT"):
         logger.warning(
-            "step %d is one of the %d in which the rate of stage %s still rises, so it has taught "
-            "little; go on, or give fewer, optim.warmup=N",
-            run.step,
-            run.config.optim.warmup,
-            run.stage(run.step - 1).name,
+            "%s: saved %s; the same command resumes from it", stop_reason, last_checkpoint
+        )
+        raise SystemExit(0) if stop_reason == "SIGTERM" else KeyboardInterrupt
+    return _export_model(state, last_checkpoint, metadata)
+
+
+def _train_steps(
+    state: TrainState,
+    saver: CheckpointSaver,
+    metadata: Mapping[str, Any],
+    signal_handler: SignalHandler,
+    report: ReportFunction,
+    evaluate: EvaluationFunction | None,
+) -> StopReason:
+    """Train to the last step, or until there is a reason to stop; return that reason."""
+    config, distributed = state.config, state.distributed
+    metrics = _open_metrics(state)
+    last_reported_step, stop_reason = state.step, signal_handler.poll(distributed)
+    while state.step < config.steps and not stop_reason:
+        if state.optimizers is None or state.is_stage_start:
+            state.start_stage()
+            metrics.flop_counter = None  # other parameters may be trainable now
+        metrics.flop_counter = metrics.flop_counter or build_flop_counter(
+            state.model, config.activation_checkpointing
+        )
+        metrics.start_phase("data")
+        wait_start = time.perf_counter()
+        # All batches of the step first: the loss of each is divided by their total target weight.
+        batches = [next(state.data_iterator) for _ in range(config.gradient_accumulation_steps)]
+        train_step(state, batches, metrics, time.perf_counter() - wait_start)
+        metrics.start_phase("other")
+        if state.step % config.logging_steps == 0:
+            _report(state, metrics, report)
+            last_reported_step = state.step
+        if state.step % config.save_steps == 0:
+            saver.save(state.step, state.state_dict(), metadata)
+        if (
+            evaluate is not None
+            and config.evaluation.eval_steps
+            and state.step % config.evaluation.eval_steps == 0
+        ):
+            _evaluate(state, metrics, report, evaluate)
+        stop_reason = signal_handler.poll(distributed)
+    if last_reported_step < state.step:  # steps since the last log line
+        _report(state, metrics, report)
+    return stop_reason
+
+
+def _warn_if_in_warmup(state: TrainState) -> None:
+    """Log a warning if the run stopped inside the warm-up of a stage."""
+    if not state.step:
+        return
+    _, stage_step = locate_step(state.config, state.step - 1)
+    if is_in_warmup(state.config, stage_step + 1):
+        logger.warning(
+            "step %d is one of the %d warm-up steps of stage %s, in which the learning rate still "
+            "rises, so the model has learned little; train on, or give fewer, optim.warmup_steps=N",
+            state.step,
+            state.config.optim.warmup_steps,
+            state.stage_at(state.step - 1).name,
         )
 
 
-def one_step(run: Run, own: Sequence[Batch], metrics: Metrics, waited: float) -> None:
-    """Move the weights once, by the gradients of all batches of all ranks."""
-    assert run.optimizers is not None and run.guard is not None
-    ranks = run.ranks
-    divisor = sent(ranks.sum(_sum_of_weights(own)), ranks.device)
-    moved = [batch.to(ranks.device) for batch in own]
-    outcomes: list[Outcome] = []
-    for number, batch in enumerate(moved, 1):
-        reduce_over_copies(run.model, number == len(moved))
-        metrics.enter("forward")
-        outcomes.append(_forward(run.model, batch, divisor, run.config.dtype))
-        metrics.enter("backward")
-        outcomes[-1].loss.backward()
-    metrics.enter("optimizer")
-    norm = run.optimizers.clip()
-    loss = ranks.sum(torch.stack([outcome.loss.detach() for outcome in outcomes]).sum())
-    skip = run.guard.judge(run.step + 1, loss, norm)
-    run.optimizers.step(rate(run.config, run.step), skip)
-    run.step += 1
-    for batch, outcome in zip(moved, outcomes, strict=True):
-        metrics.add(batch, outcome, norm, waited / len(moved))
+def train_step(
+    state: TrainState, batches: Sequence[Batch], metrics: Metrics, data_wait: float
+) -> None:
+    """Take one optimizer step on the gradients of all batches of all ranks."""
+    assert state.optimizers is not None and state.guard is not None
+    distributed = state.distributed
+    divisor = copy_to_device(
+        distributed.all_reduce(_sum_target_weights(batches)), distributed.device
+    )
+    device_batches = [batch.to(distributed.device) for batch in batches]
+    outputs: list[LossOutput] = []
+    for index, batch in enumerate(device_batches, 1):
+        set_replica_all_reduce(state.model, index == len(device_batches))
+        metrics.start_phase("forward")
+        outputs.append(_forward_loss(state.model, batch, divisor, state.config.dtype))
+        metrics.start_phase("backward")
+        outputs[-1].loss.backward()
+    metrics.start_phase("optimizer")
+    grad_norm = state.optimizers.clip_grad_norm()
+    loss = distributed.all_reduce(torch.stack([output.loss.detach() for output in outputs]).sum())
+    skip = state.guard.should_skip(state.step + 1, loss, grad_norm)
+    state.optimizers.step(lr_factor(state.config, state.step), skip)
+    state.step += 1
+    for batch, output in zip(device_batches, outputs, strict=True):
+        metrics.add(batch, output, grad_norm, data_wait / len(device_batches))
 
 
-def _sum_of_weights(batches_of_step: Sequence[Batch]) -> Tensor:
-    """Add up the weights of all targets, on the CPU: what the loss of a step is divided by."""
-    return torch.stack([b.weights_R.sum(dtype=torch.float64) for b in batches_of_step]).sum()
+def _sum_target_weights(batches: Sequence[Batch]) -> Tensor:
+    """Sum the loss weights of all targets, on the CPU: the divisor of the step's loss."""
+    return torch.stack([b.weights_R.sum(dtype=torch.float64) for b in batches]).sum()
 
 
-def _forward(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> Outcome:
-    """Run one batch to its share of the step's loss."""
-    # Sharded weights are gathered in bfloat16 already.
-    casts = dtype == "bfloat16" and not is_sharded(model)
-    with torch.autocast(batch.input_ids_T.device.type, torch.bfloat16, enabled=casts):
-        hidden_TD = batch.run(model)
-        return token_loss(hidden_TD, model.head_weight, batch, divisor)
+def _forward_loss(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> LossOutput:
+    """Compute the share of one batch in the step's loss."""
+    # FSDP gathers sharded weights in bfloat16 already.
+    use_autocast = dtype == "bfloat16" and not is_sharded(model)
+    with torch.autocast(batch.input_ids_T.device.type, torch.bfloat16, enabled=use_autocast):
+        hidden_TD = batch.forward(model)
+        return token_loss(hidden_TD, model.lm_head_weight, batch, divisor)
 
 
-def _open_metrics(run: Run) -> Metrics:
-    config, ranks = run.config, run.ranks
+def _open_metrics(state: TrainState) -> Metrics:
+    config, distributed = state.config, state.distributed
     return Metrics(
-        run.folder / "metrics.jsonl",
-        ranks=ranks,
-        families=families_of(config),
-        sinks=() if ranks.rank else open_sinks(config),
-        peak=peak_of(ranks.device, config.peak_tflops),
+        state.folder / "metrics.jsonl",
+        distributed=distributed,
+        families=metric_families(config),
+        loggers=() if distributed.rank else open_loggers(config),
+        peak_flops=peak_flops(distributed.device, config.peak_tflops),
     )
 
 
-def _ask(run: Run, metrics: Metrics, report: Report, probe: Probe) -> None:
-    """Let a probe look at the model as it stands."""
-    line = metrics.look(run.step, lambda: probe(run.model, run.processor, run.step))
-    free_gathered(run.model)
-    if run.ranks.rank == 0:
+def _evaluate(
+    state: TrainState, metrics: Metrics, report: ReportFunction, evaluate: EvaluationFunction
+) -> None:
+    """Log what `evaluate` returns for the current model."""
+    line = metrics.log_evaluation(
+        state.step, lambda: evaluate(state.model, state.processor, state.step)
+    )
+    reshard_model(state.model)
+    if state.distributed.rank == 0:
         report(line)
 
 
-def _tell(run: Run, metrics: Metrics, report: Report) -> None:
-    assert run.guard is not None
-    run.guard.check()
+def _report(state: TrainState, metrics: Metrics, report: ReportFunction) -> None:
+    assert state.guard is not None
+    state.guard.raise_if_not_finite()
     line = metrics.report(
-        step=run.step,
-        steps=run.config.steps,
-        stage=run.stage(run.step - 1).name,
-        skipped=run.guard.take_skipped(),
+        step=state.step,
+        steps=state.config.steps,
+        stage=state.stage_at(state.step - 1).name,
+        skipped=state.guard.pop_num_skipped(),
     )
-    if run.ranks.rank == 0:
+    if state.distributed.rank == 0:
         report(line)
 
 
-def _export(run: Run, last: Path, facts: Mapping[str, Any]) -> Path:
-    """Let the first rank put the model together from the checkpoint just written."""
-    target = run.folder / f"model-{run.step:06d}"
-    if run.ranks.rank == 0:
+def _export_model(state: TrainState, last_checkpoint: Path, metadata: Mapping[str, Any]) -> Path:
+    """Export the model, and the adapter, from the checkpoint just written; on rank 0."""
+    target = state.folder / f"model-{state.step:06d}"
+    if state.distributed.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
-        export(last, target, facts)
-        if run.config.adapter is not None:
-            factors = run.folder / f"adapter-{run.step:06d}"
-            shutil.rmtree(factors, ignore_errors=True)
-            export_adapter(last, factors, facts)
-    run.ranks.wait_for_all()
+        export_model(last_checkpoint, target, metadata)
+        if state.config.adapter is not None:
+            adapter_target = state.folder / f"adapter-{state.step:06d}"
+            shutil.rmtree(adapter_target, ignore_errors=True)
+            export_adapter(last_checkpoint, adapter_target, metadata)
+    state.distributed.barrier()
     return target

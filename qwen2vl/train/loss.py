@@ -1,10 +1,10 @@
-"""What is minimized: cross-entropy of the supervised tokens, summed and divided once.
+"""The loss: chunked cross-entropy of the supervised tokens, fused with the LM head.
 
-Only rows that carry loss meet the vocabulary: pictures and questions, most of a batch, never do.
-They meet it in chunks that leave nothing of their logits behind: with 151,936 words the logits
-would be the largest tensor of a step by far. The divisor is the weight of the whole optimizer
-step, so that a token counts the same in whatever batch or rank it lands. Text alone is
-supervised. (Qwen2-VL sec. 2.2.) Next room: optim.py.
+Logits are computed for target positions only, not for images and prompts, which are most of a
+batch, and chunk by chunk, with the gradients computed at once: with 151,936 vocabulary entries the
+full logits would be the largest tensor of a step by far. The sum is divided by the target weight of
+the whole optimizer step, so that a token counts the same in any batch and on any rank. Only text
+is supervised. (Qwen2-VL sec. 2.2; compare Liger Kernel's fused linear cross-entropy.)
 """
 
 from __future__ import annotations
@@ -18,138 +18,147 @@ from torch.nn import functional as F
 
 from qwen2vl.train.loader.batch import Batch
 
-__all__ = ["CHUNK_NUMBERS", "Outcome", "token_loss"]
+__all__ = ["MAX_CHUNK_LOGITS", "LossOutput", "token_loss"]
 
-# Logits that exist at a time: 441 rows of the official vocabulary, 268 MB in float32. Larger ones
-# gain little: what a chunk costs besides its products is adding to the head's gradient once.
-CHUNK_NUMBERS = 1 << 26
+# Of one chunk: 441 rows of the official vocabulary, 268 MB in float32. Larger chunks gain little:
+# besides its matmuls a chunk costs one addition to the head's gradient.
+MAX_CHUNK_LOGITS = 1 << 26
 
 
-class Outcome(NamedTuple):
-    """The loss to differentiate, and what metrics need, without a gradient."""
+class LossOutput(NamedTuple):
+    """The loss to differentiate, and detached tensors for metrics."""
 
     loss: Tensor  # scalar, already divided
     losses_R: Tensor  # unweighted cross-entropy of each target
-    right_R: Tensor  # bool: the greedy choice was the target
+    is_correct_R: Tensor  # bool: the argmax of the logits is the target
 
 
 def token_loss(
-    hidden_TD: Tensor, head_weight: Tensor, batch: Batch, divisor: float | Tensor
-) -> Outcome:
-    """Compute sum(weight * cross-entropy) / divisor over the target rows of `batch`.
+    hidden_TD: Tensor, lm_head_weight: Tensor, batch: Batch, divisor: float | Tensor
+) -> LossOutput:
+    """Compute sum(weight * cross-entropy) / divisor over the targets of `batch`.
 
-    Gradients are computed here, chunk by chunk, and handed out by `backward`, which may be called
-    once. Without targets the loss is 0, and so is every gradient.
+    Gradients are computed in the forward, chunk by chunk, and returned by `backward`, which may be
+    called once. Without targets the loss and every gradient are 0.
     """
-    rows_RD = hidden_TD.index_select(0, batch.target_index_R)
-    scale_R = batch.weights_R.to(_wide(rows_RD.dtype)) / divisor
-    return Outcome(
+    hidden_RD = hidden_TD.index_select(0, batch.target_index_R)
+    scale_R = batch.weights_R.to(_accumulation_dtype(hidden_RD.dtype)) / divisor
+    return LossOutput(
         *_CrossEntropy.apply(
-            rows_RD, head_weight, batch.targets_R, scale_R, torch.is_grad_enabled()
+            hidden_RD, lm_head_weight, batch.targets_R, scale_R, torch.is_grad_enabled()
         )
     )
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Head and cross-entropy as one: what is kept for the backward are finished gradients."""
+    """LM head and cross-entropy as one function; the forward saves the finished gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows_RD: Tensor,
+        hidden_RD: Tensor,
         head_VD: Tensor,
         targets_R: Tensor,
         scale_R: Tensor,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, wide = _product_dtype(rows_RD), scale_R.dtype
-        wants_rows, wants_head = (differentiate and needed for needed in ctx.needs_input_grad[:2])
-        # Sums over chunks are wide, whatever the products are computed in.
-        d_rows_RD = torch.zeros_like(rows_RD, dtype=wide) if wants_rows else None
-        d_head_VD = torch.zeros_like(head_VD, dtype=wide) if wants_head else None
-        losses_R, right_R = torch.empty_like(scale_R), torch.empty_like(targets_R, dtype=torch.bool)
+        dtype, accumulation_dtype = _matmul_dtype(hidden_RD), scale_R.dtype
+        needs_hidden, needs_head = (differentiate and needed for needed in ctx.needs_input_grad[:2])
+        # Sums over chunks are accumulated in float32 or wider, whatever the dtype of the matmuls.
+        d_hidden_RD = (
+            torch.zeros_like(hidden_RD, dtype=accumulation_dtype) if needs_hidden else None
+        )
+        d_head_VD = torch.zeros_like(head_VD, dtype=accumulation_dtype) if needs_head else None
+        losses_R, is_correct_R = (
+            torch.empty_like(scale_R),
+            torch.empty_like(targets_R, dtype=torch.bool),
+        )
         head = head_VD.to(dtype)
-        with torch.autocast(rows_RD.device.type, enabled=False):
-            for part in _chunks(len(rows_RD), len(head_VD)):
-                losses_R[part], right_R[part] = _one_chunk(
-                    rows_RD[part],
+        with torch.autocast(hidden_RD.device.type, enabled=False):
+            for chunk in _chunk_slices(len(hidden_RD), len(head_VD)):
+                losses_R[chunk], is_correct_R[chunk] = _chunk_losses(
+                    hidden_RD[chunk],
                     head,
-                    targets_R[part],
-                    scale_R[part, None],
-                    None if d_rows_RD is None else d_rows_RD[part],
+                    targets_R[chunk],
+                    scale_R[chunk, None],
+                    None if d_hidden_RD is None else d_hidden_RD[chunk],
                     d_head_VD,
                 )
-        ctx.gradients = (d_rows_RD, d_head_VD)
-        ctx.dtypes = (rows_RD.dtype, head_VD.dtype)
-        ctx.mark_non_differentiable(losses_R, right_R)
-        return (losses_R * scale_R).sum(), losses_R, right_R
+        ctx.gradients = (d_hidden_RD, d_head_VD)
+        ctx.dtypes = (hidden_RD.dtype, head_VD.dtype)
+        ctx.mark_non_differentiable(losses_R, is_correct_R)
+        return (losses_R * scale_R).sum(), losses_R, is_correct_R
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore - the wrapper hides that ctx is the first argument
+    def backward(  # type: ignore - the decorator hides that ctx is the first argument
         ctx: Any, d_loss: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the loss was differentiated a second time"
-        # In place: a copy of the head's gradient would stand at the peak of a step's memory.
-        found = [
+        # In place: a copy of the head's gradient would add to the peak memory of a step.
+        gradients = [
             None if gradient is None else gradient.mul_(d_loss).to(dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return (*found, None, None, None)
+        return (*gradients, None, None, None)
 
 
-def _one_chunk(
-    rows_RD: Tensor,
+def _chunk_losses(
+    hidden_RD: Tensor,
     head_VD: Tensor,
     targets_R: Tensor,
     scale_R1: Tensor,
-    d_rows_RD: Tensor | None,
+    d_hidden_RD: Tensor | None,
     d_head_VD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Give losses_R and right_R, and add to the gradients; here logits live and die."""
-    logits_RV = F.linear(rows_RD.to(head_VD.dtype), head_VD).to(scale_R1.dtype)
-    losses_R, right_R = _judge_and_normalize(logits_RV, targets_R)
-    if d_rows_RD is not None or d_head_VD is not None:
-        # Subtracted before it is rounded: close to a sure and right word, p - 1 is small.
+    """Return losses_R and is_correct_R of a chunk, and add to the gradients; logits are freed."""
+    logits_RV = F.linear(hidden_RD.to(head_VD.dtype), head_VD).to(scale_R1.dtype)
+    losses_R, is_correct_R = _losses_and_probabilities(logits_RV, targets_R)
+    if d_hidden_RD is not None or d_head_VD is not None:
+        # Subtracted before rounding: for a confident, correct prediction p - 1 is small.
         logits_RV.scatter_add_(1, targets_R[:, None], -torch.ones_like(scale_R1))
-        slope_RV = logits_RV.to(head_VD.dtype)
-        if d_rows_RD is not None:
-            torch.mul(slope_RV @ head_VD, scale_R1, out=d_rows_RD)
+        d_logits_RV = logits_RV.to(head_VD.dtype)
+        if d_hidden_RD is not None:
+            torch.mul(d_logits_RV @ head_VD, scale_R1, out=d_hidden_RD)
         if d_head_VD is not None:
-            _add_product(d_head_VD, slope_RV.t(), (rows_RD * scale_R1).to(head_VD.dtype))
-    return losses_R, right_R
+            _add_product(d_head_VD, d_logits_RV.t(), (hidden_RD * scale_R1).to(head_VD.dtype))
+    return losses_R, is_correct_R
 
 
-def _judge_and_normalize(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Give losses_R and right_R; the logits become probabilities, in place."""
-    top_R1, best_R1 = logits_RV.max(1, keepdim=True)
-    own_R1 = logits_RV.sub_(top_R1).gather(1, targets_R[:, None])
-    total_R1 = logits_RV.exp_().sum(1, keepdim=True)
-    logits_RV.div_(total_R1)
-    return (total_R1.log() - own_R1)[:, 0], best_R1[:, 0] == targets_R
+def _losses_and_probabilities(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses_R and is_correct_R; the logits become probabilities, in place."""
+    max_R1, argmax_R1 = logits_RV.max(1, keepdim=True)
+    target_logit_R1 = logits_RV.sub_(max_R1).gather(1, targets_R[:, None])
+    sum_R1 = logits_RV.exp_().sum(1, keepdim=True)
+    logits_RV.div_(sum_R1)
+    return (sum_R1.log() - target_logit_R1)[:, 0], argmax_R1[:, 0] == targets_R
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right, rounded at most once."""
+    """Add left @ right to `total`, rounding at most once."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, out=total)
     else:
         total += left @ right
 
 
-def _chunks(rows: int, words: int) -> list[slice]:
-    """Cut rows into pieces of about the same size, none with more than CHUNK_NUMBERS logits."""
-    most = max(1, CHUNK_NUMBERS // words)
-    size = -(-rows // max(1, -(-rows // most)))
-    return [slice(start, start + size) for start in range(0, rows, max(1, size))]
+def _chunk_slices(num_rows: int, vocab_size: int) -> list[slice]:
+    """Cut rows into slices of about equal size, of at most MAX_CHUNK_LOGITS logits each."""
+    max_rows = max(1, MAX_CHUNK_LOGITS // vocab_size)
+    chunk_size = -(-num_rows // max(1, -(-num_rows // max_rows)))
+    return [slice(start, start + chunk_size) for start in range(0, num_rows, max(1, chunk_size))]
 
 
-def _product_dtype(tensor: Tensor) -> torch.dtype:
-    """Choose what products are computed in: as autocast says where it is on."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+def _matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of matmuls: that of autocast where it is enabled."""
+    device_type = tensor.device.type
+    return (
+        torch.get_autocast_dtype(device_type)
+        if torch.is_autocast_enabled(device_type)
+        else tensor.dtype
+    )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)

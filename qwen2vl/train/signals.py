@@ -1,9 +1,9 @@
-"""Ends a run between two steps: the clock, SIGTERM and Ctrl-C are wishes, heard when it suits.
+"""Graceful shutdown: a time limit, SIGTERM or Ctrl-C (SIGINT) ends a run between two steps.
 
-A signal that fell into a step would leave weights half moved, and one that reached a worker would
-look like a crash; so the first one is only noted, and workers never see any. A second Ctrl-C
-interrupts at once. Machines that are taken back (Slurm, Kubernetes, spot) send SIGTERM first.
-It must not know what a step is. Next room: loop.py.
+A signal in the middle of a step would leave the weights half updated, and one that reached a data
+worker would look like a crash. So the first signal is only recorded and polled between steps, and
+workers start with both signals blocked. A second Ctrl-C interrupts at once. Schedulers that preempt
+machines (Slurm, Kubernetes, spot instances) send SIGTERM first.
 """
 
 from __future__ import annotations
@@ -18,59 +18,61 @@ from typing import Literal
 
 import torch
 
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.mesh import DistributedContext
 
-__all__ = ["Stop", "Wish"]
+__all__ = ["SignalHandler", "StopReason"]
 
-Wish = Literal["", "time", "SIGTERM", "SIGINT"]
+StopReason = Literal["", "time", "SIGTERM", "SIGINT"]
 
-WISHES: tuple[Wish, ...] = ("time", "SIGTERM", "SIGINT")
+STOP_REASONS: tuple[StopReason, ...] = ("time", "SIGTERM", "SIGINT")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stop:
-    """Wishes to stop, from the clock and from outside."""
+class SignalHandler:
+    """Records requests to stop: the time limit, SIGTERM and SIGINT."""
 
-    def __init__(self, minutes: float) -> None:
-        """Wish to stop after so many minutes; 0 is never."""
-        self.ends = time.monotonic() + 60 * minutes if minutes else float("inf")
-        self.signal = 0
+    def __init__(self, max_minutes: float) -> None:
+        """Set the time limit, in minutes from now; 0: none."""
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self.received = 0
 
-    def heard(self, ranks: Ranks) -> Wish:
-        """Say what any rank wishes, the same on all of them: signals come when they come."""
-        own = [
-            time.monotonic() >= self.ends,
-            self.signal == signal.SIGTERM,
-            self.signal == signal.SIGINT,
+    def poll(self, distributed: DistributedContext) -> StopReason:
+        """Return why to stop, or an empty string; all ranks agree, whichever got the signal."""
+        flags = [
+            time.monotonic() >= self.deadline,
+            self.received == signal.SIGTERM,
+            self.received == signal.SIGINT,
         ]
-        if ranks.mesh is not None:
-            own = ranks.sum(torch.tensor(own, dtype=torch.int64)).tolist()
-        wishes: list[Wish] = [wish for wish, is_heard in zip(WISHES, own, strict=True) if is_heard]
-        return wishes[-1] if wishes else ""
+        if distributed.mesh is not None:
+            flags = distributed.all_reduce(torch.tensor(flags, dtype=torch.int64)).tolist()
+        reasons: list[StopReason] = [
+            reason for reason, is_set in zip(STOP_REASONS, flags, strict=True) if is_set
+        ]
+        return reasons[-1] if reasons else ""
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note signals in place of obeying them; only a process's main thread can."""
+    def handle_signals(self) -> Iterator[None]:
+        """Record both signals inside the block; a no-op outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
     @contextmanager
-    def unheard(self) -> Iterator[None]:
-        """Let processes that are started inside be deaf to both signals; they end with us."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    def block_signals(self) -> Iterator[None]:
+        """Start the processes created inside the block with both signals blocked."""
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             yield
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
+    def _record(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,9 +1,9 @@
-"""What a run is made of while it runs: the model, this rank's part of it, and what steps it.
+"""Training state of a run: model, optimizers, spike guard, step counter, data iterator.
 
-Built here, filled from the last checkpoint here, and laid open for the next one here; loop.py
-turns the wheel. The order matters: the model's parts are wrapped while it is whole, then sharded,
-then filled, and optimizers come last, since they step what is left on this rank.
-Next room: loop.py.
+`build_train_state` builds it, `resume` loads the last checkpoint into it, and `state_dict` returns
+the tensors of the next one. The order matters: modules are wrapped (activation checkpointing,
+torch.compile) before FSDP shards them, shards are filled after that, and optimizers come last,
+since they step this rank's shards. (torchtitan: `Trainer`, `TrainState`.)
 """
 
 from __future__ import annotations
@@ -15,169 +15,185 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen2vl.compile.regions import compile_parts
+from qwen2vl.compile.regions import compile_regions
 from qwen2vl.model import Qwen2VL
-from qwen2vl.parallel.activation_checkpointing import recompute
-from qwen2vl.parallel.fsdp import fill_parts, note_frozen, shard
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.activation_checkpointing import apply_activation_checkpointing
+from qwen2vl.parallel.fsdp import apply_fsdp, fill_shards, refresh_requires_grad
+from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train import checkpoint
 from qwen2vl.train.config import Stage, TrainConfig
-from qwen2vl.train.init import begin, outline
+from qwen2vl.train.init import build_meta_model, build_model
 from qwen2vl.train.loader.batch import Batch
-from qwen2vl.train.loader.data_order import locate
-from qwen2vl.train.optim.optimizers import Optimizers, apply_rules, check_moves, never_moving
-from qwen2vl.train.optim.spike_guard import Guard
+from qwen2vl.train.loader.data_order import locate_step
+from qwen2vl.train.optim.optimizers import (
+    Optimizers,
+    always_frozen,
+    apply_lr_rules,
+    check_trainable,
+)
+from qwen2vl.train.optim.spike_guard import SpikeGuard
 
-__all__ = ["Run", "build", "resume"]
+__all__ = ["TrainState", "build_train_state", "resume"]
 
 
 @dataclass(slots=True)
-class Run:
-    """The same on every rank, but for its parts."""
+class TrainState:
+    """The state of a run on this rank; ranks differ in their shards and batches only."""
 
     config: TrainConfig
-    ranks: Ranks
+    distributed: DistributedContext
     model: Qwen2VL
     processor: Processor
-    tokenizer: Path  # the folder of its files
-    step: int = 0  # done so far
-    optimizers: Optimizers | None = None  # of the stage under way
-    guard: Guard | None = None
-    # This rank's batches, from the next step on.
-    stream: Iterator[Batch] = field(default_factory=lambda: iter(()))
+    tokenizer_folder: Path  # the folder of the tokenizer's files
+    step: int = 0  # optimizer steps done
+    optimizers: Optimizers | None = None  # of the current stage
+    guard: SpikeGuard | None = None
+    # Batches of this rank, from the next step on.
+    data_iterator: Iterator[Batch] = field(default_factory=lambda: iter(()))
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints go."""
+        """The folder of checkpoints and metrics."""
         return Path(self.config.folder)
 
     @property
-    def begins_stage(self) -> bool:
-        """Whether the next step is the first of its stage; False behind the last."""
-        return self.step < self.config.steps and locate(self.config, self.step)[1] == 0
+    def is_stage_start(self) -> bool:
+        """Whether the next step is the first of its stage; False after the last step."""
+        return self.step < self.config.steps and locate_step(self.config, self.step)[1] == 0
 
-    def stage(self, step: int) -> Stage:
-        """Give the stage that a step, counted from 0, belongs to."""
-        return self.config.stages[locate(self.config, step)[0]]
+    def stage_at(self, step: int) -> Stage:
+        """Return the stage of `step`, counted from 0."""
+        return self.config.stages[locate_step(self.config, step)[0]]
 
-    def begin_stage(self) -> None:
-        """Freeze and group as the stage of the next step says, with fresh moments.
+    def start_stage(self) -> None:
+        """Apply the freezing rules of the next step's stage, and create its optimizers anew.
 
         Raises:
-            ConfigError: a rule is wrong, or the rules leave nothing to move.
+            ConfigError: a rule is wrong, or the rules freeze every parameter.
         """
-        stage = self.stage(self.step)
-        check_moves(self.model, stage)
-        scales = apply_rules(self.model, stage.rules)
+        stage = self.stage_at(self.step)
+        check_trainable(self.model, stage)
+        lr_scales = apply_lr_rules(self.model, stage.rules)
         if self.optimizers is not None:
-            note_frozen(self.model)
-        self.optimizers = Optimizers(self.model, scales, self.config.optim, self.ranks)
-        self.guard = Guard(self.config.optim.spike_sigmas, self.ranks.device)
+            refresh_requires_grad(self.model)
+        self.optimizers = Optimizers(self.model, lr_scales, self.config.optim, self.distributed)
+        self.guard = SpikeGuard(self.config.optim.spike_sigmas, self.distributed.device)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Name all that a checkpoint keeps; the tensors themselves, of this rank its parts.
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint by name: the tensors themselves, this rank's shards.
 
         Raises:
-            EngineError: a step broke; nothing is worth keeping.
+            EngineError: the loss or the gradient norm of a step was not finite.
         """
-        kept: dict[str, Tensor] = dict(self.model.state_dict())
+        tensors: dict[str, Tensor] = dict(self.model.state_dict())
         if self.optimizers is not None and self.guard is not None:
-            self.guard.check()
-            kept |= self.optimizers.state() | self.guard.state()
-        return kept | _random_state(self.ranks)
+            self.guard.raise_if_not_finite()
+            tensors |= self.optimizers.state_dict() | self.guard.state_dict()
+        return tensors | _rng_state(self.distributed)
 
 
-def build(config: TrainConfig, ranks: Ranks, *, filled: bool = True) -> Run:
-    """Load or make the model, and leave this rank its part.
+def build_train_state(
+    config: TrainConfig, distributed: DistributedContext, *, fill_weights: bool = True
+) -> TrainState:
+    """Load or initialize the model, and with several ranks keep this rank's shards only.
 
-    With several ranks none ever holds the whole. `filled` False leaves parts without numbers, for
-    `resume` to fill.
+    With several ranks no rank ever holds the full model. With `fill_weights` False the shards stay
+    uninitialized, for `resume` to fill.
 
     Raises:
-        ConfigError: there is nothing to begin from, or a rule is wrong.
+        ConfigError: the config has neither `init` nor `model`, or a rule is wrong.
         CheckpointError: `init` names no folder with a model.
     """
-    if ranks.mesh is None:
-        model, processor, tokenizer = begin(config)
-        _prepare(config, ranks, model)
-        return Run(config, ranks, model, processor, tokenizer)
-    # The first rank before the others, since it may write the tokenizer.
-    if ranks.rank:
-        ranks.wait_for_all()
-    start = outline(config)
-    if not ranks.rank:
-        ranks.wait_for_all()
-    _prepare(config, ranks, start.model)
-    _shard(config, ranks, start.model)
-    if filled:
-        fill_parts(start.model, start.read)
-    return Run(config, ranks, start.model, start.processor, start.tokenizer)
-
-
-def _prepare(config: TrainConfig, ranks: Ranks, model: Qwen2VL) -> None:
-    """Wrap what is computed again or compiled, while modules are whole."""
-    # What an adapter's dropout draws from, on each rank something else; a checkpoint keeps it.
-    torch.manual_seed(config.seed + ranks.rank)
-    asked = config.recompute
-    recompute(model, visual=asked.visual, text=asked.text, every=asked.every)
-    if config.compile:
-        compile_parts(model)
-
-
-def resume(run: Run) -> None:
-    """Fill a run just built from its last checkpoint, if there is one.
-
-    Raises:
-        CheckpointError: it is damaged, or of another run.
-    """
-    path = checkpoint.latest(run.folder)
-    if path is None:
-        return
-    run.step = checkpoint.read_step(path, run.config)
-    checkpoint.verify(path, run.ranks)
-    stored = checkpoint.shapes(path)
-    wanted: dict[str, Tensor] = dict(run.model.state_dict())
-    history: dict[str, Tensor] = {}
-    if run.step < run.config.steps and not run.begins_stage:
-        run.begin_stage()
-        assert run.optimizers is not None and run.guard is not None
-        history = run.guard.state()
-        wanted |= run.optimizers.room_for(stored)
-    # A checkpoint of another number of ranks may lack a random state, an old one the history.
-    extra = {n: t for n, t in (history | _random_state(run.ranks)).items() if n in stored}
-    checkpoint.read(path, wanted | extra, run.ranks)
-    if run.guard is not None and history.keys() <= extra.keys():
-        run.guard.load_state(extra)
-    _set_random_state(run.ranks, extra)
-
-
-def _shard(config: TrainConfig, ranks: Ranks, model: Qwen2VL) -> None:
-    assert ranks.mesh is not None
-    never = never_moving(model, config.stages)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in never)
-    shard(
-        model,
-        ranks.mesh,
-        device=ranks.device,
-        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
-        whole=never if config.mesh.frozen == "replicate" else (),
-        reshard=config.mesh.reshard,
+    if distributed.mesh is None:
+        model, processor, tokenizer_folder = build_model(config)
+        _wrap_model(config, distributed, model)
+        return TrainState(config, distributed, model, processor, tokenizer_folder)
+    # Rank 0 first, since it may write the tokenizer.
+    if distributed.rank:
+        distributed.barrier()
+    meta_model = build_meta_model(config)
+    if not distributed.rank:
+        distributed.barrier()
+    _wrap_model(config, distributed, meta_model.model)
+    _shard_model(config, distributed, meta_model.model)
+    if fill_weights:
+        fill_shards(meta_model.model, meta_model.read_tensor)
+    return TrainState(
+        config, distributed, meta_model.model, meta_model.processor, meta_model.tokenizer_folder
     )
 
 
-def _random_state(ranks: Ranks) -> dict[str, Tensor]:
-    """Name the states of torch's generators; nothing in a step draws, but an adapter's may."""
-    states = {f"random|{ranks.rank}|cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        states[f"random|{ranks.rank}|cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return states
+def _wrap_model(config: TrainConfig, distributed: DistributedContext, model: Qwen2VL) -> None:
+    """Apply activation checkpointing and torch.compile to the unsharded modules."""
+    # Dropout of LoRA layers draws from this generator, on each rank its own; checkpoints store it.
+    torch.manual_seed(config.seed + distributed.rank)
+    checkpointing = config.activation_checkpointing
+    apply_activation_checkpointing(
+        model,
+        visual=checkpointing.visual,
+        text=checkpointing.text,
+        every_n_blocks=checkpointing.every_n_blocks,
+    )
+    if config.compile:
+        compile_regions(model)
 
 
-def _set_random_state(ranks: Ranks, states: dict[str, Tensor]) -> None:
-    for name, state in states.items():
+def resume(state: TrainState) -> None:
+    """Load the last checkpoint of the run's folder into `state`, if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another run.
+    """
+    path = checkpoint.latest_checkpoint(state.folder)
+    if path is None:
+        return
+    state.step = checkpoint.read_step(path, state.config)
+    checkpoint.verify(path, state.distributed)
+    stored_shapes = checkpoint.tensor_shapes(path)
+    target_tensors: dict[str, Tensor] = dict(state.model.state_dict())
+    guard_state: dict[str, Tensor] = {}
+    if state.step < state.config.steps and not state.is_stage_start:
+        state.start_stage()
+        assert state.optimizers is not None and state.guard is not None
+        guard_state = state.guard.state_dict()
+        target_tensors |= state.optimizers.allocate_state(stored_shapes)
+    # A checkpoint of another world size may lack an RNG state, an older one the guard's history.
+    optional_tensors = {
+        n: t for n, t in (guard_state | _rng_state(state.distributed)).items() if n in stored_shapes
+    }
+    checkpoint.load_tensors(path, target_tensors | optional_tensors, state.distributed)
+    if state.guard is not None and guard_state.keys() <= optional_tensors.keys():
+        state.guard.load_state_dict(optional_tensors)
+    _set_rng_state(state.distributed, optional_tensors)
+
+
+def _shard_model(config: TrainConfig, distributed: DistributedContext, model: Qwen2VL) -> None:
+    assert distributed.mesh is not None
+    frozen_names = always_frozen(model, config.stages)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen_names)
+    apply_fsdp(
+        model,
+        distributed.mesh,
+        device=distributed.device,
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        replicated=frozen_names if config.mesh.frozen == "replicate" else (),
+        reshard_after_forward=config.mesh.reshard_after_forward,
+    )
+
+
+def _rng_state(distributed: DistributedContext) -> dict[str, Tensor]:
+    """Return the states of torch's generators by name; in a step only LoRA dropout draws."""
+    rng_states = {f"random|{distributed.rank}|cpu": torch.get_rng_state()}
+    if distributed.device.type == "cuda":
+        rng_states[f"random|{distributed.rank}|cuda"] = torch.cuda.get_rng_state(distributed.device)
+    return rng_states
+
+
+def _set_rng_state(distributed: DistributedContext, rng_states: dict[str, Tensor]) -> None:
+    for name, state in rng_states.items():
         if name.endswith("|cpu"):
             torch.set_rng_state(state)
         elif name.endswith("|cuda"):
-            torch.cuda.set_rng_state(state, ranks.device)
+            torch.cuda.set_rng_state(state, distributed.device)

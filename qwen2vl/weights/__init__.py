@@ -1,42 +1,43 @@
-"""A Hugging Face folder <-> config, settings and tensors, checked before anything is trusted.
+"""Hugging Face folders: config files and safetensors are read, verified and written.
 
-Read find.py (a name becomes a folder), settings.py (its small files), header.py and tensors.py
-(safetensors, memory-mapped, under official names), packing.py with gptq.py and awq.py (matrices of
-small integers), fit.py (do they belong to this model?), adapter.py (a LoRA folder), save.py (the
-way back). This floor builds no running model: load.py, one floor up, does.
+hub.py resolves a name to a folder; config_files.py reads its JSON files; header.py and tensors.py
+open safetensors, memory-mapped, under official names; quantization_config.py, gptq.py and awq.py
+unpack quantized matrices; state_dict.py checks names and shapes against the model; adapter.py reads
+and writes LoRA folders; save.py writes model folders; source_models.py and init_pretrained.py build
+a starting checkpoint. Models with weights are built by loading.py.
 """
 
 from qwen2vl.weights.adapter import read_adapter, save_adapter
 from qwen2vl.weights.config_files import (
     GenerationDefaults,
-    note_chat_template,
+    log_foreign_chat_template,
     read_config,
     read_generation_defaults,
-    read_preprocessor,
+    read_preprocessor_config,
 )
-from qwen2vl.weights.hub import find
-from qwen2vl.weights.quantization_config import PackedMatrix, Packing
-from qwen2vl.weights.save import check_target, save_folder
-from qwen2vl.weights.state_dict import check_fit, expected_shapes, nonfinite_tensors
-from qwen2vl.weights.tensors import TensorFolder, layout_of, open_tensors
+from qwen2vl.weights.hub import resolve_model
+from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
+from qwen2vl.weights.save import check_output_folder, save_folder
+from qwen2vl.weights.state_dict import check_state_dict, expected_shapes, nonfinite_tensors
+from qwen2vl.weights.tensors import TensorFolder, open_tensors, packing_module
 
 __all__ = [
     "GenerationDefaults",
-    "PackedMatrix",
-    "Packing",
+    "QuantizationConfig",
+    "QuantizedMatrix",
     "TensorFolder",
-    "check_fit",
-    "check_target",
+    "check_output_folder",
+    "check_state_dict",
     "expected_shapes",
-    "find",
-    "layout_of",
+    "log_foreign_chat_template",
     "nonfinite_tensors",
-    "note_chat_template",
     "open_tensors",
+    "packing_module",
     "read_adapter",
     "read_config",
     "read_generation_defaults",
-    "read_preprocessor",
+    "read_preprocessor_config",
+    "resolve_model",
     "save_adapter",
     "save_folder",
 ]

@@ -1,9 +1,8 @@
-"""A PEFT adapter folder <-> its settings and its tensors, which are not understood here.
+"""PEFT adapter folders: adapter_config.json and adapter_model.safetensors, read and written.
 
-Two files: adapter_config.json and adapter_model.safetensors, the header verified as for any
-weights, pickle never opened; written aside and renamed as a whole. What the settings mean, and
-where the tensors go, is the business of lora/peft.py. (PEFT: LoraConfig, save_pretrained.)
-Next room: load.py, where both meet.
+The safetensors header is verified as for model weights, and pickles are never loaded; a folder is
+written under a temporary name and renamed. The content is parsed by lora/peft.py. (PEFT:
+LoraConfig, save_pretrained.)
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.config_files import pickle_remedy, read_json
 from qwen2vl.weights.header import read_header
-from qwen2vl.weights.save import check_target, whole_folder
+from qwen2vl.weights.save import atomic_folder, check_output_folder
 from qwen2vl.weights.tensors import TensorFolder
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "read_adapter", "save_adapter"]
@@ -31,17 +30,17 @@ _PICKLE = "adapter_model.bin"
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], TensorFolder]:
-    """Read the settings of an adapter, and open its tensors under the names in the file.
+    """Read adapter_config.json, and open the adapter's tensors under the names in the file.
 
     Raises:
         CheckpointError: no such folder, one of the two files is missing or damaged, or a pickle.
     """
-    place = Path(os.path.expanduser(folder))
-    if missing := [n for n in (ADAPTER_CONFIG, ADAPTER_FILE) if not (place / n).is_file()]:
-        raise CheckpointError(_why_no_adapter(place, missing))
-    settings = read_json(place / ADAPTER_CONFIG)
-    path = place / ADAPTER_FILE
-    return settings, TensorFolder(place, {path: read_header(path)})
+    adapter_folder = Path(os.path.expanduser(folder))
+    if missing := [n for n in (ADAPTER_CONFIG, ADAPTER_FILE) if not (adapter_folder / n).is_file()]:
+        raise CheckpointError(_missing_adapter_message(adapter_folder, missing))
+    settings = read_json(adapter_folder / ADAPTER_CONFIG)
+    path = adapter_folder / ADAPTER_FILE
+    return settings, TensorFolder(adapter_folder, {path: read_header(path)})
 
 
 def save_adapter(
@@ -50,19 +49,19 @@ def save_adapter(
     """Write an adapter to `folder`, which must not exist yet (or be empty).
 
     Raises:
-        CheckpointError: something is there already, or the disk is full or not writable.
+        CheckpointError: the folder is not empty, or the disk is full or not writable.
     """
     target = Path(folder)
-    check_target(target)
+    check_output_folder(target)
     remedy = "free some space or choose another folder"
-    with whole_folder(target, "the adapter cannot be saved", remedy) as partial:
+    with atomic_folder(target, "the adapter cannot be saved", remedy) as partial:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(ready, partial / ADAPTER_FILE, metadata={"format": "pt"})
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(state, partial / ADAPTER_FILE, metadata={"format": "pt"})
 
 
-def _why_no_adapter(folder: Path, missing: list[str]) -> str:
+def _missing_adapter_message(folder: Path, missing: list[str]) -> str:
     if not folder.is_dir():
         return f"adapter {str(folder)!r}: no such folder; give the folder that PEFT saved"
     if missing == [ADAPTER_FILE] and (folder / _PICKLE).is_file():

@@ -1,13 +1,13 @@
-"""AWQ's layout (GEMM): words run along the outputs, eight of them shuffled, zeros as they are.
+"""AWQ's packing format (GEMM): eight 4-bit integers per int32 along the outputs, interleaved.
 
-    qweight  (I, O / 8)  int32   word c of an input packs outputs c*8 .. c*8 + 7
-    qzeros   (G, O / 8)  int32   the same of a group
+    qweight  (I, O / 8)  int32   value c of an input packs outputs c*8 .. c*8 + 7
+    qzeros   (G, O / 8)  int32   the same of a group; zero points are stored as they are
     scales   (G, O)      float16
 
-    bits of a word, lowest first:   0..3  4..7  8..11  ...
-    output c*8 +                     0     2     4      6  1  3  5  7
+    bits of an int32, lowest first:   0..3  4..7  8..11  ...
+    output c*8 +                      0     2     4      6  1  3  5  7
 
-(AutoAWQ: WQLinear_GEMM.) Next room: tensors.py.
+(AutoAWQ: WQLinear_GEMM.)
 """
 
 from __future__ import annotations
@@ -17,58 +17,58 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qwen2vl.weights.quantization_config import PackedMatrix, Packing
+from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
 
-__all__ = ["pack", "shape_of", "unpack", "wanted_shapes"]
+__all__ = ["pack", "part_shapes", "unpack", "unpacked_shape"]
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output lies in which place of a word
-PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # in which place an output lies
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output at each position of an int32
+POSITION = (0, 4, 1, 5, 2, 6, 3, 7)  # the position of each output
 SHIFTS = range(0, 32, 4)
 
 
-def unpack(parts: Mapping[str, Tensor], packing: Packing) -> PackedMatrix:
-    """Turn the tensors of one layer, by their endings, into what they mean."""
-    ints_IO = _numbers(parts["qweight"])
+def unpack(parts: Mapping[str, Tensor], config: QuantizationConfig) -> QuantizedMatrix:
+    """Unpack the tensors of one layer, given by their suffixes."""
+    ints_IO = _unpack_int32(parts["qweight"])
     num_inputs = ints_IO.shape[0]
-    size = packing.group_size if packing.group_size > 0 else num_inputs
-    return PackedMatrix(
+    size = config.group_size if config.group_size > 0 else num_inputs
+    return QuantizedMatrix(
         ints_OI=ints_IO.T.contiguous(),
         scale_GO=parts["scales"],
-        zero_GO=_numbers(parts["qzeros"]).to(torch.int16),
+        zero_GO=_unpack_int32(parts["qzeros"]).to(torch.int16),
         group_I=torch.arange(num_inputs) // size,
     )
 
 
-def pack(matrix: PackedMatrix, packing: Packing) -> dict[str, Tensor]:
-    """Do the reverse of `unpack`."""
+def pack(matrix: QuantizedMatrix, config: QuantizationConfig) -> dict[str, Tensor]:
+    """Pack a matrix: the inverse of `unpack`."""
     return {
-        "qweight": _words(matrix.ints_OI.T),
-        "qzeros": _words(matrix.zero_GO),
+        "qweight": _pack_int32(matrix.ints_OI.T),
+        "qzeros": _pack_int32(matrix.zero_GO),
         "scales": matrix.scale_GO.to(torch.float16),
     }
 
 
-def shape_of(qweight: tuple[int, ...], packing: Packing) -> tuple[int, int]:
-    """Say (O, I) of the matrix that a packed tensor of this shape holds."""
+def unpacked_shape(qweight: tuple[int, ...], config: QuantizationConfig) -> tuple[int, int]:
+    """Return the shape (O, I) of the matrix that a qweight of this shape holds."""
     return qweight[1] * len(ORDER), qweight[0]
 
 
-def wanted_shapes(shape: tuple[int, int], packing: Packing) -> dict[str, tuple[int, ...]]:
-    """Say how large the other tensors of a layer (O, I) have to be."""
+def part_shapes(shape: tuple[int, int], config: QuantizationConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the other tensors of a layer (O, I)."""
     outputs, inputs = shape
-    groups = -(-inputs // packing.group_size) if packing.group_size > 0 else 1
+    groups = -(-inputs // config.group_size) if config.group_size > 0 else 1
     return {"qzeros": (groups, outputs // len(ORDER)), "scales": (groups, outputs)}
 
 
-def _numbers(words: Tensor) -> Tensor:
-    """Take words (rows, n) apart into numbers (rows, n * 8), uint8, in the order of outputs."""
-    numbers = (words[..., None] >> torch.tensor(SHIFTS, dtype=torch.int32)) & 15
-    return numbers[..., PLACE].flatten(-2).to(torch.uint8)
+def _unpack_int32(packed: Tensor) -> Tensor:
+    """Unpack int32 (rows, n) into 4-bit integers (rows, n * 8), uint8, in the order of outputs."""
+    ints = (packed[..., None] >> torch.tensor(SHIFTS, dtype=torch.int32)) & 15
+    return ints[..., POSITION].flatten(-2).to(torch.uint8)
 
 
-def _words(numbers: Tensor) -> Tensor:
-    """Put numbers together again, int32."""
-    places = numbers.long().unflatten(-1, (-1, len(ORDER)))[..., ORDER]
-    total = (places << torch.tensor(SHIFTS)).sum(-1)
-    # Beyond the largest int32 a word is negative.
+def _pack_int32(ints: Tensor) -> Tensor:
+    """Pack 4-bit integers into int32."""
+    interleaved = ints.long().unflatten(-1, (-1, len(ORDER)))[..., ORDER]
+    total = (interleaved << torch.tensor(SHIFTS)).sum(-1)
+    # Sums above the largest int32 wrap to negative values.
     return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)

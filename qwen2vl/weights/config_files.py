@@ -1,8 +1,9 @@
-"""The small JSON files of a model folder: config, preprocessing, generation defaults.
+"""JSON config files of a model folder: config, preprocessor, generation defaults, chat template.
 
-Files in the wild differ in name and spelling; what leaves this room does not. Code shipped with a
-folder (auto_map, a chat template) is never run: the arithmetic and the template are ours.
-(HF: Qwen2VLConfig, Qwen2VLImageProcessor, GenerationConfig.) Next room: header.py.
+Folders differ in file names and key spellings; the return values do not. Code that comes with a
+folder (auto_map, chat templates) is never run: chats are rendered by processor/chat_template.py,
+and saved folders get the CHAT_TEMPLATE below. (HF: Qwen2VLConfig, Qwen2VLImageProcessor,
+GenerationConfig.)
 """
 
 from __future__ import annotations
@@ -17,22 +18,101 @@ from typing import Any
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, ConfigError
-from qwen2vl.weights.quantization_config import Packing
+from qwen2vl.weights.quantization_config import QuantizationConfig
 
 __all__ = [
     "CHAT_TEMPLATE",
     "PICKLE_SUFFIXES",
     "GenerationDefaults",
-    "note_chat_template",
+    "log_foreign_chat_template",
     "pickle_remedy",
     "read_config",
     "read_generation_defaults",
     "read_json",
-    "read_preprocessor",
+    "read_preprocessor_config",
 ]
 
-# Content parts are recognized by type or by key, as the official template does; pictures and
-# videos are counted only for add_vision_id.
+logger = logging.getLogger(__name__)
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# Of generation_config.json.
+_NUMBER_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """Sampling defaults in a folder's generation_config.json; None where a field is absent."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] | None = None  # any of them ends the output
+
+
+def read_config(folder: Path) -> Qwen2VLConfig:
+    """Read the config of a folder, with image mean and std from its preprocessor config.
+
+    Raises:
+        CheckpointError: no config.json, or an unsupported quantization of the weights.
+        ConfigError: config.json describes another or an impossible model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(_missing_config_message(folder))
+    raw = read_json(path)
+    if quantization := raw.get("quantization_config"):
+        QuantizationConfig.from_dict(quantization, str(folder))  # raises first
+    if "auto_map" in raw:
+        logger.debug("%s: auto_map ignored, code of a model folder is never run", path)
+    preprocessor = _find_preprocessor_config(folder)
+    try:
+        return Qwen2VLConfig.from_dict(raw, preprocessor)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+
+
+def read_preprocessor_config(folder: Path) -> dict[str, Any]:
+    """Read the image preprocessor settings, which `PixelLimits.from_dict` parses.
+
+    Searched in the order of transformers: `image_processor` inside processor_config.json, then
+    preprocessor_config.json; last video_preprocessor_config.json, which repeats them.
+
+    Raises:
+        CheckpointError: none of the three exists. There is no default for the pixel limits:
+            transformers' class default is a thirteenth of what the models were released with.
+    """
+    settings = _find_preprocessor_config(folder)
+    if settings is None:
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json is missing (nor is there an image_processor in "
+            "processor_config.json); copy it from the repository this model comes from"
+        )
+    return settings
+
+
+def read_generation_defaults(folder: Path) -> GenerationDefaults:
+    """Read generation_config.json; without that file all defaults are None."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return GenerationDefaults()
+    raw = read_json(path)
+    sample = raw.get("do_sample")
+    if not isinstance(sample, (bool, type(None))):
+        raise CheckpointError(f"{path}: do_sample is {sample!r}, expected true or false")
+    numbers = {name: _number(raw, name, path) for name in _NUMBER_FIELDS}
+    return GenerationDefaults(
+        do_sample=sample,
+        eos_token_ids=_token_ids(raw.get("eos_token_id"), path),
+        **numbers,
+    )
+
+
+# Written into every saved folder. It renders what the official template renders: content parts are
+# recognized by type or by key; images and videos are counted only for add_vision_id.
 CHAT_TEMPLATE = """\
 {%- set seen = namespace(images=0, videos=0) -%}
 {%- for message in messages -%}
@@ -62,95 +142,20 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 
-
-logger = logging.getLogger(__name__)
-
-# What the official repositories' template hashes to; ours says the same in other words.
-_OFFICIAL_TEMPLATE = "a0bc6f6fc7a29a80017a433e8f03a1cc1236e838a944a2d034295a60c4f2fddb"
-
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# SHA-256 of the template in the official repositories.
+_OFFICIAL_TEMPLATE_SHA256 = "a0bc6f6fc7a29a80017a433e8f03a1cc1236e838a944a2d034295a60c4f2fddb"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationDefaults:
-    """What a folder's generation_config.json proposes; None where it says nothing."""
+def log_foreign_chat_template(folder: Path) -> None:
+    """Log at debug level if a folder's chat template is not the official one.
 
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
-    eos_token_ids: tuple[int, ...] | None = None  # any of them ends an answer
-
-
-def read_config(folder: Path) -> Qwen2VLConfig:
-    """Build the config of a folder, with mean and std from its preprocessing settings.
-
-    Raises:
-        CheckpointError: no config.json, or weights of a kind that this library does not run.
-        ConfigError: config.json is there, and describes another or an impossible model.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(_why_no_config(folder))
-    raw = read_json(path)
-    if quantization := raw.get("quantization_config"):
-        Packing.from_dict(quantization, str(folder))  # refused before anything else is
-    if "auto_map" in raw:
-        logger.debug("%s: auto_map ignored, code of a model folder is never run", path)
-    preprocessor = _find_preprocessor(folder)
-    try:
-        return Qwen2VLConfig.from_dict(raw, preprocessor)
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from None
-
-
-def read_preprocessor(folder: Path) -> dict[str, Any]:
-    """Read the settings of pictures; `PixelLimits.from_dict` understands their spellings.
-
-    Looked for as the reference does: `image_processor` inside processor_config.json, then
-    preprocessor_config.json; last video_preprocessor_config.json, which repeats them.
-
-    Raises:
-        CheckpointError: none of the three is there. The limits are never guessed: the reference's
-            class default is a thirteenth of what the models were released with.
-    """
-    settings = _find_preprocessor(folder)
-    if settings is None:
-        raise CheckpointError(
-            f"{folder}: preprocessor_config.json is missing (nor is there an image_processor in "
-            "processor_config.json); copy it from the repository this model comes from"
-        )
-    return settings
-
-
-def read_generation_defaults(folder: Path) -> GenerationDefaults:
-    """Read generation_config.json; a folder without one proposes nothing."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return GenerationDefaults()
-    raw = read_json(path)
-    sample = raw.get("do_sample")
-    if not isinstance(sample, (bool, type(None))):
-        raise CheckpointError(f"{path}: do_sample is {sample!r}, expected true or false")
-    numbers = {name: _number(raw, name, path) for name in _NUMBERS}
-    return GenerationDefaults(
-        do_sample=sample,
-        eos_token_ids=_ids(raw.get("eos_token_id"), path),
-        **numbers,
-    )
-
-
-def note_chat_template(folder: Path) -> None:
-    """Leave a debug note where a folder's own chat template is not the official one.
-
-    Templates are programs of strangers and are never run: chats are rendered by our own code.
+    Templates are untrusted code and are never run: chats are rendered by
+    processor/chat_template.py.
     """
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name
         template = read_json(path).get("chat_template") if path.is_file() else None
-        if isinstance(template, str) and not _is_ours(template):
+        if isinstance(template, str) and not _is_known_template(template):
             logger.debug("%s: its chat template is not the official one; not used", path)
 
 
@@ -177,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def pickle_remedy(name: str) -> str:
-    """Say how to turn a pickle into safetensors on a machine one trusts."""
+    """Return a command that converts a pickle to safetensors, for use on a trusted machine."""
     return (
         'convert it offline: python -c "import torch; from safetensors.torch import save_file; '
         f"save_file({{k: v.clone() for k, v in torch.load('{name}', weights_only=True).items()}}, "
@@ -185,12 +190,9 @@ def pickle_remedy(name: str) -> str:
     )
 
 
-_NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-
-
-def _is_ours(template: str) -> bool:
+def _is_known_template(template: str) -> bool:
     digest = hashlib.sha256(template.encode()).hexdigest()
-    return template == CHAT_TEMPLATE or digest == _OFFICIAL_TEMPLATE
+    return template == CHAT_TEMPLATE or digest == _OFFICIAL_TEMPLATE_SHA256
 
 
 def _number(raw: Mapping[str, Any], name: str, path: Path) -> Any:
@@ -200,8 +202,8 @@ def _number(raw: Mapping[str, Any], name: str, path: Path) -> Any:
     raise CheckpointError(f"{path}: {name} is {value!r}, expected a number")
 
 
-def _ids(value: Any, path: Path) -> tuple[int, ...] | None:
-    """One id, or a list of them."""
+def _token_ids(value: Any, path: Path) -> tuple[int, ...] | None:
+    """Return one id or a list of ids as a tuple."""
     if value is None:
         return None
     ids = value if isinstance(value, list) else [value]
@@ -210,8 +212,8 @@ def _ids(value: Any, path: Path) -> tuple[int, ...] | None:
     return tuple(ids)
 
 
-def _find_preprocessor(folder: Path) -> dict[str, Any] | None:
-    """The settings of whichever file speaks first, or None."""
+def _find_preprocessor_config(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of the first file that has them, or None."""
     nested = folder / "processor_config.json"
     if nested.is_file():
         settings = read_json(nested).get("image_processor")
@@ -223,7 +225,7 @@ def _find_preprocessor(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _why_no_config(folder: Path) -> str:
+def _missing_config_message(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
     if not names:
         return (

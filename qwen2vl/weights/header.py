@@ -1,9 +1,9 @@
-"""The header of a safetensors file, verified against the file before any tensor is touched.
+"""Safetensors headers, verified against the file's size before any tensor is read.
 
 A file is `8 bytes length | JSON header | data`. The data must be covered by the header's tensors
-exactly: no hole, no overlap, no missing and no trailing byte. A truncated shard is found here, by
-its size, in microseconds; memory-mapped, its lost end would read as zeros or kill the process.
-It knows files and numbers only. Next room: tensors.py.
+exactly: no gap, no overlap, no missing and no trailing byte. A truncated shard is found here, by
+    its
+size, in microseconds; memory-mapped, its missing end would read as zeros or crash the process.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: what it is, and where its bytes lie behind the header."""
+    """Dtype, shape and byte range (after the header) of one tensor of a file."""
 
-    dtype: str  # as the format spells it: BF16, F32
+    dtype: str  # in safetensors' spelling: BF16, F32
     shape: tuple[int, ...]
     begin: int
     end: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """List the tensors of a safetensors file, having checked that all their bytes are there.
+    """Read the tensors' infos of a safetensors file, and check that all their bytes are there.
 
     Raises:
         CheckpointError: not a safetensors file, a damaged header, or bytes missing or left over.
@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         for name, entry in _parse(path, text).items()
         if name != "__metadata__"
     }
-    _check_cover(path, tensors, size - 8 - length)
+    _check_coverage(path, tensors, size - 8 - length)
     return tensors
 
 
@@ -67,7 +67,7 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     length = int.from_bytes(head, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path}: not a safetensors file ({_what_it_looks_like(head)}); fetch it again"
+            f"{path}: not a safetensors file ({_describe_content(head)}); fetch it again"
         )
     if 8 + length > size:
         raise CheckpointError(
@@ -77,7 +77,7 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     return length
 
 
-def _what_it_looks_like(head: bytes) -> str:
+def _describe_content(head: bytes) -> str:
     if head.startswith(b"version "):
         return "it is a Git LFS pointer: run `git lfs pull`"
     if head.startswith((b"PK\x03\x04", b"\x80")):
@@ -105,7 +105,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _info(path: Path, name: str, entry: Any) -> TensorInfo:
-    """Turn one entry of the header into numbers that agree with each other."""
+    """Parse one entry of the header, and check that shape, dtype and offsets agree."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: its header describes {name} wrongly; fetch it again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -118,11 +118,11 @@ def _info(path: Path, name: str, entry: Any) -> TensorInfo:
             f"{path}: {name} is stored as {dtype!r}, which this library does not read"
         )
     begin, end = offsets
-    want = prod(shape) * _ITEM_BYTES[dtype]
-    if end - begin != want:
+    expected = prod(shape) * _ITEM_BYTES[dtype]
+    if end - begin != expected:
         raise CheckpointError(
             f"{path}: its header gives {name} {end - begin:,} bytes where {dtype} {shape} takes "
-            f"{want:,}; fetch it again"
+            f"{expected:,}; fetch it again"
         )
     return TensorInfo(dtype, tuple(shape), begin, end)
 
@@ -131,7 +131,7 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
-def _check_cover(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -> None:
+def _check_coverage(path: Path, tensors: dict[str, TensorInfo], data_bytes: int) -> None:
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:

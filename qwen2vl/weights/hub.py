@@ -1,8 +1,8 @@
-"""What a person calls a model -> the folder it lies in.
+"""Resolves a model name (a folder, a Hugging Face repo id, or "nano") to a local folder.
 
-A folder, the packaged `nano`, or a repo id of the Hugging Face hub, fetched once into the hub's
-own cache (HF_HOME, HF_HUB_OFFLINE and HF_TOKEN mean what they mean everywhere). The only room of
-this library that may reach the network for a model. Nothing is opened here. Next: settings.py.
+A repo id is downloaded once into the hub's own cache (HF_HOME, HF_HUB_OFFLINE and HF_TOKEN have
+their usual meaning). This is the only module that accesses the network for a model. The folder's
+files are not read here. (HF: snapshot_download.)
 """
 
 from __future__ import annotations
@@ -15,53 +15,53 @@ from pathlib import Path
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.config_files import PICKLE_SUFFIXES, pickle_remedy
 
-__all__ = ["NEEDED_FILES", "find"]
+__all__ = ["NEEDED_FILES", "resolve_model"]
 
-# Weights, settings and words; never pickles, other engines' formats or the repository's pictures.
+# Weights, configs and tokenizer; never pickles, other engines' formats or the repository's images.
 NEEDED_FILES = ("*.json", "*.txt", "*.safetensors")
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WHAT_TO_GIVE = "give a folder, a repo id such as Qwen/Qwen2-VL-2B-Instruct, or nano"
+_REMEDY = "give a folder, a repo id such as Qwen/Qwen2-VL-2B-Instruct, or nano"
 
 
-def find(model: str | Path, *, tqdm_class: type | None = None) -> Path:
-    """Return the folder of `model`, fetching a repo id if the cache lacks it.
+def resolve_model(model: str | Path, *, tqdm_class: type | None = None) -> Path:
+    """Return the folder of `model`, downloading a repo id if it is not cached.
 
     The string "nano" always means the packaged model; a folder of that name is "./nano".
 
     Args:
         model: a folder, a repo id, or "nano".
-        tqdm_class: what draws the progress of a download, in place of the hub client's own bars.
+        tqdm_class: progress bar class for downloads, in place of the hub client's own.
 
     Raises:
-        CheckpointError: no such folder, repository or permission; says how to get it.
+        CheckpointError: no such folder, repository or permission; the message has the remedy.
     """
     if model == "nano":
         return _packaged_nano()
-    path = Path(os.path.expanduser(model))  # not Path's own, which fails where nobody is ~name
+    path = Path(os.path.expanduser(model))  # Path.expanduser raises if ~name is not a user
     if _is_folder(path):
         return path
     if path.is_file():
-        raise CheckpointError(_not_a_folder(path))
+        raise CheckpointError(_not_a_folder_message(path))
     if isinstance(model, str) and _REPO_ID.fullmatch(model):
-        return _fetch(model, tqdm_class)
-    raise CheckpointError(f"model {str(model)!r}: no such folder; {_WHAT_TO_GIVE}")
+        return _download(model, tqdm_class)
+    raise CheckpointError(f"model {str(model)!r}: no such folder; {_REMEDY}")
 
 
 def _is_folder(path: Path) -> bool:
-    """Tell a folder that can be listed from what is none; one without permission is refused."""
+    """Return whether `path` is a folder; raises if it cannot be listed."""
     try:
         if not path.is_dir():
             return False
         os.listdir(path)
     except OSError as error:
         raise CheckpointError(
-            f"model {str(path)!r} cannot be opened: {error.strerror}; {_WHAT_TO_GIVE}"
+            f"model {str(path)!r} cannot be opened: {error.strerror}; {_REMEDY}"
         ) from None
     return True
 
 
-def _not_a_folder(path: Path) -> str:
+def _not_a_folder_message(path: Path) -> str:
     if path.suffix in PICKLE_SUFFIXES:
         return f"{path} is a pickle, which can run code; {pickle_remedy(path.name)}"
     return f"{path} is a file; give the folder it lies in, with config.json beside it"
@@ -72,12 +72,12 @@ def _packaged_nano() -> Path:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             "this installation holds no nano weights; install the released package, train them "
-            f"with `qwen2vl train nano`, or {_WHAT_TO_GIVE.removesuffix(', or nano')}"
+            f"with `qwen2vl train nano`, or {_REMEDY.removesuffix(', or nano')}"
         )
     return folder
 
 
-def _fetch(repo_id: str, tqdm_class: type | None) -> Path:
+def _download(repo_id: str, tqdm_class: type | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -89,12 +89,12 @@ def _fetch(repo_id: str, tqdm_class: type | None) -> Path:
                 tqdm_class=tqdm_class,
             )
         )
-    # The client's network errors belong to a different HTTP library in each of its versions.
+    # The hub client's network errors come from a different HTTP library in each of its versions.
     except Exception as error:
-        raise CheckpointError(_why_not_fetched(repo_id, error)) from error
+        raise CheckpointError(_download_error_message(repo_id, error)) from error
 
 
-def _why_not_fetched(repo_id: str, error: Exception) -> str:
+def _download_error_message(repo_id: str, error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     command = f"hf download {repo_id}"
@@ -106,7 +106,7 @@ def _why_not_fetched(repo_id: str, error: Exception) -> str:
     if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         return (
             f"{repo_id}: no such folder here and no such repository on the hub (or it is private: "
-            f"run `hf auth login`); {_WHAT_TO_GIVE}"
+            f"run `hf auth login`); {_REMEDY}"
         )
     if (
         isinstance(error, OSError)

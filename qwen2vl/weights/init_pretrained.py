@@ -1,14 +1,14 @@
-"""A Qwen2 and a CLIP vision tower -> the Qwen2-VL that training starts from.
+"""Init from pretrained: builds a Qwen2-VL checkpoint from a Qwen2 and a CLIP vision tower.
 
-    decoder            as it is; positions of text are the same on all three axes
-    vision blocks      as they are, renamed; q, k, v one below the other
-    patch embedding    over two frames, half of it for each: a still picture counts once
-    merger             fresh, drawn so that vision tokens come as large as words
-    class token, table of positions, last norm, projection: left out
+    decoder            unchanged; positions of text are the same on all three M-RoPE axes
+    vision blocks      unchanged, renamed; q, k, v concatenated
+    patch embedding    inflated to two frames, half of the weights each: a still image counts once
+    merger             random, scaled so that vision embeddings are as large as token embeddings
+    class token, position embedding, last norm, projection: dropped
 
-The norm before the blocks, which Qwen2-VL has not, leaves its linear part in the patch embedding:
-centring and gain. Its division by each patch's deviation goes; the first block's own norm divides.
-The paper does not say how its authors did it. (Qwen2-VL sec. 2.2.) Next room: cli/commands/init.py.
+Qwen2-VL has no norm before its blocks: the linear part of CLIP's (centering, gain) is folded into
+the patch embedding; the division by each patch's deviation is dropped, the first block's own norm
+divides. The paper does not say how its authors did it. (Qwen2-VL sec. 2.2.)
 """
 
 from __future__ import annotations
@@ -26,24 +26,34 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tokenizer_files import (
-    complete_tokenizer,
+    add_missing_special_tokens,
 )
-from qwen2vl.weights.hub import find
-from qwen2vl.weights.save import check_target, save_folder
-from qwen2vl.weights.source_models import TextDonor, VisionDonor, read_text_donor, read_vision_donor
-from qwen2vl.weights.state_dict import EMBEDDING, HEAD, PATCH_EMBED, expected_shapes
+from qwen2vl.weights.hub import resolve_model
+from qwen2vl.weights.save import check_output_folder, save_folder
+from qwen2vl.weights.source_models import (
+    TextSourceModel,
+    VisionSourceModel,
+    read_text_source_model,
+    read_vision_source_model,
+)
+from qwen2vl.weights.state_dict import (
+    EMBED_TOKENS_WEIGHT,
+    LM_HEAD_WEIGHT,
+    PATCH_EMBED_WEIGHT,
+    expected_shapes,
+)
 
-__all__ = ["transplant"]
+__all__ = ["init_from_pretrained"]
 
-FRAMES = 2  # that one patch covers
-CONTEXT = 32768  # the longest that Qwen2-VL was trained for, sec. 3.2.7
+FRAMES = 2  # of one patch (temporal_patch_size)
+CONTEXT = 32768  # the longest context that Qwen2-VL was trained with, sec. 3.2.7
 PIXELS = PixelLimits(min_pixels=4 * 28 * 28, max_pixels=16384 * 28 * 28)  # the released models'
 
-# Root of the mean square of GELU over a normal distribution.
-GELU_SIZE = 0.652
+# Root mean square of GELU over a normal distribution.
+GELU_RMS = 0.652
 
 
-def transplant(
+def init_from_pretrained(
     text: str | Path,
     vision: str | Path,
     target: str | Path,
@@ -51,32 +61,35 @@ def transplant(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Qwen2VLConfig:
-    """Write the starting checkpoint built out of a Qwen2 and a CLIP folder to `target`.
+    """Build a Qwen2-VL checkpoint from a Qwen2 and a CLIP folder, and write it to `target`.
 
     Args:
         text: the folder, or repo id, of a Qwen2 language model.
         vision: that of a CLIP model with a ViT, in open_clip's or transformers' layout.
-        target: the folder to make; must not exist yet (or be empty).
-        seed: of what is drawn.
-        dtype: what the weights are stored as.
+        target: the folder to write; must not exist yet (or be empty).
+        seed: of the merger and of new tokens' embeddings.
+        dtype: of the stored weights.
 
     Returns:
-        What the model is.
+        The config of the new model.
 
     Raises:
-        CheckpointError: a donor cannot be used, or the target is there.
-        ConfigError: the donors' numbers cannot belong to one Qwen2-VL.
+        CheckpointError: a source model cannot be used, or the target exists.
+        ConfigError: the source models' sizes are impossible for one Qwen2-VL.
     """
-    check_target(target)
-    words, eyes = read_text_donor(find(text)), read_vision_donor(find(vision))
+    check_output_folder(target)
+    text_model = read_text_source_model(resolve_model(text))
+    vision_model = read_vision_source_model(resolve_model(vision))
     with tempfile.TemporaryDirectory(prefix="qwen2vl-init-") as folder:
-        added = complete_tokenizer(words.folder, Path(folder))
+        new_ids = add_missing_special_tokens(text_model.folder, Path(folder))
         tokenizer = Tokenizer.from_folder(folder)
-        config = _config(words, eyes, tokenizer)
-        tokenizer.check(config)
-        state = _decoder(words, added, seed)
-        state |= _tower(eyes) | _merger(config, _size(state[EMBEDDING]), seed + 1)
-        _check_fit(words, state, config)
+        config = _build_config(text_model, vision_model, tokenizer)
+        tokenizer.check_config(config)
+        state = _decoder_state(text_model, new_ids, seed)
+        state |= _vision_state(vision_model) | _merger_state(
+            config, _rms(state[EMBED_TOKENS_WEIGHT]), seed + 1
+        )
+        _check_state(text_model, state, config)
         save_folder(
             target,
             config=config,
@@ -88,85 +101,98 @@ def transplant(
     return config
 
 
-def _config(words: TextDonor, eyes: VisionDonor, tokenizer: Tokenizer) -> Qwen2VLConfig:
-    rows = len(words.tensors[EMBEDDING]) if EMBEDDING in words.tensors else 0
+def _build_config(
+    text_model: TextSourceModel, vision_model: VisionSourceModel, tokenizer: Tokenizer
+) -> Qwen2VLConfig:
+    rows = (
+        len(text_model.tensors[EMBED_TOKENS_WEIGHT])
+        if EMBED_TOKENS_WEIGHT in text_model.tensors
+        else 0
+    )
     if len(tokenizer) > rows:
         raise CheckpointError(
-            f"{words.folder}: has {rows} rows for words, but with those of Qwen2-VL there are "
-            f"{len(tokenizer)} tokens; give a model with room, as all Qwen2 have"
+            f"{text_model.folder}: the embedding has {rows} rows, but with Qwen2-VL's special "
+            f"tokens there are {len(tokenizer)} tokens; give a model with a padded embedding, as "
+            "all Qwen2 have"
         )
-    raw: dict[str, Any] = {"rms_norm_eps": 1e-6, **words.raw, "model_type": "qwen2_vl"}
+    raw: dict[str, Any] = {"rms_norm_eps": 1e-6, **text_model.raw, "model_type": "qwen2_vl"}
     rope = raw.pop("rope_parameters", None) or {}
     theta = raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0  # HF's default for Qwen2
     head_dim = raw["hidden_size"] // raw["num_attention_heads"]
-    longest = raw.get("max_position_embeddings") or CONTEXT
+    max_positions = raw.get("max_position_embeddings") or CONTEXT
     raw |= {
         "rope_theta": theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": _sections(head_dim)},
-        "max_position_embeddings": min(longest, CONTEXT),
+        "rope_scaling": {"type": "mrope", "mrope_section": _mrope_section(head_dim)},
+        "max_position_embeddings": min(max_positions, CONTEXT),
         **tokenizer.config_ids,
         "vision_config": {
-            "depth": len(eyes.blocks),
-            "embed_dim": len(eyes.patch_E3YX),
-            "num_heads": eyes.num_heads,
-            "mlp_ratio": eyes.mlp_width / len(eyes.patch_E3YX),
+            "depth": len(vision_model.blocks),
+            "embed_dim": len(vision_model.patch_E3YX),
+            "num_heads": vision_model.num_heads,
+            "mlp_ratio": vision_model.mlp_width / len(vision_model.patch_E3YX),
             "hidden_size": raw["hidden_size"],
-            "patch_size": eyes.patch_E3YX.shape[-1],
+            "patch_size": vision_model.patch_E3YX.shape[-1],
             "temporal_patch_size": FRAMES,
         },
     }
     return Qwen2VLConfig.from_dict(
-        raw, {"image_mean": eyes.image_mean, "image_std": eyes.image_std}
+        raw, {"image_mean": vision_model.image_mean, "image_std": vision_model.image_std}
     )
 
 
-def _sections(head_dim: int) -> list[int]:
-    """Part the frequencies as the released models do: a quarter is time, (16, 24, 24) of 64."""
+def _mrope_section(head_dim: int) -> list[int]:
+    """Divide the frequencies as the released models do: a quarter is time, (16, 24, 24) of 64."""
     half = head_dim // 2
     time = half // 4
     return [time, (half - time) - (half - time) // 2, (half - time) // 2]
 
 
-def _decoder(words: TextDonor, added: Sequence[int], seed: int) -> dict[str, Tensor]:
-    """Take every tensor; rows of tokens that the donor never saw are drawn like those it did."""
-    tied = bool(words.raw.get("tie_word_embeddings"))
-    state = {name: words.tensors[name] for name in words.tensors if not (tied and name == HEAD)}
-    draw = torch.Generator().manual_seed(seed)
-    for name in (EMBEDDING, HEAD) if added else ():
+def _decoder_state(
+    text_model: TextSourceModel, new_ids: Sequence[int], seed: int
+) -> dict[str, Tensor]:
+    """Copy every tensor; draw new tokens' embeddings with mean and deviation of the others."""
+    tied = bool(text_model.raw.get("tie_word_embeddings"))
+    state = {
+        name: text_model.tensors[name]
+        for name in text_model.tensors
+        if not (tied and name == LM_HEAD_WEIGHT)
+    }
+    generator = torch.Generator().manual_seed(seed)
+    for name in (EMBED_TOKENS_WEIGHT, LM_HEAD_WEIGHT) if new_ids else ():
         if name in state:
-            state[name] = _with_rows(state[name], added, draw)
+            state[name] = _init_new_rows(state[name], new_ids, generator)
     return state
 
 
-def _with_rows(table_VD: Tensor, added: Sequence[int], draw: torch.Generator) -> Tensor:
-    seen_VD = table_VD[: min(added)].float()
-    noise = torch.randn(len(added), table_VD.shape[1], generator=draw)
-    rows = seen_VD.mean(0) + seen_VD.std(0) * noise
+def _init_new_rows(table_VD: Tensor, new_ids: Sequence[int], generator: torch.Generator) -> Tensor:
+    trained_VD = table_VD[: min(new_ids)].float()
+    noise = torch.randn(len(new_ids), table_VD.shape[1], generator=generator)
+    rows = trained_VD.mean(0) + trained_VD.std(0) * noise
     full_VD = table_VD.clone()
-    full_VD[list(added)] = rows.to(table_VD.dtype)
+    full_VD[list(new_ids)] = rows.to(table_VD.dtype)
     return full_VD
 
 
-def _tower(eyes: VisionDonor) -> dict[str, Tensor]:
-    """Rename the blocks, and let the patch embedding see two frames."""
-    state = {PATCH_EMBED: _inflated(eyes)}
-    for number, block in enumerate(eyes.blocks):
+def _vision_state(vision_model: VisionSourceModel) -> dict[str, Tensor]:
+    """Rename the blocks, and inflate the patch embedding to two frames."""
+    state = {PATCH_EMBED_WEIGHT: _inflate_patch_embedding(vision_model)}
+    for number, block in enumerate(vision_model.blocks):
         state |= {f"visual.blocks.{number}.{name}": tensor for name, tensor in block.items()}
     return state
 
 
-def _inflated(eyes: VisionDonor) -> Tensor:
-    patch_E3YX = eyes.patch_E3YX.float()
-    if eyes.pre_norm is not None:
-        gain_E = eyes.pre_norm[0].float()
+def _inflate_patch_embedding(vision_model: VisionSourceModel) -> Tensor:
+    patch_E3YX = vision_model.patch_E3YX.float()
+    if vision_model.pre_norm is not None:
+        gain_E = vision_model.pre_norm[0].float()
         patch_E3YX = (patch_E3YX - patch_E3YX.mean(0)) * gain_E[:, None, None, None]
     return torch.stack([patch_E3YX / FRAMES] * FRAMES, dim=2)
 
 
-def _merger(config: Qwen2VLConfig, word_size: float, seed: int) -> dict[str, Tensor]:
-    """Draw the two layers: inputs come with deviation 1, outputs leave as large as words."""
-    draw = torch.Generator().manual_seed(seed)
-    deviations = {"mlp.0.weight": 1.0, "mlp.2.weight": word_size / GELU_SIZE}
+def _merger_state(config: Qwen2VLConfig, embedding_rms: float, seed: int) -> dict[str, Tensor]:
+    """Draw the two layers: for inputs of deviation 1, outputs have the RMS of token embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    deviations = {"mlp.0.weight": 1.0, "mlp.2.weight": embedding_rms / GELU_RMS}
     state: dict[str, Tensor] = {}
     for name, shape in expected_shapes(config).items():
         leaf = name.removeprefix("visual.merger.")
@@ -174,26 +200,28 @@ def _merger(config: Qwen2VLConfig, word_size: float, seed: int) -> dict[str, Ten
             continue
         if len(shape) == 2:
             std = deviations[leaf] * shape[1] ** -0.5
-            state[name] = std * torch.randn(shape, generator=draw)
+            state[name] = std * torch.randn(shape, generator=generator)
         else:
             state[name] = torch.ones(shape) if leaf == "ln_q.weight" else torch.zeros(shape)
     return state
 
 
-def _size(table_VD: Tensor) -> float:
-    """Measure the root of the mean square."""
+def _rms(table_VD: Tensor) -> float:
+    """Compute the root mean square."""
     return float(table_VD.float().square().mean().sqrt())
 
 
-def _check_fit(words: TextDonor, state: dict[str, Tensor], config: Qwen2VLConfig) -> None:
-    wanted = expected_shapes(config)
+def _check_state(
+    text_model: TextSourceModel, state: dict[str, Tensor], config: Qwen2VLConfig
+) -> None:
+    expected = expected_shapes(config)
     wrong = sorted(
         name
-        for name in wanted.keys() | state.keys()
-        if name not in wanted or name not in state or tuple(state[name].shape) != wanted[name]
+        for name in expected.keys() | state.keys()
+        if name not in expected or name not in state or tuple(state[name].shape) != expected[name]
     )
     if wrong:
         raise CheckpointError(
-            f"{words.folder}: {len(wrong)} tensors do not fit config.json: {', '.join(wrong[:5])}; "
-            "fetch the folder again"
+            f"{text_model.folder}: {len(wrong)} tensors do not fit config.json: "
+            f"{', '.join(wrong[:5])}; fetch the folder again"
         )

@@ -1,10 +1,10 @@
-"""Matrices stored as small integers: what config.json says of them, and what they mean.
+"""quantization_config of config.json (GPTQ, AWQ), and the unpacked form of a quantized matrix.
 
-The official quantized repositories come in two layouts, GPTQ (gptq.py) and AWQ (awq.py). Both
-store each linear layer of the decoder as `qweight`, `qzeros` and `scales` in place of `weight`;
-out of either comes a PackedMatrix. Embeddings, norms, head and vision tower stay as they are.
-Letters: O outputs and I inputs of a layer, G groups of inputs. (AutoGPTQ: QuantLinear; AutoAWQ:
-WQLinear_GEMM.) Next room: gptq.py.
+The official quantized repositories come in two packing formats, GPTQ (gptq.py) and AWQ (awq.py).
+Both store each linear layer of the decoder as `qweight`, `qzeros` and `scales` in place of
+`weight`; both unpack into a QuantizedMatrix. Embeddings, norms, head and vision tower are not
+quantized. Letters: O outputs and I inputs of a layer, G groups of inputs. (AutoGPTQ: QuantLinear;
+AutoAWQ: WQLinear_GEMM; transformers: GPTQConfig, AwqConfig.)
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
 
-__all__ = ["PACKED_ENDINGS", "REST", "PackedMatrix", "Packing"]
+__all__ = ["HEAD_AND_VISION_KEY", "PACKED_SUFFIXES", "QuantizationConfig", "QuantizedMatrix"]
 
-# What stands in place of a layer's `.weight`; AWQ has no g_idx.
-PACKED_ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
+# The tensors in place of a layer's `.weight`; AWQ has no g_idx.
+PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 
-# Our own addition to quantization_config: how to round what is stored whole, as it is read.
-REST = "head_and_vision"
+# An additional key of quantization_config: how to quantize the unquantized layers while loading.
+HEAD_AND_VISION_KEY = "head_and_vision"
 
-_WHAT_WE_RUN = "this library runs GPTQ of 4 or 8 bits and AWQ of 4 bits (GEMM)"
+_SUPPORTED = "this library runs GPTQ of 4 or 8 bits and AWQ of 4 bits (GEMM)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """How the matrices of a folder are packed."""
+class QuantizationConfig:
+    """How the decoder's matrices of a folder are quantized and packed."""
 
     method: Literal["gptq", "awq"]
     bits: int
     group_size: int  # inputs that share a scale; -1: all of them
-    is_symmetric: bool = False  # the zero lies in the middle of the levels
-    is_ordered: bool = True  # neighboring inputs share a group (no act-order)
-    stores_zero_less_one: bool = False  # GPTQ's first format
-    rest: Literal["int8"] | None = None
+    is_symmetric: bool = False  # the zero point is the middle of the range
+    has_contiguous_groups: bool = True  # inputs of a group are neighbors (no act-order)
+    stores_zero_minus_one: bool = False  # GPTQ v1 (checkpoint_format "gptq")
+    head_and_vision: Literal["int8"] | None = None  # of the layers to quantize while loading
 
     @classmethod
-    def from_dict(cls, raw: object, where: str) -> Packing:
-        """Read `quantization_config`.
+    def from_dict(cls, raw: object, where: str) -> QuantizationConfig:
+        """Parse `quantization_config`.
 
         Raises:
-            CheckpointError: another method, or a variant that this library does not run.
+            CheckpointError: another method, or a variant that is not supported.
         """
         settings = cast("Mapping[str, Any]", raw) if isinstance(raw, Mapping) else {}
         method, bits = settings.get("quant_method"), settings.get("bits")
@@ -59,46 +59,46 @@ class Packing:
             bits=bits,
             group_size=size,
             is_symmetric=is_gptq and bool(settings.get("sym", True)),
-            is_ordered=not (is_gptq and settings.get("desc_act", False)),
-            stores_zero_less_one=is_gptq and settings.get("checkpoint_format") != "gptq_v2",
-            rest=settings.get(REST),
+            has_contiguous_groups=not (is_gptq and settings.get("desc_act", False)),
+            stores_zero_minus_one=is_gptq and settings.get("checkpoint_format") != "gptq_v2",
+            head_and_vision=settings.get(HEAD_AND_VISION_KEY),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Write `quantization_config` as the official repositories spell it."""
+        """Return `quantization_config` as the official repositories spell it."""
         if self.method == "awq":
-            own: dict[str, Any] = {"version": "gemm", "zero_point": True}
-            own["modules_to_not_convert"] = ["visual"]
+            options: dict[str, Any] = {"version": "gemm", "zero_point": True}
+            options["modules_to_not_convert"] = ["visual"]
         else:
-            own = {"desc_act": not self.is_ordered, "sym": self.is_symmetric}
-        rest = {REST: self.rest} if self.rest else {}
+            options = {"desc_act": not self.has_contiguous_groups, "sym": self.is_symmetric}
+        extra = {HEAD_AND_VISION_KEY: self.head_and_vision} if self.head_and_vision else {}
         size = {"bits": self.bits, "group_size": self.group_size}
-        return {"quant_method": self.method, **size, **own, **rest}
+        return {"quant_method": self.method, **size, **options, **extra}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedMatrix:
-    """W[o, i] = (ints_OI[o, i] - zero_GO[g, o]) * scale_GO[g, o], g = group_I[i]."""
+class QuantizedMatrix:
+    """Unpacked: W[o, i] = (ints_OI[o, i] - zero_GO[g, o]) * scale_GO[g, o], g = group_I[i]."""
 
     ints_OI: Tensor  # uint8
     scale_GO: Tensor  # as stored, float16
     zero_GO: Tensor  # int16
     group_I: Tensor  # int64
 
-    def dequantized(self) -> Tensor:
-        """Compute the matrix these integers stand for, in float32."""
+    def dequantize(self) -> Tensor:
+        """Compute the dequantized matrix (O, I), in float32."""
         zero_OI = self.zero_GO[self.group_I].T.float()
         return (self.ints_OI.float() - zero_OI) * self.scale_GO[self.group_I].T.float()
 
 
 def _check(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse what is not one of the official layouts, naming what it is."""
+    """Refuse everything but the official formats; the error names what was found."""
     method, bits = settings.get("quant_method"), settings.get("bits")
     allowed = {"gptq": (4, 8), "awq": (4,)}.get(str(method))
     if allowed is None or bits not in allowed or type(bits) is not int:
         name = str(method or "unknown").upper() + (f" {bits}-bit" if bits else "")
         raise CheckpointError(
-            f"{where}: the weights are quantized ({name}); {_WHAT_WE_RUN}; take another "
+            f"{where}: the weights are quantized ({name}); {_SUPPORTED}; take another "
             "repository of this model, such as Qwen/Qwen2-VL-7B-Instruct"
         )
     size = settings.get("group_size")
@@ -111,9 +111,10 @@ def _check(settings: Mapping[str, Any], where: str) -> None:
     if method == "awq" and (str(version).lower() != "gemm" or not settings.get("zero_point", True)):
         raise CheckpointError(
             f"{where}: the weights are packed as AWQ {version} with zero_point "
-            f"{settings.get('zero_point', True)}; {_WHAT_WE_RUN}, with zero points"
+            f"{settings.get('zero_point', True)}; {_SUPPORTED}, with zero points"
         )
-    if settings.get(REST) not in (None, "int8"):
+    if settings.get(HEAD_AND_VISION_KEY) not in (None, "int8"):
         raise CheckpointError(
-            f"{where}: {REST} of quantization_config is {settings[REST]!r}, must be 'int8'"
+            f"{where}: {HEAD_AND_VISION_KEY} of quantization_config is "
+            f"{settings[HEAD_AND_VISION_KEY]!r}, must be 'int8'"
         )

@@ -1,9 +1,8 @@
-"""A model -> a folder that every program that knows Qwen2-VL opens, transformers included.
+"""Model folder writer (save_pretrained): the official layout, which transformers loads.
 
-The official flat layout: names of parameters as they are, safetensors, config and settings as the
-released repositories spell them, packed layers as GPTQ and AWQ have them. Written aside and
-renamed as a whole, so that a crash or a full disk leaves either the finished folder or none.
-Next: load.py, the way back in.
+The official flat layout: parameter names as they are, safetensors, configs as the released
+repositories spell them, quantized layers packed as GPTQ or AWQ. Writes are atomic: into a temporary
+folder that is renamed, so that a crash or a full disk leaves either the finished folder or none.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from torch import Tensor
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.config_files import CHAT_TEMPLATE, GenerationDefaults, read_json
-from qwen2vl.weights.quantization_config import PACKED_ENDINGS, Packing
+from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig
 from qwen2vl.weights.state_dict import expected_shapes
-from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, layout_of
+from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, packing_module
 
 if TYPE_CHECKING:
     from qwen2vl.processor.image import PixelLimits
 
-__all__ = ["check_target", "save_folder", "whole_folder"]
+__all__ = ["atomic_folder", "check_output_folder", "save_folder"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,7 +41,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 
-# Parts of this size survive interrupted transfers and old file systems; the official ones are as
+# Shards of this size suit interrupted transfers and old file systems; the official ones are as
 # large.
 MAX_SHARD_BYTES = 4_000_000_000
 
@@ -56,54 +55,55 @@ def save_folder(
     pixels: PixelLimits,
     generation: GenerationDefaults | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    packing: Packing | None = None,
+    quantization_config: QuantizationConfig | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a whole model folder to `path`, which must not exist yet (or be empty).
 
     Args:
-        path: the folder to make; its parent must exist.
-        config: what the model is.
+        path: the folder to write; its parent must exist.
+        config: of the model.
         state_dict: every parameter under its official name, on any device and of any dtype; of
             a packed layer its parts (`....qweight` and so on) in place of `....weight`.
         tokenizer_folder: the folder whose tokenizer files are copied.
-        pixels: the limits a picture is resized to, for preprocessor_config.json.
-        generation: what generation_config.json shall propose; None writes only the end token.
-        dtype: what the weights are stored as, but for the parts of packed layers.
-        packing: how those parts are packed, for config.json.
-        max_shard_bytes: begin another file beyond this size; a larger tensor gets its own.
+        pixels: the limits images are resized to, for preprocessor_config.json.
+        generation: the content of generation_config.json; None writes only special token ids.
+        dtype: of the stored weights, except the parts of packed layers.
+        quantization_config: the format of those parts, for config.json.
+        max_shard_bytes: largest size of a file; a larger tensor gets a file of its own.
 
     Raises:
-        CheckpointError: something is there already, there is no tokenizer to copy, or the disk is
+        CheckpointError: the folder is not empty, there is no tokenizer to copy, or the disk is
             full or not writable.
     """
     target = Path(path)
-    check_target(target)
+    check_output_folder(target)
     _check_tokenizer(Path(tokenizer_folder))
-    _check_state(state_dict, config, packing)
+    _check_state(state_dict, config, quantization_config)
     remedy = "nothing was changed, free some space or choose another folder"
-    with whole_folder(target, "cannot be saved", remedy) as partial:
-        _write_config(partial, config, dtype, packing)
+    with atomic_folder(target, "cannot be saved", remedy) as partial:
+        _write_config(partial, config, dtype, quantization_config)
         _write_settings(partial, config, pixels, generation or GenerationDefaults())
         _write_tokenizer(partial, Path(tokenizer_folder))
         _write_tensors(partial, state_dict, dtype, max_shard_bytes)
 
 
 @contextmanager
-def whole_folder(target: Path, failure: str, remedy: str) -> Iterator[Path]:
-    """Lend a folder aside to write into; it takes the name `target` once all of it is on disk.
+def atomic_folder(target: Path, failure: str, remedy: str) -> Iterator[Path]:
+    """Yield a temporary folder to write into; it is renamed to `target` once it is on disk.
 
     Raises:
-        CheckpointError: it could not be written or renamed: `failure`, the reason, `remedy`.
+        CheckpointError: it could not be written or renamed; the message is `failure`, the reason
+            and `remedy`.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
-        # What a killed run left behind under this name was never finished: nobody can need it.
+        # A folder of this name is from a killed run and incomplete.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
         for file in partial.iterdir():
-            # safetensors lets its owner alone read a file; whoever sees the folder may read this.
+            # safetensors writes files that only the owner may read; give them the folder's mode.
             file.chmod(partial.stat().st_mode & 0o666)
         _flush(partial)
         if target.is_dir():
@@ -116,11 +116,11 @@ def whole_folder(target: Path, failure: str, remedy: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(path: str | Path) -> None:
-    """Find out before the work whether a folder can be made at `path`.
+def check_output_folder(path: str | Path) -> None:
+    """Check in advance that a folder can be written at `path`.
 
     Raises:
-        CheckpointError: something is there already, or there is no folder to make it in.
+        CheckpointError: it exists and is not an empty folder, or its parent does not exist.
     """
     target = Path(path)
     if target.is_dir() and not any(target.iterdir()):
@@ -143,26 +143,33 @@ def _check_tokenizer(source: Path) -> None:
 
 
 def _check_state(
-    state_dict: Mapping[str, Tensor], config: Qwen2VLConfig, packing: Packing | None
+    state_dict: Mapping[str, Tensor],
+    config: Qwen2VLConfig,
+    quantization_config: QuantizationConfig | None,
 ) -> None:
-    given = {
+    shapes = {
         name: tuple(tensor.shape)
         for name, tensor in state_dict.items()
-        if not name.endswith(PACKED_ENDINGS)
+        if not name.endswith(PACKED_SUFFIXES)
     }
     for name, tensor in state_dict.items():
-        if packing and name.endswith(".qweight"):
+        if quantization_config and name.endswith(".qweight"):
             layer = name.removesuffix(".qweight")
-            given[f"{layer}.weight"] = layout_of(packing).shape_of(tuple(tensor.shape), packing)
-    assert given == expected_shapes(config), "state_dict is not that of the model in config"
+            shapes[f"{layer}.weight"] = packing_module(quantization_config).unpacked_shape(
+                tuple(tensor.shape), quantization_config
+            )
+    assert shapes == expected_shapes(config), "state_dict is not that of the model in config"
 
 
 def _write_config(
-    folder: Path, config: Qwen2VLConfig, dtype: torch.dtype, packing: Packing | None
+    folder: Path,
+    config: Qwen2VLConfig,
+    dtype: torch.dtype,
+    quantization_config: QuantizationConfig | None,
 ) -> None:
     content = config.to_dict(str(dtype).removeprefix("torch."))
-    if packing:
-        content["quantization_config"] = packing.to_dict()
+    if quantization_config:
+        content["quantization_config"] = quantization_config.to_dict()
     _write_json(folder / "config.json", content)
 
 
@@ -190,13 +197,13 @@ def _preprocessor(config: Qwen2VLConfig, pixels: PixelLimits) -> dict[str, Any]:
 
 
 def _generation(config: Qwen2VLConfig, generation: GenerationDefaults) -> dict[str, Any]:
-    given = {f.name: getattr(generation, f.name) for f in fields(generation)}
-    ends = list(given.pop("eos_token_ids") or (config.eos_token_id,))
+    defaults = {f.name: getattr(generation, f.name) for f in fields(generation)}
+    eos_ids = list(defaults.pop("eos_token_ids") or (config.eos_token_id,))
     return {
         "bos_token_id": config.bos_token_id,
         "pad_token_id": config.bos_token_id,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
-        **{name: value for name, value in given.items() if value is not None},
+        "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
+        **{name: value for name, value in defaults.items() if value is not None},
     }
 
 
@@ -222,9 +229,9 @@ def _write_tensors(
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        # One shard at a time is brought to the CPU and cast.
-        given = {name: state_dict[name].detach() for name in names}
-        shard = {n: t.to("cpu", _dtype(n, t, dtype)).contiguous() for n, t in given.items()}
+        # One shard at a time is moved to the CPU and cast.
+        tensors = {name: state_dict[name].detach() for name in names}
+        shard = {n: t.to("cpu", _dtype(n, t, dtype)).contiguous() for n, t in tensors.items()}
         save_file(shard, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
@@ -233,20 +240,20 @@ def _write_tensors(
 
 
 def _dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Parts of packed layers stay what their format makes them."""
-    return tensor.dtype if name.endswith(PACKED_ENDINGS) else dtype
+    """Return the stored dtype: parts of packed layers keep that of their format."""
+    return tensor.dtype if name.endswith(PACKED_SUFFIXES) else dtype
 
 
 def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list[str]]:
-    """Fill one file after the other, in the order of the model."""
+    """Assign tensors to files of at most `max_shard_bytes`, in model order."""
     names: list[str] = []
-    filled = 0
+    shard_bytes = 0
     for name, size in sizes.items():
-        if names and filled + size > max_shard_bytes:
+        if names and shard_bytes + size > max_shard_bytes:
             yield names
-            names, filled = [], 0
+            names, shard_bytes = [], 0
         names.append(name)
-        filled += size
+        shard_bytes += size
     if names:
         yield names
 

@@ -1,9 +1,8 @@
-"""Do these tensors belong to this model? All answers at once, before anything is read.
+"""State dict checks: do a folder's tensor names and shapes match the model?
 
-The model itself, built on the meta device, says which tensors it wants; nothing is listed twice.
-Differences that carry no information pass: a flat patch embedding, a second copy of a tied head,
-biases of zeros that GPTQ's tools give to layers without one.
-Next room: save.py.
+The expected names and shapes are those of the model built on the meta device; all mismatches are
+reported in one error, before any tensor is read. Differences without information are accepted: a
+flat patch embedding, a copy of a tied head, biases of zeros that GPTQ tools add.
 """
 
 from __future__ import annotations
@@ -18,35 +17,42 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights.tensors import TensorFolder, shorten
 
-__all__ = ["EMBEDDING", "HEAD", "PATCH_EMBED", "check_fit", "expected_shapes", "nonfinite_tensors"]
+__all__ = [
+    "EMBED_TOKENS_WEIGHT",
+    "LM_HEAD_WEIGHT",
+    "PATCH_EMBED_WEIGHT",
+    "check_state_dict",
+    "expected_shapes",
+    "nonfinite_tensors",
+]
 
 logger = logging.getLogger(__name__)
 
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-PATCH_EMBED = "visual.patch_embed.proj.weight"
+LM_HEAD_WEIGHT = "lm_head.weight"
+EMBED_TOKENS_WEIGHT = "model.embed_tokens.weight"
+PATCH_EMBED_WEIGHT = "visual.patch_embed.proj.weight"
 
 
 def expected_shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:
-    """Name every parameter of the model that `config` describes, with its shape."""
+    """Return the name and shape of every parameter of the model that `config` describes."""
     with torch.device("meta"):
         model = Qwen2VL(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_fit(tensors: TensorFolder, config: Qwen2VLConfig) -> None:
-    """Refuse a folder whose tensors are not exactly the model's.
+def check_state_dict(tensors: TensorFolder, config: Qwen2VLConfig) -> None:
+    """Check that a folder's tensors are exactly the model's.
 
     Raises:
-        CheckpointError: every missing, extra and misshapen tensor, in one message.
+        CheckpointError: names every missing, unexpected and misshapen tensor in one message.
     """
     expected = expected_shapes(config)
     extra = sorted(set(tensors) - set(expected))
     extra = [name for name in extra if not _is_empty_bias(tensors, name)]
-    if config.text.tie_word_embeddings and HEAD in extra:
-        if EMBEDDING in tensors:  # else it is named as missing, with everything else
+    if config.text.tie_word_embeddings and LM_HEAD_WEIGHT in extra:
+        if EMBED_TOKENS_WEIGHT in tensors:  # else it is reported as missing
             _check_tied_copy(tensors)
-        extra.remove(HEAD)
+        extra.remove(LM_HEAD_WEIGHT)
     misshapen = [
         f"{name} is {list(tensors.info(name).shape)}, config.json asks for {list(shape)}"
         for name, shape in expected.items()
@@ -64,44 +70,50 @@ def check_fit(tensors: TensorFolder, config: Qwen2VLConfig) -> None:
     if problems:
         raise CheckpointError(
             f"{tensors.folder}: the tensors do not fit config.json: {'; '.join(problems)}"
-            + _hint(HEAD not in tensors and HEAD in expected)
+            + _hint(LM_HEAD_WEIGHT not in tensors and LM_HEAD_WEIGHT in expected)
         )
 
 
 def nonfinite_tensors(tensors: TensorFolder) -> list[str]:
-    """Read every tensor and name those that hold a NaN or an infinity."""
+    """Read every tensor and return the names of those with a NaN or an infinity."""
     return [name for name in tensors if not _is_finite(tensors[name])]
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # One reduction in place of a mask as large as the tensor; wide enough not to overflow.
+    # A reduction, not a mask as large as the tensor; minimum and maximum cannot overflow.
     low, high = torch.aminmax(tensor) if tensor.numel() else (tensor.sum(), tensor.sum())
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _is_shape(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    """Equal, or the patch embedding as a matrix (E, P) in place of a Conv3d kernel."""
-    if name == PATCH_EMBED and len(got) == 2:
-        return got == (want[0], want[1] * want[2] * want[3] * want[4])
-    return got == want
+def _is_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return whether shapes are equal; a patch embedding may be a matrix (E, P), not a Conv3d."""
+    if name == PATCH_EMBED_WEIGHT and len(shape) == 2:
+        return shape == (expected[0], expected[1] * expected[2] * expected[3] * expected[4])
+    return shape == expected
 
 
 def _is_empty_bias(tensors: TensorFolder, name: str) -> bool:
     layer, _, leaf = name.rpartition(".")
-    return leaf == "bias" and layer in tensors.packed and not tensors[name].any()
+    return leaf == "bias" and layer in tensors.packed_layers and not tensors[name].any()
 
 
 def _check_tied_copy(tensors: TensorFolder) -> None:
-    """A tied model that also stores a head must store the embedding in it."""
-    if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+    """Check that the stored head of a tied model equals the embedding."""
+    if not torch.equal(tensors[LM_HEAD_WEIGHT], tensors[EMBED_TOKENS_WEIGHT]):
         raise CheckpointError(
-            f"{tensors.folder}: config.json ties the head to the embedding, but {HEAD} is stored "
-            "and differs from it; set tie_word_embeddings to false in config.json, or remove it"
+            f"{tensors.folder}: config.json ties the head to the embedding, but {LM_HEAD_WEIGHT} "
+            "is stored and differs from it; set tie_word_embeddings to false in config.json, or "
+            "remove it"
         )
-    logger.debug("%s: %s repeats the tied embedding and is not read", tensors.folder, HEAD)
+    logger.debug(
+        "%s: %s repeats the tied embedding and is not read", tensors.folder, LM_HEAD_WEIGHT
+    )
 
 
 def _hint(head_is_missing: bool) -> str:
     if not head_is_missing:
         return ""
-    return f" (a model without {HEAD} has tie_word_embeddings true in config.json, as the 2B)"
+    return (
+        f" (a model without {LM_HEAD_WEIGHT} has tie_word_embeddings true in config.json, "
+        "as the 2B)"
+    )

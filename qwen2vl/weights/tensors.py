@@ -1,9 +1,8 @@
-"""The tensors of a folder under their official names, read from disk when asked for.
+"""Safetensors of a model folder, memory-mapped, as one mapping from official names to tensors.
 
-One file or many, either of the two key layouts that transformers has written, whole matrices or
-packed ones: whoever holds a `TensorFolder` cannot tell, unless he asks. Tensors on the CPU are
-memory-mapped, so opening 140 GB costs nothing. Every header is verified first; pickle is never
-opened. Next room: fit.py.
+Hides whether there is one file or shards, which of transformers' two key layouts they have, and
+whether matrices are plain or packed (GPTQ, AWQ). Tensors on the CPU are memory-mapped, so opening
+140 GB costs nothing. Every header is verified first; pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.weights import awq, gptq
 from qwen2vl.weights.config_files import PICKLE_SUFFIXES, pickle_remedy, read_json
 from qwen2vl.weights.header import TensorInfo, read_header
-from qwen2vl.weights.quantization_config import PACKED_ENDINGS, PackedMatrix, Packing
+from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig, QuantizedMatrix
 
 __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
     "TensorFolder",
-    "layout_of",
     "official_name",
     "open_tensors",
+    "packing_module",
     "shorten",
 ]
 
@@ -43,79 +42,90 @@ _NESTED_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "mod
 
 
 class TensorFolder(Mapping[str, Tensor]):
-    """Official name -> tensor on the CPU, memory-mapped; shapes and dtypes without reading.
+    """Official name -> tensor on the CPU, memory-mapped; `info` returns shape and dtype unread.
 
-    A packed layer is one name, `....weight`: the matrix that its integers stand for, computed when
-    it is asked for.
+    A packed layer has one name, `....weight`: its dequantized matrix, computed at each access.
     """
 
     def __init__(
         self,
         folder: Path,
         files: Mapping[Path, Mapping[str, TensorInfo]],
-        packing: Packing | None = None,
+        quantization_config: QuantizationConfig | None = None,
     ) -> None:
         self.folder = folder
-        self.packing = packing
-        self._places = {
+        self.quantization_config = quantization_config
+        self._locations = {
             official_name(key): (path, key, info)
             for path, infos in files.items()
             for key, info in infos.items()
         }
         self._open_files: dict[Path, Any] = {}
-        # Layer -> (O, I); without a packing no name means anything special.
-        self.packed = _find_packed(folder, self._places, packing) if packing else {}
+        # Layer -> (O, I); empty without quantization_config.
+        self.packed_layers = (
+            _packed_layers(folder, self._locations, quantization_config)
+            if quantization_config
+            else {}
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
-        return self.matrix(layer).dequantized() if layer in self.packed else self._read(name)
+        return (
+            self.quantized_matrix(layer).dequantize()
+            if layer in self.packed_layers
+            else self._read(name)
+        )
 
     def __contains__(self, name: object) -> bool:
-        """Look a name up; Mapping's own way would read the tensor."""
+        """Look up a name; Mapping's own implementation would read the tensor."""
         return isinstance(name, str) and (
-            name in self._places or name.removesuffix(".weight") in self.packed
+            name in self._locations or name.removesuffix(".weight") in self.packed_layers
         )
 
     def __iter__(self) -> Iterator[str]:
-        yield from (name for name in self._places if name.rpartition(".")[0] not in self.packed)
-        for layer in self.packed:
+        yield from (
+            name for name in self._locations if name.rpartition(".")[0] not in self.packed_layers
+        )
+        for layer in self.packed_layers:
             yield f"{layer}.weight"
-            if f"{layer}.bias" in self._places:
+            if f"{layer}.bias" in self._locations:
                 yield f"{layer}.bias"
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def info(self, name: str) -> TensorInfo:
-        """Say what a tensor is without reading it; a packed one is as large as it stands for."""
+        """Return a tensor's info without reading it; of a packed layer, with the unpacked shape."""
         layer = name.removesuffix(".weight")
-        if layer in self.packed:
-            return TensorInfo("packed", self.packed[layer], 0, 0)
-        return self._places[name][2]
+        if layer in self.packed_layers:
+            return TensorInfo("packed", self.packed_layers[layer], 0, 0)
+        return self._locations[name][2]
 
-    def matrix(self, layer: str) -> PackedMatrix:
-        """Read the integers of a packed layer.
+    def quantized_matrix(self, layer: str) -> QuantizedMatrix:
+        """Read and unpack the integers of a packed layer.
 
         Raises:
-            CheckpointError: inputs belong to groups that are not there.
+            CheckpointError: g_idx names a group that does not exist.
         """
-        assert self.packing is not None
+        assert self.quantization_config is not None
         parts = {
             ending.removeprefix("."): self._read(layer + ending)
-            for ending in PACKED_ENDINGS
-            if layer + ending in self._places
+            for ending in PACKED_SUFFIXES
+            if layer + ending in self._locations
         }
-        matrix = layout_of(self.packing).unpack(parts, self.packing)
-        groups = matrix.group_I.aminmax()
-        if not 0 <= int(groups.min) <= int(groups.max) < len(matrix.scale_GO):
+        quantized_matrix = packing_module(self.quantization_config).unpack(
+            parts, self.quantization_config
+        )
+        groups = quantized_matrix.group_I.aminmax()
+        if not 0 <= int(groups.min) <= int(groups.max) < len(quantized_matrix.scale_GO):
             raise CheckpointError(
                 f"{self.folder}: {layer}.g_idx names group {int(groups.max)} of "
-                f"{len(matrix.scale_GO)}; fetch the folder again"
+                f"{len(quantized_matrix.scale_GO)}; fetch the folder again"
             )
-        return matrix
+        return quantized_matrix
 
     def _read(self, name: str) -> Tensor:
-        path, key, _ = self._places[name]
+        path, key, _ = self._locations[name]
         try:
             if path not in self._open_files:
                 self._open_files[path] = safe_open(path, framework="pt")
@@ -125,32 +135,32 @@ class TensorFolder(Mapping[str, Tensor]):
 
 
 def open_tensors(folder: Path) -> TensorFolder:
-    """Open the weights of a folder, having verified every header and the index against it.
+    """Open the weights of a folder; verifies every header, and the index against the shards.
 
     Raises:
         CheckpointError: no safetensors, missing shards or entries (all named at once), damaged or
-            truncated files, weights of a kind that we do not run, pickles only.
+            truncated files, an unsupported format of weights, pickles only.
     """
     config = folder / "config.json"
     raw = read_json(config).get("quantization_config") if config.is_file() else None
-    packing = Packing.from_dict(raw, str(folder)) if raw else None
+    quantization_config = QuantizationConfig.from_dict(raw, str(folder)) if raw else None
     if (folder / SINGLE_FILE).is_file():
         files = {folder / SINGLE_FILE: read_header(folder / SINGLE_FILE)}
     elif (folder / INDEX_FILE).is_file():
         files = _read_shards(folder)
     else:
-        raise CheckpointError(_why_no_weights(folder))
-    _check_kind(folder, files, packing)
-    return TensorFolder(folder, files, packing)
+        raise CheckpointError(_missing_weights_message(folder))
+    _check_supported(folder, files, quantization_config)
+    return TensorFolder(folder, files, quantization_config)
 
 
-def layout_of(packing: Packing) -> ModuleType:
-    """Choose the module that knows a layout: pack, unpack, shape_of, wanted_shapes."""
-    return gptq if packing.method == "gptq" else awq
+def packing_module(quantization_config: QuantizationConfig) -> ModuleType:
+    """Return the module of a packing format: pack, unpack, unpacked_shape, part_shapes."""
+    return gptq if quantization_config.method == "gptq" else awq
 
 
 def official_name(key: str) -> str:
-    """Turn a key of either layout into the official, flat one."""
+    """Convert a key of either layout to the official, flat name."""
     for nested, flat in _NESTED_PREFIXES:
         if key.startswith(nested):
             return flat + key.removeprefix(nested)
@@ -158,7 +168,7 @@ def official_name(key: str) -> str:
 
 
 def shorten(names: list[str], limit: int = 8) -> str:
-    """List names for an error: the first few and the count of the others."""
+    """Format names for an error: the first ones and the number of the others."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
 
@@ -189,52 +199,62 @@ def _is_file_name(name: Any) -> bool:
 def _check_index(
     index: Path, weight_map: Mapping[str, str], files: Mapping[Path, Mapping[str, TensorInfo]]
 ) -> None:
-    """The index and the shards must tell the same story, tensor by tensor."""
+    """Check that the index and the shards list the same tensors."""
     listed = {(key, name) for key, name in weight_map.items()}
     present = {(key, path.name) for path, infos in files.items() for key in infos}
-    stories = [
+    differences = [
         ("listed, but not in the shard", sorted(f"{k} ({f})" for k, f in listed - present)),
         ("in a shard, but not listed", sorted(f"{k} ({f})" for k, f in present - listed)),
     ]
-    broken = [f"{len(names)} tensors {what}: {shorten(names)}" for what, names in stories if names]
-    if broken:
+    problems = [
+        f"{len(names)} tensors {what}: {shorten(names)}" for what, names in differences if names
+    ]
+    if problems:
         raise CheckpointError(
-            f"{index}: does not match its shards: {'; '.join(broken)}; fetch the folder again"
+            f"{index}: does not match its shards: {'; '.join(problems)}; fetch the folder again"
         )
 
 
-def _find_packed(
-    folder: Path, places: Mapping[str, tuple[Path, str, TensorInfo]], packing: Packing
+def _packed_layers(
+    folder: Path,
+    locations: Mapping[str, tuple[Path, str, TensorInfo]],
+    config: QuantizationConfig,
 ) -> dict[str, tuple[int, int]]:
-    """List the packed layers with the shapes of their matrices, having checked all their parts."""
-    layout = layout_of(packing)
+    """Return the packed layers with their unpacked shapes; checks the shapes of all parts."""
+    packing_format = packing_module(config)
     found: dict[str, tuple[int, int]] = {}
     wrong: list[str] = []
-    for name in (name for name in places if name.endswith(".qweight")):
+    for name in (name for name in locations if name.endswith(".qweight")):
         layer = name.removesuffix(".qweight")
-        qweight = places[name][2].shape
-        found[layer] = layout.shape_of(qweight, packing) if len(qweight) == 2 else (0, 0)
-        for part, want in layout.wanted_shapes(found[layer], packing).items():
-            got = places[f"{layer}.{part}"][2].shape if f"{layer}.{part}" in places else None
-            if got != want and not (got is None and part == "g_idx"):
-                shown = "missing" if got is None else str(list(got))
-                wrong.append(f"{layer}.{part} is {shown}, expected {list(want)}")
+        qweight = locations[name][2].shape
+        found[layer] = (
+            packing_format.unpacked_shape(qweight, config) if len(qweight) == 2 else (0, 0)
+        )
+        for part, expected in packing_format.part_shapes(found[layer], config).items():
+            shape = (
+                locations[f"{layer}.{part}"][2].shape if f"{layer}.{part}" in locations else None
+            )
+            if shape != expected and not (shape is None and part == "g_idx"):
+                shown = "missing" if shape is None else str(list(shape))
+                wrong.append(f"{layer}.{part} is {shown}, expected {list(expected)}")
     if wrong or not found:
         raise CheckpointError(
-            f"{folder}: config.json says {packing.method.upper()} of {packing.bits} bits in groups "
-            f"of {packing.group_size}, but {shorten(wrong, 3) or 'no tensor is packed'}; fetch the "
+            f"{folder}: config.json says {config.method.upper()} of {config.bits} bits in groups "
+            f"of {config.group_size}, but {shorten(wrong, 3) or 'no tensor is packed'}; fetch the "
             "folder again"
         )
     return found
 
 
-def _check_kind(
-    folder: Path, files: Mapping[Path, Mapping[str, TensorInfo]], packing: Packing | None
+def _check_supported(
+    folder: Path,
+    files: Mapping[Path, Mapping[str, TensorInfo]],
+    quantization_config: QuantizationConfig | None,
 ) -> None:
-    """Refuse weights of a kind that we do not run, by its name rather than by its shapes."""
+    """Refuse unsupported formats of weights; the error names the format."""
     infos = {key: info for file in files.values() for key, info in file.items()}
-    packed = {key for key in infos if key.endswith(PACKED_ENDINGS)}
-    if packed and packing is None:
+    packed = {key for key in infos if key.endswith(PACKED_SUFFIXES)}
+    if packed and quantization_config is None:
         raise CheckpointError(
             f"{folder}: the weights are quantized (GPTQ or AWQ: {min(packed)}), but config.json "
             "has no quantization_config that says how; fetch config.json again"
@@ -257,7 +277,7 @@ def _check_kind(
         raise CheckpointError(f"{folder}: stored twice, in both key layouts: {shorten(twice)}")
 
 
-def _why_no_weights(folder: Path) -> str:
+def _missing_weights_message(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
     if shards := [n for n in names if n.endswith(".safetensors")]:
         if "adapter_model.safetensors" in shards:

@@ -1,4 +1,4 @@
-"""A tiny model folder on disk, and `run`: the command in this process."""
+"""Fixtures: a tiny model folder on disk, an image file, and `run` (the command in process)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from qwen2vl.cli.main import main
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.weights import save_folder
-from tests.parity.oracle import random_model
+from tests.parity.reference import random_model
 from tests.tiny import tiny_config, tiny_tokenizer_dir
 
 Run = Callable[..., Result]
@@ -35,7 +35,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image_file(tmp_path: Path) -> Path:
     path = tmp_path / "a photo.png"
     Image.effect_noise((150, 100), 80).convert("RGB").save(path)
     return path
@@ -43,7 +43,7 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run one command inside an empty folder; stdout and stderr are kept apart."""
+    """Run one command in an empty folder; stdout and stderr are captured separately."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object, stdin: str | bytes | None = None) -> Result:

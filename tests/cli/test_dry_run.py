@@ -1,4 +1,4 @@
-"""`train --dry-run`: the data's facts, samples with what is learned in brackets, and no model."""
+"""`train --dry-run`: data report, memory estimate, samples with supervised text in brackets."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ import pytest
 from tests.cli.conftest import Run
 from tests.data.rows import conversation, write_media, write_rows
 
-WORDS = ["data.max_tokens=512", "data.bins=4", "data.cache=kept", "stages.0.steps=6", "workers=0"]
+OVERRIDES = [
+    "data.max_tokens=512",
+    "data.global_batch_size=4",
+    "data.cache_dir=cache",
+    "stages.0.steps=6",
+    "num_workers=0",
+]
 
 RECIPE = """
 from dataclasses import replace
 from qwen2vl.recipes import tiny
-from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.train.config import Stage
 
 def recipe():
-    stage = Stage(name="read", steps=9, data=DataConfig(sources=(Source(path="none"),)))
-    return replace(tiny.recipe(), stages=(stage, tiny.recipe().stages[1]), out="here")
+    stage = Stage(name="read", steps=9, data=DataConfig(sources=(SourceConfig(path="none"),)))
+    return replace(tiny.recipe(), stages=(stage, tiny.recipe().stages[1]), output_dir="here")
 """
 
 
@@ -33,20 +39,20 @@ def prepare() -> None:
     Path("own.py").write_text(RECIPE)
 
 
-def test_a_dry_run_tells_what_a_run_would_do(run: Run) -> None:
+def test_a_dry_run_reports_the_planned_run(run: Run) -> None:
     prepare()
-    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1"]
-    result = run("train", "own.py", *words, "--dry-run")
+    overrides = [*OVERRIDES, "data=set/rows.jsonl", "data.max_bad_fraction=0.1"]
+    result = run("train", "own.py", *overrides, "--dry-run")
     assert result.exit_code == 0, result.stderr
     text = result.stdout
-    assert "stage see: 10 steps of the world" in text
+    assert "stage see: 10 steps of synthetic data" in text
     assert "stage read: 6 steps" in text
     row = next(line for line in text.splitlines() if line.startswith("| rows"))
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["25", "25"]
     assert "1 missing" in row
     assert "fill " in text and "% of 512 tokens" in text
     assert "on 2 ranks" in text
-    # Alone in the stage that reads, whose four bins eight ranks cannot share; both of the world.
+    # One rank in stage `read`, whose four bins eight ranks cannot share; both in stage `see`.
     titles = [
         "ranks",
         "weights",
@@ -63,62 +69,72 @@ def test_a_dry_run_tells_what_a_run_would_do(run: Run) -> None:
     assert "rows.jsonl:1" in text
     assert "<|vision_start|><|image_pad|> x 12 <|vision_end|>what?<|im_end|>" in text
     assert "assistant\n[[answer 0<|im_end|>]]\n" in text
-    assert "tokens take" not in text  # nothing has run yet
+    assert "tokens take" not in text  # there is no throughput measurement yet
     assert not Path("here").exists()
 
 
-def test_time_epochs_and_a_stage_that_is_all_warm_up_are_told(run: Run) -> None:
+def test_duration_epochs_and_a_stage_within_warm_up_are_reported(run: Run) -> None:
     prepare()
     Path("here").mkdir()
     Path("here/metrics.jsonl").write_text(json.dumps({"tokens_per_second": 100.0}) + "\n")
-    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.1.steps=0"]
-    result = run("train", "own.py", *words, "optim.warmup=7", "--dry-run")
+    overrides = [*OVERRIDES, "data=set/rows.jsonl", "data.max_bad_fraction=0.1", "stages.1.steps=0"]
+    result = run("train", "own.py", *overrides, "optim.warmup_steps=7", "--dry-run")
     assert "tokens take" in result.stdout
-    assert "at the speed of this run's last report" in result.stdout
-    assert "passes (epochs)" in result.stdout
-    assert "stage read: its 6 steps are all warm-up, in which the rate still" in result.stderr
+    assert "at the throughput of this run's last report" in result.stdout
+    assert " epochs" in result.stdout
+    assert (
+        "stage read: its 6 steps are all warm-up, in which the learning rate still" in result.stderr
+    )
     assert "stage see: its" not in result.stderr  # it takes no step
 
 
-def test_a_stage_of_the_world_that_is_all_warm_up_is_told(run: Run) -> None:
+def test_a_synthetic_stage_within_warm_up_is_reported(run: Run) -> None:
     prepare()
-    words = [*WORDS, "data=set/rows.jsonl", "data.max_bad=0.1", "stages.0.steps=0"]
-    result = run("train", "own.py", *words, "optim.warmup=11", "--dry-run")
+    overrides = [*OVERRIDES, "data=set/rows.jsonl", "data.max_bad_fraction=0.1", "stages.0.steps=0"]
+    result = run("train", "own.py", *overrides, "optim.warmup_steps=11", "--dry-run")
     assert result.exit_code == 0, result.stderr
-    assert "stage see: its 10 steps are all warm-up, in which the rate still" in result.stderr
+    assert (
+        "stage see: its 10 steps are all warm-up, in which the learning rate still" in result.stderr
+    )
     assert "stage read: its" not in result.stderr  # it takes no step
 
 
-def test_data_that_cannot_be_used_are_one_line(run: Run) -> None:
+def test_unusable_data_is_a_one_line_error(run: Run) -> None:
     prepare()
-    result = run("train", "own.py", *WORDS, "data=set/rows.jsonl", "--dry-run")
+    result = run("train", "own.py", *OVERRIDES, "data=set/rows.jsonl", "--dry-run")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert "1 of 25 samples are bad (1 missing), the limit is 1.00%; rows.jsonl:25" in line
-    result = run("train", "own.py", *WORDS, "data=set/nothing.jsonl", "--dry-run")
+    result = run("train", "own.py", *OVERRIDES, "data=set/nothing.jsonl", "--dry-run")
     assert "set/nothing.jsonl: no such file" in result.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("overrides", "message"),
     [
-        (['adapter.targets=["model.eyes"]'], "'model.eyes' matches no linear layer; names are"),
-        (['stages.0.rules=[["eyes", 1], [".*", 0]]'], "rules that match no parameter: eyes"),
+        (
+            ['adapter.target_modules=["model.missing"]'],
+            "'model.missing' matches no linear layer; names are",
+        ),
+        (['stages.0.rules=[["missing", 1], [".*", 0]]'], "rules that match no parameter: missing"),
         (['stages.0.rules=[[".*", 0]]'], "stage lora: its rules freeze every parameter"),
-        (["accumulate=2"], "data.bins is 1, which 1 ranks x 2 batches cannot share evenly"),
+        (
+            ["gradient_accumulation_steps=2"],
+            "data.global_batch_size is 1, which 1 ranks x 2 batches cannot share evenly",
+        ),
         (["stages.0.steps=0"], "its stages have no step to take; give stages.0.steps=N"),
-        (["minutes=-1"], "minutes is -1, must be 0 or more"),
+        (["max_minutes=-1"], "max_minutes is -1, must be 0 or more"),
     ],
 )
-def test_what_a_run_could_not_begin_with_is_told_before_data_are_read(
-    run: Run, words: list[str], complaint: str
+def test_invalid_configs_are_reported_before_data_is_read(
+    run: Run, overrides: list[str], message: str
 ) -> None:
-    result = run("train", "lora", "model=nano", "data=no/such.jsonl", *words, "--dry-run")
+    result = run("train", "lora", "model=nano", "data=no/such.jsonl", *overrides, "--dry-run")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert complaint in line
+    assert message in line
 
 
-def test_data_of_a_recipe_without_any_are_refused(run: Run) -> None:
+def test_a_data_override_without_a_data_stage_is_an_error(run: Run) -> None:
     result = run("train", "tiny", "data=set/rows.jsonl", "--dry-run")
     assert "no stage of tiny reads data; write stages.0.data=FILE" in result.stderr

@@ -1,4 +1,4 @@
-"""The command as a process: help is instant, failures are one line, exit codes mean something."""
+"""The command as a process: startup time, one-line errors, exit codes, streams."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 def one_error(stderr: str) -> str:
-    """The rule: one line, and which program it comes from."""
+    """Return the only error line; it starts with the program name."""
     (line,) = [line for line in stderr.splitlines() if line.startswith("qwen2vl: error: ")]
     return line
 
 
-def computed() -> float:
-    """Seconds that processes we waited for have computed: others' work does not count."""
+def cpu_seconds() -> float:
+    """Return the CPU seconds of terminated child processes, independent of other load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], []])
-def test_help_is_instant(arguments: list[str]) -> None:
+def test_help_is_fast(arguments: list[str]) -> None:
     times = []
     for _ in range(3):
-        before = computed()
+        before = cpu_seconds()
         done = process(*arguments)
-        times.append(computed() - before)
+        times.append(cpu_seconds() - before)
         assert done.returncode == 0
         assert "Usage: qwen2vl" in done.stdout
     assert min(times) < 0.5
 
 
 @pytest.mark.parametrize("command", main_module.COMMANDS)
-def test_no_command_imports_torch_to_explain_itself(command: str) -> None:
+def test_help_of_a_command_does_not_import_torch(command: str) -> None:
     code = (
         "import sys\nfrom qwen2vl.cli.main import main\n"
         f"try:\n    main(['{command}', '--help'])\n"
@@ -68,7 +68,7 @@ def test_no_command_imports_torch_to_explain_itself(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_every_command_is_listed_with_its_line(run: Run) -> None:
+def test_help_lists_every_command(run: Run) -> None:
     result = run("--help")
     for name, line in main_module.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", result.stdout, re.MULTILINE)
@@ -79,23 +79,25 @@ def test_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["bogus"], "No such command 'bogus'"),
         (["ask"], "Missing argument 'QUESTION'"),
         (["ask", "hi", "--bogus"], "No such option '--bogus'"),
         (["ask", "hi", "--max-tokens", "many"], "'many' is not a valid integer"),
         (["ask", "hi", "--dtype", "int8"], "'int8' is not one of 'auto', 'float32', 'bfloat16'"),
-        (["ask", "hi", "--preset", "mine"], "'mine' is not one of"),
+        (["ask", "hi", "--video-preset", "mine"], "'mine' is not one of"),
         (["ask", "one", "two"], "Got unexpected extra argument (two)"),
         (["tokens"], "Missing argument 'FILE'"),
     ],
 )
-def test_wrong_usage_is_one_line_and_two(run: Run, arguments: list[str], words: str) -> None:
+def test_usage_errors_are_one_line_with_exit_code_two(
+    run: Run, arguments: list[str], message: str
+) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert words in one_error(result.stderr)
+    assert message in one_error(result.stderr)
     assert "--help shows the options" in result.stderr
 
 
@@ -109,18 +111,20 @@ def test_wrong_usage_is_one_line_and_two(run: Run, arguments: list[str], words: 
         (EngineError("no"), 1),
     ],
 )
-def test_our_errors_are_their_text(
+def test_errors_of_the_library_print_their_text(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    monkeypatch.setattr("qwen2vl.cli.options.open_processor", lambda _: _raise(error))
+    monkeypatch.setattr("qwen2vl.cli.options.load_processor_from_options", lambda _: _raise(error))
     result = run("tokens", "x.png")
     assert result.exit_code == code
     assert result.stderr == "qwen2vl: error: no\n"
 
 
-def test_a_bug_is_one_line_unless_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exceptions_are_one_line_without_debug(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error = RuntimeError("two\nlines")
-    monkeypatch.setattr("qwen2vl.cli.options.open_processor", lambda _: _raise(error))
+    monkeypatch.setattr("qwen2vl.cli.options.load_processor_from_options", lambda _: _raise(error))
     result = run("tokens", "x.png")
     assert result.exit_code == 1
     assert result.stderr == (
@@ -139,25 +143,25 @@ def _interrupt(_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_an_interrupt_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen2vl.cli.options.open_processor", _interrupt)
+def test_an_interrupt_exits_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2vl.cli.options.load_processor_from_options", _interrupt)
     result = run("tokens", "x.png")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
 
 
-def _heed_interrupts() -> None:
-    """Undo what a shell does to its background jobs, whose children ignore SIGINT from birth."""
+def _reset_sigint() -> None:
+    """Restore the default SIGINT handler: children of background jobs inherit SIG_IGN."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_real_interrupt_while_an_answer_is_written(tiny_folder: Path) -> None:
+def test_sigint_during_generation_exits_with_130(tiny_folder: Path) -> None:
     arguments = ["ask", "--model", str(tiny_folder), "hi", "--max-tokens", "30000"]
     with subprocess.Popen(
         [*COMMAND, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=_heed_interrupts,
+        preexec_fn=_reset_sigint,
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
@@ -168,7 +172,7 @@ def test_a_real_interrupt_while_an_answer_is_written(tiny_folder: Path) -> None:
     assert b"Traceback" not in stderr
 
 
-def test_a_reader_who_leaves_is_no_failure(tiny_folder: Path) -> None:
+def test_a_closed_output_pipe_is_exit_code_zero(tiny_folder: Path) -> None:
     arguments = ["ask", "--model", str(tiny_folder), "hi", "--max-tokens", "3000"]
     with subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -183,8 +187,8 @@ def test_a_reader_who_leaves_is_no_failure(tiny_folder: Path) -> None:
     assert b"BrokenPipe" not in stderr
 
 
-def test_a_closed_stdout_is_no_failure(tiny_folder: Path, picture: Path) -> None:
-    shell = f'"{sys.executable}" -m qwen2vl tokens --model "{tiny_folder}" "{picture}" >&-'
+def test_a_closed_stdout_is_exit_code_zero(tiny_folder: Path, image_file: Path) -> None:
+    shell = f'"{sys.executable}" -m qwen2vl tokens --model "{tiny_folder}" "{image_file}" >&-'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr == ""
@@ -201,10 +205,10 @@ def test_a_closed_stdout_is_no_failure(tiny_folder: Path, picture: Path) -> None
         ),
     ],
 )
-def test_poor_terminals_lose_nothing(
-    environment: dict[str, str], shown: str, tiny_folder: Path, picture: Path
+def test_unencodable_characters_are_escaped(
+    environment: dict[str, str], shown: str, tiny_folder: Path, image_file: Path
 ) -> None:
-    named = picture.rename(picture.with_name("\u00e9 \u56fe.png"))
+    named = image_file.rename(image_file.with_name("\u00e9 \u56fe.png"))
     done = process("tokens", "--model", str(tiny_folder), str(named), **environment)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr

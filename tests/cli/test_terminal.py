@@ -1,14 +1,14 @@
-"""Words for people: durations, sizes, and text that cannot steer a terminal."""
+"""Formatting of durations and sizes, and escaping of control characters."""
 
 from __future__ import annotations
 
 import pytest
 
-from qwen2vl.cli.terminal import person_seconds, person_size, plain
+from qwen2vl.cli.terminal import escape_control_characters, format_duration, format_size
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (0.24, "0.2 s"),
         (1.4, "1 s"),
@@ -20,14 +20,14 @@ from qwen2vl.cli.terminal import person_seconds, person_size, plain
         (7300.0, "2 h"),
     ],
 )
-def test_durations_are_rounded_as_one_says_them(seconds: float, said: str) -> None:
-    assert person_seconds(seconds) == said
+def test_durations_are_rounded(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
 def test_sizes_are_width_first() -> None:
-    assert person_size((3024, 4032)) == "4032 x 3024"
+    assert format_size((3024, 4032)) == "4032 x 3024"
 
 
 def test_escape_sequences_become_visible() -> None:
-    assert plain("\x1b[2Jhi\n\u56fe") == "\\x1b[2Jhi\\n\u56fe"
-    assert plain("\x1b[2Jhi\n\t", keep="\n\t") == "\\x1b[2Jhi\n\t"
+    assert escape_control_characters("\x1b[2Jhi\n\u56fe") == "\\x1b[2Jhi\\n\u56fe"
+    assert escape_control_characters("\x1b[2Jhi\n\t", keep="\n\t") == "\\x1b[2Jhi\n\t"

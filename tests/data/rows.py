@@ -1,4 +1,4 @@
-"""A small folder of data with all kinds of samples, and a run that reads it."""
+"""A small data folder with all kinds of samples, and a run config that reads it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.recipes import tiny
 from qwen2vl.train.config import Stage, TrainConfig
-from tests.media import clip, encoded, smooth
+from tests.media import encoded, encoded_video, smooth
 
 
 def conversation(question: str, answer: str, **media: Any) -> dict[str, Any]:
@@ -29,11 +29,11 @@ def write_media(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(5):
         (folder / f"{i}.png").write_bytes(encoded(smooth(60 + 30 * i, 100, i)))
-    (folder / "clip.mp4").write_bytes(clip(12))
+    (folder / "clip.mp4").write_bytes(encoded_video(12))
 
 
 def good_rows() -> list[dict[str, Any]]:
-    """One picture, two, a clip, text alone, a page; answers of many lengths."""
+    """One image, two, a video, text only, a document; answers of many lengths."""
     rows = [conversation("<image>\nwhat?", "x" * (1 + i), image=f"{i % 5}.png") for i in range(20)]
     rows += [conversation("hello", "y" * (1 + 3 * i)) for i in range(15)]
     rows += [
@@ -45,14 +45,21 @@ def good_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def data_of(folder: Path, *paths: Path, **fields: Any) -> DataConfig:
-    sources = tuple(Source(path=str(path)) for path in paths)
-    given = {"sources": sources, "max_tokens": 512, "bins": 4, "cache": str(folder / "cache")}
-    return DataConfig(**{**given, **fields})
+def create_data_config(folder: Path, *paths: Path, **fields: Any) -> DataConfig:
+    sources = tuple(SourceConfig(path=str(path)) for path in paths)
+    defaults = {
+        "sources": sources,
+        "max_tokens": 512,
+        "global_batch_size": 4,
+        "cache_dir": str(folder / "cache"),
+    }
+    return DataConfig(**{**defaults, **fields})
 
 
-def run_of(folder: Path, data: DataConfig, *, steps: int = 8, **fields: Any) -> TrainConfig:
+def create_run_config(
+    folder: Path, data: DataConfig, *, steps: int = 8, **fields: Any
+) -> TrainConfig:
     """Derive a run of one stage from the recipe tiny."""
     stage = Stage(name="read", steps=steps, data=data)
-    given = {"workers": 0, "out": str(folder / "run"), "stages": (stage,)}
-    return replace(tiny.recipe(), **{**given, **fields})
+    defaults = {"num_workers": 0, "output_dir": str(folder / "run"), "stages": (stage,)}
+    return replace(tiny.recipe(), **{**defaults, **fields})

@@ -1,4 +1,4 @@
-"""What names a stage's data: all that decides what a step sees, and no manners; what stays kept."""
+"""PackedDataset: what its fingerprint depends on, and eviction from the disk cache."""
 
 from __future__ import annotations
 
@@ -10,51 +10,57 @@ from typing import Any
 import pytest
 
 from qwen2vl.data import dataset
-from qwen2vl.data.config import MANNERS
-from qwen2vl.data.dataset import Corpus
-from tests.data.rows import conversation, data_of, write_rows
+from qwen2vl.data.config import IO_OPTIONS
+from qwen2vl.data.dataset import PackedDataset
+from tests.data.rows import conversation, create_data_config, write_rows
 from tests.tiny import tiny_processor
 
 PRESET = "qwen_vl_utils_0_0_14"
 
-OTHERS: dict[str, Any] = {
-    **{"max_bad": 0.5, "cache_gb": 0.5, "decode_seconds": 1.0, "fetch_seconds": 1.0},
-    **{"retries": 1, "concurrency": 2, "cache": "elsewhere"},
-    **{"max_tokens": 256, "bins": 1, "oversize": "drop", "max_frames": 9, "video_preset": PRESET},
+OTHER_VALUES: dict[str, Any] = {
+    **{"max_bad_fraction": 0.5, "frame_cache_gb": 0.5, "decode_timeout": 1.0, "fetch_timeout": 1.0},
+    **{"max_retries": 1, "concurrency": 2, "cache_dir": "elsewhere"},
+    **{
+        "max_tokens": 256,
+        "global_batch_size": 1,
+        "oversize": "drop",
+        "max_frames": 9,
+        "video_preset": PRESET,
+    },
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_manners_and_nothing_else_leave_a_fingerprint_as_it_is(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_only_io_options_leave_the_fingerprint_unchanged(tmp_path: Path, name: str) -> None:
     rows = [conversation("q", "a" * i) for i in range(1, 40)]
-    data = data_of(tmp_path, write_rows(tmp_path / "rows.jsonl", rows))
-    value = str(tmp_path / "elsewhere") if name == "cache" else OTHERS[name]
+    data = create_data_config(tmp_path, write_rows(tmp_path / "rows.jsonl", rows))
+    value = str(tmp_path / "elsewhere") if name == "cache_dir" else OTHER_VALUES[name]
     one, two = (
-        Corpus.open(given, tiny_processor(), seed=0).fingerprint
+        PackedDataset.open(given, tiny_processor(), seed=0).fingerprint
         for given in (data, replace(data, **{name: value}))
     )
-    assert (one == two) == (name in MANNERS)
+    assert (one == two) == (name in IO_OPTIONS)
 
 
-def test_every_manner_is_tried() -> None:
-    assert OTHERS.keys() >= MANNERS
+def test_every_io_option_is_tested() -> None:
+    assert OTHER_VALUES.keys() >= IO_OPTIONS
 
 
-def test_what_a_run_opens_again_outlives_any_pause(
+def test_files_that_a_run_opens_again_are_not_evicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "KEPT", dict.fromkeys(dataset.KEPT, 0))
+    monkeypatch.setattr(dataset, "CACHE_LIMITS", dict.fromkeys(dataset.CACHE_LIMITS, 0))
     rows = write_rows(tmp_path / "rows.jsonl", [conversation("q", "a" * i) for i in range(1, 40)])
-    data = data_of(tmp_path, rows)
-    cache = Corpus.open(data, tiny_processor(), seed=0).cache
-    own = [*cache.glob("lengths/**/*.npz"), *cache.glob("plans/*.npz")]
-    assert len(own) == 2
-    for number, path in enumerate(own):
-        os.link(path, tmp_path / f"{number}")  # a second name, to know the file by
-    stranger = cache / "plans" / "stranger.npz"
-    stranger.write_bytes(b"x")
-    for path in (*own, stranger):
+    data = create_data_config(tmp_path, rows)
+    cache = PackedDataset.open(data, tiny_processor(), seed=0).cache_dir
+    used = [*cache.glob("lengths/**/*.npz"), *cache.glob("plans/*.npz")]
+    assert len(used) == 2
+    for number, path in enumerate(used):
+        os.link(path, tmp_path / f"{number}")  # a second link identifies the file
+    unused = cache / "plans" / "unused.npz"
+    unused.write_bytes(b"x")
+    for path in (*used, unused):
         os.utime(path, (1, 1))
-    Corpus.open(data, tiny_processor(), seed=0)
-    assert all(path.samefile(tmp_path / f"{number}") for number, path in enumerate(own))
-    assert not stranger.exists()
+    PackedDataset.open(data, tiny_processor(), seed=0)
+    assert all(path.samefile(tmp_path / f"{number}") for number, path in enumerate(used))
+    assert not unused.exists()

@@ -1,6 +1,6 @@
-"""One sample prepared: media found where data lie, fetched together, measured by their heads.
+"""Preprocessing: resolution of media paths, concurrent fetches, sizes from headers.
 
-What is wrong with samples, case by case, is in tests/train/test_bad_inputs.py.
+Defects of samples, case by case, are tested in tests/train/test_bad_inputs.py.
 """
 
 from __future__ import annotations
@@ -12,112 +12,129 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.data.formats import Conversation, Page, SampleError, Words
-from qwen2vl.data.preprocess import HEAD, Measurer, Preparer
+from qwen2vl.data.config import DataConfig, SourceConfig
+from qwen2vl.data.formats import Conversation, Document, SampleError, TextTokens
+from qwen2vl.data.preprocess import HEADER_BYTES, HeaderPreprocessor, SamplePreprocessor
 from qwen2vl.data.storage import Storage
 from qwen2vl.errors import InputError
 from tests.media import encoded, noise, smooth
 from tests.tiny import tiny_processor
 
-DATA = DataConfig(sources=(Source(path="x"),), cache_gb=0)
+DATA = DataConfig(sources=(SourceConfig(path="x"),), frame_cache_gb=0)
 BUCKET = "memory://bucket"
 
 
-def showing(*sources: Any) -> Conversation:
-    shown = [{"type": "image", "image": source} for source in sources]
-    asked = {"role": "user", "content": [*shown, {"type": "text", "text": "what?"}]}
-    return Conversation("a sample", [asked, {"role": "assistant", "content": "nothing"}])
+def conversation_with_images(*sources: Any) -> Conversation:
+    images = [{"type": "image", "image": source} for source in sources]
+    user_message = {"role": "user", "content": [*images, {"type": "text", "text": "what?"}]}
+    return Conversation("a sample", [user_message, {"role": "assistant", "content": "nothing"}])
 
 
-class Asked:
-    """Stands for a store: notes what is asked for, and how."""
+class RecordingStorage:
+    """A storage that records which objects are read, and how."""
 
     def __init__(self, patch: pytest.MonkeyPatch, objects: dict[str, bytes]) -> None:
-        self.together: list[list[str]] = []
-        self.alone: list[str] = []
+        self.batched_reads: list[list[str]] = []
+        self.single_reads: list[str] = []
         self.objects = objects
 
-        def read_all(
-            _: Storage, addresses: Iterable[str], first: int | None = None
+        def read_many(
+            _: Storage, addresses: Iterable[str], num_bytes: int | None = None
         ) -> dict[str, bytes | InputError]:
-            self.together.append(list(addresses))
+            self.batched_reads.append(list(addresses))
             missing = InputError("gone")
-            return {a: objects[a][:first] if a in objects else missing for a in self.together[-1]}
+            return {
+                a: objects[a][:num_bytes] if a in objects else missing
+                for a in self.batched_reads[-1]
+            }
 
-        def read(_: Storage, address: str, first: int | None = None) -> bytes:
-            self.alone.append(address)
-            return objects[address][:first]
+        def read(_: Storage, address: str, num_bytes: int | None = None) -> bytes:
+            self.single_reads.append(address)
+            return objects[address][:num_bytes]
 
-        patch.setattr(Storage, "read_all", read_all)
+        patch.setattr(Storage, "read_many", read_many)
         patch.setattr(Storage, "read", read)
 
 
-def test_media_of_a_bin_are_fetched_at_a_time_and_forgotten(
+def test_media_of_a_bin_are_fetched_together_and_then_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objects = {f"{BUCKET}/{i}.png": encoded(smooth(56, 84, i)) for i in range(3)}
-    asked = Asked(monkeypatch, objects)
-    preparer = Preparer(tiny_processor(), DATA, base=BUCKET)
-    samples = [showing("0.png", "1.png"), showing("2.png"), Words("w", np.arange(5))]
-    preparer.fetch(samples)
-    assert asked.together == [sorted(objects)]
-    sizes = [[i.size_seen for i in preparer.prepare(s).items] for s in samples]
+    storage = RecordingStorage(monkeypatch, objects)
+    preprocessor = SamplePreprocessor(tiny_processor(), DATA, media_root=BUCKET)
+    samples = [
+        conversation_with_images("0.png", "1.png"),
+        conversation_with_images("2.png"),
+        TextTokens("w", np.arange(5)),
+    ]
+    preprocessor.prefetch(samples)
+    assert storage.batched_reads == [sorted(objects)]
+    sizes = [[i.resized_size for i in preprocessor.prepare(s).items] for s in samples]
     assert sizes == [[(56, 84)] * 2, [(56, 84)], []]
-    assert asked.alone == []
-    preparer.fetch([showing("2.png")])
-    preparer.prepare(showing("0.png"))  # no longer held
-    assert asked.alone == [f"{BUCKET}/0.png"]
+    assert storage.single_reads == []
+    preprocessor.prefetch([conversation_with_images("2.png")])
+    preprocessor.prepare(conversation_with_images("0.png"))  # no longer prefetched
+    assert storage.single_reads == [f"{BUCKET}/0.png"]
 
 
-def test_what_could_not_be_fetched_fails_for_its_sample_alone(
+def test_a_failed_fetch_affects_only_its_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Asked(monkeypatch, {f"{BUCKET}/0.png": encoded(smooth(56, 84))})
-    preparer = Preparer(tiny_processor(), DATA, base=BUCKET)
-    good, bad = showing("0.png"), showing("1.png")
-    preparer.fetch([good, bad])
-    assert preparer.prepare(good).items
-    with pytest.raises(SampleError, match="gone") as told:
-        preparer.prepare(bad)
-    assert told.value.reason == "picture"
+    RecordingStorage(monkeypatch, {f"{BUCKET}/0.png": encoded(smooth(56, 84))})
+    preprocessor = SamplePreprocessor(tiny_processor(), DATA, media_root=BUCKET)
+    good, bad = conversation_with_images("0.png"), conversation_with_images("1.png")
+    preprocessor.prefetch([good, bad])
+    assert preprocessor.prepare(good).items
+    with pytest.raises(SampleError, match="gone") as caught:
+        preprocessor.prepare(bad)
+    assert caught.value.reason == "image"
 
 
-def test_a_measurer_asks_for_heads_and_for_more_where_the_size_stands_behind_them(
+def test_headers_are_fetched_and_the_whole_file_if_they_lack_the_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     large = encoded(noise(200, 200))
-    late = encoded(noise(150, 150), "TIFF", compression="tiff_lzw")  # sizes stand at its end
-    assert len(large) > HEAD and len(late) > HEAD
-    asked = Asked(monkeypatch, {f"{BUCKET}/a.png": large, f"{BUCKET}/b.tiff": late})
-    measurer = Measurer(tiny_processor(), DATA, base=BUCKET)
-    sample = showing("a.png", "b.tiff")
-    measurer.fetch([sample])
-    made = measurer.prepare(sample)
-    assert asked.together == [[f"{BUCKET}/a.png", f"{BUCKET}/b.tiff"]]
-    assert asked.alone == [f"{BUCKET}/b.tiff"]
-    assert [len(item.patches_NP) for item in made.items] == [0, 0]
-    whole = Preparer(tiny_processor(), DATA, base=BUCKET).prepare(sample)
-    assert made.grids == whole.grids and made.input_ids == whole.input_ids
+    size_at_end = encoded(noise(150, 150), "TIFF", compression="tiff_lzw")
+    assert len(large) > HEADER_BYTES and len(size_at_end) > HEADER_BYTES
+    storage = RecordingStorage(
+        monkeypatch, {f"{BUCKET}/a.png": large, f"{BUCKET}/b.tiff": size_at_end}
+    )
+    preprocessor = HeaderPreprocessor(tiny_processor(), DATA, media_root=BUCKET)
+    sample = conversation_with_images("a.png", "b.tiff")
+    preprocessor.prefetch([sample])
+    measured = preprocessor.prepare(sample)
+    assert storage.batched_reads == [[f"{BUCKET}/a.png", f"{BUCKET}/b.tiff"]]
+    assert storage.single_reads == [f"{BUCKET}/b.tiff"]
+    assert [len(item.patches_NP) for item in measured.items] == [0, 0]
+    full = SamplePreprocessor(tiny_processor(), DATA, media_root=BUCKET).prepare(sample)
+    assert measured.grids == full.grids and measured.input_ids == full.input_ids
 
 
-def test_a_lower_limit_of_pixels_is_never_below_the_smallest_picture(tmp_path: Path) -> None:
+def test_a_lower_max_pixels_is_never_below_min_pixels(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(smooth(224, 224)))
     sizes = {}
     for limit in (0, 112 * 112, 1):
-        preparer = Preparer(tiny_processor(), DATA, base=str(tmp_path), max_pixels=limit)
-        (sizes[limit],) = [item.size_seen for item in preparer.prepare(showing("a.png")).items]
+        preprocessor = SamplePreprocessor(
+            tiny_processor(), DATA, media_root=str(tmp_path), max_pixels=limit
+        )
+        (sizes[limit],) = [
+            item.resized_size
+            for item in preprocessor.prepare(conversation_with_images("a.png")).items
+        ]
     assert sizes == {0: (224, 224), 112 * 112: (112, 112), 1: (56, 56)}
 
 
-def test_of_a_page_and_of_packed_words_all_is_learned() -> None:
-    preparer = Preparer(tiny_processor(), DATA)
-    picture = {"type": "image", "image": smooth(56, 84)}
-    page = preparer.prepare(Page("p", ("before ", picture, " after")))
-    assert page.loss_mask is not None
-    pads = set(page.pad_index_M.tolist())
-    assert not any(page.loss_mask[i] for i in pads)
-    assert preparer.tokenizer.decode(page.input_ids[-6:], keep="all") == "after<|endoftext|>"
-    words = preparer.prepare(Words("w", np.array([5, 6, 7])))
-    assert (words.input_ids, words.loss_mask) == ([5, 6, 7], [True] * 3)
-    assert words.position_ids_3T.tolist() == [[0, 1, 2]] * 3
+def test_all_text_of_documents_and_token_stores_is_supervised() -> None:
+    preprocessor = SamplePreprocessor(tiny_processor(), DATA)
+    image = {"type": "image", "image": smooth(56, 84)}
+    document = preprocessor.prepare(Document("p", ("before ", image, " after")))
+    assert document.loss_mask is not None
+    pads = set(document.placeholder_index_M.tolist())
+    assert not any(document.loss_mask[i] for i in pads)
+    assert (
+        preprocessor.tokenizer.decode(document.input_ids[-6:], keep_special="all")
+        == "after<|endoftext|>"
+    )
+    text_tokens = preprocessor.prepare(TextTokens("w", np.array([5, 6, 7])))
+    assert (text_tokens.input_ids, text_tokens.loss_mask) == ([5, 6, 7], [True] * 3)
+    assert text_tokens.position_ids_3T.tolist() == [[0, 1, 2]] * 3

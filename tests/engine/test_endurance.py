@@ -1,4 +1,4 @@
-"""2,000 mixed requests on nano: answered, cancelled, failed, and nothing has grown. Slow."""
+"""2,000 mixed requests on nano, finished, aborted or failed: no resource leaks. Slow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen2vl.engine.config import EngineConfig
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.loading import load
 from tests.adapters import TEXT, VISION, write_adapter
-from tests.engine.test_llm import clip, picture, user
+from tests.engine.test_llm import random_image, random_video, user
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,12 +25,12 @@ pytestmark = [
 ]
 
 REQUESTS = 2000
-TOGETHER = 8
+BATCH_SIZE = 8
 MIB = 1024**2
 
 
-class Held(NamedTuple):
-    """What a process holds."""
+class Resources(NamedTuple):
+    """Memory, objects, threads and open files of this process."""
 
     mib: float
     objects: int
@@ -38,7 +38,7 @@ class Held(NamedTuple):
     files: int
 
     @classmethod
-    def now(cls) -> Held:
+    def now(cls) -> Resources:
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(
@@ -49,21 +49,21 @@ class Held(NamedTuple):
         )
 
 
-def question(rng: random.Random) -> list[dict[str, Any]]:
-    """Draw a conversation: of words, a picture that others show too, a clip, or a second turn."""
-    words = " ".join(rng.choices(["what", "is", "this", "red", "circle", "where"], k=5))
-    shown = picture(28 * rng.randint(2, 4), 28 * rng.randint(2, 4), rng.randrange(60))
+def random_conversation(rng: random.Random) -> list[dict[str, Any]]:
+    """Draw a conversation: text only, a shared image, a video, or a second turn."""
+    text = " ".join(rng.choices(["what", "is", "this", "red", "circle", "where"], k=5))
+    image = random_image(28 * rng.randint(2, 4), 28 * rng.randint(2, 4), rng.randrange(60))
     kind = rng.randrange(10)
     if kind < 3:
-        return [user(words)]
+        return [user(text)]
     if kind < 7:
-        return [user(words, shown)]
+        return [user(text, image)]
     if kind < 8:
-        return [user(words, clip(rng.randint(2, 6)))]
-    return [user("What is this?", shown), {"role": "assistant", "content": words}, user(words)]
+        return [user(text, random_video(rng.randint(2, 6)))]
+    return [user("What is this?", image), {"role": "assistant", "content": text}, user(text)]
 
 
-def wish(rng: random.Random) -> SamplingParams:
+def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(
         temperature=rng.choice([0, 0, 1.0]),
         repetition_penalty=rng.choice([None, 1.2]),
@@ -75,8 +75,8 @@ def wish(rng: random.Random) -> SamplingParams:
     )
 
 
-def live(llm: LLM, rng: random.Random) -> None:
-    """Answer some requests at once; cancel one on the way, and let a step fail now and then."""
+def run_batch(llm: LLM, rng: random.Random) -> None:
+    """Run a batch of requests; abort one on the way, and let a step fail occasionally."""
     forward = llm.runner._forward
 
     def failing(chunks: Any) -> Any:
@@ -85,54 +85,56 @@ def live(llm: LLM, rng: random.Random) -> None:
         return forward(chunks)
 
     llm.runner._forward = failing
-    sequences = []
-    for _ in range(TOGETHER):
+    requests = []
+    for _ in range(BATCH_SIZE):
         try:
-            prompt, params, _ = llm.prepare(question(rng), wish(rng))
+            prompt, params, _ = llm.prepare(random_conversation(rng), random_params(rng))
         except Qwen2VLError:
             continue
-        sequences += llm.sequences(prompt, params)
-    for sequence in sequences:
-        llm.scheduler.add(sequence)
+        requests += llm.create_requests(prompt, params)
+    for request in requests:
+        llm.scheduler.add_request(request)
     for number in range(10_000):
         if number == 3 and rng.random() < 0.3:
-            llm.cancel(rng.choice(sequences))
-        if not llm.scheduler.has_work:
+            llm.abort(rng.choice(requests))
+        if not llm.scheduler.has_unfinished_requests:
             break
         llm.step()
-    assert not llm.scheduler.has_work
+    assert not llm.scheduler.has_unfinished_requests
     llm.runner._forward = forward
 
 
-def test_nothing_grows_over_2000_mixed_requests(tmp_path: Path) -> None:
+def test_no_leaks_over_2000_mixed_requests(tmp_path: Path) -> None:
     model, processor = load("nano", dtype="float32")
     write_adapter(tmp_path / "a", model, (*TEXT, *VISION))
     config = EngineConfig(
-        cache_tokens=2048,
-        max_step_tokens=256,
-        max_step_patches=128,
-        num_drafts=3,
-        vision_cache_bytes=MIB // 2,
-        vision_cache_dir=tmp_path / "rows",
-        vision_disk_bytes=2 * MIB,
+        kv_cache_tokens=2048,
+        max_num_batched_tokens=256,
+        max_num_encoder_patches=128,
+        num_speculative_tokens=3,
+        encoder_cache_bytes=MIB // 2,
+        encoder_cache_dir=tmp_path / "embeddings",
+        encoder_cache_disk_bytes=2 * MIB,
         item_cache_bytes=MIB,
     )
-    llm = LLM.of(model, processor, engine=config, adapters={"a": tmp_path / "a"})
+    llm = LLM.from_model(model, processor, engine=config, adapters={"a": tmp_path / "a"})
     rng = random.Random(0)
-    held: list[Held] = []
-    for batch in range(REQUESTS // TOGETHER):
-        live(llm, rng)
+    resources: list[Resources] = []
+    for batch in range(REQUESTS // BATCH_SIZE):
+        run_batch(llm, rng)
         pool = llm.scheduler.pool
-        assert pool.num_busy == 0 and not llm.runner.shelf._holds
+        assert pool.num_used_blocks == 0 and not llm.runner.encoder_cache._num_references
         assert sum(cache.capacity for cache in llm.runner.caches.values()) <= 2048
         if batch % 25 == 24:
-            held.append(Held.now())
-    early, late = held[2], held[-1]  # after 600 requests every cache is full
-    assert late.threads <= early.threads, held
-    assert late.files <= early.files, held
-    assert late.objects < 1.02 * early.objects, held
-    assert late.mib < early.mib + 24, held
-    rows = sum(path.stat().st_size for path in (tmp_path / "rows").rglob("*") if path.is_file())
-    assert rows <= 3 * MIB
-    llm.forget()
-    assert not llm.runner.caches and llm.runner.shelf.cache.stats.num_bytes == 0
+            resources.append(Resources.now())
+    early, late = resources[2], resources[-1]  # after 600 requests every cache is full
+    assert late.threads <= early.threads, resources
+    assert late.files <= early.files, resources
+    assert late.objects < 1.02 * early.objects, resources
+    assert late.mib < early.mib + 24, resources
+    disk_bytes = sum(
+        path.stat().st_size for path in (tmp_path / "embeddings").rglob("*") if path.is_file()
+    )
+    assert disk_bytes <= 3 * MIB
+    llm.reset_caches()
+    assert not llm.runner.caches and llm.runner.encoder_cache.cache.stats.num_bytes == 0

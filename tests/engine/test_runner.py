@@ -1,4 +1,7 @@
-"""Every way through the engine gives the answers of one request alone in a fresh engine, fp32."""
+"""The whole engine: any batch, limit, cache state or failure gives each request its own output.
+
+The reference is the request alone in a new engine, in float32.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from hypothesis import strategies as st
 
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.kv_cache.block_pool import Copy, Free, MemoryOrder, Reserve
+from qwen2vl.engine.kv_cache.block_pool import CacheOperation, CopySlots, FreeSlots, ReserveSlots
 from qwen2vl.engine.outputs import Completion
 from qwen2vl.engine.sampling.grammar import Grammar
 from qwen2vl.errors import CapacityError, EngineError, InputError
-from tests.engine.test_llm import clip, picture, user
-from tests.parity.oracle import random_model
+from tests.engine.test_llm import random_image, random_video, user
+from tests.parity.reference import random_model
 from tests.tiny import tiny_config, tiny_processor
 
 MODEL = random_model(tiny_config(tie_word_embeddings=False))
@@ -34,195 +37,207 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [user("Hi")],
-    [user("What is this?", picture())],
-    [user("What is this?", picture(seed=1))],  # the same ids, other pixels
-    [user("And these?", picture(84, 56), picture(140, 140, seed=2))],
-    [user("What moves?", clip(8))],
-    [user("Both?", clip(4), picture())],
-    [user("A longer question about a larger picture, please.", picture(224, 196, seed=3))],
-    [user("What is this?", picture())],  # again
+    [user("What is this?", random_image())],
+    [user("What is this?", random_image(seed=1))],  # the same ids, other pixels
+    [user("And these?", random_image(84, 56), random_image(140, 140, seed=2))],
+    [user("What moves?", random_video(8))],
+    [user("Both?", random_video(4), random_image())],
+    [user("A longer question about a larger picture, please.", random_image(224, 196, seed=3))],
+    [user("What is this?", random_image())],  # again
 ]
 
 
-def fresh(**engine: Any) -> LLM:
-    return LLM.of(MODEL, tiny_processor(), engine=EngineConfig(**engine))
+def new_llm(**engine: Any) -> LLM:
+    return LLM.from_model(MODEL, tiny_processor(), engine=EngineConfig(**engine))
 
 
-def scores(completion: Completion) -> list[float]:
+def logprobs(completion: Completion) -> list[float]:
     return [entry.logprob for entry in completion.logprobs or ()]
 
 
 @lru_cache
-def alone(index: int, params: SamplingParams = GREEDY) -> Completion:
-    """The oracle: this conversation is the only one that its engine ever saw."""
-    return fresh().chat(CONVERSATIONS[index], params)[0]
+def reference_completion(index: int, params: SamplingParams = GREEDY) -> Completion:
+    """Reference: the conversation alone in a new engine."""
+    return new_llm().chat(CONVERSATIONS[index], params)[0]
 
 
-def assert_same(got: Completion, want: Completion) -> None:
+def assert_same_completion(got: Completion, want: Completion) -> None:
     assert got.token_ids == want.token_ids
-    np.testing.assert_allclose(scores(got), scores(want), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logprobs(got), logprobs(want), rtol=0, atol=2e-5)
 
 
 def test_the_conversations_differ() -> None:
-    """Else nothing would be shown: all but the repeated one, by far more than the tolerance."""
-    every = [scores(alone(index)) for index in range(len(CONVERSATIONS) - 1)]
-    for one, other in combinations(every, 2):
+    """All but the repeated one differ by much more than the tolerance of the tests."""
+    all_logprobs = [
+        logprobs(reference_completion(index)) for index in range(len(CONVERSATIONS) - 1)
+    ]
+    for one, other in combinations(all_logprobs, 2):
         assert np.abs(np.subtract(one, other)).max() > 1e-3
 
 
-# Small enough that chunks end anywhere, and that rows are preempted.
-BUDGETS: dict[str, st.SearchStrategy[Any]] = {
-    "tokens": st.integers(32, 90),
-    "patches": st.integers(4, 90),
-    "sequences": st.integers(1, 4),
-    "cache": st.integers(320, 640),
+# Small enough that chunks end anywhere and requests are preempted.
+ENGINE_LIMITS: dict[str, st.SearchStrategy[Any]] = {
+    "max_num_batched_tokens": st.integers(32, 90),
+    "max_num_encoder_patches": st.integers(4, 90),
+    "max_num_seqs": st.integers(1, 4),
+    "kv_cache_tokens": st.integers(320, 640),
     "order": st.permutations(range(len(CONVERSATIONS))),
 }
 
 
-def test_batched_is_alone() -> None:
-    for index, one in enumerate(fresh().chat(CONVERSATIONS, GREEDY)):
-        assert_same(one, alone(index))
+def test_batched_equals_alone() -> None:
+    for index, completion in enumerate(new_llm().chat(CONVERSATIONS, GREEDY)):
+        assert_same_completion(completion, reference_completion(index))
 
 
 @settings(max_examples=12, deadline=None)
-@given(**BUDGETS)
-def test_no_budget_changes_an_answer(
-    tokens: int, patches: int, sequences: int, cache: int, order: list[int]
+@given(**ENGINE_LIMITS)
+def test_step_limits_do_not_change_the_output(
+    max_num_batched_tokens: int,
+    max_num_encoder_patches: int,
+    max_num_seqs: int,
+    kv_cache_tokens: int,
+    order: list[int],
 ) -> None:
-    """Chunks that end inside pictures, clips in parts, rows preempted and found again."""
-    llm = fresh(
-        max_step_tokens=tokens,
-        max_step_patches=patches,
-        max_sequences=sequences,
-        cache_tokens=cache,
-        vision_cache_bytes=0,
+    """Chunks end inside images, videos are encoded in parts, requests are preempted and resume."""
+    llm = new_llm(
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_encoder_patches=max_num_encoder_patches,
+        max_num_seqs=max_num_seqs,
+        kv_cache_tokens=kv_cache_tokens,
+        encoder_cache_bytes=0,
     )
-    for index, one in zip(order, llm.chat([CONVERSATIONS[i] for i in order], GREEDY), strict=True):
-        assert_same(one, alone(index))
-    assert llm.scheduler.pool.num_busy == 0
+    for index, completion in zip(
+        order, llm.chat([CONVERSATIONS[i] for i in order], GREEDY), strict=True
+    ):
+        assert_same_completion(completion, reference_completion(index))
+    assert llm.scheduler.pool.num_used_blocks == 0
 
 
-def test_a_row_that_gave_way_goes_on_as_if_nothing_had_been() -> None:
+def test_a_preempted_request_resumes_with_the_same_output() -> None:
     params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, logprobs=0)
-    llm = fresh(cache_tokens=320)
-    left: list[int] = []
-    leave = llm.scheduler._leave
+    llm = new_llm(kv_cache_tokens=320)
+    num_generated: list[int] = []
+    stop_running = llm.scheduler._stop_running
 
-    def watched(sequence: Any, **kwargs: Any) -> None:
-        if sequence.finish_reason is None:
-            left.append(len(sequence.token_ids))
-        leave(sequence, **kwargs)
+    def watched(request: Any, **kwargs: Any) -> None:
+        if request.finish_reason is None:
+            num_generated.append(len(request.output_token_ids))
+        stop_running(request, **kwargs)
 
-    llm.scheduler._leave = watched
-    for index, one in enumerate(llm.chat(CONVERSATIONS[:3], params)):
-        assert_same(one, alone(index, params))
-    assert max(left) > 10  # somebody had begun to answer
+    llm.scheduler._stop_running = watched
+    for index, completion in enumerate(llm.chat(CONVERSATIONS[:3], params)):
+        assert_same_completion(completion, reference_completion(index, params))
+    assert max(num_generated) > 10  # one was preempted during decode
 
 
-def test_a_second_turn_finds_the_first() -> None:
-    llm = fresh()
-    (first,) = llm.chat([user("What is this, and what stands beside it?", picture())], GREEDY)
+def test_a_second_turn_reuses_the_prefix_of_the_first() -> None:
+    llm = new_llm()
+    (first,) = llm.chat([user("What is this, and what stands beside it?", random_image())], GREEDY)
     assert first.cached_tokens == 0
-    talk = [
-        user("What is this, and what stands beside it?", picture()),
+    conversation = [
+        user("What is this, and what stands beside it?", random_image()),
         {"role": "assistant", "content": "A square."},
         user("Why?"),
     ]
-    (second,) = llm.chat(talk, GREEDY)
+    (second,) = llm.chat(conversation, GREEDY)
     assert second.cached_tokens >= first.prompt_tokens - 64
     assert second.seconds.vision == 0
-    assert_same(second, fresh().chat(talk, GREEDY)[0])
+    assert_same_completion(second, new_llm().chat(conversation, GREEDY)[0])
 
 
-def test_pictures_that_share_all_ids_do_not_share_rows() -> None:
-    llm = fresh()
+def test_images_with_equal_ids_do_not_share_cache_blocks() -> None:
+    llm = new_llm()
     llm.chat(CONVERSATIONS[1], GREEDY)
     (other,) = llm.chat(CONVERSATIONS[2], GREEDY)
-    assert_same(other, alone(2))
-    assert other.cached_tokens == 32  # the system turn
+    assert_same_completion(other, reference_completion(2))
+    assert other.cached_tokens == 32  # of the system message
 
 
-def test_a_known_picture_costs_no_vision_also_after_a_restart(tmp_path: Path) -> None:
-    question = [user("What is this?", picture())]
-    (cold,) = fresh(vision_cache_dir=tmp_path).chat(question, GREEDY)
-    llm = fresh(vision_cache_dir=tmp_path)
+def test_a_cached_image_is_not_encoded_again_even_after_a_restart(tmp_path: Path) -> None:
+    conversation = [user("What is this?", random_image())]
+    (cold,) = new_llm(encoder_cache_dir=tmp_path).chat(conversation, GREEDY)
+    llm = new_llm(encoder_cache_dir=tmp_path)
     llm.model.encode = None  # type: ignore[assignment]
     try:
-        (warm,) = llm.chat(question, GREEDY)
+        (warm,) = llm.chat(conversation, GREEDY)
     finally:
         del llm.model.encode
-    assert_same(warm, cold)
+    assert_same_completion(warm, cold)
     assert warm.seconds.vision == 0
 
 
-def test_samples_share_their_prompt_and_differ() -> None:
+def test_samples_share_their_prefix_and_differ() -> None:
     params = replace(GREEDY, temperature=3.0, top_k=0, n=3, seed=5)
-    question = [user("Tell me a rather long story about this picture.", picture(112, 112))]
-    llm = fresh()
-    several = llm.chat(question, params)
-    assert len({one.token_ids for one in several}) == 3
-    assert [c.cached_tokens > 32 for c in several] == [False, True, True]
-    for sample, one in enumerate(several):
-        assert_same(one, fresh().chat(question, replace(params, n=1, seed=5 + sample))[0])
+    conversation = [user("Tell me a rather long story about this picture.", random_image(112, 112))]
+    llm = new_llm()
+    completions = llm.chat(conversation, params)
+    assert len({one.token_ids for one in completions}) == 3
+    assert [c.cached_tokens > 32 for c in completions] == [False, True, True]
+    for sample, one in enumerate(completions):
+        assert_same_completion(
+            one, new_llm().chat(conversation, replace(params, n=1, seed=5 + sample))[0]
+        )
 
 
-def test_a_cancelled_request_gives_everything_back() -> None:
-    llm = fresh()
-    prompt = llm.processor([user("Hi", picture())])
-    kept, gone = llm.sequences(prompt, GREEDY) + llm.sequences(prompt, GREEDY)
-    for one in (kept, gone):
-        llm.scheduler.add(one)
+def test_an_aborted_request_releases_everything() -> None:
+    llm = new_llm()
+    prompt = llm.processor([user("Hi", random_image())])
+    kept, aborted = llm.create_requests(prompt, GREEDY) + llm.create_requests(prompt, GREEDY)
+    for one in (kept, aborted):
+        llm.scheduler.add_request(one)
     for _ in range(3):
         llm.step()
-    llm.cancel(gone)
-    llm.cancel(gone)  # twice does no harm
-    while llm.scheduler.has_work:
+    llm.abort(aborted)
+    llm.abort(aborted)  # a second time does nothing
+    while llm.scheduler.has_unfinished_requests:
         llm.step()
-    assert len(kept.token_ids) == 8 and gone.finish_reason is None
-    assert llm.scheduler.pool.num_busy == 0
-    llm.forget()
-    assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_blocks
+    assert len(kept.output_token_ids) == 8 and aborted.finish_reason is None
+    assert llm.scheduler.pool.num_used_blocks == 0
+    llm.reset_caches()
+    assert llm.scheduler.pool.num_free_blocks == llm.scheduler.pool.num_blocks
 
 
-def test_one_that_needs_too_much_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = fresh()
+def test_a_request_that_needs_too_much_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = new_llm()
     forward = llm.runner._forward
 
     def limited(chunks: Any) -> torch.Tensor:
-        if sum(len(chunk.ids) for chunk in chunks) > 60:
+        if sum(len(chunk.input_ids) for chunk in chunks) > 60:
             raise MemoryError
         return forward(chunks)
 
     monkeypatch.setattr(llm.runner, "_forward", limited)
     large, small = llm.chat([CONVERSATIONS[6], CONVERSATIONS[0]], GREEDY)
     assert large.finish_reason == "error" and "out of memory" in (large.error or "")
-    assert_same(small, alone(0))
+    assert_same_completion(small, reference_completion(0))
 
 
-def test_what_rests_is_given_up_before_a_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = fresh()
-    runner, reserve, given_up = llm.runner, llm.runner._reserve, 0
+def test_cached_blocks_are_evicted_before_a_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = new_llm()
+    runner, allocate, num_failures = llm.runner, llm.runner._allocate_cache, 0
 
     def limited(old: Any, num_tokens: int) -> Any:
-        nonlocal given_up
+        nonlocal num_failures
         if sum(cache.capacity for cache in runner.caches.values()) + num_tokens > 320:
-            given_up += 1
+            num_failures += 1
             raise MemoryError
-        return reserve(old, num_tokens)
+        return allocate(old, num_tokens)
 
-    monkeypatch.setattr(runner, "_reserve", limited)
+    monkeypatch.setattr(runner, "_allocate_cache", limited)
     for index in (*range(len(CONVERSATIONS)), *range(len(CONVERSATIONS))):
-        assert_same(llm.chat(CONVERSATIONS[index], GREEDY)[0], alone(index))
-    assert given_up > 2
+        assert_same_completion(
+            llm.chat(CONVERSATIONS[index], GREEDY)[0], reference_completion(index)
+        )
+    assert num_failures > 2
 
 
-def test_vision_rows_at_rest_are_given_up_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = fresh()
-    cache = llm.runner.shelf.cache
+def test_cached_vision_embeddings_are_evicted_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = new_llm()
+    cache = llm.runner.encoder_cache.cache
     llm.chat(CONVERSATIONS[1], GREEDY)
     assert cache.stats.num_bytes
-    llm.scheduler.forget()
+    llm.scheduler.reset_prefix_cache()
     encode = llm.model.encode
 
     def limited(*given: Any) -> torch.Tensor:
@@ -231,11 +246,11 @@ def test_vision_rows_at_rest_are_given_up_as_well(monkeypatch: pytest.MonkeyPatc
         return encode(*given)
 
     monkeypatch.setattr(llm.model, "encode", limited)
-    assert_same(llm.chat(CONVERSATIONS[2], GREEDY)[0], alone(2))
+    assert_same_completion(llm.chat(CONVERSATIONS[2], GREEDY)[0], reference_completion(2))
 
 
-def test_what_failed_holds_no_memory_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = fresh()
+def test_a_failed_request_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = new_llm()
     with monkeypatch.context() as patch:
         patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(CapacityError):
@@ -245,34 +260,37 @@ def test_what_failed_holds_no_memory_afterwards(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(llm.model, "logits", lambda x: torch.full((len(x), 300), torch.nan))
         with pytest.raises(EngineError, match="not finite"):
             llm.chat(CONVERSATIONS[1], GREEDY)
-    assert not llm.runner.caches and llm.scheduler.pool.num_free == llm.scheduler.pool.num_blocks
+    assert (
+        not llm.runner.caches
+        and llm.scheduler.pool.num_free_blocks == llm.scheduler.pool.num_blocks
+    )
 
 
-def test_a_picture_that_needs_too_much_memory_fails_its_own_request(
+def test_an_image_that_needs_too_much_memory_fails_its_own_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also beside a prompt that has more tokens in this step."""
-    llm = fresh(max_step_tokens=150)
+    """Even beside a prompt that has more tokens in this step."""
+    llm = new_llm(max_num_batched_tokens=150)
     long = [user("A long story. " * 14)]
-    encode = llm.runner.shelf.encode
+    encode = llm.runner.encoder_cache.encode
 
-    def limited(slices: Any) -> None:
-        if any(one.item.grid.h > 8 for one in slices):
+    def limited(chunks: Any) -> None:
+        if any(chunk.item.grid.h > 8 for chunk in chunks):
             raise MemoryError
-        encode(slices)
+        encode(chunks)
 
-    monkeypatch.setattr(llm.runner.shelf, "encode", limited)
+    monkeypatch.setattr(llm.runner.encoder_cache, "encode", limited)
     beside, large = llm.chat([long, CONVERSATIONS[6]], GREEDY)
     assert large.finish_reason == "error" and "out of memory" in (large.error or "")
-    assert_same(beside, fresh().chat(long, GREEDY)[0])
+    assert_same_completion(beside, new_llm().chat(long, GREEDY)[0])
 
 
-def test_a_sampler_that_finds_no_memory_fails_alone() -> None:
-    """Trying again would draw twice for all that had drawn before it."""
-    llm = fresh()
+def test_a_sampler_that_runs_out_of_memory_fails_alone() -> None:
+    """A retry of the step would draw twice for the requests sampled before it."""
+    llm = new_llm()
     params = replace(GREEDY, temperature=3.0, top_k=0, seed=5)
     before, bad = (
-        llm.sequences(llm.processor(CONVERSATIONS[index]), params)[0] for index in (0, 1)
+        llm.create_requests(llm.processor(CONVERSATIONS[index]), params)[0] for index in (0, 1)
     )
     sample, attempts = bad.sampler.sample, iter(range(9))
 
@@ -283,52 +301,72 @@ def test_a_sampler_that_finds_no_memory_fails_alone() -> None:
 
     bad.sampler.sample = failing
     for one in (before, bad):
-        llm.scheduler.add(one)
-    while llm.scheduler.has_work:
+        llm.scheduler.add_request(one)
+    while llm.scheduler.has_unfinished_requests:
         llm.step()
     assert bad.finish_reason == "error" and isinstance(bad.error, CapacityError)
-    assert tuple(before.token_ids) == alone(0, params).token_ids
+    assert tuple(before.output_token_ids) == reference_completion(0, params).token_ids
 
 
-def test_a_copy_is_still_made_from_a_row_whose_owner_is_gone() -> None:
-    """Memory ran out for row 1, its owner failed, and row 2 waits for what it was to hold."""
-    runner = fresh().runner
-    runner.arrange(deque([Reserve(0, 64)]))
+def test_a_copy_is_made_from_an_allocation_whose_request_failed() -> None:
+    """Allocation 1 ran out of memory, its request failed, and allocation 2 copies from it."""
+    runner = new_llm().runner
+    runner.apply_cache_operations(deque([ReserveSlots(0, 64)]))
     runner.caches[0].k_LKZC.fill_(7.0)
     runner.caches[0].length = 64
-    runner.arrange(
-        deque([Reserve(1, 96), Copy(0, 1, 64), Reserve(2, 64), Copy(1, 2, 32), Free(1), Free(0)])
+    runner.apply_cache_operations(
+        deque(
+            [
+                ReserveSlots(1, 96),
+                CopySlots(0, 1, 64),
+                ReserveSlots(2, 64),
+                CopySlots(1, 2, 32),
+                FreeSlots(1),
+                FreeSlots(0),
+            ]
+        )
     )
     assert list(runner.caches) == [2]
     assert runner.caches[2].length == 32
     assert (runner.caches[2].k_LKZC[:, :, :32] == 7.0).all()
 
 
-def test_what_nobody_waits_for_any_more_is_not_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = fresh().runner
-    runner.arrange(deque([Reserve(0, 64)]))
+def test_allocations_that_are_no_longer_needed_are_not_reserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = new_llm().runner
+    runner.apply_cache_operations(deque([ReserveSlots(0, 64)]))
     runner.caches[0].length = 64
 
     def out_of_memory(*_: object) -> None:
         raise MemoryError
 
-    orders: deque[MemoryOrder] = deque([Reserve(1, 96), Copy(0, 1, 64)])
+    cache_operations: deque[CacheOperation] = deque([ReserveSlots(1, 96), CopySlots(0, 1, 64)])
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_reserve", out_of_memory)
+        patch.setattr(runner, "_allocate_cache", out_of_memory)
         with pytest.raises(MemoryError):
-            runner.arrange(orders)
-        assert len(orders) == 2
-        orders.extend([Free(1), Free(0)])
-        runner.arrange(orders)
-    assert not runner.caches and not orders
+            runner.apply_cache_operations(cache_operations)
+        assert len(cache_operations) == 2
+        cache_operations.extend([FreeSlots(1), FreeSlots(0)])
+        runner.apply_cache_operations(cache_operations)
+    assert not runner.caches and not cache_operations
 
 
 @settings(max_examples=15, deadline=None)
-@given(data=st.data(), cache=st.integers(320, 640), drafts=st.sampled_from([0, 4]))
-def test_memory_that_runs_out_anywhere_changes_no_other_answer(
-    data: st.DataObject, cache: int, drafts: int
+@given(
+    data=st.data(),
+    kv_cache_tokens=st.integers(320, 640),
+    num_speculative_tokens=st.sampled_from([0, 4]),
+)
+def test_out_of_memory_anywhere_does_not_change_other_outputs(
+    data: st.DataObject, kv_cache_tokens: int, num_speculative_tokens: int
 ) -> None:
-    llm = fresh(cache_tokens=cache, max_step_tokens=64, max_step_patches=32, num_drafts=drafts)
+    llm = new_llm(
+        kv_cache_tokens=kv_cache_tokens,
+        max_num_batched_tokens=64,
+        max_num_encoder_patches=32,
+        num_speculative_tokens=num_speculative_tokens,
+    )
     runner = llm.runner
 
     def failing(function: Any) -> Any:
@@ -339,48 +377,58 @@ def test_memory_that_runs_out_anywhere_changes_no_other_answer(
 
         return attempt
 
-    runner._reserve = failing(runner._reserve)
+    runner._allocate_cache = failing(runner._allocate_cache)
     runner._forward = failing(runner._forward)
-    runner.shelf.encode = failing(runner.shelf.encode)
+    runner.encoder_cache.encode = failing(runner.encoder_cache.encode)
     order = data.draw(st.permutations(range(len(CONVERSATIONS))))
-    for index, one in zip(order, llm.chat([CONVERSATIONS[i] for i in order], GREEDY), strict=True):
-        if one.finish_reason == "error":
-            assert "out of memory" in (one.error or "")
+    for index, completion in zip(
+        order, llm.chat([CONVERSATIONS[i] for i in order], GREEDY), strict=True
+    ):
+        if completion.finish_reason == "error":
+            assert "out of memory" in (completion.error or "")
         else:
-            assert_same(one, alone(index))
-    assert llm.scheduler.pool.num_busy == 0
-    assert not runner.shelf._holds
+            assert_same_completion(completion, reference_completion(index))
+    assert llm.scheduler.pool.num_used_blocks == 0
+    assert not runner.encoder_cache._num_references
 
 
 def test_an_error_keeps_no_tensors_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = fresh()
-    made: list[weakref.ref[torch.Tensor]] = []
+    llm = new_llm()
+    references: list[weakref.ref[torch.Tensor]] = []
 
     def forward(*_: object) -> None:
         large = torch.zeros(9)
-        made.append(weakref.ref(large))
+        references.append(weakref.ref(large))
         raise MemoryError
 
     monkeypatch.setattr(llm.runner, "_forward", forward)
     with pytest.raises(CapacityError, match="out of memory") as caught:
         llm.chat(CONVERSATIONS[0], GREEDY)
-    assert made[0]() is None
+    assert references[0]() is None
     assert caught.value.__cause__ is None
 
 
-FILES = ("blocks.py", "plan.py", "scheduler.py", "runner.py", "llm.py", "shelf.py", "sequence.py")
+FILES = (
+    "block_pool.py",
+    "output.py",
+    "scheduler.py",
+    "runner.py",
+    "llm.py",
+    "manager.py",
+    "request.py",
+)
 
 
 def interrupt_after(lines: int) -> Any:
-    """Make a tracer that lets Ctrl-C come at a line of the engine."""
-    left = lines
+    """Return a trace function that raises KeyboardInterrupt after so many lines of the engine."""
+    remaining = lines
 
     def trace(frame: FrameType, event: str, _arg: object) -> Any:
-        nonlocal left
+        nonlocal remaining
         if not frame.f_code.co_filename.endswith(FILES):
             return None
-        left -= event == "line"
-        if left > 0:
+        remaining -= event == "line"
+        if remaining > 0:
             return trace
         sys.settrace(None)
         raise KeyboardInterrupt
@@ -397,21 +445,28 @@ def chat_until_interrupted(llm: LLM, rng: random.Random) -> None:
         sys.settrace(None)
 
 
-def test_an_interrupt_at_any_line_leaves_the_llm_ready() -> None:
-    llm = fresh(cache_tokens=480, max_step_tokens=64, max_step_patches=32, num_drafts=3)
+def test_the_llm_is_usable_after_an_interrupt_at_any_line() -> None:
+    llm = new_llm(
+        kv_cache_tokens=480,
+        max_num_batched_tokens=64,
+        max_num_encoder_patches=32,
+        num_speculative_tokens=3,
+    )
     rng = random.Random(0)
     for _ in range(30):
         with pytest.raises(KeyboardInterrupt):
             chat_until_interrupted(llm, rng)
         index = rng.randrange(6)
-        assert_same(llm.chat(CONVERSATIONS[index], GREEDY)[0], alone(index))
-        assert llm.scheduler.pool.num_busy == 0 and not llm.scheduler.has_work
-        assert not llm.runner.shelf._holds
-        assert set(llm.runner.caches) <= set(llm.scheduler.pool._resting)
+        assert_same_completion(
+            llm.chat(CONVERSATIONS[index], GREEDY)[0], reference_completion(index)
+        )
+        assert llm.scheduler.pool.num_used_blocks == 0 and not llm.scheduler.has_unfinished_requests
+        assert not llm.runner.encoder_cache._num_references
+        assert set(llm.runner.caches) <= set(llm.scheduler.pool._evictable)
 
 
-def test_an_interrupt_of_the_model_keeps_what_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = fresh()
+def test_an_interrupt_of_the_model_keeps_the_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = new_llm()
     llm.chat(CONVERSATIONS[6], GREEDY)
     with monkeypatch.context() as patch:
         patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -419,36 +474,38 @@ def test_an_interrupt_of_the_model_keeps_what_was_computed(monkeypatch: pytest.M
             llm.chat(CONVERSATIONS[6], GREEDY)
     (again,) = llm.chat(CONVERSATIONS[6], GREEDY)
     assert again.cached_tokens >= 96 and again.seconds.vision == 0
-    assert_same(again, alone(6))
+    assert_same_completion(again, reference_completion(6))
 
 
-def test_forgetting_gives_memory_back_at_once() -> None:
-    llm = fresh()
+def test_reset_caches_frees_memory_immediately() -> None:
+    llm = new_llm()
     llm.chat(CONVERSATIONS, GREEDY)
     assert llm.runner.caches
-    llm.forget()
+    llm.reset_caches()
     assert not llm.runner.caches
 
 
 def test_a_step_without_work_does_nothing() -> None:
-    assert fresh().step() == []
+    assert new_llm().step() == []
 
 
-@pytest.mark.parametrize("num_drafts", [0, 6])
-def test_a_grammar_holds_its_answer_and_no_other(num_drafts: int) -> None:
+@pytest.mark.parametrize("num_speculative_tokens", [0, 6])
+def test_a_grammar_constrains_only_its_own_request(num_speculative_tokens: int) -> None:
     pytest.importorskip("llguidance")
-    held = SamplingParams(temperature=0, grammar=Grammar.choice(["a red square", "a blue star"]))
-    llm = fresh(num_drafts=num_drafts)
-    free, bound, again = llm.chat(
-        [CONVERSATIONS[1], CONVERSATIONS[1], CONVERSATIONS[0]], [GREEDY, held, GREEDY]
+    constrained = SamplingParams(
+        temperature=0, grammar=Grammar.choice(["a red square", "a blue star"])
+    )
+    llm = new_llm(num_speculative_tokens=num_speculative_tokens)
+    unconstrained, bound, again = llm.chat(
+        [CONVERSATIONS[1], CONVERSATIONS[1], CONVERSATIONS[0]], [GREEDY, constrained, GREEDY]
     )
     assert bound.text in ("a red square", "a blue star")
     assert bound.finish_reason == "stop"
-    assert_same(free, alone(1))
-    assert_same(again, alone(0))
+    assert_same_completion(unconstrained, reference_completion(1))
+    assert_same_completion(again, reference_completion(0))
 
 
-def test_an_impossible_grammar_is_refused_before_anything_is_computed() -> None:
+def test_an_invalid_grammar_is_rejected_before_anything_is_computed() -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(InputError, match="regex"):
-        fresh().chat(CONVERSATIONS[0], SamplingParams(grammar=Grammar.regex("(")))
+        new_llm().chat(CONVERSATIONS[0], SamplingParams(grammar=Grammar.regex("(")))

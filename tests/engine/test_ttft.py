@@ -1,4 +1,4 @@
-"""Operations are counted as they are done; the speed is positive and scales as it should."""
+"""TTFT estimate: FLOPs agree with torch's counter, the throughput is positive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen2vl.engine.ttft import Speed, Work
+from qwen2vl.engine.ttft import PromptFlops, Throughput
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.processor.inputs import ModelInput
 from tests.tiny import tiny_config, tiny_model, tiny_processor
@@ -21,52 +21,60 @@ def prompt(*sizes: tuple[int, int]) -> ModelInput:
 
 
 @torch.inference_mode()
-def test_operations_are_those_that_torch_counts() -> None:
-    made, model = prompt((280, 280), (56, 140)), tiny_model()
-    assert made.patches_NP is not None
-    assert made.vision_meta is not None
-    work = Work.of(made, model.config)
-    # torch does not count its fused attention on the CPU; the plain kernel does the same sums.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as tower:
-        vision_MD = model.encode(made.patches_NP, made.vision_meta)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decoder:
+def test_flops_equal_those_that_torch_counts() -> None:
+    prompt_input, model = prompt((280, 280), (56, 140)), tiny_model()
+    assert prompt_input.patches_NP is not None
+    assert prompt_input.vision_meta is not None
+    flops = PromptFlops.from_prompt(prompt_input, model.config)
+    # torch does not count fused attention on the CPU; the math backend does the same operations.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as vision_counter:
+        vision_MD = model.encode(prompt_input.patches_NP, prompt_input.vision_meta)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as text_counter:
         model(
-            torch.tensor(made.input_ids),
-            made.position_ids_3T,
-            AttnMeta.build([len(made.input_ids)]),
+            torch.tensor(prompt_input.input_ids),
+            prompt_input.position_ids_3T,
+            AttnMeta.build([len(prompt_input.input_ids)]),
             vision_MD=vision_MD,
-            pad_index_M=made.pad_index_M,
+            placeholder_index_M=prompt_input.placeholder_index_M,
         )
-    assert work.vision == pytest.approx(tower.get_total_flops(), rel=0.02)
-    # torch counts the half of the causal scores that is masked, too.
-    length, text = len(made.input_ids), model.config.text
+    assert flops.vision == pytest.approx(vision_counter.get_total_flops(), rel=0.02)
+    # torch also counts the masked half of the causal attention scores.
+    length, text = len(prompt_input.input_ids), model.config.text
     masked = 2 * text.num_hidden_layers * length * length * text.hidden_size
-    assert work.text + masked == pytest.approx(decoder.get_total_flops(), rel=0.02)
+    assert flops.text + masked == pytest.approx(text_counter.get_total_flops(), rel=0.02)
 
 
-def test_shrunk_pictures_cost_what_small_ones_do() -> None:
+def test_resized_images_cost_as_much_as_small_ones() -> None:
     config = tiny_config()
     large, small = prompt((560, 560), (56, 56)), prompt((280, 280), (56, 56))
-    assert Work.at_most(large, config, 100) == Work.of(small, config)
-    assert Work.at_most(small, config, 1000) == Work.of(small, config)
+    assert PromptFlops.with_max_image_tokens(large, config, 100) == PromptFlops.from_prompt(
+        small, config
+    )
+    assert PromptFlops.with_max_image_tokens(small, config, 1000) == PromptFlops.from_prompt(
+        small, config
+    )
 
 
-def test_seconds_are_work_over_speed() -> None:
-    speed = Speed(vision=10.0, text=2.0)
-    assert speed.seconds(Work(vision=30.0, text=8.0)) == 7.0
+def test_ttft_is_flops_over_throughput() -> None:
+    throughput = Throughput(vision=10.0, text=2.0)
+    assert throughput.estimate_ttft(PromptFlops(vision=30.0, text=8.0)) == 7.0
 
 
-def test_a_speed_is_measured() -> None:
-    speed = Speed.measure(tiny_model())
-    assert speed.vision > 0
-    assert speed.text > 0
+def test_throughput_is_measured() -> None:
+    throughput = Throughput.measure(tiny_model())
+    assert throughput.vision > 0
+    assert throughput.text > 0
 
 
-def test_fewer_frames_cost_what_a_shorter_clip_does() -> None:
-    def clip(frames: int) -> ModelInput:
+def test_fewer_frames_cost_as_much_as_a_shorter_video() -> None:
+    def video_prompt(frames: int) -> ModelInput:
         video = {"type": "video", "video": np.zeros((frames, 112, 112, 3), np.uint8)}
         return tiny_processor()([{"role": "user", "content": [video]}])
 
     config = tiny_config()
-    assert Work.with_frames(clip(16), config, 0.25) == Work.of(clip(4), config)
-    assert Work.with_frames(clip(2), config, 0.25) == Work.of(clip(2), config)
+    assert PromptFlops.with_frame_fraction(
+        video_prompt(16), config, 0.25
+    ) == PromptFlops.from_prompt(video_prompt(4), config)
+    assert PromptFlops.with_frame_fraction(
+        video_prompt(2), config, 0.25
+    ) == PromptFlops.from_prompt(video_prompt(2), config)

@@ -1,4 +1,4 @@
-"""One conversation or many, one SamplingParams or one each."""
+"""Normalization of arguments: one or many conversations, one or many SamplingParams."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Any
 import pytest
 
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.validation import as_batch, is_unfinished, one_each
+from qwen2vl.engine.validation import as_batch, broadcast_params, ends_with_assistant
 from qwen2vl.errors import InputError
 
-ONE: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+CONVERSATION: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 
 
 def test_one_conversation_is_a_batch_of_one() -> None:
-    assert as_batch(ONE) == [ONE]
-    assert as_batch([ONE, ONE]) == [ONE, ONE]
+    assert as_batch(CONVERSATION) == [CONVERSATION]
+    assert as_batch([CONVERSATION, CONVERSATION]) == [CONVERSATION, CONVERSATION]
     assert as_batch([]) == []
 
 
-def test_text_is_no_conversation() -> None:
+def test_text_is_not_a_conversation() -> None:
     with pytest.raises(InputError, match=r"expected a list of messages.*got str; wrap text as"):
         as_batch("Hi")  # type: ignore[arg-type]
 
 
-def test_params_are_for_all_or_one_each() -> None:
+def test_params_are_broadcast_or_given_for_each_prompt() -> None:
     short, long = SamplingParams(max_tokens=1), SamplingParams(max_tokens=9)
-    assert one_each(None, 2) == [SamplingParams()] * 2
-    assert one_each(short, 2) == [short, short]
-    assert one_each([short, long], 2) == [short, long]
+    assert broadcast_params(None, 2) == [SamplingParams()] * 2
+    assert broadcast_params(short, 2) == [short, short]
+    assert broadcast_params([short, long], 2) == [short, long]
     with pytest.raises(InputError, match="got 1 for 2 prompts"):
-        one_each([short], 2)
+        broadcast_params([short], 2)
 
 
-def test_who_has_the_last_word() -> None:
-    assert is_unfinished([*ONE, {"role": "assistant", "content": "He"}])
-    assert not is_unfinished(ONE)
-    assert not is_unfinished([])
+def test_ends_with_assistant() -> None:
+    assert ends_with_assistant([*CONVERSATION, {"role": "assistant", "content": "He"}])
+    assert not ends_with_assistant(CONVERSATION)
+    assert not ends_with_assistant([])

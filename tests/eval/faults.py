@@ -1,4 +1,4 @@
-"""Ways to be wrong, each a small change on our side, and the step that must be named for it."""
+"""Fault injection for parity tests: small errors, each with the step that must be reported."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import qwen2vl.processor.processor
 import qwen2vl.processor.video
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
-from qwen2vl.model.rope import Rotation
+from qwen2vl.model.rope import CosSin
 
 Fault = Callable[[pytest.MonkeyPatch, Qwen2VL], None]
 FAULTS: dict[str, tuple[str, Fault]] = {}
 
 
 def fault(first_divergence: str) -> Callable[[Fault], Fault]:
-    """Register a fault, and the step that must be named for it."""
+    """Register a fault with the step that must be reported for it."""
 
     def register(function: Fault) -> Fault:
         FAULTS[function.__name__] = (first_divergence, function)
@@ -38,17 +38,17 @@ def fault(first_divergence: str) -> Callable[[Fault], Fault]:
 def wrap_patchify(
     patch: pytest.MonkeyPatch, change: Callable[[Tensor, Grid], tuple[Tensor, Grid]]
 ) -> None:
-    sound = qwen2vl.processor.image.patchify
-    for room in (qwen2vl.processor.image, qwen2vl.processor.video):
-        patch.setattr(room, "patchify", lambda frames, vision: change(*sound(frames, vision)))
+    original = qwen2vl.processor.image.patchify
+    for module in (qwen2vl.processor.image, qwen2vl.processor.video):
+        patch.setattr(module, "patchify", lambda frames, vision: change(*original(frames, vision)))
 
 
 def wrap_positions(
     patch: pytest.MonkeyPatch, change: Callable[[Tensor, int], tuple[Tensor, int]]
 ) -> None:
-    sound = qwen2vl.geometry.text_positions
+    original = qwen2vl.geometry.mrope_positions
     patch.setattr(
-        qwen2vl.processor.processor, "text_positions", lambda *args: change(*sound(*args))
+        qwen2vl.processor.processor, "mrope_positions", lambda *args: change(*original(*args))
     )
 
 
@@ -70,7 +70,7 @@ def channels_last_inside_a_patch(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> 
 
 
 @fault("pixels")
-def another_image_mean(patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def wrong_image_mean(patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     vision = replace(model.visual.config, image_mean=(0.5, 0.5, 0.5))
     patch.setattr(model.visual, "config", vision)
 
@@ -111,7 +111,7 @@ def one_dimensional_positions(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> Non
 
 
 @fault("rope_delta")
-def rope_delta_forgotten(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
+def rope_delta_missing(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
     wrap_positions(patch, lambda position_ids_3T, _delta: (position_ids_3T, 0))
 
 
@@ -121,65 +121,65 @@ def frames_of_a_pair_swapped(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None
     weight.data = weight.data.flip(2)
 
 
-def round_frequencies(patch: pytest.MonkeyPatch, room: str, function: str) -> None:
-    """Do to the frequencies of one tower what `model.to(torch.bfloat16)` does to a buffer."""
-    sound = getattr(qwen2vl.model.rope, function)
-    exact = qwen2vl.model.rope._frequencies
+def round_frequencies(patch: pytest.MonkeyPatch, module: str, function: str) -> None:
+    """Round the rotary frequencies of one tower, as `model.to(torch.bfloat16)` does to a buffer."""
+    original = getattr(qwen2vl.model.rope, function)
+    exact = qwen2vl.model.rope._inv_freq
 
     def rounded(*args: Any) -> Tensor:
         return exact(*args).bfloat16().float()
 
-    def rotation(*args: Any) -> Rotation:
+    def rotation(*args: Any) -> CosSin:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(qwen2vl.model.rope, "_frequencies", rounded)
-            return sound(*args)
+            inner.setattr(qwen2vl.model.rope, "_inv_freq", rounded)
+            return original(*args)
 
-    patch.setattr(f"qwen2vl.model.{room}.{function}", rotation)
+    patch.setattr(f"qwen2vl.model.{module}.{function}", rotation)
 
 
 @fault("vision.rotary")
-def frequencies_of_the_eyes_cast(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
-    round_frequencies(patch, "vision", "vision_rotation")
+def vision_frequencies_in_bfloat16(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
+    round_frequencies(patch, "vision", "vision_cos_sin")
 
 
 @fault("text.rotary")
-def frequencies_of_the_words_cast(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
-    round_frequencies(patch, "text", "text_rotation")
+def text_frequencies_in_bfloat16(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
+    round_frequencies(patch, "text", "mrope_cos_sin")
 
 
 @fault("vision.rotary")
 def columns_before_rows(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
-    sound = qwen2vl.geometry.patch_positions
-    patch.setattr("qwen2vl.geometry.patch_positions", lambda *args: sound(*args).flip(1))
+    original = qwen2vl.geometry.patch_positions
+    patch.setattr("qwen2vl.geometry.patch_positions", lambda *args: original(*args).flip(1))
 
 
 @fault("text.rotary")
-def sections_in_another_order(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def mrope_sections_in_another_order(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     model.model.config = replace(model.model.config, mrope_section=(3, 3, 2))
 
 
 @fault("vision.block.0")
-def one_segment_for_a_whole_clip(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
+def one_attention_segment_for_a_whole_video(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
     def whole(grids: list[Grid], merge: int = 2) -> VisionMeta:
-        sound = qwen2vl.geometry.patch_positions(grids, merge)
-        return VisionMeta(sound, AttnMeta.build([math.prod(grid) for grid in grids]))
+        original = qwen2vl.geometry.patch_positions(grids, merge)
+        return VisionMeta(original, AttnMeta.build([math.prod(grid) for grid in grids]))
 
     patch.setattr(VisionMeta, "build", whole)
 
 
 @fault("vision.block.0")
-def the_epsilon_of_clip(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def wrong_layer_norm_epsilon(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     norm: Any = model.visual.blocks[0].get_submodule("norm1")
     norm.eps = 1e-3
 
 
 @fault("vision.block.1")
-def no_bias_in_one_qkv(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def qkv_bias_missing(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     model.get_parameter("visual.blocks.1.attn.qkv.bias").data.zero_()
 
 
 @fault("vision.block.1")
-def q_and_k_exchanged(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def q_and_k_swapped(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     for kind in ("weight", "bias"):
         fused = model.get_parameter(f"visual.blocks.1.attn.qkv.{kind}")
         q, k, v = fused.data.chunk(3)
@@ -187,28 +187,30 @@ def q_and_k_exchanged(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
 
 
 @fault("vision.merger")
-def the_tanh_form_of_gelu(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def tanh_approximation_of_gelu(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     model.visual.merger.mlp[1] = nn.GELU(approximate="tanh")
 
 
 @fault("text.embeddings")
-def vision_rows_one_token_late(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
-    sound = qwen2vl.geometry.pad_index
-    patch.setattr(qwen2vl.processor.processor, "pad_index", lambda *args: sound(*args) + 1)
+def vision_embeddings_one_token_late(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
+    original = qwen2vl.geometry.placeholder_index
+    patch.setattr(
+        qwen2vl.processor.processor, "placeholder_index", lambda *args: original(*args) + 1
+    )
 
 
 @fault("text.layer.0")
-def attention_sees_the_future(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
-    sound = qwen2vl.model.attention.attention
+def attention_not_causal(patch: pytest.MonkeyPatch, _model: Qwen2VL) -> None:
+    original = qwen2vl.model.attention.attention
 
-    def blind(*args: Any, causal: bool, **rest: Any) -> Tensor:
-        return sound(*args, causal=not causal, **rest)
+    def not_causal(*args: Any, causal: bool, **rest: Any) -> Tensor:
+        return original(*args, causal=not causal, **rest)
 
-    patch.setattr("qwen2vl.model.text.attention", blind)
+    patch.setattr("qwen2vl.model.text.attention", not_causal)
 
 
 @fault("text.layer.1")
-def gate_and_up_exchanged(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def gate_and_up_swapped(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     gate = model.get_parameter("model.layers.1.mlp.gate_proj.weight")
     up = model.get_parameter("model.layers.1.mlp.up_proj.weight")
     gate.data, up.data = up.data, gate.data
@@ -221,15 +223,15 @@ def a_layer_in_bfloat16(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
 
 
 @fault("text.norm")
-def another_weight_in_the_last_norm(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def wrong_weight_in_the_final_norm(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     model.get_parameter("model.norm.weight").data += 0.01
 
 
 @fault("logits")
-def a_tied_head(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def lm_head_tied(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     model.lm_head = None
 
 
 @fault("logits")
-def one_number_of_the_head_lost(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
+def nan_in_the_lm_head(_patch: pytest.MonkeyPatch, model: Qwen2VL) -> None:
     model.get_parameter("lm_head.weight").data[7, 3] = math.nan

@@ -1,4 +1,4 @@
-"""How a suite is drawn: quotas filled, answers spread, the same each time."""
+"""Sampling of a suite: quotas are filled, answers are balanced, and the result is deterministic."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ SMALL = Section(
 )
 
 
-def test_quotas_are_filled_and_no_answer_has_more_than_its_share() -> None:
+def test_quotas_and_their_maxima_of_equal_answers() -> None:
     questions = [spec.questions[0] for spec in draw_section(SMALL)]
     assert Counter(q.task for q in questions) == {"count_all": 10, "exists": 6}
     answers = Counter((q.task, q.answer) for q in questions)
     assert set(answers.values()) == {2, 3}
 
 
-def test_the_order_tells_nothing_and_is_always_the_same() -> None:
+def test_order_is_shuffled_and_deterministic() -> None:
     specs = draw_section(SMALL)
     assert specs == draw_section(SMALL)
     assert [spec.index for spec in specs] != sorted(spec.index for spec in specs)
 
 
-def test_the_file_holds_one_spec_a_line_that_reads_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_holds_one_spec_per_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freeze, "SECTIONS", {"small": SMALL})
     freeze.freeze(tmp_path / "suite.json")
     text = (tmp_path / "suite.json").read_text(encoding="utf-8")
@@ -43,6 +41,6 @@ def test_the_file_holds_one_spec_a_line_that_reads_back(
     assert len(text.splitlines()) == 16 + 4
 
 
-def test_every_section_is_of_held_out_wordings_and_judging_fonts() -> None:
+def test_every_section_uses_held_out_wordings_and_fonts() -> None:
     assert all(s.mixture.split == "held_out" for s in SECTIONS.values())
     assert all(s.mixture.fonts == "judge" for s in SECTIONS.values())

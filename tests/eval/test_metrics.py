@@ -1,4 +1,4 @@
-"""Distances, overlaps, intervals and the limit of chance: known values and laws."""
+"""Edit distance, IoU, confidence intervals and the chance level: known values and properties."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.eval.metrics import (
-    chance_limit,
+    chance_upper_bound,
     edit_distance,
     iou,
-    normalize,
+    normalize_answer,
     ratio_interval,
     wilson_interval,
 )
 
-WORDS = st.text("abcde ", max_size=12)
-CORNERS = st.tuples(*[st.integers(0, 50)] * 4).map(
+TEXTS = st.text("abcde ", max_size=12)
+BOXES = st.tuples(*[st.integers(0, 50)] * 4).map(
     lambda v: (min(v[0], v[2]), min(v[1], v[3]), max(v[0], v[2]) + 1, max(v[1], v[3]) + 1)
 )
 
@@ -37,26 +37,26 @@ CORNERS = st.tuples(*[st.integers(0, 50)] * 4).map(
         ("Caf\u00e9", "Cafe", 1),
     ],
 )
-def test_known_distances(a: str, b: str, distance: int) -> None:
+def test_known_edit_distances(a: str, b: str, distance: int) -> None:
     assert edit_distance(a, b) == distance
 
 
-@given(WORDS, WORDS, WORDS)
-def test_a_distance_is_a_metric(a: str, b: str, c: str) -> None:
-    between = edit_distance(a, b)
-    assert between == edit_distance(b, a)
-    assert (between == 0) == (a == b)
-    assert abs(len(a) - len(b)) <= between <= max(len(a), len(b))
-    assert edit_distance(a, c) <= between + edit_distance(b, c)
+@given(TEXTS, TEXTS, TEXTS)
+def test_edit_distance_is_a_metric(a: str, b: str, c: str) -> None:
+    distance = edit_distance(a, b)
+    assert distance == edit_distance(b, a)
+    assert (distance == 0) == (a == b)
+    assert abs(len(a) - len(b)) <= distance <= max(len(a), len(b))
+    assert edit_distance(a, c) <= distance + edit_distance(b, c)
 
 
-@given(WORDS, WORDS)
-def test_a_common_end_changes_nothing(a: str, b: str) -> None:
+@given(TEXTS, TEXTS)
+def test_common_suffix_does_not_change_the_distance(a: str, b: str) -> None:
     assert edit_distance(a + "xyz", b + "xyz") == edit_distance(a, b)
 
 
 @pytest.mark.parametrize(
-    ("answer", "reduced"),
+    ("answer", "normalized"),
     [
         ("Red circle. ", "red circle"),
         ("<|object_ref_start|>the star<|object_ref_end|>", "star"),
@@ -70,8 +70,8 @@ def test_a_common_end_changes_nothing(a: str, b: str) -> None:
         ("", ""),
     ],
 )
-def test_what_does_not_count_in_words(answer: str, reduced: str) -> None:
-    assert normalize(answer) == reduced
+def test_normalize_answer(answer: str, normalized: str) -> None:
+    assert normalize_answer(answer) == normalized
 
 
 @pytest.mark.parametrize(
@@ -85,28 +85,28 @@ def test_what_does_not_count_in_words(answer: str, reduced: str) -> None:
         ((3, 3, 3, 3), (3, 3, 3, 3), 0),
     ],
 )
-def test_known_overlaps(a: tuple[int, ...], b: tuple[int, ...], overlap: float) -> None:
+def test_known_ious(a: tuple[int, ...], b: tuple[int, ...], overlap: float) -> None:
     assert iou(a, b) == pytest.approx(overlap)
 
 
-@given(CORNERS, CORNERS, st.integers(1, 9), st.integers(1, 9))
-def test_overlap_knows_no_scale(
-    a: tuple[int, ...], b: tuple[int, ...], across: int, down: int
+@given(BOXES, BOXES, st.integers(1, 9), st.integers(1, 9))
+def test_iou_is_invariant_to_scale(
+    a: tuple[int, ...], b: tuple[int, ...], scale_x: int, scale_y: int
 ) -> None:
-    factors = (across, down, across, down)
-    wide_a, wide_b = ([v * k for v, k in zip(box, factors, strict=True)] for box in (a, b))
-    assert iou(a, b) == pytest.approx(iou(b, a)) == pytest.approx(iou(wide_a, wide_b))
+    factors = (scale_x, scale_y, scale_x, scale_y)
+    scaled_a, scaled_b = ([v * k for v, k in zip(box, factors, strict=True)] for box in (a, b))
+    assert iou(a, b) == pytest.approx(iou(b, a)) == pytest.approx(iou(scaled_a, scaled_b))
     assert 0 <= iou(a, b) <= 1
     assert (iou(a, b) == 1) == (a == b)
 
 
-def test_wilson_s_interval_has_its_published_values() -> None:
+def test_published_values_of_the_wilson_interval() -> None:
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
-def test_the_interval_of_a_ratio_is_that_of_a_mean_where_all_wholes_are_one() -> None:
+def test_ratio_interval_is_that_of_a_mean_where_all_denominators_are_one() -> None:
     parts = [0, 0, 1, 0, 1, 0, 0, 0]
     variance = sum((p - 0.25) ** 2 for p in parts) / 7
     half = 1.96 * (variance / 8) ** 0.5
@@ -116,8 +116,8 @@ def test_the_interval_of_a_ratio_is_that_of_a_mean_where_all_wholes_are_one() ->
 
 
 @pytest.mark.parametrize(("chance", "count"), [(0.5, 100), (0.2, 50), (1 / 6, 150)])
-def test_luck_stays_under_the_limit(chance: float, count: int) -> None:
-    limit = chance_limit([chance] * count)
+def test_guessing_rarely_exceeds_the_upper_bound(chance: float, count: int) -> None:
+    limit = chance_upper_bound([chance] * count)
     above = sum(
         comb(count, right) * chance**right * (1 - chance) ** (count - right)
         for right in range(count + 1)
@@ -127,8 +127,8 @@ def test_luck_stays_under_the_limit(chance: float, count: int) -> None:
     assert above < 0.004
 
 
-def test_chances_may_differ_from_question_to_question() -> None:
-    assert chance_limit([0.5, 0.1], sigmas=0) == pytest.approx(0.3)
-    assert chance_limit([0.5, 0.1], sigmas=1) == pytest.approx(0.3 + (0.25 + 0.09) ** 0.5 / 2)
-    assert chance_limit([0.9]) == 1
-    assert chance_limit([0.0, 0.0]) == 0
+def test_chance_levels_may_differ_between_questions() -> None:
+    assert chance_upper_bound([0.5, 0.1], sigmas=0) == pytest.approx(0.3)
+    assert chance_upper_bound([0.5, 0.1], sigmas=1) == pytest.approx(0.3 + (0.25 + 0.09) ** 0.5 / 2)
+    assert chance_upper_bound([0.9]) == 1
+    assert chance_upper_bound([0.0, 0.0]) == 0

@@ -1,4 +1,4 @@
-"""The mini suite is frozen, complete and answerable, and its controls let no guesser pass."""
+"""The mini suite: frozen file, complete sections, thresholds, and controls at chance level."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ import numpy as np
 import pytest
 
 from qwen2vl.errors import InputError
-from qwen2vl.eval.mini import PARTS, Verdict, build, judge, select, specs_of
-from qwen2vl.eval.task import Ask, Messages, Results, run_task
+from qwen2vl.eval.mini import (
+    PARTS,
+    ThresholdCheck,
+    build_task,
+    check_thresholds,
+    load_section,
+    select_parts,
+)
+from qwen2vl.eval.task import AnswerFn, Messages, TaskResults, run_task
 from qwen2vl.synth import render
 from qwen2vl.synth.fonts import JUDGE_FAMILIES
 from qwen2vl.synth.scenes import overlap
 from qwen2vl.synth.spec import Line, Scene
 from qwen2vl.synth.strings import ALPHABETS
 from qwen2vl.synth.wordings import WORDINGS, wordings_of
-from tests.fonts import needs_judge_fonts
+from tests.requirements import needs_judge_fonts
 
-# A changed file is another suite: every figure measured before is void, and this line says so.
+# A changed file is a different suite: all scores measured before are invalid.
 FROZEN = "9d98fd43f626ae5c74b1e3dc44efdb095a6c7a986e585a6491a271d7999ec1be"
 
 COUNTS = {
@@ -40,7 +47,7 @@ SECTIONS = tuple(COUNTS)
 WITHOUT_FONTS = tuple(name for name in PARTS if "text" not in name and "two" not in name)
 
 
-# A field holds a phrase, a box or a word; "an" may stand where the wording says "a".
+# A field holds a phrase, a box or a word; "an" may replace "a" of the wording.
 HELD_OUT = re.compile(
     "|".join(
         ".+".join(map(re.escape, re.split(r"\{\d\}", form)))
@@ -56,14 +63,14 @@ def content() -> bytes:
     return files("qwen2vl.eval").joinpath("suites", "mini.json").read_bytes()
 
 
-def oracle(task_name: str) -> Ask:
-    """Answer every question of a part with its truth, in order."""
-    answers = iter(case.question.answer for case in build(task_name).cases)
+def oracle(task_name: str) -> AnswerFn:
+    """Return a function that answers the questions of a part with the truth, in order."""
+    answers = iter(case.question.answer for case in build_task(task_name).cases)
     return lambda _: next(answers)
 
 
-def verdict_of(results: Results) -> Verdict:
-    return judge({results.task: results})[results.task]
+def checked(results: TaskResults) -> ThresholdCheck:
+    return check_thresholds({results.task: results})[results.task]
 
 
 # Frozen ---------------------------------------------------------------------------------------
@@ -82,27 +89,27 @@ def test_the_file_is_frozen() -> None:
         ("motion", "6eba0ded2aa556ea"),
     ],
 )
-def test_drawn_pictures_are_frozen(section: str, digest: str) -> None:
-    seen = hashlib.sha256()
-    for spec in specs_of(section)[::30]:
+def test_rendered_images_are_frozen(section: str, digest: str) -> None:
+    hasher = hashlib.sha256()
+    for spec in load_section(section)[::30]:
         for part in render(spec).prompt[0]["content"]:
             pixels = part.get("image", part.get("video"))
-            seen.update(b"" if pixels is None else pixels.tobytes())
-    assert seen.hexdigest()[:16] == digest
+            hasher.update(b"" if pixels is None else pixels.tobytes())
+    assert hasher.hexdigest()[:16] == digest
 
 
 @needs_judge_fonts
-def test_written_pictures_are_frozen_as_far_as_fonts_are() -> None:
-    # FreeType's versions differ in the last shade of an edge; sizes and the ink's weight do not.
-    task = build("text")
-    pictures = [picture_of(task.prompt(task.cases[i])) for i in (0, 50, 100, 150)]
-    assert [p.shape[:2] for p in pictures] == [(32, 42), (35, 205), (30, 50), (24, 95)]
-    assert [float(p.mean()) for p in pictures] == pytest.approx(
+def test_rendered_text_is_frozen_up_to_font_rasterization() -> None:
+    # FreeType versions differ slightly in antialiasing; sizes and mean intensity do not.
+    task = build_task("text")
+    images = [image_of(task.prompt(task.cases[i])) for i in (0, 50, 100, 150)]
+    assert [image.shape[:2] for image in images] == [(32, 42), (35, 205), (30, 50), (24, 95)]
+    assert [float(image.mean()) for image in images] == pytest.approx(
         [219.2, 119.0, 199.6, 212.2], abs=1.5
     )
 
 
-def picture_of(prompt: Messages) -> np.ndarray:
+def image_of(prompt: Messages) -> np.ndarray:
     return prompt[0]["content"][0]["image"]
 
 
@@ -110,8 +117,8 @@ def picture_of(prompt: Messages) -> np.ndarray:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_sections_have_their_number_of_different_questions(section: str) -> None:
-    specs = specs_of(section)
+def test_sections_have_their_number_of_distinct_questions(section: str) -> None:
+    specs = load_section(section)
     assert len(specs) == COUNTS[section]
     assert all(len(spec.questions) == 1 for spec in specs)
     assert len({(spec.pictures, spec.questions) for spec in specs}) == len(specs)
@@ -119,27 +126,27 @@ def test_sections_have_their_number_of_different_questions(section: str) -> None
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_wordings_are_held_out(section: str) -> None:
-    questions = [spec.questions[0].text for spec in specs_of(section)]
+    questions = [spec.questions[0].text for spec in load_section(section)]
     assert not [q for q in questions if not HELD_OUT.fullmatch(q)]
     assert len(set(questions)) >= 4
 
 
-def test_lines_are_of_judging_fonts_and_all_lengths_and_sizes() -> None:
-    lines = [picture for spec in specs_of("text") for picture in spec.pictures]
+def test_text_lines_cover_held_out_fonts_lengths_and_sizes() -> None:
+    lines = [picture for spec in load_section("text") for picture in spec.pictures]
     fonts = {file for _, own in JUDGE_FAMILIES.values() for file in own}
-    written = [line for line in lines if isinstance(line, Line)]
-    assert len(written) == 200 and {line.font for line in written} == fonts
-    assert {len(line.text) for line in written} == set(range(1, 17))
-    assert all(12 <= line.size <= 40 for line in written)
-    assert len({(line.width, line.height) for line in written}) > 190
-    old_style = "".join(line.text for line in written if line.font.startswith("EBGaramond"))
-    assert old_style and not set(old_style) & set("01")  # nobody could tell its 0 from an o
-    assert set("".join(line.text for line in written)) == set(ALPHABETS["all"] + " ")
+    text_lines = [line for line in lines if isinstance(line, Line)]
+    assert len(text_lines) == 200 and {line.font for line in text_lines} == fonts
+    assert {len(line.text) for line in text_lines} == set(range(1, 17))
+    assert all(12 <= line.size <= 40 for line in text_lines)
+    assert len({(line.width, line.height) for line in text_lines}) > 190
+    old_style = "".join(line.text for line in text_lines if line.font.startswith("EBGaramond"))
+    assert old_style and not set(old_style) & set("01")  # its 0 looks like an o
+    assert set("".join(line.text for line in text_lines)) == set(ALPHABETS["all"] + " ")
 
 
 @pytest.mark.parametrize("section", ["shapes", "counting", "relations", "find", "name_box"])
-def test_shapes_keep_the_rules(section: str) -> None:
-    for spec in specs_of(section):
+def test_scenes_are_within_their_limits(section: str) -> None:
+    for spec in load_section(section):
         (scene,) = spec.pictures
         assert isinstance(scene, Scene) and 1 <= len(scene.shapes) <= 5
         assert all(shape.side >= 24 for shape in scene.shapes)
@@ -147,33 +154,38 @@ def test_shapes_keep_the_rules(section: str) -> None:
         assert all(overlap(a.box, b.box) <= 0.1 for a, b in pairs)
 
 
-def test_counts_reach_five_evenly() -> None:
-    counts = Counter(spec.questions[0].answer for spec in specs_of("counting"))
+def test_counts_are_balanced_up_to_five() -> None:
+    counts = Counter(spec.questions[0].answer for spec in load_section("counting"))
     assert set(counts) == set("012345") and min(counts[n] for n in "12345") >= 20
 
 
-def test_clips_have_four_to_eight_frames() -> None:
-    specs = specs_of("motion")
+def test_videos_have_four_to_eight_frames() -> None:
+    specs = load_section("motion")
     assert {len(spec.pictures) for spec in specs} == {4, 6, 8} and all(s.clip for s in specs)
-    assert all(len(spec.pictures) == 2 and not spec.clip for spec in specs_of("two_pictures"))
+    assert all(len(spec.pictures) == 2 and not spec.clip for spec in load_section("two_pictures"))
 
 
-def test_parts_are_chosen_by_pattern() -> None:
-    assert select(()) == list(PARTS)
-    assert select(("text",)) == ["text"]
-    assert select(("motion*", "text_?x")) == ["text_2x", "text_3x", "motion", "motion_shuffled"]
+def test_select_parts_by_pattern() -> None:
+    assert select_parts(()) == list(PARTS)
+    assert select_parts(("text",)) == ["text"]
+    assert select_parts(("motion*", "text_?x")) == [
+        "text_2x",
+        "text_3x",
+        "motion",
+        "motion_shuffled",
+    ]
     with pytest.raises(
         InputError, match="no part of the mini suite is called letters: text, text_2x"
     ):
-        select(("text", "letters"))
+        select_parts(("text", "letters"))
 
 
-def test_repeated_lines_differ_only_in_their_canvas() -> None:
-    plain = build("text").cases
+def test_transformed_text_parts_differ_only_in_the_canvas() -> None:
+    plain = build_task("text").cases
     for name, k in (("text_2x", 2), ("text_3x", 3)):
-        cases = build(name).cases
+        cases = build_task(name).cases
         assert [case.spec for case in cases] == [case.spec.scaled(k) for case in plain]
-    odd = build("text_odd_aspect").cases
+    odd = build_task("text_odd_aspect").cases
     assert [case.question for case in odd] == [case.question for case in plain]
     shapes = [case.spec.pictures[0] for case in odd]
     assert {round(p.width / p.height * 2) / 2 for p in shapes} >= {0.5, 1.0, 10.0, 20.0}
@@ -183,122 +195,124 @@ def test_repeated_lines_differ_only_in_their_canvas() -> None:
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_truth_scores_everything(name: str) -> None:
-    task = build(name)
+def test_truth_is_correct_everywhere(name: str) -> None:
+    task = build_task(name)
     scores = [task.score(case, case.question.answer) for case in task.cases]
     assert all(result.score == 1.0 for result in scores)
-    results = Results(task=name, note=task.note, results=tuple(scores))
-    verdict = verdict_of(results)
-    bar = PARTS[name].bar.kind
-    assert verdict.met is {"none": None, "near": None, "chance": False}.get(bar, True)
-    assert verdict.score == (0.0 if verdict.measure == "character errors" else 1.0)
+    results = TaskResults(task=name, note=task.note, results=tuple(scores))
+    check = checked(results)
+    kind = PARTS[name].threshold.kind
+    assert check.passed is {"none": None, "relative_cer": None, "chance": False}.get(kind, True)
+    assert check.score == (0.0 if check.metric == "character error rate" else 1.0)
 
 
 @pytest.mark.parametrize("name", WITHOUT_FONTS)
-def test_an_oracle_walks_through(name: str) -> None:
-    results = run_task(build(name), oracle(name), limit=25)
-    assert (results.count, results.mean) == (25, 1.0)
+def test_oracle_answers_are_correct(name: str) -> None:
+    results = run_task(build_task(name), oracle(name), limit=25)
+    assert (results.num_examples, results.accuracy) == (25, 1.0)
 
 
 @needs_judge_fonts
 @pytest.mark.parametrize("name", [name for name in PARTS if name not in WITHOUT_FONTS])
-def test_an_oracle_walks_through_what_is_written(name: str) -> None:
-    results = run_task(build(name), oracle(name), limit=8)
-    assert (results.count, results.mean) == (8, 1.0)
+def test_oracle_answers_are_correct_for_rendered_text(name: str) -> None:
+    results = run_task(build_task(name), oracle(name), limit=8)
+    assert (results.num_examples, results.accuracy) == (8, 1.0)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("answer", ["red", "circle", "2", "yes", "left", "first", "", "the"])
-def test_one_answer_to_everything_is_worth_chance(section: str, answer: str) -> None:
-    task = build(f"wrong_{section}")
+def test_constant_answer_does_not_exceed_chance(section: str, answer: str) -> None:
+    task = build_task(f"wrong_{section}")
     scores = tuple(task.score(case, answer) for case in task.cases)
-    results = Results(task=task.name, note="", results=scores)
-    assert results.mean <= sum(r.chance for r in scores) / len(scores) + 1e-9
-    assert verdict_of(results).met is True
+    results = TaskResults(task=task.name, note="", results=scores)
+    assert results.accuracy <= sum(r.chance for r in scores) / len(scores) + 1e-9
+    assert checked(results).passed is True
 
 
-def test_who_sees_the_wrong_picture_well_is_still_no_better_than_chance() -> None:
+def test_perfect_answers_about_mismatched_images_do_not_exceed_chance() -> None:
     for section in SECTIONS:
-        task = build(f"wrong_{section}")
-        answer_of = {c.spec.pictures: c.question.answer for c in build(section).cases}
+        task = build_task(f"wrong_{section}")
+        answer_of = {c.spec.pictures: c.question.answer for c in build_task(section).cases}
         scores = tuple(task.score(c, answer_of[c.spec.pictures]) for c in task.cases)
-        verdict = verdict_of(Results(task=task.name, note="", results=scores))
-        assert verdict.met is True, (section, verdict)
+        check = checked(TaskResults(task=task.name, note="", results=scores))
+        assert check.passed is True, (section, check)
 
 
-def test_who_sees_shuffled_frames_well_is_no_better_than_chance() -> None:
-    task = build("motion_shuffled")
-    results = run_task(task, way_of_motion)
+def test_perfect_answers_about_shuffled_frames_do_not_exceed_chance() -> None:
+    task = build_task("motion_shuffled")
+    results = run_task(task, motion_direction)
     directions = [r for r in results.results if r.kind == "direction"]
-    right = sum(r.score for r in directions) / len(directions)
-    assert 0.3 < right < 0.7
-    sound = [r for r in run_task(build("motion"), way_of_motion).results if r.kind == "direction"]
-    assert all(result.score == 1.0 for result in sound)
+    accuracy = sum(r.score for r in directions) / len(directions)
+    assert 0.3 < accuracy < 0.7
+    ordered = [
+        r for r in run_task(build_task("motion"), motion_direction).results if r.kind == "direction"
+    ]
+    assert all(result.score == 1.0 for result in ordered)
 
 
-def way_of_motion(messages: Messages) -> str:
-    """Tell the direction from the middle of the first half of frames to that of the second."""
+def motion_direction(messages: Messages) -> str:
+    """Return the direction from the centroid of the first half of the frames to the second's."""
     video: Any = messages[0]["content"][0]["video"]
     half = len(video) // 2
-    (x1, y1), (x2, y2) = middle(video[:half]), middle(video[-half:])
+    (x1, y1), (x2, y2) = centroid(video[:half]), centroid(video[-half:])
     if abs(x2 - x1) > abs(y2 - y1):
         return "left" if x2 < x1 else "right"
     return "up" if y2 < y1 else "down"
 
 
-def middle(frames: np.ndarray) -> tuple[float, float]:
-    """Average the place of what differs from the corners' color."""
-    ground = frames[0, 0, 0].astype(int)
+def centroid(frames: np.ndarray) -> tuple[float, float]:
+    """Return the mean position of the pixels that differ from the color of the corners."""
+    background = frames[0, 0, 0].astype(int)
     for corner in (frames[0, -1, -1], frames[0, 0, -1], frames[0, -1, 0]):
-        ground = ground if (ground == frames[-1, 0, 0]).all() else corner.astype(int)
-    inked = np.abs(frames.astype(int) - ground).sum(-1) > 60
-    _, ys, xs = np.nonzero(inked)
+        background = background if (background == frames[-1, 0, 0]).all() else corner.astype(int)
+    foreground = np.abs(frames.astype(int) - background).sum(-1) > 60
+    _, ys, xs = np.nonzero(foreground)
     return float(xs.mean()), float(ys.mean())
 
 
-# Judged -----------------------------------------------------------------------------------------
+# Thresholds -------------------------------------------------------------------------------------
 
 
-def errors(name: str, wrong: int) -> Results:
-    """Get so many lines of 200 wrong by one character more."""
-    task = build(name)
+def results_with_errors(name: str, num_errors: int) -> TaskResults:
+    """Return results in which the first `num_errors` answers have one surplus character."""
+    task = build_task(name)
     scores = [
-        task.score(case, case.question.answer + ("#" if i < wrong else ""))
+        task.score(case, case.question.answer + ("#" if i < num_errors else ""))
         for i, case in enumerate(task.cases)
     ]
-    return Results(task=name, note=task.note, results=tuple(scores))
+    return TaskResults(task=name, note=task.note, results=tuple(scores))
 
 
-def test_text_is_held_against_floor_and_goal() -> None:
-    characters = sum(len(case.question.answer) for case in build("text").cases)
-    floor = int(0.04 * characters)
-    under, over = (verdict_of(errors("text", wrong)) for wrong in (floor, floor + 1))
-    assert (under.met, over.met) == (True, False)
-    assert (under.floor, under.goal, under.at_most) == (0.04, 0.02, True)
-    assert under.interval[0] < under.score == floor / characters < under.interval[1]
+def test_threshold_and_goal_of_text() -> None:
+    characters = sum(len(case.question.answer) for case in build_task("text").cases)
+    limit = int(0.04 * characters)
+    under, over = (checked(results_with_errors("text", wrong)) for wrong in (limit, limit + 1))
+    assert (under.passed, over.passed) == (True, False)
+    assert (under.limit, under.goal, under.lower_is_better) == (0.04, 0.02, True)
+    assert under.interval[0] < under.score == limit / characters < under.interval[1]
 
 
-def test_other_sizes_are_held_against_the_first() -> None:
-    characters = sum(len(case.question.answer) for case in build("text").cases)
-    near = int(0.02 * characters)
-    plain = errors("text", 5)
-    for wrong, met in ((0, True), (5 + near, True), (6 + near, False)):
-        verdicts = judge({"text": plain, "text_2x": errors("text_2x", wrong)})
-        assert verdicts["text_2x"].met is met
-    alone = judge({"text_2x": errors("text_2x", 0)})["text_2x"]
-    assert (alone.met, alone.floor) == (None, None)
+def test_thresholds_relative_to_text() -> None:
+    characters = sum(len(case.question.answer) for case in build_task("text").cases)
+    distance = int(0.02 * characters)
+    plain = results_with_errors("text", 5)
+    for wrong, passed in ((0, True), (5 + distance, True), (6 + distance, False)):
+        checks = check_thresholds({"text": plain, "text_2x": results_with_errors("text_2x", wrong)})
+        assert checks["text_2x"].passed is passed
+    alone = check_thresholds({"text_2x": results_with_errors("text_2x", 0)})["text_2x"]
+    assert (alone.passed, alone.limit) == (None, None)
 
 
 @pytest.mark.parametrize(
-    ("name", "floor"),
+    ("name", "limit"),
     [("shapes", 0.99), ("counting", 0.95), ("find", 0.9), ("motion", 0.95), ("two_pictures", 0.9)],
 )
-def test_shares_are_held_against_their_floors(name: str, floor: float) -> None:
-    task = build(name)
-    allowed = int((1 - floor) * len(task.cases) + 1e-6)
-    for wrong, met in ((allowed, True), (allowed + 1, False)):
+def test_accuracy_thresholds(name: str, limit: float) -> None:
+    task = build_task(name)
+    allowed = int((1 - limit) * len(task.cases) + 1e-6)
+    for wrong, passed in ((allowed, True), (allowed + 1, False)):
         scores = tuple(
             task.score(case, "" if i < wrong else case.question.answer)
             for i, case in enumerate(task.cases)
         )
-        assert verdict_of(Results(task=name, note="", results=scores)).met is met
+        assert checked(TaskResults(task=name, note="", results=scores)).passed is passed

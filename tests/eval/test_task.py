@@ -1,4 +1,4 @@
-"""The walk of one evaluation: every question asked, judged, counted, written and read back."""
+"""Evaluation loop: examples are run in order, scored, aggregated, written and read back."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from qwen2vl.errors import InputError
 from qwen2vl.eval.metrics import edit_distance
-from qwen2vl.eval.task import Answer, Messages, Result, read_results, run_task, write_results
+from qwen2vl.eval.task import Answer, ExampleResult, Messages, read_results, run_task, write_results
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Ask for doubles; the smallest task there is."""
+    """A minimal task: the double of a number, optionally scored as text recognition."""
 
     name: str = "sums"
     note: str = "made up for this test"
-    reads: bool = False
+    is_text: bool = False
 
     def examples(self) -> Sequence[int]:
         return range(10, 15)
@@ -27,9 +27,9 @@ class Sums:
     def prompt(self, example: int) -> Messages:
         return [{"role": "user", "content": f"Twice {example}?"}]
 
-    def score(self, example: int, answer: str) -> Result:
+    def score(self, example: int, answer: str) -> ExampleResult:
         truth = str(2 * example)
-        return Result(
+        return ExampleResult(
             name=f"sums/{example}",
             kind="double",
             question=f"Twice {example}?",
@@ -37,13 +37,13 @@ class Sums:
             answer=answer,
             score=float(answer == truth),
             chance=0.1,
-            edits=edit_distance(answer, truth) if self.reads else None,
-            length=len(truth) if self.reads else None,
+            edits=edit_distance(answer, truth) if self.is_text else None,
+            length=len(truth) if self.is_text else None,
         )
 
 
 @dataclass(frozen=True)
-class Said:
+class Output:
     text: str
 
 
@@ -51,55 +51,58 @@ def double(messages: Messages) -> str:
     return str(2 * int(messages[0]["content"].split()[1].rstrip("?")))
 
 
-def test_every_question_is_asked_in_order_and_counted() -> None:
-    heard: list[str] = []
-    results = run_task(Sums(), double, on_result=lambda result: heard.append(result.name))
-    assert heard == [f"sums/{i}" for i in range(10, 15)]
-    assert (results.count, results.mean) == (5, 1.0)
-    assert results.error_rate is None and results.error_interval is None
-    assert 0.5 < results.interval[0] < results.interval[1] == 1.0
+def test_examples_are_run_in_order() -> None:
+    names: list[str] = []
+    results = run_task(Sums(), double, on_result=lambda result: names.append(result.name))
+    assert names == [f"sums/{i}" for i in range(10, 15)]
+    assert (results.num_examples, results.accuracy) == (5, 1.0)
+    assert results.character_error_rate is None and results.character_error_interval is None
+    assert 0.5 < results.accuracy_interval[0] < results.accuracy_interval[1] == 1.0
     assert results.note == "made up for this test"
 
 
-@pytest.mark.parametrize("nothing", [None, "", Said("")])
-def test_no_answer_is_wrong_and_counts(nothing: Answer) -> None:
+@pytest.mark.parametrize("missing", [None, "", Output("")])
+def test_missing_answer_is_scored_as_wrong(missing: Answer) -> None:
     results = run_task(
-        Sums(reads=True), lambda messages: nothing if "12" in str(messages) else double(messages)
+        Sums(is_text=True), lambda messages: missing if "12" in str(messages) else double(messages)
     )
-    assert (results.count, results.mean) == (5, 0.8)
+    assert (results.num_examples, results.accuracy) == (5, 0.8)
     assert results.results[2].answer == ""
-    assert results.error_rate == pytest.approx(2 / 10)
+    assert results.character_error_rate == pytest.approx(2 / 10)
 
 
-def test_an_answer_may_be_an_object_with_text() -> None:
-    assert run_task(Sums(), lambda messages: Said(double(messages))).mean == 1.0
+def test_answer_may_be_an_object_with_text() -> None:
+    assert run_task(Sums(), lambda messages: Output(double(messages))).accuracy == 1.0
 
 
-def test_errors_are_counted_over_all_characters_together() -> None:
-    results = run_task(Sums(reads=True), lambda _: "2000")
-    assert results.error_rate == pytest.approx((2 + 3 * 4) / 10)
-    assert results.mean == 0.0
+def test_character_error_rate_is_over_all_characters() -> None:
+    results = run_task(Sums(is_text=True), lambda _: "2000")
+    assert results.character_error_rate == pytest.approx((2 + 3 * 4) / 10)
+    assert results.accuracy == 0.0
 
 
-def test_a_limit_takes_the_first() -> None:
+def test_limit_runs_the_first_examples() -> None:
     assert [r.name for r in run_task(Sums(), double, limit=2).results] == ["sums/10", "sums/11"]
-    assert run_task(Sums(), double, limit=99).count == 5
+    assert run_task(Sums(), double, limit=99).num_examples == 5
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_is_refused(limit: int) -> None:
+def test_limit_below_one_is_rejected(limit: int) -> None:
     with pytest.raises(InputError, match=f"task sums: limit is {limit}, must be at least 1"):
         run_task(Sums(), double, limit=limit)
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
-    runs = [run_task(Sums(name="a"), double), run_task(Sums(name="b", reads=True), lambda _: "x\n")]
+def test_results_file_round_trip(tmp_path: Path) -> None:
+    runs = [
+        run_task(Sums(name="a"), double),
+        run_task(Sums(name="b", is_text=True), lambda _: "x\n"),
+    ]
     write_results(tmp_path / "results.jsonl", runs)
     assert read_results(tmp_path / "results.jsonl") == runs
     assert len((tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 10
 
 
-def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_unusable_results_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written: Is a directory"):
         write_results(tmp_path, [])
     with pytest.raises(InputError, match="cannot be read: No such file"):

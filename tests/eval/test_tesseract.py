@@ -1,11 +1,9 @@
-"""The benchmark that reads the suite with Tesseract."""
+"""The benchmark that runs Tesseract on the mini suite."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.fonts import needs_judge_fonts
+from tests.requirements import needs_judge_fonts, needs_tesseract
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "tesseract.py"
 
@@ -28,7 +26,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_a_missing_program_is_one_clear_line(
+def test_missing_program_is_a_one_line_error(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "PROGRAM", "no-such-program")
@@ -36,20 +34,16 @@ def test_a_missing_program_is_one_clear_line(
         script.find_version()
 
 
-def test_pictures_are_doubled(script: ModuleType, tmp_path: Path) -> None:
+def test_images_are_doubled_in_size(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "big.png").write_bytes(script.as_png(np.zeros((20, 30, 3), dtype=np.uint8)))
     assert Image.open(tmp_path / "big.png").size == (60, 40)
 
 
 @needs_judge_fonts
-def test_it_reads_and_prints_one_json_line(
+@needs_tesseract
+def test_prints_one_json_line(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if shutil.which("tesseract") is None:
-        reason = "tesseract is not installed; apt-get install tesseract-ocr"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
     monkeypatch.setattr(sys, "argv", ["tesseract.py", "--limit", "3"])
     script.main()
     line = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""The examples run as they are: on nano where it is shipped, else on tiny random weights."""
+"""The examples run as written: on nano if it is shipped, else on a tiny random model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HAS_NANO = (ROOT / "qwen2vl" / "nano" / "config.json").is_file()
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Give what the examples take as MODEL."""
+    """Return the MODEL argument of the examples."""
     if HAS_NANO:
         return "nano"
     folder = tmp_path_factory.mktemp("examples") / "tiny"
@@ -44,9 +44,9 @@ def test_there_are_examples() -> None:
     assert [path.stem for path in EXAMPLES] == names
 
 
-def test_grounding_draws_on_the_picture(model: str, tmp_path: Path) -> None:
+def test_grounding_draws_on_the_image(model: str, tmp_path: Path) -> None:
     output = tmp_path / "boxes.png"
     runpy.run_path(str(ROOT / "examples" / "03_grounding.py"))["main"](model, str(output))
-    with Image.open(output) as picture:
-        assert picture.size == (280, 196)
-        assert picture.getpixel((62, 82)) == (255, 0, 0), "the red disc is still there"
+    with Image.open(output) as image:
+        assert image.size == (280, 196)
+        assert image.getpixel((62, 82)) == (255, 0, 0), "the red disc is still there"

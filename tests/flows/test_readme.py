@@ -1,4 +1,4 @@
-"""The README's program runs as it stands, and prints what it says it prints."""
+"""The README's program runs as written and prints what its comment promises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_program_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_prints_what_the_readme_promises(capsys: pytest.CaptureFixture[str]) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (promised,) = re.findall(r"print\(.*\)  # (.+)", program)
     exec(compile(program, str(README), "exec"), {})  # our own text

@@ -1,4 +1,4 @@
-"""A run that reads data: it learns, its sources are told apart, resumed equals uninterrupted."""
+"""Training on data files: the loss falls, sources are logged, resuming equals uninterrupted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen2vl.data.config import DataConfig, Source
+from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.recipes import tiny
-from qwen2vl.recipes.nano import ALL
+from qwen2vl.recipes.nano import TRAIN_ALL
 from qwen2vl.train import loop
 from qwen2vl.train.config import Stage, TrainConfig
 from tests.data.rows import conversation, good_rows, write_media, write_rows
@@ -32,19 +32,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_in(folder: Path, name: str, **fields: Any) -> TrainConfig:
     data = DataConfig(
-        sources=tuple(Source(path=str(folder / f"{n}.jsonl")) for n in ("pictures", "words")),
+        sources=tuple(SourceConfig(path=str(folder / f"{n}.jsonl")) for n in ("pictures", "words")),
         max_tokens=512,
-        bins=2,
-        max_bad=0.1,
-        cache=str(folder / "cache"),
+        global_batch_size=2,
+        max_bad_fraction=0.1,
+        cache_dir=str(folder / "cache"),
     )
     given = {
-        "stages": (Stage(name="read", steps=STEPS, data=data, rules=ALL),),
-        "out": str(folder / name),
-        "workers": 0,
-        "threads": 1,
-        "log_every": 1,
-        "save_every": 1,
+        "stages": (Stage(name="read", steps=STEPS, data=data, rules=TRAIN_ALL),),
+        "output_dir": str(folder / name),
+        "num_workers": 0,
+        "num_threads": 1,
+        "logging_steps": 1,
+        "save_steps": 1,
     }
     return replace(tiny.recipe(), **{**given, **fields})
 
@@ -64,7 +64,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(folder: Path) -> No
 
     with pytest.raises(KilledError):
         loop.train(config_in(folder, "parts"), report=kill)
-    parts = loop.train(config_in(folder, "parts", workers=1))
+    parts = loop.train(config_in(folder, "parts", num_workers=1))
     one, two = (load_file(model / "model.safetensors") for model in (whole, parts))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert one.keys() == two.keys()

@@ -1,4 +1,4 @@
-"""Where the tests of this folder run, and why they do not run elsewhere."""
+"""Device and pytest marks of the GPU tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joined layers answer as they did alone, to the bit; nothing stays behind between forwards."""
+"""Fused layers equal separate ones to the bit, and cache nothing between forwards."""
 
 from __future__ import annotations
 
@@ -9,54 +9,59 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen2vl.linear.fused import Joined, Share, siblings
+from qwen2vl.linear.fused import FusedLinear, FusedLinearSlice, fusion_groups
 from qwen2vl.model import Qwen2VL
 from qwen2vl.quantization.scheme import (
-    MODES,
-    Mode,
+    CPU_MODES,
+    CpuQuantizationMode,
+    QuantizedLinear,
+    layer_schemes,
     quantize,
     quantize_layers,
-    recipe,
 )
 from tests.quantization.test_scheme import logits_of
 from tests.tiny import tiny_model
 
 
-def apart(model: Qwen2VL, mode: Mode) -> None:
-    """Quantize every layer by itself."""
-    for name, kind in recipe(model, mode).items():
-        quantize_layers(model, [name], kind)
+def quantize_separately(model: Qwen2VL, mode: CpuQuantizationMode) -> None:
+    """Quantize every layer without fusion."""
+    for name, scheme in layer_schemes(model, mode).items():
+        quantize_layers(model, [name], scheme)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", MODES)
-def test_answers_are_the_same_to_the_bit(mode: Mode, dtype: torch.dtype) -> None:
-    joined, alone = tiny_model().to(dtype), tiny_model().to(dtype)
-    kinds = recipe(alone, mode)
-    quantize(joined, mode)
-    apart(alone, mode)
-    for name in kinds:
-        ours, theirs = joined.get_submodule(name), alone.get_submodule(name)
-        assert isinstance(ours | Share)
-        assert isinstance(theirs)
-        assert torch.equal(ours.integers(), theirs.integers())
-        assert torch.equal(ours.dequantized(), theirs.dequantized())
+@pytest.mark.parametrize("mode", CPU_MODES)
+def test_fused_layers_compute_identical_logits(
+    mode: CpuQuantizationMode, dtype: torch.dtype
+) -> None:
+    fused, separate = tiny_model().to(dtype), tiny_model().to(dtype)
+    schemes = layer_schemes(separate, mode)
+    quantize(fused, mode)
+    quantize_separately(separate, mode)
+    for name in schemes:
+        fused_layer, separate_layer = fused.get_submodule(name), separate.get_submodule(name)
+        assert isinstance(fused_layer, QuantizedLinear | FusedLinearSlice)
+        assert isinstance(separate_layer, QuantizedLinear)
+        assert torch.equal(fused_layer.quantized_weight(), separate_layer.quantized_weight())
+        assert torch.equal(fused_layer.dequantize(), separate_layer.dequantize())
     for tokens in (4, 8, 60):
-        assert torch.equal(logits_of(joined, tokens), logits_of(alone, tokens))
+        assert torch.equal(logits_of(fused, tokens), logits_of(separate, tokens))
 
 
-def test_a_block_has_four_layers_then() -> None:
+def test_fusion_leaves_four_layers_a_block() -> None:
     model = tiny_model()
     quantize(model, "int4")
     names = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-    shares = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Share)}
-    assert shares == names
-    layers = [m for m in model.model.layers[0].modules() if isinstance(m)]
+    slices = {
+        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, FusedLinearSlice)
+    }
+    assert slices == names
+    layers = [m for m in model.model.layers[0].modules() if isinstance(m, QuantizedLinear)]
     assert len(layers) == 4
 
 
-def test_only_layers_of_one_kind_are_siblings() -> None:
-    kinds = {
+def test_only_layers_of_equal_scheme_are_grouped() -> None:
+    schemes = {
         "a.q_proj": 8,
         "a.k_proj": 4,
         "a.v_proj": 8,
@@ -66,7 +71,7 @@ def test_only_layers_of_one_kind_are_siblings() -> None:
         "b.up_proj": 4,
         "lm_head": 8,
     }
-    assert siblings(kinds) == [
+    assert fusion_groups(schemes) == [
         (("a.q_proj", "a.v_proj"), 8),
         (("a.k_proj",), 4),
         (("a.o_proj",), 8),
@@ -76,8 +81,8 @@ def test_only_layers_of_one_kind_are_siblings() -> None:
     ]
 
 
-class Counting(nn.Module):
-    """Counts how often it computes."""
+class CountingLayer(nn.Module):
+    """Counts its forwards."""
 
     out_features = 6
 
@@ -90,27 +95,27 @@ class Counting(nn.Module):
         return x_TI.repeat(1, 3)
 
 
-def test_the_first_computes_and_the_last_forgets() -> None:
-    layer = Counting()
-    joined = Joined(layer)  # type: ignore[arg-type]
-    first, second, third = (Share(joined, start, start + 2) for start in (0, 2, 4))
+def test_first_slice_computes_and_last_slice_releases_the_cache() -> None:
+    layer = CountingLayer()
+    fused = FusedLinear(layer)  # type: ignore[arg-type]
+    first, second, third = (FusedLinearSlice(fused, start, start + 2) for start in (0, 2, 4))
     x_TI = torch.randn(2, 2)
-    for expected in (1, 2):  # the same tensor again is computed again: all had their share
-        outs = [share(x_TI) for share in (first, second, third)]
+    for expected in (1, 2):  # computed again: the last slice has released the cache
+        outs = [layer_slice(x_TI) for layer_slice in (first, second, third)]
         assert layer.count == expected
         assert all(torch.equal(out, x_TI) for out in outs)
     first(x_TI)
-    assert torch.equal(first(x_TI + 1), x_TI + 1)  # another input, before the others had theirs
+    assert torch.equal(first(x_TI + 1), x_TI + 1)  # another input replaces the cached one
     assert layer.count == 4
     assert torch.equal(third(x_TI), x_TI)
-    gone = weakref.ref(x_TI)
+    input_ref = weakref.ref(x_TI)
     del x_TI, outs
     gc.collect()
-    assert gone() is None
+    assert input_ref() is None
 
 
-def test_a_joined_layer_is_held_once() -> None:
-    joined, alone = tiny_model(), tiny_model()
-    quantize(joined, "int8")
-    apart(alone, "int8")
-    assert sum(b.numel() for b in joined.buffers()) == sum(b.numel() for b in alone.buffers())
+def test_fused_weights_are_stored_once() -> None:
+    fused, separate = tiny_model(), tiny_model()
+    quantize(fused, "int8")
+    quantize_separately(separate, "int8")
+    assert sum(b.numel() for b in fused.buffers()) == sum(b.numel() for b in separate.buffers())

@@ -1,4 +1,4 @@
-"""Adapters merged by the written formula, and everything that is refused by name.
+"""PEFT adapters: parsing, merging by the formula, and what is refused by name.
 
 Merges are compared with PEFT's own in tests/parity/test_lora.py.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.linear.gemv import multiply_single_rows
+from qwen2vl.linear.gemv import use_gemv
 from qwen2vl.lora.layers import merge_lora
-from qwen2vl.lora.peft import read_lora
+from qwen2vl.lora.peft import parse_peft_adapter
 from qwen2vl.model import Qwen2VL
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -27,7 +27,7 @@ SHAPES = {Q: (64, 64), UP: (128, 64), QKV: (96, 32), "lm_head": (len(tiny_tokeni
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """Spell adapter_config.json as PEFT does, with everything that it writes by default."""
+    """Return adapter_config.json as PEFT writes it, with all default options."""
     return {
         "peft_type": "LORA",
         "r": 4,
@@ -60,7 +60,7 @@ def factors(name: str, rank: int = 4, prefix: str = "", seed: int = 0) -> dict[s
     }
 
 
-def flat() -> dict[str, Tensor]:
+def flat_tensors() -> dict[str, Tensor]:
     return factors(Q) | factors(UP, seed=1) | factors(QKV, seed=2)
 
 
@@ -68,98 +68,102 @@ def model(**options: Any) -> Qwen2VL:
     return tiny_model(config=tiny_config(**options))
 
 
-def merged(settings: dict[str, Any], tensors: dict[str, Tensor], base: Qwen2VL) -> Qwen2VL:
-    merge_lora(base, read_lora(settings, tensors, base, where="adapter"))
+def merge(settings: dict[str, Any], tensors: dict[str, Tensor], base: Qwen2VL) -> Qwen2VL:
+    merge_lora(base, parse_peft_adapter(settings, tensors, base, where="adapter"))
     return base
 
 
-def gain(name: str, tensors: dict[str, Tensor]) -> Tensor:
+def delta(name: str, tensors: dict[str, Tensor]) -> Tensor:
     a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     return (b.double() @ a.double()).float()
 
 
-@pytest.mark.parametrize(("rs", "scale"), [(False, 6 / 4), (True, 6 / math.sqrt(4))])
-def test_the_formula(rs: bool, scale: float) -> None:
-    plain, tensors = model(), flat()
-    adapted = merged(settings(use_rslora=rs), tensors, model())
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 6 / 4), (True, 6 / math.sqrt(4))])
+def test_merge_equals_the_formula(use_rslora: bool, scale: float) -> None:
+    plain, tensors = model(), flat_tensors()
+    adapted = merge(settings(use_rslora=use_rslora), tensors, model())
     for name, parameter in plain.named_parameters():
-        now = adapted.get_parameter(name)
+        merged_weight = adapted.get_parameter(name)
         module = name.removesuffix(".weight")
         if module in SHAPES and name.endswith("weight"):
-            torch.testing.assert_close(now, parameter + scale * gain(module, tensors))
+            torch.testing.assert_close(merged_weight, parameter + scale * delta(module, tensors))
         else:
-            assert torch.equal(now, parameter), name
+            assert torch.equal(merged_weight, parameter), name
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [("model.visual.", "visual."), ("model.language_model.", "model.")],
 )
-def test_both_key_layouts_are_one(old: str, new: str) -> None:
+def test_both_key_layouts_give_the_same(old: str, new: str) -> None:
     nested = {
         key.replace(f"base_model.model.{new}", f"base_model.model.{old}"): tensor
-        for key, tensor in flat().items()
+        for key, tensor in flat_tensors().items()
     }
-    assert nested.keys() != flat().keys()
-    want, got = merged(settings(), flat(), model()), merged(settings(), nested, model())
+    assert nested.keys() != flat_tensors().keys()
+    want, got = merge(settings(), flat_tensors(), model()), merge(settings(), nested, model())
     assert all(map(torch.equal, got.state_dict().values(), want.state_dict().values()))
 
 
-def test_an_untied_head_may_be_adapted() -> None:
+def test_untied_head_may_be_adapted() -> None:
     base = model(tie_word_embeddings=False)
-    before = base.head_weight.clone()
+    before = base.lm_head_weight.clone()
     tensors = factors("lm_head")
-    merged(settings(target_modules=["lm_head"]), tensors, base)
-    torch.testing.assert_close(base.head_weight, before + 1.5 * gain("lm_head", tensors))
+    merge(settings(target_modules=["lm_head"]), tensors, base)
+    torch.testing.assert_close(base.lm_head_weight, before + 1.5 * delta("lm_head", tensors))
 
 
-def test_patterns_set_single_modules_apart() -> None:
+def test_patterns_override_rank_and_alpha_of_single_modules() -> None:
     tensors = factors(Q, rank=2) | factors(UP)
     options = settings(
         target_modules=["q_proj", "up_proj"],
         rank_pattern={"layers.1.self_attn.q_proj": 2},
         alpha_pattern={"mlp.up_proj": 1, "up_proj": 100},
     )
-    plain, adapted = model(), merged(options, tensors, model())
+    plain, adapted = model(), merge(options, tensors, model())
     for name, scale in ((Q, 6 / 2), (UP, 1 / 4)):
-        want = plain.get_parameter(f"{name}.weight") + scale * gain(name, tensors)
+        want = plain.get_parameter(f"{name}.weight") + scale * delta(name, tensors)
         torch.testing.assert_close(adapted.get_parameter(f"{name}.weight"), want)
 
 
-def test_half_precision_is_rounded_once() -> None:
+def test_bfloat16_weights_are_rounded_once() -> None:
     base = model().to(torch.bfloat16)
     before = base.get_parameter(f"{UP}.weight").float()
-    tensors = {key: tensor.bfloat16() for key, tensor in flat().items()}
-    merged(settings(), tensors, base)
-    want = (before + 1.5 * gain(UP, tensors)).bfloat16()
+    tensors = {key: tensor.bfloat16() for key, tensor in flat_tensors().items()}
+    merge(settings(), tensors, base)
+    want = (before + 1.5 * delta(UP, tensors)).bfloat16()
     assert torch.equal(base.get_parameter(f"{UP}.weight"), want)
 
 
-def test_without_factors_nothing_is_touched() -> None:
+def test_merging_nothing_changes_nothing() -> None:
     base = model()
     before = {name: (p.data_ptr(), p._version) for name, p in base.named_parameters()}
     merge_lora(base, {})
     assert {name: (p.data_ptr(), p._version) for name, p in base.named_parameters()} == before
 
 
-def test_a_model_with_rows_kernels_merges_as_well() -> None:
+def test_gemv_layers_can_be_merged() -> None:
     base = model()
-    multiply_single_rows(base)
-    adapted = merged(settings(), flat(), base)
+    use_gemv(base)
+    adapted = merge(settings(), flat_tensors(), base)
     assert torch.equal(
         adapted.get_parameter(f"{Q}.weight"),
-        merged(settings(), flat(), model()).get_parameter(f"{Q}.weight"),
+        merge(settings(), flat_tensors(), model()).get_parameter(f"{Q}.weight"),
     )
 
 
-def test_the_model_may_be_empty_when_an_adapter_is_read() -> None:
+def test_adapter_is_parsed_with_a_meta_model() -> None:
     with torch.device("meta"):
         base = Qwen2VL(tiny_config())
-    assert set(read_lora(settings(), flat(), base, where="adapter")) == {Q, UP, QKV}
+    assert set(parse_peft_adapter(settings(), flat_tensors(), base, where="adapter")) == {
+        Q,
+        UP,
+        QKV,
+    }
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "text"),
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA adapters"),
         ({"peft_type": None}, "peft_type is None"),
@@ -191,9 +195,9 @@ def test_the_model_may_be_empty_when_an_adapter_is_read() -> None:
         ({"target_modules": None}, "target_modules is None, expected names"),
     ],
 )
-def test_options_that_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(words)) as caught:
-        read_lora(settings(**changes), flat(), model(), where="some/adapter")
+def test_unsupported_options_are_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(text)) as caught:
+        parse_peft_adapter(settings(**changes), flat_tensors(), model(), where="some/adapter")
     assert str(caught.value).startswith("some/adapter: ")
     assert "\n" not in str(caught.value)
 
@@ -214,52 +218,74 @@ def test_options_that_are_refused(changes: dict[str, Any], words: str) -> None:
         {"kasa_config": None, "use_bdlora": None, "invented_in_2031": None},
     ],
 )
-def test_options_that_change_nothing(changes: dict[str, Any]) -> None:
-    assert len(read_lora(settings(**changes), flat(), model(), where="adapter")) == 3
+def test_inert_options_are_accepted(changes: dict[str, Any]) -> None:
+    assert (
+        len(parse_peft_adapter(settings(**changes), flat_tensors(), model(), where="adapter")) == 3
+    )
 
 
-def renamed(old: str, new: str) -> dict[str, Tensor]:
-    return {key.replace(old, new): tensor for key, tensor in flat().items()}
+def renamed_tensors(old: str, new: str) -> dict[str, Tensor]:
+    return {key.replace(old, new): tensor for key, tensor in flat_tensors().items()}
 
 
 @pytest.mark.parametrize(
-    ("tensors", "words"),
+    ("tensors", "text"),
     [
         ({}, "the adapter holds no tensors"),
-        (renamed("base_model.model.", ""), "is no LoRA factor of a linear layer"),
-        (renamed("q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"), "_vector is no LoRA"),
-        (renamed("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is no LoRA factor"),
-        (renamed("q_proj.lora_B.weight", "q_proj.base_layer.weight"), "base_layer.weight is no"),
-        (flat() | {"base_model.model.lm_head.weight": torch.ones(1)}, "lm_head.weight is no LoRA"),
+        (renamed_tensors("base_model.model.", ""), "is no LoRA factor of a linear layer"),
         (
-            {k: t for k, t in flat().items() if "q_proj.lora_B" not in k},
+            renamed_tensors("q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"),
+            "_vector is no LoRA",
+        ),
+        (
+            renamed_tensors("lora_A.weight", "lora_embedding_A"),
+            "lora_embedding_A is no LoRA factor",
+        ),
+        (
+            renamed_tensors("q_proj.lora_B.weight", "q_proj.base_layer.weight"),
+            "base_layer.weight is no",
+        ),
+        (
+            flat_tensors() | {"base_model.model.lm_head.weight": torch.ones(1)},
+            "lm_head.weight is no LoRA",
+        ),
+        (
+            {k: t for k, t in flat_tensors().items() if "q_proj.lora_B" not in k},
             f"{Q} has lora_A alone (1 such modules)",
         ),
-        (renamed("layers.1", "layers.7"), "layers.7.self_attn.q_proj is not in this model"),
-        (renamed(UP, "model.layers.0.mlp"), "model.layers.0.mlp is a TextMLP; only linear"),
-        (renamed(QKV, "visual.patch_embed.proj"), "visual.patch_embed.proj is a Conv3d"),
-        (renamed(Q, "model.embed_tokens"), "model.embed_tokens is a Embedding"),
-        (renamed(Q, "lm_head"), "lm_head is not in this model"),
-        (renamed(Q, "model.layers.0.mlp.down_proj"), "is [4, 64], this model asks for [4, 128]"),
+        (renamed_tensors("layers.1", "layers.7"), "layers.7.self_attn.q_proj is not in this model"),
+        (renamed_tensors(UP, "model.layers.0.mlp"), "model.layers.0.mlp is a TextMLP; only linear"),
+        (renamed_tensors(QKV, "visual.patch_embed.proj"), "visual.patch_embed.proj is a Conv3d"),
+        (renamed_tensors(Q, "model.embed_tokens"), "model.embed_tokens is a Embedding"),
+        (renamed_tensors(Q, "lm_head"), "lm_head is not in this model"),
         (
-            flat() | {f"base_model.model.{UP}.lora_B.weight": torch.ones(128, 3)},
+            renamed_tensors(Q, "model.layers.0.mlp.down_proj"),
+            "is [4, 64], this model asks for [4, 128]",
+        ),
+        (
+            flat_tensors() | {f"base_model.model.{UP}.lora_B.weight": torch.ones(128, 3)},
             f"lora_B of {UP} is [128, 3], this model asks for [128, 4]",
         ),
-        (flat() | {f"base_model.model.{UP}.lora_A.weight": torch.tensor(1.0)}, "is [], this model"),
         (
-            flat() | {f"base_model.model.{UP}.lora_A.weight": torch.full((4, 64), math.nan)},
+            flat_tensors() | {f"base_model.model.{UP}.lora_A.weight": torch.tensor(1.0)},
+            "is [], this model",
+        ),
+        (
+            flat_tensors()
+            | {f"base_model.model.{UP}.lora_A.weight": torch.full((4, 64), math.nan)},
             f"lora_A of {UP} holds no finite numbers",
         ),
         (
-            flat() | {f"base_model.model.{UP}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)},
+            flat_tensors()
+            | {f"base_model.model.{UP}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)},
             f"lora_A of {UP} holds no finite numbers",
         ),
         (
-            flat() | factors(QKV, prefix="model."),
+            flat_tensors() | factors(QKV, prefix="model."),
             f"{QKV} is there twice, in both key layouts",
         ),
     ],
 )
-def test_tensors_that_are_refused(tensors: dict[str, Tensor], words: str) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(words)):
-        read_lora(settings(target_modules="all-linear"), tensors, model(), where="adapter")
+def test_unsupported_tensors_are_refused(tensors: dict[str, Tensor], text: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(text)):
+        parse_peft_adapter(settings(target_modules="all-linear"), tensors, model(), where="adapter")

@@ -1,4 +1,4 @@
-"""The eyes: pixels, patches, blocks and merger, each against its definition."""
+"""The vision tower: pixel normalization, patch embedding, blocks and merger."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def pixels(num_patches: int, seed: int = 0) -> torch.Tensor:
 
 def test_pixels_are_scaled_and_normalized_by_channel() -> None:
     patches_NP = pixels(3)
-    wide = normalize_pixels(patches_NP, CONFIG.vision)
-    assert wide.dtype == torch.float32
+    normalized = normalize_pixels(patches_NP, CONFIG.vision)
+    assert normalized.dtype == torch.float32
     for index in (0, 391, 392, 783, 784, 1175):
-        channel = index // 392  # two frames of 14 x 14 a channel
+        channel = index // 392  # two frames of 14 x 14 per channel
         mean, std = CONFIG.vision.image_mean[channel], CONFIG.vision.image_std[channel]
-        want = (patches_NP[:, index].double() / 255 - mean) / std
-        torch.testing.assert_close(wide[:, index].double(), want, rtol=0, atol=1e-6)
+        expected = (patches_NP[:, index].double() / 255 - mean) / std
+        torch.testing.assert_close(normalized[:, index].double(), expected, rtol=0, atol=1e-6)
 
 
 @torch.inference_mode()
 def test_uint8_patches_are_normalized_first() -> None:
     meta = VisionMeta.build([Grid(1, 4, 4)])
     patches_NP = pixels(16)
-    want = tower()(normalize_pixels(patches_NP, CONFIG.vision), meta)
-    assert torch.equal(tower()(patches_NP, meta), want)
+    expected = tower()(normalize_pixels(patches_NP, CONFIG.vision), meta)
+    assert torch.equal(tower()(patches_NP, meta), expected)
 
 
 @torch.inference_mode()
@@ -50,8 +50,8 @@ def test_patch_embedding_is_the_convolution_of_the_checkpoints() -> None:
     embed = PatchEmbed(CONFIG.vision)
     assert embed.proj.weight.shape == (32, 3, 2, 14, 14)
     patches_NP = torch.randn(5, 1176)
-    want = embed.proj(patches_NP.view(5, 3, 2, 14, 14)).flatten(1)
-    torch.testing.assert_close(embed(patches_NP), want, rtol=1e-4, atol=1e-6)
+    expected = embed.proj(patches_NP.view(5, 3, 2, 14, 14)).flatten(1)
+    torch.testing.assert_close(embed(patches_NP), expected, rtol=1e-4, atol=1e-6)
 
 
 @torch.inference_mode()
@@ -63,21 +63,21 @@ def test_activation_is_the_quick_gelu() -> None:
 
 
 @torch.inference_mode()
-def test_merger_joins_four_neighbors_of_the_stream() -> None:
+def test_merger_combines_four_consecutive_patches() -> None:
     merger = tower().merger
     hidden_NE = torch.randn(8, 32)
-    rows = F.layer_norm(hidden_NE, (32,), merger.ln_q.weight, merger.ln_q.bias, 1e-6).view(2, 128)
-    want = F.linear(rows, merger.mlp[0].weight, merger.mlp[0].bias)  # type: ignore[arg-type]
-    want = want * 0.5 * (1 + torch.erf(want / 2**0.5))
-    want = F.linear(want, merger.mlp[2].weight, merger.mlp[2].bias)  # type: ignore[arg-type]
-    torch.testing.assert_close(merger(hidden_NE), want)
+    merged = F.layer_norm(hidden_NE, (32,), merger.ln_q.weight, merger.ln_q.bias, 1e-6).view(2, 128)
+    expected = F.linear(merged, merger.mlp[0].weight, merger.mlp[0].bias)  # type: ignore[arg-type]
+    expected = expected * 0.5 * (1 + torch.erf(expected / 2**0.5))
+    expected = F.linear(expected, merger.mlp[2].weight, merger.mlp[2].bias)  # type: ignore[arg-type]
+    torch.testing.assert_close(merger(hidden_NE), expected)
     alone = merger(hidden_NE[4:])
     torch.testing.assert_close(alone, merger(hidden_NE)[1:])
 
 
 @torch.inference_mode()
-def test_pairs_of_frames_never_see_each_other() -> None:
-    # One segment for the whole clip is the classic mistake: then a change would spread.
+def test_frame_pairs_do_not_attend_to_each_other() -> None:
+    # With one segment for the whole video, a common mistake, a change would spread to all frames.
     meta = VisionMeta.build([Grid(3, 4, 4)])
     patches_NP = prompts.patches(prompts.prompt([video(3, 4, 4)], CONFIG), CONFIG)
     before = tower()(patches_NP, meta)
@@ -87,7 +87,7 @@ def test_pairs_of_frames_never_see_each_other() -> None:
 
 
 @torch.inference_mode()
-def test_every_patch_of_a_frame_sees_the_others() -> None:
+def test_patches_of_a_frame_attend_to_each_other() -> None:
     meta = VisionMeta.build([Grid(1, 4, 6)])
     patches_NP = prompts.patches(prompts.prompt([image(4, 6)], CONFIG), CONFIG)
     before = tower()(patches_NP, meta)
@@ -96,29 +96,29 @@ def test_every_patch_of_a_frame_sees_the_others() -> None:
 
 
 @torch.inference_mode()
-def test_a_stream_of_items_equals_each_alone() -> None:
+def test_packed_items_equal_single_items() -> None:
     items = [image(4, 6), video(2, 4, 4), image(2, 2), image(2, 2)]
     prompt = prompts.prompt([part for item in items for part in (1, item)], CONFIG)
     patches_NP = prompts.patches(prompt, CONFIG)
-    together = tower()(patches_NP, VisionMeta.build(prompt.grids))
+    packed = tower()(patches_NP, VisionMeta.build(prompt.grids))
     sizes = [grid.t * grid.h * grid.w for grid in prompt.grids]
     alone = [
         tower()(part, VisionMeta.build([grid]))
         for part, grid in zip(patches_NP.split(sizes), prompt.grids, strict=True)
     ]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_turning_a_picture_is_not_invisible() -> None:
-    # The same patches under another grid: only the rotary positions can tell.
+def test_the_grid_affects_the_embeddings() -> None:
+    # The same patches with another grid: only the rotary positions differ.
     patches_NP = prompts.patches(prompts.prompt([image(4, 8)], CONFIG), CONFIG)
-    wide = tower()(patches_NP, VisionMeta.build([Grid(1, 4, 8)]))
-    tall = tower()(patches_NP, VisionMeta.build([Grid(1, 8, 4)]))
-    assert (wide - tall).abs().max() > 1e-3
+    normalized = tower()(patches_NP, VisionMeta.build([Grid(1, 4, 8)]))
+    from_tall_grid = tower()(patches_NP, VisionMeta.build([Grid(1, 8, 4)]))
+    assert (normalized - from_tall_grid).abs().max() > 1e-3
 
 
-def test_official_tower_has_its_published_size() -> None:
+def test_official_tower_has_its_published_number_of_parameters() -> None:
     with torch.device("meta"):
         official = VisionTower(VisionConfig(hidden_size=1536))
     merger = sum(p.numel() for p in official.merger.parameters())
@@ -128,9 +128,11 @@ def test_official_tower_has_its_published_size() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @torch.inference_mode()
-def test_tower_answers_in_the_dtype_of_its_weights(dtype: torch.dtype) -> None:
+def test_tower_output_has_the_dtype_of_its_weights(dtype: torch.dtype) -> None:
     meta = VisionMeta.build([Grid(1, 4, 4)])
-    want = tower()(pixels(16), meta)
+    expected = tower()(pixels(16), meta)
     got = tower().to(dtype)(pixels(16), meta)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.float(), want, rtol=0, atol=0.05 * want.abs().max().item())
+    torch.testing.assert_close(
+        got.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item()
+    )

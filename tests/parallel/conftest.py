@@ -1,4 +1,4 @@
-"""One gang of four processes serves all distributed tests; two ranks are the first two of it."""
+"""One pool of four processes serves all distributed tests; jobs of two ranks use the first two."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.parallel.gang import Gang
+from tests.parallel.process_pool import ProcessPool
 
 
-class LazyGang:
-    """Starts when it is first needed, and anew after a job that failed."""
+class LazyProcessPool:
+    """Starts the pool on first use, and again after a job that failed."""
 
     def __init__(self) -> None:
-        self.gang: Gang | None = None
+        self.process_pool: ProcessPool | None = None
 
-    def __call__(self) -> Gang:
-        if self.gang is None or not all(p.is_alive() for p in self.gang.processes):
-            self.gang = Gang(4)
-        return self.gang
+    def __call__(self) -> ProcessPool:
+        if self.process_pool is None or not all(p.is_alive() for p in self.process_pool.processes):
+            self.process_pool = ProcessPool(4)
+        return self.process_pool
 
 
 @pytest.fixture(scope="session")
-def gangs() -> Iterator[LazyGang]:
-    lazy = LazyGang()
-    yield lazy
-    if lazy.gang is not None:
-        lazy.gang.close()
+def process_pools() -> Iterator[LazyProcessPool]:
+    lazy_pool = LazyProcessPool()
+    yield lazy_pool
+    if lazy_pool.process_pool is not None:
+        lazy_pool.process_pool.close()
 
 
 @pytest.fixture
-def gang(gangs: LazyGang) -> Gang:
-    return gangs()
+def process_pool(process_pools: LazyProcessPool) -> ProcessPool:
+    return process_pools()

@@ -1,4 +1,4 @@
-"""Who takes part: alone without any of torch.distributed, and each rank with its own device."""
+"""Device mesh: a single process without torch.distributed, sums over ranks, refused meshes."""
 
 from __future__ import annotations
 
@@ -7,57 +7,70 @@ import torch
 from torch import distributed as dist
 
 from qwen2vl.errors import ConfigError
-from qwen2vl.parallel.mesh import Ranks, is_first, join
-from tests.parallel.gang import Gang
+from qwen2vl.parallel.mesh import DistributedContext, init_distributed, is_main_process
+from tests.parallel.process_pool import ProcessPool
 
 
-def test_alone_there_is_nobody_to_wait_for() -> None:
-    one = Ranks(torch.device("cpu"))
+def test_single_process_collectives_are_no_ops() -> None:
+    single = DistributedContext(torch.device("cpu"))
     tensor = torch.ones(2)
-    assert one.sum(tensor) is tensor and one.sum_of_shards(tensor) is tensor
-    one.wait_for_all()
-    assert one.shard_group is None
+    assert single.all_reduce(tensor) is tensor and single.all_reduce_shards(tensor) is tensor
+    single.barrier()
+    assert single.shard_group is None
     assert not dist.is_initialized()
 
 
-def test_the_first_speaks_for_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, first in (("0", True), ("3", False)):
+def test_rank_0_is_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, is_main in (("0", True), ("3", False)):
         monkeypatch.setenv("RANK", rank)
-        assert is_first() == first
+        assert is_main_process() == is_main
     monkeypatch.delenv("RANK")
-    assert is_first()
+    assert is_main_process()
 
 
-def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "5")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     text = r"device cuda: rank 5 of this machine has no GPU, there are 4; lower --nproc-per-node"
-    with pytest.raises(ConfigError, match=text), join("cuda"):
+    with pytest.raises(ConfigError, match=text), init_distributed("cuda"):
         pass
     assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("replicate", [0, -1, 3])
-def test_copies_must_divide_the_ranks(monkeypatch: pytest.MonkeyPatch, replicate: int) -> None:
+def test_dp_replicate_must_divide_the_world_size(
+    monkeypatch: pytest.MonkeyPatch, replicate: int
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    text = rf"mesh.replicate={replicate}: 4 ranks cannot be parted so; give a divisor"
-    with pytest.raises(ConfigError, match=text), join("cpu", replicate=replicate):
+    text = (
+        rf"mesh.dp_replicate={replicate}: 4 ranks cannot be divided into that many replicas; give"
+    )
+    with pytest.raises(ConfigError, match=text), init_distributed("cpu", dp_replicate=replicate):
         pass
 
 
-def sums(replicate: int) -> tuple[list[float], int, bool]:
-    """Add ranks up over all and over a copy; say what is left when the block ends."""
-    with join("cpu", replicate=replicate) as ranks:
-        own = torch.tensor(float(ranks.rank))
-        found = [ranks.sum(own.clone()).item(), ranks.sum_of_shards(own.clone()).item()]
-        assert ranks.mesh is not None and ranks.mesh.mesh_dim_names == ("replicate", "shard")
-        ranks.wait_for_all()
-        size = ranks.size
-    return found, size, dist.is_initialized()
+def rank_sums(replicate: int) -> tuple[list[float], int, bool]:
+    """Sum rank numbers over all ranks and over one replica; also whether the group is destroyed."""
+    with init_distributed("cpu", dp_replicate=replicate) as distributed:
+        rank = torch.tensor(float(distributed.rank))
+        sums = [
+            distributed.all_reduce(rank.clone()).item(),
+            distributed.all_reduce_shards(rank.clone()).item(),
+        ]
+        assert distributed.mesh is not None and distributed.mesh.mesh_dim_names == (
+            "replicate",
+            "shard",
+        )
+        distributed.barrier()
+        world_size = distributed.world_size
+    return sums, world_size, dist.is_initialized()
 
 
-def test_sums_go_over_all_or_over_the_shards_of_a_copy(gang: Gang) -> None:
-    results = gang.run(4, sums, 2)
-    assert [found for found, _, _ in results] == [[6.0, 1.0], [6.0, 1.0], [6.0, 5.0], [6.0, 5.0]]
-    assert all((size, left) == (4, False) for _, size, left in results)
+def test_sums_are_over_all_ranks_or_over_the_shards_of_a_replica(process_pool: ProcessPool) -> None:
+    results = process_pool.run(4, rank_sums, 2)
+    assert [sums for sums, _, _ in results] == [[6.0, 1.0], [6.0, 1.0], [6.0, 5.0], [6.0, 5.0]]
+    assert all(
+        (world_size, still_initialized) == (4, False)
+        for _, world_size, still_initialized in results
+    )

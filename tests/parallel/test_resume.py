@@ -1,4 +1,4 @@
-"""Saved on two ranks, resumed on one, two and four: the same weights and moments, the same step."""
+"""Checkpoints saved on two ranks and resumed on one, two and four: the same next step."""
 
 from __future__ import annotations
 
@@ -9,91 +9,105 @@ import pytest
 import torch
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.parallel.mesh import Ranks, join
+from qwen2vl.parallel.mesh import DistributedContext, init_distributed
 from qwen2vl.train import checkpoint
 from qwen2vl.train.config import OptimConfig
-from tests.parallel import jobs
-from tests.parallel.gang import Gang
-from tests.parallel.jobs import MIXED, NOTHING, PICTURES, TEXT, VIDEO, Case, Result
+from tests.parallel import training_jobs
+from tests.parallel.process_pool import ProcessPool
+from tests.parallel.training_jobs import EMPTY, IMAGES, MIXED, TEXT, VIDEO, Case, Result
 
-ADAMW = OptimConfig(method="adamw", lr=1e-2, eps=1e-3, warmup=1)
-MUON = OptimConfig(method="muon", lr=1e-2, eps=1e-3, warmup=1)
+ADAMW = OptimConfig(name="adamw", lr=1e-2, eps=1e-3, warmup_steps=1)
+MUON = OptimConfig(name="muon", lr=1e-2, eps=1e-3, warmup_steps=1)
 
 SHARES = (
-    ((TEXT,), (PICTURES,)),
-    ((VIDEO,), (NOTHING,)),
+    ((TEXT,), (IMAGES,)),
+    ((VIDEO,), (EMPTY,)),
     ((MIXED,), (TEXT,)),
 )
-ON_FOUR = tuple((*step, (NOTHING,), (NOTHING,)) for step in SHARES)
+SHARES_OF_FOUR = tuple((*step, (EMPTY,), (EMPTY,)) for step in SHARES)
 
 
-def largest_difference(one: Result, two: Result) -> float:
+def largest_difference(first: Result, second: Result) -> float:
     pairs = [
-        (mine[name], theirs[name])
-        for mine, theirs in ((one.parameters, two.parameters), (one.moments, two.moments))
-        for name in mine
+        (tensors[name], other_tensors[name])
+        for tensors, other_tensors in (
+            (first.parameters, second.parameters),
+            (first.optimizer_states, second.optimizer_states),
+        )
+        for name in tensors
     ]
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("optim", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_any_number_of_ranks_goes_on_where_two_stopped(
-    gang: Gang, tmp_path: Path, optim: OptimConfig
+def test_any_world_size_resumes_a_checkpoint_of_two_ranks(
+    process_pool: ProcessPool, tmp_path: Path, optim: OptimConfig
 ) -> None:
     case, folder = Case(shares=SHARES, optim=optim), str(tmp_path)
-    kept = gang.run(2, jobs.save, case, folder)[0]
+    uninterrupted = process_pool.run(2, training_jobs.save_and_step, case, folder)[0]
     assert sorted(p.name[:11] for p in (tmp_path / "step-000002").glob("*.safetensors")) == [
         "shard-00001",
         "shard-00002",
     ]
-    again = gang.run(2, jobs.go_on, case, folder)[0]
-    four = gang.run(4, jobs.go_on, replace(case, shares=ON_FOUR, replicate=2), folder)[0]
-    one = jobs.resumed(jobs.union(case), Ranks(torch.device("cpu")), folder)
-    assert kept.moments.keys() == one.moments.keys()
-    assert largest_difference(kept, again) == 0.0
-    # Newton-Schulz computes in bfloat16, where the order of a sum is seen.
+    resumed = process_pool.run(2, training_jobs.resume_and_step, case, folder)[0]
+    on_four = process_pool.run(
+        4,
+        training_jobs.resume_and_step,
+        replace(case, shares=SHARES_OF_FOUR, dp_replicate=2),
+        folder,
+    )[0]
+    single_process = training_jobs.resume_state(
+        training_jobs.single_process_case(case), DistributedContext(torch.device("cpu")), folder
+    )
+    assert uninterrupted.optimizer_states.keys() == single_process.optimizer_states.keys()
+    assert largest_difference(uninterrupted, resumed) == 0.0
+    # Newton-Schulz runs in bfloat16, where the order of a sum changes the result.
     limit = 1e-10 if optim is ADAMW else 1e-2
-    assert largest_difference(kept, four) < limit
-    assert largest_difference(kept, one) < limit
+    assert largest_difference(uninterrupted, on_four) < limit
+    assert largest_difference(uninterrupted, single_process) < limit
 
 
 def fail_to_save(folder: str, name: str, failing: int) -> str:
-    """Save while a function fails on one rank; say how it is told."""
+    """Save while a function fails on one rank; return the error text."""
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with join("cpu") as ranks, pytest.MonkeyPatch.context() as patch:
-        if ranks.rank == failing:
+    with init_distributed("cpu") as distributed, pytest.MonkeyPatch.context() as patch:
+        if distributed.rank == failing:
             patch.setattr(checkpoint, name, fail)
-        saver = checkpoint.Saver(Path(folder), 2, ranks)
-        saver.save(1, {f"own|{ranks.rank}": torch.ones(2)}, {})
-        with pytest.raises(CheckpointError) as told:
+        saver = checkpoint.CheckpointSaver(Path(folder), 2, distributed)
+        saver.save(1, {f"own|{distributed.rank}": torch.ones(2)}, {})
+        with pytest.raises(CheckpointError) as caught:
             saver.close()
-        return str(told.value)
+        return str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "failing"), [("_make_empty", 0), ("_measure", 1), ("_finish", 0)])
-def test_what_one_rank_cannot_save_all_tell(
-    gang: Gang, tmp_path: Path, name: str, failing: int
+@pytest.mark.parametrize(
+    ("name", "failing"), [("_recreate_folder", 0), ("_size_and_digest", 1), ("_commit", 0)]
+)
+def test_all_ranks_raise_when_one_cannot_save(
+    process_pool: ProcessPool, tmp_path: Path, name: str, failing: int
 ) -> None:
-    first, second = gang.run(2, fail_to_save, str(tmp_path), name, failing)
+    first, second = process_pool.run(2, fail_to_save, str(tmp_path), name, failing)
     assert first == second
     assert "step-000001: cannot be saved: No space left on device; free" in first
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_two_ranks_wrote_is_whole_in_the_files(gang: Gang, tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_ranks_has_the_full_tensors(
+    process_pool: ProcessPool, tmp_path: Path
+) -> None:
     case = Case(shares=SHARES, optim=ADAMW)
-    gang.run(2, jobs.save, case, str(tmp_path))
+    process_pool.run(2, training_jobs.save_and_step, case, str(tmp_path))
     path = tmp_path / "step-000002"
-    one = Ranks(torch.device("cpu"))
-    checkpoint.verify(path, one)
-    shapes = checkpoint.shapes(path)
-    model = jobs.make(case, one).model
+    single_process = DistributedContext(torch.device("cpu"))
+    checkpoint.verify(path, single_process)
+    shapes = checkpoint.tensor_shapes(path)
+    model = training_jobs.build_case_state(case, single_process).model
     for name, parameter in model.named_parameters():
         assert shapes[name] == parameter.shape
         assert shapes[f"{name}|exp_avg"] == parameter.shape
-    # A state of its own for every rank; counters once.
+    # One RNG state per rank; step counters once.
     assert {"random|0|cpu", "random|1|cpu"} <= shapes.keys()
     assert shapes["model.norm.weight|step"] == torch.Size([])

@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests import prompts
-from tests.parity.oracle import (
-    ask_reference,
-    packed,
+from tests.parity.reference import (
+    compute_reference_logits,
+    pack_prompts,
     random_model,
     reference_name,
     relative_error,
-    twin,
+    to_reference,
 )
 from tests.prompts import Part, image, video
 from tests.tiny import tiny_config
 
 TOLERANCE = 1e-5
 
-# Each case is what lies in one packed call of ours; the reference takes one sequence at a time.
+# Each case is one packed forward; the reference computes one sequence at a time.
 CASES: dict[str, list[list[Part]]] = {
     "text": [[19]],
     "image": [[3, image(4, 6), 9]],
@@ -33,10 +33,10 @@ CASES: dict[str, list[list[Part]]] = {
 }
 
 
-def targets(ids: list[int], pads: tuple[int, int]) -> Tensor:
-    """Next-token targets of one sequence; pads and the last token have none."""
+def targets(ids: list[int], placeholder_ids: tuple[int, int]) -> Tensor:
+    """Return next-token targets of one sequence; -100 for placeholders and the last token."""
     following = torch.tensor([*ids[1:], -100])
-    return following.where(~torch.isin(following, torch.tensor(pads)), -100)
+    return following.where(~torch.isin(following, torch.tensor(placeholder_ids)), -100)
 
 
 def summed_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -44,35 +44,35 @@ def summed_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_loss_and_every_gradient(name: str, tied: bool) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_every_gradient(case: str, tied: bool) -> None:
     config = tiny_config()
     config = replace(config, text=replace(config.text, tie_word_embeddings=tied))
     model = random_model(config)
-    reference = twin(model)
-    drawn = [prompts.prompt(parts, config, seed) for seed, parts in enumerate(CASES[name])]
-    patches = [prompts.patches(prompt, config, seed) for seed, prompt in enumerate(drawn)]
-    labels = [targets(prompt.ids, config.pad_ids) for prompt in drawn]
+    reference = to_reference(model)
+    packed_prompts = [prompts.prompt(parts, config, seed) for seed, parts in enumerate(CASES[case])]
+    patches = [prompts.patches(prompt, config, seed) for seed, prompt in enumerate(packed_prompts)]
+    labels = [targets(prompt.ids, config.placeholder_ids) for prompt in packed_prompts]
     num_valid = sum(int((label >= 0).sum()) for label in labels)
 
-    logits_TV = model.logits(model(**packed(drawn, patches, config)))
+    logits_TV = model.logits(model(**pack_prompts(packed_prompts, patches, config)))
     loss = summed_loss(logits_TV, torch.cat(labels)) / num_valid
     loss.backward()
 
-    want = torch.zeros(())
-    for prompt, patches_NP, label in zip(drawn, patches, labels, strict=True):
-        reference_logits_TV = ask_reference(reference, prompt, patches_NP, config)
-        want = want + summed_loss(reference_logits_TV, label) / num_valid
-    want.backward()
+    expected_loss = torch.zeros(())
+    for prompt, patches_NP, label in zip(packed_prompts, patches, labels, strict=True):
+        reference_logits_TV = compute_reference_logits(reference, prompt, patches_NP, config)
+        expected_loss = expected_loss + summed_loss(reference_logits_TV, label) / num_valid
+    expected_loss.backward()
 
-    assert relative_error(loss.detach(), want.detach()) < TOLERANCE
-    expected = dict(reference.named_parameters())
-    for own_name, parameter in model.named_parameters():
-        gradient = expected.pop(reference_name(own_name)).grad
-        if gradient is None:  # the tower, in a prompt of text alone
-            assert parameter.grad is None and own_name.startswith("visual.") and name == "text"
+    assert relative_error(loss.detach(), expected_loss.detach()) < TOLERANCE
+    expected_parameters = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient = expected_parameters.pop(reference_name(name)).grad
+        if gradient is None:  # the vision tower, in a text-only prompt
+            assert parameter.grad is None and name.startswith("visual.") and case == "text"
             continue
         assert parameter.grad is not None
         error = relative_error(parameter.grad, gradient)
-        assert error < TOLERANCE, f"{own_name}: {error:.1e}"
-    assert not expected, "parameters of the reference that we lack"
+        assert error < TOLERANCE, f"{name}: {error:.1e}"
+    assert not expected_parameters, "parameters of the reference that are missing here"

@@ -1,4 +1,4 @@
-"""Our rendering against the official Jinja template, and our ids against transformers'."""
+"""Chat template: text equals the official Jinja template, ids equal those of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.processor.chat_template import render, tokenize
-from qwen2vl.processor.messages import normalize
+from qwen2vl.processor.messages import parse_messages
 from qwen2vl.processor.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer, tiny_tokenizer_dir
 
@@ -65,8 +65,8 @@ conversations = st.lists(
 )
 
 
-def ours(messages: list[dict[str, Any]], **options: Any) -> str:
-    return "".join(segment.text for segment in render(normalize(messages), **options))
+def rendered_text(messages: list[dict[str, Any]], **options: Any) -> str:
+    return "".join(segment.text for segment in render(parse_messages(messages), **options))
 
 
 @given(conversations, st.booleans(), st.booleans())
@@ -74,32 +74,32 @@ def test_rendering_equals_the_official_template(
     messages: list[dict[str, Any]], add_generation_prompt: bool, add_vision_id: bool
 ) -> None:
     options = {"add_generation_prompt": add_generation_prompt, "add_vision_id": add_vision_id}
-    assert ours(messages, **options) == template.render(messages=messages, **options)
+    assert rendered_text(messages, **options) == template.render(messages=messages, **options)
 
 
-# Ids: the oracle sees the whole rendered string, where every special token counts, so ours is told
-# that the text is trusted.
+# Ids: the reference tokenizes the whole rendered string with all special tokens, hence
+# allowed_special="all" here.
 
 
-def same_ids(tokenizer: Tokenizer, oracle: Any, messages: list[dict[str, Any]]) -> None:
-    segments = render(normalize(messages), add_vision_id=True)
+def assert_same_ids(tokenizer: Tokenizer, reference: Any, messages: list[dict[str, Any]]) -> None:
+    segments = render(parse_messages(messages), add_vision_id=True)
     counts = [1] * sum(segment.text.endswith("_pad|>") for segment in segments)
-    ids, _ = tokenize(segments, tokenizer, counts, special="all")
+    ids, _ = tokenize(segments, tokenizer, counts, allowed_special="all")
     rendered = template.render(messages=messages, add_generation_prompt=True, add_vision_id=True)
-    assert ids == oracle(rendered).input_ids
+    assert ids == reference(rendered).input_ids
 
 
 @pytest.fixture(scope="module")
-def tiny_oracle() -> Any:
+def tiny_reference() -> Any:
     transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(tiny_tokenizer_dir())
 
 
 @given(conversations)
 def test_ids_of_the_byte_tokenizer_equal_transformers(
-    tiny_oracle: Any, messages: list[dict[str, Any]]
+    tiny_reference: Any, messages: list[dict[str, Any]]
 ) -> None:
-    same_ids(tiny_tokenizer(), tiny_oracle, messages)
+    assert_same_ids(tiny_tokenizer(), tiny_reference, messages)
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,12 @@ def official_pair(official_tokenizer_dir: Path) -> tuple[Tokenizer, Any]:
 def test_ids_of_the_official_tokenizer_equal_transformers(
     official_pair: tuple[Tokenizer, Any], messages: list[dict[str, Any]]
 ) -> None:
-    same_ids(*official_pair, messages)
+    assert_same_ids(*official_pair, messages)
 
 
 def test_published_ids_of_a_prompt(official_pair: tuple[Tokenizer, Any]) -> None:
     messages = [{"role": "user", "content": [{"image": "a.png"}, {"text": "Describe this image."}]}]
-    ids, _ = tokenize(render(normalize(messages)), official_pair[0], [1])
+    ids, _ = tokenize(render(parse_messages(messages)), official_pair[0], [1])
     system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
     assert ids == system + [
         *(151644, 872, 198, 151652, 151655, 151653, 74785, 419, 2168, 13, 151645, 198),
@@ -128,13 +128,18 @@ def test_published_ids_of_a_prompt(official_pair: tuple[Tokenizer, Any]) -> None
     ]
 
 
-def test_a_break_after_the_head_is_not_cut_off(official_pair: tuple[Tokenizer, Any]) -> None:
+def test_a_newline_after_the_role_header_merges_into_one_token(
+    official_pair: tuple[Tokenizer, Any],
+) -> None:
     tokenizer = official_pair[0]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\n\nHello"}]
     ids, mask = tokenize(
-        render(normalize(messages), add_generation_prompt=False), tokenizer, [], special="none"
+        render(parse_messages(messages), add_generation_prompt=False),
+        tokenizer,
+        [],
+        allowed_special="none",
     )
-    turn = [tokenizer.bytes_of(token) for token in ids[-6:]]
-    assert turn == [b"<|im_start|>", b"assistant", b"\n\n\n", b"Hello", b"<|im_end|>", b"\n"]
-    # The token that is partly the head's is not the assistant's.
+    last_turn = [tokenizer.id_to_bytes(token) for token in ids[-6:]]
+    assert last_turn == [b"<|im_start|>", b"assistant", b"\n\n\n", b"Hello", b"<|im_end|>", b"\n"]
+    # The token that contains the header's newline is not supervised.
     assert mask[-6:] == [False, False, False, True, True, False]

@@ -1,4 +1,4 @@
-"""Adapters that PEFT has made and saved: merged here, and by PEFT, to the same bits."""
+"""Adapters saved by PEFT, merged by this library and by PEFT, are identical to the bit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.loading import load
 from qwen2vl.model import Qwen2VL
 from tests.folders import write_tiny
-from tests.parity.oracle import (
-    ask,
-    ask_reference,
+from tests.parity.reference import (
+    compute_logits,
+    compute_reference_logits,
     random_model,
     reference_name,
     relative_error,
-    twin,
+    to_reference,
 )
 from tests.prompts import image, patches, prompt, video
 from tests.tiny import tiny_config
@@ -40,18 +40,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen2VL]:
     return folder, write_tiny(folder, model=model)
 
 
-def adapt(model: Qwen2VL, folder: Path, **options: Any) -> Any:
-    """Let PEFT adapt the twin of a model, at random, and save the adapter."""
+def save_peft_adapter(model: Qwen2VL, folder: Path, **options: Any) -> Any:
+    """Adapt the transformers copy of a model with random LoRA factors, and save the adapter."""
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **options)
-    adapted = get_peft_model(twin(model), config).eval()
+    adapted = get_peft_model(to_reference(model), config).eval()
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     return adapted
 
 
-def merged(model: Qwen2VL, folder: Path, **options: Any) -> dict[str, Tensor]:
-    """The same, merged by PEFT."""
-    return adapt(model, folder, **options).merge_and_unload().state_dict()
+def merge_with_peft(model: Qwen2VL, folder: Path, **options: Any) -> dict[str, Tensor]:
+    """Save an adapter as `save_peft_adapter`, and return the state dict merged by PEFT."""
+    return save_peft_adapter(model, folder, **options).merge_and_unload().state_dict()
 
 
 @pytest.mark.parametrize(
@@ -68,22 +68,22 @@ def merged(model: Qwen2VL, folder: Path, **options: Any) -> dict[str, Tensor]:
         },
     ],
 )
-def test_merged_weights_equal_pefts(
+def test_merged_weights_equal_those_of_peft(
     base: tuple[Path, Qwen2VL], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     folder, model = base
-    want = merged(model, tmp_path / "adapter", **options)
+    expected = merge_with_peft(model, tmp_path / "adapter", **options)
     got, _ = load(folder, dtype="float32", adapter=tmp_path / "adapter")
-    changed = 0
+    num_changed = 0
     for name, weight in got.state_dict().items():
-        assert torch.equal(weight, want[reference_name(name)]), name
-        changed += not torch.equal(weight, model.state_dict()[name])
-    assert changed >= 2
+        assert torch.equal(weight, expected[reference_name(name)]), name
+        num_changed += not torch.equal(weight, model.state_dict()[name])
+    assert num_changed >= 2
 
 
-def test_the_older_key_layout_gives_the_same(base: tuple[Path, Qwen2VL], tmp_path: Path) -> None:
+def test_older_key_layout_gives_the_same(base: tuple[Path, Qwen2VL], tmp_path: Path) -> None:
     folder, model = base
-    adapt(model, tmp_path / "new", target_modules=ADAPTED)
+    save_peft_adapter(model, tmp_path / "new", target_modules=ADAPTED)
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     path = tmp_path / "old" / "adapter_model.safetensors"
     tensors = {
@@ -99,31 +99,31 @@ def test_the_older_key_layout_gives_the_same(base: tuple[Path, Qwen2VL], tmp_pat
     assert all(map(torch.equal, new.state_dict().values(), old.state_dict().values()))
 
 
-def test_logits_are_those_of_pefts_unmerged_model(
+def test_logits_equal_those_of_the_unmerged_peft_model(
     base: tuple[Path, Qwen2VL], tmp_path: Path
 ) -> None:
     folder, model = base
-    reference = adapt(model, tmp_path / "adapter", target_modules=ADAPTED)
-    ours, _ = load(folder, dtype="float32", adapter=tmp_path / "adapter")
-    question = prompt([3, image(4, 6), 4, video(2, 4, 4), 5], model.config)
-    patches_NP = patches(question, model.config)
+    reference = save_peft_adapter(model, tmp_path / "adapter", target_modules=ADAPTED)
+    loaded, _ = load(folder, dtype="float32", adapter=tmp_path / "adapter")
+    prompt_with_media = prompt([3, image(4, 6), 4, video(2, 4, 4), 5], model.config)
+    patches_NP = patches(prompt_with_media, model.config)
     with torch.no_grad():
-        want_TV = ask_reference(reference, question, patches_NP, model.config)
-        plain_TV = ask(model, question, patches_NP)
-        assert relative_error(ask(ours, question, patches_NP), want_TV) < 1e-5
+        want_TV = compute_reference_logits(reference, prompt_with_media, patches_NP, model.config)
+        plain_TV = compute_logits(model, prompt_with_media, patches_NP)
+        assert relative_error(compute_logits(loaded, prompt_with_media, patches_NP), want_TV) < 1e-5
     assert relative_error(plain_TV, want_TV) > 1e-2
 
 
-def test_what_peft_saves_of_dora_is_refused(base: tuple[Path, Qwen2VL], tmp_path: Path) -> None:
+def test_dora_adapter_of_peft_is_refused(base: tuple[Path, Qwen2VL], tmp_path: Path) -> None:
     folder, model = base
-    adapt(model, tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    save_peft_adapter(model, tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
     with pytest.raises(CheckpointError, match="uses use_dora True, which is not supported"):
         load(folder, adapter=tmp_path / "adapter")
 
 
-def test_an_llm_takes_an_adapter(base: tuple[Path, Qwen2VL], tmp_path: Path) -> None:
+def test_llm_merges_an_adapter(base: tuple[Path, Qwen2VL], tmp_path: Path) -> None:
     folder, model = base
-    want = merged(model, tmp_path / "adapter", target_modules=["q_proj"])
+    expected = merge_with_peft(model, tmp_path / "adapter", target_modules=["q_proj"])
     llm = LLM(folder, dtype="float32", adapter=str(tmp_path / "adapter"))
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(llm.model.state_dict()[name], want[reference_name(name)])
+    assert torch.equal(llm.model.state_dict()[name], expected[reference_name(name)])

@@ -1,4 +1,4 @@
-"""Adapters in training beside PEFT's: outputs, gradients of every factor, files both ways."""
+"""LoRA training compared with PEFT: outputs, gradients of every factor, files both ways."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwen2vl.lora.layers import (
-    DECODER,
+    DECODER_TARGET_MODULES,
     LoraConfig,
     LoraFactors,
-    factors_of,
-    fresh_factors,
-    lora_layers,
-    put_lora,
+    extract_factors,
+    init_factors,
+    inject_lora,
+    named_lora_layers,
 )
-from qwen2vl.lora.peft import peft_settings, peft_tensors, read_lora
+from qwen2vl.lora.peft import parse_peft_adapter, to_peft_config, to_peft_state_dict
 from qwen2vl.model import Qwen2VL
 from qwen2vl.weights import read_adapter, save_adapter
-from tests.parity.oracle import ask, ask_reference, random_model, relative_error, twin
+from tests.parity.reference import (
+    compute_logits,
+    compute_reference_logits,
+    random_model,
+    relative_error,
+    to_reference,
+)
 from tests.prompts import Prompt, image, patches, prompt, video
 from tests.tiny import tiny_config
 
@@ -32,17 +38,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 
 TOLERANCE = 1e-5
 
-CHOICES: dict[str, dict[str, Any]] = {
-    "decoder": {"targets": (DECODER,)},
-    "everything, stabilized": {"targets": (r".*",), "rank_stabilized": True},
-    "the tower alone": {"targets": (r"visual\..*",)},
-    "one layer of one block": {"targets": (r"model\.layers\.1\.mlp\.up_proj",)},
-    "parts of both": {"targets": (r".*layers\.0.*[qv]_proj", r".*merger\.mlp\.0", r".*attn\.proj")},
+CONFIGS: dict[str, dict[str, Any]] = {
+    "decoder": {"target_modules": (DECODER_TARGET_MODULES,)},
+    "everything, stabilized": {"target_modules": (r".*",), "use_rslora": True},
+    "the tower alone": {"target_modules": (r"visual\..*",)},
+    "one layer of one block": {"target_modules": (r"model\.layers\.1\.mlp\.up_proj",)},
+    "parts of both": {
+        "target_modules": (r".*layers\.0.*[qv]_proj", r".*merger\.mlp\.0", r".*attn\.proj")
+    },
 }
 
 
-def adapted(options: dict[str, Any]) -> tuple[Qwen2VL, LoraConfig]:
-    """Build a model with factors as they are after some training."""
+def adapted_model(options: dict[str, Any]) -> tuple[Qwen2VL, LoraConfig]:
+    """Build a model with factors as they are after training: B is not zero."""
     model = random_model(tiny_config(tie_word_embeddings=False))
     config = LoraConfig(rank=4, alpha=6, **options)
     generator = torch.Generator().manual_seed(5)
@@ -52,125 +60,135 @@ def adapted(options: dict[str, Any]) -> tuple[Qwen2VL, LoraConfig]:
             b_YR=0.2 * torch.randn(found.b_YR.shape, generator=generator),
             scale=found.scale,
         )
-        for name, found in fresh_factors(model, config, seed=1).items()
+        for name, found in init_factors(model, config, seed=1).items()
     }
-    put_lora(model, factors)
+    inject_lora(model, factors)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return model, config
 
 
-def saved(model: Qwen2VL, config: LoraConfig, folder: Path) -> None:
-    """Write the adapter of a model as a run does at its end."""
-    scales = {name: layer.scale for name, layer in lora_layers(model)}
-    factors = factors_of(model.state_dict(), scales)
-    settings = peft_settings(config, factors, model, base="some/base")
-    save_adapter(folder, settings, peft_tensors(factors))
+def save_model_adapter(model: Qwen2VL, config: LoraConfig, folder: Path) -> None:
+    """Save the adapter of a model as a training run does."""
+    scales = {name: layer.scale for name, layer in named_lora_layers(model)}
+    factors = extract_factors(model.state_dict(), scales)
+    settings = to_peft_config(config, factors, model, base="some/base")
+    save_adapter(folder, settings, to_peft_state_dict(factors))
 
 
-def plain(model: Qwen2VL) -> Qwen2VL:
-    """Build the model beneath an adapted one."""
+def base_model(model: Qwen2VL) -> Qwen2VL:
+    """Build the base model of an adapted one."""
     base = Qwen2VL(model.config).eval()
     state = {name: t for name, t in model.state_dict().items() if "lora_" not in name}
     base.load_state_dict(state, strict=True)
     return base
 
 
-def question(model: Qwen2VL) -> tuple[Prompt, Tensor]:
-    asked = prompt([3, image(4, 6), 4, video(2, 4, 4), 5], model.config)
-    return asked, patches(asked, model.config)
+def prompt_with_patches(model: Qwen2VL) -> tuple[Prompt, Tensor]:
+    media_prompt = prompt([3, image(4, 6), 4, video(2, 4, 4), 5], model.config)
+    return media_prompt, patches(media_prompt, model.config)
 
 
 def loss(logits_TV: Tensor, ids: list[int]) -> Tensor:
     return F.cross_entropy(logits_TV[-5:-1], torch.tensor(ids[-4:]))
 
 
-@pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES.keys())
-def test_peft_reads_ours_and_has_the_same_outputs_and_gradients(
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
+def test_peft_loads_saved_adapters_with_equal_outputs_and_gradients(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model, config = adapted(options)
-    saved(model, config, tmp_path / "adapter")
+    model, config = adapted_model(options)
+    save_model_adapter(model, config, tmp_path / "adapter")
     reference = PeftModel.from_pretrained(
-        twin(plain(model)), str(tmp_path / "adapter"), is_trainable=True
+        to_reference(base_model(model)), str(tmp_path / "adapter"), is_trainable=True
     ).eval()
-    asked, patches_NP = question(model)
+    media_prompt, patches_NP = prompt_with_patches(model)
 
-    got_TV = ask(model, asked, patches_NP)
-    want_TV = ask_reference(reference, asked, patches_NP, model.config)
+    got_TV = compute_logits(model, media_prompt, patches_NP)
+    want_TV = compute_reference_logits(reference, media_prompt, patches_NP, model.config)
     assert relative_error(got_TV, want_TV) < TOLERANCE
     with torch.no_grad():
-        assert relative_error(ask(plain(model), asked, patches_NP), want_TV) > 1e-2
+        assert (
+            relative_error(compute_logits(base_model(model), media_prompt, patches_NP), want_TV)
+            > 1e-2
+        )
 
-    loss(got_TV, asked.ids).backward()
-    loss(want_TV, asked.ids).backward()
-    theirs = {
+    loss(got_TV, media_prompt.ids).backward()
+    loss(want_TV, media_prompt.ids).backward()
+    peft_gradients = {
         name: parameter.grad
         for name, parameter in reference.named_parameters()
         if parameter.requires_grad
     }
     compared = 0
-    for name, tensor in peft_tensors(dict(factors_with_gradients(model))).items():
-        want = theirs.pop(name.replace(".weight", ".default.weight"))
-        assert want is not None
-        assert relative_error(tensor, want) < TOLERANCE, name
+    for name, tensor in to_peft_state_dict(dict(factors_with_gradients(model))).items():
+        expected = peft_gradients.pop(name.replace(".weight", ".default.weight"))
+        assert expected is not None
+        assert relative_error(tensor, expected) < TOLERANCE, name
         compared += 1
-    assert not theirs
-    assert compared == 2 * len(list(lora_layers(model)))
+    assert not peft_gradients
+    assert compared == 2 * len(list(named_lora_layers(model)))
 
 
 def factors_with_gradients(model: Qwen2VL) -> dict[str, LoraFactors]:
-    """Put the gradients where the factors are, to be named as those are."""
+    """Return gradients in place of factors, so that `to_peft_state_dict` names them."""
     found: dict[str, LoraFactors] = {}
-    for name, layer in lora_layers(model):
+    for name, layer in named_lora_layers(model):
         assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
         found[name] = LoraFactors(a_RX=layer.lora_A.grad, b_YR=layer.lora_B.grad, scale=layer.scale)
     return found
 
 
-def test_peft_adapts_exactly_the_layers_that_we_did(tmp_path: Path) -> None:
-    for number, options in enumerate(CHOICES.values()):
-        model, config = adapted(options)
+def test_peft_adapts_exactly_the_same_layers(tmp_path: Path) -> None:
+    for number, options in enumerate(CONFIGS.values()):
+        model, config = adapted_model(options)
         folder = tmp_path / str(number)
-        saved(model, config, folder)
-        targets = read_adapter(folder)[0]["target_modules"]
-        again = get_peft_model(twin(plain(model)), ReferenceConfig(target_modules=targets))
-        assert sum("lora_A" in n for n, _ in again.named_parameters()) == len(
-            list(lora_layers(model))
+        save_model_adapter(model, config, folder)
+        target_modules = read_adapter(folder)[0]["target_modules"]
+        adapted_by_peft = get_peft_model(
+            to_reference(base_model(model)), ReferenceConfig(target_modules=target_modules)
         )
-        assert len(targets) <= 7 if options["targets"] == (DECODER,) else True
+        assert sum("lora_A" in n for n, _ in adapted_by_peft.named_parameters()) == len(
+            list(named_lora_layers(model))
+        )
+        assert (
+            len(target_modules) <= 7
+            if options["target_modules"] == (DECODER_TARGET_MODULES,)
+            else True
+        )
 
 
-@pytest.mark.parametrize("stabilized", [False, True])
-def test_what_peft_saves_is_learned_on_with_the_same_outputs(
-    stabilized: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_adapters_of_peft_are_injected_with_equal_outputs(use_rslora: bool, tmp_path: Path) -> None:
     model = random_model(tiny_config(tie_word_embeddings=False))
     torch.manual_seed(2)
     config = ReferenceConfig(
         r=4,
         lora_alpha=6,
-        use_rslora=stabilized,
+        use_rslora=use_rslora,
         init_lora_weights=False,
         target_modules=["q_proj", "down_proj", "qkv", "merger.mlp.2"],
     )
-    reference = get_peft_model(twin(model), config).eval()
+    reference = get_peft_model(to_reference(model), config).eval()
     reference.save_pretrained(str(tmp_path))
     settings, tensors = read_adapter(tmp_path)
-    put_lora(model, read_lora(settings, tensors, model, where="adapter"))
-    asked, patches_NP = question(model)
+    inject_lora(model, parse_peft_adapter(settings, tensors, model, where="adapter"))
+    media_prompt, patches_NP = prompt_with_patches(model)
     with torch.no_grad():
-        want_TV = ask_reference(reference, asked, patches_NP, model.config)
-        assert relative_error(ask(model, asked, patches_NP), want_TV) < TOLERANCE
-    assert len(list(lora_layers(model))) == 7
+        want_TV = compute_reference_logits(reference, media_prompt, patches_NP, model.config)
+        assert relative_error(compute_logits(model, media_prompt, patches_NP), want_TV) < TOLERANCE
+    assert len(list(named_lora_layers(model))) == 7
 
 
-def test_an_adapter_comes_back_from_its_file_to_the_bit(tmp_path: Path) -> None:
-    model, config = adapted({"targets": (r".*",)})
-    saved(model, config, tmp_path / "adapter")
+def test_saved_adapter_is_loaded_to_the_bit(tmp_path: Path) -> None:
+    model, config = adapted_model({"target_modules": (r".*",)})
+    save_model_adapter(model, config, tmp_path / "adapter")
     settings, tensors = read_adapter(tmp_path / "adapter")
-    base = plain(model)
-    put_lora(base, read_lora(settings, tensors, base, where="adapter"))
-    asked, patches_NP = question(model)
+    base = base_model(model)
+    inject_lora(base, parse_peft_adapter(settings, tensors, base, where="adapter"))
+    media_prompt, patches_NP = prompt_with_patches(model)
     with torch.no_grad():
-        assert torch.equal(ask(base, asked, patches_NP), ask(model, asked, patches_NP))
+        assert torch.equal(
+            compute_logits(base, media_prompt, patches_NP),
+            compute_logits(model, media_prompt, patches_NP),
+        )

@@ -1,6 +1,6 @@
 """Forward parity in fp32: tower, merger, logits, packing, cache and greedy text.
 
-Both sides hold the same random weights. "Within 1e-5" is of the largest magnitude.
+Both models have the same random weights. The tolerance 1e-5 is relative to the largest magnitude.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.geometry import AttnMeta, VisionMeta, text_positions
+from qwen2vl.geometry import AttnMeta, VisionMeta, mrope_positions
 from qwen2vl.model import KVCache, Qwen2VL
 from tests import prompts
-from tests.parity.oracle import (
+from tests.parity.reference import (
     ReferenceModel,
-    ask,
-    ask_reference,
-    packed,
+    compute_logits,
+    compute_reference_logits,
+    pack_prompts,
     random_model,
     relative_error,
     split_by_kind,
-    twin,
+    to_reference,
 )
 from tests.prompts import Part, Prompt, image, video
 from tests.tiny import tiny_config
@@ -37,14 +37,14 @@ PROMPTS: dict[str, list[Part]] = {
     "image": [3, image(4, 6), 4],
     "images of odd sizes": [2, image(2, 14), 1, image(10, 6), 5, image(2, 2), 3],
     "video": [2, video(3, 4, 6), 5],
-    "long clip": [2, video(9, 4, 2), 5],
+    "long video": [2, video(9, 4, 2), 5],
     "images and video": [1, image(6, 4), 3, video(2, 4, 4), image(4, 4), 2, image(2, 8), 6],
 }
 VISUAL = [name for name in PROMPTS if name != "text"]
 
 
 def shapes() -> dict[str, Qwen2VLConfig]:
-    """The tiny model, with its head tied and not, and with heads in no power of two."""
+    """Return tiny configs: tied, untied, and with numbers of heads that are no power of two."""
     tiny = tiny_config()
     odd_text = replace(
         tiny.text,
@@ -68,7 +68,7 @@ SHAPES = shapes()
 @cache
 def pair(shape: str, attention: str = "eager", seed: int = 0) -> tuple[Qwen2VL, Any]:
     model = random_model(SHAPES[shape], seed)
-    return model, twin(model, attention)
+    return model, to_reference(model, attention)
 
 
 def case(name: str, config: Qwen2VLConfig, seed: int = 0) -> tuple[Prompt, Tensor]:
@@ -88,9 +88,9 @@ def test_tower_and_merger(name: str, shape: str) -> None:
     )
     vision_MD = model.encode(patches_NP, VisionMeta.build(prompt.grids))
     handle.remove()
-    want = reference.model.visual(patches_NP, grid_thw=torch.tensor(prompt.grids))
-    assert relative_error(before_merger[0], want.last_hidden_state) < TOLERANCE
-    assert relative_error(vision_MD, want.pooler_output) < TOLERANCE
+    expected = reference.model.visual(patches_NP, grid_thw=torch.tensor(prompt.grids))
+    assert relative_error(before_merger[0], expected.last_hidden_state) < TOLERANCE
+    assert relative_error(vision_MD, expected.pooler_output) < TOLERANCE
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -100,21 +100,21 @@ def test_tower_and_merger(name: str, shape: str) -> None:
 def test_logits(name: str, shape: str, attention: str) -> None:
     model, reference = pair(shape, attention)
     prompt, patches_NP = case(name, model.config)
-    want = ask_reference(reference, prompt, patches_NP, model.config)
-    assert relative_error(ask(model, prompt, patches_NP), want) < TOLERANCE
+    expected = compute_reference_logits(reference, prompt, patches_NP, model.config)
+    assert relative_error(compute_logits(model, prompt, patches_NP), expected) < TOLERANCE
 
 
 @torch.inference_mode()
 def test_packed_sequences_equal_each_alone() -> None:
     model, reference = pair("tied")
     cases = [case(name, model.config, seed) for seed, name in enumerate([*PROMPTS, "text"])]
-    drawn, patches = zip(*cases, strict=True)
-    logits_TV = model.logits(model(**packed(drawn, patches, model.config)))
+    packed_prompts, patches = zip(*cases, strict=True)
+    logits_TV = model.logits(model(**pack_prompts(packed_prompts, patches, model.config)))
     parts = logits_TV.split([len(prompt.ids) for prompt, _ in cases])
     for part, (prompt, patches_NP) in zip(parts, cases, strict=True):
-        assert relative_error(part, ask(model, prompt, patches_NP)) < TOLERANCE
-        want = ask_reference(reference, prompt, patches_NP, model.config)
-        assert relative_error(part, want) < TOLERANCE
+        assert relative_error(part, compute_logits(model, prompt, patches_NP)) < TOLERANCE
+        expected = compute_reference_logits(reference, prompt, patches_NP, model.config)
+        assert relative_error(part, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("chunks", [[20], [7, 13], [1, 1, 8, 10]])
@@ -125,26 +125,28 @@ def test_cached_decode_equals_the_reference_without_a_cache(chunks: list[int]) -
     total = len(prompt.ids)
     assert total > sum(chunks)
     chunks = [*chunks, *[1] * (total - sum(chunks))]
-    got = torch.cat(list(stepwise(model, prompt, patches_NP, chunks)))
-    want = ask_reference(reference, prompt, patches_NP, model.config)
-    assert relative_error(got, want) < TOLERANCE
+    got = torch.cat(list(chunked_logits(model, prompt, patches_NP, chunks)))
+    expected = compute_reference_logits(reference, prompt, patches_NP, model.config)
+    assert relative_error(got, expected) < TOLERANCE
 
 
-def stepwise(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor, chunks: list[int]) -> list[Tensor]:
-    """Feed a prompt chunk by chunk over a cache, vision rows encoded before: logits of each."""
-    whole = packed([prompt], [patches_NP], model.config)
-    vision_MD = model.encode(whole["patches_NP"], whole["vision_meta"])
+def chunked_logits(
+    model: Qwen2VL, prompt: Prompt, patches_NP: Tensor, chunks: list[int]
+) -> list[Tensor]:
+    """Compute the logits of a prompt in chunks over a KV cache, with vision encoded before."""
+    inputs = pack_prompts([prompt], [patches_NP], model.config)
+    vision_MD = model.encode(inputs["patches_NP"], inputs["vision_meta"])
     cache = KVCache.allocate(model.config.text, len(prompt.ids), torch.float32, "cpu")
     logits: list[Tensor] = []
     for chunk in chunks:
         start, end = cache.length, cache.length + chunk
-        inside = (whole["pad_index_M"] >= start) & (whole["pad_index_M"] < end)
+        in_chunk = (inputs["placeholder_index_M"] >= start) & (inputs["placeholder_index_M"] < end)
         hidden_TD = model(
-            whole["input_ids_T"][start:end],
-            whole["position_ids_3T"][:, start:end],
+            inputs["input_ids_T"][start:end],
+            inputs["position_ids_3T"][:, start:end],
             AttnMeta.build([chunk], [end]),
-            vision_MD=vision_MD[inside],
-            pad_index_M=whole["pad_index_M"][inside] - start,
+            vision_MD=vision_MD[in_chunk],
+            placeholder_index_M=inputs["placeholder_index_M"][in_chunk] - start,
             caches=[cache],
         )
         logits.append(model.logits(hidden_TD))
@@ -154,28 +156,28 @@ def stepwise(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor, chunks: list[in
 NUM_GREEDY = 32
 
 
-@pytest.mark.parametrize("name", ["text", "image", "images and video", "long clip"])
+@pytest.mark.parametrize("name", ["text", "image", "images and video", "long video"])
 @pytest.mark.parametrize("seed", range(2))
 @torch.inference_mode()
-def test_greedy_text_is_the_reference_s(name: str, seed: int) -> None:
+def test_greedy_tokens_equal_the_reference(name: str, seed: int) -> None:
     model, reference = pair("untied", seed=seed)
     prompt, patches_NP = case(name, model.config, seed)
-    ours = greedy(model, prompt, patches_NP)
-    theirs, clear = reference_greedy(reference, prompt, patches_NP, model.config)
-    # A tie may fall either way; compare up to the first position where the reference hesitates.
-    compared = clear.index(False) if False in clear else NUM_GREEDY
+    own_ids = greedy(model, prompt, patches_NP)
+    expected_ids, has_margin = reference_greedy(reference, prompt, patches_NP, model.config)
+    # Near-ties may differ; compare up to the first position where the reference has no margin.
+    compared = has_margin.index(False) if False in has_margin else NUM_GREEDY
     assert compared >= 24
-    assert ours[:compared] == theirs[:compared]
-    assert len(set(theirs)) > 4, "a constant answer proves nothing"
+    assert own_ids[:compared] == expected_ids[:compared]
+    assert len(set(expected_ids)) > 4, "a constant output proves nothing"
 
 
 def greedy(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor) -> list[int]:
-    """Decode token by token over our cache: position is index + rope delta."""
+    """Decode token by token over the KV cache: position is index + rope_delta."""
     config = model.config
-    whole = packed([prompt], [patches_NP], config)
-    _, delta = text_positions(prompt.ids, prompt.grids, config)
+    inputs = pack_prompts([prompt], [patches_NP], config)
+    _, delta = mrope_positions(prompt.ids, prompt.grids, config)
     cache = KVCache.allocate(config.text, len(prompt.ids) + NUM_GREEDY, torch.float32, "cpu")
-    hidden_TD = model(**whole, caches=[cache])
+    hidden_TD = model(**inputs, caches=[cache])
     ids: list[int] = []
     while True:
         ids.append(int(model.logits(hidden_TD[-1:]).argmax()))
@@ -193,10 +195,10 @@ def greedy(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor) -> list[int]:
 def reference_greedy(
     reference: ReferenceModel, prompt: Prompt, patches_NP: Tensor, config: Qwen2VLConfig
 ) -> tuple[list[int], list[bool]]:
-    """Decode with the reference's cache; also say where its first two choices are apart."""
-    position_ids_3T, delta = text_positions(prompt.ids, prompt.grids, config)
+    """Decode with the reference's cache; also return where its top two logits differ clearly."""
+    position_ids_3T, delta = mrope_positions(prompt.ids, prompt.grids, config)
     ids: list[int] = []
-    clear: list[bool] = []
+    has_margin: list[bool] = []
     inputs = {
         "input_ids": torch.tensor([prompt.ids]),
         "position_ids": position_ids_3T[:, None],
@@ -214,18 +216,18 @@ def reference_greedy(
         past = out.past_key_values
         scores = out.logits[0, -1]
         first, second = scores.topk(2).values
-        clear.append(bool(first - second > 1e-4 * scores.std()))
+        has_margin.append(bool(first - second > 1e-4 * scores.std()))
         ids.append(int(scores.argmax()))
         inputs = {
             "input_ids": torch.tensor([ids[-1:]]),
             "position_ids": torch.full((3, 1, 1), length + delta),
         }
-    return ids, clear
+    return ids, has_margin
 
 
 @torch.inference_mode()
-def test_greedy_text_is_what_generate_gives() -> None:
-    # transformers' own loop and its own positions, for an image, where they are the paper's.
+def test_greedy_tokens_equal_generate() -> None:
+    # With transformers' own loop and positions, for an image, where they equal the paper's.
     model, reference = pair("untied")
     prompt, patches_NP = case("image", model.config)
     kinds = [int(token == model.config.image_token_id) for token in prompt.ids]

@@ -1,4 +1,4 @@
-"""nano in transformers' hands: opened as it is, the same ids, the same pixels, the same answers."""
+"""nano loaded by transformers without changes: equal ids, pixels and greedy output."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen2vl.engine import LLM, SamplingParams
-from qwen2vl.geometry import num_tokens
+from qwen2vl.geometry import num_vision_tokens
 from qwen2vl.model.vision import normalize_pixels
-from qwen2vl.synth import Mixture, render, sample
-from qwen2vl.weights import find
+from qwen2vl.synth import Mixture, SyntheticExample, render, sample
+from qwen2vl.weights import resolve_model
 
-FOLDER = find("nano")
+FOLDER = resolve_model("nano")
 MAX_BYTES = 12_000_000
 
 
 @cache
-def ours() -> LLM:
+def llm() -> LLM:
     return LLM("nano", device="cpu", dtype="float32")
 
 
 @cache
-def theirs() -> Any:
-    """The reference, opened from the same folder; it must miss nothing and warn of nothing."""
+def reference() -> Any:
+    """Load the reference from the same folder, without missing or unexpected keys."""
     model, info = Qwen2VLForConditionalGeneration.from_pretrained(
         FOLDER, dtype=torch.float32, output_loading_info=True
     )
@@ -37,46 +37,44 @@ def theirs() -> Any:
     return model.eval()
 
 
-def questions() -> list[Any]:
-    mixture = Mixture(weights={"shapes": 1.0, "grounding": 1.0, "two_pictures": 1.0}, split="all")
-    specs = [sample(2024, index, mixture) for index in range(12)]
-    # No letters: this test must not depend on fonts.
-    return [render(s) for s in specs if "text" not in {q.task for q in s.questions}]
+def example(index: int) -> SyntheticExample:
+    weights = {"shapes": 1.0, "grounding": 1.0, "two_pictures": 1.0}
+    return render(sample(2024, index, Mixture(weights=weights, split="all", fonts="bundled")))
 
 
-@pytest.mark.parametrize("index", range(len(questions())))
+@pytest.mark.parametrize("index", range(12))
 def test_transformers_gives_the_same_ids_pixels_and_greedy_text(index: int) -> None:
-    messages = questions()[index].prompt
-    prompt = ours().processor(messages)
-    pictures = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
-    pixels = Qwen2VLImageProcessorPil.from_pretrained(FOLDER)(pictures, return_tensors="pt")
+    messages = example(index).prompt
+    prompt = llm().processor(messages)
+    images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+    pixels = Qwen2VLImageProcessorPil.from_pretrained(FOLDER)(images, return_tensors="pt")
     patches_NP = prompt.patches_NP
     assert patches_NP is not None
-    assert torch.equal(pixels["pixel_values"], normalize_pixels(patches_NP, ours().config.vision))
+    assert torch.equal(pixels["pixel_values"], normalize_pixels(patches_NP, llm().config.vision))
     assert [tuple(grid) for grid in pixels["image_grid_thw"].tolist()] == prompt.grids
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for grid in prompt.grids:
-        text = text.replace("<|image_pad|>", "<|hole|>" * num_tokens(grid), 1)
+        text = text.replace("<|image_pad|>", "<|hole|>" * num_vision_tokens(grid), 1)
     ids = tokenizer(text.replace("<|hole|>", "<|image_pad|>"))["input_ids"]
     assert ids == prompt.input_ids
 
-    made = theirs().generate(
+    generated = reference().generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-        mm_token_type_ids=(torch.tensor([ids]) == ours().config.image_token_id).int(),
+        mm_token_type_ids=(torch.tensor([ids]) == llm().config.image_token_id).int(),
         **pixels,
         do_sample=False,
         max_new_tokens=64,
     )
-    (completion,) = ours().generate(prompt, SamplingParams(temperature=0, max_tokens=64))
-    want = made[0, len(ids) :].tolist()
-    assert list(completion.token_ids) == want
+    (completion,) = llm().generate(prompt, SamplingParams(temperature=0, max_tokens=64))
+    expected = generated[0, len(ids) :].tolist()
+    assert list(completion.token_ids) == expected
     assert completion.finish_reason == "stop"
 
 
-def test_nano_is_small_and_an_ordinary_folder() -> None:
+def test_nano_is_small_and_has_the_standard_files() -> None:
     weights = FOLDER / "model.safetensors"
     assert weights.stat().st_size <= MAX_BYTES
     names = {path.name for path in Path(FOLDER).iterdir()}
@@ -92,13 +90,13 @@ def test_nano_is_small_and_an_ordinary_folder() -> None:
     } <= names
 
 
-def test_the_picture_decides_the_answer() -> None:
-    """The same question about a red and a blue square: a model that does not look cannot pass."""
-    answers = []
+def test_the_image_determines_the_output() -> None:
+    """The same question about a red and a blue square: a model that ignores the image fails."""
+    outputs = []
     for color in ((215, 38, 38), (38, 76, 215)):
-        picture = np.full((112, 112, 3), 250, np.uint8)
-        picture[28:84, 28:84] = color
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": "What color?"}]
-        (completion,) = ours().chat([{"role": "user", "content": content}])
-        answers.append(completion.text.strip().lower())
-    assert answers == ["red", "blue"]
+        image = np.full((112, 112, 3), 250, np.uint8)
+        image[28:84, 28:84] = color
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "What color?"}]
+        (completion,) = llm().chat([{"role": "user", "content": content}])
+        outputs.append(completion.text.strip().lower())
+    assert outputs == ["red", "blue"]

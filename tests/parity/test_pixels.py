@@ -1,4 +1,4 @@
-"""Pixels against transformers' Qwen2VLImageProcessorPil: bit for bit, sizes and floats alike."""
+"""Pixels equal those of transformers' Qwen2VLImageProcessorPil bit for bit, sizes included."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
 from qwen2vl.errors import InputError
-from qwen2vl.geometry import num_tokens
+from qwen2vl.geometry import num_vision_tokens
 from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.image import PixelLimits, smart_resize
 from tests.media import FORMATS, PIXELS, VISION, encoded, image, noise, smooth
@@ -21,19 +21,23 @@ from tests.media import FORMATS, PIXELS, VISION, encoded, image, noise, smooth
 Processor = reference.Qwen2VLImageProcessorPil
 
 
-def theirs(picture: Image.Image, pixels: PixelLimits = PIXELS) -> tuple[torch.Tensor, list[int]]:
-    """Pixel values and grid as transformers computes them."""
+def reference_pixels(
+    image_in: Image.Image, pixels: PixelLimits = PIXELS
+) -> tuple[torch.Tensor, list[int]]:
+    """Return pixel values and grid computed by transformers."""
     size = {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}
-    out = Processor(size=size)(images=[picture], return_tensors="pt")
+    out = Processor(size=size)(images=[image_in], return_tensors="pt")
     return out["pixel_values"], out["image_grid_thw"][0].tolist()
 
 
-def assert_equal(picture: Image.Image, source: object = None, pixels: PixelLimits = PIXELS) -> None:
-    item = image(picture if source is None else source, pixels=pixels)
-    want, grid = theirs(picture, pixels)
+def assert_equal(
+    image_in: Image.Image, source: object = None, pixels: PixelLimits = PIXELS
+) -> None:
+    item = image(image_in if source is None else source, pixels=pixels)
+    expected, grid = reference_pixels(image_in, pixels)
     assert list(item.grid) == grid
-    assert want.dtype == torch.float32
-    assert torch.equal(normalize_pixels(item.patches_NP, VISION), want)
+    assert expected.dtype == torch.float32
+    assert torch.equal(normalize_pixels(item.patches_NP, VISION), expected)
 
 
 @settings(max_examples=25)
@@ -63,13 +67,13 @@ def test_converted_modes_end_to_end(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_end_to_end(mode: str) -> None:
-    """transformers 5 lays transparency on white, too."""
-    picture = Image.fromarray(smooth(90, 130))
-    picture.putalpha(Image.fromarray(smooth(90, 130, seed=1)[..., 0]))
-    assert_equal(picture.convert(mode))
+    """transformers 5 also composites transparency on white."""
+    image_in = Image.fromarray(smooth(90, 130))
+    image_in.putalpha(Image.fromarray(smooth(90, 130, seed=1)[..., 0]))
+    assert_equal(image_in.convert(mode))
 
 
-def test_large_and_limited_pictures() -> None:
+def test_large_and_limited_images() -> None:
     assert_equal(
         Image.fromarray(smooth(1080, 1920)), pixels=PixelLimits(min_pixels=3136, max_pixels=200_704)
     )
@@ -82,27 +86,29 @@ def test_large_and_limited_pictures() -> None:
 @given(
     height=st.integers(1, 20_000),
     width=st.integers(1, 20_000),
-    low=st.integers(1, 2_000_000),
+    min_pixels=st.integers(1, 2_000_000),
     span=st.integers(0, 20_000_000),
 )
-def test_sizes_and_refusals(height: int, width: int, low: int, span: int) -> None:
-    limits = {"min_pixels": low, "max_pixels": low + span}
+def test_sizes_and_rejected_aspect_ratios(
+    height: int, width: int, min_pixels: int, span: int
+) -> None:
+    limits = {"min_pixels": min_pixels, "max_pixels": min_pixels + span}
     try:
-        want = reference.smart_resize(height, width, factor=28, **limits)
+        expected = reference.smart_resize(height, width, factor=28, **limits)
     except ValueError:
         with pytest.raises(InputError, match="has aspect ratio"):
             smart_resize(height, width, factor=28, **limits)
         return
-    assert smart_resize(height, width, factor=28, **limits) == want
+    assert smart_resize(height, width, factor=28, **limits) == expected
 
 
 @settings(max_examples=40)
-@given(height=st.integers(1, 400), width=st.integers(1, 400), cap=st.integers(3136, 60_000))
-def test_grids_and_token_counts(height: int, width: int, cap: int) -> None:
+@given(height=st.integers(1, 400), width=st.integers(1, 400), max_pixels=st.integers(3136, 60_000))
+def test_grids_and_token_counts(height: int, width: int, max_pixels: int) -> None:
     if max(height, width) > 200 * min(height, width):
         return
-    item = image(np.zeros((height, width), np.uint8), max_pixels=cap)
-    processor = Processor(size={"shortest_edge": 3136, "longest_edge": cap})
+    item = image(np.zeros((height, width), np.uint8), max_pixels=max_pixels)
+    processor = Processor(size={"shortest_edge": 3136, "longest_edge": max_pixels})
     patches = processor.get_number_of_image_patches(height, width)
     assert len(item.patches_NP) == patches
-    assert num_tokens(item.grid) == patches // 4
+    assert num_vision_tokens(item.grid) == patches // 4

@@ -1,4 +1,4 @@
-"""Embeddings beside transformers: its last hidden states, padded and masked, pooled by the book."""
+"""Embeddings equal pooled last hidden states of transformers, padded and masked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwen2vl.engine.embed import pool
-from qwen2vl.geometry import text_positions
+from qwen2vl.geometry import mrope_positions
 from tests import prompts
-from tests.parity.oracle import packed, random_model, relative_error, split_by_kind, twin
+from tests.parity.reference import (
+    pack_prompts,
+    random_model,
+    relative_error,
+    split_by_kind,
+    to_reference,
+)
 from tests.prompts import Part, Prompt, image, video
 from tests.tiny import tiny_config
 
@@ -20,8 +26,8 @@ CASES: list[list[Part]] = [[23], [3, image(4, 6), 4], [2, video(3, 4, 6), 5], [1
 
 
 def reference_states(reference: Any, prompt: Prompt, patches_NP: Tensor, config: Any) -> Tensor:
-    """Run one sequence through the reference: hidden_TD behind the final norm."""
-    position_ids_3T, _ = text_positions(prompt.ids, prompt.grids, config)
+    """Compute hidden_TD after the final norm of one sequence with the reference."""
+    position_ids_3T, _ = mrope_positions(prompt.ids, prompt.grids, config)
     return reference.model(
         input_ids=torch.tensor([prompt.ids]),
         attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
@@ -34,16 +40,16 @@ def reference_states(reference: Any, prompt: Prompt, patches_NP: Tensor, config:
 def test_pooled_states_equal_transformers() -> None:
     config = tiny_config()
     model = random_model(config)
-    reference = twin(model)
-    drawn = [prompts.prompt(parts, config, seed) for seed, parts in enumerate(CASES)]
-    patches = [prompts.patches(prompt, config, seed) for seed, prompt in enumerate(drawn)]
-    hidden_TD = model(**packed(drawn, patches, config))
-    lengths = [len(prompt.ids) for prompt in drawn]
+    reference = to_reference(model)
+    packed_prompts = [prompts.prompt(parts, config, seed) for seed, parts in enumerate(CASES)]
+    patches = [prompts.patches(prompt, config, seed) for seed, prompt in enumerate(packed_prompts)]
+    hidden_TD = model(**pack_prompts(packed_prompts, patches, config))
+    lengths = [len(prompt.ids) for prompt in packed_prompts]
 
-    # As embedders on transformers do it: a padded batch, and the mask that says what counts.
+    # As usual with transformers: a padded batch and an attention mask.
     states = [
         reference_states(reference, prompt, patches_NP, config)
-        for prompt, patches_NP in zip(drawn, patches, strict=True)
+        for prompt, patches_NP in zip(packed_prompts, patches, strict=True)
     ]
     padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True, padding_value=7.0)
     mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]

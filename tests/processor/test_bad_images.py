@@ -1,7 +1,7 @@
-"""Pictures as they come in the wild: each is shown as it was meant, or refused in one line.
+"""Unusual and damaged images: each is decoded correctly, or rejected with a one-line error.
 
-Test ids are the cases of the project's list of bad inputs. One case yields to the model's rule: a
-picture of 499 x 1 is read as such, and then refused, because its aspect ratio exceeds 200.
+Test ids are the cases of the project's list of bad inputs. One case is decided by the model's
+limit: an image of 499 x 1 is decoded, and then rejected, because its aspect ratio exceeds 200.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import DEFAULT_LIMITS
 from tests.media import FORMATS, VISION, animation, encoded, image, noise, png_header, smooth
 
-PICTURE = smooth(150, 200)
-LIBRARY_WORDS = re.compile(r"PIL\.|BytesIO|Traceback|Errno|0x[0-9a-f]{4}|Image\.open|libtiff", re.I)
+IMAGE = smooth(150, 200)
+LIBRARY_INTERNALS = re.compile(
+    r"PIL\.|BytesIO|Traceback|Errno|0x[0-9a-f]{4}|Image\.open|libtiff", re.I
+)
 
 
-def refusal(source: Any, **options: Any) -> str:
-    """The text of the refusal: one line that names the picture and leaks no library's words."""
+def error_text(source: Any, **options: Any) -> str:
+    """Return the text of the InputError; check that it is one line without library internals."""
     with pytest.raises(InputError) as caught:
         image(source, **options)
     text = str(caught.value)
     assert "\n" not in text
-    assert not LIBRARY_WORDS.search(text), text
+    assert not LIBRARY_INTERNALS.search(text), text
     return text
 
 
-def shown(source: Any, **options: Any) -> np.ndarray:
-    """The pixels that the model sees, (height, width, 3)."""
+def model_pixels(source: Any, **options: Any) -> np.ndarray:
+    """Return the pixels that the model gets, (height, width, 3)."""
     item = image(source, **options)
     assert item.num_tokens > 0
     return unpatchify(item.patches_NP, item.grid, VISION)[0].permute(1, 2, 0).numpy()
 
 
-def flipped(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+def flipped(data: bytes, offset: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :]
 
 
 def data_url(kind: str, data: bytes) -> str:
@@ -57,15 +59,15 @@ def data_url(kind: str, data: bytes) -> str:
 
 @functools.cache
 def text_bomb() -> bytes:
-    """A small PNG with a comment that unpacks to 50 MB."""
+    """Return a small PNG with a comment that decompresses to 50 MB."""
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 50_000_000, zip=True)
-    return encoded(PICTURE, "PNG", pnginfo=info)
+    return encoded(IMAGE, "PNG", pnginfo=info)
 
 
 @functools.cache
 def real_bomb() -> bytes:
-    """A whole PNG of 12000 x 12000 zeros: 432 MB in less than 2 MB."""
+    """Return a complete PNG of 12000 x 12000 zeros: 432 MB in less than 2 MB."""
     packer = zlib.compressobj(1)
     row = bytes(1 + 3 * 12000)
     raster = b"".join([packer.compress(row) for _ in range(12000)] + [packer.flush()])
@@ -77,11 +79,11 @@ def real_bomb() -> bytes:
 
 
 DAMAGED = "is damaged: its pixels end early or cannot be decoded"
-REFUSED: list[tuple[str, Callable[[], Any], str]] = [
+REJECTED: list[tuple[str, Callable[[], Any], str]] = [
     *(
         (
             f"image truncated to half ({kind})",
-            lambda kind=kind: (data := encoded(PICTURE, kind))[: len(data) // 2],
+            lambda kind=kind: (data := encoded(IMAGE, kind))[: len(data) // 2],
             DAMAGED if kind != "WEBP" else "is a damaged WEBP file",
         )
         for kind in FORMATS
@@ -89,44 +91,44 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     *(
         (
             "image header only (24 bytes)",
-            lambda kind=kind: encoded(PICTURE, kind)[:24],
+            lambda kind=kind: encoded(IMAGE, kind)[:24],
             f"is a damaged {kind} file; save it again",
         )
         for kind in FORMATS
     ),
     *(
-        ("JPEG/TIFF/BMP missing last byte", lambda kind=kind: encoded(PICTURE, kind)[:-1], DAMAGED)
+        ("JPEG/TIFF/BMP missing last byte", lambda kind=kind: encoded(IMAGE, kind)[:-1], DAMAGED)
         for kind in ("JPEG", "TIFF", "BMP")
     ),
     *(
         (
             "bit flip in the middle: PNG/GIF broken data stream",
-            lambda kind=kind: flipped(data := encoded(PICTURE, kind), len(data) // 2),
+            lambda kind=kind: flipped(data := encoded(IMAGE, kind), len(data) // 2),
             DAMAGED,
         )
         for kind in ("PNG", "GIF")
     ),
-    ("PNG with wrong CRC", lambda: flipped(encoded(PICTURE), 30), "is a damaged PNG file"),
+    ("PNG with wrong CRC", lambda: flipped(encoded(IMAGE), 30), "is a damaged PNG file"),
     ("empty bytes", lambda: b"", r"image 1 is empty \(0 bytes\)"),
     (
         "HTML 404 page or JSON instead of image",
         lambda: b"<!doctype html><title>404</title>",
-        "is text/html, not a supported picture",
+        "is text/html, not a supported image",
     ),
     (
         "HTML 404 page or JSON instead of image",
         lambda: b'{"error": "not found"}',
-        "is application/json, not a supported picture",
+        "is application/json, not a supported image",
     ),
     *(
         ("SVG / HEIC / PDF / EPS / JPEG2000 / PSD", lambda head=head: head + bytes(64), text)
         for head, text in (
             (b"<svg xmlns='http://www.w3.org/2000/svg'>", r"is image/svg\+xml, not a supported"),
-            (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is image/heic, not a supported picture"),
-            (b"%PDF-1.4\n", "is application/pdf, not a supported picture"),
+            (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is image/heic, not a supported image"),
+            (b"%PDF-1.4\n", "is application/pdf, not a supported image"),
             (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is application/postscript, not a supported"),
-            (b"\0\0\0\x0cjP  \r\n\x87\n", "is image/jp2, not a supported picture"),
-            (b"8BPS\0\1", r"photoshop, not a supported picture; supported are JPEG, PNG, GIF"),
+            (b"\0\0\0\x0cjP  \r\n\x87\n", "is image/jp2, not a supported image"),
+            (b"8BPS\0\1", r"photoshop, not a supported image; supported are JPEG, PNG, GIF"),
         )
     ),
     (
@@ -161,12 +163,12 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     (
         "float TIFF",
         lambda: encoded(np.full((9, 9), 4000, np.float32), "TIFF"),
-        "float32 values from 4000.0 to 4000.0 are no colors",
+        "float32 values from 4000.0 to 4000.0 are not colors",
     ),
     (
         "4-channel or 2-channel numpy array, CHW/HWC ambiguous",
         lambda: np.zeros((224, 224, 2), np.uint8),
-        r"array of shape \(224, 224, 2\) is not a picture",
+        r"array of shape \(224, 224, 2\) is not an image",
     ),
     (
         "4-channel or 2-channel numpy array, CHW/HWC ambiguous",
@@ -177,30 +179,30 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("make", "text"), [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED]
+    ("make", "text"), [row[1:] for row in REJECTED], ids=[r[0] for r in REJECTED]
 )
-def test_refused(make: Callable[[], Any], text: str) -> None:
-    assert re.search(text, refusal(make()))
+def test_rejected(make: Callable[[], Any], text: str) -> None:
+    assert re.search(text, error_text(make()))
 
 
-def same(source: Any, like: Any) -> bool:
-    return bool(np.array_equal(shown(source), shown(like)))
+def same_pixels(source: Any, expected: Any) -> bool:
+    return bool(np.array_equal(model_pixels(source), model_pixels(expected)))
 
 
-def stands_upright(orientation: int) -> bool:
-    """A lossless file with the tag is the same as the file turned beforehand."""
-    turned = {
-        2: PICTURE[:, ::-1],
-        3: PICTURE[::-1, ::-1],
-        4: PICTURE[::-1],
-        5: PICTURE.swapaxes(0, 1),
-        6: np.rot90(PICTURE, -1),
-        7: PICTURE[::-1, ::-1].swapaxes(0, 1),
-        8: np.rot90(PICTURE),
+def applies_orientation(orientation: int) -> bool:
+    """Return whether a lossless file with the EXIF tag equals one transposed beforehand."""
+    transposed = {
+        2: IMAGE[:, ::-1],
+        3: IMAGE[::-1, ::-1],
+        4: IMAGE[::-1],
+        5: IMAGE.swapaxes(0, 1),
+        6: np.rot90(IMAGE, -1),
+        7: IMAGE[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(IMAGE),
     }[orientation]
     exif = Image.Exif()
     exif[0x112] = orientation
-    return same(encoded(PICTURE, "PNG", exif=exif.tobytes()), encoded(turned))
+    return same_pixels(encoded(IMAGE, "PNG", exif=exif.tobytes()), encoded(transposed))
 
 
 def exif_of(orientation: int) -> bytes:
@@ -210,77 +212,77 @@ def exif_of(orientation: int) -> bytes:
 
 
 def is_gray(source: Any, level: int) -> bool:
-    return bool((shown(source) == level).all())
+    return bool((model_pixels(source) == level).all())
 
 
-def flips_do_no_harm(kind: str) -> bool:
-    """Many flips pass unnoticed, as they must; the others are refused like any damage."""
+def bit_flips_are_decoded_or_rejected(kind: str) -> bool:
+    """Many bit flips are undetectable; the others are rejected as damage."""
     data = encoded(noise(60, 80), kind)
-    refusals = []
-    places = range(len(data) // 3, len(data) * 2 // 3, len(data) // 60)
-    for place in places:
+    errors = []
+    offsets = range(len(data) // 3, len(data) * 2 // 3, len(data) // 60)
+    for offset in offsets:
         try:
-            shown(flipped(data, place))
+            model_pixels(flipped(data, offset))
         except InputError as error:
-            refusals.append(str(error))
-    return len(refusals) < len(places) and all("is damaged" in text for text in refusals)
+            errors.append(str(error))
+    return len(errors) < len(offsets) and all("is damaged" in text for text in errors)
 
 
-def on_white(source: Image.Image | bytes) -> bool:
-    """Hidden pixels are white, and what is there is kept."""
-    pixels = shown(source)
+def on_white(source: Image.Image | bytes | np.ndarray) -> bool:
+    """Return whether transparent pixels are white and opaque ones unchanged."""
+    pixels = model_pixels(source)
     return bool((pixels[:, 30:] == 255).all() and (pixels[:, :25] < 10).all())
 
 
-def half(mode: str) -> Image.Image:
-    """56 x 56, black at the left, transparent black at the right."""
-    picture = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
-    picture.paste((0, 0, 0, 255), (0, 0, 28, 56))
-    return picture.convert(mode)
+def half_transparent(mode: str) -> Image.Image:
+    """Return 56 x 56 pixels, opaque black at the left, transparent black at the right."""
+    image = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 28, 56))
+    return image.convert(mode)
 
 
-def keyed(mode: str, key: Any) -> bytes:
-    picture = Image.new(mode, (56, 56), 0)
-    picture.paste(key, (28, 0, 56, 56))
+def color_keyed(mode: str, key: Any) -> bytes:
+    image = Image.new(mode, (56, 56), 0)
+    image.paste(key, (28, 0, 56, 56))
     if mode == "P":
-        picture.putpalette([0, 0, 0, 9, 9, 9])
-    return encoded(picture, "PNG", transparency=key)
+        image.putpalette([0, 0, 0, 9, 9, 9])
+    return encoded(image, "PNG", transparency=key)
 
 
 ACCEPTED: list[tuple[str, Callable[[], bool]]] = [
     *(
         (
             "PNG or GIF missing last byte",
-            lambda kind=kind: same((data := encoded(PICTURE, kind))[:-1], data),
+            lambda kind=kind: same_pixels((data := encoded(IMAGE, kind))[:-1], data),
         )
         for kind in ("PNG", "GIF")
     ),
     *(
         (
             "bit flip in the middle, JPEG/WEBP/TIFF",
-            lambda kind=kind: flips_do_no_harm(kind),
+            lambda kind=kind: bit_flips_are_decoded_or_rejected(kind),
         )
         for kind in ("JPEG", "WEBP", "TIFF")
     ),
     (
         "PNG with trailing garbage / JPEG+JPEG polyglot",
-        lambda: same(encoded(PICTURE) + b"garbage" * 99, encoded(PICTURE)),
+        lambda: same_pixels(encoded(IMAGE) + b"garbage" * 99, encoded(IMAGE)),
     ),
     (
         "PNG with trailing garbage / JPEG+JPEG polyglot",
-        lambda: same(
-            encoded(PICTURE, "JPEG") + encoded(noise(50, 50), "JPEG"), encoded(PICTURE, "JPEG")
+        lambda: same_pixels(
+            encoded(IMAGE, "JPEG") + encoded(noise(50, 50), "JPEG"), encoded(IMAGE, "JPEG")
         ),
     ),
     (
         "declared mime differs from content",
-        lambda: same(data_url("image/png", encoded(PICTURE, "GIF")), encoded(PICTURE, "GIF")),
+        lambda: same_pixels(data_url("image/png", encoded(IMAGE, "GIF")), encoded(IMAGE, "GIF")),
     ),
-    ("1x1 pixel image", lambda: shown(Image.new("RGB", (1, 1), "red")).shape == (56, 56, 3)),
-    ("1x1 pixel image", lambda: shown(np.zeros((1, 1, 3), np.uint8)).shape == (56, 56, 3)),
+    ("1x1 pixel image", lambda: model_pixels(Image.new("RGB", (1, 1), "red")).shape == (56, 56, 3)),
+    ("1x1 pixel image", lambda: model_pixels(np.zeros((1, 1, 3), np.uint8)).shape == (56, 56, 3)),
     (
         "image of height 1 (1x499) or height 3 (3x22)",
-        lambda: shown(Image.new("RGB", (22, 3))).shape == (28, 168, 3),
+        lambda: model_pixels(Image.new("RGB", (22, 3))).shape == (28, 168, 3),
     ),
     (
         "image of height 1 (1x499) or height 3 (3x22)",
@@ -288,22 +290,22 @@ ACCEPTED: list[tuple[str, Callable[[], bool]]] = [
     ),
     (
         "image smaller than 28 px on a side",
-        lambda: shown(noise(27, 257)).shape == (28, 252, 3),
+        lambda: model_pixels(noise(27, 257)).shape == (28, 252, 3),
     ),
     (
         "aspect ratio exactly 200 / just above 200",
-        lambda: shown(Image.new("RGB", (2800, 14))).shape[0] == 28,
+        lambda: model_pixels(Image.new("RGB", (2800, 14))).shape[0] == 28,
     ),
     (
         "31x639 with max_pixels=20*784",
         lambda: image(noise(31, 639), max_pixels=20 * 784).num_tokens == 20,
     ),
-    *(("EXIF orientation 2..8", lambda turn=turn: stands_upright(turn)) for turn in range(2, 9)),
+    *(("EXIF orientation 2..8", lambda tag=tag: applies_orientation(tag)) for tag in range(2, 9)),
     *(
         (
             "EXIF garbage or orientation 99",
-            lambda kind=kind, exif=exif: same(
-                encoded(PICTURE, kind, exif=exif), encoded(PICTURE, kind)
+            lambda kind=kind, exif=exif: same_pixels(
+                encoded(IMAGE, kind, exif=exif), encoded(IMAGE, kind)
             ),
         )
         for kind in ("JPEG", "PNG", "WEBP")
@@ -313,7 +315,9 @@ ACCEPTED: list[tuple[str, Callable[[], bool]]] = [
         "CMYK JPEG",
         lambda: bool(
             np.abs(
-                shown(encoded(Image.new("CMYK", (56, 56), (0, 255, 255, 0)), "JPEG")).mean((0, 1))
+                model_pixels(encoded(Image.new("CMYK", (56, 56), (0, 255, 255, 0)), "JPEG")).mean(
+                    (0, 1)
+                )
                 - (255, 0, 0)
             ).max()
             < 6
@@ -330,30 +334,36 @@ ACCEPTED: list[tuple[str, Callable[[], bool]]] = [
         "float TIFF",
         lambda: is_gray(encoded(np.full((56, 56), 0.5, np.float32), "TIFF"), 128),
     ),
-    ("palette image with transparency, RGB+tRNS, LA, RGBA", lambda: on_white(keyed("P", 1))),
+    ("palette image with transparency, RGB+tRNS, LA, RGBA", lambda: on_white(color_keyed("P", 1))),
     (
         "palette image with transparency, RGB+tRNS, LA, RGBA",
-        lambda: on_white(keyed("RGB", (9, 9, 9))),
+        lambda: on_white(color_keyed("RGB", (9, 9, 9))),
     ),
-    ("palette image with transparency, RGB+tRNS, LA, RGBA", lambda: on_white(keyed("L", 9))),
-    ("palette image with transparency, RGB+tRNS, LA, RGBA", lambda: on_white(half("LA"))),
-    ("palette image with transparency, RGB+tRNS, LA, RGBA", lambda: on_white(half("RGBA"))),
+    ("palette image with transparency, RGB+tRNS, LA, RGBA", lambda: on_white(color_keyed("L", 9))),
+    (
+        "palette image with transparency, RGB+tRNS, LA, RGBA",
+        lambda: on_white(half_transparent("LA")),
+    ),
+    (
+        "palette image with transparency, RGB+tRNS, LA, RGBA",
+        lambda: on_white(half_transparent("RGBA")),
+    ),
     (
         "4-channel or 2-channel numpy array, CHW/HWC ambiguous",
-        lambda: on_white(np.asarray(half("RGBA"))),
-    ),  # pyright: ignore[reportArgumentType]
+        lambda: on_white(np.asarray(half_transparent("RGBA"))),
+    ),
     ("1-bit and L images", lambda: is_gray(Image.new("1", (56, 56), 1), 255)),
     ("1-bit and L images", lambda: is_gray(Image.new("L", (56, 56), 77), 77)),
     *(
         (
             "animated GIF / WebP / APNG / multi-page TIFF as image",
-            lambda kind=kind: bool((shown(animation(kind)) < 5).all()),
+            lambda kind=kind: bool((model_pixels(animation(kind)) < 5).all()),
         )
         for kind in ("GIF", "WEBP", "PNG", "TIFF")
     ),
     (
         "broken ICC profile",
-        lambda: same(encoded(PICTURE, "JPEG", icc_profile=bytes(500)), encoded(PICTURE, "JPEG")),
+        lambda: same_pixels(encoded(IMAGE, "JPEG", icc_profile=bytes(500)), encoded(IMAGE, "JPEG")),
     ),
 ]
 
@@ -367,7 +377,7 @@ def test_accepted(holds: Callable[[], bool]) -> None:
     ("source", "note"),
     [
         pytest.param(
-            data_url("image/png", encoded(PICTURE, "GIF")),
+            data_url("image/png", encoded(IMAGE, "GIF")),
             "declared as image/png, read as image/gif",
             id="declared mime differs from content",
         ),
@@ -377,13 +387,13 @@ def test_accepted(holds: Callable[[], bool]) -> None:
             id="animated GIF / WebP / APNG / multi-page TIFF as image",
         ),
         pytest.param(
-            half("RGBA"),
-            "transparency laid on white",
+            half_transparent("RGBA"),
+            "transparency composited on white",
             id="palette image with transparency, RGB+tRNS, LA, RGBA",
         ),
     ],
 )
-def test_people_are_told(source: Any, note: str) -> None:
+def test_adjustments_are_noted(source: Any, note: str) -> None:
     assert image(source).notes == (note,)
 
 
@@ -400,8 +410,8 @@ def test_people_are_told(source: Any, note: str) -> None:
     ],
     ids=["min_pixels > max_pixels, negative or huge pixel options"] * 4,
 )
-def test_options_refused(options: dict[str, int], text: str) -> None:
-    assert text in refusal(PICTURE, **options)
+def test_bad_options_are_rejected(options: dict[str, int], text: str) -> None:
+    assert text in error_text(IMAGE, **options)
 
 
 @pytest.mark.parametrize(
@@ -412,14 +422,14 @@ def test_options_refused(options: dict[str, int], text: str) -> None:
         pytest.param(lambda: encoded(Image.new("1", (100_000, 1))), id="1x100000 image"),
     ],
 )
-def test_bombs_are_refused_by_their_header(make: Callable[[], bytes]) -> None:
+def test_decompression_bombs_are_rejected_by_their_header(make: Callable[[], bytes]) -> None:
     data = make()
     unit = 1024 if sys.platform != "darwin" else 1
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        refusal(data)
+        error_text(data)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.05
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before < 32 * 2**20

@@ -1,4 +1,4 @@
-"""Videos as they come in the wild. Test ids are the cases of the project's list of bad inputs."""
+"""Unusual and damaged videos. Test ids are the cases of the project's list of bad inputs."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from tests.media import (
     VISION,
     animation,
     audio_only,
-    clip,
     encoded,
+    encoded_video,
     smooth,
     video,
     wiped,
     with_matrix,
 )
 
-LIBRARY_WORDS = re.compile(r"avcodec|Errno|Traceback|BytesIO|PIL|tuple index|<none>", re.I)
+LIBRARY_INTERNALS = re.compile(r"avcodec|Errno|Traceback|BytesIO|PIL|tuple index|<none>", re.I)
 FRAME = smooth(56, 56)
 
 
-def refusal(source: Any, **options: Any) -> str:
-    """The text of the refusal: one line that names the video and leaks no library's words."""
+def error_text(source: Any, **options: Any) -> str:
+    """Return the text of the InputError; check that it is one line without library internals."""
     with pytest.raises(InputError) as caught:
         video(source, **options)
     text = str(caught.value)
     assert "\n" not in text
-    assert not LIBRARY_WORDS.search(text), text
+    assert not LIBRARY_INTERNALS.search(text), text
     return text
 
 
 @functools.cache
-def an_hour() -> bytes:
-    return clip(3600, rate=1, width=32, height=32, codec="mpeg4")
+def hour_long_video() -> bytes:
+    return encoded_video(3600, rate=1, width=32, height=32, codec="mpeg4")
 
 
-REFUSED: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
+REJECTED: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
     (
         "MP4 cut in half (no moov)",
-        lambda: (data := clip())[: len(data) // 2],
+        lambda: (data := encoded_video())[: len(data) // 2],
         {},
         r"video 1 has no decodable video stream \(video/mp4, cut short or damaged\)",
     ),
@@ -61,69 +61,71 @@ REFUSED: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
     ),
     (
         "zero-frame video / empty bytes / text as video",
-        lambda: (data := clip(4, container="matroska"))[: data.index(b"\x1fC\xb6u")],
+        lambda: (data := encoded_video(4, container="matroska"))[: data.index(b"\x1fC\xb6u")],
         {},
         r"has no decodable video stream \(video/x-matroska, cut short or damaged\)",
     ),
     (
         "broken frames from the first on",
-        lambda: wiped(data := clip(), (data.index(b"mdat") + 4) / len(data), len(data) // 2),
+        lambda: wiped(
+            data := encoded_video(), (data.index(b"mdat") + 4) / len(data), len(data) // 2
+        ),
         {},
         "video 1: no frame can be decoded; it is damaged or cut short",
     ),
     ("audio-only MP4", audio_only, {}, r"has no video stream \(only audio\)"),
     (
         "nframes larger than video, nframes=0, negative, float",
-        clip,
+        encoded_video,
         {"nframes": 0},
         "nframes is 0, must lie between 1",
     ),
     (
         "nframes larger than video, nframes=0, negative, float",
-        clip,
+        encoded_video,
         {"nframes": -4},
         "nframes is -4, must lie between 1",
     ),
     (
         "nframes larger than video, nframes=0, negative, float",
-        clip,
+        encoded_video,
         {"nframes": 4.0},
         "nframes is 4.0, must be a whole number",
     ),
-    ("fps and nframes both given", clip, {"fps": 2.0, "nframes": 4}, "use either one"),
+    ("fps and nframes both given", encoded_video, {"fps": 2.0, "nframes": 4}, "use either one"),
     (
         "unsupported codec / 8k H.264",
-        lambda: clip().replace(b"avc1", b"zzzz"),
+        lambda: encoded_video().replace(b"avc1", b"zzzz"),
         {},
         "video codec 'zzzz' is not supported; convert it to H.264 in MP4",
     ),
     (
         "unsupported codec / 8k H.264",
-        lambda: clip(1, width=7680, height=4320, options={"preset": "ultrafast"}),
+        lambda: encoded_video(1, width=7680, height=4320, options={"preset": "ultrafast"}),
         {"limits": MediaLimits(max_image_pixels=8_847_360)},
         "is 7680 x 4320, limit is 8,847,360 pixels a frame; resize it first",
     ),
     (
         "hour-long or 4K video",
-        an_hour,
+        hour_long_video,
         {"limits": MediaLimits(max_seconds=1800)},
         "lasts 3,600 s, limit is 1,800 s; cut it first",
     ),
     (
         "hour-long or 4K video",
-        an_hour,
+        hour_long_video,
         {"limits": MediaLimits(max_frames=1000)},
         "has more than 1,000 frames, which is the limit",
     ),
     (
         "hour-long or 4K video",
-        an_hour,
+        hour_long_video,
         {"limits": MediaLimits(max_bytes=1000)},
         "bytes, limit is 1,000; send a smaller file",
     ),
     (
         "hour-long or 4K video",
-        an_hour,
+        hour_long_video,
         {"limits": MediaLimits(decode_timeout=0.01)},
         "took more than 0.01 s to decode",
     ),
@@ -143,108 +145,108 @@ REFUSED: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "text"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
+    ("make", "options", "text"), [row[1:] for row in REJECTED], ids=[row[0] for row in REJECTED]
 )
-def test_refused(make: Callable[[], Any], options: dict[str, Any], text: str) -> None:
-    assert re.search(text, refusal(make(), **options))
+def test_rejected(make: Callable[[], Any], options: dict[str, Any], text: str) -> None:
+    assert re.search(text, error_text(make(), **options))
 
 
-def used(item: Item) -> int:
-    return len(item.frame_times)
+def num_frames(item: Item) -> int:
+    return len(item.frame_timestamps)
 
 
-def upright(item: Item) -> bool:
-    """The bright corner is at the bottom right after a quarter turn clockwise."""
+def is_rotated(item: Item) -> bool:
+    """Return whether the bright corner is at the bottom right: a quarter turn clockwise."""
     frame = unpatchify(item.patches_NP, item.grid, VISION)[0]
     rows, columns = frame.shape[1] // 2, frame.shape[2] // 2
     quarters = frame.float().mean(0).unflatten(0, (2, rows)).unflatten(2, (2, columns)).mean((1, 3))
-    return item.size_given == (64, 48) and int(quarters.argmax()) == 3
+    return item.original_size == (64, 48) and int(quarters.argmax()) == 3
 
 
-def seconds_are_right(item: Item) -> bool:
-    """Of frames shown from 0, 0.1, 0.2, 5, 5.1 and 10 s on, the nearest to each half second."""
-    targets = np.linspace(0, 10, used(item))
-    shown_at = np.array([0, 0.1, 0.2, 5, 5.1, 10])
-    nearest = shown_at[np.abs(shown_at[:, None] - targets).argmin(0)]
-    return bool(np.allclose(item.frame_times, nearest)) and used(item) == 20
+def has_nearest_timestamps(item: Item) -> bool:
+    """Of frames at 0, 0.1, 0.2, 5, 5.1 and 10 s, the nearest to each half second is sampled."""
+    targets = np.linspace(0, 10, num_frames(item))
+    timestamps = np.array([0, 0.1, 0.2, 5, 5.1, 10])
+    nearest = timestamps[np.abs(timestamps[:, None] - targets).argmin(0)]
+    return bool(np.allclose(item.frame_timestamps, nearest)) and num_frames(item) == 20
 
 
 ACCEPTED: list[tuple[str, Callable[[], Any], dict[str, Any], Callable[[Item], bool]]] = [
     (
         "broken frames in the middle",
-        lambda: wiped(clip(40, width=320, height=240), 0.5, 340),
+        lambda: wiped(encoded_video(40, width=320, height=240), 0.5, 340),
         {},
-        lambda item: 0 < item.frame_times[-1] < 2.5 and "damaged" in item.notes[0],
+        lambda item: 0 < item.frame_timestamps[-1] < 2.5 and "damaged" in item.notes[0],
     ),
     ("PNG sent as video", lambda: encoded(FRAME), {}, lambda item: item.grid == (1, 4, 4)),
     *(
         (
             "1, 2, 3 frame video (odd count)",
-            lambda count=count: clip(count),
+            lambda count=count: encoded_video(count),
             {},
-            lambda item, count=count: used(item) == count and item.grid.t == (count + 1) // 2,
+            lambda item, count=count: num_frames(item) == count and item.grid.t == (count + 1) // 2,
         )
         for count in (1, 2, 3)
     ),
     (
         "nframes larger than video, nframes=0, negative, float",
-        lambda: clip(6),
+        lambda: encoded_video(6),
         {"nframes": 100},
-        lambda item: used(item) == 6 and "nframes 100 lowered to the 6" in item.notes[-1],
+        lambda item: num_frames(item) == 6 and "nframes 100 lowered to the 6" in item.notes[-1],
     ),
     (
         "huge source fps 1000 / requested fps 1000",
-        lambda: clip(3000, rate=1000, width=32, height=32, codec="mpeg4"),
+        lambda: encoded_video(3000, rate=1000, width=32, height=32, codec="mpeg4"),
         {},
-        lambda item: used(item) == 6 and item.frame_times[-1] == pytest.approx(2.999),
+        lambda item: num_frames(item) == 6 and item.frame_timestamps[-1] == pytest.approx(2.999),
     ),
     (
         "huge source fps 1000 / requested fps 1000",
-        clip,
+        encoded_video,
         {"fps": 1000.0},
-        lambda item: used(item) == 30,
+        lambda item: num_frames(item) == 30,
     ),
     (
         "variable frame rate with gaps",
-        lambda: clip(6, stamps=[0, 1, 2, 50, 51, 100]),
+        lambda: encoded_video(6, stamps=[0, 1, 2, 50, 51, 100]),
         {},
-        seconds_are_right,
+        has_nearest_timestamps,
     ),
     (
         "container without frame count/duration (MKV)",
-        lambda: clip(container="matroska"),
+        lambda: encoded_video(container="matroska"),
         {},
-        lambda item: used(item) == 6,
+        lambda item: num_frames(item) == 6,
     ),
     (
         "rotated video (displaymatrix)",
-        lambda: with_matrix(clip(4), (0, 1, -1, 0)),
+        lambda: with_matrix(encoded_video(4), (0, 1, -1, 0)),
         {},
-        upright,
+        is_rotated,
     ),
     (
         "odd dimensions 65x49, 1-pixel-high video",
-        lambda: clip(4, width=65, height=49, pixel_format="yuv444p"),
+        lambda: encoded_video(4, width=65, height=49, pixel_format="yuv444p"),
         {},
-        lambda item: item.size_given == (49, 65),
+        lambda item: item.original_size == (49, 65),
     ),
     (
         "odd dimensions 65x49, 1-pixel-high video",
-        lambda: clip(4, width=64, height=1, codec="ffv1", container="matroska"),
+        lambda: encoded_video(4, width=64, height=1, codec="ffv1", container="matroska"),
         {},
-        lambda item: item.size_given == (1, 64) and item.size_seen == (28, 448),
+        lambda item: item.original_size == (1, 64) and item.resized_size == (28, 448),
     ),
     (
         "hour-long or 4K video",
-        an_hour,
+        hour_long_video,
         {},
-        lambda item: used(item) <= 768 and item.num_tokens <= 16384,
+        lambda item: num_frames(item) <= 768 and item.num_tokens <= 16384,
     ),
     (
         "animated GIF / WebP / APNG / multi-page TIFF as video",
         lambda: animation("GIF", duration=100),
         {},
-        lambda item: used(item) == 4,
+        lambda item: num_frames(item) == 4,
     ),
 ]
 

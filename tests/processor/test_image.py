@@ -1,4 +1,4 @@
-"""Sizes, patch order and items of pictures."""
+"""Image preprocessing: smart_resize, patch order, items and digests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.geometry import Grid, merge_order, patch_positions
 from qwen2vl.processor.image import (
     PixelLimits,
-    image_item,
     patchify,
-    resize_picture,
+    preprocess_image,
+    resize_image,
     smart_resize,
     unpatchify,
 )
@@ -30,7 +30,7 @@ OFFICIAL = {"factor": 28, "min_pixels": 3136, "max_pixels": 12_845_056}
 
 
 @pytest.mark.parametrize(
-    ("given_size", "seen", "tokens"),
+    ("size", "resized", "tokens"),
     [
         ((224, 224), (224, 224), 64),
         ((1372, 2044), (1372, 2044), 3577),
@@ -47,23 +47,23 @@ OFFICIAL = {"factor": 28, "min_pixels": 3136, "max_pixels": 12_845_056}
         ((1, 200), (28, 812), 29),
     ],
 )
-def test_sizes_at_official_limits(
-    given_size: tuple[int, int], seen: tuple[int, int], tokens: int
+def test_smart_resize_at_official_limits(
+    size: tuple[int, int], resized: tuple[int, int], tokens: int
 ) -> None:
-    assert smart_resize(*given_size, **OFFICIAL) == seen
-    assert seen[0] * seen[1] // 784 == tokens
+    assert smart_resize(*size, **OFFICIAL) == resized
+    assert resized[0] * resized[1] // 784 == tokens
 
 
 @pytest.mark.parametrize(
-    ("given_size", "seen"), [((1080, 1920), (728, 1316)), ((1372, 2044), (812, 1204))]
+    ("size", "resized"), [((1080, 1920), (728, 1316)), ((1372, 2044), (812, 1204))]
 )
-def test_sizes_at_1280_tokens(given_size: tuple[int, int], seen: tuple[int, int]) -> None:
-    assert smart_resize(*given_size, factor=28, min_pixels=3136, max_pixels=1280 * 784) == seen
+def test_smart_resize_at_1280_tokens(size: tuple[int, int], resized: tuple[int, int]) -> None:
+    assert smart_resize(*size, factor=28, min_pixels=3136, max_pixels=1280 * 784) == resized
 
 
-@pytest.mark.parametrize(("side", "seen"), [(42, 56), (98, 112), (126, 112), (154, 168)])
-def test_halves_round_to_even(side: int, seen: int) -> None:
-    assert smart_resize(side, 280, **OFFICIAL)[0] == seen
+@pytest.mark.parametrize(("side", "resized"), [(42, 56), (98, 112), (126, 112), (154, 168)])
+def test_halves_round_to_even(side: int, resized: int) -> None:
+    assert smart_resize(side, 280, **OFFICIAL)[0] == resized
 
 
 @given(
@@ -75,9 +75,9 @@ def test_halves_round_to_even(side: int, seen: int) -> None:
 def test_no_side_is_ever_zero(height: int, width: int, low: int, span: int) -> None:
     if max(height, width) > 200 * min(height, width):
         return
-    seen = smart_resize(height, width, factor=28, min_pixels=low, max_pixels=low + span)
-    assert min(seen) >= 28
-    assert seen[0] % 28 == seen[1] % 28 == 0
+    resized = smart_resize(height, width, factor=28, min_pixels=low, max_pixels=low + span)
+    assert min(resized) >= 28
+    assert resized[0] % 28 == resized[1] % 28 == 0
 
 
 def test_aspect_ratio_is_allowed_up_to_200() -> None:
@@ -93,7 +93,7 @@ def test_aspect_ratio_is_allowed_up_to_200() -> None:
         smart_resize(0, 5, **OFFICIAL)
 
 
-def test_limits_are_read_in_every_spelling() -> None:
+def test_pixel_limits_are_read_in_every_form() -> None:
     want = PixelLimits(min_pixels=3136, max_pixels=12_845_056)
     flat = {"min_pixels": 3136, "max_pixels": 12_845_056}
     edges = {"shortest_edge": 3136, "longest_edge": 12_845_056}
@@ -107,8 +107,8 @@ def test_limits_are_read_in_every_spelling() -> None:
         PixelLimits(min_pixels=9, max_pixels=4)
 
 
-def test_a_row_is_channel_time_y_x() -> None:
-    """Every number of a patch is found again by the four loops of the definition."""
+def test_patch_is_flattened_as_channel_time_y_x() -> None:
+    """Each patch equals the four nested loops of the definition."""
     frames_FCHW = torch.randint(0, 256, (4, 3, 8, 12), dtype=torch.uint8)
     patches_NP, grid = patchify(frames_FCHW, SMALL)
     assert grid == Grid(2, 4, 6)
@@ -127,7 +127,7 @@ def test_a_row_is_channel_time_y_x() -> None:
 
 
 @given(h=st.integers(1, 5), w=st.integers(1, 5))
-def test_patches_come_in_merge_order(h: int, w: int) -> None:
+def test_patches_are_in_merge_order(h: int, w: int) -> None:
     grid = Grid(1, 2 * h, 2 * w)
     raster = torch.arange(grid.h * grid.w, dtype=torch.uint8).view(1, 1, grid.h, grid.w)
     frame = raster.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(1, 3, -1, -1)
@@ -143,7 +143,7 @@ def test_patches_come_in_merge_order(h: int, w: int) -> None:
     step=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_unpatchify_undoes_patchify(count: int, h: int, w: int, step: int, seed: int) -> None:
+def test_unpatchify_inverts_patchify(count: int, h: int, w: int, step: int, seed: int) -> None:
     vision = replace(SMALL, temporal_patch_size=step)
     torch.manual_seed(seed)
     frames = torch.randint(0, 256, (count, 3, 4 * h, 4 * w), dtype=torch.uint8)
@@ -154,7 +154,7 @@ def test_unpatchify_undoes_patchify(count: int, h: int, w: int, step: int, seed:
         assert torch.equal(extra, frames[-1])
 
 
-def test_patchify_keeps_floats_and_copies() -> None:
+def test_patchify_keeps_the_dtype_and_copies() -> None:
     frames = torch.rand(2, 3, 28, 28)
     patches_NP, _ = patchify(frames, VISION)
     assert patches_NP.dtype == torch.float32
@@ -163,22 +163,22 @@ def test_patchify_keeps_floats_and_copies() -> None:
     assert torch.equal(patches_NP, before)
 
 
-def test_an_item_tells_what_was_seen() -> None:
+def test_item_fields_of_an_image() -> None:
     item = image(encoded(smooth(100, 150)))
     assert item.kind == "image"
     assert item.grid == Grid(1, 8, 10)
     assert item.patches_NP.shape == (80, 1176)
     assert item.patches_NP.dtype == torch.uint8
     assert item.num_tokens == 20
-    assert (item.size_given, item.size_seen) == ((100, 150), (112, 140))
-    assert (item.name, item.notes, item.frame_times) == ("image 1", (), ())
+    assert (item.original_size, item.resized_size) == ((100, 150), (112, 140))
+    assert (item.name, item.notes, item.frame_timestamps) == ("image 1", (), ())
     assert len(item.digest) == 32
 
 
-def test_pixels_are_pillows_bicubic_shown_twice() -> None:
-    picture = Image.fromarray(smooth(100, 150))
-    item = image(picture)
-    want = np.asarray(picture.resize((140, 112), Image.Resampling.BICUBIC))
+def test_pixels_are_pillow_bicubic_in_both_frames() -> None:
+    pil_image = Image.fromarray(smooth(100, 150))
+    item = image(pil_image)
+    want = np.asarray(pil_image.resize((140, 112), Image.Resampling.BICUBIC))
     for frame_CHW in unpatchify(item.patches_NP, item.grid, VISION):
         np.testing.assert_array_equal(frame_CHW.permute(1, 2, 0).numpy(), want)
 
@@ -187,7 +187,7 @@ def test_pixels_are_pillows_bicubic_shown_twice() -> None:
     "change", [np.asfortranarray, lambda a: a[::-1][::-1], lambda a: np.frombuffer(a, np.uint8)]
 )
 def test_arrays_of_any_layout_give_the_same_item(change: object) -> None:
-    """Column-major, strided and read-only arrays; sizes that are kept and that are not."""
+    """Column-major, strided and read-only arrays; sizes with and without a resize."""
     for shape in ((56, 84, 3), (50, 90, 3)):
         plain = noise(*shape[:2])
         other = change(plain).reshape(shape)  # pyright: ignore[reportCallIssue]
@@ -195,30 +195,30 @@ def test_arrays_of_any_layout_give_the_same_item(change: object) -> None:
         assert torch.equal(image(other).patches_NP, image(plain).patches_NP)
 
 
-def test_options_take_the_models_place() -> None:
-    picture = smooth(300, 300)
-    assert image(picture, max_pixels=113 * 113).size_seen == (112, 112)
-    assert image(picture, min_pixels=560 * 560).size_seen == (560, 560)
-    assert image(picture, resized_height=60, resized_width=200).size_seen == (56, 196)
+def test_options_override_the_models_limits() -> None:
+    pixels = smooth(300, 300)
+    assert image(pixels, max_pixels=113 * 113).resized_size == (112, 112)
+    assert image(pixels, min_pixels=560 * 560).resized_size == (560, 560)
+    assert image(pixels, resized_height=60, resized_width=200).resized_size == (56, 196)
     with pytest.raises(InputError, match="min_pixels 3136 is greater than max_pixels 784; one of"):
-        image(picture, max_pixels=784)
+        image(pixels, max_pixels=784)
     with pytest.raises(InputError, match="image 1: fps, video_end is for videos, this is an image"):
-        image(picture, fps=2.0, video_end=4.0)
+        image(pixels, fps=2.0, video_end=4.0)
 
 
-def test_digest_follows_what_the_tower_computes() -> None:
-    """Same pixels, same digest; another size, picture or normalization, another digest."""
-    picture = smooth(112, 112)
-    base = image(picture).digest
-    assert image(encoded(picture)).digest == base
+def test_digest_depends_on_the_input_of_the_vision_tower() -> None:
+    """Equal pixels, equal digest; another size, image or normalization, another digest."""
+    pixels = smooth(112, 112)
+    base = image(pixels).digest
+    assert image(encoded(pixels)).digest == base
     others = {
-        image(picture, max_pixels=56 * 56).digest,
-        image(picture[::-1]).digest,
-        image_item(
-            picture, vision=replace(VISION, image_mean=(0.5, 0.5, 0.5)), pixels=PIXELS, name="x"
+        image(pixels, max_pixels=56 * 56).digest,
+        image(pixels[::-1]).digest,
+        preprocess_image(
+            pixels, vision=replace(VISION, image_mean=(0.5, 0.5, 0.5)), pixels=PIXELS, name="x"
         ).digest,
-        image_item(
-            picture, vision=replace(VISION, image_std=(0.5, 0.5, 0.5)), pixels=PIXELS, name="x"
+        preprocess_image(
+            pixels, vision=replace(VISION, image_std=(0.5, 0.5, 0.5)), pixels=PIXELS, name="x"
         ).digest,
         image(np.ascontiguousarray(smooth(112, 112).reshape(56, 224, 3))).digest,
     }
@@ -226,23 +226,23 @@ def test_digest_follows_what_the_tower_computes() -> None:
     assert len(others) == 5
 
 
-def test_resize_picture_leaves_a_fitting_one_alone() -> None:
-    picture = noise(56, 84)
-    planes = picture.transpose(2, 0, 1)
-    np.testing.assert_array_equal(resize_picture(picture, 56, 84), planes)
-    np.testing.assert_array_equal(resize_picture(Image.fromarray(picture), 56, 84), planes)
+def test_resize_image_keeps_an_image_of_the_target_size() -> None:
+    pixels = noise(56, 84)
+    planes = pixels.transpose(2, 0, 1)
+    np.testing.assert_array_equal(resize_image(pixels, 56, 84), planes)
+    np.testing.assert_array_equal(resize_image(Image.fromarray(pixels), 56, 84), planes)
 
 
-def test_small_arrays_become_items_fast() -> None:
-    """Training makes hundreds a second: about 70 us here, ten times that fails the test."""
-    picture = noise(112, 56)
-    image(picture)
-    best = min(_seconds(picture) for _ in range(20))
+def test_preprocessing_small_arrays_is_fast() -> None:
+    """Training does it hundreds of times a second: about 70 us; ten times that fails the test."""
+    pixels = noise(112, 56)
+    image(pixels)
+    best = min(_seconds(pixels) for _ in range(20))
     assert best < 0.7e-3
 
 
-def _seconds(picture: np.ndarray) -> float:
+def _seconds(pixels: np.ndarray) -> float:
     start = time.perf_counter()
     for _ in range(10):
-        image_item(picture, vision=VISION, pixels=PIXELS, name="image 1")
+        preprocess_image(pixels, vision=VISION, pixels=PIXELS, name="image 1")
     return (time.perf_counter() - start) / 10

@@ -1,4 +1,4 @@
-"""The three dialects become one; what is not understood is refused by its path."""
+"""Parsing of messages in the three formats; errors name the path of the item."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from PIL import Image
 from qwen2vl.errors import InputError
 from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 from qwen2vl.processor.messages import (
-    Call,
-    MarkPart,
+    GroundingPart,
     MediaPart,
     Message,
     Part,
     TextPart,
-    normalize,
-    read_media,
+    ToolCall,
+    parse_media_item,
+    parse_messages,
 )
 
 PATH = "messages[0].content[0]"
 
 
-def only(item: Any) -> Part:
-    """Read one content item."""
-    (part,) = normalize([{"role": "user", "content": [item]}])[0].parts
+def parse_item(item: Any) -> Part:
+    """Parse one content item."""
+    (part,) = parse_messages([{"role": "user", "content": [item]}])[0].parts
     return part
 
 
@@ -39,7 +39,7 @@ def video(source: Any = "a.mp4", options: MediaOptions = NO_OPTIONS) -> MediaPar
     return MediaPart("video", source, options, PATH)
 
 
-# Dialects -------------------------------------------------------------------------------------
+# Formats --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -67,49 +67,49 @@ def video(source: Any = "a.mp4", options: MediaOptions = NO_OPTIONS) -> MediaPar
             image(options=MediaOptions(min_pixels=3136, max_pixels=50176)),
         ),
         ({"type": "ref", "ref": "a cat"}, TextPart("<|object_ref_start|>a cat<|object_ref_end|>")),
-        ({"type": "box", "box": [1, 2, 3, 4]}, MarkPart("box", (1, 2, 3, 4), None, PATH)),
-        ({"box": [[1, 2], [3, 4]], "picture": 2}, MarkPart("box", (1, 2, 3, 4), 2, PATH)),
-        ({"box": list(np.ones(4, np.float32))}, MarkPart("box", (1, 1, 1, 1), None, PATH)),
-        ({"type": "point", "point": [1.5, 2]}, MarkPart("point", (1.5, 2), None, PATH)),
+        ({"type": "box", "box": [1, 2, 3, 4]}, GroundingPart("box", (1, 2, 3, 4), None, PATH)),
+        ({"box": [[1, 2], [3, 4]], "picture": 2}, GroundingPart("box", (1, 2, 3, 4), 2, PATH)),
+        ({"box": list(np.ones(4, np.float32))}, GroundingPart("box", (1, 1, 1, 1), None, PATH)),
+        ({"type": "point", "point": [1.5, 2]}, GroundingPart("point", (1.5, 2), None, PATH)),
         (
             {"type": "quad", "quad": [1, 2, 3, 4, 5, 6, 7, 8]},
-            MarkPart("quad", (1, 2, 3, 4, 5, 6, 7, 8), None, PATH),
+            GroundingPart("quad", (1, 2, 3, 4, 5, 6, 7, 8), None, PATH),
         ),
     ],
 )
 def test_content_items(item: dict[str, Any], part: Part) -> None:
-    assert only(item) == part
+    assert parse_item(item) == part
 
 
 @pytest.mark.parametrize("source", [b"bytes", Path("a.png"), Image.new("RGB", (4, 4))])
 def test_any_source_is_passed_on_unopened(source: Any) -> None:
-    part = only({"image": source})
+    part = parse_item({"image": source})
     assert isinstance(part, MediaPart)
     assert part.source is source
 
 
 def test_an_array_is_a_source() -> None:
     array = np.zeros((4, 4, 3), np.uint8)
-    part = only({"type": "image", "image": array})
+    part = parse_item({"type": "image", "image": array})
     assert isinstance(part, MediaPart)
     assert part.source is array
 
 
-def test_a_string_is_one_text_and_an_empty_one_is_none() -> None:
-    assert normalize([{"role": "user", "content": "hi"}]) == [
+def test_string_content_is_one_text_part_and_an_empty_one_is_none() -> None:
+    assert parse_messages([{"role": "user", "content": "hi"}]) == [
         Message("user", (TextPart("hi"),), "messages[0]")
     ]
-    assert normalize([{"role": "system", "content": ""}])[0].parts == ()
+    assert parse_messages([{"role": "system", "content": ""}])[0].parts == ()
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_every_role_may_hold_media(role: str) -> None:
-    (message,) = normalize([{"role": role, "content": [{"image": "a.png"}]}])
+    (message,) = parse_messages([{"role": role, "content": [{"image": "a.png"}]}])
     assert message.parts == (image(),)
 
 
-def test_calls_of_an_assistant() -> None:
-    (message,) = normalize(
+def test_tool_calls_of_an_assistant() -> None:
+    (message,) = parse_messages(
         [
             {
                 "role": "assistant",
@@ -124,26 +124,30 @@ def test_calls_of_an_assistant() -> None:
         ]
     )
     assert message.parts == ()
-    assert message.calls == (Call("f", "{}", "c1"), Call("g", '{"x": "\u4f60"}'), Call("h", "{}"))
+    assert message.tool_calls == (
+        ToolCall("f", "{}", "c1"),
+        ToolCall("g", '{"x": "\u4f60"}'),
+        ToolCall("h", "{}"),
+    )
 
 
-def test_results_name_their_call() -> None:
+def test_tool_results_have_a_tool_call_id() -> None:
     message = {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"}
-    assert normalize([message])[0].call_id == "c1"
+    assert parse_messages([message])[0].tool_call_id == "c1"
 
 
-def test_a_bare_source_or_an_item_is_a_medium() -> None:
-    assert read_media("image", "a.png", "media[0]") == MediaPart(
+def test_media_item_is_a_bare_source_or_a_mapping() -> None:
+    assert parse_media_item("image", "a.png", "media[0]") == MediaPart(
         "image", "a.png", NO_OPTIONS, "media[0]"
     )
-    assert read_media("video", {"video": "a.mp4", "fps": 1}, "media[0]") == MediaPart(
+    assert parse_media_item("video", {"video": "a.mp4", "fps": 1}, "media[0]") == MediaPart(
         "video", "a.mp4", MediaOptions(fps=1), "media[0]"
     )
     with pytest.raises(InputError, match=r"media\[0\]: expected an image, got type 'video'"):
-        read_media("image", {"type": "video", "video": "a.mp4"}, "media[0]")
+        parse_media_item("image", {"type": "video", "video": "a.mp4"}, "media[0]")
 
 
-# Refusals -------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,17 +196,17 @@ def test_a_bare_source_or_an_item_is_a_medium() -> None:
         ),
     ],
 )
-def test_messages_are_refused_by_path(messages: Any, text: str) -> None:
+def test_message_errors_name_the_path(messages: Any, text: str) -> None:
     with pytest.raises(InputError, match=text):
-        normalize(messages)
+        parse_messages(messages)
 
 
 @pytest.mark.parametrize(
     ("item", "text"),
     [
-        ({}, r'has no "type", and its keys \(none\) do not tell what it is'),
-        ({"fps": 2}, r"has no \"type\", and its keys \('fps'\) do not tell what it is"),
-        ({"text": "a", "image": "a.png"}, r"its keys \('text', 'image'\) do not tell"),
+        ({}, r'has no "type", and its keys \(none\) do not imply one'),
+        ({"fps": 2}, r"has no \"type\", and its keys \('fps'\) do not imply one"),
+        ({"text": "a", "image": "a.png"}, r"its keys \('text', 'image'\) do not imply"),
         ({"type": "audio", "audio": "a.wav"}, r"\.type is 'audio'; known: box, image"),
         ({"type": "vidoe", "video": "a.mp4"}, r"\.type is 'vidoe'; did you mean 'video'\?"),
         ({"type": 3}, r"\.type is 3; known"),
@@ -235,24 +239,24 @@ def test_messages_are_refused_by_path(messages: Any, text: str) -> None:
         ({"point": [1, True]}, r"\.point must be 2 numbers"),
         ({"quad": [[1, 2], [3, 4]]}, r"\.quad must be 8 numbers"),
         ({"box": [3, 2, 1, 4]}, r"\.box is \[3, 2, 1, 4\]: x2 and y2 must not be smaller"),
-        ({"box": [1, 2, 3, 4], "picture": 0}, r"\.picture is 0; pictures are numbered from 1"),
+        ({"box": [1, 2, 3, 4], "picture": 0}, r"\.picture is 0; images are numbered from 1"),
         ({"box": [1, 2, 3, float("nan")]}, r"\.box must be 4 numbers"),
         ({"box": [1, 2, 3, 10**400]}, r"\.box must be 4 numbers"),
         ({"image": "a.png", "max_pixels": 10**400}, "must lie between 1 and 1e"),
     ],
 )
-def test_items_are_refused_by_path(item: dict[str, Any], text: str) -> None:
+def test_item_errors_name_the_path(item: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text) as caught:
-        only(item)
+        parse_item(item)
     assert str(caught.value).startswith(PATH)
     assert "\n" not in str(caught.value)
 
 
-def test_the_path_counts_messages_and_items() -> None:
+def test_path_indexes_messages_and_items() -> None:
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
         {"role": "user", "content": [{"text": "a"}, {"text": 5}]},
     ]
     with pytest.raises(InputError, match=r"^messages\[2\]\.content\[1\]\.text must be"):
-        normalize(messages)
+        parse_messages(messages)

@@ -1,4 +1,4 @@
-"""Tools: announcing, joining calls and results into one turn, reading calls back."""
+"""Tool calling: system prompt, merging of calls and results into one turn, output parser."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.messages import Call, MediaPart, Part, TextPart, normalize
-from qwen2vl.processor.tools import Reply, Turn, announce, join_turns, parse_calls
+from qwen2vl.processor.messages import MediaPart, Part, TextPart, ToolCall, parse_messages
+from qwen2vl.processor.tools import ParsedReply, Turn, describe_tools, merge_turns, parse_tool_calls
 
 STAR = "\u273f"
 FUNCTION, ARGS, RESULT, RETURN = (
@@ -27,8 +27,8 @@ TAP = {
 }
 
 
-def asks(*calls: tuple[str, str], content: Any = None) -> dict[str, Any]:
-    """An assistant's message in OpenAI's form, its calls numbered c0, c1, ..."""
+def tool_call_message(*calls: tuple[str, str], content: Any = None) -> dict[str, Any]:
+    """Build an assistant message in OpenAI's format, with call ids c0, c1, ..."""
     return {
         "role": "assistant",
         "content": content,
@@ -43,29 +43,31 @@ def result(content: Any, call_id: str | None = None) -> dict[str, Any]:
     return {"role": "tool", "content": content, "tool_call_id": call_id}
 
 
-def joined(*messages: dict[str, Any]) -> Turn:
-    """Join messages that make up one turn."""
-    (turn,) = join_turns(normalize(messages))
+def merged(*messages: dict[str, Any]) -> Turn:
+    """Merge messages that form one turn."""
+    (turn,) = merge_turns(parse_messages(messages))
     return turn
 
 
-def shown(parts: tuple[Part, ...]) -> str:
-    """Write a turn's text with what was given in braces."""
+def text_of(parts: tuple[Part, ...]) -> str:
+    """Return the text of a turn, with tool output in braces."""
     text = ""
     for part in parts:
         if isinstance(part, MediaPart):
-            text += "{PICTURE}"
+            text += "{IMAGE}"
         else:
             assert isinstance(part, TextPart)
-            text += f"{{{part.text}}}" if part.given else part.text
+            text += f"{{{part.text}}}" if part.from_tool else part.text
     return text.replace("}{", "")
 
 
-# Announcing -----------------------------------------------------------------------------------
+# Tool definitions in the system prompt --------------------------------------------------------
 
 
-def test_the_announcement() -> None:
-    assert announce([TAP, {"name": "Home", "description": "Go home.", "parameters": None}]) == (
+def test_description_of_tools() -> None:
+    assert describe_tools(
+        [TAP, {"name": "Home", "description": "Go home.", "parameters": None}]
+    ) == (
         "# Tools\n\n"
         "## You have access to the following tools:\n\n"
         '### Tap\n\nTap: Touch the screen. Parameters: {"type": "object", "properties": '
@@ -81,17 +83,17 @@ def test_the_announcement() -> None:
 
 
 @pytest.mark.parametrize("tool", ["Tap", {}, {"function": "Tap"}, {"name": ""}, {"name": 3}])
-def test_a_tool_without_a_name_is_refused(tool: Any) -> None:
+def test_tool_without_a_name_is_rejected(tool: Any) -> None:
     with pytest.raises(InputError, match=r"^tools\[1\] must be .*\"name\""):
-        announce([TAP, tool])
+        describe_tools([TAP, tool])
 
 
-# Joining --------------------------------------------------------------------------------------
+# Merging messages into turns ------------------------------------------------------------------
 
 
-def test_messages_without_tools_stay_as_they_are() -> None:
-    turns = join_turns(
-        normalize(
+def test_messages_without_tools_are_not_merged() -> None:
+    turns = merge_turns(
+        parse_messages(
             [
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "b"},
@@ -104,107 +106,117 @@ def test_messages_without_tools_stay_as_they_are() -> None:
     assert not any(turn.pending for turn in turns)
 
 
-def test_the_whole_loop_is_one_turn() -> None:
-    turn = joined(
-        asks(("Home", "{}"), content="First home."),
+def test_whole_tool_loop_is_one_turn() -> None:
+    turn = merged(
+        tool_call_message(("Home", "{}"), content="First home."),
         result([{"image": "1.png"}], "c0"),
-        asks(("Tap", '{"point": [3, 4]}')),
+        tool_call_message(("Tap", '{"point": [3, 4]}')),
         result("done", "c0"),
         {"role": "assistant", "content": "It is open."},
     )
-    assert shown(turn.parts) == (
-        f"First home.\n{FUNCTION}: Home\n{ARGS}: {{}}\n{RESULT}{{: PICTURE\n{RETURN}}}: "
+    assert text_of(turn.parts) == (
+        f"First home.\n{FUNCTION}: Home\n{ARGS}: {{}}\n{RESULT}{{: IMAGE\n{RETURN}}}: "
         f'\n{FUNCTION}: Tap\n{ARGS}: {{"point": [3, 4]}}\n{RESULT}{{: done\n{RETURN}}}: '
         "It is open."
     )
     assert not turn.pending
 
 
-def test_a_turn_that_waits_for_a_reply_ends_before_the_colon() -> None:
-    turn = joined(asks(("Home", "{}")), result("ok"))
-    assert shown(turn.parts) == f"{FUNCTION}: Home\n{ARGS}: {{}}\n{RESULT}{{: ok\n{RETURN}}}"
+def test_pending_turn_ends_before_the_colon() -> None:
+    turn = merged(tool_call_message(("Home", "{}")), result("ok"))
+    assert text_of(turn.parts) == f"{FUNCTION}: Home\n{ARGS}: {{}}\n{RESULT}{{: ok\n{RETURN}}}"
     assert turn.pending
 
 
-def test_parallel_calls_and_their_results_in_the_order_of_the_calls() -> None:
-    turn = joined(asks(("f", "1"), ("g", "2")), result("of g", "c1"), result("of f", "c0"))
-    assert shown(turn.parts) == (
+def test_results_of_parallel_calls_are_in_the_order_of_the_calls() -> None:
+    turn = merged(
+        tool_call_message(("f", "1"), ("g", "2")), result("of g", "c1"), result("of f", "c0")
+    )
+    assert text_of(turn.parts) == (
         f"{FUNCTION}: f\n{ARGS}: 1\n{FUNCTION}: g\n{ARGS}: 2"
         f"\n{RESULT}{{: of f\n{RESULT}: of g\n{RETURN}}}"
     )
 
 
-def test_an_empty_result_still_answers() -> None:
-    turn = joined(asks(("f", "{}")), result(""))
-    assert shown(turn.parts).endswith(f"{RESULT}{{: \n{RETURN}}}")
+def test_empty_result() -> None:
+    turn = merged(tool_call_message(("f", "{}")), result(""))
+    assert text_of(turn.parts).endswith(f"{RESULT}{{: \n{RETURN}}}")
 
 
-def test_places_inside_a_result_are_given() -> None:
-    turn = joined(asks(("f", "{}")), result([{"image": "1.png"}, {"point": [1, 2]}]))
-    assert [getattr(part, "given", None) for part in turn.parts[-4:]] == [True, None, True, True]
+def test_grounding_inside_a_result_is_tool_output() -> None:
+    turn = merged(tool_call_message(("f", "{}")), result([{"image": "1.png"}, {"point": [1, 2]}]))
+    assert [getattr(part, "from_tool", None) for part in turn.parts[-4:]] == [
+        True,
+        None,
+        True,
+        True,
+    ]
 
 
-def test_a_result_needs_a_call() -> None:
+def test_result_without_a_call_is_rejected() -> None:
     with pytest.raises(InputError, match=r"messages\[1\]: a tool's result must follow"):
-        join_turns(normalize([{"role": "user", "content": "a"}, result("b")]))
+        merge_turns(parse_messages([{"role": "user", "content": "a"}, result("b")]))
     with pytest.raises(InputError, match=r"messages\[0\]: a tool's result must follow"):
-        join_turns(normalize([result("b")]))
+        merge_turns(parse_messages([result("b")]))
 
 
-def test_a_result_of_an_unknown_call_is_refused() -> None:
+def test_result_of_an_unknown_call_is_rejected() -> None:
     with pytest.raises(InputError, match=r"messages\[1\]\.tool_call_id is 'c7'; .* ids 'c0', 'c1'"):
-        joined(asks(("f", "1"), ("g", "2")), result("x", "c7"), result("y", "c0"))
+        merged(tool_call_message(("f", "1"), ("g", "2")), result("x", "c7"), result("y", "c0"))
     with pytest.raises(InputError, match=r"messages\[1\]\.tool_call_id is 'c0'; .* have ids none"):
-        joined({"role": "assistant", "content": "words alone"}, result("x", "c0"))
+        merged({"role": "assistant", "content": "words alone"}, result("x", "c0"))
 
 
-def test_a_loop_written_out_as_text_is_split_at_its_keywords() -> None:
+def test_tool_loop_written_as_text_is_split_at_its_keywords() -> None:
     content = [
         {"text": f"I look.\n{FUNCTION}: Home\n{ARGS}: {{}}\n{RESULT}: "},
         {"image": "1.png"},
         {"text": f"\n{RETURN}: I see a {STAR}. Done.\n{RESULT}: r\n{RESULT}: s\n{RETURN}: End"},
     ]
-    turn = joined({"role": "assistant", "content": content})
-    assert shown(turn.parts) == (
-        f"I look.\n{FUNCTION}: Home\n{ARGS}: {{}}\n{RESULT}{{: PICTURE\n{RETURN}}}"
+    turn = merged({"role": "assistant", "content": content})
+    assert text_of(turn.parts) == (
+        f"I look.\n{FUNCTION}: Home\n{ARGS}: {{}}\n{RESULT}{{: IMAGE\n{RETURN}}}"
         f": I see a {STAR}. Done.\n{RESULT}{{: r\n{RESULT}: s\n{RETURN}}}: End"
     )
 
 
-def test_keywords_of_other_roles_mean_nothing() -> None:
-    turn = joined({"role": "user", "content": f"{RESULT} a {RETURN}"})
+def test_keywords_in_other_roles_are_plain_text() -> None:
+    turn = merged({"role": "user", "content": f"{RESULT} a {RETURN}"})
     assert turn.parts == (TextPart(f"{RESULT} a {RETURN}"),)
 
 
-# Reading back ---------------------------------------------------------------------------------
+# Parsing model output -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "want"),
     [
-        ("Just words.", Reply("Just words.")),
-        (": Going on.", Reply("Going on.")),  # after RETURN, the model begins with the colon
+        ("Just words.", ParsedReply("Just words.")),
+        (": Going on.", ParsedReply("Going on.")),  # after RETURN, the output begins with the colon
         (
             f"I tap.\n{FUNCTION}: Tap\n{ARGS}: {{\"point\": (348,291)}}\n",
-            Reply("I tap.", (Call("Tap", '{"point": (348,291)}'),)),
+            ParsedReply("I tap.", (ToolCall("Tap", '{"point": (348,291)}'),)),
         ),
-        (f": \n{FUNCTION}: Home\n{ARGS}: {{}}", Reply("", (Call("Home", "{}"),))),
+        (f": \n{FUNCTION}: Home\n{ARGS}: {{}}", ParsedReply("", (ToolCall("Home", "{}"),))),
         (
             f"{FUNCTION}: f\n{ARGS}: {{\"a\": 1}}\n{FUNCTION}: g\n{ARGS}: {{}}\n{RESULT}",
-            Reply("", (Call("f", '{"a": 1}'), Call("g", "{}"))),
+            ParsedReply("", (ToolCall("f", '{"a": 1}'), ToolCall("g", "{}"))),
         ),
-        (f"{FUNCTION}: f\n{ARGS}: {{}} }} <!-- so -->", Reply("", (Call("f", "{} }"),))),
-        (f"{FUNCTION}: f\n{ARGS}: {{}}\n{RESULT}: lie\n{RETURN}: x", Reply("", (Call("f", "{}"),))),
-        (f"{FUNCTION}: f", Reply("", (Call("f", ""),))),
-        (f"{FUNCTION}: f\n{ARGS}: not json", Reply("", (Call("f", "not json"),))),
-        (f"Words\n{STAR}FUNC", Reply("Words")),
-        (f"Words\n{STAR}", Reply("Words")),
-        (f"A flower {STAR} here", Reply(f"A flower {STAR} here")),
-        ("", Reply("")),
+        (f"{FUNCTION}: f\n{ARGS}: {{}} }} <!-- so -->", ParsedReply("", (ToolCall("f", "{} }"),))),
+        (
+            f"{FUNCTION}: f\n{ARGS}: {{}}\n{RESULT}: lie\n{RETURN}: x",
+            ParsedReply("", (ToolCall("f", "{}"),)),
+        ),
+        (f"{FUNCTION}: f", ParsedReply("", (ToolCall("f", ""),))),
+        (f"{FUNCTION}: f\n{ARGS}: not json", ParsedReply("", (ToolCall("f", "not json"),))),
+        (f"Words\n{STAR}FUNC", ParsedReply("Words")),
+        (f"Words\n{STAR}", ParsedReply("Words")),
+        (f"A flower {STAR} here", ParsedReply(f"A flower {STAR} here")),
+        ("", ParsedReply("")),
     ],
 )  # fmt: skip
-def test_calls_are_read_back(text: str, want: Reply) -> None:
-    assert parse_calls(text) == want
+def test_tool_calls_are_parsed(text: str, want: ParsedReply) -> None:
+    assert parse_tool_calls(text) == want
 
 
 names = st.text("abcXYZ_0189", min_size=1, max_size=9)
@@ -212,21 +224,23 @@ arguments = st.dictionaries(st.text('ab{}"\\ ', max_size=4), st.integers(), max_
 
 
 @given(st.lists(st.tuples(names, arguments), max_size=3), st.text("abc .,:", max_size=12))
-def test_what_is_rendered_is_read_back(calls: list[tuple[str, dict[str, int]]], said: str) -> None:
-    said = said.strip().lstrip(":")
+def test_rendered_calls_are_parsed_back(
+    calls: list[tuple[str, dict[str, int]]], content: str
+) -> None:
+    content = content.strip().lstrip(":")
     message = {
         "role": "assistant",
-        "content": said.strip(),
+        "content": content.strip(),
         "tool_calls": [{"name": n, "arguments": a} for n, a in calls],
     }
-    (read,) = normalize([message])
-    text = "".join(part.text for part in joined(message).parts if isinstance(part, TextPart))
-    reply = parse_calls(text)
-    assert reply.calls == read.calls
-    assert reply.text == said.strip()
+    (parsed,) = parse_messages([message])
+    text = "".join(part.text for part in merged(message).parts if isinstance(part, TextPart))
+    reply = parse_tool_calls(text)
+    assert reply.tool_calls == parsed.tool_calls
+    assert reply.text == content.strip()
 
 
 @given(st.text(f"ab:\n {STAR}", max_size=30) | st.text(max_size=30))
-def test_nothing_makes_the_reader_fail(text: str) -> None:
-    reply = parse_calls(text)
+def test_parser_accepts_any_text(text: str) -> None:
+    reply = parse_tool_calls(text)
     assert len(reply.text) <= len(text)

@@ -1,4 +1,4 @@
-"""Both 8-bit layers multiply by the matrix they stand for; a row never depends on another."""
+"""Both int8 layers multiply by their dequantized matrix; rows do not affect each other."""
 
 from pathlib import Path
 from typing import Any
@@ -8,74 +8,82 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import qwen2vl.quantization.int8 as room
+from qwen2vl.quantization import int8
 from qwen2vl.quantization.int8 import (
-    FEW_ROWS,
+    MAX_HIGH_PRECISION_ROWS,
     Int8Linear,
-    WideInt8Linear,
-    has_integer_products,
-    int8_linear,
+    Int8WeightOnlyLinear,
+    build_int8_linear,
+    has_int8_dot_product,
 )
-from qwen2vl.quantization.rtn import round_channels
+from qwen2vl.quantization.rtn import quantize_per_channel
 
-Layer = type[Int8Linear] | type[WideInt8Linear]
+LayerClass = type[Int8Linear] | type[Int8WeightOnlyLinear]
 
 LAYERS = [
     pytest.param(
         Int8Linear,
-        marks=pytest.mark.skipif(not has_integer_products(), reason="no integer products here"),
+        marks=pytest.mark.skipif(
+            not has_int8_dot_product(), reason="no int8 dot products on this processor"
+        ),
     ),
-    WideInt8Linear,
+    Int8WeightOnlyLinear,
 ]
-# Widths of nano's layers, and some that are a multiple of nothing.
+# (outputs, inputs) of nano's layers, and odd ones.
 SHAPES = [(288, 192), (192, 512), (64, 192), (259, 61)]
 
 
-def make(kind: Layer, shape: tuple[int, int], *, bias: bool = True) -> tuple[Any, Tensor, Any]:
+def make_layer(
+    layer_class: LayerClass, shape: tuple[int, int], *, bias: bool = True
+) -> tuple[Any, Tensor, Any]:
     torch.manual_seed(0)
     weight_OI = torch.randn(shape) * 0.05
     bias_O = torch.randn(shape[0]) * 0.1 if bias else None
-    return kind(round_channels(weight_OI), bias_O), weight_OI, bias_O
+    return layer_class(quantize_per_channel(weight_OI), bias_O), weight_OI, bias_O
 
 
-def error(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("layer_class", LAYERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_integers_survive_packing(kind: Layer, shape: tuple[int, int]) -> None:
-    layer, weight_OI, _ = make(kind, shape)
-    rounded = round_channels(weight_OI)
-    assert torch.equal(layer.integers(), rounded.ints_OI)
-    assert torch.equal(layer.dequantized(), rounded.dequantized())
+def test_packing_preserves_the_integers(layer_class: LayerClass, shape: tuple[int, int]) -> None:
+    layer, weight_OI, _ = make_layer(layer_class, shape)
+    weight = quantize_per_channel(weight_OI)
+    assert torch.equal(layer.quantized_weight(), weight.ints_OI)
+    assert torch.equal(layer.dequantize(), weight.dequantize())
     assert (layer.out_features, layer.in_features) == shape
     assert repr(layer).endswith(f"({shape[1]}, {shape[0]}, bias=True)")
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("layer_class", LAYERS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_those_of_the_dequantized_matrix(
-    kind: Layer, shape: tuple[int, int], bias: bool, dtype: torch.dtype
+def test_products_equal_those_of_the_dequantized_matrix(
+    layer_class: LayerClass, shape: tuple[int, int], bias: bool, dtype: torch.dtype
 ) -> None:
-    layer, _, bias_O = make(kind, shape, bias=bias)
-    for rows in (1, 2, FEW_ROWS, FEW_ROWS + 1, 40):
+    layer, _, bias_O = make_layer(layer_class, shape, bias=bias)
+    for rows in (1, 2, MAX_HIGH_PRECISION_ROWS, MAX_HIGH_PRECISION_ROWS + 1, 40):
         x_TI = torch.randn(rows, shape[1]).to(dtype)
         got_TO = layer(x_TI)
         assert got_TO.dtype == dtype
         assert got_TO.shape == (rows, shape[0])
-        want_TO = F.linear(x_TI.float(), layer.dequantized(), bias_O)
-        exact = kind is WideInt8Linear or rows <= FEW_ROWS
-        limit = (1e-4 if exact else 8e-3) if dtype == torch.float32 else (4e-3 if exact else 9e-3)
-        assert error(got_TO, want_TO) < limit
+        want_TO = F.linear(x_TI.float(), layer.dequantize(), bias_O)
+        is_high_precision = layer_class is Int8WeightOnlyLinear or rows <= MAX_HIGH_PRECISION_ROWS
+        tolerance = (
+            (1e-4 if is_high_precision else 8e-3)
+            if dtype == torch.float32
+            else (4e-3 if is_high_precision else 9e-3)
+        )
+        assert relative_error(got_TO, want_TO) < tolerance
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("rows", [FEW_ROWS, 30])
-def test_rows_do_not_see_each_other(kind: Layer, rows: int) -> None:
-    layer, _, _ = make(kind, (96, 64))
+@pytest.mark.parametrize("layer_class", LAYERS)
+@pytest.mark.parametrize("rows", [MAX_HIGH_PRECISION_ROWS, 30])
+def test_rows_do_not_affect_each_other(layer_class: LayerClass, rows: int) -> None:
+    layer, _, _ = make_layer(layer_class, (96, 64))
     x_TI = torch.randn(rows, 64, dtype=torch.bfloat16)
     want_TO = layer(x_TI)
     x_TI[3] = 1e4
@@ -88,45 +96,45 @@ def test_rows_do_not_see_each_other(kind: Layer, rows: int) -> None:
     assert not bool(got_TO[7].isfinite().any())
 
 
-@pytest.mark.skipif(not has_integer_products(), reason="no integer products here")
-def test_few_rows_are_the_same_alone_and_together() -> None:
-    layer, _, _ = make(Int8Linear, (96, 64))
-    x_TI = torch.randn(FEW_ROWS, 64, dtype=torch.bfloat16)
+@pytest.mark.skipif(not has_int8_dot_product(), reason="no int8 dot products on this processor")
+def test_small_batches_are_batch_invariant() -> None:
+    layer, _, _ = make_layer(Int8Linear, (96, 64))
+    x_TI = torch.randn(MAX_HIGH_PRECISION_ROWS, 64, dtype=torch.bfloat16)
     together_TO = layer(x_TI)
-    for t in range(FEW_ROWS):
+    for t in range(MAX_HIGH_PRECISION_ROWS):
         assert torch.equal(layer(x_TI[t : t + 1])[0], together_TO[t])
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_rows_of_zeros_give_the_bias(kind: Layer) -> None:
-    layer, _, bias_O = make(kind, (96, 64))
+@pytest.mark.parametrize("layer_class", LAYERS)
+def test_rows_of_zeros_give_the_bias(layer_class: LayerClass) -> None:
+    layer, _, bias_O = make_layer(layer_class, (96, 64))
     for rows in (1, 20):
         assert torch.equal(layer(torch.zeros(rows, 64)), bias_O.expand(rows, -1))
 
 
-@pytest.mark.skipif(not has_integer_products(), reason="no integer products here")
+@pytest.mark.skipif(not has_int8_dot_product(), reason="no int8 dot products on this processor")
 @pytest.mark.parametrize("rows", [1, 20])
-def test_the_largest_number_of_a_row_never_wraps_around(rows: int) -> None:
-    layer = Int8Linear(round_channels(torch.eye(64)), None)
-    for top in torch.linspace(1, 2, 97).bfloat16():
-        x_TI = top.expand(rows, 64).contiguous()
+def test_largest_value_of_a_row_does_not_overflow_int8(rows: int) -> None:
+    layer = Int8Linear(quantize_per_channel(torch.eye(64)), None)
+    for value in torch.linspace(1, 2, 97).bfloat16():
+        x_TI = value.expand(rows, 64).contiguous()
         torch.testing.assert_close(layer(x_TI), x_TI, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("words", "kind"),
-    [("flags : fpu avx512_vnni amx_int8", Int8Linear), ("flags : fpu avx2", WideInt8Linear)],
+    ("cpuinfo", "layer_class"),
+    [("flags : fpu avx512_vnni amx_int8", Int8Linear), ("flags : fpu avx2", Int8WeightOnlyLinear)],
 )
-def test_the_processor_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, kind: Layer
+def test_layer_class_depends_on_cpu_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str, layer_class: LayerClass
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(words)
-    monkeypatch.setattr(room, "Path", lambda _: tmp_path / "cpuinfo")
-    assert type(int8_linear(round_channels(torch.randn(32, 32)), None)) is kind
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(int8, "Path", lambda _: tmp_path / "cpuinfo")
+    assert type(build_int8_linear(quantize_per_channel(torch.randn(32, 32)), None)) is layer_class
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_nothing_to_train_and_nothing_that_names_a_parameter(kind: Layer) -> None:
-    layer, _, _ = make(kind, (96, 64))
+@pytest.mark.parametrize("layer_class", LAYERS)
+def test_layers_have_no_parameters(layer_class: LayerClass) -> None:
+    layer, _, _ = make_layer(layer_class, (96, 64))
     assert isinstance(layer, nn.Module)
     assert not list(layer.parameters())

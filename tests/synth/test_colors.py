@@ -1,4 +1,4 @@
-"""Colors: eight spans that never meet, and grounds that hide none."""
+"""Colors: eight disjoint RGB segments, and backgrounds on which each is visible."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from qwen2vl.synth.colors import (
 )
 
 
-def test_spans_never_meet() -> None:
+def test_color_segments_are_disjoint() -> None:
     steps = np.linspace(0, 1, 21)[:, None]
-    spans = {
+    segments = {
         name: np.array(a) + steps * (np.array(b) - np.array(a)) for name, (a, b) in COLORS.items()
     }
-    for one, two in combinations(COLORS, 2):
-        distances = [np.linalg.norm(p - q) for p, q in product(spans[one], spans[two])]
-        assert min(distances) > 50, (one, two)
+    for first, second in combinations(COLORS, 2):
+        distances = [np.linalg.norm(p - q) for p, q in product(segments[first], segments[second])]
+        assert min(distances) > 50, (first, second)
 
 
 @pytest.mark.parametrize("name", sorted(COLORS))
-def test_shades_lie_on_their_span(name: str) -> None:
+def test_shades_lie_on_their_segment(name: str) -> None:
     low, high = np.minimum(*COLORS[name]), np.maximum(*COLORS[name])
     for seed in range(50):
         shade = np.array(sample_color(Random(seed), name))
@@ -38,7 +38,7 @@ def test_shades_lie_on_their_span(name: str) -> None:
         assert (shade <= high).all()
 
 
-def test_every_color_on_a_ground_stands_out() -> None:
+def test_every_allowed_color_is_distinct_from_its_ground() -> None:
     rng = Random(2)
     for _ in range(400):
         ground = sample_ground(rng)
@@ -50,13 +50,13 @@ def test_every_color_on_a_ground_stands_out() -> None:
             assert np.abs(np.subtract(shade, ground)).max() > 70, (name, ground)
 
 
-def test_grounds_are_valid_and_of_both_kinds() -> None:
+def test_grounds_are_valid_and_both_light_and_dark() -> None:
     grounds = [sample_ground(Random(i)) for i in range(400)]
     assert all(0 <= v <= 255 for ground in grounds for v in ground)
     assert 180 < sum(is_light(ground) for ground in grounds) < 300
 
 
-def test_contrast_is_the_known_ratio() -> None:
+def test_contrast_equals_the_wcag_ratio() -> None:
     assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
     assert contrast((9, 9, 9), (9, 9, 9)) == 1
     assert contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.1)

@@ -1,4 +1,4 @@
-"""Strings: lengths, marks, and what looks like language."""
+"""Sampled strings: lengths, alphabets and punctuation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl.synth.strings import ALPHABETS, DIGITS, LETTERS, MARKS, random_string, word_string
+from qwen2vl.synth.strings import (
+    ALPHABETS,
+    DIGITS,
+    LETTERS,
+    PUNCTUATION,
+    random_string,
+    word_string,
+)
 
 ALPHABET = st.sampled_from(sorted(ALPHABETS))
 
 
-def test_alphabet_is_letters_digits_and_eight_marks() -> None:
-    assert ALPHABETS["all"] == LETTERS + DIGITS + MARKS
+def test_alphabet_is_letters_digits_and_eight_punctuation_characters() -> None:
+    assert ALPHABETS["all"] == LETTERS + DIGITS + PUNCTUATION
     assert len(set(LETTERS)) == 52
-    assert len(set(MARKS)) == 8
+    assert len(set(PUNCTUATION)) == 8
 
 
 @given(seed=st.integers(0, 10**6), length=st.integers(1, 30), name=ALPHABET, spaces=st.booleans())
@@ -37,18 +44,18 @@ def test_word_strings_stay_in_their_range(seed: int, low: int, more: int, name: 
 
 
 @given(seed=st.integers(0, 10**6), length=st.integers(1, 8))
-def test_excluded_characters_stay_out(seed: int, length: int) -> None:
+def test_excluded_characters_do_not_occur(seed: int, length: int) -> None:
     text = random_string(Random(seed), length, LETTERS, spaces=False, excluded="I")
     assert "I" not in text
 
 
 @pytest.mark.parametrize("name", sorted(ALPHABETS))
-def test_one_character_shows_its_own_size(name: str) -> None:
+def test_single_characters_are_not_ambiguous(name: str) -> None:
     drawn = {random_string(Random(i), 1, ALPHABETS[name], spaces=False) for i in range(600)}
     assert not drawn & set("CcOoSsVvWwXxZz0Il.,-:'")
 
 
-def test_characters_are_drawn_evenly() -> None:
+def test_characters_are_uniformly_distributed() -> None:
     rng = Random(1)
     text = "".join(random_string(rng, 16, ALPHABETS["all"], spaces=False) for _ in range(2000))
     counts = [text.count(char) for char in ALPHABETS["all"]]

@@ -1,4 +1,4 @@
-"""People ask in many ways, and a quarter of the ways is never trained."""
+"""Question wordings: number, held-out quarter, and casual variants."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from random import Random
 import pytest
 
 from qwen2vl.synth import Mixture, sample
-from qwen2vl.synth.wordings import OPENINGS, WORDINGS, ask, wordings_of
-from tests.fonts import needs_training_fonts
+from qwen2vl.synth.wordings import OPENINGS, WORDINGS, sample_question_text, wordings_of
 
 MAIN = "read name_shape describe color color_of_kind count_all count_some position larger exists "
 MAIN += "find name_box same_shape same_color same_text which_has_more direction appeared_first "
@@ -21,7 +20,7 @@ def _shape_of(text: str) -> str:
 
 
 @pytest.mark.parametrize("task", MAIN.split())
-def test_main_tasks_are_asked_in_twelve_ways(task: str) -> None:
+def test_main_tasks_have_at_least_twelve_wordings(task: str) -> None:
     assert len(WORDINGS[task]) >= 12
 
 
@@ -48,16 +47,15 @@ def _pattern(task: str, split: str) -> re.Pattern[str]:
 
 
 def _plain(text: str) -> str:
-    """Take off what a casual question adds or leaves out."""
+    """Remove what distinguishes a casual question from its wording."""
     for opening in OPENINGS:
         text = text.removeprefix(opening)
     return text.rstrip(".?").lower()
 
 
-@needs_training_fonts
 @pytest.mark.parametrize(("split", "other"), [("train", "held_out"), ("held_out", "train")])
-def test_each_split_asks_in_its_own_wordings(split: str, other: str) -> None:
-    mixture = Mixture(split=split, questions=3, fonts="mono2")  # type: ignore[arg-type]
+def test_each_split_uses_its_own_wordings(split: str, other: str) -> None:
+    mixture = Mixture(split=split, max_questions=3, fonts="bundled")  # type: ignore[arg-type]
     for index in range(1200):
         for question in sample(0, index, mixture).questions:
             text = re.sub(r"\ban (?=orange)", "a ", question.text)
@@ -66,20 +64,23 @@ def test_each_split_asks_in_its_own_wordings(split: str, other: str) -> None:
                 assert not _pattern(question.task, other).fullmatch(_plain(text)), text
 
 
-def test_training_asks_casually_at_times_and_judging_never() -> None:
+def test_only_training_questions_are_casual() -> None:
     rng = Random(0)
-    asked = [ask(rng, "find", "train", "red circle") for _ in range(800)]
+    asked = [sample_question_text(rng, "find", "train", "red circle") for _ in range(800)]
     opened = sum(question.startswith(OPENINGS) for question in asked)
     bare = sum(question[-1] not in ".?>" for question in asked)
     assert 30 < opened < 120
     assert bare > 60
     official = {w.format("red circle") for w in wordings_of("find", "held_out")}
-    assert {ask(rng, "find", "held_out", "red circle") for _ in range(300)} == official
+    assert {
+        sample_question_text(rng, "find", "held_out", "red circle") for _ in range(300)
+    } == official
 
 
-@needs_training_fonts
-def test_article_fits_the_word() -> None:
-    mixture = Mixture(weights={"shapes": 1.0, "two_pictures": 1.0}, questions=4, fonts="mono2")
+def test_article_agrees_with_the_word() -> None:
+    mixture = Mixture(
+        weights={"shapes": 1.0, "two_pictures": 1.0}, max_questions=4, fonts="bundled"
+    )
     asked = [q.text for i in range(1500) for q in sample(0, i, mixture).questions]
     assert any(" an orange " in text for text in asked)
     assert not any(re.search(r"\b(a orange|an [^o])", text) for text in asked)

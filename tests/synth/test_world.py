@@ -1,4 +1,4 @@
-"""The world is a pure function of its numbers, for everybody, everywhere."""
+"""Synthetic data: deterministic in (seed, index, mixture), and well-formed conversations."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import hashlib
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qwen2vl.synth import FAMILIES, Example, Mixture, Spec, render, sample
+from qwen2vl.synth import FAMILIES, Mixture, Spec, SyntheticExample, render, sample
 from qwen2vl.synth.spec import FAMILY_NAMES
-from tests.fonts import needs_training_fonts
-
-pytestmark = needs_training_fonts
+from tests.requirements import needs_training_fonts
 
 _HASH = """
-import hashlib
-from qwen2vl.synth import Mixture, render, sample
-from tests.synth.test_world import fingerprint
-print(fingerprint([render(sample(7, i, Mixture(questions=2))) for i in range(40)]))
+import sys
+from tests.synth.test_world import fingerprint_of
+print(fingerprint_of(sys.argv[1]))
 """
 
 
-def media_of(example: Example) -> list[np.ndarray[Any, Any]]:
+def media_of(example: SyntheticExample) -> list[np.ndarray[Any, Any]]:
     return [
         part.get("image", part.get("video"))
         for message in example.messages
@@ -35,7 +33,7 @@ def media_of(example: Example) -> list[np.ndarray[Any, Any]]:
     ]
 
 
-def fingerprint(examples: list[Example]) -> str:
+def fingerprint(examples: list[SyntheticExample]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr(example.spec.to_json()).encode())
@@ -44,32 +42,37 @@ def fingerprint(examples: list[Example]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of(fonts: Any) -> str:
+    mixture = Mixture(max_questions=2, fonts=fonts)
+    return fingerprint([render(sample(7, i, mixture)) for i in range(40)])
+
+
 def test_every_named_family_exists() -> None:
     assert tuple(FAMILIES) == FAMILY_NAMES
 
 
-def test_same_numbers_same_pixels_in_another_process() -> None:
-    here = fingerprint([render(sample(7, i, Mixture(questions=2))) for i in range(40)])
+@pytest.mark.parametrize("fonts", ["bundled", pytest.param("all", marks=needs_training_fonts)])
+def test_another_process_renders_identical_pixels(fonts: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _HASH], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", _HASH, fonts], capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout.strip() == here
+    assert done.stdout.strip() == fingerprint_of(fonts)
 
 
-def test_order_of_asking_does_not_matter() -> None:
-    mixture = Mixture()
+def test_sampling_order_does_not_matter() -> None:
+    mixture = Mixture(fonts="bundled")
     forward = [sample(1, i, mixture) for i in range(20)]
     backward = [sample(1, i, mixture) for i in reversed(range(20))]
     assert forward == backward[::-1]
 
 
-def test_seeds_and_indices_are_independent() -> None:
-    mixture = Mixture(weights={"text": 1.0}, text_length=(8, 8), random_share=1.0)
+def test_seeds_and_indices_are_uncorrelated() -> None:
+    mixture = Mixture(weights={"text": 1.0}, text_length=(8, 8), random_share=1.0, fonts="bundled")
     texts = {sample(s, i, mixture).questions[0].answer for s in range(10) for i in range(30)}
     assert len(texts) == 300
 
 
-def test_weights_choose_the_families() -> None:
+def test_weights_are_family_probabilities() -> None:
     mixture = Mixture(weights={"text_only": 3.0, "motion": 1.0, "text": 0.0})
     counts = Counter(sample(0, i, mixture).family for i in range(800))
     assert set(counts) == {"text_only", "motion"}
@@ -77,8 +80,8 @@ def test_weights_choose_the_families() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_conversation_has_its_form(family: str) -> None:
-    mixture = Mixture(weights={family: 1.0}, questions=3)
+def test_conversations_are_well_formed(family: str) -> None:
+    mixture = Mixture(weights={family: 1.0}, max_questions=3, fonts="bundled")
     for index in range(40):
         spec = sample(2, index, mixture)
         example = render(spec)
@@ -105,14 +108,15 @@ def _check_media(spec: Spec, media: list[np.ndarray[Any, Any]]) -> None:
 
 
 def test_one_question_is_the_default() -> None:
-    assert all(len(sample(0, i, Mixture()).questions) == 1 for i in range(100))
+    mixture = Mixture(fonts="bundled")
+    assert all(len(sample(0, i, mixture).questions) == 1 for i in range(100))
 
 
 def test_any_task_may_be_the_first_question() -> None:
-    """Or a model would learn some tasks only behind others."""
+    """Otherwise a model would learn some tasks only after others in a conversation."""
     for family in ("shapes", "grounding", "two_pictures", "motion"):
-        several = Mixture(weights={family: 1.0}, questions=4)
-        single = Mixture(weights={family: 1.0})
+        single = Mixture(weights={family: 1.0}, fonts="bundled")
+        several = replace(single, max_questions=4)
         first = {sample(0, i, several).questions[0].task for i in range(900)}
         assert first >= {sample(1, i, single).questions[0].task for i in range(400)}
 

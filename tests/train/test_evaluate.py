@@ -1,4 +1,4 @@
-"""Held-out loss and vision gain: what they compare, and that nothing else changes."""
+"""Evaluation: held-out loss and vision gain, and that evaluation changes nothing."""
 
 from __future__ import annotations
 
@@ -13,170 +13,189 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl.data.preprocess import Example
+from qwen2vl.data.preprocess import TrainingExample
 from qwen2vl.recipes import tiny
 from qwen2vl.synth import Mixture
-from qwen2vl.train.config import ProbeConfig, TrainConfig
-from qwen2vl.train.evaluate import HeldOut, held_out_batches, with_wrong_pictures
-from qwen2vl.train.loader.batch import Batch, pack
-from qwen2vl.train.loader.dataloader import batches
+from qwen2vl.train.config import EvaluationConfig, TrainConfig
+from qwen2vl.train.evaluate import Evaluator, held_out_batches, swap_images
+from qwen2vl.train.loader.batch import Batch, pack_batch
+from qwen2vl.train.loader.dataloader import iterate_batches
 from qwen2vl.train.loss import token_loss
 from tests.tiny import tiny_model, tiny_processor
 
-WIDE, TALL, CLIP = "wide", "tall", "clip"
+WIDE, TALL, VIDEO = "wide", "tall", "video"
 
 
-def conversation(number: int, kinds: list[str]) -> Example:
-    """Show pictures whose pixels nobody else has, and ask something of a length of its own."""
+def build_example(number: int, kinds: list[str]) -> TrainingExample:
+    """Return an example with unique pixels and a prompt of unique length."""
     rng = np.random.default_rng(number)
 
     def media(kind: str) -> dict[str, Any]:
-        if kind == CLIP:
+        if kind == VIDEO:
             return {"type": "video", "video": rng.integers(0, 256, (4, 56, 84, 3), np.uint8)}
         size = (56, 84, 3) if kind == WIDE else (84, 56, 3)
         return {"type": "image", "image": rng.integers(0, 256, size, np.uint8)}
 
     content = [*map(media, kinds), {"type": "text", "text": "?" * (1 + 99 * number)}]
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "x" * 3}]
-    return Example(tiny_processor()(turns, for_training=True), f"family{number % 2}")
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "x" * 3}]
+    return TrainingExample(tiny_processor()(messages, for_training=True), f"family{number % 2}")
 
 
 @cache
-def made(number: int, kinds: tuple[str, ...]) -> Example:
-    return conversation(number, list(kinds))
+def cached_example(number: int, kinds: tuple[str, ...]) -> TrainingExample:
+    return build_example(number, list(kinds))
 
 
-def packed(*all_kinds: list[str]) -> Batch:
-    # Questions grow, so that conversations stand in the batch as they are given here.
-    return pack([made(i, tuple(kinds)) for i, kinds in enumerate(all_kinds)], pad_id=0)
+def pack_examples(*all_kinds: list[str]) -> Batch:
+    # Prompts grow, so that the conversations of the batch keep this order.
+    return pack_batch(
+        [cached_example(i, tuple(kinds)) for i, kinds in enumerate(all_kinds)], pad_id=0
+    )
 
 
 def losses(batch: Batch) -> torch.Tensor:
     model = tiny_model()
     with torch.no_grad():
-        return token_loss(batch.run(model), model.head_weight, batch, 1.0).losses_R.double()
+        return token_loss(batch.forward(model), model.lm_head_weight, batch, 1.0).losses_R.double()
 
 
-def test_the_wrong_batch_is_the_one_packed_from_exchanged_pictures() -> None:
-    examples = [conversation(i, kinds) for i, kinds in enumerate([[WIDE], [WIDE], [CLIP], [CLIP]])]
-    wrong, changed = with_wrong_pictures(pack(examples, pad_id=0))
+def test_the_swapped_batch_equals_one_packed_from_swapped_images() -> None:
+    examples = [
+        build_example(i, kinds) for i, kinds in enumerate([[WIDE], [WIDE], [VIDEO], [VIDEO]])
+    ]
+    swapped, swapped_examples = swap_images(pack_batch(examples, pad_id=0))
     partner = [1, 0, 3, 2]
-    swapped = [
+    expected_examples = [
         e._replace(input=replace(e.input, items=examples[partner[i]].input.items))
         for i, e in enumerate(examples)
     ]
-    wanted = pack(swapped, pad_id=0)
-    assert changed == {0, 1, 2, 3}
-    assert torch.equal(wrong.patches_NP, wanted.patches_NP)
-    assert torch.equal(wrong.pad_index_M, wanted.pad_index_M)
-    assert torch.equal(wrong.input_ids_T, wanted.input_ids_T)
+    expected = pack_batch(expected_examples, pad_id=0)
+    assert swapped_examples == {0, 1, 2, 3}
+    assert torch.equal(swapped.patches_NP, expected.patches_NP)
+    assert torch.equal(swapped.placeholder_index_M, expected.placeholder_index_M)
+    assert torch.equal(swapped.input_ids_T, expected.input_ids_T)
 
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.lists(st.sampled_from([WIDE, TALL, CLIP]), max_size=3), min_size=1, max_size=5),
+    st.lists(st.lists(st.sampled_from([WIDE, TALL, VIDEO]), max_size=3), min_size=1, max_size=5),
 )
-def test_every_changed_conversation_shows_only_pictures_of_others(kinds: list[list[str]]) -> None:
-    batch = packed(*kinds)
-    wrong, changed = with_wrong_pictures(batch)
-    before, after = batch.patches_NP, wrong.patches_NP
+def test_every_swapped_conversation_has_only_images_of_others(kinds: list[list[str]]) -> None:
+    batch = pack_examples(*kinds)
+    swapped, swapped_examples = swap_images(batch)
+    before, after = batch.patches_NP, swapped.patches_NP
     if not any(kinds):
-        assert not changed
+        assert not swapped_examples
         return
     assert sorted(map(bytes, before.numpy())) == sorted(map(bytes, after.numpy()))
     ends = torch.tensor(batch.meta.lengths_q).cumsum(0)
-    owner_N = torch.bucketize(batch.pad_index_M, ends, right=True).repeat_interleave(4)
-    for owner, shown in enumerate(kinds):
-        own_before = {bytes(row) for row in before[owner_N == owner].numpy()}
-        own_after = {bytes(row) for row in after[owner_N == owner].numpy()}
-        if owner in changed:
-            assert shown and not own_before & own_after
+    example_index_N = torch.bucketize(
+        batch.placeholder_index_M, ends, right=True
+    ).repeat_interleave(4)
+    for example_index, own_kinds in enumerate(kinds):
+        patches_before = {bytes(row) for row in before[example_index_N == example_index].numpy()}
+        patches_after = {bytes(row) for row in after[example_index_N == example_index].numpy()}
+        if example_index in swapped_examples:
+            assert own_kinds and not patches_before & patches_after
         else:
-            assert not shown or any(  # of some grid, one conversation has more than half
-                2 * max(k.count(kind) for k in kinds) > sum(k.count(kind) for k in kinds)
-                for kind in shown
+            assert (
+                not own_kinds
+                or any(  # one conversation has more than half of the items of a grid
+                    2 * max(k.count(kind) for k in kinds) > sum(k.count(kind) for k in kinds)
+                    for kind in own_kinds
+                )
             )
 
 
-def test_a_picture_without_a_partner_stays_and_is_not_compared() -> None:
-    batch = packed([WIDE], [TALL], [WIDE], [])
-    wrong, changed = with_wrong_pictures(batch)
-    assert changed == {0, 2}
+def test_an_image_without_a_partner_stays_and_is_not_compared() -> None:
+    batch = pack_examples([WIDE], [TALL], [WIDE], [])
+    swapped, swapped_examples = swap_images(batch)
+    assert swapped_examples == {0, 2}
     ends = torch.tensor(batch.meta.lengths_q).cumsum(0)
-    owner_N = torch.bucketize(batch.pad_index_M, ends, right=True).repeat_interleave(4)
-    assert torch.equal(batch.patches_NP[owner_N == 1], wrong.patches_NP[owner_N == 1])
+    example_index_N = torch.bucketize(
+        batch.placeholder_index_M, ends, right=True
+    ).repeat_interleave(4)
+    assert torch.equal(
+        batch.patches_NP[example_index_N == 1], swapped.patches_NP[example_index_N == 1]
+    )
 
 
-def config(folder: Path, **words: Any) -> TrainConfig:
+def config(folder: Path, **fields: Any) -> TrainConfig:
     base = tiny.recipe()
     stage = replace(base.stages[0], default_system=0.0)
-    return replace(base, out=str(folder), stages=(stage,) * 2, dtype="float32", **words)
+    return replace(base, output_dir=str(folder), stages=(stage,) * 2, dtype="float32", **fields)
 
 
-def test_loss_and_gain_are_means_over_targets(
+def test_loss_and_vision_gain_are_means_over_targets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = [packed([WIDE], [TALL], [WIDE], []), packed([CLIP], [CLIP, WIDE])]
-    monkeypatch.setattr("qwen2vl.train.evaluate.held_out_batches", lambda *_: shown)
-    found = HeldOut(config(tmp_path))(tiny_model(), tiny_processor(), 1)["held_out"]
-    right = [losses(batch) for batch in shown]
-    assert found["loss"] == pytest.approx(torch.cat(right).mean().item(), rel=1e-6)
-    wrong = [losses(with_wrong_pictures(batch).batch) for batch in shown]
-    # In the second batch the first clip gets the other's; the other's picture has no partner.
-    changed = [
-        torch.isin(b.owner_R, torch.tensor(own))
-        for b, own in zip(shown, [[0, 2], [0]], strict=True)
+    batches = [pack_examples([WIDE], [TALL], [WIDE], []), pack_examples([VIDEO], [VIDEO, WIDE])]
+    monkeypatch.setattr("qwen2vl.train.evaluate.held_out_batches", lambda *_: batches)
+    metrics = Evaluator(config(tmp_path))(tiny_model(), tiny_processor(), 1)["held_out"]
+    matched_losses = [losses(batch) for batch in batches]
+    assert metrics["loss"] == pytest.approx(torch.cat(matched_losses).mean().item(), rel=1e-6)
+    swapped = [losses(swap_images(batch).batch) for batch in batches]
+    # In the second batch the first video gets the other's; the other's image has no partner.
+    swapped_examples = [
+        torch.isin(b.example_index_R, torch.tensor(example_indices))
+        for b, example_indices in zip(batches, [[0, 2], [0]], strict=True)
     ]
-    worse = [(w - r)[c] for w, r, c in zip(wrong, right, changed, strict=True)]
-    gain = torch.cat(worse).mean().item()
-    assert abs(gain) > 1e-4  # this model does look
-    assert found["vision_gain"] == pytest.approx(gain, rel=1e-4)
-    assert found["compared"] == 3
-    assert set(found["families"]) == {"family0", "family1"}
-    assert found["families"]["family0"]["vision_gain"] == pytest.approx(gain, rel=1e-4)
-    assert "vision_gain" not in found["families"]["family1"]
+    increases = [
+        (w - r)[c] for w, r, c in zip(swapped, matched_losses, swapped_examples, strict=True)
+    ]
+    expected_gain = torch.cat(increases).mean().item()
+    assert abs(expected_gain) > 1e-4  # the output of this model depends on the images
+    assert metrics["vision_gain"] == pytest.approx(expected_gain, rel=1e-4)
+    assert metrics["compared"] == 3
+    assert set(metrics["families"]) == {"family0", "family1"}
+    assert metrics["families"]["family0"]["vision_gain"] == pytest.approx(expected_gain, rel=1e-4)
+    assert "vision_gain" not in metrics["families"]["family1"]
 
 
-def test_a_model_that_does_not_look_gains_nothing(
+def test_a_model_that_ignores_images_has_no_vision_gain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwen2vl.train.evaluate.held_out_batches", lambda *_: [packed([WIDE], [WIDE])]
+        "qwen2vl.train.evaluate.held_out_batches", lambda *_: [pack_examples([WIDE], [WIDE])]
     )
     model = tiny_model()
     for parameter in model.visual.merger.mlp[2].parameters():
         torch.nn.init.zeros_(parameter)
-    found = HeldOut(config(tmp_path))(model, tiny_processor(), 1)["held_out"]
-    assert found["vision_gain"] == 0
+    metrics = Evaluator(config(tmp_path))(model, tiny_processor(), 1)["held_out"]
+    assert metrics["vision_gain"] == 0
 
 
-def test_measuring_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_evaluation_does_not_change_the_model(tmp_path: Path) -> None:
     model = tiny_model().train().requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    look = HeldOut(config(tmp_path, probe=ProbeConfig(examples=4)))
-    first, again = (look(model, tiny_processor(), step) for step in (1, 2))
-    assert first == again
+    evaluator = Evaluator(config(tmp_path, evaluation=EvaluationConfig(num_examples=4)))
+    first, repeated = (evaluator(model, tiny_processor(), step) for step in (1, 2))
+    assert first == repeated
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
 
 
-def test_held_out_samples_of_the_world_are_not_those_of_training(tmp_path: Path) -> None:
-    run = config(tmp_path, probe=ProbeConfig(examples=20), workers=0)
-    held = held_out_batches(run, 0, tiny_processor())
-    assert [len(batch.families) for batch in held] == [16, 16]
-    shown = {bytes(b.patches_NP.numpy()) for b in batches(run, tiny_processor(), 0)}
-    assert not shown & {bytes(batch.patches_NP.numpy()) for batch in held}
-    again = held_out_batches(run, 0, tiny_processor())
-    assert all(torch.equal(a.patches_NP, b.patches_NP) for a, b in zip(held, again, strict=True))
+def test_synthetic_held_out_samples_differ_from_those_of_training(tmp_path: Path) -> None:
+    run_config = config(tmp_path, evaluation=EvaluationConfig(num_examples=20), num_workers=0)
+    held_out = held_out_batches(run_config, 0, tiny_processor())
+    assert [len(batch.families) for batch in held_out] == [16, 16]
+    trained = {
+        bytes(b.patches_NP.numpy()) for b in iterate_batches(run_config, tiny_processor(), 0)
+    }
+    assert not trained & {bytes(batch.patches_NP.numpy()) for batch in held_out}
+    repeated = held_out_batches(run_config, 0, tiny_processor())
+    assert all(
+        torch.equal(a.patches_NP, b.patches_NP) for a, b in zip(held_out, repeated, strict=True)
+    )
 
 
-def test_each_stage_has_its_own(tmp_path: Path) -> None:
-    run = config(tmp_path, probe=ProbeConfig(examples=4))
-    texts = replace(run.stages[1], mixture=Mixture(weights={"text_only": 1.0}))
-    run = replace(run, stages=(run.stages[0], texts))
-    look, model = HeldOut(run), tiny_model()
-    first = look(model, tiny_processor(), run.stages[0].steps)["held_out"]
-    second = look(model, tiny_processor(), run.stages[0].steps + 1)["held_out"]
+def test_each_stage_has_its_own_held_out_data(tmp_path: Path) -> None:
+    run_config = config(tmp_path, evaluation=EvaluationConfig(num_examples=4))
+    text_stage = replace(run_config.stages[1], mixture=Mixture(weights={"text_only": 1.0}))
+    run_config = replace(run_config, stages=(run_config.stages[0], text_stage))
+    evaluator, model = Evaluator(run_config), tiny_model()
+    first = evaluator(model, tiny_processor(), run_config.stages[0].steps)["held_out"]
+    second = evaluator(model, tiny_processor(), run_config.stages[0].steps + 1)["held_out"]
     assert set(first["families"]) == {"shapes"}
     assert set(second["families"]) == {"text_only"}
     assert "vision_gain" not in second and second["compared"] == 0

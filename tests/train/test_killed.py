@@ -1,7 +1,7 @@
-"""kill -9 at random moments of a save: what was on disk before still loads, bit for bit.
+"""Crash safety of checkpoints: after SIGKILL during a save the previous one loads, bit for bit.
 
-Processes that save without end are killed while they write; what they said is what is judged. The
-slow test does so two hundred times to processes of their own, spawned, that save all of nano.
+Processes that save in an endless loop are killed while they write; they report every save that they
+started. The slow test kills two hundred spawned processes that save all of nano.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from qwen2vl.loading import load
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.train import checkpoint
-from qwen2vl.train.checkpoint import Saver
-from tests.parallel.gang import FORKS
+from qwen2vl.train.checkpoint import CheckpointSaver
+from tests.parallel.process_pool import FORKSERVER
 
-ONE = Ranks(torch.device("cpu"))
+SINGLE_PROCESS = DistributedContext(torch.device("cpu"))
 
-Make = Callable[[int], dict[str, Tensor]]
+MakeTensors = Callable[[int], dict[str, Tensor]]
 
 
-def small(step: int) -> dict[str, Tensor]:
-    """Make tensors that a step can be told from."""
+def small_tensors(step: int) -> dict[str, Tensor]:
+    """Return tensors from which the step can be identified."""
     return {f"w{i}": torch.full((64, 256), float(step)) for i in range(8)}
 
 
@@ -42,83 +42,86 @@ def nano_weights() -> dict[str, Tensor]:
     return load("nano", dtype="float32")[0].state_dict()
 
 
-def nano(step: int) -> dict[str, Tensor]:
-    """Make nano's weights and two moments of each, moved by the step's number."""
-    moved = {name: tensor + step for name, tensor in nano_weights().items()}
+def nano_tensors(step: int) -> dict[str, Tensor]:
+    """Return nano's weights and two moments of each, shifted by the step."""
+    shifted = {name: tensor + step for name, tensor in nano_weights().items()}
     moments = ("exp_avg", "exp_avg_sq")
-    return moved | {f"{n}|{key}": t * 0.5 for n, t in moved.items() for key in moments}
+    return shifted | {f"{n}|{key}": t * 0.5 for n, t in shifted.items() for key in moments}
 
 
-def save_without_end(folder: Path, make: Make, talk: Connection) -> None:
-    """Get ready, wait for a step to go on from, then save one after the other and say so."""
+def save_forever(folder: Path, make_tensors: MakeTensors, connection: Connection) -> None:
+    """Start up, receive the step to continue from, then save in a loop and send each step."""
     torch.set_num_threads(1)
-    make(0)
-    step = talk.recv()
-    saver = Saver(folder, 2, ONE)
+    make_tensors(0)
+    step = connection.recv()
+    saver = CheckpointSaver(folder, 2, SINGLE_PROCESS)
     while True:
         step += 1
-        saver.save(step, make(step), {"config": {}})
-        talk.send(step)  # its tensors are copied; now it is being written
+        saver.save(step, make_tensors(step), {"config": {}})
+        connection.send(step)  # its tensors are copied, and it is being written
 
 
-class Victim:
-    """A process that saves; it gets ready while the one before it is killed."""
+class SavingProcess:
+    """A process that saves in a loop; it starts up while the previous one is running."""
 
-    def __init__(self, context: BaseContext, folder: Path, make: Make) -> None:
-        self.talk, self.theirs = context.Pipe()  # theirs stays open: what was said can be heard
+    def __init__(self, context: BaseContext, folder: Path, make_tensors: MakeTensors) -> None:
+        # The child's end stays open here, so that messages can be received after its death.
+        self.connection, self.child_end = context.Pipe()
         self.process = context.Process(  # type: ignore[attr-defined] - every context has it
-            target=save_without_end, args=(folder, make, self.theirs), daemon=True
+            target=save_forever, args=(folder, make_tensors, self.child_end), daemon=True
         )
         self.process.start()
 
-    def kill_in_a_save(self, draw: random.Random, step: int) -> int:
-        """Let it go on from a step, and kill it at a random moment; gives its last save."""
-        self.talk.send(step)
+    def kill_during_save(self, rng: random.Random, step: int) -> int:
+        """Continue from `step`, kill the process at a random moment; return its last save."""
+        self.connection.send(step)
         times: list[float] = []
-        begun = step
-        for _ in range(draw.randint(2, 4)):
-            begun = self.talk.recv()
+        last_started = step
+        for _ in range(rng.randint(2, 4)):
+            last_started = self.connection.recv()
             times.append(time.monotonic())
-        each = median(later - sooner for sooner, later in pairwise(times))
-        time.sleep(draw.random() * 1.2 * each)
+        save_seconds = median(end - start for start, end in pairwise(times))
+        time.sleep(rng.random() * 1.2 * save_seconds)
         self.process.kill()
         self.process.join()
-        while self.talk.poll():
-            begun = self.talk.recv()
-        return begun
+        while self.connection.poll():
+            last_started = self.connection.recv()
+        return last_started
 
 
 def kill_while_saving(
-    context: BaseContext, folder: Path, make: Make, *, tries: int, seed: int
+    context: BaseContext, folder: Path, make_tensors: MakeTensors, *, num_kills: int, seed: int
 ) -> int:
-    """Kill so often, each time judging what is on disk; gives how often a save was cut short."""
-    draw = random.Random(seed)
-    step = cut = 0
-    victim = Victim(context, folder, make)
-    for number in range(tries):
-        following = Victim(context, folder, make) if number + 1 < tries else victim
-        begun = victim.kill_in_a_save(draw, step)
-        path = checkpoint.latest(folder)
-        # A save begins when the one before it is on disk, so all but the last must be.
+    """Kill and check the files `num_kills` times; return how many saves were cut short."""
+    rng = random.Random(seed)
+    step = num_cut = 0
+    process = SavingProcess(context, folder, make_tensors)
+    for index in range(num_kills):
+        next_process = (
+            SavingProcess(context, folder, make_tensors) if index + 1 < num_kills else process
+        )
+        last_started = process.kill_during_save(rng, step)
+        path = checkpoint.latest_checkpoint(folder)
+        # A save starts once the previous one is on disk, so only the last may be missing.
         assert path is not None
-        checkpoint.verify(path, ONE)
-        step = checkpoint.read_state(path)["step"]
-        assert step in (begun - 1, begun)
-        cut += step == begun - 1
-        wanted = make(step)
-        found = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
-        checkpoint.read(path, found, ONE)
-        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-        victim = following
-    return cut
+        checkpoint.verify(path, SINGLE_PROCESS)
+        step = checkpoint.read_manifest(path)["step"]
+        assert step in (last_started - 1, last_started)
+        num_cut += step == last_started - 1
+        expected = make_tensors(step)
+        loaded = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+        checkpoint.load_tensors(path, loaded, SINGLE_PROCESS)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+        process = next_process
+    return num_cut
 
 
-def test_killed_while_it_saves_the_checkpoint_before_loads(tmp_path: Path) -> None:
-    kill_while_saving(FORKS, tmp_path, small, tries=4, seed=0)
+def test_the_previous_checkpoint_loads_after_a_kill_during_a_save(tmp_path: Path) -> None:
+    kill_while_saving(FORKSERVER, tmp_path, small_tensors, num_kills=4, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_two_hundred_times_the_checkpoint_before_loads(tmp_path: Path) -> None:
-    cut = kill_while_saving(get_context("spawn"), tmp_path, nano, tries=200, seed=1)
-    assert cut > 50  # many moments of a process that does nothing but save lie in a save
+def test_the_previous_checkpoint_loads_after_two_hundred_kills(tmp_path: Path) -> None:
+    num_cut = kill_while_saving(get_context("spawn"), tmp_path, nano_tensors, num_kills=200, seed=1)
+    assert num_cut > 50  # the process spends most of its time saving

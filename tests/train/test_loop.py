@@ -1,4 +1,4 @@
-"""Inside a step the host reads nothing from the device; a leg that was too short says so."""
+"""The training loop: no device synchronization inside a step; a warning inside the warm-up."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.recipes import tiny
 from qwen2vl.train import loop
 from qwen2vl.train.config import OptimConfig, override
-from qwen2vl.train.flops import costs
+from qwen2vl.train.flops import build_flop_counter
 from qwen2vl.train.logging.metrics import Metrics
-from qwen2vl.train.loop import one_step
+from qwen2vl.train.loop import train_step
 from qwen2vl.train.optim.spike_guard import WINDOW
-from tests.parallel.jobs import MIXED, NOTHING, TEXT, Case, make, packed
+from tests.parallel.training_jobs import (
+    EMPTY,
+    MIXED,
+    TEXT,
+    Case,
+    build_case_state,
+    pack_conversations,
+)
 
 
-class Reading(TorchDispatchMode):
-    """Fails where a number is brought to the host, as `.item()` and `float()` do."""
+class NoSyncMode(TorchDispatchMode):
+    """Fails where the host waits for the device, as `.item()` and `float()` do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
@@ -31,34 +38,38 @@ class Reading(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["muon", "adamw", "sgd"])
-def test_a_step_reads_no_number(tmp_path: Path, method: Any) -> None:
-    case = Case(shares=(((TEXT,),),), optim=OptimConfig(method=method), dtype="float32")
-    run = make(case, Ranks(torch.device("cpu")), str(tmp_path))
-    run.begin_stage()
-    assert run.guard is not None
-    run.guard.seen = WINDOW  # spikes are judged from the first step on
+def test_a_step_does_not_synchronize_with_the_device(tmp_path: Path, method: Any) -> None:
+    case = Case(shares=(((TEXT,),),), optim=OptimConfig(name=method), dtype="float32")
+    state = build_case_state(case, DistributedContext(torch.device("cpu")), str(tmp_path))
+    state.start_stage()
+    assert state.guard is not None
+    state.guard.num_seen = WINDOW  # the spike check is active from the first step on
     metrics = Metrics(tmp_path / "metrics.jsonl")
-    metrics.costs = costs(run.model)
-    own = [packed(MIXED), packed(NOTHING)]
-    with Reading():
+    metrics.flop_counter = build_flop_counter(state.model)
+    batches = [pack_conversations(MIXED), pack_conversations(EMPTY)]
+    with NoSyncMode():
         for _ in range(2):
-            one_step(run, own, metrics, 0.0)
+            train_step(state, batches, metrics, 0.0)
     assert metrics.report(step=2)["loss"] > 0
 
 
-def test_the_reader_of_numbers_is_caught() -> None:
-    with Reading(), pytest.raises(AssertionError, match="the host waited"):
+def test_no_sync_mode_detects_a_synchronization() -> None:
+    with NoSyncMode(), pytest.raises(AssertionError, match="the host waited"):
         torch.ones(()).item()
 
 
-@pytest.mark.parametrize(("warmup", "is_told"), [(3, True), (2, False)])
-@pytest.mark.parametrize("before", [0, 1], ids=["first", "later"])
-def test_a_leg_that_ends_while_the_rate_still_rises_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: int, warmup: int, is_told: bool
+@pytest.mark.parametrize(("warmup", "is_logged"), [(3, True), (2, False)])
+@pytest.mark.parametrize("earlier_steps", [0, 1], ids=["first", "later"])
+def test_a_run_that_stops_inside_the_warmup_logs_a_warning(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    earlier_steps: int,
+    warmup: int,
+    is_logged: bool,
 ) -> None:
-    words = [f"stages.{i}.steps={n}" for i, n in enumerate((before, 2, 0, 0))]
-    words += [f"stages.{i}.examples=2" for i in (0, 1)]
-    words += [f"optim.warmup={warmup}", "workers=0"]
-    loop.train(override(tiny.recipe(), [*words, "threads=1", f"out={tmp_path}"]))
-    text = f"step {before + 2} is one of the 3 in which the rate of stage see still rises"
-    assert (text in caplog.text) == is_told
+    overrides = [f"stages.{i}.steps={n}" for i, n in enumerate((earlier_steps, 2, 0, 0))]
+    overrides += [f"stages.{i}.global_batch_size=2" for i in (0, 1)]
+    overrides += [f"optim.warmup_steps={warmup}", "num_workers=0"]
+    loop.train(override(tiny.recipe(), [*overrides, "num_threads=1", f"output_dir={tmp_path}"]))
+    text = f"step {earlier_steps + 2} is one of the 3 warm-up steps of stage see, in which the"
+    assert (text in caplog.text) == is_logged

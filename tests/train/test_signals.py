@@ -1,4 +1,4 @@
-"""Signals are wishes: noted once, obeyed between steps, never seen by workers."""
+"""Graceful shutdown: signals are recorded once, polled between steps, blocked in workers."""
 
 from __future__ import annotations
 
@@ -11,65 +11,65 @@ import time
 import pytest
 import torch
 
-from qwen2vl.parallel.mesh import Ranks
-from qwen2vl.train.signals import Stop
+from qwen2vl.parallel.mesh import DistributedContext
+from qwen2vl.train.signals import SignalHandler
 
-ONE = Ranks(torch.device("cpu"))
+SINGLE_PROCESS = DistributedContext(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_the_first_signal_is_a_wish(name: str) -> None:
-    stop = Stop(0)
-    with stop.listening():
-        assert stop.heard(ONE) == ""
+def test_the_first_signal_is_recorded(name: str) -> None:
+    handler = SignalHandler(0)
+    with handler.handle_signals():
+        assert handler.poll(SINGLE_PROCESS) == ""
         os.kill(os.getpid(), getattr(signal, name))
-        assert stop.heard(ONE) == name
+        assert handler.poll(SINGLE_PROCESS) == name
 
 
-def test_a_second_interrupt_is_obeyed_at_once() -> None:
-    stop = Stop(0)
-    with stop.listening():
+def test_a_second_interrupt_raises_at_once() -> None:
+    handler = SignalHandler(0)
+    with handler.handle_signals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_handlers_are_put_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Stop(0).listening():
+def test_handlers_are_restored() -> None:
+    previous = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with SignalHandler(0).handle_signals():
         os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == previous
 
 
-def test_the_clock_stops_a_run() -> None:
-    stop = Stop(1e-9)
+def test_the_time_limit_stops_a_run() -> None:
+    handler = SignalHandler(1e-9)
     time.sleep(0.001)
-    assert stop.heard(ONE) == "time"
-    assert Stop(60).heard(ONE) == ""
+    assert handler.poll(SINGLE_PROCESS) == "time"
+    assert SignalHandler(60).poll(SINGLE_PROCESS) == ""
 
 
-def test_a_process_started_unheard_outlives_both_signals() -> None:
-    stop = Stop(0)
+def test_a_process_started_with_blocked_signals_survives_both() -> None:
+    handler = SignalHandler(0)
     context = multiprocessing.get_context("fork")
-    with stop.listening():
-        with stop.unheard():
+    with handler.handle_signals():
+        with handler.block_signals():
             process = context.Process(target=time.sleep, args=(0.5,))
             process.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(process.pid or 0, number)
         process.join()
         assert process.exitcode == 0
-        assert stop.heard(ONE) == ""
+        assert handler.poll(SINGLE_PROCESS) == ""
 
 
-def test_elsewhere_than_in_the_main_thread_only_the_clock_is_heard() -> None:
-    heard: list[str] = []
+def test_outside_of_the_main_thread_signals_are_not_handled() -> None:
+    reasons: list[str] = []
 
-    def listen() -> None:
-        with Stop(0).listening():
-            heard.append(Stop(0).heard(ONE))
+    def poll_in_thread() -> None:
+        with SignalHandler(0).handle_signals():
+            reasons.append(SignalHandler(0).poll(SINGLE_PROCESS))
 
-    thread = threading.Thread(target=listen)
+    thread = threading.Thread(target=poll_in_thread)
     thread.start()
     thread.join()
-    assert heard == [""]
+    assert reasons == [""]

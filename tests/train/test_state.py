@@ -1,4 +1,4 @@
-"""A run while it runs: what is built, which stage is begun, what a checkpoint takes and gives."""
+"""TrainState: built from a config, stage by stage, saved to and resumed from checkpoints."""
 
 from __future__ import annotations
 
@@ -10,129 +10,136 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen2vl.errors import CheckpointError, ConfigError, EngineError
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.recipes import tiny
-from qwen2vl.train.checkpoint import Saver
+from qwen2vl.train.checkpoint import CheckpointSaver
 from qwen2vl.train.config import TrainConfig, dump, override
-from qwen2vl.train.state import Run, build, resume
+from qwen2vl.train.state import TrainState, build_train_state, resume
 
-ONE = Ranks(torch.device("cpu"))
+SINGLE_PROCESS = DistributedContext(torch.device("cpu"))
 
 
-def config(out: Path, *words: str) -> TrainConfig:
+def config(out: Path, *overrides: str) -> TrainConfig:
     steps = [f"stages.{i}.steps=2" for i in range(4)]
-    return override(tiny.recipe(), [*steps, "optim.method=adamw", f"out={out}", *words])
+    return override(tiny.recipe(), [*steps, "optim.name=adamw", f"output_dir={out}", *overrides])
 
 
-def saved(run: Run) -> Path:
-    """Save a run as it stands."""
-    saver = Saver(run.folder, 9, ONE)
-    path = saver.save(run.step, run.tensors(), {"config": json.loads(dump(run.config))})
+def save_state(state: TrainState) -> Path:
+    """Save a checkpoint of `state`."""
+    saver = CheckpointSaver(state.folder, 9, SINGLE_PROCESS)
+    path = saver.save(state.step, state.state_dict(), {"config": json.loads(dump(state.config))})
     saver.close()
     return path
 
 
-def at(out: Path, step: int, *words: str) -> Run:
-    """Build a run, and let it have moments as after one step of the stage that `step` is in."""
-    run = build(config(out, *words), ONE)
-    run.step = step - 1
-    run.begin_stage()
-    assert run.optimizers is not None
-    for parameter in run.optimizers.named.values():
+def state_at_step(out: Path, step: int, *overrides: str) -> TrainState:
+    """Build a state at `step`, with optimizer states as after one step of its stage."""
+    state = build_train_state(config(out, *overrides), SINGLE_PROCESS)
+    state.step = step - 1
+    state.start_stage()
+    assert state.optimizers is not None
+    for parameter in state.optimizers.parameters.values():
         parameter.grad = torch.full_like(parameter, 0.5)
-    run.optimizers.clip()
-    run.optimizers.step(1.0)
-    run.step = step
-    return run
+    state.optimizers.clip_grad_norm()
+    state.optimizers.step(1.0)
+    state.step = step
+    return state
 
 
-def test_stages_begin_where_the_ones_before_end(tmp_path: Path) -> None:
-    run = build(config(tmp_path), ONE)
-    begins = []
-    for run.step in range(9):
-        begins.append(run.begins_stage)
-    assert begins == [True, False] * 4 + [False]
-    assert [run.stage(step).name for step in (0, 1, 2, 7)] == ["words", "words", "see", "answers"]
+def test_a_stage_starts_where_the_previous_one_ends(tmp_path: Path) -> None:
+    state = build_train_state(config(tmp_path), SINGLE_PROCESS)
+    stage_starts = []
+    for state.step in range(9):
+        stage_starts.append(state.is_stage_start)
+    assert stage_starts == [True, False] * 4 + [False]
+    assert [state.stage_at(step).name for step in (0, 1, 2, 7)] == [
+        "words",
+        "words",
+        "see",
+        "answers",
+    ]
 
 
-def test_a_stage_freezes_what_its_rules_freeze_and_begins_without_moments(tmp_path: Path) -> None:
-    run = at(tmp_path, 1)
-    assert run.optimizers is not None and run.optimizers.state()
-    assert not any(p.requires_grad for p in run.model.visual.blocks.parameters())
-    run.step = 2
-    run.begin_stage()
-    assert not run.optimizers.state()
-    assert run.guard is not None and run.guard.seen == 0
-    assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(
-        run.optimizers.named
+def test_a_stage_applies_its_freezing_rules_and_resets_optimizer_states(tmp_path: Path) -> None:
+    state = state_at_step(tmp_path, 1)
+    assert state.optimizers is not None and state.optimizers.state_dict()
+    assert not any(p.requires_grad for p in state.model.visual.blocks.parameters())
+    state.step = 2
+    state.start_stage()
+    assert not state.optimizers.state_dict()
+    assert state.guard is not None and state.guard.num_seen == 0
+    assert {n for n, p in state.model.named_parameters() if p.requires_grad} == set(
+        state.optimizers.parameters
     )
 
 
-def test_rules_that_leave_nothing_to_move_are_refused(tmp_path: Path) -> None:
-    run = build(config(tmp_path, 'stages.0.rules=[[".*",0]]'), ONE)
+def test_rules_that_freeze_every_parameter_are_refused(tmp_path: Path) -> None:
+    state = build_train_state(config(tmp_path, 'stages.0.rules=[[".*",0]]'), SINGLE_PROCESS)
     with pytest.raises(ConfigError, match="stage words: its rules freeze every parameter"):
-        run.begin_stage()
+        state.start_stage()
 
 
-def test_what_was_saved_is_what_goes_on(tmp_path: Path) -> None:
-    run = at(tmp_path, 1)
-    assert run.guard is not None
-    run.guard.judge(1, torch.tensor(2.0), torch.tensor(3.0))
-    kept = {name: tensor.clone() for name, tensor in run.tensors().items()}
-    saved(run)
-    torch.rand(7)  # other numbers come next, unless the state is put back
-    again = build(config(tmp_path), ONE)
-    for parameter in again.model.parameters():
+def test_resuming_restores_every_saved_tensor(tmp_path: Path) -> None:
+    state = state_at_step(tmp_path, 1)
+    assert state.guard is not None
+    state.guard.should_skip(1, torch.tensor(2.0), torch.tensor(3.0))
+    saved_tensors = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    save_state(state)
+    torch.rand(7)  # advances the RNG, which resuming must restore
+    resumed = build_train_state(config(tmp_path), SINGLE_PROCESS)
+    for parameter in resumed.model.parameters():
         parameter.data.zero_()
-    resume(again)
-    assert again.step == 1
-    assert again.guard is not None and again.guard.seen == 1
-    found = again.tensors()
-    assert found.keys() == kept.keys()
-    for name, tensor in kept.items():
-        assert torch.equal(found[name], tensor), name
+    resume(resumed)
+    assert resumed.step == 1
+    assert resumed.guard is not None and resumed.guard.num_seen == 1
+    loaded = resumed.state_dict()
+    assert loaded.keys() == saved_tensors.keys()
+    for name, tensor in saved_tensors.items():
+        assert torch.equal(loaded[name], tensor), name
 
 
-def test_at_the_end_of_a_stage_moments_are_left_behind(tmp_path: Path) -> None:
-    saved(at(tmp_path, 2))
-    again = build(config(tmp_path), ONE)
-    resume(again)
-    assert (again.step, again.begins_stage, again.optimizers) == (2, True, None)
+def test_optimizer_states_are_not_loaded_at_the_end_of_a_stage(tmp_path: Path) -> None:
+    save_state(state_at_step(tmp_path, 2))
+    resumed = build_train_state(config(tmp_path), SINGLE_PROCESS)
+    resume(resumed)
+    assert (resumed.step, resumed.is_stage_start, resumed.optimizers) == (2, True, None)
 
 
-def test_without_a_checkpoint_a_run_begins(tmp_path: Path) -> None:
-    run = build(config(tmp_path), ONE)
-    resume(run)
-    assert run.step == 0
+def test_without_a_checkpoint_the_run_starts_at_step_0(tmp_path: Path) -> None:
+    state = build_train_state(config(tmp_path), SINGLE_PROCESS)
+    resume(state)
+    assert state.step == 0
 
 
-def test_a_checkpoint_of_other_ranks_or_an_older_version_may_lack_states(tmp_path: Path) -> None:
-    path = saved(at(tmp_path, 1))
+def test_a_checkpoint_of_another_world_size_or_version_may_lack_states(tmp_path: Path) -> None:
+    path = save_state(state_at_step(tmp_path, 1))
     (file,) = path.glob("*.safetensors")
-    old = {n: t for n, t in load_file(file).items() if not n.startswith(("random|", "guard|"))}
-    save_file(old, path / "model.safetensors")
+    remaining = {
+        n: t for n, t in load_file(file).items() if not n.startswith(("random|", "guard|"))
+    }
+    save_file(remaining, path / "model.safetensors")
     file.unlink()
-    state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "files": {}}))
-    again = build(config(tmp_path), ONE)
-    resume(again)
-    assert again.step == 1
-    assert again.guard is not None and again.guard.seen == 0
+    manifest = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**manifest, "files": {}}))
+    resumed = build_train_state(config(tmp_path), SINGLE_PROCESS)
+    resume(resumed)
+    assert resumed.step == 1
+    assert resumed.guard is not None and resumed.guard.num_seen == 0
 
 
 def test_a_checkpoint_without_a_weight_is_refused(tmp_path: Path) -> None:
-    run = at(tmp_path, 1)
-    tensors = {n: t for n, t in run.tensors().items() if n != "model.norm.weight"}
-    saver = Saver(run.folder, 2, ONE)
-    saver.save(1, tensors, {"config": json.loads(dump(run.config))})
+    state = state_at_step(tmp_path, 1)
+    tensors = {n: t for n, t in state.state_dict().items() if n != "model.norm.weight"}
+    saver = CheckpointSaver(state.folder, 2, SINGLE_PROCESS)
+    saver.save(1, tensors, {"config": json.loads(dump(state.config))})
     saver.close()
     with pytest.raises(CheckpointError, match="does not fit this run; delete it to resume before"):
-        resume(build(config(tmp_path), ONE))
+        resume(build_train_state(config(tmp_path), SINGLE_PROCESS))
 
 
-def test_a_step_that_broke_is_not_kept(tmp_path: Path) -> None:
-    run = at(tmp_path, 1)
-    assert run.guard is not None
-    run.guard.judge(1, torch.tensor(float("nan")), torch.tensor(1.0))
+def test_a_step_with_a_nonfinite_loss_is_not_saved(tmp_path: Path) -> None:
+    state = state_at_step(tmp_path, 1)
+    assert state.guard is not None
+    state.guard.should_skip(1, torch.tensor(float("nan")), torch.tensor(1.0))
     with pytest.raises(EngineError, match="step 1: loss nan"):
-        run.tensors()
+        state.state_dict()

@@ -1,4 +1,4 @@
-"""The small files of a folder: every place and spelling, and what is missing in words."""
+"""JSON config files: every file name and key spelling, and errors for missing or invalid ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.weights import (
     GenerationDefaults,
-    note_chat_template,
+    log_foreign_chat_template,
     read_config,
     read_generation_defaults,
-    read_preprocessor,
+    read_preprocessor_config,
 )
 from qwen2vl.weights.config_files import read_json
 from tests.folders import official_config_json
@@ -42,36 +42,36 @@ def test_pixel_limits_in_three_files_and_two_spellings(
 ) -> None:
     nested = name == "processor_config.json"
     write(tmp_path, name, {"image_processor": spelling} if nested else spelling)
-    limits = PixelLimits.from_dict(read_preprocessor(tmp_path))
+    limits = PixelLimits.from_dict(read_preprocessor_config(tmp_path))
     assert limits == PixelLimits(min_pixels=3136, max_pixels=12845056)
 
 
-def test_which_file_speaks_first(tmp_path: Path) -> None:
+def test_precedence_of_preprocessor_files(tmp_path: Path) -> None:
     write(tmp_path, "video_preprocessor_config.json", {"min_pixels": 1})
-    assert read_preprocessor(tmp_path)["min_pixels"] == 1
+    assert read_preprocessor_config(tmp_path)["min_pixels"] == 1
     write(tmp_path, "preprocessor_config.json", {"min_pixels": 2})
-    assert read_preprocessor(tmp_path)["min_pixels"] == 2
+    assert read_preprocessor_config(tmp_path)["min_pixels"] == 2
     write(tmp_path, "processor_config.json", {"processor_class": "Qwen2VLProcessor"})
-    assert read_preprocessor(tmp_path)["min_pixels"] == 2
+    assert read_preprocessor_config(tmp_path)["min_pixels"] == 2
     write(tmp_path, "processor_config.json", {"image_processor": {"min_pixels": 3}})
-    assert read_preprocessor(tmp_path)["min_pixels"] == 3
+    assert read_preprocessor_config(tmp_path)["min_pixels"] == 3
 
 
-def test_limits_are_never_guessed(tmp_path: Path) -> None:
+def test_missing_preprocessor_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json is missing .* copy it"):
-        read_preprocessor(tmp_path)
+        read_preprocessor_config(tmp_path)
 
 
-def test_mean_and_std_reach_the_config(tmp_path: Path) -> None:
+def test_image_mean_and_std_are_part_of_the_config(tmp_path: Path) -> None:
     write(tmp_path, "config.json", official_config_json("2B"))
     write(tmp_path, "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]})
     assert read_config(tmp_path).vision.image_mean == (0.5, 0.5, 0.5)
 
 
-def test_code_of_a_folder_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_code_in_a_folder_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "modeling.py").write_text("raise SystemExit", encoding="utf-8")
-    auto = {"AutoModel": "modeling.Model"}
-    write(tmp_path, "config.json", official_config_json("2B") | {"auto_map": auto})
+    auto_map = {"AutoModel": "modeling.Model"}
+    write(tmp_path, "config.json", official_config_json("2B") | {"auto_map": auto_map})
     with caplog.at_level(logging.DEBUG, "qwen2vl"):
         read_config(tmp_path)
     assert "auto_map ignored, code of a model folder is never run" in caplog.text
@@ -85,7 +85,7 @@ def test_code_of_a_folder_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFi
         ("int8", r"quantized \(UNKNOWN\)"),
     ],
 )
-def test_quantized_folders_are_named(tmp_path: Path, quantization: Any, text: str) -> None:
+def test_unsupported_quantization_is_named(tmp_path: Path, quantization: Any, text: str) -> None:
     raw = official_config_json("7B") | {"quantization_config": quantization}
     write(tmp_path, "config.json", raw)
     with pytest.raises(CheckpointError, match=text):
@@ -110,14 +110,14 @@ def test_official_quantized_folders_are_read(tmp_path: Path) -> None:
         (list("abcdefg"), r"config.json is missing \(found a, b, c, d, e and 2 more\)"),
     ],
 )
-def test_a_folder_without_config(tmp_path: Path, names: list[str], text: str) -> None:
+def test_folder_without_config_is_refused(tmp_path: Path, names: list[str], text: str) -> None:
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=text):
         read_config(tmp_path)
 
 
-def test_a_wrong_config_names_its_folder(tmp_path: Path) -> None:
+def test_invalid_config_names_its_folder(tmp_path: Path) -> None:
     write(tmp_path, "config.json", official_config_json("7B") | {"num_attention_heads": 5})
     with pytest.raises(ConfigError, match="hidden_size 3584 must be a multiple") as caught:
         read_config(tmp_path)
@@ -134,7 +134,7 @@ def test_a_wrong_config_names_its_folder(tmp_path: Path) -> None:
         (b"", r"not valid JSON \(line 1\)"),
     ],
 )
-def test_files_that_are_no_json(tmp_path: Path, content: bytes, text: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=text) as caught:
@@ -142,7 +142,7 @@ def test_files_that_are_no_json(tmp_path: Path, content: bytes, text: str) -> No
     assert str(path) in str(caught.value)
 
 
-def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
@@ -189,17 +189,17 @@ def test_generation_defaults(tmp_path: Path) -> None:
         ({"eos_token_id": [1, 2.5]}, r"eos_token_id is \[1, 2.5\]"),
     ],
 )
-def test_wrong_generation_defaults(tmp_path: Path, content: Any, text: str) -> None:
+def test_invalid_generation_defaults_are_refused(tmp_path: Path, content: Any, text: str) -> None:
     write(tmp_path, "generation_config.json", content)
     with pytest.raises(CheckpointError, match=text):
         read_generation_defaults(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["chat_template.json", "tokenizer_config.json"])
-def test_a_foreign_template_is_noted_and_not_used(
+def test_foreign_chat_template_is_logged_and_not_used(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, name, {"chat_template": "{{ 1 / 0 }}"})
     with caplog.at_level(logging.DEBUG, "qwen2vl"):
-        note_chat_template(tmp_path)
+        log_foreign_chat_template(tmp_path)
     assert f"{name}: its chat template is not the official one; not used" in caplog.text

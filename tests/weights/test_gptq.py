@@ -1,4 +1,4 @@
-"""GPTQ's words by the written rule, in plain Python; packing is the reverse of unpacking."""
+"""GPTQ packing against its definition in plain Python; pack is the inverse of unpack."""
 
 from __future__ import annotations
 
@@ -9,115 +9,122 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2vl.weights import gptq
-from qwen2vl.weights.quantization_config import PackedMatrix, Packing
+from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
 
-FOUR = Packing(method="gptq", bits=4, group_size=32, is_symmetric=True, stores_zero_less_one=True)
-EIGHT = Packing(method="gptq", bits=8, group_size=32, is_symmetric=True, stores_zero_less_one=True)
+GPTQ_4BIT = QuantizationConfig(
+    method="gptq", bits=4, group_size=32, is_symmetric=True, stores_zero_minus_one=True
+)
+GPTQ_8BIT = QuantizationConfig(
+    method="gptq", bits=8, group_size=32, is_symmetric=True, stores_zero_minus_one=True
+)
 
 
-def signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
+def to_signed(packed: int) -> int:
+    return packed - 2**32 if packed >= 2**31 else packed
 
 
-def test_the_worked_word() -> None:
-    rows = torch.tensor([3, 15, 8, 0, 7, 1, 12, 9], dtype=torch.uint8)
-    word = signed(0x9C1708F3)
-    assert word == -1676211981
+def test_worked_example() -> None:
+    ints = torch.tensor([3, 15, 8, 0, 7, 1, 12, 9], dtype=torch.uint8)
+    packed = to_signed(0x9C1708F3)
+    assert packed == -1676211981
     parts = {
-        "qweight": torch.tensor([[word]], dtype=torch.int32),
+        "qweight": torch.tensor([[packed]], dtype=torch.int32),
         "qzeros": torch.zeros(1, 1, dtype=torch.int32),
         "scales": torch.ones(1, 1, dtype=torch.float16),
     }
-    assert torch.equal(gptq.unpack(parts, FOUR).ints_OI, rows[None])
+    assert torch.equal(gptq.unpack(parts, GPTQ_4BIT).ints_OI, ints[None])
 
 
 @pytest.mark.parametrize(
-    ("packing", "zero", "word"), [(FOUR, 8, 0x77777777), (EIGHT, 128, 0x7F7F7F7F)]
+    ("config", "zero", "packed"),
+    [(GPTQ_4BIT, 8, 0x77777777), (GPTQ_8BIT, 128, 0x7F7F7F7F)],
 )
-def test_symmetric_zeros_are_these_words(packing: Packing, zero: int, word: int) -> None:
-    matrix = PackedMatrix(
+def test_packed_value_of_symmetric_zero_points(
+    config: QuantizationConfig, zero: int, packed: int
+) -> None:
+    matrix = QuantizedMatrix(
         ints_OI=torch.zeros(8, 32, dtype=torch.uint8),
         scale_GO=torch.ones(1, 8),
         zero_GO=torch.full((1, 8), zero, dtype=torch.int16),
         group_I=torch.zeros(32, dtype=torch.int64),
     )
-    parts = gptq.pack(matrix, packing)
-    assert set(parts["qzeros"].flatten().tolist()) == {word}
-    assert torch.equal(gptq.unpack(parts, packing).zero_GO, matrix.zero_GO)
+    parts = gptq.pack(matrix, config)
+    assert set(parts["qzeros"].flatten().tolist()) == {packed}
+    assert torch.equal(gptq.unpack(parts, config).zero_GO, matrix.zero_GO)
 
 
-def by_the_rule(parts: dict[str, Tensor], bits: int, o: int, i: int) -> float:
-    """Dequantize one weight as the format is written down: W = s * (q - (z + 1))."""
-    per_word, mask = 32 // bits, (1 << bits) - 1
-    word = int(parts["qweight"][i // per_word, o])
-    q = (word >> bits * (i % per_word)) & mask
+def dequantize_one(parts: dict[str, Tensor], bits: int, o: int, i: int) -> float:
+    """Dequantize one weight by the definition of the format: W = s * (q - (z + 1))."""
+    per_int32, mask = 32 // bits, (1 << bits) - 1
+    packed = int(parts["qweight"][i // per_int32, o])
+    q = (packed >> bits * (i % per_int32)) & mask
     g = int(parts["g_idx"][i])
-    z = (int(parts["qzeros"][g, o // per_word]) >> bits * (o % per_word)) & mask
+    z = (int(parts["qzeros"][g, o // per_int32]) >> bits * (o % per_int32)) & mask
     return float(parts["scales"][g, o]) * (q - (z + 1))
 
 
 def random_parts(seed: int, bits: int, outputs: int, inputs: int, size: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
-    def words(*shape: int) -> Tensor:
+    def random_int32(*shape: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
 
-    per_word, groups = 32 // bits, inputs // size
+    per_int32, groups = 32 // bits, inputs // size
     return {
-        "qweight": words(inputs // per_word, outputs),
-        "qzeros": words(groups, outputs // per_word),
+        "qweight": random_int32(inputs // per_int32, outputs),
+        "qzeros": random_int32(groups, outputs // per_int32),
         "scales": torch.rand(groups, outputs, generator=generator).half(),
         "g_idx": torch.arange(inputs, dtype=torch.int32) // size,
     }
 
 
-@pytest.mark.parametrize("packing", [FOUR, EIGHT])
-def test_every_weight_by_the_rule(packing: Packing) -> None:
-    parts = random_parts(1, packing.bits, 16, 64, 32)
-    parts["g_idx"] = parts["g_idx"].flip(0)  # act-order is no more than another g_idx
-    got_OI = gptq.unpack(parts, packing).dequantized()
+@pytest.mark.parametrize("config", [GPTQ_4BIT, GPTQ_8BIT])
+def test_every_weight_equals_the_format_definition(config: QuantizationConfig) -> None:
+    parts = random_parts(1, config.bits, 16, 64, 32)
+    parts["g_idx"] = parts["g_idx"].flip(0)  # act-order is another g_idx
+    got_OI = gptq.unpack(parts, config).dequantize()
     for o in range(16):
         for i in range(64):
-            assert float(got_OI[o, i]) == by_the_rule(parts, packing.bits, o, i)
+            assert float(got_OI[o, i]) == dequantize_one(parts, config.bits, o, i)
 
 
 @given(
     seed=st.integers(0, 10**6),
-    packing=st.sampled_from([FOUR, EIGHT]),
+    config=st.sampled_from([GPTQ_4BIT, GPTQ_8BIT]),
     blocks=st.integers(1, 3),
     groups=st.integers(1, 3),
 )
-def test_packing_gives_back_every_bit(
-    seed: int, packing: Packing, blocks: int, groups: int
+def test_pack_is_the_inverse_of_unpack(
+    seed: int, config: QuantizationConfig, blocks: int, groups: int
 ) -> None:
-    parts = random_parts(seed, packing.bits, 8 * blocks, 32 * groups, 32)
-    again = gptq.pack(gptq.unpack(parts, packing), packing)
-    assert set(again) == set(parts)
-    assert all(torch.equal(again[name], parts[name]) for name in parts)
+    parts = random_parts(seed, config.bits, 8 * blocks, 32 * groups, 32)
+    repacked = gptq.pack(gptq.unpack(parts, config), config)
+    assert set(repacked) == set(parts)
+    assert all(torch.equal(repacked[name], parts[name]) for name in parts)
 
 
-def test_the_second_format_stores_zeros_as_they_are() -> None:
-    second = Packing(method="gptq", bits=4, group_size=32)
+def test_gptq_v2_stores_zero_points_unchanged() -> None:
+    v2_config = QuantizationConfig(method="gptq", bits=4, group_size=32)
     parts = random_parts(2, 4, 8, 32, 32)
-    first = gptq.unpack(parts, FOUR)
-    assert torch.equal(gptq.unpack(parts, second).zero_GO, first.zero_GO - 1)
+    v1 = gptq.unpack(parts, GPTQ_4BIT)
+    assert torch.equal(gptq.unpack(parts, v2_config).zero_GO, v1.zero_GO - 1)
 
 
-def test_a_folder_without_g_idx_is_in_order() -> None:
+def test_missing_g_idx_means_contiguous_groups() -> None:
     parts = random_parts(3, 4, 8, 96, 32)
-    want = gptq.unpack(parts, FOUR)
+    want = gptq.unpack(parts, GPTQ_4BIT)
     del parts["g_idx"]
-    assert torch.equal(gptq.unpack(parts, FOUR).group_I, want.group_I)
+    assert torch.equal(gptq.unpack(parts, GPTQ_4BIT).group_I, want.group_I)
 
 
 def test_shapes_of_the_7b() -> None:
-    official = Packing(method="gptq", bits=4, group_size=128)
-    assert gptq.shape_of((448, 18944), official) == (18944, 3584)
-    assert gptq.wanted_shapes((18944, 3584), official) == {
+    official = QuantizationConfig(method="gptq", bits=4, group_size=128)
+    assert gptq.unpacked_shape((448, 18944), official) == (18944, 3584)
+    assert gptq.part_shapes((18944, 3584), official) == {
         "qzeros": (28, 2368),
         "scales": (28, 18944),
         "g_idx": (3584,),
     }
-    eight = Packing(method="gptq", bits=8, group_size=128)
-    assert gptq.shape_of((896, 18944), eight) == (18944, 3584)
-    assert gptq.wanted_shapes((18944, 3584), eight)["qzeros"] == (28, 4736)
+    eight_bit = QuantizationConfig(method="gptq", bits=8, group_size=128)
+    assert gptq.unpacked_shape((896, 18944), eight_bit) == (18944, 3584)
+    assert gptq.part_shapes((18944, 3584), eight_bit)["qzeros"] == (28, 4736)

@@ -17,8 +17,8 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.header import TensorInfo, read_header
 
 
-def pack(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """Lay out a file by hand; `header` may be text that is no JSON."""
+def build_file(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """Build a file by hand; `header` may be text that is not JSON."""
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def refuse(path: Path, content: bytes, text: str) -> None:
+def check_refused(path: Path, content: bytes, text: str) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=text) as caught:
         read_header(path)
@@ -41,7 +41,7 @@ def refuse(path: Path, content: bytes, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_file_holds(path: Path) -> None:
+def test_header_of_a_valid_file(path: Path) -> None:
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(5, dtype=torch.bfloat16)}, path, {"x": "y"})
     assert read_header(path) == {
         "a": TensorInfo("F32", (2, 3), 0, 24),
@@ -56,82 +56,93 @@ def test_empty_tensors_and_scalars(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 100, 1_000_000])
-def test_a_truncated_file_names_the_missing_bytes(path: Path, cut: int) -> None:
+def test_truncated_file_reports_the_missing_bytes(path: Path, cut: int) -> None:
     save_file({"a": torch.zeros(300_000)}, path)
-    refuse(path, path.read_bytes()[:-cut], rf"truncated, {cut:,} of 1,200,000 bytes are missing")
+    check_refused(
+        path, path.read_bytes()[:-cut], rf"truncated, {cut:,} of 1,200,000 bytes are missing"
+    )
 
 
-def test_every_truncation_is_found(path: Path) -> None:
+def test_every_truncation_is_detected(path: Path) -> None:
     save_file({"a": torch.ones(3), "b": torch.ones(2, 2)}, path)
-    whole = path.read_bytes()
-    for size in range(len(whole)):
-        refuse(path, whole[:size], "fetch it again")
+    content = path.read_bytes()
+    for size in range(len(content)):
+        check_refused(path, content[:size], "fetch it again")
 
 
-def test_trailing_bytes(path: Path) -> None:
+def test_trailing_bytes_are_refused(path: Path) -> None:
     save_file({"a": torch.zeros(3)}, path)
-    refuse(path, path.read_bytes() + b"123", "3 bytes follow the last tensor")
+    check_refused(path, path.read_bytes() + b"123", "3 bytes follow the last tensor")
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         (b"", "0 bytes are no safetensors file"),
-        (pack("{}", length=2**40), "its header would be 1,099,511,627,776 bytes long"),
-        (pack("{}", length=99_999_999), "truncated inside its header, at least 99,999,997 bytes"),
+        (build_file("{}", length=2**40), "its header would be 1,099,511,627,776 bytes long"),
+        (
+            build_file("{}", length=99_999_999),
+            "truncated inside its header, at least 99,999,997 bytes",
+        ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run `git lfs pull`"),
         (b"PK\x03\x04" + b"\x00\x00\x08\x08" * 9, "looks like a pickle of torch.save"),
         (b"<!DOCTYPE html><html>Too many requests</html>", "a text or a web page"),
-        (pack("[" * 100_000), "not valid JSON"),
-        (pack('{"a": '), "not valid JSON"),
-        (pack("\udcff".encode("utf-8", "surrogateescape").decode("latin-1") + "{"), "not valid"),
-        (pack("[1]"), "not a JSON object"),
-        (pack('{"a": 1, "a": 2}'), "not valid JSON"),
-        (pack({"a": 1}), "describes a wrongly"),
-        (pack({"a": {"dtype": "U8", "shape": [1]}}), "describes a wrongly"),
-        (pack({"a": entry(0, 4, [-4])}, b"1234"), "impossible shape or place"),
-        (pack({"a": entry(0, 4, [True, 4])}, b"1234"), "impossible shape or place"),
-        (pack({"a": entry(0, 4, [2.0, 2])}, b"1234"), "impossible shape or place"),
-        (pack({"a": entry(0, 4, dtype="C64")}, b"1234"), "stored as 'C64'"),
-        (pack({"a": entry(0, 4, dtype=["U8"])}, b"1234"), r"stored as \['U8'\]"),
-        (pack({"a": entry(0, 4, [5])}, b"1234"), r"4 bytes where U8 \[5\] takes 5"),
-        (pack({"a": entry(0, 4, [2**62, 2**62])}, b"1234"), "gives a 4 bytes where"),
-        (pack({"a": entry(4, 0, [0])}), "gives a -4 bytes where"),
-        (pack({"a": entry(0, 4), "b": entry(2, 6)}, b"123456"), "b overlaps the tensor before it"),
-        (pack({"a": entry(0, 4), "b": entry(5, 6)}, b"123456"), "b leaves a gap"),
-        (pack({"a": entry(1, 4)}, b"1234"), "a leaves a gap"),
+        (build_file("[" * 100_000), "not valid JSON"),
+        (build_file('{"a": '), "not valid JSON"),
+        (
+            build_file("\udcff".encode("utf-8", "surrogateescape").decode("latin-1") + "{"),
+            "not valid",
+        ),
+        (build_file("[1]"), "not a JSON object"),
+        (build_file('{"a": 1, "a": 2}'), "not valid JSON"),
+        (build_file({"a": 1}), "describes a wrongly"),
+        (build_file({"a": {"dtype": "U8", "shape": [1]}}), "describes a wrongly"),
+        (build_file({"a": entry(0, 4, [-4])}, b"1234"), "impossible shape or place"),
+        (build_file({"a": entry(0, 4, [True, 4])}, b"1234"), "impossible shape or place"),
+        (build_file({"a": entry(0, 4, [2.0, 2])}, b"1234"), "impossible shape or place"),
+        (build_file({"a": entry(0, 4, dtype="C64")}, b"1234"), "stored as 'C64'"),
+        (build_file({"a": entry(0, 4, dtype=["U8"])}, b"1234"), r"stored as \['U8'\]"),
+        (build_file({"a": entry(0, 4, [5])}, b"1234"), r"4 bytes where U8 \[5\] takes 5"),
+        (build_file({"a": entry(0, 4, [2**62, 2**62])}, b"1234"), "gives a 4 bytes where"),
+        (build_file({"a": entry(4, 0, [0])}), "gives a -4 bytes where"),
+        (
+            build_file({"a": entry(0, 4), "b": entry(2, 6)}, b"123456"),
+            "b overlaps the tensor before it",
+        ),
+        (build_file({"a": entry(0, 4), "b": entry(5, 6)}, b"123456"), "b leaves a gap"),
+        (build_file({"a": entry(1, 4)}, b"1234"), "a leaves a gap"),
     ],
 )
-def test_damaged_headers(path: Path, content: bytes, text: str) -> None:
-    refuse(path, content, text)
+def test_damaged_headers_are_refused(path: Path, content: bytes, text: str) -> None:
+    check_refused(path, content, text)
 
 
 @given(
     edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
     cut=st.integers(0, 40),
 )
-def test_whatever_we_accept_the_format_accepts(
+def test_accepted_files_are_accepted_by_safetensors(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], cut: int
 ) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
     save_file({"a": torch.ones(3), "b": torch.ones(2, 2), "c": torch.ones(1)}, path)
     content = bytearray(path.read_bytes()[: -cut or None])
-    for place, value in edits:
-        content[place % len(content)] = value
+    for position, byte in edits:
+        content[position % len(content)] = byte
     path.write_bytes(content)
     try:
-        ours = read_header(path)
+        infos = read_header(path)
     except CheckpointError:
         return
     try:
         with safe_open(path, framework="pt") as file:
-            assert set(file.keys()) == set(ours)
-            for name, info in ours.items():
+            assert set(file.keys()) == set(infos)
+            for name, info in infos.items():
                 assert tuple(file.get_slice(name).get_shape()) == info.shape
     except SafetensorError as error:  # pragma: no cover
-        pytest.fail(f"we accept what the format refuses: {error}")
+        pytest.fail(f"accepted a file that safetensors refuses: {error}")
 
 
-def test_an_unreadable_file(tmp_path: Path) -> None:
+def test_unreadable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         read_header(tmp_path / "gone.safetensors")

@@ -1,4 +1,4 @@
-"""What quantization_config may say, and what a packed matrix stands for."""
+"""Parsing quantization_config, and dequantizing an unpacked matrix."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights.quantization_config import PackedMatrix, Packing
+from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
 
 # As the released repositories have them.
 GPTQ = {
@@ -30,32 +30,34 @@ AWQ = {
 }
 
 
-def read(raw: object) -> Packing:
-    return Packing.from_dict(raw, "here")
+def parse(raw: object) -> QuantizationConfig:
+    return QuantizationConfig.from_dict(raw, "here")
 
 
-def test_the_official_settings() -> None:
-    gptq = Packing(
-        method="gptq", bits=4, group_size=128, is_symmetric=True, stores_zero_less_one=True
+def test_official_configs() -> None:
+    gptq = QuantizationConfig(
+        method="gptq", bits=4, group_size=128, is_symmetric=True, stores_zero_minus_one=True
     )
-    assert read(GPTQ) == gptq
-    assert read(GPTQ | {"bits": 8}).bits == 8
-    assert read(AWQ) == Packing(method="awq", bits=4, group_size=128)
+    assert parse(GPTQ) == gptq
+    assert parse(GPTQ | {"bits": 8}).bits == 8
+    assert parse(AWQ) == QuantizationConfig(method="awq", bits=4, group_size=128)
 
 
 def test_variants_of_gptq() -> None:
-    assert not read(GPTQ | {"desc_act": True}).is_ordered
-    assert not read(GPTQ | {"sym": False}).is_symmetric
-    assert not read(GPTQ | {"checkpoint_format": "gptq_v2"}).stores_zero_less_one
-    assert read(GPTQ | {"group_size": -1}).group_size == -1
+    assert not parse(GPTQ | {"desc_act": True}).has_contiguous_groups
+    assert not parse(GPTQ | {"sym": False}).is_symmetric
+    assert not parse(GPTQ | {"checkpoint_format": "gptq_v2"}).stores_zero_minus_one
+    assert parse(GPTQ | {"group_size": -1}).group_size == -1
 
 
 @pytest.mark.parametrize("raw", [GPTQ, GPTQ | {"bits": 8, "sym": False}, AWQ])
-@pytest.mark.parametrize("rest", [{}, {"head_and_vision": "int8"}])
-def test_what_is_written_is_read(raw: dict[str, Any], rest: dict[str, str]) -> None:
-    packing = read(raw | rest)
-    assert read(packing.to_dict()) == packing
-    assert packing.rest == rest.get("head_and_vision")
+@pytest.mark.parametrize("head_and_vision", [{}, {"head_and_vision": "int8"}])
+def test_to_dict_is_the_inverse_of_from_dict(
+    raw: dict[str, Any], head_and_vision: dict[str, str]
+) -> None:
+    config = parse(raw | head_and_vision)
+    assert parse(config.to_dict()) == config
+    assert config.head_and_vision == head_and_vision.get("head_and_vision")
 
 
 @pytest.mark.parametrize(
@@ -75,20 +77,20 @@ def test_what_is_written_is_read(raw: dict[str, Any], rest: dict[str, str]) -> N
         (AWQ | {"head_and_vision": "int2"}, "head_and_vision of quantization_config is 'int2'"),
     ],
 )
-def test_what_is_not_run_is_named(raw: object, text: str) -> None:
+def test_unsupported_configs_are_refused_by_name(raw: object, text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
-        read(raw)
+        parse(raw)
 
 
-def test_a_matrix_by_its_formula() -> None:
+def test_dequantized_matrix_equals_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
-    matrix = PackedMatrix(
+    matrix = QuantizedMatrix(
         ints_OI=torch.randint(0, 16, (3, 8), dtype=torch.uint8, generator=generator),
         scale_GO=torch.rand(2, 3, generator=generator).half(),
         zero_GO=torch.randint(0, 17, (2, 3), dtype=torch.int16, generator=generator),
         group_I=torch.tensor([0, 1, 1, 0, 0, 1, 0, 1]),
     )
-    got_OI = matrix.dequantized()
+    got_OI = matrix.dequantize()
     for o in range(3):
         for i in range(8):
             g = int(matrix.group_I[i])

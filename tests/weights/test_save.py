@@ -1,4 +1,4 @@
-"""What is saved comes back to the bit; a crash or a full disk leaves nothing half-written."""
+"""Saved models load to the bit; a crash or a full disk leaves no partial folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.weights import (
     GenerationDefaults,
-    check_fit,
+    check_state_dict,
     open_tensors,
     read_config,
     read_generation_defaults,
-    read_preprocessor,
+    read_preprocessor_config,
     save,
 )
 from qwen2vl.weights.header import read_header
@@ -40,17 +40,17 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype, max_shard_bytes: int, ti
     config = read_config(folder)
     assert config == model.config
     tensors = open_tensors(folder)
-    check_fit(tensors, config)
+    check_state_dict(tensors, config)
     assert len(list(folder.glob("*.safetensors"))) == 1 or max_shard_bytes == 50_000
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensors[name], tensor.to(dtype))
         assert tensors[name].dtype == dtype
     assert read_generation_defaults(folder) == generation
-    assert PixelLimits.from_dict(read_preprocessor(folder)) == PIXELS
+    assert PixelLimits.from_dict(read_preprocessor_config(folder)) == PIXELS
     assert not [path for path in tmp_path.iterdir() if path != folder]
 
 
-def test_shards_are_official(tmp_path: Path) -> None:
+def test_shards_have_the_official_layout(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", max_shard_bytes=50_000)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     parameters = list(model.parameters())
@@ -64,7 +64,7 @@ def test_shards_are_official(tmp_path: Path) -> None:
         assert b'"__metadata__":{"format":"pt"}' in header
 
 
-def test_the_folder_is_whole(tmp_path: Path) -> None:
+def test_folder_has_all_files(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert names >= {
@@ -81,58 +81,58 @@ def test_the_folder_is_whole(tmp_path: Path) -> None:
     assert "<|vision_start|>" in settings["chat_template"]
 
 
-def test_who_sees_the_folder_may_read_its_weights(tmp_path: Path) -> None:
+def test_weights_have_the_folders_read_permissions(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
-    rights = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
-    assert rights == {(tmp_path / "model").stat().st_mode & 0o666}
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "model").stat().st_mode & 0o666}
 
 
-def test_generation_config_always_names_the_end(tmp_path: Path) -> None:
+def test_generation_config_always_has_eos_token_id(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model")
     defaults = read_generation_defaults(tmp_path / "model")
     assert defaults == GenerationDefaults(eos_token_ids=(model.config.eos_token_id,))
 
 
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+def test_empty_folder_may_be_the_target(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write_tiny(tmp_path / "model")
     assert (tmp_path / "model" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_nothing_is_overwritten(tmp_path: Path, kind: str) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "model"
-    precious = target / "thesis.txt" if kind == "folder" else target
-    precious.parent.mkdir(exist_ok=True)
-    precious.write_text("precious")
+    existing_file = target / "thesis.txt" if kind == "folder" else target
+    existing_file.parent.mkdir(exist_ok=True)
+    existing_file.write_text("precious")
     with pytest.raises(CheckpointError, match="exists already and is not an empty folder"):
         write_tiny(target)
-    assert precious.read_text() == "precious"
+    assert existing_file.read_text() == "precious"
 
 
-def test_what_a_killed_run_left_is_no_hindrance(tmp_path: Path) -> None:
-    left = tmp_path / ".model.partial"
-    left.mkdir()
-    (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
+def test_partial_folder_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
+    partial = tmp_path / ".model.partial"
+    partial.mkdir()
+    (partial / "model-00001-of-00009.safetensors").write_bytes(b"half")
     write_tiny(tmp_path / "model")
-    assert not left.exists()
+    assert not partial.exists()
     assert not list((tmp_path / "model").glob("model-*"))
 
 
 @pytest.mark.parametrize("at", ["save_file", "_write_json", "_flush"])
-def test_a_full_disk_leaves_nothing(
+def test_full_disk_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
+    def raise_disk_full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(save, at, full)
+    monkeypatch.setattr(save, at, raise_disk_full)
     with pytest.raises(CheckpointError, match="cannot be saved: No space left on device; nothing"):
         write_tiny(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_never_saved_without_words(tmp_path: Path) -> None:
+def test_saving_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     with pytest.raises(CheckpointError, match=r"empty: no tokenizer to copy \(tokenizer.json, or"):
         save.save_folder(
@@ -145,12 +145,12 @@ def test_a_folder_is_never_saved_without_words(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_parent(tmp_path: Path) -> None:
+def test_missing_parent_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no folder .*; make it first"):
         write_tiny(tmp_path / "no" / "such" / "model")
 
 
-def test_saving_over_the_folder_one_runs_on_is_refused(tmp_path: Path) -> None:
+def test_saving_over_the_loaded_folder_is_refused(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
     with pytest.raises(CheckpointError, match="exists already"):
         write_tiny(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Donors are read in either spelling; what would compute something else is refused by name."""
+"""Source models are read in either key layout; unsupported architectures are refused by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights.source_models import read_text_donor, read_vision_donor
-from tests.donors import CLIP_MODEL_CFG, DEPTH, HEADS, WIDTH, write_open_clip, write_text
+from qwen2vl.weights.source_models import read_text_source_model, read_vision_source_model
 from tests.folders import edit_json
+from tests.source_models import CLIP_MODEL_CFG, DEPTH, HEADS, WIDTH, write_open_clip, write_qwen2
 
 
 def edit_tower(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -23,19 +23,19 @@ def edit_tower(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
 
 
-def test_an_open_clip_tower(tmp_path: Path) -> None:
+def test_open_clip_tower_is_read(tmp_path: Path) -> None:
     tower = write_open_clip(tmp_path)
-    donor = read_vision_donor(tmp_path)
-    assert (len(donor.blocks), donor.num_heads, donor.mlp_width) == (DEPTH, HEADS, 4 * WIDTH)
-    assert torch.equal(donor.patch_E3YX, tower.state_dict()["conv1.weight"])
-    assert donor.pre_norm is not None
-    assert len(donor.blocks[0]) == 12
+    source = read_vision_source_model(tmp_path)
+    assert (len(source.blocks), source.num_heads, source.mlp_width) == (DEPTH, HEADS, 4 * WIDTH)
+    assert torch.equal(source.patch_E3YX, tower.state_dict()["conv1.weight"])
+    assert source.pre_norm is not None
+    assert len(source.blocks[0]) == 12
 
 
-def test_a_tower_without_a_norm_before_its_blocks(tmp_path: Path) -> None:
+def test_tower_without_a_norm_before_its_blocks(tmp_path: Path) -> None:
     write_open_clip(tmp_path)
     edit_tower(tmp_path, **{"ln_pre.weight": None, "ln_pre.bias": None})
-    assert read_vision_donor(tmp_path).pre_norm is None
+    assert read_vision_source_model(tmp_path).pre_norm is None
 
 
 @pytest.mark.parametrize(
@@ -47,40 +47,42 @@ def test_a_tower_without_a_norm_before_its_blocks(tmp_path: Path) -> None:
         ({"conv1.weight": None}, r"1 missing: conv1\.weight"),
     ],
 )
-def test_another_tower_is_refused(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+def test_other_vision_towers_are_refused(
+    tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
     write_open_clip(tmp_path)
     edit_tower(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=f"not a plain CLIP ViT: {text}"):
-        read_vision_donor(tmp_path)
+        read_vision_source_model(tmp_path)
 
 
-def test_another_activation_is_refused(tmp_path: Path) -> None:
+def test_other_activations_are_refused(tmp_path: Path) -> None:
     write_open_clip(tmp_path)
     edit_json(tmp_path / "open_clip_config.json", model_cfg=CLIP_MODEL_CFG | {"quick_gelu": False})
     with pytest.raises(CheckpointError, match="blocks compute gelu, those of Qwen2-VL quick_gelu"):
-        read_vision_donor(tmp_path)
+        read_vision_source_model(tmp_path)
 
 
-def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     write_open_clip(tmp_path)
     (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"a pickle, .*open_clip_model\.safetensors'"):
-        read_vision_donor(tmp_path)
+        read_vision_source_model(tmp_path)
 
 
-def test_the_other_layout_counts_where_open_clip_s_is_a_pickle(tmp_path: Path) -> None:
+def test_transformers_layout_is_read_if_open_clips_is_a_pickle(tmp_path: Path) -> None:
     write_open_clip(tmp_path)
     (tmp_path / "open_clip_model.safetensors").rename(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(CheckpointError, match=r"1 missing: embeddings\.patch_embedding"):
-        read_vision_donor(tmp_path)  # read as one of transformers, which it is not
+        read_vision_source_model(tmp_path)  # read in transformers' layout, which it does not have
 
 
 @pytest.mark.parametrize("kind", ["siglip", "qwen2", None])
-def test_another_kind_of_vision_model_is_refused(tmp_path: Path, kind: str | None) -> None:
+def test_other_vision_model_types_are_refused(tmp_path: Path, kind: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(CheckpointError, match="expected 'clip' or 'clip_vision_model', or"):
-        read_vision_donor(tmp_path)
+        read_vision_source_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +92,16 @@ def test_another_kind_of_vision_model_is_refused(tmp_path: Path, kind: str | Non
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is .*'yarn'"),
     ],
 )
-def test_another_language_model_is_refused(
+def test_other_language_models_are_refused(
     tmp_path: Path, changes: dict[str, Any], text: str
 ) -> None:
-    write_text(tmp_path)
+    write_qwen2(tmp_path)
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(CheckpointError, match=text):
-        read_text_donor(tmp_path)
+        read_text_source_model(tmp_path)
 
 
-@pytest.mark.parametrize("read", [read_text_donor, read_vision_donor])
-def test_a_folder_that_is_not_there(tmp_path: Path, read: Any) -> None:
+@pytest.mark.parametrize("read_source", [read_text_source_model, read_vision_source_model])
+def test_missing_folder_is_refused(tmp_path: Path, read_source: Any) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
-        read(tmp_path / "none")
+        read_source(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Tensors must be exactly the model's; whatever is wrong is said in one message."""
+"""Tensor names and shapes must be exactly the model's; mismatches are in one message."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from qwen2vl.config import PRESETS, Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights import check_fit, expected_shapes, nonfinite_tensors, open_tensors
-from qwen2vl.weights.state_dict import EMBEDDING, HEAD, PATCH_EMBED
+from qwen2vl.weights import check_state_dict, expected_shapes, nonfinite_tensors, open_tensors
+from qwen2vl.weights.state_dict import EMBED_TOKENS_WEIGHT, LM_HEAD_WEIGHT, PATCH_EMBED_WEIGHT
 from tests.tiny import tiny_config
 
 
-def weights(config: Qwen2VLConfig) -> dict[str, Tensor]:
+def random_weights(config: Qwen2VLConfig) -> dict[str, Tensor]:
     return {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
 
 
-def check(folder: Path, tensors: dict[str, Tensor], config: Qwen2VLConfig) -> None:
+def save_and_check(folder: Path, tensors: dict[str, Tensor], config: Qwen2VLConfig) -> None:
     save_file(tensors, folder / "model.safetensors")
-    check_fit(open_tensors(folder), config)
+    check_state_dict(open_tensors(folder), config)
 
 
 @pytest.mark.parametrize(
@@ -33,23 +33,23 @@ def test_official_sizes(size: str, parameters: int, tensors: int) -> None:
     shapes = expected_shapes(PRESETS[size])
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
     assert len(shapes) == tensors
-    assert (HEAD in shapes) == (size != "2B")
-    assert shapes[PATCH_EMBED] == (1280, 3, 2, 14, 14)
+    assert (LM_HEAD_WEIGHT in shapes) == (size != "2B")
+    assert shapes[PATCH_EMBED_WEIGHT] == (1280, 3, 2, 14, 14)
 
 
-def test_exactly_the_models(tmp_path: Path) -> None:
+def test_exact_state_dict_is_accepted(tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=False)
-    check(tmp_path, weights(config), config)
+    save_and_check(tmp_path, random_weights(config), config)
 
 
-def test_all_faults_in_one_message(tmp_path: Path) -> None:
+def test_all_mismatches_are_in_one_message(tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=False)
-    tensors = weights(config)
+    tensors = random_weights(config)
     del tensors["visual.blocks.1.attn.qkv.bias"], tensors["model.layers.0.mlp.up_proj.weight"]
     tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(1)
     tensors["model.norm.weight"] = torch.zeros(65)
     with pytest.raises(CheckpointError) as caught:
-        check(tmp_path, tensors, config)
+        save_and_check(tmp_path, tensors, config)
     assert str(caught.value) == (
         f"{tmp_path}: the tensors do not fit config.json: "
         "2 missing: visual.blocks.1.attn.qkv.bias, model.layers.0.mlp.up_proj.weight; "
@@ -58,46 +58,52 @@ def test_all_faults_in_one_message(tmp_path: Path) -> None:
     )
 
 
-def test_long_lists_end_in_a_count(tmp_path: Path) -> None:
+def test_long_lists_are_shortened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"58 missing: .* and 50 more; 1 not of this model"):
-        check(tmp_path, {"foreign": torch.zeros(1)}, tiny_config(tie_word_embeddings=False))
+        save_and_check(
+            tmp_path, {"foreign": torch.zeros(1)}, tiny_config(tie_word_embeddings=False)
+        )
 
 
-def test_a_flat_patch_embedding_fits(tmp_path: Path) -> None:
+def test_flat_patch_embedding_is_accepted(tmp_path: Path) -> None:
     config = tiny_config()
-    tensors = weights(config)
-    tensors[PATCH_EMBED] = tensors[PATCH_EMBED].flatten(1)
-    check(tmp_path, tensors, config)
-    tensors[PATCH_EMBED] = tensors[PATCH_EMBED][:, :-1].clone()
+    tensors = random_weights(config)
+    tensors[PATCH_EMBED_WEIGHT] = tensors[PATCH_EMBED_WEIGHT].flatten(1)
+    save_and_check(tmp_path, tensors, config)
+    tensors[PATCH_EMBED_WEIGHT] = tensors[PATCH_EMBED_WEIGHT][:, :-1].clone()
     with pytest.raises(CheckpointError, match=r"proj.weight is \[32, 1175\], config.json asks"):
-        check(tmp_path, tensors, config)
+        save_and_check(tmp_path, tensors, config)
 
 
-def test_a_tied_head_may_repeat_the_embedding(tmp_path: Path) -> None:
+def test_copy_of_a_tied_head_is_accepted(tmp_path: Path) -> None:
     config = tiny_config()
-    tensors = weights(config)
-    check(tmp_path, tensors | {HEAD: tensors[EMBEDDING].clone()}, config)
+    tensors = random_weights(config)
+    save_and_check(
+        tmp_path, tensors | {LM_HEAD_WEIGHT: tensors[EMBED_TOKENS_WEIGHT].clone()}, config
+    )
 
 
-def test_a_tied_head_may_not_differ(tmp_path: Path) -> None:
+def test_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     config = tiny_config()
-    tensors = weights(config)
-    other = tensors[EMBEDDING].clone()
+    tensors = random_weights(config)
+    other = tensors[EMBED_TOKENS_WEIGHT].clone()
     other[-1, -1] += 1
     with pytest.raises(CheckpointError, match=r"ties the head .* differs from it; set tie_word_em"):
-        check(tmp_path, tensors | {HEAD: other}, config)
-    del tensors[EMBEDDING]
+        save_and_check(tmp_path, tensors | {LM_HEAD_WEIGHT: other}, config)
+    del tensors[EMBED_TOKENS_WEIGHT]
     with pytest.raises(CheckpointError, match=r"fit config.json: 1 missing: model.embed_tokens.we"):
-        check(tmp_path, tensors | {HEAD: other}, config)
+        save_and_check(tmp_path, tensors | {LM_HEAD_WEIGHT: other}, config)
 
 
-def test_a_missing_head_hints_at_the_flag(tmp_path: Path) -> None:
+def test_missing_head_hints_at_tie_word_embeddings(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"1 missing: lm_head.weight \(a model without .*2B"):
-        check(tmp_path, weights(tiny_config()), tiny_config(tie_word_embeddings=False))
+        save_and_check(
+            tmp_path, random_weights(tiny_config()), tiny_config(tie_word_embeddings=False)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nan_and_infinity_are_named(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_nonfinite_tensors_are_named(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {name: torch.randn(4, 5).to(dtype) for name in ("a", "b", "c", "d")}
     tensors["b"][1, 2] = float("nan")
     tensors["d"][3, 4] = -float("inf")

@@ -1,4 +1,4 @@
-"""One folder of tensors, whatever the files and names it is made of."""
+"""A folder's tensors as one mapping, for any file and key layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights import tensors as room
+from qwen2vl.weights import tensors as tensors_module
 from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, official_name, open_tensors, shorten
 
 PARTS = {
@@ -31,7 +31,7 @@ def write_shards(folder: Path, **index: Any) -> None:
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map} | index))
 
 
-def refuse(folder: Path, text: str) -> None:
+def check_refused(folder: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match=text) as caught:
         open_tensors(folder)
     assert "\n" not in str(caught.value)
@@ -48,7 +48,7 @@ def test_shards_are_one_mapping(tmp_path: Path) -> None:
             assert tensors.info(name).shape == tuple(tensor.shape)
 
 
-def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+def test_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
     write_shards(tmp_path)
     save_file({"only": torch.ones(1)}, tmp_path / SINGLE_FILE)
     assert list(open_tensors(tmp_path)) == ["only"]
@@ -60,7 +60,7 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("opened for reading")
 
-    monkeypatch.setattr(room, "safe_open", fail)
+    monkeypatch.setattr(tensors_module, "safe_open", fail)
     folder = open_tensors(tmp_path)
     assert folder.info("model.norm.weight").dtype == "F32"
     assert "model.norm.weight" in folder and "model.norm.bias" not in folder
@@ -77,7 +77,7 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("model.language_model.layers.9.x", "model.layers.9.x"),
     ],
 )
-def test_both_layouts_have_one_name(key: str, official: str) -> None:
+def test_both_key_layouts_map_to_one_name(key: str, official: str) -> None:
     assert official_name(key) == official
 
 
@@ -86,55 +86,57 @@ def test_nested_keys_are_found_under_official_names(tmp_path: Path) -> None:
     assert torch.equal(open_tensors(tmp_path)["model.norm.weight"], torch.ones(3))
 
 
-def test_a_tensor_in_both_layouts(tmp_path: Path) -> None:
+def test_tensor_in_both_layouts_is_refused(tmp_path: Path) -> None:
     both = {"model.norm.weight": torch.ones(3), "model.language_model.norm.weight": torch.ones(3)}
     save_file(both, tmp_path / SINGLE_FILE)
-    refuse(tmp_path, "stored twice, in both key layouts: model.norm.weight")
+    check_refused(tmp_path, "stored twice, in both key layouts: model.norm.weight")
 
 
-def test_missing_shards_are_all_named(tmp_path: Path) -> None:
+def test_all_missing_shards_are_named(tmp_path: Path) -> None:
     write_shards(tmp_path)
     for name in PARTS:
         (tmp_path / name).unlink()
-    refuse(
+    check_refused(
         tmp_path,
         "2 of 2 shards are missing: model-00001-of-00002.safetensors, "
         "model-00002-of-00002.safetensors, with 3 tensors: lm_head.weight, model.norm.weight, ",
     )
 
 
-def test_missing_and_foreign_index_entries_are_all_named(tmp_path: Path) -> None:
+def test_all_wrong_index_entries_are_named(tmp_path: Path) -> None:
     first, second = PARTS
     write_shards(tmp_path, weight_map={"model.norm.weight": second, "lm_head.weight": second})
-    refuse(
+    check_refused(
         tmp_path,
         rf"1 tensors listed, but not in the shard: model.norm.weight \({second}\); "
         rf"1 tensors in a shard, but not listed: visual.merger.ln_q.bias \({second}\)",
     )
     write_shards(tmp_path, weight_map={"gone": first})
-    refuse(tmp_path, r"listed, but not in the shard: gone .*not listed: model.norm.weight")
+    check_refused(tmp_path, r"listed, but not in the shard: gone .*not listed: model.norm.weight")
 
 
 @pytest.mark.parametrize(
     "weight_map",
     [None, [], {"a": 1}, {"a": "../other/model.safetensors"}, {"a": "model.bin"}, {"a": ""}],
 )
-def test_an_index_that_leads_elsewhere(tmp_path: Path, weight_map: Any) -> None:
+def test_index_with_paths_is_refused(tmp_path: Path, weight_map: Any) -> None:
     write_shards(tmp_path, weight_map=weight_map)
-    refuse(tmp_path, "no weight_map of tensor names to file names in this folder")
+    check_refused(tmp_path, "no weight_map of tensor names to file names in this folder")
 
 
-def test_a_truncated_shard_is_found_before_anything_is_read(tmp_path: Path) -> None:
+def test_truncated_shard_is_refused_on_opening(tmp_path: Path) -> None:
     write_shards(tmp_path)
     last = tmp_path / "model-00002-of-00002.safetensors"
     last.write_bytes(last.read_bytes()[:-1])
-    refuse(tmp_path, "model-00002-of-00002.safetensors: truncated, 1 of 32 bytes are missing")
+    check_refused(
+        tmp_path, "model-00002-of-00002.safetensors: truncated, 1 of 32 bytes are missing"
+    )
 
 
-def test_shards_without_their_index(tmp_path: Path) -> None:
+def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path)
     (tmp_path / INDEX_FILE).unlink()
-    refuse(tmp_path, "model.safetensors.index.json is missing for model-00001-of-00002")
+    check_refused(tmp_path, "model.safetensors.index.json is missing for model-00001-of-00002")
 
 
 class Payload:
@@ -151,18 +153,20 @@ class Payload:
 def test_pickles_are_never_loaded(tmp_path: Path, name: str) -> None:
     marker = tmp_path / "marker"
     (tmp_path / name).write_bytes(pickle.dumps(Payload(marker)))
-    refuse(tmp_path, rf"{name}: a pickle can run code and is never loaded; convert it offline: pyt")
+    check_refused(
+        tmp_path, rf"{name}: a pickle can run code and is never loaded; convert it offline: pyt"
+    )
     assert not marker.exists()
 
 
-def test_a_pickle_under_a_safe_name(tmp_path: Path) -> None:
+def test_pickle_with_a_safetensors_name_is_not_loaded(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     torch.save({"a": Payload(marker)}, tmp_path / SINGLE_FILE)
-    refuse(tmp_path, "looks like a pickle")
+    check_refused(tmp_path, "looks like a pickle")
     assert not marker.exists()
 
 
-def test_the_remedy_for_pickles_works(tmp_path: Path) -> None:
+def test_remedy_for_pickles_works(tmp_path: Path) -> None:
     import shlex
     import subprocess
     import sys
@@ -185,23 +189,25 @@ def test_the_remedy_for_pickles_works(tmp_path: Path) -> None:
         ("model.norm.weight", torch.float8_e4m3fn, r"model.norm.weight \(F8_E4M3\)"),
     ],
 )
-def test_weights_of_another_kind(tmp_path: Path, key: str, dtype: torch.dtype, text: str) -> None:
+def test_unsupported_weights_are_refused(
+    tmp_path: Path, key: str, dtype: torch.dtype, text: str
+) -> None:
     save_file({key: torch.zeros(3).to(dtype)}, tmp_path / SINGLE_FILE)
-    refuse(tmp_path, text)
+    check_refused(tmp_path, text)
 
 
-def test_an_adapter_folder(tmp_path: Path) -> None:
+def test_adapter_folder_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
-    refuse(tmp_path, "holds a LoRA adapter, not a model; open its base")
+    check_refused(tmp_path, "holds a LoRA adapter, not a model; open its base")
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
-    refuse(tmp_path, r"no weights: .* is missing \(found nothing\)")
+def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    check_refused(tmp_path, r"no weights: .* is missing \(found nothing\)")
     (tmp_path / "model.gguf").touch()
-    refuse(tmp_path, r"is missing \(found model.gguf\)")
+    check_refused(tmp_path, r"is missing \(found model.gguf\)")
 
 
-def test_a_file_that_vanishes_after_opening(tmp_path: Path) -> None:
+def test_file_deleted_after_opening(tmp_path: Path) -> None:
     write_shards(tmp_path)
     tensors = open_tensors(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()

@@ -1,8 +1,8 @@
-"""`qwen2vl ask`: one question about pictures and clips, answered on stdout as it is written.
+"""`qwen2vl ask`: generate the answer to one question about images and videos, streamed to stdout.
 
-Everything about the answer (what was seen, how long it may take) goes to stderr; --json prints
-one object in place of the text. Boxes in an answer are printed in pixels of the picture as given
-(in the object: `boxes`), and drawn on it with -o. Next room: chat.py.
+Notes about the prompt (preprocessing, estimated time to first token) are written to stderr; --json
+prints one JSON object in place of the text. Bounding boxes of the answer are printed in pixels of
+the original image (key `boxes` of the object), and drawn on the image with --output.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2vl.cli import boxes, options, terminal
-from qwen2vl.cli.prompt_summary import say_outlook
+from qwen2vl.cli.prompt_summary import print_prompt_summary
 
 if TYPE_CHECKING:
-    from qwen2vl.cli.options import Opened
+    from qwen2vl.cli.options import LoadedModel
     from qwen2vl.engine import Completion, SamplingParams
 
 __all__ = ["ask"]
@@ -26,13 +26,15 @@ __all__ = ["ask"]
 
 @click.command()
 @click.argument("question")
-@options.shown_options
+@options.media_input_options
 @options.model_options
 @options.sampling_options
-@options.form_options
-@options.media_options
-@click.option("-o", "output", metavar="PNG", help="Draw the answer's boxes on the picture.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.structured_output_options
+@options.media_preprocessing_options
+@click.option(
+    "-o", "--output", metavar="PNG", help="Draw the answer's boxes on the image, write it here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the text.")
 @terminal.debug_option
 def ask(
     question: str,
@@ -42,7 +44,7 @@ def ask(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Ask QUESTION about pictures and clips.
+    """Answer QUESTION about images and videos, or without any.
 
     \b
     qwen2vl ask --image receipt.png "What is the total?"
@@ -50,54 +52,56 @@ def ask(
     qwen2vl ask --image cat.jpg --choice yes --choice no "Is it asleep?"
     """
     if not question.strip():
-        raise click.UsageError("QUESTION is empty; write what you want to know")
+        raise click.UsageError("QUESTION is empty; give a text")
     if output and len(images) != 1:
-        raise click.UsageError(f"-o draws on one picture, got {len(images)}; give one --image")
+        raise click.UsageError(f"-o draws on one image, got {len(images)}; give one --image")
     if output:
-        terminal.check_picture_name(output)
-    params = replace(options.sampling_params(given), grammar=options.form(given))
-    opened = options.open_model(given)
-    options.say_if_greedy(opened.llm, params)
-    media = [options.media_part("image", path, None) for path in images]
-    media += [options.media_part("video", path, given["fps"]) for path in videos]
-    completion = _answer(opened, media, question, params, streaming=not as_json)
-    found = boxes.find(completion.text, completion.items)
+        terminal.check_image_path(output)
+    params = replace(
+        options.sampling_params_from_options(given), grammar=options.grammar_from_options(given)
+    )
+    loaded = options.load_model_from_options(given)
+    options.note_ignored_sampling_options(loaded.llm, params)
+    media = [options.content_part("image", path, None) for path in images]
+    media += [options.content_part("video", path, given["fps"]) for path in videos]
+    completion = _generate(loaded, media, question, params, streaming=not as_json)
+    shapes = boxes.parse_shapes(completion.text, completion.items)
     if as_json:
-        terminal.say_json(_as_object(completion, found, opened))
-    for line in found if not as_json else ():
-        terminal.say(line.text)
+        terminal.echo_json(_completion_to_json(completion, shapes, loaded))
+    for shape in shapes if not as_json else ():
+        terminal.echo(shape.text)
     if output:
-        boxes.draw(images[0], found, output, opened.llm.processor)
-    options.say_if_cut(opened.llm, params, completion)
+        boxes.save_annotated_image(images[0], shapes, output, loaded.llm.processor)
+    options.note_truncation(loaded.llm, params, completion)
     if not as_json:
-        opened.say_what_it_can()
+        loaded.note_capabilities()
 
 
-def _answer(
-    opened: Opened,
+def _generate(
+    loaded: LoadedModel,
     media: list[dict[str, Any]],
     question: str,
     params: SamplingParams,
     *,
     streaming: bool,
 ) -> Completion:
-    """Process, tell what to expect, then write the answer as it comes."""
+    """Preprocess the prompt, print its summary, and generate the answer."""
     start = time.perf_counter()
     content = [*media, {"type": "text", "text": question}]
-    prompt = opened.llm.processor([{"role": "user", "content": content}])
+    prompt = loaded.llm.processor([{"role": "user", "content": content}])
     process = time.perf_counter() - start
-    opened.llm.check(prompt, params)
-    say_outlook(opened.llm, prompt)
-    writer = terminal.Writer() if streaming else None
-    (completion,) = opened.llm.generate(prompt, params, on_delta=writer)
+    loaded.llm.validate(prompt, params)
+    print_prompt_summary(loaded.llm, prompt)
+    writer = terminal.DeltaWriter() if streaming else None
+    (completion,) = loaded.llm.generate(prompt, params, on_delta=writer)
     return replace(completion, seconds=replace(completion.seconds, process=process))
 
 
-def _as_object(
-    completion: Completion, found: Sequence[boxes.Found], opened: Opened
+def _completion_to_json(
+    completion: Completion, shapes: Sequence[boxes.PixelShape], loaded: LoadedModel
 ) -> dict[str, Any]:
     full = completion.to_dict()
     names = "text token_ids finish_reason prompt_tokens image_tokens video_tokens items".split()
-    shapes = [{"phrase": shape.phrase, "pixels": shape.corners} for shape in found]
-    seconds = {"load": opened.load_seconds, **full["seconds"]}
-    return {name: full[name] for name in names} | {"boxes": shapes, "seconds": seconds}
+    pixel_boxes = [{"phrase": shape.phrase, "pixels": shape.corners} for shape in shapes]
+    seconds = {"load": loaded.load_seconds, **full["seconds"]}
+    return {name: full[name] for name in names} | {"boxes": pixel_boxes, "seconds": seconds}

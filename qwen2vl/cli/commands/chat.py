@@ -1,9 +1,9 @@
-"""`qwen2vl chat`: talk about pictures and clips, turn by turn.
+"""`qwen2vl chat`: interactive multi-turn conversation about images and videos.
 
-Lines that begin with / are commands (/help lists them); everything else is said to the model.
-Ctrl-C stops the answer and keeps what was said of it; a second one, with nothing typed between,
-leaves with 130. A turn that cannot be used is named and dropped, the conversation stays.
-Next room: tokens.py.
+Lines that begin with / are commands (/help lists them); every other line is a user message. Ctrl-C
+stops the generation and keeps the partial answer in the conversation; a second Ctrl-C, without
+input in between, exits with code 130. An invalid turn is reported and dropped; the conversation is
+kept.
 """
 
 from __future__ import annotations
@@ -14,50 +14,54 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2vl.cli import boxes, options, terminal
-from qwen2vl.cli.prompt_summary import item_line, say_outlook
+from qwen2vl.cli.prompt_summary import format_item, print_prompt_summary
 from qwen2vl.errors import CapacityError, InputError
 
 if TYPE_CHECKING:
     from qwen2vl.engine import LLM, SamplingParams
 
-__all__ = ["Chat", "chat"]
+__all__ = ["ChatSession", "chat"]
 
 HELP = """\
-/image PATH   show a picture with the next question
-/video PATH   show a clip with the next question
-/clear        forget the conversation
-/help         this list
-/quit         leave (as Ctrl-D does)
-Ctrl-C stops an answer."""
+/image PATH   attach an image to the next message
+/video PATH   attach a video to the next message
+/clear        clear the conversation
+/help         show this list
+/quit         exit (as Ctrl-D does)
+Ctrl-C stops the generation."""
 
 
 @click.command()
-@options.shown_options
+@options.media_input_options
 @options.model_options
 @options.sampling_options
-@options.media_options
-@click.option("-o", "output", metavar="PNG", help="Draw an answer's boxes on its picture.")
+@options.media_preprocessing_options
+@click.option(
+    "-o", "--output", metavar="PNG", help="Draw an answer's boxes on its image, write it here."
+)
 @terminal.debug_option
 def chat(images: tuple[str, ...], videos: tuple[str, ...], **given: Any) -> None:
-    """Talk about pictures and clips; /help inside lists what can be typed.
+    """Chat about images and videos in several turns; /help lists the commands of the chat.
 
     \b
     qwen2vl chat --image receipt.png
     """
-    params = options.sampling_params(given)
-    opened = options.open_model(given)
-    options.say_if_greedy(opened.llm, params)
-    terminal.note(f"{opened.name} is ready; /image PATH shows a picture, /help lists the rest")
-    talk = Chat(opened.llm, params, given["fps"], given["output"])
+    params = options.sampling_params_from_options(given)
+    loaded = options.load_model_from_options(given)
+    options.note_ignored_sampling_options(loaded.llm, params)
+    terminal.note(
+        f"{loaded.name} is ready; /image PATH attaches an image, /help lists the commands"
+    )
+    session = ChatSession(loaded.llm, params, given["fps"], given["output"])
     for kind, paths in (("image", images), ("video", videos)):
         for path in paths:
-            talk.show(kind, path)
-    talk.run()
-    opened.say_what_it_can()
+            session.attach(kind, path)
+    session.run()
+    loaded.note_capabilities()
 
 
-class Chat:
-    """One conversation, and the pictures that wait for its next question."""
+class ChatSession:
+    """One conversation, and the images and videos attached to its next message."""
 
     def __init__(
         self, llm: LLM, params: SamplingParams, fps: float | None, output: str | None = None
@@ -67,19 +71,19 @@ class Chat:
         self.fps = fps
         self.output = output
         self.messages: list[dict[str, Any]] = []
-        self.told = 0  # items whose notes were shown
-        self.newest = 0  # the item that boxes of an answer belong to
-        self.picture: str | None = None  # its file; None for a clip
-        self.waiting: list[dict[str, Any]] = []
+        self.num_noted_items = 0  # items whose notes were already written
+        self.first_new_item = 0  # index of the item that boxes of an answer refer to
+        self.image_path: str | None = None  # file of that item; None for a video
+        self.pending_media: list[dict[str, Any]] = []
         self.commands: dict[str, Callable[[str], None]] = {
-            "/image": lambda path: self.show("image", path),
-            "/video": lambda path: self.show("video", path),
+            "/image": lambda path: self.attach("image", path),
+            "/video": lambda path: self.attach("video", path),
             "/clear": self._clear,
-            "/help": lambda _: terminal.say(HELP),
+            "/help": lambda _: terminal.echo(HELP),
         }
 
     def run(self) -> None:
-        """Read lines until the end of the input.
+        """Read and handle lines until the end of the input.
 
         Raises:
             KeyboardInterrupt: Ctrl-C twice, with nothing typed between.
@@ -91,73 +95,73 @@ class Chat:
                 if line is None or line.strip() in ("/quit", "/exit"):
                     return
                 interrupted = False
-                self.take(line.strip())
+                self.handle_line(line.strip())
             except KeyboardInterrupt:
                 if interrupted:
                     raise
                 interrupted = True
-                terminal.say("")
+                terminal.echo("")
                 terminal.note("stopped; Ctrl-C again leaves")
 
-    def take(self, line: str) -> None:
-        """Do what one line says; what cannot be done is said in a line, and nothing is lost."""
-        word, _, rest = line.partition(" ")
+    def handle_line(self, line: str) -> None:
+        """Run a command or send a message; an error is reported and changes nothing."""
+        command, _, argument = line.partition(" ")
         try:
-            if word in self.commands:
-                self.commands[word](rest.strip())
-            elif line.startswith("/") and "/" not in word[1:]:
-                terminal.note(f"{word} is no command; /help lists them")
+            if command in self.commands:
+                self.commands[command](argument.strip())
+            elif line.startswith("/") and "/" not in command[1:]:
+                terminal.note(f"{command} is no command; /help lists them")
             elif line:
-                self._ask(line)
+                self._send(line)
         except (InputError, CapacityError) as error:
             terminal.note(f"error: {error}")
 
-    def show(self, kind: Any, path: str) -> None:
-        """Check a picture or clip now, and show it with the next question.
+    def attach(self, kind: Any, path: str) -> None:
+        """Preprocess an image or video to validate it, and attach it to the next message.
 
         Raises:
             InputError, CapacityError: it cannot be read; nothing has changed.
         """
         if not path:
             raise InputError(f"/{kind} needs a file: /{kind} PATH")
-        part = options.media_part(kind, _unquote(path), self.fps)
-        probe = self.llm.processor([{"role": "user", "content": [part]}])
-        self.waiting.append(part)
-        terminal.note(f"{item_line(probe.items[0])}; now ask about it")
+        part = options.content_part(kind, _strip_quotes(path), self.fps)
+        prompt = self.llm.processor([{"role": "user", "content": [part]}])
+        self.pending_media.append(part)
+        terminal.note(f"{format_item(prompt.items[0])}; now ask about it")
 
-    def _ask(self, question: str) -> None:
-        """Put the question; it is part of the conversation once its answer has begun."""
-        content = [*self.waiting, {"type": "text", "text": question}]
+    def _send(self, question: str) -> None:
+        """Send a user message; it joins the conversation once its answer has begun."""
+        content = [*self.pending_media, {"type": "text", "text": question}]
         messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self.llm.processor(messages)
-        self.llm.check(prompt, self.params)
-        say_outlook(self.llm, prompt, told=self.told)
-        self.told = len(prompt.items)
-        if self.waiting:
-            self.newest = len(prompt.items) - len(self.waiting)
-            self.picture = self.waiting[0].get("image")
-        writer = terminal.Writer()
+        self.llm.validate(prompt, self.params)
+        print_prompt_summary(self.llm, prompt, num_noted_items=self.num_noted_items)
+        self.num_noted_items = len(prompt.items)
+        if self.pending_media:
+            self.first_new_item = len(prompt.items) - len(self.pending_media)
+            self.image_path = self.pending_media[0].get("image")
+        writer = terminal.DeltaWriter()
         try:
             (completion,) = self.llm.generate(prompt, self.params, on_delta=writer)
-            found = boxes.find(completion.text, completion.items[self.newest :])
-            for shape in found:
-                terminal.say(shape.text)
-            if found and self.output and self.picture:
-                boxes.draw(self.picture, found, self.output, self.llm.processor)
-            options.say_if_cut(self.llm, self.params, completion)
+            shapes = boxes.parse_shapes(completion.text, completion.items[self.first_new_item :])
+            for shape in shapes:
+                terminal.echo(shape.text)
+            if shapes and self.output and self.image_path:
+                boxes.save_annotated_image(self.image_path, shapes, self.output, self.llm.processor)
+            options.note_truncation(self.llm, self.params, completion)
         finally:
             if writer.text:
                 self.messages = [*messages, {"role": "assistant", "content": writer.text}]
-                self.waiting = []
+                self.pending_media = []
 
     def _clear(self, _: str) -> None:
-        self.messages, self.waiting, self.told, self.newest = [], [], 0, 0
-        self.picture = None
-        terminal.note("the conversation is forgotten")
+        self.messages, self.pending_media, self.num_noted_items, self.first_new_item = [], [], 0, 0
+        self.image_path = None
+        terminal.note("the conversation is cleared")
 
 
-def _unquote(path: str) -> str:
-    """Take the quotes off that a shell would have taken, and that dragging a file types."""
+def _strip_quotes(path: str) -> str:
+    """Remove the quotes that a shell would remove, as added by dragging a file to a terminal."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         return path[1:-1]
     return path

@@ -1,8 +1,8 @@
-"""`qwen2vl doctor`: is this machine fit, and is that folder sound?
+"""`qwen2vl doctor`: environment report, and validation of a model folder.
 
-Prints what a bug report needs: versions, device, the dtype that auto would take, memory, decoders,
-fonts. --check-weights reads every tensor of a model folder and names those that are not finite.
-It changes nothing and fetches nothing. Next room: demo.py.
+Prints what a bug report needs: versions, device, the dtype that `auto` selects, memory, video
+decoders, fonts. --check-weights reads every tensor of a model folder and lists those with NaN or
+Inf. The command writes and downloads nothing.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ PACKAGES = "torch numpy pillow tokenizers safetensors huggingface_hub av transfo
 
 
 @click.command()
-@click.option("--model", metavar="DIR", help="A folder whose files to check, without reading all.")
+@click.option("--model", metavar="DIR", help="Validate the files of a model folder (headers only).")
 @click.option(
-    "--check-weights", metavar="DIR", help="Read every tensor of DIR; name those with NaN or Inf."
+    "--check-weights", metavar="DIR", help="Read every tensor of DIR; list those with NaN or Inf."
 )
 @terminal.debug_option
 def doctor(model: str | None, check_weights: str | None) -> None:
-    """Check this machine and, if wished, a model folder."""
-    for name, value in _machine():
-        terminal.say(f"{name:<12} {value}")
-    terminal.say(f"{'nano':<12} {_nano()}")
+    """Check the installation, the device and a model folder."""
+    for name, value in _environment():
+        terminal.echo(f"{name:<12} {value}")
+    terminal.echo(f"{'nano':<12} {_nano_status()}")
     for folder in dict.fromkeys(name for name in (model, check_weights) if name):
-        terminal.say(f"{'model':<12} {_check_folder(folder)}")
+        terminal.echo(f"{'model':<12} {_check_folder(folder)}")
     if check_weights:
         _check_tensors(check_weights)
 
 
-def _machine() -> Iterator[tuple[str, str]]:
+def _environment() -> Iterator[tuple[str, str]]:
     import torch
 
     from qwen2vl.loading import preferred_dtypes
-    from qwen2vl.memory import memory_available
+    from qwen2vl.memory import available_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield "qwen2vl", qwen2vl.__version__
@@ -54,11 +54,11 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "device", _device_name()
     dtypes = [str(dtype).removeprefix("torch.") for dtype in preferred_dtypes(device)]
     yield "dtype auto", " if it fits, else ".join(dtypes)
-    available = memory_available(device)
+    available = available_memory(device)
     yield "memory", "unknown" if available is None else f"{available / 2**30:.1f} GiB available"
     yield "video", _decoders()
     yield "fonts", f"for training: {_fonts('all')}"
-    yield "fonts", f"for judging: {_fonts('judge')}"
+    yield "fonts", f"for evaluation: {_fonts('judge')}"
     yield (
         "output",
         f"{sys.stdout.encoding}, {'a terminal' if sys.stdout.isatty() else 'no terminal'}",
@@ -81,7 +81,7 @@ def _device_name() -> str:
 
 
 def _decoders() -> str:
-    """Say which of the usual codecs PyAV was built with."""
+    """Return which of the common video codecs PyAV was built with."""
     import av
 
     wanted = ("h264", "hevc", "vp9", "av1", "mpeg4")
@@ -90,7 +90,7 @@ def _decoders() -> str:
 
 
 def _fonts(group: str) -> str:
-    """Count the fonts that drawn lines are written in, or say what to install."""
+    """Return the number of font files of a set, or the error that names the packages."""
     from qwen2vl.synth.fonts import FontError, files_of
 
     try:
@@ -99,7 +99,7 @@ def _fonts(group: str) -> str:
         return str(error)
 
 
-def _nano() -> str:
+def _nano_status() -> str:
     try:
         return _check_folder("nano")
     except Qwen2VLError as error:
@@ -107,29 +107,29 @@ def _nano() -> str:
 
 
 def _check_folder(name: str) -> str:
-    """Check headers, names and shapes against config.json, the way loading does.
+    """Check headers, tensor names and shapes against config.json, as loading does.
 
     Raises:
-        CheckpointError, ConfigError: the first thing that is wrong.
+        CheckpointError, ConfigError: the first problem found.
     """
     from qwen2vl.loading import load_processor
-    from qwen2vl.weights import check_fit, find, open_tensors
+    from qwen2vl.weights import check_state_dict, open_tensors, resolve_model
 
-    folder = find(name)
+    folder = resolve_model(name)
     processor = load_processor(folder)
     tensors = open_tensors(folder)
-    check_fit(tensors, processor.config)
-    return f"{folder}: {len(tensors)} tensors, config, tokenizer and pixel limits fit together"
+    check_state_dict(tensors, processor.config)
+    return f"{folder}: {len(tensors)} tensors, config, tokenizer and pixel limits are consistent"
 
 
 def _check_tensors(name: str) -> None:
-    from qwen2vl.weights import find, nonfinite_tensors, open_tensors
+    from qwen2vl.weights import nonfinite_tensors, open_tensors, resolve_model
 
-    with terminal.waiting("reading every tensor"):
-        broken = nonfinite_tensors(open_tensors(find(name)))
-    if broken:
+    with terminal.spinner("reading every tensor"):
+        nonfinite = nonfinite_tensors(open_tensors(resolve_model(name)))
+    if nonfinite:
         raise CheckpointError(
-            f"{name}: {len(broken)} tensors hold NaN or infinity: {', '.join(broken)}; fetch them "
-            "again, or train from an earlier checkpoint"
+            f"{name}: {len(nonfinite)} tensors hold NaN or infinity: {', '.join(nonfinite)}; "
+            "download them again, or train from an earlier checkpoint"
         )
-    terminal.say(f"{'weights':<12} every number is finite")
+    terminal.echo(f"{'weights':<12} all tensors are finite")

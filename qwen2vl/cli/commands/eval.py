@@ -1,8 +1,8 @@
-"""`qwen2vl eval`: ask a model the questions of a suite, and hold the scores against their bars.
+"""`qwen2vl eval`: evaluate a model on a benchmark suite and compare the scores with thresholds.
 
-A table for people or one JSON object, and on request every single answer as JSON lines. Answers
-are greedy. Ends with 0 when the run is complete, whatever the scores are. Parts whose fonts are
-not installed are left out, and it is said. Next room: eval/mini.py, what is asked.
+Prints a table or one JSON object; --output writes every answer as JSON lines. Decoding is greedy.
+The exit code is 0 when the run is complete, whatever the scores are. Parts whose fonts are not
+installed are skipped with a note.
 """
 
 from __future__ import annotations
@@ -19,27 +19,39 @@ from qwen2vl.cli import options, terminal
 from qwen2vl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qwen2vl.eval.drawn import DrawnTask
-    from qwen2vl.eval.mini import Verdict
-    from qwen2vl.eval.task import Ask, Results
+    from qwen2vl.eval.mini import ThresholdCheck
+    from qwen2vl.eval.synthetic import SyntheticTask
+    from qwen2vl.eval.task import AnswerFn, TaskResults
 
 __all__ = ["eval"]
 
-MAX_TOKENS = 64  # the longest right answer, a phrase with its box, has about 50 in nano's alphabet
+MAX_TOKENS = (
+    64  # the longest correct answer (a phrase and its box) has about 50 with nano's tokenizer
+)
 
 
 @click.command()
-@click.option("--suite", type=click.Choice(["mini"]), default="mini", show_default=True)
+@click.option(
+    "--suite",
+    type=click.Choice(["mini"]),
+    default="mini",
+    show_default=True,
+    help="Benchmark suite.",
+)
 @click.option(
     "--task",
     "patterns",
     multiple=True,
     metavar="NAME",
-    help="A part of the suite, or a pattern (text*); may be repeated.",
+    help="Part of the suite, or a glob pattern (text*); repeatable. Default: all parts.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Ask only so many questions of a part.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("-o", "output", metavar="FILE", help="Write every answer here, as JSON lines.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Evaluate only the first LIMIT questions of a part."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object in place of the table."
+)
+@click.option("-o", "--output", metavar="FILE", help="Write every answer to FILE, as JSON lines.")
 @options.model_options
 @terminal.debug_option
 def eval(
@@ -50,120 +62,131 @@ def eval(
     output: str | None,
     **given: Any,
 ) -> None:
-    """Score a model on questions with known answers."""
-    from qwen2vl.eval.mini import judge
+    """Evaluate a model on a benchmark suite with known answers."""
+    from qwen2vl.eval.mini import check_thresholds
     from qwen2vl.eval.task import write_results
 
     if output:
-        terminal.check_folder_of(output)
-    tasks = _tasks(patterns)
-    opened = options.open_model(given)
+        terminal.check_parent_folder(output)
+    tasks = _build_tasks(patterns)
+    loaded = options.load_model_from_options(given)
     start = time.perf_counter()
-    runs = _run(tasks, _greedy(opened), limit)
+    runs = _run_tasks(tasks, _greedy_answer_fn(loaded), limit)
     seconds = time.perf_counter() - start
     if output:
         write_results(Path(output), runs.values())
-    verdicts = judge(runs)
+    checks = check_thresholds(runs)
     if as_json:
-        about = {"suite": suite, "model": opened.name, "limit": limit, "seconds": seconds}
-        terminal.say_json({**about, "parts": _as_list(runs, verdicts)})
+        header = {"suite": suite, "model": loaded.name, "limit": limit, "seconds": seconds}
+        terminal.echo_json({**header, "parts": _parts_to_json(runs, checks)})
     else:
-        _show(runs, verdicts)
-        count = sum(results.count for results in runs.values())
-        terminal.say(f"{count:,} questions in {terminal.person_seconds(seconds)}, greedy answers")
-    opened.say_what_it_can()
+        _print_table(runs, checks)
+        count = sum(results.num_examples for results in runs.values())
+        terminal.echo(f"{count:,} questions in {terminal.format_duration(seconds)}, greedy answers")
+    loaded.note_capabilities()
 
 
-def _tasks(patterns: tuple[str, ...]) -> list[DrawnTask]:
-    """Build what was asked for; parts whose fonts are missing are left out aloud."""
-    from qwen2vl.eval.mini import build, select
+def _build_tasks(patterns: tuple[str, ...]) -> list[SyntheticTask]:
+    """Build the selected parts; those whose fonts are not installed are skipped with a note."""
+    from qwen2vl.eval.mini import build_task, select_parts
 
-    tasks = [build(name) for name in select(patterns)]
-    drawable: list[DrawnTask] = []
-    problem = None
+    tasks = [build_task(name) for name in select_parts(patterns)]
+    drawable: list[SyntheticTask] = []
+    font_error = None
     for task in tasks:
         try:
             task.check_fonts()
         except ConfigError as error:
-            problem = error
+            font_error = error
             terminal.note(f"{task.name} is left out: {error}")
         else:
             drawable.append(task)
-    if problem is not None and not drawable:
-        raise problem
+    if font_error is not None and not drawable:
+        raise font_error
     return drawable
 
 
-def _greedy(opened: options.Opened) -> Ask:
-    """Take the likeliest token at each step, whatever habits the checkpoint has."""
+def _greedy_answer_fn(loaded: options.LoadedModel) -> AnswerFn:
+    """Return a function that answers greedily, ignoring the checkpoint's generation defaults."""
     import qwen2vl
 
     params = qwen2vl.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=MAX_TOKENS)
-    return lambda messages: opened.llm.chat(messages, params)[0]
+    return lambda messages: loaded.llm.chat(messages, params)[0]
 
 
-def _run(tasks: list[DrawnTask], ask: Ask, limit: int | None) -> dict[str, Results]:
+def _run_tasks(
+    tasks: list[SyntheticTask], answer: AnswerFn, limit: int | None
+) -> dict[str, TaskResults]:
     from qwen2vl.eval.task import run_task
 
-    runs: dict[str, Results] = {}
+    runs: dict[str, TaskResults] = {}
     total = sum(len(task.cases[:limit]) for task in tasks)
     done = count(1)
-    with terminal.progress() as step:
+    with terminal.progress_bar() as update:
         for task in tasks:
             name = task.name
-            step(name, sum(results.count for results in runs.values()), total)
+            update(name, sum(results.num_examples for results in runs.values()), total)
             runs[name] = run_task(
-                task, ask, limit=limit, on_result=lambda _, name=name: step(name, next(done), total)
+                task,
+                answer,
+                limit=limit,
+                on_result=lambda _, name=name: update(name, next(done), total),
             )
     return runs
 
 
-def _show(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> None:
-    titles = ("part", "measure", "score", "95 %", "bar", "goal", "met", "questions")
-    rows = [_row(name, verdict, runs[name].count) for name, verdict in verdicts.items()]
-    terminal.say_table(titles, rows, words=("part", "measure"))
-    exact = [f"{name} {_percent(r.mean)}" for name, r in runs.items() if r.error_rate is not None]
+def _print_table(runs: Mapping[str, TaskResults], checks: Mapping[str, ThresholdCheck]) -> None:
+    titles = ("part", "metric", "score", "95 % CI", "threshold", "goal", "passed", "questions")
+    rows = [_table_row(name, check, runs[name].num_examples) for name, check in checks.items()]
+    terminal.echo_table(titles, rows, left_aligned=("part", "metric"))
+    exact = [
+        f"{name} {_format_percent(r.accuracy)}"
+        for name, r in runs.items()
+        if r.character_error_rate is not None
+    ]
     if exact:
-        terminal.say(f"lines read without any error: {', '.join(exact)}")
+        terminal.echo(f"lines read without any error: {', '.join(exact)}")
     for note in dict.fromkeys(results.note for results in runs.values()):
         names = ", ".join(name for name, results in runs.items() if results.note == note)
-        terminal.say(f"{names}: {note}")
+        terminal.echo(f"{names}: {note}")
 
 
-def _row(name: str, verdict: Verdict, count: int) -> tuple[str, ...]:
-    sign = "<=" if verdict.at_most else ">="
-    low, high = verdict.interval
+def _table_row(name: str, check: ThresholdCheck, count: int) -> tuple[str, ...]:
+    sign = "<=" if check.lower_is_better else ">="
+    low, high = check.interval
     return (
         name,
-        verdict.measure,
-        _percent(verdict.score),
+        check.metric,
+        _format_percent(check.score),
         f"{100 * low:.1f} - {100 * high:.1f}",
-        _percent(verdict.floor, sign),
-        _percent(verdict.goal, sign),
-        {None: "", True: "yes", False: "NO"}[verdict.met],
+        _format_percent(check.limit, sign),
+        _format_percent(check.goal, sign),
+        {None: "", True: "yes", False: "NO"}[check.passed],
         str(count),
     )
 
 
-def _percent(share: float | None, sign: str = "") -> str:
+def _format_percent(share: float | None, sign: str = "") -> str:
     return "" if share is None else f"{sign} {100 * share:.1f} %".strip()
 
 
-def _as_list(runs: Mapping[str, Results], verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
-    """Put the table into JSON's terms; beside character errors stands the share without any."""
+def _parts_to_json(
+    runs: Mapping[str, TaskResults], checks: Mapping[str, ThresholdCheck]
+) -> list[dict[str, Any]]:
+    """Convert the table to JSON values; `accuracy` is reported for every part."""
     return [
         {
             "part": name,
-            "measure": verdict.measure,
-            "score": verdict.score,
-            "interval": verdict.interval,
-            "bar": verdict.floor,
-            "goal": verdict.goal,
-            "at_most": verdict.at_most,
-            "met": verdict.met,
-            "share_right": runs[name].mean,
-            "count": runs[name].count,
+            "metric": check.metric,
+            "score": check.score,
+            "interval": check.interval,
+            "threshold": check.limit,
+            "goal": check.goal,
+            "lower_is_better": check.lower_is_better,
+            "passed": check.passed,
+            "accuracy": runs[name].accuracy,
+            "num_examples": runs[name].num_examples,
             "note": runs[name].note,
         }
-        for name, verdict in verdicts.items()
+        for name, check in checks.items()
     ]

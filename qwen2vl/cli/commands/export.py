@@ -1,7 +1,7 @@
-"""`qwen2vl export RUN_OR_STEP -o DIR`: the model of a run, at its last checkpoint or at any.
+"""`qwen2vl export RUN_OR_CHECKPOINT -o DIR`: convert a training checkpoint to a model folder.
 
-DIR is an ordinary model folder in the official layout, which every engine opens. A run that goes
-on is not disturbed. It must not know how checkpoints are stored. Next room: train/export.py.
+DIR has the official Hugging Face layout, which every inference engine loads. Exporting from a run
+that is still training is safe. See `qwen2vl.train.export`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ __all__ = ["export"]
 
 
 @click.command()
-@click.argument("source", metavar="RUN_OR_STEP")
-@click.option("-o", "target", metavar="DIR", required=True, help="The folder to make.")
+@click.argument("source", metavar="RUN_OR_CHECKPOINT")
+@click.option("-o", "--output", metavar="DIR", required=True, help="Model folder to create.")
 @terminal.debug_option
-def export(source: str, target: str) -> None:
-    """Write the model of RUN_OR_STEP, a run's folder or one of its checkpoints, to DIR.
+def export(source: str, output: str) -> None:
+    """Export the last checkpoint of a run, or a given checkpoint, to the model folder DIR.
 
     \b
     qwen2vl export runs/nano -o nano-now
     qwen2vl export runs/nano/step-001500 -o nano-1500
     """
-    # Imported here: torch takes a second, and a misspelled option should not cost that.
-    from qwen2vl.train.export import export as write
-    from qwen2vl.weights import check_target
+    # Imported here, so that usage errors do not wait for the import of torch.
+    from qwen2vl.train.export import export_model as write
+    from qwen2vl.weights import check_output_folder
 
-    check_target(target)
-    with terminal.waiting("putting the model together"):
-        path = write(Path(source), Path(target))
-    terminal.say(f"model: {target} (of {path})")
-    terminal.say(f"try:   qwen2vl ask --model {target} --image PICTURE QUESTION")
+    check_output_folder(output)
+    with terminal.spinner("exporting"):
+        path = write(Path(source), Path(output))
+    terminal.echo(f"model: {output} (of {path})")
+    terminal.echo(f"try:   qwen2vl ask --model {output} --image IMAGE QUESTION")

@@ -1,7 +1,7 @@
-"""`qwen2vl pack-text FILE... -o STORE`: tokenize plain text once, for training to map from disk.
+"""`qwen2vl pack-text FILE... -o DIR`: pretokenize a text corpus into a memory-mapped folder.
 
-JSON lines with a `text` in each row are documents each; any other file is one document. It must
-not know bins. Next room: data/sources/packed_text.py.
+In .jsonl and .ndjson files each row with a `text` is one document; any other file is one document.
+The output is read by training as a data source. See `qwen2vl.data.sources.packed_text`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from qwen2vl.errors import InputError
 
 __all__ = ["pack_text"]
 
-LINES = (".jsonl", ".ndjson")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @click.command("pack-text")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("-o", "--output", required=True, metavar="STORE", help="A folder to be made.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Folder to create.")
 @options.model_option
 @terminal.debug_option
 def pack_text(files: tuple[str, ...], output: str, model: str) -> None:
-    """Tokenize FILEs by a model's tokenizer into the folder STORE.
+    """Tokenize FILEs with a model's tokenizer into the folder DIR.
 
     \b
     qwen2vl pack-text books/*.txt pages.jsonl -o text --model Qwen/Qwen2-VL-2B-Instruct
@@ -36,33 +36,33 @@ def pack_text(files: tuple[str, ...], output: str, model: str) -> None:
     from qwen2vl.loading import load_processor
 
     tokenizer = load_processor(model).tokenizer
-    with terminal.progress() as progress:
-        packed = pack(_documents(files, progress), tokenizer, output)
-    terminal.say(
-        f"{packed.documents:,} documents, {packed.tokens:,} tokens, {packed.bytes:,} bytes "
-        f"in {output}"
+    with terminal.progress_bar() as update:
+        packed = pack(_read_documents(files, update), tokenizer, output)
+    terminal.echo(
+        f"{packed.num_documents:,} documents, {packed.num_tokens:,} tokens, "
+        f"{packed.num_bytes:,} bytes in {output}"
     )
 
 
-def _documents(files: Sequence[str], progress: Callable[[str, int, int], None]) -> Iterator[str]:
+def _read_documents(files: Sequence[str], update: Callable[[str, int, int], None]) -> Iterator[str]:
     for number, name in enumerate(files):
-        progress("packing", number, len(files))
+        update("packing", number, len(files))
         path = Path(name)
         try:
-            if path.suffix not in LINES:
+            if path.suffix not in JSON_LINES_SUFFIXES:
                 yield path.read_text(encoding="utf-8")
                 continue
             with path.open(encoding="utf-8") as lines:
                 for line_number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _text(line, f"{name}:{line_number}")
+                        yield _parse_row(line, f"{name}:{line_number}")
         except OSError as error:
             raise InputError(f"{name}: {error.strerror}; check the path") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{name} is not UTF-8 text (byte {error.start})") from error
 
 
-def _text(line: str, where: str) -> str:
+def _parse_row(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:

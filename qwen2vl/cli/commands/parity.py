@@ -1,8 +1,8 @@
-"""`qwen2vl parity`: hold a model folder against transformers, step by step.
+"""`qwen2vl parity`: numerical comparison of a model folder with transformers, step by step.
 
-Both sides get the same question; each is loaded, run in fp32 on the CPU and dropped, one after the
-other. The table shows every step from pixels to logits, the last line names the first that
-differs. Ends with 0 where all agree, else with 1. Next room: eval/parity.py.
+Both implementations get the same prompt; each is loaded, run in float32 on the CPU and released
+before the other is loaded. The table lists every step from pixels to logits, the last line names
+the first divergence. The exit code is 0 if all steps agree, else 1. See `qwen2vl.eval.parity`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen2vl.cli import options, terminal
 from qwen2vl.errors import InputError
 
 if TYPE_CHECKING:
-    from qwen2vl.eval.parity import Question, Report, Side, Step
+    from qwen2vl.eval.parity import ParityPrompt, ParityReport, StepComparison, Tracer
 
 __all__ = ["parity"]
 
@@ -26,17 +26,21 @@ __all__ = ["parity"]
 @click.argument("question", required=False)
 @options.model_option
 @click.option(
-    "--image", "images", multiple=True, metavar="PATH", help="A picture; may be repeated."
+    "--image", "images", multiple=True, metavar="PATH", help="Image of the prompt; repeatable."
 )
-@click.option("--video", "videos", multiple=True, metavar="PATH", help="A clip; may be repeated.")
+@click.option(
+    "--video", "videos", multiple=True, metavar="PATH", help="Video of the prompt; repeatable."
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
     default=1e-5,
     show_default=True,
-    help="Largest error of a step, relative to its largest magnitude.",
+    help="Maximum error of a step, relative to its largest magnitude.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object in place of the table."
+)
 @terminal.debug_option
 @click.pass_context
 def parity(
@@ -48,36 +52,38 @@ def parity(
     tolerance: float,
     as_json: bool,
 ) -> None:
-    """Compare a model folder with transformers, from pixels to logits.
+    """Compare the activations of a model folder with transformers, from pixels to logits.
 
-    Without pictures and clips, drawn ones are used.
+    Without --image and --video, synthetic ones are used.
     """
     from qwen2vl.eval.parity import compare
 
-    asked = _question(question, images, videos)
-    ours, theirs = _sides(model)
-    with terminal.waiting("running this library"):
-        our_trace = ours(asked)
-    with terminal.waiting("running transformers"):
-        their_trace = theirs(asked)
-    report = compare(our_trace, their_trace, tolerance)
+    prompt = _build_prompt(question, images, videos)
+    ours, reference = _build_tracers(model)
+    with terminal.spinner("running this library"):
+        our_trace = ours(prompt)
+    with terminal.spinner("running transformers"):
+        reference_trace = reference(prompt)
+    report = compare(our_trace, reference_trace, tolerance)
     if as_json:
-        terminal.say_json(_as_dict(report, tolerance))
+        terminal.echo_json(_report_to_json(report, tolerance))
     else:
-        _show(report)
+        _print_report(report)
     ctx.exit(0 if report.first_divergence is None else 1)
 
 
-def _question(text: str | None, images: tuple[str, ...], videos: tuple[str, ...]) -> Question:
-    from qwen2vl.eval.parity import Question, drawn_question
+def _build_prompt(
+    text: str | None, images: tuple[str, ...], videos: tuple[str, ...]
+) -> ParityPrompt:
+    from qwen2vl.eval.parity import ParityPrompt, synthetic_prompt
 
-    drawn = drawn_question()
+    synthetic = synthetic_prompt()
     media = [("image", path) for path in images] + [("video", path) for path in videos]
-    return Question(text or drawn.text, tuple(media) or drawn.media)
+    return ParityPrompt(text or synthetic.text, tuple(media) or synthetic.media)
 
 
-def _sides(name: str) -> tuple[Side, Side]:
-    """Prepare both sides; weights are read when a side is asked, and dropped after it.
+def _build_tracers(name: str) -> tuple[Tracer, Tracer]:
+    """Build both tracers; each loads its weights when called and releases them afterwards.
 
     Raises:
         InputError: transformers is not installed.
@@ -87,37 +93,39 @@ def _sides(name: str) -> tuple[Side, Side]:
             f"parity compares with transformers, but {' and '.join(missing)} cannot be imported; "
             "pip install 'qwen2vl[parity]'"
         )
-    from qwen2vl.eval.parity import our_side
-    from qwen2vl.eval.reference import reference_side
+    from qwen2vl.eval.parity import model_tracer
+    from qwen2vl.eval.reference import reference_tracer
     from qwen2vl.loading import load_processor
-    from qwen2vl.weights import find
+    from qwen2vl.weights import resolve_model
 
-    folder = find(name)
+    folder = resolve_model(name)
     processor = load_processor(folder)
-    return our_side(folder, processor), reference_side(folder, processor)
+    return model_tracer(folder, processor), reference_tracer(folder, processor)
 
 
-def _show(report: Report) -> None:
+def _print_report(report: ParityReport) -> None:
     rows: list[tuple[str, ...]] = []
     for step in report.steps:
-        verdict = "equal" if step.agrees else f"DIFFERS {step.note}".rstrip()
+        verdict = "equal" if step.matches else f"DIFFERS {step.note}".rstrip()
         numbers = (step.max_abs, step.relative, step.limit)
         rows.append((step.name, *(f"{number:.1e}" for number in numbers), verdict))
     titles = ("step", "max error", "relative", "limit", "")
-    terminal.say_table(titles, rows, words=("step", ""))
+    terminal.echo_table(titles, rows, left_aligned=("step", ""))
     first, worst = report.first_divergence, report.worst
     if first is None:
-        terminal.say(f"equal in {len(report.steps)} steps; largest relative error {_at(worst)}")
+        terminal.echo(
+            f"equal in {len(report.steps)} steps; largest relative error {_format_step(worst)}"
+        )
     else:
-        terminal.say(f"first divergence: {_at(first)}, limit {first.limit:.0e}")
+        terminal.echo(f"first divergence: {_format_step(first)}, limit {first.limit:.0e}")
 
 
-def _at(step: Step) -> str:
+def _format_step(step: StepComparison) -> str:
     return f"{step.relative:.1e} at {step.name}" + (f" ({step.note})" if step.note else "")
 
 
-def _as_dict(report: Report, tolerance: float) -> dict[str, Any]:
-    """Put a report into JSON's terms, which know no infinity."""
+def _report_to_json(report: ParityReport, tolerance: float) -> dict[str, Any]:
+    """Convert a report to JSON values; infinite errors become null."""
     first = report.first_divergence
     return {
         "equal": first is None,
@@ -129,7 +137,7 @@ def _as_dict(report: Report, tolerance: float) -> dict[str, Any]:
                 "max_abs": step.max_abs if isfinite(step.max_abs) else None,
                 "relative": step.relative if isfinite(step.relative) else None,
                 "limit": step.limit,
-                "equal": step.agrees,
+                "equal": step.matches,
                 "note": step.note,
             }
             for step in report.steps

@@ -1,8 +1,7 @@
-"""`qwen2vl quantize SRC DST`: write a model folder again in small integers.
+"""`qwen2vl quantize SRC DST`: quantize a model folder to int8 (GPTQ format) or int4 (AWQ format).
 
-DST opens like any other folder, without a flag. For int4 the weights are rounded with an eye on
-examples: conversations of the procedural world, or of a file. It must not know how rounding works.
-Next room: convert.py.
+DST loads like any other model folder, without an option. int4 weights are calibrated (GPTQ) on
+conversations: synthetic ones, or those of a file. See `qwen2vl.convert`.
 """
 
 from __future__ import annotations
@@ -21,124 +20,143 @@ from qwen2vl.errors import InputError
 if TYPE_CHECKING:
     from qwen2vl.processor.inputs import ModelInput
     from qwen2vl.processor.processor import Processor
-    from qwen2vl.quantization.scheme import Mode
+    from qwen2vl.quantization.scheme import CpuQuantizationMode
 
 __all__ = ["quantize"]
 
 SEED = 20240918
-QUESTIONS = 3  # about one picture, at most
+MAX_QUESTIONS = 3  # about one image
 
-# Families of the world that need no font.
-WITHOUT_LETTERS = ("shapes", "grounding", "motion", "text_only")
+# Task families of the synthetic data that need no font.
+FAMILIES_WITHOUT_TEXT = ("shapes", "grounding", "motion", "text_only")
 
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @click.option(
-    "--to", "mode", type=click.Choice(["int8", "int4"]), default="int4", show_default=True
+    "--weight-format",
+    type=click.Choice(["int8", "int4"]),
+    default="int4",
+    show_default=True,
+    help="int8: per output channel; int4: in groups, calibrated.",
 )
 @click.option(
-    "--examples",
+    "--num-calibration-samples",
     type=click.IntRange(min=0),
     default=64,
     show_default=True,
-    help="Conversations that int4 is calibrated on; 0 rounds to the nearest.",
+    help="Conversations for the calibration of int4; 0: round to nearest (RTN).",
 )
 @click.option(
-    "--prompts",
+    "--calibration-data",
     metavar="JSONL",
-    help="Take them from a file, a list of messages a line, instead of drawing them.",
+    help="Calibrate on this file, a list of messages per line; default: synthetic data.",
 )
 @terminal.debug_option
-def quantize(source: str, target: str, mode: Mode, examples: int, prompts: str | None) -> None:
-    """Write the model of SRC to DST in small integers.
+def quantize(
+    source: str,
+    target: str,
+    weight_format: CpuQuantizationMode,
+    num_calibration_samples: int,
+    calibration_data: str | None,
+) -> None:
+    """Quantize the model SRC and write it to the folder DST.
 
     \b
     qwen2vl quantize Qwen/Qwen2-VL-2B-Instruct 2b-int4
     qwen2vl ask --model 2b-int4 --image receipt.png "What is the total?"
     """
-    if prompts and mode == "int8":
-        raise click.UsageError("--prompts calibrates int4 only; leave it out for int8")
-    # Imported here: torch takes a second, and a misspelled option should not cost that.
+    if calibration_data and weight_format == "int8":
+        raise click.UsageError("--calibration-data is for int4 only; leave it out for int8")
+    # Imported here, so that usage errors do not wait for the import of torch.
     from qwen2vl.convert import quantize_folder
     from qwen2vl.loading import load_processor
-    from qwen2vl.weights import check_target, find
+    from qwen2vl.weights import check_output_folder, resolve_model
 
-    folder = find(source)
-    check_target(target)
-    shown: list[ModelInput] = []
-    if mode == "int4" and examples:
+    folder = resolve_model(source)
+    check_output_folder(target)
+    samples: list[ModelInput] = []
+    if weight_format == "int4" and num_calibration_samples:
         processor = load_processor(folder)
-        shown = list(
-            _given(processor, prompts, examples) if prompts else _drawn(processor, examples)
+        samples = list(_calibration_samples(processor, calibration_data, num_calibration_samples))
+    with terminal.progress_bar() as update:
+        quantization_config = quantize_folder(
+            folder, target, weight_format, examples=samples, on_layer=update
         )
-    with terminal.progress() as step:
-        packing = quantize_folder(folder, target, mode, examples=shown, on_layer=step)
-    terminal.say(f"model: {target} ({_size(Path(target))}; {source} has {_size(folder)})")
-    per = "each output" if packing.group_size < 0 else f"{packing.group_size} inputs"
-    terminal.say(
-        f"the decoder has {packing.bits} bits, a scale for {per} ({packing.method.upper()}); head "
-        "and vision tower are rounded to 8 bits as they are read"
+    sizes = _format_folder_size(Path(target)), _format_folder_size(folder)
+    terminal.echo(f"model: {target} ({sizes[0]}; {source} has {sizes[1]})")
+    group_size = quantization_config.group_size
+    scales = "one scale per output channel" if group_size < 0 else f"group size {group_size}"
+    terminal.echo(
+        f"decoder: {quantization_config.bits} bits, {scales} "
+        f"({quantization_config.method.upper()}); lm_head and vision tower are quantized to 8 bits "
+        "at load time"
     )
-    if mode == "int4":
-        terminal.say(f"calibrated on {len(shown)} conversations" if shown else "not calibrated")
-    terminal.say(f"try:   qwen2vl ask --model {target} --image PICTURE QUESTION")
+    if weight_format == "int4":
+        terminal.echo(
+            f"calibrated on {len(samples)} conversations" if samples else "not calibrated"
+        )
+    terminal.echo(f"try:   qwen2vl ask --model {target} --image IMAGE QUESTION")
 
 
-def _examples(processor: Processor, prompts: str | None, count: int) -> Iterator[ModelInput]:
-    return _given(processor, prompts, count) if prompts else _drawn(processor, count)
+def _calibration_samples(
+    processor: Processor, path: str | None, count: int
+) -> Iterator[ModelInput]:
+    if path:
+        return _conversations_from_file(processor, path, count)
+    return _synthetic_conversations(processor, count)
 
 
-def _drawn(processor: Processor, count: int) -> Iterator[ModelInput]:
-    """Make up conversations about drawn pictures, with their answers."""
+def _synthetic_conversations(processor: Processor, count: int) -> Iterator[ModelInput]:
+    """Sample synthetic conversations about images, with their answers."""
     from qwen2vl.synth import Mixture, render, sample
     from qwen2vl.synth.fonts import FontError
     from qwen2vl.synth.world import check_fonts
 
-    mixture = Mixture(questions=QUESTIONS)
+    mixture = Mixture(max_questions=MAX_QUESTIONS)
     try:
         check_fonts(mixture)
     except FontError:
-        mixture = replace(mixture, weights=dict.fromkeys(WITHOUT_LETTERS, 1.0))
-        terminal.note("no fonts to write with: calibrating on pictures without letters")
+        mixture = replace(mixture, weights=dict.fromkeys(FAMILIES_WITHOUT_TEXT, 1.0))
+        terminal.note("no fonts are installed: calibrating on images without text")
     for index in range(count):
         example = render(sample(SEED, index, mixture))
         yield processor(example.messages, add_generation_prompt=False)
 
 
-def _given(processor: Processor, path: str, count: int) -> Iterator[ModelInput]:
+def _conversations_from_file(processor: Processor, path: str, count: int) -> Iterator[ModelInput]:
     """Read conversations from a file.
 
     Raises:
-        InputError: the file or a line of it cannot be used.
+        InputError: the file or a line of it is invalid.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: cannot be read: {_reason(error)}") from None
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
-        raise InputError(f"--prompts {path}: holds no conversation")
-    for number, line in filled[:count]:
+        raise InputError(f"--calibration-data {path}: cannot be read: {_reason(error)}") from None
+    non_empty = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not non_empty:
+        raise InputError(f"--calibration-data {path}: holds no conversation")
+    for number, line in non_empty[:count]:
         try:
             yield processor(_messages(line), add_generation_prompt=False)
         except InputError as error:
-            raise InputError(f"--prompts {path}, line {number}: {error}") from error
+            raise InputError(f"--calibration-data {path}, line {number}: {error}") from error
 
 
 def _messages(line: str) -> Any:
-    """Read a list of messages, or an object that has one; the processor looks at what it is."""
+    """Parse a list of messages, or an object with the key `messages`, without validation."""
     try:
-        found = json.loads(line)
+        parsed = json.loads(line)
     except ValueError:
         raise InputError("not JSON") from None
-    return found["messages"] if isinstance(found, dict) and "messages" in found else found
+    return parsed["messages"] if isinstance(parsed, dict) and "messages" in parsed else parsed
 
 
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or "not UTF-8 text"
 
 
-def _size(folder: Path) -> str:
-    return terminal.person_bytes(sum(p.stat().st_size for p in folder.glob("*.safetensors")))
+def _format_folder_size(folder: Path) -> str:
+    return terminal.format_bytes(sum(p.stat().st_size for p in folder.glob("*.safetensors")))

@@ -1,8 +1,8 @@
-"""`qwen2vl tokens`: how the model sees a file, without loading the model.
+"""`qwen2vl tokens`: preprocessing result of an image or video, without loading the model weights.
 
-Sizes, grid and token count of a picture or clip under the chosen limits; -o writes the very
-pixels that enter the network, for a clip as a contact sheet with the time under each frame.
-Next room: doctor.py.
+Prints original and resized size, patch grid and number of vision tokens under the given limits.
+--output writes the exact pixels of the model input; for a video as a contact sheet with the
+timestamp below each frame.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ if TYPE_CHECKING:
 __all__ = ["contact_sheet", "tokens"]
 
 MAX_COLUMNS = 8
-CAPTION = 18  # pixels under each frame for its time
+CAPTION = 18  # pixels below each frame for its timestamp
 
 
 @click.command()
 @click.argument("file", metavar="FILE")
 @options.model_option
-@options.media_options
-@click.option("--kind", type=click.Choice(["image", "video"]), help="What FILE is, if in doubt.")
-@click.option("-o", "output", metavar="PNG", help="Write the pixels that the model sees.")
+@options.media_preprocessing_options
+@click.option(
+    "--kind", type=click.Choice(["image", "video"]), help="Type of FILE; default: detected."
+)
+@click.option("-o", "--output", metavar="PNG", help="Write the resized pixels as an image.")
 @terminal.debug_option
 def tokens(
     file: str, kind: Literal["image", "video"] | None, output: str | None, **given: Any
 ) -> None:
-    """Show how the model sees FILE: size, grid and token count."""
+    """Show the preprocessing of FILE, an image or video: size, patch grid, token count."""
     if output:
-        terminal.check_picture_name(output)
-    processor = options.open_processor(given)
-    part = options.media_part(kind or _kind_of(file), file, given["fps"])
+        terminal.check_image_path(output)
+    processor = options.load_processor_from_options(given)
+    part = options.content_part(kind or _detect_kind(file), file, given["fps"])
     item = processor([{"role": "user", "content": [part]}]).items[0]
-    for name, value in _rows(item):
-        terminal.say(f"{name:<8} {value}")
+    for name, value in _describe_item(item):
+        terminal.echo(f"{name:<8} {value}")
     if output:
-        terminal.save_picture(contact_sheet(item, processor.config.vision), output)
+        terminal.save_image(contact_sheet(item, processor.config.vision), output)
         terminal.note(f"wrote {output}")
 
 
 def contact_sheet(item: Item, vision: VisionConfig) -> Image.Image:
-    """Put the frames that the model sees side by side, each with its time; a picture alone."""
+    """Return the frames of the model input in a grid with timestamps; an image as it is."""
     from PIL import Image, ImageDraw
 
     from qwen2vl.processor.image import unpatchify
@@ -57,40 +59,42 @@ def contact_sheet(item: Item, vision: VisionConfig) -> Image.Image:
     frames_FHWC = unpatchify(item.patches_NP, item.grid, vision).permute(0, 2, 3, 1).numpy()
     if item.kind == "image":
         return Image.fromarray(frames_FHWC[0])
-    height, width = item.size_seen
+    height, width = item.resized_size
     columns = min(MAX_COLUMNS, len(frames_FHWC))
     rows = -(-len(frames_FHWC) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * (height + CAPTION)), "white")
-    pen = ImageDraw.Draw(sheet)
+    image = Image.new("RGB", (columns * width, rows * (height + CAPTION)), "white")
+    drawing = ImageDraw.Draw(image)
     for number, frame_HWC in enumerate(frames_FHWC):
-        place = (number % columns * width, number // columns * (height + CAPTION))
-        sheet.paste(Image.fromarray(frame_HWC), place)
-        pen.text((place[0] + 2, place[1] + height + 2), _time(item, number), fill="black")
-    return sheet
+        corner = (number % columns * width, number // columns * (height + CAPTION))
+        image.paste(Image.fromarray(frame_HWC), corner)
+        drawing.text(
+            (corner[0] + 2, corner[1] + height + 2), _frame_label(item, number), fill="black"
+        )
+    return image
 
 
-def _time(item: Item, number: int) -> str:
-    """Name a frame; one past the last time repeats the last frame."""
-    times = item.frame_times
+def _frame_label(item: Item, number: int) -> str:
+    """Return the timestamp of a frame; frames beyond the last one are padding by repetition."""
+    times = item.frame_timestamps
     return f"{times[number]:.2f} s" if number < len(times) else "repeated"
 
 
-def _rows(item: Item) -> list[tuple[str, str]]:
+def _describe_item(item: Item) -> list[tuple[str, str]]:
     rows = [
         ("file", item.name),
-        ("given", f"{terminal.person_size(item.size_given)} pixels"),
-        ("seen", f"{terminal.person_size(item.size_seen)} pixels"),
+        ("original", f"{terminal.format_size(item.original_size)} pixels"),
+        ("resized", f"{terminal.format_size(item.resized_size)} pixels"),
         ("grid", f"{item.grid.t} x {item.grid.h} x {item.grid.w} patches (time, height, width)"),
         ("tokens", f"{item.num_tokens:,}"),
     ]
-    if item.frame_times:
-        times = ", ".join(f"{time:.2f}" for time in item.frame_times)
-        rows.insert(3, ("frames", f"{len(item.frame_times)}, at {times} s"))
+    if item.frame_timestamps:
+        times = ", ".join(f"{time:.2f}" for time in item.frame_timestamps)
+        rows.insert(3, ("frames", f"{len(item.frame_timestamps)}, at {times} s"))
     return rows + [("note", text) for text in item.notes]
 
 
-def _kind_of(file: str) -> Literal["image", "video"]:
-    """Tell a clip from a picture by the first bytes."""
+def _detect_kind(file: str) -> Literal["image", "video"]:
+    """Detect whether a file is an image or a video, by its first bytes."""
     from qwen2vl.processor.media.source import MediaLimits, read_head, read_source, sniff_type
 
     media = read_source(file, MediaLimits(), file)

@@ -1,4 +1,4 @@
-"""Sample sources: JSON lines, parquet, packed text and synthetic data, each read by index.
+"""Sample sources with random access: JSON lines, parquet, packed text and the synthetic world.
 
-`source.py` opens the right one for a configured source.
+`source.open_source` opens the right one for a SourceConfig.
 """

@@ -1,9 +1,9 @@
-"""Rows of parquet files, with the bytes of their pictures inside, as Hugging Face writes them.
+"""Parquet source: rows with embedded image bytes, as in Hugging Face datasets.
 
-A row is read with its whole row group, and the last groups stay in memory: files with groups of a
-hundred rows are read at random for little. Of many files only the last used are open. A file is
-named by its footer, which holds the sizes and places of all it contains. pyarrow comes only when a
-parquet file does (extra `data`). It must not know dialects. Next rooms: sources.py, dialects.py.
+A row is read with its whole row group, and the last row groups stay in memory: files with row
+groups of about a hundred rows allow fast random access. Of many files only the last used are open.
+The fingerprint is the hash of the footers, which have the sizes and offsets of all columns. pyarrow
+(extra `data`) is imported only when a parquet file is opened.
 """
 
 from __future__ import annotations
@@ -16,104 +16,107 @@ from typing import Any
 
 import numpy as np
 
-from qwen2vl.data.formats import Sample, SampleError, read_row
+from qwen2vl.data.formats import Sample, SampleError, parse_row
 from qwen2vl.data.storage import Storage
 from qwen2vl.errors import ConfigError, InputError
 
-__all__ = ["Parquet"]
+__all__ = ["ParquetSource"]
 
-GROUPS = 4  # row groups that each process keeps
-HANDLES = 16  # files that each process keeps open
+MAX_CACHED_GROUPS = 4  # row groups that each process keeps in memory
+MAX_OPEN_FILES = 16  # files that each process keeps open
 
 
-class Parquet:
-    """Files of rows with embedded media."""
+class ParquetSource:
+    """Parquet files of rows with embedded media."""
 
-    def __init__(self, paths: Sequence[str], storage: Storage, base: str) -> None:
-        """Read the footers.
+    def __init__(self, paths: Sequence[str], storage: Storage, media_root: str) -> None:
+        """Read the footers of all files.
 
         Raises:
-            InputError: a file is missing, cut short, or no parquet.
+            InputError: a file is missing, truncated, or not parquet.
             ConfigError: pyarrow is not installed.
         """
-        self.paths, self.storage, self.base = list(paths), storage, base
-        footer = blake2b(digest_size=16)
-        self._files: list[int] = []  # of each row group: its file, and its number there
-        self._numbers: list[int] = []
-        rows: list[int] = []
+        self.paths, self.storage, self.media_root = list(paths), storage, media_root
+        digest = blake2b(digest_size=16)
+        self._file_of_group: list[int] = []  # of each row group: its file, and its index there
+        self._index_in_file: list[int] = []
+        num_rows: list[int] = []
         self._handles: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
-        for i, path in enumerate(self.paths):
-            file = self._open(i)
-            about = file.metadata
-            file.close(force=True)  # pyarrow leaves a file open that it did not open itself
-            footer.update(_footer(self.storage, path, about.serialized_size))
-            for number in range(about.num_row_groups):
-                self._files.append(i)
-                self._numbers.append(number)
-                rows.append(about.row_group(number).num_rows)
-        self._first = np.cumsum([0, *rows])
-        self._digest = footer.hexdigest()
+        for file_index, path in enumerate(self.paths):
+            file = self._open(file_index)
+            metadata = file.metadata
+            file.close(force=True)  # pyarrow does not close a file object that it was given
+            digest.update(_read_footer(self.storage, path, metadata.serialized_size))
+            for index in range(metadata.num_row_groups):
+                self._file_of_group.append(file_index)
+                self._index_in_file.append(index)
+                num_rows.append(metadata.row_group(index).num_rows)
+        self._offsets = np.cumsum([0, *num_rows])
+        self._digest = digest.hexdigest()
         if not len(self):
             raise InputError(f"{self.paths[0]} holds no row")
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._offsets[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": OrderedDict(), "_groups": OrderedDict()}
 
     def fingerprint(self) -> str:
-        """Name the content by the footers."""
+        """Return the hash of the footers."""
         return self._digest
 
     def name(self, index: int) -> str:
-        """Say where a row stands."""
-        group, row = self._place(index)
-        before = self._first[group] - self._first[self._files.index(self._files[group])]
-        return f"{self._label(group)}:{int(before) + row}"
+        """Return the name of a row: file and row number."""
+        group, row = self._locate(index)
+        first_row = (
+            self._offsets[group]
+            - self._offsets[self._file_of_group.index(self._file_of_group[group])]
+        )
+        return f"{self._file_name(group)}:{int(first_row) + row}"
 
     def read(self, index: int, *, pixels: bool = True) -> Sample:
         """Read one row."""
-        group, row = self._place(index)
+        group, row = self._locate(index)
         try:
-            table = self._group(group)
-            found = table.slice(row, 1).to_pylist()[0]
-        except (OSError, ValueError) as error:  # pyarrow's errors are these
+            table = self._row_group(group)
+            values = table.slice(row, 1).to_pylist()[0]
+        except (OSError, ValueError) as error:  # base classes of pyarrow's errors
             raise SampleError(
                 "text", f"the row group cannot be read: {_first_line(error)}"
             ) from error
-        return read_row(found, self.name(index))
+        return parse_row(values, self.name(index))
 
-    def _place(self, index: int) -> tuple[int, int]:
-        group = int(np.searchsorted(self._first, index, side="right")) - 1
-        return group, index - int(self._first[group])
+    def _locate(self, index: int) -> tuple[int, int]:
+        group = int(np.searchsorted(self._offsets, index, side="right")) - 1
+        return group, index - int(self._offsets[group])
 
-    def _label(self, group: int) -> str:
-        return self.paths[self._files[group]].rpartition("/")[2]
+    def _file_name(self, group: int) -> str:
+        return self.paths[self._file_of_group[group]].rpartition("/")[2]
 
-    def _group(self, group: int) -> Any:
+    def _row_group(self, group: int) -> Any:
         key = (os.getpid(), group)
         if key not in self._groups:
-            file = self._handle(self._files[group])
-            self._groups[key] = file.read_row_group(self._numbers[group])
-            while len(self._groups) > GROUPS:
+            file = self._open_file(self._file_of_group[group])
+            self._groups[key] = file.read_row_group(self._index_in_file[group])
+            while len(self._groups) > MAX_CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
 
-    def _handle(self, number: int) -> Any:
-        """Keep a file open, in each process its own: workers must not share a place in it."""
-        key = (os.getpid(), number)
+    def _open_file(self, file_index: int) -> Any:
+        """Return an open file; each process has its own, since workers must not share an offset."""
+        key = (os.getpid(), file_index)
         if key not in self._handles:
-            self._handles[key] = self._open(number)
-            while len(self._handles) > HANDLES:
+            self._handles[key] = self._open(file_index)
+            while len(self._handles) > MAX_OPEN_FILES:
                 self._handles.popitem(last=False)[1].close(force=True)
         self._handles.move_to_end(key)
         return self._handles[key]
 
-    def _open(self, number: int) -> Any:
-        path = self.paths[number]
+    def _open(self, file_index: int) -> Any:
+        path = self.paths[file_index]
         try:
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
@@ -130,10 +133,10 @@ class Parquet:
             ) from error
 
 
-def _footer(storage: Storage, path: str, size: int) -> bytes:
-    """Read what a file says about itself: sizes, places and extremes of all columns."""
+def _read_footer(storage: Storage, path: str, size: int) -> bytes:
+    """Read a file's metadata: sizes, offsets and statistics of all columns."""
     with storage.open(path) as file:
-        file.seek(-size - 8, os.SEEK_END)  # its length and four letters come after it
+        file.seek(-size - 8, os.SEEK_END)  # followed by its length and four magic bytes
         return file.read(size)
 
 

@@ -1,10 +1,10 @@
-"""Bodies of samples, read by number: JSON lines, parquet, packed text, and the world.
+"""Sample sources: random access to JSON lines, parquet, packed text and the synthetic world.
 
     rows.jsonl  rows.json  part-*.parquet  store/  oss://bucket/rows.jsonl  Mixture
 
-A source knows how many samples it has, reads any of them in any order and in any process, and
-names its content, so that tables of lengths can be kept. Words come to this machine, media stay
-where they are. It must not know tokens or sizes. Next rooms: prepare.py, lengths.py.
+A source has a length, reads any sample by index in any process, and has a fingerprint of its
+content, under which tables of lengths are cached. Remote text files are copied to the local cache,
+media stay where they are. Neither tokens nor media sizes are computed here.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.data.disk_cache import used
-from qwen2vl.data.formats import Sample, SampleError, read_row
-from qwen2vl.data.sources.packed_text import STORE, TokenStore
-from qwen2vl.data.sources.parquet import Parquet
-from qwen2vl.data.sources.synthetic import World
+from qwen2vl.data.config import DataConfig, SourceConfig
+from qwen2vl.data.disk_cache import touch
+from qwen2vl.data.formats import Sample, SampleError, parse_row
+from qwen2vl.data.sources.packed_text import STORE_FILE, TokenStore
+from qwen2vl.data.sources.parquet import ParquetSource
+from qwen2vl.data.sources.synthetic import SyntheticSource
 from qwen2vl.data.storage import Storage, is_remote
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.processor.tokenizer import Tokenizer
 
-__all__ = ["JsonLines", "Samples", "open_source"]
+__all__ = ["JsonLinesSource", "SampleSource", "open_source"]
 
-LINES = (".jsonl", ".ndjson", ".json")
-PARQUET = (".parquet",)
-_PIECE = 1 << 24  # bytes read at a time
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+PARQUET_SUFFIXES = (".parquet",)
+READ_CHUNK = 1 << 24  # bytes
 
 
-class Samples(Protocol):
-    """What the other rooms need of any source."""
+class SampleSource(Protocol):
+    """Random access to the samples of one source."""
 
-    base: str  # where relative names of media begin
+    media_root: str  # base of relative media paths
 
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """Name the content: another one, another name."""
+        """Return an id of the content, which changes with it."""
         ...
 
     def name(self, index: int) -> str:
-        """Say where a sample stands, whether it can be read or not."""
+        """Return where a sample is from, for messages; it need not be readable."""
         ...
 
     def read(self, index: int, *, pixels: bool = True) -> Sample:
-        """Read one sample; without `pixels` only the sizes of drawn media need be right.
+        """Read one sample; without `pixels`, rendered media need only have the right sizes.
 
         Raises:
             SampleError: it cannot be read.
@@ -60,42 +60,42 @@ class Samples(Protocol):
         ...
 
 
-class JsonLines:
-    """Files with one JSON object a line."""
+class JsonLinesSource:
+    """JSON lines files: one object per line."""
 
-    def __init__(self, paths: Sequence[Path], base: str) -> None:
-        """Find where lines begin, and hash what they hold, in one pass.
+    def __init__(self, paths: Sequence[Path], media_root: str) -> None:
+        """Index the lines of all files and hash their content, in one read.
 
         Raises:
             InputError: a file is missing or empty.
         """
-        self.paths, self.base = list(paths), base
-        self._spans: list[np.ndarray] = []
-        whole = blake2b(digest_size=16)
+        self.paths, self.media_root = list(paths), media_root
+        self._line_spans: list[np.ndarray] = []
+        digest = blake2b(digest_size=16)
         for path in self.paths:
-            self._spans.append(_lines_of(path, whole))
-        self._digest = whole.hexdigest()
-        self._first = np.cumsum([0, *map(len, self._spans)])
+            self._line_spans.append(_index_lines(path, digest))
+        self._digest = digest.hexdigest()
+        self._offsets = np.cumsum([0, *map(len, self._line_spans)])
         if not len(self):
             raise InputError(f"{self.paths[0]} holds no line")
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._offsets[-1])
 
     def fingerprint(self) -> str:
-        """Name the content by all of its bytes."""
+        """Return the hash of all bytes."""
         return self._digest
 
     def name(self, index: int) -> str:
-        """Name the file and the line."""
-        file, line = self._place(index)
-        return f"{self.paths[file].name}:{self._spans[file][line, 0]}"
+        """Return the name of a sample: file and line number."""
+        file_index, line = self._locate(index)
+        return f"{self.paths[file_index].name}:{self._line_spans[file_index][line, 0]}"
 
     def read(self, index: int, *, pixels: bool = True) -> Sample:
         """Read one line."""
-        number, line = self._place(index)
-        _, start, stop = self._spans[number][line].tolist()
-        with self.paths[number].open("rb") as file:
+        file_index, line = self._locate(index)
+        _, start, stop = self._line_spans[file_index][line].tolist()
+        with self.paths[file_index].open("rb") as file:
             file.seek(start)
             raw = file.read(stop - start)
         try:
@@ -104,75 +104,80 @@ class JsonLines:
             raise SampleError("text", f"byte {error.start} of the line is not UTF-8") from error
         except (ValueError, RecursionError) as error:
             raise SampleError("text", f"the line is not JSON: {error}") from error
-        return read_row(row, self.name(index))
+        return parse_row(row, self.name(index))
 
-    def _place(self, index: int) -> tuple[int, int]:
-        file = int(np.searchsorted(self._first, index, side="right")) - 1
-        return file, index - int(self._first[file])
+    def _locate(self, index: int) -> tuple[int, int]:
+        file_index = int(np.searchsorted(self._offsets, index, side="right")) - 1
+        return file_index, index - int(self._offsets[file_index])
 
 
 def open_source(
-    source: Source,
+    source: SourceConfig,
     data: DataConfig,
     *,
     tokenizer: Tokenizer,
-    cache: Path,
+    cache_dir: Path,
     seed: int,
     default_system: float,
-) -> Samples:
-    """Open what a config names, by what it is.
+) -> SampleSource:
+    """Open a configured source, in the format that its path has.
 
     Args:
-        source: of the config.
-        data: of the same config: manners of fetching, length of a bin.
-        tokenizer: of the model; packed text must be its own.
-        cache: folder where text from elsewhere is kept.
-        seed: of the world.
-        default_system: share of the world's conversations with the default system sentence.
+        source: what to open.
+        data: options of fetching, and max_tokens of a bin.
+        tokenizer: of the model; packed text must have been written with it.
+        cache_dir: cache folder for local copies of remote text files.
+        seed: of the synthetic world.
+        default_system: share of synthetic conversations with the default system prompt.
 
     Raises:
         InputError: it is missing, empty or damaged.
-        ConfigError: nothing can read it, or a package is missing.
+        ConfigError: unsupported or mixed formats, or a package is missing.
     """
     if source.mixture is not None:
-        return World(source.mixture, source.samples, seed=seed, default_system=default_system)
-    if (Path(source.path).expanduser() / STORE).is_file():
+        return SyntheticSource(
+            source.mixture, source.num_samples, seed=seed, default_system=default_system
+        )
+    if (Path(source.path).expanduser() / STORE_FILE).is_file():
         folder = Path(source.path).expanduser()
-        return TokenStore(folder, tokenizer, longest=data.max_tokens // 8 * 8)
-    storage = Storage(retries=data.retries, seconds=data.fetch_seconds)
-    found = storage.listing(source.path, LINES + PARQUET)
-    base = source.media or _folder_of(found[0] if found else source.path)
-    if found and all(name.endswith(PARQUET) for name in found):
-        return Parquet(found, storage, base)
-    if found and all(name.endswith(LINES) for name in found):
-        return JsonLines([_lines(_local(name, storage, cache), cache) for name in found], base)
-    kinds = ", ".join(LINES + PARQUET)
+        return TokenStore(folder, tokenizer, max_tokens=data.max_tokens // 8 * 8)
+    storage = Storage(max_retries=data.max_retries, timeout=data.fetch_timeout)
+    paths = storage.list_files(source.path, JSON_SUFFIXES + PARQUET_SUFFIXES)
+    media_root = source.media_root or _parent_of(paths[0] if paths else source.path)
+    if paths and all(name.endswith(PARQUET_SUFFIXES) for name in paths):
+        return ParquetSource(paths, storage, media_root)
+    if paths and all(name.endswith(JSON_SUFFIXES) for name in paths):
+        return JsonLinesSource(
+            [_list_to_lines(_fetch_text(name, storage, cache_dir), cache_dir) for name in paths],
+            media_root,
+        )
+    suffixes = ", ".join(JSON_SUFFIXES + PARQUET_SUFFIXES)
     raise ConfigError(
-        f"{source.path}: found {', '.join(found) or 'nothing'}; give files of one kind ({kinds}), "
-        "or a folder that `qwen2vl pack-text` wrote"
+        f"{source.path}: found {', '.join(paths) or 'nothing'}; give files of one kind "
+        f"({suffixes}), or a folder that `qwen2vl pack-text` wrote"
     )
 
 
-def _folder_of(address: str) -> str:
+def _parent_of(address: str) -> str:
     if is_remote(address):
         return address.rpartition("/")[0]
     return str(Path(address).expanduser().parent)
 
 
-def _local(name: str, storage: Storage, cache: Path) -> Path:
-    """Bring a file of text to this machine, once for each version of it."""
+def _fetch_text(name: str, storage: Storage, cache_dir: Path) -> Path:
+    """Copy a remote text file to the cache, once for each of its versions."""
     if not is_remote(name):
         return Path(name).expanduser()
     key = blake2b(f"{name} {storage.version(name)}".encode(), digest_size=8).hexdigest()
-    path = cache / "text" / f"{key}-{name.rpartition('/')[2]}"
-    if not used(path):
+    path = cache_dir / "text" / f"{key}-{name.rpartition('/')[2]}"
+    if not touch(path):
         with storage.open(name) as source:
-            _whole(path, lambda file: shutil.copyfileobj(source, file, _PIECE))
+            _write_atomically(path, lambda file: shutil.copyfileobj(source, file, READ_CHUNK))
     return path
 
 
-def _lines(path: Path, cache: Path) -> Path:
-    """Write a file that is one JSON list, as LLaVA's are, as lines; others stay as they are."""
+def _list_to_lines(path: Path, cache_dir: Path) -> Path:
+    """Convert a .json file that is one list, as LLaVA's are, to lines; return others as is."""
     if path.suffix != ".json":
         return path
     try:
@@ -181,11 +186,12 @@ def _lines(path: Path, cache: Path) -> Path:
             if file.read(64).lstrip()[:1] != b"[":
                 return path
         key = blake2b(f"{path.resolve()} {info.st_size} {info.st_mtime_ns}".encode(), digest_size=8)
-        target = cache / "text" / f"{key.hexdigest()}-{path.stem}.jsonl"
-        if not used(target):
+        target = cache_dir / "text" / f"{key.hexdigest()}-{path.stem}.jsonl"
+        if not touch(target):
             rows = json.loads(path.read_text(encoding="utf-8"))
-            _whole(
-                target, lambda file: file.writelines(f"{json.dumps(r)}\n".encode() for r in rows)
+            _write_atomically(
+                target,
+                lambda file: file.writelines(f"{json.dumps(row)}\n".encode() for row in rows),
             )
     except OSError as error:
         raise InputError(f"{path}: no such file; check the path") from error
@@ -194,31 +200,31 @@ def _lines(path: Path, cache: Path) -> Path:
     return target
 
 
-def _whole(path: Path, write: Any) -> None:
-    """Write a file aside and rename it, so that a file of this name is complete."""
+def _write_atomically(path: Path, write: Any) -> None:
+    """Write a file under a temporary name and rename it, so that it is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with aside.open("wb") as file:
+        with partial.open("wb") as file:
             write(file)
-        os.replace(aside, path)
+        os.replace(partial, path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _lines_of(path: Path, whole: Any) -> np.ndarray:
-    """List (number, first byte, end) of the lines that are not empty, and hash the file."""
+def _index_lines(path: Path, digest: Any) -> np.ndarray:
+    """Return (line number, start, end) in bytes of all non-empty lines; update `digest`."""
     ends: list[np.ndarray] = []
     size = 0
     try:
         with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                whole.update(piece)
-                found = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n"))
-                ends.append(found + size + 1)
-                size += len(piece)
+            while chunk := file.read(READ_CHUNK):
+                digest.update(chunk)
+                newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+                ends.append(newlines + size + 1)
+                size += len(chunk)
     except OSError as error:
         raise InputError(f"{path}: no such file, or no permission; check the path") from error
-    cuts = np.unique(np.concatenate([np.zeros(1), *ends, np.array([size])]).astype(np.int64))
-    spans = np.stack((np.arange(1, len(cuts)), cuts[:-1], cuts[1:]), axis=1)
+    bounds = np.unique(np.concatenate([np.zeros(1), *ends, np.array([size])]).astype(np.int64))
+    spans = np.stack((np.arange(1, len(bounds)), bounds[:-1], bounds[1:]), axis=1)
     return spans[spans[:, 2] - spans[:, 1] > 2]

@@ -1,8 +1,7 @@
-"""The procedural world as one source among others: a fixed number of its samples.
+"""The synthetic (procedural) world as a data source: a fixed number of its samples.
 
-Its text and sizes are known before anything is drawn, so measuring a sample costs no pixels. The
-same pictures come again in every pass; a stage with nothing but a mixture never repeats one. It
-must not know tokens. Next rooms: sources.py, synth/.
+Text and sizes of a sample are known before it is rendered, so lengths are measured without pixels.
+The same samples come in every epoch; a stage that has a mixture instead of data never repeats one.
 """
 
 from __future__ import annotations
@@ -17,58 +16,60 @@ import numpy as np
 
 from qwen2vl.data.formats import Conversation
 from qwen2vl.synth import Mixture, render, sample
-from qwen2vl.synth.world import check_fonts, converse
+from qwen2vl.synth.world import build_conversation, check_fonts
 
-__all__ = ["World", "with_system"]
+__all__ = ["SyntheticSource", "with_default_system"]
 
 
-class World:
-    """Samples 0 to `count` of one series of the world."""
+class SyntheticSource:
+    """Samples 0 to `num_samples` of one seed of the synthetic world."""
 
-    base = ""
+    media_root = ""
 
-    def __init__(self, mixture: Mixture, count: int, *, seed: int, default_system: float) -> None:
-        """Choose a piece of the world.
+    def __init__(
+        self, mixture: Mixture, num_samples: int, *, seed: int, default_system: float
+    ) -> None:
+        """Select the samples.
 
         Raises:
             FontError: a font of the mixture is not installed.
         """
         check_fonts(mixture)
-        self.mixture, self.count, self.seed = mixture, count, seed
+        self.mixture, self.num_samples, self.seed = mixture, num_samples, seed
         self.default_system = default_system
 
     def __len__(self) -> int:
-        return self.count
+        return self.num_samples
 
     def fingerprint(self) -> str:
-        """Name what is drawn; a change of the world itself shows when lengths disagree."""
-        return json.dumps([asdict(self.mixture), self.count, self.seed, self.default_system])
+        """Return all settings of the samples; a change of synth's code shows in their lengths."""
+        return json.dumps([asdict(self.mixture), self.num_samples, self.seed, self.default_system])
 
     def name(self, index: int) -> str:
-        """Name a sample by the numbers that make it."""
+        """Return the name of a sample: its seed and index."""
         return f"world {self.seed}/{index}"
 
     def read(self, index: int, *, pixels: bool = True) -> Conversation:
-        """Make up one sample, and draw it if `pixels` are wanted."""
+        """Generate one sample, and render it if `pixels` is true."""
         spec = sample(self.seed, index, self.mixture)
         if pixels:
             messages = render(spec).messages
         else:
             empty = np.zeros((1, 1, 1), np.uint8)
             shapes = [(picture.height, picture.width, 3) for picture in spec.pictures]
-            messages = converse(spec, [np.broadcast_to(empty, shape) for shape in shapes])
-        said = with_system(messages, self.default_system, self.seed, index)
-        return Conversation(f"{spec.family} {self.seed}/{index}", said)
+            messages = build_conversation(spec, [np.broadcast_to(empty, shape) for shape in shapes])
+        messages = with_default_system(messages, self.default_system, self.seed, index)
+        return Conversation(f"{spec.family} {self.seed}/{index}", messages)
 
 
-def with_system(
-    messages: Sequence[Mapping[str, Any]], share: float, seed: int, index: int
+def with_default_system(
+    messages: Sequence[Mapping[str, Any]], fraction: float, seed: int, index: int
 ) -> Sequence[Mapping[str, Any]]:
-    """Give all conversations but a `share` an empty system turn.
+    """Give all conversations but a fraction an empty system message.
 
-    The default sentence costs 28 tokens of a byte-level vocabulary, more than many a question and
-    its picture; a share of the examples keeps it, since that is what a user's prompt has.
+    The default system prompt takes 28 tokens of a byte-level vocabulary, more than many a question
+    and its image; a fraction of the examples keeps it, since prompts of users have it.
     """
-    if Random(f"system {seed} {index}").random() < share:
+    if Random(f"system {seed} {index}").random() < fraction:
         return messages
     return [{"role": "system", "content": ""}, *messages]

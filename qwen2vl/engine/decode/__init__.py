@@ -1,4 +1,4 @@
-"""Faster steps for pure decode batches: CUDA graphs on a GPU, compiled blocks on a CPU.
+"""Decode backends for pure decode batches: CUDA graphs on a GPU, compiled blocks on a CPU.
 
-Without this package every step runs the model's own forward, with the same results.
+They are optional: without one, every step runs the model's forward, with the same results.
 """

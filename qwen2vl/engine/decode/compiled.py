@@ -1,9 +1,8 @@
-"""Steps in which everybody decodes, where something computes them faster than a forward.
+"""Decode steps of a single request on a CPU, through ahead-of-time compiled decoder blocks.
 
-On a GPU that is graphs.py, for any number of rows. On a CPU it is `SingleDecode`, for one row of a
-model that is compiled: one token's way through the decoder, told here as in model/text.py, but
-through blocks that were compiled whole. Without this room everything works. Back up: runner.py,
-which asks whether a step is one of these.
+`CompiledDecode` implements `DecodeBackend` for batches of one token and a compiled model. It is
+the forward of model/text.py for one token, with the decoder blocks compiled as a whole
+(compile/decode_block.py). Optional: without it the model's forward runs every step.
 """
 
 from __future__ import annotations
@@ -14,42 +13,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwen2vl.compile.decode_block import TokenBlocks
-from qwen2vl.engine.decode.decoder import Token
-from qwen2vl.linear.aot import NotCompiledError
+from qwen2vl.compile.decode_block import CompiledDecodeBlocks
+from qwen2vl.engine.decode.backend import DecodeToken
+from qwen2vl.linear.aot import CompilationError
 from qwen2vl.model import Qwen2VL
-from qwen2vl.model.rope import text_rotation
+from qwen2vl.model.rope import mrope_cos_sin
 
-__all__ = ["SingleDecode"]
+__all__ = ["CompiledDecode"]
 
 logger = logging.getLogger(__name__)
 
-_NOT_HERE = "compile: not for single tokens here (%s)"
+_UNAVAILABLE = "compile: single-token decode could not be compiled (%s)"
 
 
-class SingleDecode:
-    """Computes the step of one answer alone, on a CPU."""
+class CompiledDecode:
+    """Decodes one token of one request on a CPU."""
 
-    def __init__(self, model: Qwen2VL, blocks: TokenBlocks) -> None:
-        self.most = 1
+    def __init__(self, model: Qwen2VL, blocks: CompiledDecodeBlocks) -> None:
+        self.max_batch_size = 1
         self._model = model
         self._blocks = blocks
 
     @classmethod
-    def compiled(cls, model: Qwen2VL) -> SingleDecode | None:
-        """Compile the blocks of a model; None, and a warning, where that does not work here."""
+    def try_compile(cls, model: Qwen2VL) -> CompiledDecode | None:
+        """Compile the decoder blocks of a model; where that fails, log a warning, return None."""
         try:
-            return cls(model, TokenBlocks(model))
-        except NotCompiledError as error:
-            logger.warning(_NOT_HERE, error)
+            return cls(model, CompiledDecodeBlocks(model))
+        except CompilationError as error:
+            logger.warning(_UNAVAILABLE, error)
             return None
 
-    def __call__(self, tokens: Sequence[Token]) -> Tensor:
-        """Store and attend; returns logits of the one token, (1, V)."""
+    def __call__(self, tokens: Sequence[DecodeToken]) -> Tensor:
+        """Store the token's keys and values; return its next-token logits, (1, V)."""
         (token,) = tokens
         model, cache, stop = self._model.model, token.cache, token.cache.length + 1
         config = model.config
-        cos, sin = text_rotation(
+        cos, sin = mrope_cos_sin(
             torch.full((3, 1), token.position),
             config.head_dim,
             config.rope_theta,
@@ -64,10 +63,10 @@ class SingleDecode:
         )
         return self._model.logits(model.norm(hidden_1D))
 
-    def forget(self) -> None:
-        """Hear that weights are others now; if they cannot be compiled for, no step is taken."""
+    def on_weights_changed(self) -> None:
+        """Collect the new weights; if compilation for them fails, disable this backend."""
         try:
-            self._blocks.gather()
-        except NotCompiledError as error:
-            logger.warning(_NOT_HERE, error)
-            self.most = 0
+            self._blocks.refresh_weights()
+        except CompilationError as error:
+            logger.warning(_UNAVAILABLE, error)
+            self.max_batch_size = 0

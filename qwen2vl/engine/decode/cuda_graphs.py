@@ -1,13 +1,12 @@
-"""Decode without the host: one token of each row, from numbers that lie at fixed addresses.
+"""CUDA graphs for decode steps: captured once per batch size and KV length, then replayed.
 
-A decode step of a small model is thousands of tiny kernels, and launching them costs more time
-than they take. Here the step reads all that changes (ids, positions, where rows begin, how long
-they are) from one buffer, so that on a GPU it is recorded once, as a CUDA graph, and replayed with
-new numbers. Recorded are a few sizes, when they are first needed: batches padded to 1, 2, 4, 8, ...
-rows, keys up to 512, 1024, 2048, ... tokens. `StaticDecode` is plain torch and runs on any device;
-recording is the one thing that needs a GPU. Without this room everything works
-(EngineConfig(graphs=False)). Letter of this room: B, the rows of a padded batch. Back up:
-decode.py, whose protocol this is.
+A decode step of a small model is thousands of tiny kernels whose launches cost more time than the
+kernels. `StaticDecode` reads all inputs that change between steps (token ids, positions, cache
+ranges) from one buffer at a fixed address, so `CudaGraphDecode` can capture the step and replay it
+with new inputs. Captured on first use: batches padded to 1, 2, 4, 8, ... requests, KV lengths
+padded to 512, 1024, 2048, ... tokens. `StaticDecode` is plain PyTorch and runs on any device; only
+capture needs a GPU. Optional: EngineConfig(cuda_graphs=False). Letter: B, requests of the padded
+batch.
 """
 
 from __future__ import annotations
@@ -20,126 +19,126 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl.engine.decode.decoder import Token
-from qwen2vl.engine.kv_cache.arena import Arena
+from qwen2vl.engine.decode.backend import DecodeToken
+from qwen2vl.engine.kv_cache.arena import KVArena
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["DecodeGraphs", "StaticDecode"]
+__all__ = ["CudaGraphDecode", "StaticDecode"]
 
 logger = logging.getLogger(__name__)
 
-NUMBERS = 4  # of each row: id, position, first token in the arena, tokens stored
-LEAST_ROOM = 512  # tokens; shorter rows share the graphs of this length
+NUM_FIELDS = 4  # of each request: token id, position, first slot in the arena, tokens stored
+MIN_KV_LENGTH = 512  # tokens; all shorter KV lengths share one graph
 
 
 class StaticDecode:
-    """Computes logits of up to `most` tokens, each of another row, through fixed buffers."""
+    """Decodes up to `max_batch_size` requests, one token each, through static buffers."""
 
-    def __init__(self, model: Qwen2VL, arena: Arena, most: int) -> None:
-        """Reserve the buffers; nothing is computed yet."""
+    def __init__(self, model: Qwen2VL, arena: KVArena, max_batch_size: int) -> None:
+        """Allocate the static input and output buffers."""
         self.model = model
         self.arena = arena
-        self.most = most
-        size = _padded(most)
+        self.max_batch_size = max_batch_size
+        batch_size = _padded(max_batch_size)
         device = model.device
-        self._numbers = torch.zeros(NUMBERS * size, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(NUM_FIELDS * batch_size, dtype=torch.int64, device=device)
         self._logits_BV = torch.empty(
-            size, model.config.text.vocab_size, dtype=model.dtype, device=device
+            batch_size, model.config.text.vocab_size, dtype=model.dtype, device=device
         )
         self._metas: dict[tuple[int, int], AttnMeta] = {}
 
-    def __call__(self, tokens: Sequence[Token]) -> Tensor:
-        """Store and attend; returns logits, one row for each token, until the next call.
+    def __call__(self, tokens: Sequence[DecodeToken]) -> Tensor:
+        """Store the tokens' keys and values; return logits, one row for each token.
 
-        On a GPU nothing here waits for it.
+        The logits are valid until the next call. On a GPU the call does not synchronize.
         """
-        size = _padded(len(tokens))
-        room = self._room(max(token.cache.length for token in tokens) + 1)
-        rows = [(t.id, t.position, self.arena.start(t.cache), t.cache.length) for t in tokens]
-        nobody = (0, 0, self.arena.num_tokens, 0)
-        rows += [nobody] * (size - len(tokens))
-        numbers = torch.tensor(rows, dtype=torch.int64).T.flatten()
-        if self._numbers.is_cuda:
-            numbers = numbers.pin_memory()
-        self._numbers[: len(numbers)].copy_(numbers, non_blocking=True)
-        self.run(size, room)
+        batch_size = _padded(len(tokens))
+        kv_length = self._padded_kv_length(max(token.cache.length for token in tokens) + 1)
+        rows = [(t.id, t.position, self.arena.first_slot(t.cache), t.cache.length) for t in tokens]
+        padding = (0, 0, self.arena.num_tokens, 0)
+        rows += [padding] * (batch_size - len(tokens))
+        inputs = torch.tensor(rows, dtype=torch.int64).T.flatten()
+        if self._inputs.is_cuda:
+            inputs = inputs.pin_memory()
+        self._inputs[: len(inputs)].copy_(inputs, non_blocking=True)
+        self.run(batch_size, kv_length)
         return self._logits_BV[: len(tokens)]
 
-    def run(self, size: int, room: int) -> None:
-        """Compute a padded batch whose numbers lie ready."""
-        self.forward(size, room)
+    def run(self, batch_size: int, kv_length: int) -> None:
+        """Compute a padded batch from the input buffer."""
+        self.forward(batch_size, kv_length)
 
-    def forget(self) -> None:
-        """Hear that weights are others now."""
+    def on_weights_changed(self) -> None:
+        """Do nothing: the weights are read from the model in each step."""
 
     @torch.inference_mode()
-    def forward(self, size: int, room: int) -> None:
-        """Compute the logits of `size` rows of at most `room` tokens, from buffer to buffer."""
-        numbers = self._numbers[: NUMBERS * size]
-        ids_B, positions_B, starts_B, lengths_B = numbers.view(-1, size)
-        if (size, room) not in self._metas:
-            meta = AttnMeta.build([1] * size, [room] * size)
-            self._metas[size, room] = meta.to(self.model.device)
-        meta = self._metas[size, room]
-        rows = self.arena.rows(meta, starts_B, lengths_B + 1, starts_B + lengths_B)
-        hidden_BD = self.model(ids_B, positions_B.expand(3, -1), meta, caches=rows)
-        self._logits_BV[:size] = self.model.logits(hidden_BD)
+    def forward(self, batch_size: int, kv_length: int) -> None:
+        """Compute a padded batch of KV lengths up to `kv_length`, from buffer to buffer."""
+        inputs = self._inputs[: NUM_FIELDS * batch_size]
+        ids_B, positions_B, starts_B, lengths_B = inputs.view(-1, batch_size)
+        if (batch_size, kv_length) not in self._metas:
+            meta = AttnMeta.build([1] * batch_size, [kv_length] * batch_size)
+            self._metas[batch_size, kv_length] = meta.to(self.model.device)
+        meta = self._metas[batch_size, kv_length]
+        caches = self.arena.batch_cache(meta, starts_B, lengths_B + 1, starts_B + lengths_B)
+        hidden_BD = self.model(ids_B, positions_B.expand(3, -1), meta, caches=caches)
+        self._logits_BV[:batch_size] = self.model.logits(hidden_BD)
 
-    def _room(self, num_tokens: int) -> int:
-        return min(max(_padded(num_tokens), LEAST_ROOM), self.arena.num_tokens)
+    def _padded_kv_length(self, num_tokens: int) -> int:
+        return min(max(_padded(num_tokens), MIN_KV_LENGTH), self.arena.num_tokens)
 
 
-class DecodeGraphs(StaticDecode):
-    """Records each size of batch and room as a CUDA graph after its first run."""
+class CudaGraphDecode(StaticDecode):
+    """Captures each pair of batch size and KV length as a CUDA graph after its first run."""
 
-    def __init__(self, model: Qwen2VL, arena: Arena, most: int) -> None:
-        super().__init__(model, arena, most)
-        # None: there was no memory to record it.
+    def __init__(self, model: Qwen2VL, arena: KVArena, max_batch_size: int) -> None:
+        super().__init__(model, arena, max_batch_size)
+        # None: there was not enough memory to capture it.
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
 
-    def run(self, size: int, room: int) -> None:
-        """Compute a padded batch whose numbers lie ready."""
-        graph = self._graphs.get((size, room))
+    def run(self, batch_size: int, kv_length: int) -> None:
+        """Compute a padded batch from the input buffer."""
+        graph = self._graphs.get((batch_size, kv_length))
         if graph is not None:
             graph.replay()
             return
-        self.forward(size, room)  # first as it is: libraries set themselves up
-        if (size, room) not in self._graphs:
-            self._graphs[size, room] = self._recorded_or_not(size, room)
+        self.forward(batch_size, kv_length)  # eagerly first: libraries initialize on first use
+        if (batch_size, kv_length) not in self._graphs:
+            self._graphs[batch_size, kv_length] = self._try_capture(batch_size, kv_length)
 
-    def forget(self) -> None:
-        """Hear that weights are others now: graphs hold the addresses of the old ones."""
+    def on_weights_changed(self) -> None:
+        """Drop all graphs: they contain the addresses of the old weights."""
         self._graphs.clear()
-        self.__dict__.pop("_places", None)  # scratch memory that nobody uses may not be used again
+        self.__dict__.pop("_pool_and_stream", None)  # an unused pool cannot be reused
 
-    def _recorded_or_not(self, size: int, room: int) -> torch.cuda.CUDAGraph | None:
-        """Record, unless that takes more memory than there is: the step is computed already."""
+    def _try_capture(self, batch_size: int, kv_length: int) -> torch.cuda.CUDAGraph | None:
+        """Capture a graph; None when out of memory (the step itself is computed already)."""
         try:
-            return self._recorded(size, room)
+            return self._capture(batch_size, kv_length)
         except torch.OutOfMemoryError:
             logger.warning(
-                "decode of %d rows up to %d tokens is not recorded, and so slower: the GPU's "
-                "memory is full; lower EngineConfig.cache_tokens",
-                size,
-                room,
+                "decode of %d requests up to %d tokens is not captured as a CUDA graph, and so "
+                "slower: the GPU's memory is full; lower EngineConfig.kv_cache_tokens",
+                batch_size,
+                kv_length,
             )
             return None
 
-    def _recorded(self, size: int, room: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, batch_size: int, kv_length: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        pool, stream = self._places
-        # Other threads may copy from the GPU meanwhile (fingerprint.py does).
+        pool, stream = self._pool_and_stream
+        # Other threads may copy from the GPU meanwhile (weights_digest.py does).
         with (
             torch.cuda.device(self.model.device),
             torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
         ):
-            self.forward(size, room)
+            self.forward(batch_size, kv_length)
         return graph
 
     @cached_property
-    def _places(self) -> tuple[Any, torch.cuda.Stream]:
-        """Make the scratch memory that all graphs share, and the stream they are recorded on."""
+    def _pool_and_stream(self) -> tuple[Any, torch.cuda.Stream]:
+        """The memory pool that all graphs share, and the stream they are captured on."""
         return torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.model.device)
 
 

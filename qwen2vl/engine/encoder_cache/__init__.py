@@ -1,4 +1,5 @@
-"""The encoder cache: vision embeddings by content, in work, in memory and on disk.
+"""Encoder cache: vision embeddings by content, of running requests, in memory and on disk.
 
-`manager.py` is what the engine calls; `memory_cache.py` and `disk_cache.py` keep embeddings between requests.
+`manager.py` is the interface to the engine; `memory_cache.py` and `disk_cache.py` keep embeddings
+between requests; `weights_digest.py` identifies the weights that computed them.
 """

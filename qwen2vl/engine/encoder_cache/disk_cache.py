@@ -1,11 +1,11 @@
-"""Vision rows on disk: one safetensors file a key, checked when read, bounded in bytes.
+"""Disk cache of vision embeddings: one safetensors file per key, checksummed, bounded in bytes.
 
-    FOLDER/vision-rows/<BLAKE2b of the key>.safetensors     rows_MD, and a checksum in the metadata
+    FOLDER/vision-embeddings/<BLAKE2b of the key>.safetensors    vision_MD; checksum in the metadata
 
-A file appears by being renamed, so that a reader in another process finds a whole one or none, and
-is not forced to disk: what a power cut tears the checksum finds. Trouble with the disk is told
-once and costs only the reuse, never a request. The folder is its owner's alone, since pictures
-could be guessed from their rows. Back up: vision_cache.py.
+Files are written under a temporary name and renamed, so readers in other processes find a complete
+file or none. There is no fsync: a file truncated by a power failure fails its checksum. I/O errors
+are logged once and only prevent reuse; they never fail a request. The folder is accessible to its
+owner only, since images could be reconstructed from their embeddings.
 """
 
 from __future__ import annotations
@@ -29,74 +29,74 @@ from torch import Tensor
 
 from qwen2vl.errors import InputError
 
-__all__ = ["RowsFolder", "VisionKey"]
+__all__ = ["DiskEmbeddingCache", "EmbeddingKey"]
 
 logger = logging.getLogger(__name__)
 
-SUBFOLDER = "vision-rows"  # our own, so that nothing else is closed to others, or removed
+SUBFOLDER = "vision-embeddings"  # own folder: permissions and eviction affect nothing else
 _CHECKSUM = "blake2b"
-_OURS = re.compile(r"[0-9a-f]{64}(\.safetensors|\.[^.]+\.partial)")
-_ABANDONED_SECONDS = 3600  # no write takes so long: its process is gone
+_CACHE_FILE = re.compile(r"[0-9a-f]{64}(\.safetensors|\.[^.]+\.partial)")
+_ABANDONED_SECONDS = 3600  # no write takes this long: the process was killed
 
 
-class VisionKey(NamedTuple):
-    """What vision rows are a function of."""
+class EmbeddingKey(NamedTuple):
+    """All that vision embeddings depend on."""
 
-    digest: bytes  # Item.digest: pixels, grid, normalization
-    fingerprint: bytes  # VisionWeights.fingerprint(), and whatever adapter a request adds
+    item_digest: bytes  # Item.digest: pixels, grid, normalization, and the vision adapter if any
+    weights_digest: bytes  # VisionWeightsDigest.digest()
 
 
-class RowsFolder:
-    """Rows by key in a folder that several processes may share."""
+class DiskEmbeddingCache:
+    """Vision embeddings by key in a folder that several processes may share; LRU eviction."""
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Open or make the folder.
+        """Open or create the folder.
 
         Raises:
-            InputError: it cannot be made, or others could write to it.
+            InputError: it cannot be created, or other users could write to it.
         """
         self.path = _private_folder(folder / SUBFOLDER)
         self.max_bytes = max_bytes
-        self.damaged = 0  # files found to differ from what was written, and removed
-        self._allowance = 0  # bytes that may be written before the folder is looked at again
-        self._has_complained = False
+        self.num_damaged = 0  # corrupt files found and removed
+        self._bytes_until_scan = 0  # bytes that may be written before the next scan
+        self._has_warned = False
 
-    def read(self, key: VisionKey) -> Tensor | None:
-        """Return rows on the CPU; None where there are none, or they are not what was written."""
-        path = self._file(key)
+    def read(self, key: EmbeddingKey) -> Tensor | None:
+        """Return embeddings on the CPU; None if there are none or the file is corrupt."""
+        path = self._path_of(key)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            return self._complain("read", error)
-        rows_MD = _unpack(key, content)
-        if rows_MD is None:
+            return self._warn_once("read", error)
+        vision_MD = _unpack(key, content)
+        if vision_MD is None:
             return self._remove_damaged(path)
         try:
-            os.utime(path)  # the time of last use decides what goes first
-        except FileNotFoundError:  # another process has just evicted it
+            os.utime(path)  # the modification time records the last use, for LRU eviction
+        except FileNotFoundError:  # evicted by another process in the meantime
             pass
         except OSError as error:
-            self._complain("marked as used", error)
-        return rows_MD
+            self._warn_once("marked as used", error)
+        return vision_MD
 
-    def write(self, key: VisionKey, rows_MD: Tensor) -> None:
-        """Keep rows, in place of those used longest ago."""
-        rows_MD = rows_MD.detach().to("cpu").contiguous()
-        content = save({"rows_MD": rows_MD}, {_CHECKSUM: _checksum(key, rows_MD)})
+    def write(self, key: EmbeddingKey, vision_MD: Tensor) -> None:
+        """Store embeddings, evicting the least recently used."""
+        vision_MD = vision_MD.detach().to("cpu").contiguous()
+        content = save({"vision_MD": vision_MD}, {_CHECKSUM: _checksum(key, vision_MD)})
         if len(content) > self.max_bytes:
             return
         try:
-            self._make_room(len(content))
-            self._place(self._file(key), content)
+            self._evict_for(len(content))
+            self._write_atomically(self._path_of(key), content)
         except OSError as error:
-            self._complain("written", error)
+            self._warn_once("written", error)
 
-    def _file(self, key: VisionKey) -> Path:
+    def _path_of(self, key: EmbeddingKey) -> Path:
         return self.path / f"{blake2b(b''.join(key), digest_size=32).hexdigest()}.safetensors"
 
-    def _place(self, path: Path, content: bytes) -> None:
+    def _write_atomically(self, path: Path, content: bytes) -> None:
         handle, partial = tempfile.mkstemp(".partial", f"{path.stem}.", self.path)
         try:
             with open(handle, "wb") as file:
@@ -106,52 +106,52 @@ class RowsFolder:
             Path(partial).unlink(missing_ok=True)
             raise
 
-    def _make_room(self, need: int) -> None:
-        """Remove what was used longest ago until `need` more bytes fit.
+    def _evict_for(self, num_bytes: int) -> None:
+        """Remove the least recently used files until `num_bytes` more fit.
 
-        Looking at the whole folder costs some microseconds a file. So a full folder is emptied by
-        an eighth, and a sixteenth may be written before the next look: by so much may each
-        further process that writes here pass the bound, until it looks.
+        Scanning the folder costs some microseconds per file. Therefore a full folder is reduced by
+        an eighth, and a sixteenth may be written before the next scan. By that sixteenth each
+        further process that writes here may exceed the bound until its next scan.
         """
-        self._allowance -= need
-        if self._allowance >= 0:
+        self._bytes_until_scan -= num_bytes
+        if self._bytes_until_scan >= 0:
             return
-        found = sorted(self._files())
-        total = need + sum(size for _, size, _ in found)
+        files = sorted(self._scan())
+        total = num_bytes + sum(size for _, size, _ in files)
         goal = self.max_bytes if total <= self.max_bytes else self.max_bytes * 7 // 8
         abandoned = time.time() - _ABANDONED_SECONDS
-        for used, size, path in found:
-            is_partial = path.suffix == ".partial"  # of a process at work, or of a killed one
+        for used, size, path in files:
+            is_partial = path.suffix == ".partial"  # of a running or a killed process
             if used < abandoned if is_partial else total > goal:
                 path.unlink(missing_ok=True)
                 total -= size
-        self._allowance = min(self.max_bytes - total, self.max_bytes // 16)
+        self._bytes_until_scan = min(self.max_bytes - total, self.max_bytes // 16)
 
-    def _files(self) -> Iterator[tuple[float, int, Path]]:
+    def _scan(self) -> Iterator[tuple[float, int, Path]]:
         with os.scandir(self.path) as entries:
             for entry in entries:
-                if not _OURS.fullmatch(entry.name):
+                if not _CACHE_FILE.fullmatch(entry.name):
                     continue
                 try:
                     state = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # another process was faster
+                except FileNotFoundError:  # removed by another process
                     continue
                 yield state.st_mtime, state.st_size, Path(entry.path)
 
     def _remove_damaged(self, path: Path) -> None:
-        self.damaged += 1
+        self.num_damaged += 1
         logger.warning("%s: damaged on disk; it is removed and encoded anew", path)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            self._complain("removed", error)
+            self._warn_once("removed", error)
 
-    def _complain(self, verb: str, error: OSError) -> None:
-        if not self._has_complained:
-            self._has_complained = True
+    def _warn_once(self, verb: str, error: OSError) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             reason = error.strerror or str(error)
             logger.warning(
-                "%s: vision rows cannot be %s: %s; answering goes on without",
+                "%s: vision embeddings cannot be %s: %s; requests continue without them",
                 self.path,
                 verb,
                 reason,
@@ -159,10 +159,10 @@ class RowsFolder:
 
 
 def _private_folder(path: Path) -> Path:
-    """Make a folder that only its owner may enter.
+    """Create a folder that only its owner can access (mode 700).
 
     Raises:
-        InputError: it cannot be made so.
+        InputError: that is impossible.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -170,33 +170,33 @@ def _private_folder(path: Path) -> Path:
         is_own = not hasattr(os, "geteuid") or state.st_uid == os.geteuid()
         if not is_own or not stat.S_ISDIR(state.st_mode):
             raise InputError(
-                f"{path}: is a link, or belongs to somebody else, who could change vision rows; "
+                f"{path}: is a link, or belongs to somebody else, who could change its files; "
                 "name another folder"
             )
         if stat.S_IMODE(state.st_mode) & 0o077:
             path.chmod(0o700)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be made a folder of your own for vision rows: {error.strerror}; "
+            f"{path}: cannot be made a private folder for vision embeddings: {error.strerror}; "
             "name another folder"
         ) from error
     return path
 
 
-def _unpack(key: VisionKey, content: bytes) -> Tensor | None:
-    """Read a file's bytes; None where they are not those written for `key`."""
+def _unpack(key: EmbeddingKey, content: bytes) -> Tensor | None:
+    """Parse a file's content; None unless the checksum matches `key` and the data."""
     try:
-        rows_MD = load(content)["rows_MD"]
+        vision_MD = load(content)["vision_MD"]
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         checksum = header["__metadata__"][_CHECKSUM]
     except (SafetensorError, KeyError, ValueError):
         return None
-    return rows_MD if checksum == _checksum(key, rows_MD) else None
+    return vision_MD if checksum == _checksum(key, vision_MD) else None
 
 
-def _checksum(key: VisionKey, rows_MD: Tensor) -> str:
-    """Cover the data, what they are read as, and whose they are."""
-    head = f"{rows_MD.dtype} {tuple(rows_MD.shape)} ".encode()
+def _checksum(key: EmbeddingKey, vision_MD: Tensor) -> str:
+    """Hash the data, their dtype and shape, and the key."""
+    head = f"{vision_MD.dtype} {tuple(vision_MD.shape)} ".encode()
     hasher = blake2b(head + b"".join(key), digest_size=32)
-    hasher.update(rows_MD.view(-1).view(torch.uint8).numpy().data)
+    hasher.update(vision_MD.view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

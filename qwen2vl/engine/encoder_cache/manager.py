@@ -1,8 +1,9 @@
-"""Vision rows of the items in work: whole from the cache, or growing slice by slice.
+"""Encoder cache manager: vision embeddings of the running requests, reference-counted.
 
-A slice is a pair of frames; the tower never looks beyond one, so a clip encoded in parts has the
-rows of the clip encoded whole. Items that several requests show are held once. Next room:
-runner.py, which takes the rows; vision_cache.py keeps them afterwards.
+An item's embeddings come whole from the `EmbeddingCache`, or are encoded in chunks of frame pairs
+over several steps (chunked encoding). The vision tower attends within one frame pair, so a video
+encoded in chunks has the same embeddings as one encoded at once. Items that several requests share
+are encoded once. (vLLM v1: EncoderCacheManager.)
 """
 
 from __future__ import annotations
@@ -14,107 +15,117 @@ import torch
 from torch import Tensor
 
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.encoder_cache.disk_cache import VisionKey
-from qwen2vl.engine.encoder_cache.memory_cache import VisionCache
-from qwen2vl.engine.encoder_cache.weights_digest import VisionWeights
-from qwen2vl.engine.scheduler.output import Slices
+from qwen2vl.engine.encoder_cache.disk_cache import EmbeddingKey
+from qwen2vl.engine.encoder_cache.memory_cache import EmbeddingCache
+from qwen2vl.engine.encoder_cache.weights_digest import VisionWeightsDigest
+from qwen2vl.engine.scheduler.output import EncoderChunk
 from qwen2vl.geometry import Grid, VisionMeta
-from qwen2vl.lora.multi import AdapterSwitch
+from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item
 
-__all__ = ["VisionShelf"]
+__all__ = ["EncoderCacheManager"]
 
 
-class VisionShelf:
-    """Holds the rows of each item as long as some sequence needs them."""
+class EncoderCacheManager:
+    """Keeps the embeddings of each item as long as a running request needs them."""
 
     def __init__(
-        self, model: Qwen2VL, cache: VisionCache, weights: VisionWeights, switch: AdapterSwitch
+        self,
+        model: Qwen2VL,
+        cache: EmbeddingCache,
+        weights: VisionWeightsDigest,
+        lora_manager: LoraManager,
     ) -> None:
         self.model = model
         self.cache = cache
         self._weights = weights
-        self._switch = switch
-        self._holds: Counter[bytes] = Counter()
-        self._keys: dict[bytes, VisionKey] = {}  # of the weights as they were when first held
-        self._rows: dict[bytes, Tensor] = {}  # by digest; rows of slices not yet ready are empty
-        self._ready: dict[bytes, int] = {}
+        self._lora_manager = lora_manager
+        self._num_references: Counter[bytes] = Counter()
+        self._keys: dict[bytes, EmbeddingKey] = {}  # of the weights at the first acquisition
+        # By item digest; embeddings of frame pairs that are not yet encoded are uninitialized.
+        self._embeddings: dict[bytes, Tensor] = {}
+        self._num_encoded: dict[bytes, int] = {}  # frame pairs, by item digest
 
     @classmethod
-    def of(cls, model: Qwen2VL, config: EngineConfig, switch: AdapterSwitch) -> VisionShelf:
-        """Set up shelf and cache as `config` says."""
-        cache = VisionCache(
-            max_bytes=config.vision_cache_bytes,
-            folder=config.vision_cache_dir,
-            max_disk_bytes=config.vision_disk_bytes,
+    def from_config(
+        cls, model: Qwen2VL, config: EngineConfig, lora_manager: LoraManager
+    ) -> EncoderCacheManager:
+        """Build the manager and its `EmbeddingCache` from the engine config."""
+        cache = EmbeddingCache(
+            max_bytes=config.encoder_cache_bytes,
+            folder=config.encoder_cache_dir,
+            max_disk_bytes=config.encoder_cache_disk_bytes,
             device=model.device,
         )
-        weights = VisionWeights(model, lasting=config.vision_cache_dir is not None)
-        weights.start()  # a second for the official towers, meanwhile the first prompt is made
-        return cls(model, cache, weights, switch)
+        weights = VisionWeightsDigest(model, persistent=config.encoder_cache_dir is not None)
+        # Takes a second for the official towers, while the first prompt is processed.
+        weights.start_hashing()
+        return cls(model, cache, weights, lora_manager)
 
-    def hold(self, item: Item) -> None:
-        """Keep the item's rows, or what becomes of them, until it is released as often."""
-        self._holds[item.digest] += 1
-        if self._holds[item.digest] > 1:
+    def acquire(self, item: Item) -> None:
+        """Add a reference to an item; its embeddings are kept until as many calls of `release`."""
+        self._num_references[item.digest] += 1
+        if self._num_references[item.digest] > 1:
             return
-        key = VisionKey(item.digest, self._weights.fingerprint())
+        key = EmbeddingKey(item.digest, self._weights.digest())
         self._keys[item.digest] = key
         self.cache.pin(key)
-        rows_MD = self.cache.get(key)
-        if rows_MD is not None:
-            self._rows[item.digest], self._ready[item.digest] = rows_MD, item.grid.t
+        vision_MD = self.cache.get(key)
+        if vision_MD is not None:
+            self._embeddings[item.digest], self._num_encoded[item.digest] = vision_MD, item.grid.t
 
     def release(self, item: Item) -> None:
-        """Let go of an item; its rows stay in the cache if they are whole."""
-        assert self._holds[item.digest] > 0, "released more often than held"
-        self._holds[item.digest] -= 1
-        if not self._holds[item.digest]:
-            del self._holds[item.digest]
+        """Remove a reference; complete embeddings stay in the `EmbeddingCache`."""
+        assert self._num_references[item.digest] > 0, "released more often than acquired"
+        self._num_references[item.digest] -= 1
+        if not self._num_references[item.digest]:
+            del self._num_references[item.digest]
             self.cache.unpin(self._keys.pop(item.digest))
-            self._rows.pop(item.digest, None)
-            self._ready.pop(item.digest, None)
+            self._embeddings.pop(item.digest, None)
+            self._num_encoded.pop(item.digest, None)
 
-    def ready(self, item: Item) -> int:
-        """Count the slices whose rows are there."""
-        return self._ready.get(item.digest, 0)
+    def num_encoded_frame_pairs(self, item: Item) -> int:
+        """Return the number of frame pairs whose embeddings are available."""
+        return self._num_encoded.get(item.digest, 0)
 
-    def rows(self, item: Item) -> Tensor:
-        """Give the rows of an item, (num_tokens, D)."""
-        return self._rows[item.digest]
+    def embeddings(self, item: Item) -> Tensor:
+        """Return the embeddings of an item, (num_tokens, D)."""
+        return self._embeddings[item.digest]
 
-    def encode(self, slices: SequenceOf[Slices]) -> None:
-        """Run the tower once over slices of any items, and put the rows where they belong."""
+    def encode(self, chunks: SequenceOf[EncoderChunk]) -> None:
+        """Encode chunks of any items in one forward of the vision tower; store the embeddings."""
         device = self.model.device
-        grids = [Grid(s.stop - s.start, s.item.grid.h, s.item.grid.w) for s in slices]
-        patches_NP = torch.cat([_patches(s) for s in slices]).to(device)
+        grids = [Grid(c.stop - c.start, c.item.grid.h, c.item.grid.w) for c in chunks]
+        patches_NP = torch.cat([_patches(c) for c in chunks]).to(device)
         meta = VisionMeta.build(grids).to(device)
-        with self._switch.at_work("visual", [(s.adapter, s.num_patches) for s in slices]):
+        with self._lora_manager.activate("visual", [(c.adapter, c.num_patches) for c in chunks]):
             vision_MD = self.model.encode(patches_NP, meta)
-        sizes = [s.item.num_tokens // s.item.grid.t * (s.stop - s.start) for s in slices]
-        for one, rows_MD in zip(slices, vision_MD.split(sizes), strict=True):
-            self._place(one, rows_MD)
+        sizes = [c.item.num_tokens // c.item.grid.t * (c.stop - c.start) for c in chunks]
+        for chunk, chunk_MD in zip(chunks, vision_MD.split(sizes), strict=True):
+            self._store(chunk, chunk_MD)
 
-    def _place(self, slices: Slices, rows_MD: Tensor) -> None:
-        item = slices.item
-        if item.digest not in self._holds:
-            return  # given up while it was planned
-        assert self.ready(item) == slices.start, "slices come in order"
-        if slices.stop - slices.start == item.grid.t:
-            self._rows[item.digest] = rows_MD
+    def _store(self, chunk: EncoderChunk, chunk_MD: Tensor) -> None:
+        item = chunk.item
+        if item.digest not in self._num_references:
+            return  # released after the step was scheduled
+        assert self.num_encoded_frame_pairs(item) == chunk.start, "chunks must come in order"
+        if chunk.stop - chunk.start == item.grid.t:
+            self._embeddings[item.digest] = chunk_MD
         else:
-            if item.digest not in self._rows:
-                self._rows[item.digest] = rows_MD.new_empty(item.num_tokens, rows_MD.shape[1])
-            each = item.num_tokens // item.grid.t
-            self._rows[item.digest][each * slices.start : each * slices.stop] = rows_MD
-        self._ready[item.digest] = slices.stop
+            if item.digest not in self._embeddings:
+                self._embeddings[item.digest] = chunk_MD.new_empty(
+                    item.num_tokens, chunk_MD.shape[1]
+                )
+            size = item.num_tokens // item.grid.t  # tokens of one frame pair
+            self._embeddings[item.digest][size * chunk.start : size * chunk.stop] = chunk_MD
+        self._num_encoded[item.digest] = chunk.stop
         key = self._keys[item.digest]
-        # Rows of weights that changed on the way belong to no name.
-        if slices.stop == item.grid.t and key.fingerprint == self._weights.fingerprint():
-            self.cache.put(key, self._rows[item.digest])
+        # If the weights changed in the meantime, the embeddings are of neither digest.
+        if chunk.stop == item.grid.t and key.weights_digest == self._weights.digest():
+            self.cache.put(key, self._embeddings[item.digest])
 
 
-def _patches(slices: Slices) -> Tensor:
-    area = slices.item.grid.h * slices.item.grid.w
-    return slices.item.patches_NP[area * slices.start : area * slices.stop]
+def _patches(chunk: EncoderChunk) -> Tensor:
+    area = chunk.item.grid.h * chunk.item.grid.w
+    return chunk.item.patches_NP[area * chunk.start : area * chunk.stop]

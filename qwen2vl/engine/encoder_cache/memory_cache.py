@@ -1,10 +1,9 @@
-"""Vision rows by content: what was encoded once is not encoded again while there is room.
+"""In-memory LRU cache of vision embeddings, with an optional disk cache below it.
 
-Rows (vision_MD of one item) lie in memory, least recently used first to go, and where a folder is
-given on disk too, so that a repeated page costs no vision work after a restart either. A key names
-the pixels and the weights; a retrained or quantized tower therefore never meets old rows. It must
-not know requests or the model, and belongs to one thread. (vLLM: EncoderCacheManager.) Next rooms:
-fingerprint.py, rows_folder.py; encode.py fills it.
+An entry is the vision_MD of one item. With a folder, embeddings are also written to disk, so a
+repeated image needs no encoding even after a restart. A key identifies the pixels and the weights,
+so embeddings are never reused after the vision tower was retrained or quantized. Not thread-safe.
+(vLLM: EncoderCacheManager.)
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen2vl.engine.encoder_cache.disk_cache import RowsFolder, VisionKey
+from qwen2vl.engine.encoder_cache.disk_cache import DiskEmbeddingCache, EmbeddingKey
 
-__all__ = ["VisionCache", "VisionCacheStats"]
+__all__ = ["EmbeddingCache", "EmbeddingCacheStats"]
 
 GIB = 1024**3
 
 
 @dataclass(slots=True, kw_only=True)
-class VisionCacheStats:
-    """What the cache did since it was made, and what it holds now."""
+class EmbeddingCacheStats:
+    """Counters since creation, and the current size."""
 
-    hits_memory: int = 0
-    hits_disk: int = 0
-    misses: int = 0
-    evictions: int = 0  # from memory
-    num_bytes: int = 0  # held in memory now
+    num_memory_hits: int = 0
+    num_disk_hits: int = 0
+    num_misses: int = 0
+    num_evictions: int = 0  # from memory
+    num_bytes: int = 0  # in memory now
 
 
-class VisionCache:
-    """Rows of items in memory, in order of use, and on disk below them."""
+class EmbeddingCache:
+    """Vision embeddings by key: in memory, LRU, and on disk."""
 
     def __init__(
         self,
@@ -45,60 +44,63 @@ class VisionCache:
         max_disk_bytes: int = 4 * GIB,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Start empty, over whatever an earlier process left in `folder`.
+        """Start with empty memory; files of earlier processes in `folder` are reused.
 
         Args:
-            max_bytes: held in memory; pinned rows may exceed it. 0 keeps only these.
-            folder: where rows are kept between runs; None: nowhere.
-            max_disk_bytes: held in `folder`.
-            device: where the rows are wanted.
+            max_bytes: limit in memory; pinned entries may exceed it, 0 keeps only those.
+            folder: folder of the disk cache; None: no disk cache.
+            max_disk_bytes: limit of `folder`.
+            device: device of the embeddings that `get` returns.
 
         Raises:
-            InputError: the folder cannot be made, or belongs to somebody else.
+            InputError: the folder cannot be created, or belongs to another user.
         """
-        self.stats = VisionCacheStats()
+        self.stats = EmbeddingCacheStats()
         self.max_bytes = max_bytes
-        self.folder = None if folder is None else RowsFolder(Path(folder), max_bytes=max_disk_bytes)
+        self.disk_cache = (
+            None if folder is None else DiskEmbeddingCache(Path(folder), max_bytes=max_disk_bytes)
+        )
         self._device = torch.device(device)
-        self._rows: OrderedDict[VisionKey, Tensor] = OrderedDict()
-        self._pins: Counter[VisionKey] = Counter()
+        self._embeddings: OrderedDict[EmbeddingKey, Tensor] = OrderedDict()
+        self._pins: Counter[EmbeddingKey] = Counter()
 
-    def get(self, key: VisionKey) -> Tensor | None:
-        """Return the rows of `key` for reading, from memory or else from disk; None: encode."""
-        rows_MD = self._rows.get(key)
-        if rows_MD is not None:
-            self._rows.move_to_end(key)
-            self.stats.hits_memory += 1
-            return rows_MD
-        rows_MD = None if self.folder is None else self.folder.read(key)
-        if rows_MD is None:
-            self.stats.misses += 1
+    def get(self, key: EmbeddingKey) -> Tensor | None:
+        """Return the embeddings of `key`, read-only, from memory or else from disk, or None."""
+        vision_MD = self._embeddings.get(key)
+        if vision_MD is not None:
+            self._embeddings.move_to_end(key)
+            self.stats.num_memory_hits += 1
+            return vision_MD
+        vision_MD = None if self.disk_cache is None else self.disk_cache.read(key)
+        if vision_MD is None:
+            self.stats.num_misses += 1
             return None
-        self.stats.hits_disk += 1
-        rows_MD = rows_MD.to(self._device)
-        self._keep(key, rows_MD)
-        return rows_MD
+        self.stats.num_disk_hits += 1
+        vision_MD = vision_MD.to(self._device)
+        self._insert(key, vision_MD)
+        return vision_MD
 
-    def put(self, key: VisionKey, rows_MD: Tensor) -> None:
-        """Keep rows that nobody will write to again; on disk as well."""
-        rows_MD = rows_MD.to(self._device)
-        if rows_MD.untyped_storage().nbytes() > rows_MD.nbytes:
-            rows_MD = rows_MD.clone()  # a view would hold the rows of a whole batch alive
-        self._keep(key, rows_MD)
-        if self.folder is not None:
-            self.folder.write(key, rows_MD)
+    def put(self, key: EmbeddingKey, vision_MD: Tensor) -> None:
+        """Store embeddings, in memory and on disk; the caller must not write to them afterwards."""
+        vision_MD = vision_MD.to(self._device)
+        if vision_MD.untyped_storage().nbytes() > vision_MD.nbytes:
+            # A view would keep the embeddings of the whole batch alive.
+            vision_MD = vision_MD.clone()
+        self._insert(key, vision_MD)
+        if self.disk_cache is not None:
+            self.disk_cache.write(key, vision_MD)
 
     def clear(self) -> None:
-        """Let go of all rows in memory that are not pinned."""
-        for key in [key for key in self._rows if key not in self._pins]:
-            self.stats.num_bytes -= self._rows.pop(key).nbytes
+        """Remove all entries in memory that are not pinned."""
+        for key in [key for key in self._embeddings if key not in self._pins]:
+            self.stats.num_bytes -= self._embeddings.pop(key).nbytes
 
-    def pin(self, key: VisionKey) -> None:
-        """Hold `key` in memory, now or as soon as it comes, until as many `unpin`s."""
+    def pin(self, key: EmbeddingKey) -> None:
+        """Exempt `key`, stored now or later, from eviction until as many calls of `unpin`."""
         self._pins[key] += 1
 
-    def unpin(self, key: VisionKey) -> None:
-        """Take one pin back."""
+    def unpin(self, key: EmbeddingKey) -> None:
+        """Remove one pin; without pins the entry becomes evictable."""
         assert self._pins[key] > 0, "unpinned more often than pinned"
         self._pins[key] -= 1
         if not self._pins[key]:
@@ -108,23 +110,23 @@ class VisionCache:
     @property
     def pinned_bytes(self) -> int:
         """Bytes in memory that cannot be evicted now."""
-        return sum(self._rows[key].nbytes for key in self._pins if key in self._rows)
+        return sum(self._embeddings[key].nbytes for key in self._pins if key in self._embeddings)
 
-    def _keep(self, key: VisionKey, rows_MD: Tensor) -> None:
-        old = self._rows.pop(key, None)
-        self._rows[key] = rows_MD
-        self.stats.num_bytes += rows_MD.nbytes - (0 if old is None else old.nbytes)
+    def _insert(self, key: EmbeddingKey, vision_MD: Tensor) -> None:
+        old = self._embeddings.pop(key, None)
+        self._embeddings[key] = vision_MD
+        self.stats.num_bytes += vision_MD.nbytes - (0 if old is None else old.nbytes)
         self._evict()
 
     def _evict(self) -> None:
-        """Let go of the rows unused for longest, but for those pinned, until the rest fits."""
+        """Remove unpinned entries, least recently used first, until the limit is met."""
         if self.stats.num_bytes <= self.max_bytes:
             return
-        free = [key for key in self._rows if key not in self._pins]
-        # What could never stay goes first, else it would take everything else along.
-        free.sort(key=lambda key: self._rows[key].nbytes <= self.max_bytes)
-        for key in free:
-            self.stats.num_bytes -= self._rows.pop(key).nbytes
-            self.stats.evictions += 1
+        evictable = [key for key in self._embeddings if key not in self._pins]
+        # Entries above the limit are removed first; otherwise they would evict all others as well.
+        evictable.sort(key=lambda key: self._embeddings[key].nbytes <= self.max_bytes)
+        for key in evictable:
+            self.stats.num_bytes -= self._embeddings.pop(key).nbytes
+            self.stats.num_evictions += 1
             if self.stats.num_bytes <= self.max_bytes:
                 return

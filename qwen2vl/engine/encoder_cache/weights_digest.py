@@ -1,11 +1,10 @@
-"""What vision rows depend on besides pixels: the tower as it stands, as 32 bytes.
+"""Digest of the vision tower's weights, 32 bytes: the part of the encoder cache key beside pixels.
 
-Rows kept by a cache may be served again only to the weights that made them. A retrained model has
-the same names and shapes and may differ in a single number, so sampling the weights would not do:
-every byte is hashed. That is SHA-256, which processors compute in hardware (about twice BLAKE2b's
-speed here), tensor by tensor on several threads, once for each state of the weights, and only
-where rows outlive the process; within one process a random name for each state is as good. It
-must not know requests. Next room: vision_cache.py.
+Cached vision embeddings are valid only for the weights that computed them. A retrained model has
+the same names and shapes and may differ in a single number, so every byte is hashed, not a sample.
+The hash is SHA-256, which processors compute in hardware (about twice the speed of BLAKE2b here),
+per tensor on several threads, once for each state of the weights. It is needed only if embeddings
+outlive the process (disk cache); within one process each state gets a random digest instead.
 """
 
 from __future__ import annotations
@@ -26,65 +25,69 @@ import qwen2vl
 from qwen2vl.model import Qwen2VL
 from qwen2vl.model.vision import VisionTower
 
-__all__ = ["VisionWeights", "hash_tower"]
+__all__ = ["VisionWeightsDigest", "hash_vision_tower"]
 
 MAX_THREADS = 4  # beyond that, memory and the copies from a GPU are the limit
 
 
-class VisionWeights:
-    """Names the present state of a model's vision tower.
+class VisionWeightsDigest:
+    """Digest of the current weights of a model's vision tower, recomputed when they change.
 
-    A change is noticed by torch's own counter of in-place writes (`copy_`, `load_state_dict`), by
-    replaced tensors, and by any step of an optimizer in this process, since fused ones write
-    without counting. Writes into the same memory through `.data` or numpy are not seen.
+    Changes are detected by torch's version counter of in-place writes (`copy_`, `load_state_dict`),
+    by replaced tensors, and by any optimizer step in this process, since fused optimizers write
+    without counting. Writes into the same memory through `.data` or numpy are not detected.
     """
 
-    def __init__(self, model: Qwen2VL, *, lasting: bool, description: str = "") -> None:
-        """Watch the tower of `model`; nothing is hashed yet.
+    def __init__(self, model: Qwen2VL, *, persistent: bool, description: str = "") -> None:
+        """Track the vision tower of `model`; nothing is hashed yet.
 
         Args:
             model: the model that encodes.
-            lasting: the name must hold in other processes, too: hash the weights.
-            description: whatever changes the rows and is neither a class, a parameter nor a
-                buffer of the tower, such as how a quantized layer packs its weights.
+            persistent: the digest must be valid in other processes, so hash the weights.
+            description: anything else that changes the embeddings and is neither a class, a
+                parameter nor a buffer of the tower, such as the packing of quantized weights.
         """
         self._tower = model.visual
-        self._lasting = lasting
+        self._persistent = persistent
         self._description = description
         self._steps = _optimizer_steps()
-        self._state: tuple[int, list[_Stamp]] = (0, [])
-        self._name: Future[bytes] | None = None
+        self._state: tuple[int, list[_TensorVersion]] = (0, [])
+        self._digest: Future[bytes] | None = None
 
-    def fingerprint(self) -> bytes:
-        """Return 32 bytes that differ whenever the rows of a picture could differ.
+    def digest(self) -> bytes:
+        """Return 32 bytes that differ whenever the embeddings of an image could differ.
 
-        Costs a walk over the tower's tensors (a millisecond for the official ones), and the hash
-        of all weights when they are new.
+        Costs an iteration over the tower's tensors (a millisecond for the official ones), and a
+        hash of all weights if they changed.
         """
-        return self.start().result()
+        return self.start_hashing().result()
 
-    def start(self) -> Future[bytes]:
-        """Begin in the background what `fingerprint` would wait for, if the weights are new."""
+    def start_hashing(self) -> Future[bytes]:
+        """Start computing the digest in the background, if the weights changed."""
         tensors = _tensors(self._tower).values()
-        steps, stamps = self._state
-        if self._name is None or steps != self._steps.count or not _is_same(stamps, tensors):
-            self._state = (self._steps.count, [_Stamp.of(tensor) for tensor in tensors])
-            self._name = self._begin()
-        return self._name
+        steps, versions = self._state
+        if (
+            self._digest is None
+            or steps != self._steps.count
+            or not _is_unchanged(versions, tensors)
+        ):
+            self._state = (self._steps.count, [_TensorVersion.of(tensor) for tensor in tensors])
+            self._digest = self._new_digest()
+        return self._digest
 
-    def _begin(self) -> Future[bytes]:
-        if not self._lasting:
-            name: Future[bytes] = Future()
-            name.set_result(os.urandom(32))
-            return name
-        with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="fingerprint")
-        name = with_one_thread.submit(hash_tower, self._tower, self._description)
-        with_one_thread.shutdown(wait=False)
-        return name
+    def _new_digest(self) -> Future[bytes]:
+        if not self._persistent:
+            digest: Future[bytes] = Future()
+            digest.set_result(os.urandom(32))
+            return digest
+        executor = ThreadPoolExecutor(1, thread_name_prefix="weights-digest")
+        digest = executor.submit(hash_vision_tower, self._tower, self._description)
+        executor.shutdown(wait=False)
+        return digest
 
 
-def hash_tower(tower: VisionTower, description: str = "") -> bytes:
-    """Hash everything that rows follow from: this release, config, modules, tensors' content."""
+def hash_vision_tower(tower: VisionTower, description: str = "") -> bytes:
+    """Hash all that embeddings depend on: release, config, module classes, tensor content."""
     hasher = sha256(f"{qwen2vl.__version__}\n{tower.config}\n{description}\n".encode())
     for name, module in tower.named_modules():
         hasher.update(f"{name} {type(module).__qualname__}\n".encode())
@@ -97,32 +100,32 @@ def hash_tower(tower: VisionTower, description: str = "") -> bytes:
 
 
 class _OptimizerSteps:
-    """Counts the steps of all optimizers in this process, from now on."""
+    """Counter of the steps of all optimizers in this process since its creation."""
 
     def __init__(self) -> None:
         self.count = 0
-        register_optimizer_step_post_hook(self._one_more)
+        register_optimizer_step_post_hook(self._count_step)
 
-    def _one_more(self, *_: object) -> None:
+    def _count_step(self, *_: object) -> None:
         self.count += 1
 
 
-_optimizer_steps = cache(_OptimizerSteps)  # one hook, however many models are watched
+_optimizer_steps = cache(_OptimizerSteps)  # one hook for all tracked models
 
 
 @dataclass(frozen=True, slots=True)
-class _Stamp:
-    """One tensor as it was when its content was hashed."""
+class _TensorVersion:
+    """Identity and version of a tensor at the time its content was hashed."""
 
-    tensor: weakref.ref[Tensor]  # identity: an address alone may be given away again
+    tensor: weakref.ref[Tensor]  # the address alone may be reused by another tensor
     version: int
     address: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Stamp:
+    def of(cls, tensor: Tensor) -> _TensorVersion:
         return cls(weakref.ref(tensor), _version(tensor), _address(tensor))
 
-    def is_still(self, tensor: Tensor) -> bool:
+    def matches(self, tensor: Tensor) -> bool:
         return (
             self.tensor() is tensor
             and self.version == _version(tensor)
@@ -130,9 +133,9 @@ class _Stamp:
         )
 
 
-def _is_same(state: Sequence[_Stamp], tensors: Collection[Tensor]) -> bool:
-    return len(state) == len(tensors) and all(
-        stamp.is_still(tensor) for stamp, tensor in zip(state, tensors, strict=True)
+def _is_unchanged(versions: Sequence[_TensorVersion], tensors: Collection[Tensor]) -> bool:
+    return len(versions) == len(tensors) and all(
+        version.matches(tensor) for version, tensor in zip(versions, tensors, strict=True)
     )
 
 
@@ -141,12 +144,12 @@ def _tensors(tower: VisionTower) -> dict[str, Tensor]:
 
 
 def _version(tensor: Tensor) -> int:
-    # Tensors born in inference mode have no counter, and refuse in-place writes outside of it.
+    # Tensors created in inference mode have no counter, and reject in-place writes outside of it.
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:
-    # Packed (mkldnn) weights have no address; they are never written in place.
+    # Prepacked (mkldnn) weights have no address; they are never written in place.
     return tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 

@@ -1,4 +1,5 @@
-"""The KV cache: block accounting with prefix caching, the arena of a GPU, and its capacity.
+"""KV cache: block pool with prefix caching, GPU arena, and capacity checks.
 
-`block_pool.py` decides which blocks a request owns and touches no tensor; `arena.py` holds keys and values.
+`block_pool.py` assigns blocks to requests and touches no tensor; `arena.py` holds the keys and
+values of all requests on a GPU; `capacity.py` checks prompts against context and cache.
 """

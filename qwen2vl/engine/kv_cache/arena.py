@@ -1,15 +1,15 @@
-"""Keys and values of all rows in one piece of memory: addresses that never move, for GPUs.
+"""KV cache arena for GPUs: one preallocated tensor that holds the KV caches of all requests.
 
-On a GPU a step must not ask each row for its tensors: one kernel writes the new keys of all rows
-and another attends for all of them, told by numbers where each row begins and how long it is. So
-rows are ranges of an arena, and a recorded decode step (graphs.py) stays right when rows grow or
-come and go. A range is a KVCache as well, so whatever handles one row at a time handles it, too.
+Each request has a contiguous range of slots. One kernel writes the new keys and values of all
+requests and one attends for all of them, given the first slot and the length of each range as
+tensors. The arena's addresses never change, so a captured CUDA graph (decode/cuda_graphs.py) stays
+valid while ranges grow, move or are freed. A range is also a `KVCache`, so code that handles one
+request at a time works on both devices. On a CPU the arena is not used.
 
-    arena    row 7 ....   row 2 ..........      row 9 ...          nobody's token
-             |         |                  free           free ... |
+    arena    request 7 ....   request 2 ..........      request 9 ...         padding slot
+             |             |                      free               free ... |
 
-Letters as in model/attention.py, T counting tokens of the arena. On a CPU a row is a tensor of its
-own, and none of this is used. Next room: graphs.py.
+Axis letters as in model/attention.py; T counts slots of the arena.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from qwen2vl.config import TextConfig
 from qwen2vl.errors import CapacityError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, kernels
-from qwen2vl.model.attention import SharedCache
+from qwen2vl.model.attention import BatchKVCache
 
-__all__ = ["Arena", "GatheredRows", "PackedRows", "Range"]
+__all__ = ["GatheredKVCache", "KVArena", "SlotRange", "VarlenKVCache"]
 
 
 @dataclass(slots=True)
-class Range(KVCache):
-    """Tokens start..start + capacity of an arena, which belong to one row."""
+class SlotRange(KVCache):
+    """Slots start..start + capacity of an arena, the KV cache of one request."""
 
     start: int = 0
 
 
-class Arena:
-    """The memory of as many tokens as the block pool shares out, and who may use which."""
+class KVArena:
+    """A KV cache of `num_tokens` slots, from which ranges are allocated by first fit."""
 
     def __init__(
         self, config: TextConfig, num_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Reserve all of it at once.
+        """Allocate all memory at once.
 
         Raises:
-            CapacityError: the device has not as much.
+            CapacityError: out of device memory.
         """
-        # One more than is shared out: what pads a batch is stored there, and means nothing.
+        # One extra slot: the tokens that pad a decode batch are stored there and never read.
         shape = (config.num_hidden_layers, config.num_key_value_heads, num_tokens + 1)
         try:
             self.k_LKTC = torch.empty((*shape, config.head_dim), dtype=dtype, device=device)
@@ -58,166 +58,181 @@ class Arena:
         except torch.OutOfMemoryError:
             size = 2 * math.prod(shape) * config.head_dim * dtype.itemsize
             raise CapacityError(
-                f"keys and values of {num_tokens:,} tokens take {size / 2**30:.1f} GiB, which are "
-                "not there; lower cache_tokens"
+                f"keys and values of {num_tokens:,} tokens take {size / 2**30:.1f} GiB, more "
+                "than the device has free; lower kv_cache_tokens"
             ) from None
         self.num_tokens = num_tokens
-        self.is_torn = False  # an interrupt came while ranges were moved
+        self.is_inconsistent = False  # an interrupt left ranges half moved
         heads = self.k_LKTC.new_empty(0, config.num_attention_heads, config.head_dim)
-        self.packs = kernels.packs(heads, self.k_LKTC[0].transpose(0, 1), has_gaps=True)
+        self.supports_varlen = kernels.supports_varlen(
+            heads, self.k_LKTC[0].transpose(0, 1), has_key_gaps=True
+        )
 
-    def reserve(self, old: KVCache | None, num_tokens: int, taken: Iterable[KVCache]) -> Range:
-        """Find room for a row, or more of it for `old`, which keeps what it holds.
+    def reserve(self, old: KVCache | None, num_tokens: int, in_use: Iterable[KVCache]) -> SlotRange:
+        """Allocate a range of `num_tokens` slots, or grow `old` to it, keeping its content.
 
-        Rows in the way are moved if there is no other way. `taken` are all ranges in use, `old`
-        among them; together they must leave as much free as is asked for.
+        Other ranges are moved (compaction) only if no free range is large enough. `in_use` are all
+        allocated ranges, including `old`; the free slots must suffice in total.
         """
-        assert old is None or isinstance(old, Range)
-        ranges = sorted((r for r in taken if isinstance(r, Range)), key=lambda r: r.start)
+        assert old is None or isinstance(old, SlotRange)
+        ranges = sorted((r for r in in_use if isinstance(r, SlotRange)), key=lambda r: r.start)
         if old is not None:
-            after = next((r.start for r in ranges if r.start > old.start), self.num_tokens)
-            if old.start + num_tokens <= after:
-                return self._range(old.start, num_tokens, old.length)
-        start = self._hole(ranges, num_tokens)
+            next_start = next((r.start for r in ranges if r.start > old.start), self.num_tokens)
+            if old.start + num_tokens <= next_start:
+                return self._slot_range(old.start, num_tokens, old.length)
+        start = self._first_fit(ranges, num_tokens)
         if start is None:
-            return self._close_up([r for r in ranges if r is not old], old, num_tokens)
-        found = self._range(start, num_tokens)
+            return self._compact([r for r in ranges if r is not old], old, num_tokens)
+        new = self._slot_range(start, num_tokens)
         if old is not None:
-            found.copy_from(old, old.length)
-        return found
+            new.copy_from(old, old.length)
+        return new
 
-    def start(self, cache: KVCache) -> int:
-        """Say where a row begins."""
-        assert isinstance(cache, Range)
+    def first_slot(self, cache: KVCache) -> int:
+        """Return the first slot of a range."""
+        assert isinstance(cache, SlotRange)
         return cache.start
 
-    def rows(
-        self, meta: AttnMeta, starts_S: Tensor, totals_S: Tensor, slots_T: Tensor
-    ) -> PackedRows | GatheredRows:
-        """Give the rows of one forward to the model; int64 tensors on the device of the arena.
+    def batch_cache(
+        self, meta: AttnMeta, starts_S: Tensor, seq_lens_S: Tensor, slot_mapping_T: Tensor
+    ) -> VarlenKVCache | GatheredKVCache:
+        """Return the KV cache of one forward, as the model takes it.
 
-        Segment s, whose queries `meta` counts, has its keys at starts_S[s] and `totals_S[s]` of
-        them, new ones included, at most meta.max_seqlen_k; token t is stored at slots_T[t].
+        Args:
+            meta: number of queries of each segment; max_seqlen_k bounds `seq_lens_S`.
+            starts_S: first slot of each segment's keys; int64 on the arena's device, as the others.
+            seq_lens_S: number of keys of each segment, new ones included.
+            slot_mapping_T: slot in which the keys and values of each new token are stored.
         """
-        if self.packs:
-            # The kernel reads only where segments begin, but wants one number more.
+        if self.supports_varlen:
+            # The kernel reads only the starts of the segments, but requires S + 1 numbers.
             starts = torch.cat((starts_S, starts_S[-1:])).int()
-            return PackedRows(self, meta, slots_T, starts, totals_S.int())
-        assert meta.max_seqlen_q == 1, "one token each, where torch has no packed kernel"
-        return GatheredRows.of(self, meta, slots_T, starts_S, totals_S)
+            return VarlenKVCache(self, meta, slot_mapping_T, starts, seq_lens_S.int())
+        assert meta.max_seqlen_q == 1, "one token each, where torch has no varlen kernel"
+        return GatheredKVCache.of(self, meta, slot_mapping_T, starts_S, seq_lens_S)
 
-    def store(self, layer: int, slots_T: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> None:
-        """Write the keys and values of new tokens."""
-        self.k_LKTC[layer].index_copy_(1, slots_T, k_TKC.transpose(0, 1))
-        self.v_LKTC[layer].index_copy_(1, slots_T, v_TKC.transpose(0, 1))
+    def store(self, layer: int, slot_mapping_T: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> None:
+        """Write the keys and values of new tokens to their slots."""
+        self.k_LKTC[layer].index_copy_(1, slot_mapping_T, k_TKC.transpose(0, 1))
+        self.v_LKTC[layer].index_copy_(1, slot_mapping_T, v_TKC.transpose(0, 1))
 
-    def _range(self, start: int, num_tokens: int, length: int = 0) -> Range:
+    def _slot_range(self, start: int, num_tokens: int, length: int = 0) -> SlotRange:
         stop = start + num_tokens
         k_LKZC, v_LKZC = self.k_LKTC[:, :, start:stop], self.v_LKTC[:, :, start:stop]
-        return Range(k_LKZC, v_LKZC, length, start)
+        return SlotRange(k_LKZC, v_LKZC, length, start)
 
-    def _hole(self, ranges: Sequence[Range], num_tokens: int) -> int | None:
-        """Find the first free tokens that are enough."""
+    def _first_fit(self, ranges: Sequence[SlotRange], num_tokens: int) -> int | None:
+        """Return the start of the first free range of at least `num_tokens` slots, or None."""
         start = 0
-        for taken in ranges:
-            if taken.start - start >= num_tokens:
+        for used in ranges:
+            if used.start - start >= num_tokens:
                 return start
-            start = taken.start + taken.capacity
+            start = used.start + used.capacity
         return start if self.num_tokens - start >= num_tokens else None
 
-    def _close_up(self, others: Sequence[Range], old: Range | None, num_tokens: int) -> Range:
-        """Move all rows together, so that what is free lies in one piece behind them."""
-        used = sum(row.capacity for row in others)
-        assert used + num_tokens <= self.num_tokens, "more was shared out than there is"
-        row = old or self._range(0, 0)
-        held = row.length
-        saved = [x[:, :, :held].clone() for x in (row.k_LKZC, row.v_LKZC)]
-        # From here on nothing asks for memory, so that an interrupt alone can come between.
-        self.is_torn = True
+    def _compact(
+        self, others: Sequence[SlotRange], old: SlotRange | None, num_tokens: int
+    ) -> SlotRange:
+        """Move all other ranges to the front, so that the free slots behind them are contiguous."""
+        used = sum(other.capacity for other in others)
+        assert used + num_tokens <= self.num_tokens, "more slots allocated than exist"
+        target = old or self._slot_range(0, 0)
+        length = target.length
+        saved = [x[:, :, :length].clone() for x in (target.k_LKZC, target.v_LKZC)]
+        # Nothing below allocates memory, so only an interrupt can leave ranges half moved.
+        self.is_inconsistent = True
         start = 0
         for other in others:
-            self._move(other, start)
+            self._move_down(other, start)
             start += other.capacity
-        found = self._range(start, num_tokens)
-        row.k_LKZC, row.v_LKZC, row.start = found.k_LKZC, found.v_LKZC, start
-        row.k_LKZC[:, :, :held], row.v_LKZC[:, :, :held] = saved
-        self.is_torn = False
-        return row
+        new = self._slot_range(start, num_tokens)
+        target.k_LKZC, target.v_LKZC, target.start = new.k_LKZC, new.v_LKZC, start
+        target.k_LKZC[:, :, :length], target.v_LKZC[:, :, :length] = saved
+        self.is_inconsistent = False
+        return target
 
-    def _move(self, row: Range, start: int) -> None:
-        """Move a row toward the beginning, in pieces that do not overlap their new places."""
-        distance = row.start - start
+    def _move_down(self, moved: SlotRange, start: int) -> None:
+        """Move a range to a lower start, in pieces that do not overlap their destinations."""
+        distance = moved.start - start
         if distance == 0:
             return
-        target = self._range(start, row.capacity, row.length)
-        for first in range(0, row.length, distance):
-            stop = min(first + distance, row.length)
-            target.k_LKZC[:, :, first:stop] = row.k_LKZC[:, :, first:stop]
-            target.v_LKZC[:, :, first:stop] = row.v_LKZC[:, :, first:stop]
-        row.k_LKZC, row.v_LKZC, row.start = target.k_LKZC, target.v_LKZC, start
+        target = self._slot_range(start, moved.capacity, moved.length)
+        for first in range(0, moved.length, distance):
+            stop = min(first + distance, moved.length)
+            target.k_LKZC[:, :, first:stop] = moved.k_LKZC[:, :, first:stop]
+            target.v_LKZC[:, :, first:stop] = moved.v_LKZC[:, :, first:stop]
+        moved.k_LKZC, moved.v_LKZC, moved.start = target.k_LKZC, target.v_LKZC, start
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows(SharedCache):
-    """Rows for torch's packed kernel, which takes segments of any lengths."""
+class VarlenKVCache(BatchKVCache):
+    """Batch KV cache read in place by torch's varlen kernel: prefill and decode mixed."""
 
-    arena: Arena
+    arena: KVArena
     meta: AttnMeta
-    slots_T: Tensor
-    starts_k: Tensor  # (S+1,) int32
-    totals_S: Tensor  # int32
+    slot_mapping_T: Tensor
+    seq_starts_k: Tensor  # (S+1,) int32
+    seq_lens_S: Tensor  # int32
 
     def layer(self, index: int) -> partial[Tensor]:
-        """Give one layer's share."""
+        """Return the function that stores and attends in one layer."""
         return partial(self._attend, index)
 
     def _attend(self, index: int, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
-        self.arena.store(index, self.slots_T, k_TKC, v_TKC)
-        return kernels.attend_packed(
+        self.arena.store(index, self.slot_mapping_T, k_TKC, v_TKC)
+        return kernels.varlen_attention(
             q_THC,
             self.arena.k_LKTC[index].transpose(0, 1),
             self.arena.v_LKTC[index].transpose(0, 1),
-            (self.meta.cu_seqlens_q, self.starts_k),
+            (self.meta.cu_seqlens_q, self.seq_starts_k),
             (self.meta.max_seqlen_q, self.meta.max_seqlen_k),
             causal=True,
-            used_S=self.totals_S,
+            seqused_k_S=self.seq_lens_S,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class GatheredRows(SharedCache):
-    """Rows of one new token each, in plain torch: keys are gathered up to one length for all."""
+class GatheredKVCache(BatchKVCache):
+    """Batch KV cache for decode in plain PyTorch: keys are gathered to one padded length."""
 
-    arena: Arena
-    slots_S: Tensor
-    places: Tensor  # (S * Z,): where the keys of each row lie, Z of them
+    arena: KVArena
+    slot_mapping_S: Tensor
+    gather_index: Tensor  # (S * Z,): slots of the keys of each request, Z of them
     mask_S11Z: Tensor
 
     @classmethod
     def of(
-        cls, arena: Arena, meta: AttnMeta, slots_S: Tensor, starts_S: Tensor, totals_S: Tensor
-    ) -> GatheredRows:
-        """Lay out the gathering, once for all layers."""
-        steps_Z = torch.arange(meta.max_seqlen_k, device=starts_S.device)
-        # Beyond its end a row sees its last key again, hidden: what lies there may be no number.
-        inside_SZ = torch.minimum(steps_Z, totals_S[:, None] - 1)
-        hidden_SZ = steps_Z >= totals_S[:, None]
-        mask_SZ = torch.zeros_like(hidden_SZ, dtype=arena.k_LKTC.dtype)
-        mask_SZ.masked_fill_(hidden_SZ, -math.inf)
-        places = (starts_S[:, None] + inside_SZ).flatten()
-        return cls(arena, slots_S, places, mask_SZ[:, None, None])
+        cls,
+        arena: KVArena,
+        meta: AttnMeta,
+        slot_mapping_S: Tensor,
+        starts_S: Tensor,
+        seq_lens_S: Tensor,
+    ) -> GatheredKVCache:
+        """Build the gather index and the mask, once for all layers."""
+        offsets_Z = torch.arange(meta.max_seqlen_k, device=starts_S.device)
+        # Padding repeats the last key and is masked: slots behind the end may hold NaN.
+        clamped_SZ = torch.minimum(offsets_Z, seq_lens_S[:, None] - 1)
+        is_padding_SZ = offsets_Z >= seq_lens_S[:, None]
+        mask_SZ = torch.zeros_like(is_padding_SZ, dtype=arena.k_LKTC.dtype)
+        mask_SZ.masked_fill_(is_padding_SZ, -math.inf)
+        gather_index = (starts_S[:, None] + clamped_SZ).flatten()
+        return cls(arena, slot_mapping_S, gather_index, mask_SZ[:, None, None])
 
     def layer(self, index: int) -> partial[Tensor]:
-        """Give one layer's share."""
+        """Return the function that stores and attends in one layer."""
         return partial(self._attend, index)
 
     def _attend(self, index: int, q_SHC: Tensor, k_SKC: Tensor, v_SKC: Tensor) -> Tensor:
-        self.arena.store(index, self.slots_S, k_SKC, v_SKC)
+        self.arena.store(index, self.slot_mapping_S, k_SKC, v_SKC)
         k_SKZC, v_SKZC = (
-            x[index].index_select(1, self.places).unflatten(1, (len(q_SHC), -1)).transpose(0, 1)
+            x[index]
+            .index_select(1, self.gather_index)
+            .unflatten(1, (len(q_SHC), -1))
+            .transpose(0, 1)
             for x in (self.arena.k_LKTC, self.arena.v_LKTC)
         )
-        # As in model/attention.py, the heads of a group stand as the queries.
+        # As in model/attention.py, the query heads of a GQA group are passed as queries.
         queries = q_SHC.unflatten(1, (k_SKC.shape[1], -1))
         out = F.scaled_dot_product_attention(queries, k_SKZC, v_SKZC, attn_mask=self.mask_S11Z)
         return out.flatten(1, 2)

@@ -1,15 +1,15 @@
-"""Who owns which cache blocks, and who has computed the same beginning before.
+"""KV cache block pool with prefix caching: allocation and eviction of blocks, without tensors.
 
-A block is Z tokens of keys and values. A sequence owns one row of blocks, side by side, for that is
-what the attention kernel of a CPU wants. When a sequence ends its row stays, as long as nobody
-needs the room, and is found again by the keys of its blocks:
+A block is BLOCK_SIZE tokens of keys and values. A request owns one allocation of contiguous blocks,
+since the CPU attention kernel needs contiguous keys. When the request finishes, its allocation
+stays cached until it is evicted (LRU), and is found by its chained block hashes:
 
-    key 0 = H(ids 0..Z-1, pictures there)    key 1 = H(key 0, ids Z..2Z-1, pictures there)    ...
+    hash 0 = H(ids of block 0, items)    hash 1 = H(hash 0, ids of block 1, items)    ...
 
-Every picture of one size has the same ids, so a key also holds the digest of each item its block
-overlaps, and where in the item it stands; key 0 holds the adapter's. A sequence that continues a
-resting row takes it over; one that only begins like another copies the beginning. What is to be
-done to memory comes out as a list of orders. Next room: scheduler.py, which asks for rows.
+Images of one size have the same placeholder ids, so a hash also covers the digests of the items in
+the block; hash 0 covers the adapter's digest. A request that extends a whole cached allocation
+reuses it in place; one that shares a prefix copies it. The memory work is returned as a queue of
+cache operations for the model runner. (vLLM v1: KVCacheManager, BlockPool.)
 """
 
 from __future__ import annotations
@@ -23,17 +23,26 @@ from itertools import count
 
 from qwen2vl.processor.inputs import ModelInput
 
-__all__ = ["BLOCK", "BlockPool", "Copy", "Free", "KeyChain", "MemoryOrder", "Reserve", "Row"]
+__all__ = [
+    "BLOCK_SIZE",
+    "BlockHashes",
+    "BlockPool",
+    "CacheAllocation",
+    "CacheOperation",
+    "CopySlots",
+    "FreeSlots",
+    "ReserveSlots",
+]
 
-BLOCK = 32  # tokens; Z in docs/conventions.md
+BLOCK_SIZE = 32  # tokens
 
 
-class KeyChain:
-    """The keys of one sequence's full blocks, made as its tokens come."""
+class BlockHashes:
+    """Chained hashes of the full blocks of one request, extended as its tokens arrive."""
 
     def __init__(self, prompt: ModelInput, salt: bytes = b"") -> None:
-        """Begin with `salt`: sequences of different salts never share a block."""
-        self.keys: list[bytes] = []
+        """Start without hashes; requests of different `salt` never share a block."""
+        self.hashes: list[bytes] = []
         self._salt = salt
         self._spans = [
             (start, start + item.num_tokens, item.digest)
@@ -41,41 +50,41 @@ class KeyChain:
         ]
 
     def extend(self, ids: SequenceOf[int]) -> list[bytes]:
-        """Make the keys of all blocks that `ids`, the whole sequence, fill; return every key."""
-        while (len(self.keys) + 1) * BLOCK <= len(ids):
-            start = len(self.keys) * BLOCK
-            self.keys.append(self._key(start, ids[start : start + BLOCK]))
-        return self.keys
+        """Hash all blocks that `ids`, the whole sequence, fill; return the hashes of all blocks."""
+        while (len(self.hashes) + 1) * BLOCK_SIZE <= len(ids):
+            start = len(self.hashes) * BLOCK_SIZE
+            self.hashes.append(self._hash_block(start, ids[start : start + BLOCK_SIZE]))
+        return self.hashes
 
-    def _key(self, start: int, ids: SequenceOf[int]) -> bytes:
-        hasher = blake2b(self.keys[-1] if self.keys else self._salt, digest_size=32)
+    def _hash_block(self, start: int, ids: SequenceOf[int]) -> bytes:
+        hasher = blake2b(self.hashes[-1] if self.hashes else self._salt, digest_size=32)
         hasher.update(array("q", ids).tobytes())
         for first, stop, digest in self._spans:
-            if first < start + BLOCK and start < stop:
+            if first < start + BLOCK_SIZE and start < stop:
                 hasher.update(digest + (start - first).to_bytes(8, "little", signed=True))
         return hasher.digest()
 
 
 @dataclass(slots=True, eq=False)
-class Row:
-    """Blocks that lie side by side and hold the beginning of one sequence."""
+class CacheAllocation:
+    """Contiguous blocks that hold the keys and values of a prefix of one request."""
 
-    number: int
-    num_blocks: int  # room
-    keys: list[bytes] = field(default_factory=list)  # of the blocks that are filled
+    id: int
+    num_blocks: int  # capacity
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks
 
 
 @dataclass(frozen=True, slots=True)
-class Reserve:
-    """Make room for so many tokens; a row that exists keeps what it holds."""
+class ReserveSlots:
+    """Allocate slots for `num_tokens`, or grow an existing allocation and keep its content."""
 
-    row: int
+    allocation_id: int
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """Copy the first tokens of one row into another."""
+class CopySlots:
+    """Copy the first `num_tokens` of one allocation into another; both given by id."""
 
     source: int
     target: int
@@ -83,159 +92,187 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Free:
-    """Give the memory of a row back."""
+class FreeSlots:
+    """Free the slots of an allocation."""
 
-    row: int
+    allocation_id: int
 
 
-MemoryOrder = Reserve | Copy | Free
+CacheOperation = ReserveSlots | CopySlots | FreeSlots
 
 
 class BlockPool:
-    """A bounded number of blocks, shared out in rows; rows at rest make room, oldest first."""
+    """A fixed number of blocks; cached allocations are evicted for new ones, LRU first."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        # To be carried out in this order by the runner, which takes away what is done.
-        self.orders: deque[MemoryOrder] = deque()
-        self.num_free = num_blocks  # blocks that nobody owns and no resting row occupies
-        self.num_busy = 0  # blocks of rows in use
-        # Thousands of rows rest after some hours: nothing below walks over all of them.
-        self._numbers = count()
-        self._busy: dict[int, Row] = {}
-        self._resting: dict[int, Row] = {}  # the longest at rest first
-        self._ends: dict[bytes, Row] = {}  # last key -> the newest resting row that ends there
-        self._holders: dict[bytes, dict[int, Row]] = {}  # key -> rows that hold it, oldest first
+        # To be executed in this order by the model runner, which removes those it has executed.
+        self.cache_operations: deque[CacheOperation] = deque()
+        self.num_free_blocks = num_blocks  # neither used nor cached
+        self.num_used_blocks = 0  # of running requests
+        # Thousands of allocations are cached after some hours: no method iterates over all of them.
+        self._ids = count()
+        self._in_use: dict[int, CacheAllocation] = {}
+        self._evictable: dict[int, CacheAllocation] = {}  # least recently used first
+        # Hash of the last full block -> the newest evictable allocation that ends with it.
+        self._evictable_by_last_hash: dict[bytes, CacheAllocation] = {}
+        # Block hash -> allocations that hold the block, by id, oldest first.
+        self._allocations_by_hash: dict[bytes, dict[int, CacheAllocation]] = {}
 
     @property
-    def num_resting(self) -> int:
-        """Blocks of rows that nobody uses now."""
-        return self.num_blocks - self.num_free - self.num_busy
+    def num_evictable_blocks(self) -> int:
+        """Blocks of cached allocations that no running request uses."""
+        return self.num_blocks - self.num_free_blocks - self.num_used_blocks
 
-    def match(self, keys: SequenceOf[bytes]) -> int:
-        """Count the leading blocks that some row holds."""
-        held = 0
-        while held < len(keys) and keys[held] in self._holders:
-            held += 1
-        return held
+    def match_prefix(self, block_hashes: SequenceOf[bytes]) -> int:
+        """Return the number of leading blocks that are cached (prefix cache hit)."""
+        num_cached = 0
+        while (
+            num_cached < len(block_hashes) and block_hashes[num_cached] in self._allocations_by_hash
+        ):
+            num_cached += 1
+        return num_cached
 
-    def claim(self, keys: SequenceOf[bytes], num_blocks: int) -> tuple[Row, int] | None:
-        """Find a row with room for `num_blocks` that already holds the first of `keys`, if any do.
+    def allocate(
+        self, block_hashes: SequenceOf[bytes], num_blocks: int
+    ) -> tuple[CacheAllocation, int] | None:
+        """Allocate `num_blocks`, with as many of the blocks `block_hashes` filled as are cached.
 
         Returns:
-            The row and how many of its blocks need no computing; None when there is no room.
+            The allocation and its number of cached blocks; None if too few blocks can be freed.
         """
-        held = self.match(keys)
-        if held and keys[held - 1] in self._ends:
-            return self._take_over(self._ends[keys[held - 1]], held, num_blocks)
-        # The oldest, since what a younger one holds may itself be a copy still to be made.
-        source = next(iter(self._holders[keys[held - 1]].values())) if held else None
-        if self._make_room(num_blocks, spare=source):
-            return self._branch_off(keys[:held], source, num_blocks), held
-        if source is not None and source.number in self._resting:
-            return self._take_over(source, held, num_blocks)  # its own end is lost
+        num_cached = self.match_prefix(block_hashes)
+        if num_cached and block_hashes[num_cached - 1] in self._evictable_by_last_hash:
+            return self._reuse(
+                self._evictable_by_last_hash[block_hashes[num_cached - 1]],
+                num_cached,
+                num_blocks,
+            )
+        # The oldest holder: a younger one may itself be waiting for its copy operation.
+        source = (
+            next(iter(self._allocations_by_hash[block_hashes[num_cached - 1]].values()))
+            if num_cached
+            else None
+        )
+        if self._evict_for(num_blocks, keep=source):
+            return self._allocate_new(block_hashes[:num_cached], source, num_blocks), num_cached
+        if source is not None and source.id in self._evictable:
+            return self._reuse(source, num_cached, num_blocks)  # truncates it
         return None
 
-    def grow(self, row: Row, num_blocks: int) -> bool:
-        """Widen a row in use to `num_blocks`; False, and nothing changed, when there is no room."""
-        assert row.number in self._busy, "only a row in use grows"
-        more = num_blocks - row.num_blocks
-        if more <= 0:
+    def grow(self, allocation: CacheAllocation, num_blocks: int) -> bool:
+        """Grow an allocation in use to `num_blocks`; False, without changes, if impossible."""
+        assert allocation.id in self._in_use, "only an allocation in use can grow"
+        num_new = num_blocks - allocation.num_blocks
+        if num_new <= 0:
             return True
-        if not self._make_room(more):
+        if not self._evict_for(num_new):
             return False
-        row.num_blocks = num_blocks
-        self._own(more)
-        self.orders.append(Reserve(row.number, num_blocks * BLOCK))
+        allocation.num_blocks = num_blocks
+        self._mark_used(num_new)
+        self.cache_operations.append(ReserveSlots(allocation.id, num_blocks * BLOCK_SIZE))
         return True
 
-    def record(self, row: Row, keys: SequenceOf[bytes]) -> None:
-        """Note that the row's first blocks are filled and hold what `keys`, all of them, say."""
-        assert len(keys) <= row.num_blocks, "more keys than blocks"
-        for key in keys[len(row.keys) :]:
-            row.keys.append(key)
-            self._holders.setdefault(key, {})[row.number] = row
+    def cache_full_blocks(
+        self, allocation: CacheAllocation, block_hashes: SequenceOf[bytes]
+    ) -> None:
+        """Record the hashes of an allocation's full blocks, so that other requests find them.
 
-    def release(self, row: Row) -> None:
-        """Let a row rest: it may be found again, and is given up when room is needed."""
-        del self._busy[row.number]
-        self.num_busy -= row.num_blocks
-        if row.keys:
-            self._resting[row.number] = row
-            self._ends[row.keys[-1]] = row
+        `block_hashes` are those of all its full blocks, from the first.
+        """
+        assert len(block_hashes) <= allocation.num_blocks, "more hashes than blocks"
+        for block_hash in block_hashes[len(allocation.block_hashes) :]:
+            allocation.block_hashes.append(block_hash)
+            self._allocations_by_hash.setdefault(block_hash, {})[allocation.id] = allocation
+
+    def release(self, allocation: CacheAllocation) -> None:
+        """Return an allocation to the pool: it stays cached and becomes evictable."""
+        del self._in_use[allocation.id]
+        self.num_used_blocks -= allocation.num_blocks
+        if allocation.block_hashes:
+            self._evictable[allocation.id] = allocation
+            self._evictable_by_last_hash[allocation.block_hashes[-1]] = allocation
         else:
-            self._drop(row)
+            self._free(allocation)
 
-    def discard(self, row: Row) -> None:
-        """Give up a row in use; nobody finds what it held."""
-        del self._busy[row.number]
-        self.num_busy -= row.num_blocks
-        self._drop(row)
+    def discard(self, allocation: CacheAllocation) -> None:
+        """Free an allocation in use without caching its content."""
+        del self._in_use[allocation.id]
+        self.num_used_blocks -= allocation.num_blocks
+        self._free(allocation)
 
-    def clear(self) -> None:
-        """Give up every row at rest."""
-        for row in list(self._resting.values()):
-            self._evict(row)
+    def reset_prefix_cache(self) -> None:
+        """Evict every cached allocation that is not in use."""
+        for allocation in list(self._evictable.values()):
+            self._evict(allocation)
 
-    def _take_over(self, row: Row, held: int, num_blocks: int) -> tuple[Row, int] | None:
-        """Go on with a resting row after its first `held` blocks."""
-        self._wake(row)
-        self._busy[row.number] = row
-        self.num_busy += row.num_blocks
-        if not self.grow(row, num_blocks):
-            self.release(row)
+    def _reuse(
+        self, allocation: CacheAllocation, num_cached: int, num_blocks: int
+    ) -> tuple[CacheAllocation, int] | None:
+        """Put a cached allocation in use again, truncated to its first `num_cached` blocks."""
+        self._remove_from_evictable(allocation)
+        self._in_use[allocation.id] = allocation
+        self.num_used_blocks += allocation.num_blocks
+        if not self.grow(allocation, num_blocks):
+            self.release(allocation)
             return None
-        self._forget(row, held)
-        return row, held
+        self._uncache_blocks(allocation, num_cached)
+        return allocation, num_cached
 
-    def _branch_off(self, keys: SequenceOf[bytes], source: Row | None, num_blocks: int) -> Row:
-        """Begin a new row with a copy of what `source` holds of it."""
-        row = Row(next(self._numbers), num_blocks)
-        self._busy[row.number] = row
-        self._own(num_blocks)
-        self.orders.append(Reserve(row.number, num_blocks * BLOCK))
+    def _allocate_new(
+        self, block_hashes: SequenceOf[bytes], source: CacheAllocation | None, num_blocks: int
+    ) -> CacheAllocation:
+        """Create an allocation; its first blocks are copied from `source`, if given."""
+        allocation = CacheAllocation(next(self._ids), num_blocks)
+        self._in_use[allocation.id] = allocation
+        self._mark_used(num_blocks)
+        self.cache_operations.append(ReserveSlots(allocation.id, num_blocks * BLOCK_SIZE))
         if source is not None:
-            self.orders.append(Copy(source.number, row.number, len(keys) * BLOCK))
-            self.record(row, keys)
-        return row
+            self.cache_operations.append(
+                CopySlots(source.id, allocation.id, len(block_hashes) * BLOCK_SIZE)
+            )
+            self.cache_full_blocks(allocation, block_hashes)
+        return allocation
 
-    def _make_room(self, num_blocks: int, spare: Row | None = None) -> bool:
-        """Evict resting rows until `num_blocks` are free, `spare` only if it cannot be helped."""
-        evictable = self.num_blocks - self.num_busy
-        if spare is not None and spare.number in self._resting:
-            evictable -= spare.num_blocks
-        if evictable < num_blocks:
+    def _evict_for(self, num_blocks: int, keep: CacheAllocation | None = None) -> bool:
+        """Evict cached allocations but `keep`, LRU first, until `num_blocks` are free.
+
+        Returns False, and evicts nothing, if that is impossible.
+        """
+        num_available = self.num_blocks - self.num_used_blocks
+        if keep is not None and keep.id in self._evictable:
+            num_available -= keep.num_blocks
+        if num_available < num_blocks:
             return False
-        while self.num_free < num_blocks:
-            self._evict(next(row for row in self._resting.values() if row is not spare))
+        while self.num_free_blocks < num_blocks:
+            self._evict(next(cached for cached in self._evictable.values() if cached is not keep))
         return True
 
-    def _own(self, num_blocks: int) -> None:
-        """Count blocks that were free as in use."""
-        self.num_free -= num_blocks
-        self.num_busy += num_blocks
+    def _mark_used(self, num_blocks: int) -> None:
+        """Move blocks from the free to the used count."""
+        self.num_free_blocks -= num_blocks
+        self.num_used_blocks += num_blocks
 
-    def _wake(self, row: Row) -> None:
-        """Take a row from those at rest."""
-        del self._resting[row.number]
-        if self._ends.get(row.keys[-1]) is row:
-            del self._ends[row.keys[-1]]
+    def _remove_from_evictable(self, allocation: CacheAllocation) -> None:
+        """Remove an allocation from the evictable ones."""
+        del self._evictable[allocation.id]
+        if self._evictable_by_last_hash.get(allocation.block_hashes[-1]) is allocation:
+            del self._evictable_by_last_hash[allocation.block_hashes[-1]]
 
-    def _evict(self, row: Row) -> None:
-        self._wake(row)
-        self._drop(row)
+    def _evict(self, allocation: CacheAllocation) -> None:
+        self._remove_from_evictable(allocation)
+        self._free(allocation)
 
-    def _drop(self, row: Row) -> None:
-        self._forget(row, 0)
-        self.num_free += row.num_blocks
-        self.orders.append(Free(row.number))
+    def _free(self, allocation: CacheAllocation) -> None:
+        self._uncache_blocks(allocation, 0)
+        self.num_free_blocks += allocation.num_blocks
+        self.cache_operations.append(FreeSlots(allocation.id))
 
-    def _forget(self, row: Row, held: int) -> None:
-        """Take back the keys of all blocks but the first `held`."""
-        for key in row.keys[held:]:
-            holders = self._holders[key]
-            del holders[row.number]
+    def _uncache_blocks(self, allocation: CacheAllocation, num_cached: int) -> None:
+        """Remove the hashes of all blocks but the first `num_cached` from the prefix cache."""
+        for block_hash in allocation.block_hashes[num_cached:]:
+            holders = self._allocations_by_hash[block_hash]
+            del holders[allocation.id]
             if not holders:
-                del self._holders[key]
-        del row.keys[held:]
+                del self._allocations_by_hash[block_hash]
+        del allocation.block_hashes[num_cached:]

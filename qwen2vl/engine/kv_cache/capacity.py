@@ -1,8 +1,8 @@
-"""Will the prompt fit? Refuses before any work is done, with the numbers and the way out.
+"""Capacity checks: does a prompt fit into the context and the KV cache, and how large is the cache.
 
-Arithmetic on a ModelInput, and one name for memory that ran out all the same. It must not know
-the model's weights or the files behind the prompt. Next room: llm.py, which asks before it encodes
-anything.
+`check_context` rejects a prompt before anything is computed, with its token counts and a remedy in
+the message. `num_cache_blocks` sizes the KV cache from available memory.
+`out_of_memory_as_capacity_error` converts out-of-memory errors raised later to `CapacityError`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ from contextlib import contextmanager
 import torch
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.engine.kv_cache.block_pool import BLOCK
+from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE
 from qwen2vl.errors import CapacityError
-from qwen2vl.memory import memory_available
+from qwen2vl.memory import available_memory
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 
-__all__ = ["cache_blocks", "check_context", "fitting_max_pixels", "memory_errors_named"]
+__all__ = [
+    "check_context",
+    "fitting_max_pixels",
+    "num_cache_blocks",
+    "out_of_memory_as_capacity_error",
+]
 
-# A picture can be shrunk to 56 x 56 (the official min_pixels, 4 tokens) without lowering that too.
-LEAST_IMAGE_TOKENS = 4
+# An image can be shrunk to 56 x 56 (4 tokens, the official min_pixels) without lowering min_pixels.
+MIN_IMAGE_TOKENS = 4
 
 
 def check_context(
@@ -31,54 +36,54 @@ def check_context(
     *,
     max_model_len: int,
     max_tokens: int,
-    cache_tokens: int | None = None,
+    kv_cache_tokens: int | None = None,
 ) -> None:
-    """Make sure that the prompt and at least one token of an answer fit into context and cache.
+    """Check that the prompt and at least one output token fit into the context and the KV cache.
 
     Raises:
-        CapacityError: they do not; says how the prompt is made up and what would fit.
+        CapacityError: they do not fit; the message lists the prompt's token counts and a remedy.
     """
     total = len(prompt.input_ids)
-    room, place, setting = max_model_len, "context", "max_model_len"
-    if cache_tokens is not None and cache_tokens < max_model_len:
-        room, place, setting = cache_tokens, "cache", "cache_tokens"
-    if total < room:
+    limit, limit_name, setting = max_model_len, "context", "max_model_len"
+    if kv_cache_tokens is not None and kv_cache_tokens < max_model_len:
+        limit, limit_name, setting = kv_cache_tokens, "cache", "kv_cache_tokens"
+    if total < limit:
         return
     kinds = {"image": prompt.image_tokens, "video": prompt.video_tokens}
     parts = {"text": total - sum(kinds.values()), **{k: n for k, n in kinds.items() if n}}
-    made_of = " + ".join(f"{count:,} {kind}" for kind, count in parts.items())
+    breakdown = " + ".join(f"{count:,} {kind}" for kind, count in parts.items())
     excess = (
-        f"> {room:,}, the {place} ({setting})"
-        if total > room
-        else f"fill the {place} ({setting} {room:,}) and leave no room for an answer"
+        f"> {limit:,}, the {limit_name} ({setting})"
+        if total > limit
+        else f"fill the {limit_name} ({setting} {limit:,}) and leave no token for the output"
     )
-    remedy = _remedy(prompt, config, room, setting, max_tokens)
-    raise CapacityError(f"prompt {total:,} = {made_of} tokens {excess}; {remedy}")
+    remedy = _remedy(prompt, config, limit, setting, max_tokens)
+    raise CapacityError(f"prompt {total:,} = {breakdown} tokens {excess}; {remedy}")
 
 
-def cache_blocks(model: Qwen2VL, tokens: int | None, max_model_len: int | None = None) -> int:
-    """Count the blocks that keys and values may take.
+def num_cache_blocks(model: Qwen2VL, tokens: int | None, max_model_len: int | None = None) -> int:
+    """Return the number of blocks of the KV cache.
 
-    By default a quarter of the memory available, but at least one prompt with its answer and at
-    most sixteen whole contexts. On a CPU blocks are taken when they are needed, so the number is
-    a bound and costs nothing; on a GPU all are taken at once.
+    Without `tokens`, a quarter of the available memory, but at least one context (`max_model_len`)
+    and at most sixteen contexts of the model. On a CPU blocks are allocated when needed, so the
+    number is only an upper bound; on a GPU all are allocated at once.
     """
     text = model.config.text
     if tokens is None:
-        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-        available = memory_available(model.device) or 0
-        tokens = available // 4 // (per_token * model.dtype.itemsize)
-        longest = text.max_position_embeddings
-        tokens = min(max(tokens, max_model_len or longest), 16 * longest)
-    return -(-tokens // BLOCK)
+        numbers_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        available = available_memory(model.device) or 0
+        tokens = available // 4 // (numbers_per_token * model.dtype.itemsize)
+        max_context = text.max_position_embeddings
+        tokens = min(max(tokens, max_model_len or max_context), 16 * max_context)
+    return -(-tokens // BLOCK_SIZE)
 
 
 @contextmanager
-def memory_errors_named(prompt: ModelInput) -> Iterator[None]:
-    """Say in one line that memory ran out while `prompt` was answered.
+def out_of_memory_as_capacity_error(prompt: ModelInput) -> Iterator[None]:
+    """Convert out-of-memory errors of the enclosed code, which processes `prompt`.
 
     Raises:
-        CapacityError: in place of what Python, torch on the CPU, or torch on a GPU raise.
+        CapacityError: in place of the errors of Python, torch on a CPU, or torch on a GPU.
     """
     try:
         yield
@@ -92,38 +97,40 @@ def memory_errors_named(prompt: ModelInput) -> Iterator[None]:
         ) from error
 
 
-def fitting_max_pixels(prompt: ModelInput, config: Qwen2VLConfig, room: int) -> int | None:
-    """Find the largest max_pixels a picture at which all pictures take at most `room` tokens.
+def fitting_max_pixels(prompt: ModelInput, config: Qwen2VLConfig, num_tokens: int) -> int | None:
+    """Return the largest max_pixels at which all images take at most `num_tokens` tokens.
 
-    Small pictures keep their size and leave the more to the large ones. None: not even the
-    smallest pictures would fit.
+    Images below the limit keep their size and leave more tokens to the larger ones. None if not
+    even images of the smallest size fit.
     """
-    left = room
+    left = num_tokens
     counts = sorted(item.num_tokens for item in prompt.items if item.kind == "image")
     for done, count in enumerate(counts):
         share = left // (len(counts) - done)
         if share < count:
-            return share * config.vision.factor**2 if share >= LEAST_IMAGE_TOKENS else None
+            return share * config.vision.factor**2 if share >= MIN_IMAGE_TOKENS else None
         left -= count
     return None
 
 
 def _remedy(
-    prompt: ModelInput, config: Qwen2VLConfig, room: int, setting: str, max_tokens: int
+    prompt: ModelInput, config: Qwen2VLConfig, limit: int, setting: str, max_tokens: int
 ) -> str:
-    longest = config.text.max_position_embeddings
+    max_context = config.text.max_position_embeddings
     others = len(prompt.input_ids) - prompt.image_tokens
-    is_text_alone_too_long = others - prompt.video_tokens >= room
-    answer = min(max_tokens, room // 4)
-    ways: list[str] = []
+    is_text_alone_too_long = others - prompt.video_tokens >= limit
+    output = min(max_tokens, limit // 4)
+    remedies: list[str] = []
     if prompt.image_tokens and not is_text_alone_too_long:
-        pixels = fitting_max_pixels(prompt, config, room - others - answer)
+        pixels = fitting_max_pixels(prompt, config, limit - others - output)
         if pixels is not None:
-            ways.append(f"lower max_pixels to {pixels:,}, which leaves {answer:,} for the answer")
+            remedies.append(
+                f"lower max_pixels to {pixels:,}, which leaves {output:,} for the output"
+            )
         else:
-            ways.append("give fewer pictures")
+            remedies.append("send fewer images")
     if prompt.video_tokens and not is_text_alone_too_long:
-        ways.append("give a shorter clip, or lower its fps or max_pixels")
-    if len(prompt.input_ids) < longest and room < longest:
-        ways.append(f"raise {setting} (this model: up to {longest:,})")
-    return ", or ".join(ways or ["shorten the text"])
+        remedies.append("send a shorter video, or lower its fps or max_pixels")
+    if len(prompt.input_ids) < max_context and limit < max_context:
+        remedies.append(f"raise {setting} (this model: up to {max_context:,})")
+    return ", or ".join(remedies or ["shorten the text"])

@@ -1,10 +1,10 @@
-"""A grammar at work: which tokens may come next, while one answer is being written.
+"""Structured output with llguidance: grammar compiler and token masks of one request.
 
-The grammar is compiled against the bytes of every token by llguidance, an extra:
-`pip install 'qwen2vl[grammar]'`. What compiling and each step may cost is bounded by its limits.
-Special tokens never match text: an answer in JSON cannot hold <|im_end|> but as characters, and a
-box token only comes where a grammar names it. It must not know the model or sampling; sampler.py
-asks for the mask and reports what was chosen. Next room: sampler.py.
+Grammars are compiled against the bytes of every token by llguidance, an optional dependency:
+`pip install 'qwen2vl[grammar]'`. Its limits bound the cost of compilation and of each step. Special
+tokens never match text: JSON output cannot contain <|im_end|> except as characters, and box tokens
+are allowed only where a grammar names them. The sampler applies the mask and passes back each
+sampled token. (xgrammar: GrammarCompiler, GrammarMatcher; vLLM: structured outputs.)
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from qwen2vl.processor.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["GrammarCompiler", "Matcher"]
+__all__ = ["GrammarCompiler", "GrammarMatcher"]
 
-MAX_FORCED_BYTES = 16_384  # what a grammar may dictate before its first choice
-_KEPT = 32  # compiled grammars remembered
+MAX_JUMP_FORWARD_BYTES = 16_384  # limit of forced text before the first choice
+_MAX_COMPILED = 32  # size of the LRU cache of compiled grammars
 
-# Fuel is spent at about 50,000 a millisecond when compiling and 14,000 in a step; a state of the
-# lexer takes about 2 kB. A tenth of llguidance's own: a grammar comes with a stranger's request.
+# Fuel is consumed at about 50,000 per millisecond in compilation and 14,000 in a step; a lexer
+# state takes about 2 kB. A tenth of llguidance's defaults: grammars come from untrusted requests.
 _LIMITS = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 100_000,
@@ -40,27 +40,27 @@ _LIMITS = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarCompiler:
-    """Turn grammars into matchers for one tokenizer; may be asked from any thread.
+    """Compiles grammars for one tokenizer, with an LRU cache; thread-safe.
 
-    The table of its tokens is built when the first grammar comes, and takes two seconds for the
-    151,657 official ones. Grammars seen lately stay compiled.
+    The token table is built for the first grammar, which takes two seconds for the 151,657 official
+    tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, end_ids: Collection[int], vocab_size: int) -> None:
-        """Prepare for answers that end with any of `end_ids`, and for logits of `vocab_size`."""
+        """Set up for outputs that end with any of `end_ids`, and logits of `vocab_size`."""
         self._tokenizer = tokenizer
         self._end_ids = sorted(end_ids)
         self._vocab_size = vocab_size
-        self._table: LLTokenizer | None = None
+        self._ll_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
-    def start(self, grammar: Grammar) -> Matcher:
-        """Begin an answer.
+    def create_matcher(self, grammar: Grammar) -> GrammarMatcher:
+        """Compile a grammar, or reuse it from the cache, and return a matcher for a new output.
 
         Raises:
             InputError: the grammar is malformed, too costly, or allows nothing; or llguidance is
@@ -70,72 +70,74 @@ class GrammarCompiler:
             if grammar not in self._compiled:
                 self._compiled[grammar] = self._compile(grammar)
             self._compiled.move_to_end(grammar)
-            if len(self._compiled) > _KEPT:
+            if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            return Matcher(self._compiled[grammar].deep_copy(), self._vocab_size)
+            return GrammarMatcher(self._compiled[grammar].deep_copy(), self._vocab_size)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        library = _llguidance()
-        if self._table is None:
-            words = library.TokenizerWrapper(_Words(self._tokenizer, self._end_ids[0]))
-            self._table = library.LLTokenizer(words, eos_token=self._end_ids)
+        library = _import_llguidance()
+        if self._ll_tokenizer is None:
+            wrapper = library.TokenizerWrapper(
+                _LLTokenizerAdapter(self._tokenizer, self._end_ids[0])
+            )
+            self._ll_tokenizer = library.LLTokenizer(wrapper, eos_token=self._end_ids)
         try:
-            source = _source(library, grammar)
+            source = _llguidance_grammar(library, grammar)
         except ValueError as error:
-            raise _refusal(grammar, str(error)) from None
+            raise _grammar_error(grammar, str(error)) from None
         limits = library.LLParserLimits(**_LIMITS)
-        compiled = library.LLMatcher(self._table, source, log_level=0, limits=limits)
-        forced = compiled.compute_ff_bytes()
-        compiled.compute_bitmask()  # only now does it turn out that nothing is allowed
+        compiled = library.LLMatcher(self._ll_tokenizer, source, log_level=0, limits=limits)
+        forced_bytes = compiled.compute_ff_bytes()
+        compiled.compute_bitmask()  # sets the error if the grammar allows no text at all
         if compiled.is_error():
-            raise _refusal(grammar, compiled.get_error())
-        if len(forced) > MAX_FORCED_BYTES:
-            raise _refusal(
+            raise _grammar_error(grammar, compiled.get_error())
+        if len(forced_bytes) > MAX_JUMP_FORWARD_BYTES:
+            raise _grammar_error(
                 grammar,
-                f"it dictates more than {MAX_FORCED_BYTES:,} bytes before anything can be chosen; "
-                "a rule that contains itself needs a way to end",
+                f"it dictates more than {MAX_JUMP_FORWARD_BYTES:,} bytes before anything can be "
+                "chosen; a rule that contains itself needs a way to end",
             )
         return compiled
 
 
-class Matcher:
-    """Where one answer stands in its grammar."""
+class GrammarMatcher:
+    """State of one output in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
 
     @property
-    def finished(self) -> bool:
-        """Tell whether the answer is whole, so that nothing but an end token may follow."""
+    def is_finished(self) -> bool:
+        """Whether the output is complete, so that only an end token may follow."""
         return self._matcher.is_stopped()
 
-    def mask(self) -> Tensor:
-        """Say which tokens may come next: (V,) bool on the CPU, never all False.
+    def token_mask(self) -> Tensor:
+        """Return the mask of allowed next tokens: (V,) bool on the CPU, never all False.
 
         Raises:
-            InputError: this step costs more than the limits allow.
+            InputError: this step exceeds the cost limits.
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
-        mask_V = np.zeros(self._vocab_size, dtype=np.bool_)  # the last rows may be no tokens
+        mask_V = np.zeros(self._vocab_size, dtype=np.bool_)  # the vocabulary may be padded
         bits = np.unpackbits(packed, bitorder="little")[: self._vocab_size]
         mask_V[: len(bits)] = bits
         return torch.from_numpy(mask_V)
 
-    def accept(self, token: int) -> None:
-        """Take the token that was chosen, which the mask allowed.
+    def accept_token(self, token: int) -> None:
+        """Advance by a sampled token, which the mask must have allowed.
 
         Raises:
-            InputError: this step costs more than the limits allow.
+            InputError: this step exceeds the cost limits.
         """
         self._matcher.consume_token(token)
         self._check()
 
-    def forced(self) -> list[int]:
-        """List the tokens that the grammar dictates next, as the tokenizer would cut them.
+    def jump_forward_tokens(self) -> list[int]:
+        """Return the jump-forward tokens: the text that the grammar forces next, tokenized.
 
-        Guesses, not orders: the mask may also allow another cut of the same text.
+        They are draft tokens: the mask may also allow another tokenization of the same text.
         """
         return self._matcher.compute_ff_tokens()
 
@@ -147,23 +149,23 @@ class Matcher:
             )
 
 
-class _Words:
-    """The tokenizer as llguidance wants it: the bytes of every token, and text -> ids."""
+class _LLTokenizerAdapter:
+    """Adapter to llguidance's tokenizer interface: the bytes of every token, and text to ids."""
 
     def __init__(self, tokenizer: Tokenizer, end_id: int) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = end_id
         self.bos_token_id = None
-        self.tokens = [tokenizer.bytes_of(token) for token in range(len(tokenizer))]
+        self.tokens = [tokenizer.id_to_bytes(token) for token in range(len(tokenizer))]
         self.special_token_ids = list(tokenizer.special_ids.values())
 
     def __call__(self, text: str) -> list[int]:
-        if not isinstance(text, str):  # llguidance tries bytes first, and then keeps to text
+        if not isinstance(text, str):  # llguidance tries bytes first, then uses text only
             raise TypeError("text only")
-        return self._tokenizer.encode_text(text, special="none")
+        return self._tokenizer.encode_text(text, allowed_special="none")
 
 
-def _llguidance() -> Any:
+def _import_llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
@@ -174,16 +176,16 @@ def _llguidance() -> Any:
     return llguidance
 
 
-def _source(library: Any, grammar: Grammar) -> str:
-    """Write a grammar as llguidance reads it."""
+def _llguidance_grammar(library: Any, grammar: Grammar) -> str:
+    """Convert a grammar to llguidance's format."""
     if grammar.kind == "json_schema":
-        return library.LLMatcher.grammar_from_json_schema(grammar.text, overrides=_ONE_LINE)
+        return library.LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
     if grammar.kind == "regex":
         return library.LLMatcher.grammar_from_regex(grammar.text)
     return library.LLMatcher.grammar_from_lark(grammar.text)
 
 
-def _refusal(grammar: Grammar, reason: str) -> InputError:
+def _grammar_error(grammar: Grammar, reason: str) -> InputError:
     name = {"json_schema": "JSON schema", "regex": "regex", "lark": "grammar"}[grammar.kind]
     return InputError(f"{name}: {_one_line(reason)}")
 
@@ -192,5 +194,5 @@ def _one_line(text: str) -> str:
     """Shorten a message of llguidance, which quotes the grammar over several lines."""
     if text.startswith("NoExtension"):
         return "no text at all would be allowed"
-    words = " ".join(text.split())
-    return words if len(words) <= 200 else f"{words[:197]}..."
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:197]}..."

@@ -1,13 +1,12 @@
-"""Logits -> the next id of one answer.
+"""Sampler: logits processors and the choice of the next token of one request.
 
-In this order, with transformers' arithmetic: logit bias, repetition penalty, frequency and presence
-penalty, grammar, temperature, top-k, top-p, min-p, one draw. Each answer has its own Sampler; its
-n-th draw depends on its seed, n and the logits alone: not on what else is running, nor on the
-device. Greedy with nothing else on costs one search of the vocabulary. Letter of this room: J, the
-candidates that are left. It must not know text, cache or model.
+Applied in this order, with the arithmetic of transformers: logit bias, repetition penalty,
+frequency and presence penalty, grammar mask, temperature, top-k, top-p, min-p, one multinomial
+draw. Each sample has its own Sampler; its n-th draw depends on its seed, n and the logits alone,
+not on the other requests of the batch, nor on the device. Plain greedy sampling costs one argmax.
+Axis letter of this module: J, the remaining candidates.
 (HF: SequenceBiasLogitsProcessor, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
 TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper; OpenAI: frequency and presence penalty.)
-Next room: llm.py.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ import torch
 from torch import Tensor
 
 from qwen2vl.engine.outputs import TokenLogprob
-from qwen2vl.engine.sampling.grammar_matcher import Matcher
-from qwen2vl.engine.sampling.params import Biases, SamplingParams
+from qwen2vl.engine.sampling.grammar_matcher import GrammarMatcher
+from qwen2vl.engine.sampling.params import LogitBias, SamplingParams
 from qwen2vl.errors import EngineError, InputError
 from qwen2vl.weights import GenerationDefaults
 
 __all__ = [
-    "Rule",
+    "ResolvedSamplingParams",
     "Sampler",
-    "not_finite",
-    "penalize_occurrence",
-    "penalize_repetition",
-    "shortlist",
+    "apply_occurrence_penalties",
+    "apply_repetition_penalty",
+    "non_finite_logits_error",
+    "top_k_top_p_filter",
 ]
 
 Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """How one id is chosen, with nothing left open."""
+class ResolvedSamplingParams:
+    """Sampling parameters with every default filled in."""
 
     temperature: float  # 0 is greedy
     top_k: int  # 0 is off
@@ -50,28 +49,32 @@ class Rule:
     repetition_penalty: float = 1.0  # 1 is off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Biases = ()
+    logit_bias: LogitBias = ()
 
     @property
     def is_greedy(self) -> bool:
-        """Tell whether there is nothing to draw; the official checkpoints' top-k of 1 is greedy."""
+        """Whether sampling is an argmax; top_k 1, as in the official checkpoints, is greedy."""
         return self.temperature == 0.0 or self.top_k == 1
 
     @classmethod
-    def resolve(cls, params: SamplingParams, defaults: GenerationDefaults) -> Rule:
-        """Fill what the request left open: the checkpoint's habits, then transformers'.
+    def resolve(
+        cls, params: SamplingParams, defaults: GenerationDefaults
+    ) -> ResolvedSamplingParams:
+        """Fill unset fields with the checkpoint's generation defaults, then with transformers'.
 
-        A checkpoint that does not ask for sampling is greedy unless the request names a
-        temperature.
+        A checkpoint whose generation_config.json does not set do_sample is greedy unless the
+        request sets a temperature.
         """
-        habit = _first(defaults.temperature, 1.0) if defaults.do_sample else 0.0
+        temperature = _first_set(defaults.temperature, 1.0) if defaults.do_sample else 0.0
         assert isinstance(params.logit_bias, tuple)
         return cls(
-            temperature=_first(params.temperature, habit),
-            top_k=_first(params.top_k, defaults.top_k, 50),
-            top_p=_first(params.top_p, defaults.top_p, 1.0),
+            temperature=_first_set(params.temperature, temperature),
+            top_k=_first_set(params.top_k, defaults.top_k, 50),
+            top_p=_first_set(params.top_p, defaults.top_p, 1.0),
             min_p=params.min_p,
-            repetition_penalty=_first(params.repetition_penalty, defaults.repetition_penalty, 1.0),
+            repetition_penalty=_first_set(
+                params.repetition_penalty, defaults.repetition_penalty, 1.0
+            ),
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             logit_bias=params.logit_bias,
@@ -79,173 +82,191 @@ class Rule:
 
 
 class Sampler:
-    """Choose the tokens of one answer; owns its random generator and what it has seen.
+    """Samples the tokens of one output; holds its random generator, penalty state and grammar.
 
     Raises:
-        InputError: a bias is for a token that the model does not have.
+        InputError: logit_bias names a token outside the vocabulary.
     """
 
     def __init__(
         self,
-        rule: Rule,
+        params: ResolvedSamplingParams,
         prompt_ids: Iterable[int],
         *,
         vocab_size: int,
         device: torch.device,
         seed: int | None = None,
         num_logprobs: int | None = None,
-        matcher: Matcher | None = None,
+        matcher: GrammarMatcher | None = None,
     ) -> None:
-        self.rule = rule
+        self.params = params
         self.matcher = matcher
         self.num_logprobs = num_logprobs
-        self._bias = _bias(rule.logit_bias, vocab_size, device) if rule.logit_bias else None
-        self._seen_V: Tensor | None = None  # tokens of prompt and answer
-        self._counts_V: Tensor | None = None  # how often each token is in the answer
-        if rule.repetition_penalty != 1.0:
-            self._seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen_V[torch.tensor(sorted(set(prompt_ids)), dtype=torch.int64)] = True
-        if rule.presence_penalty or rule.frequency_penalty:
+        self._logit_bias = (
+            _logit_bias_tensors(params.logit_bias, vocab_size, device)
+            if params.logit_bias
+            else None
+        )
+        self._occurred_V: Tensor | None = None  # tokens that occur in prompt or output
+        self._counts_V: Tensor | None = None  # occurrences of each token in the output
+        if params.repetition_penalty != 1.0:
+            self._occurred_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._occurred_V[torch.tensor(sorted(set(prompt_ids)), dtype=torch.int64)] = True
+        if params.presence_penalty or params.frequency_penalty:
             self._counts_V = torch.zeros(vocab_size, device=device)
-        # On the CPU wherever the logits are: a seed means the same on every device.
+        # Always on the CPU, so that a seed gives the same draws whatever the device of the logits.
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
-        self._uniform: float | None = None  # drawn, and not yet spent
+        self._uniform: float | None = None  # drawn but not yet used
 
     @property
-    def is_plain(self) -> bool:
-        """Tell whether the logits alone decide, and nothing is reported: see choose.py."""
-        special = (self._bias, self._seen_V, self._counts_V, self.matcher, self.num_logprobs)
-        return all(one is None for one in special)
+    def supports_batched_sampling(self) -> bool:
+        """Whether only temperature, top-k, top-p and min-p are active, and no logprobs requested.
+
+        See batched.py.
+        """
+        unsupported = (
+            self._logit_bias,
+            self._occurred_V,
+            self._counts_V,
+            self.matcher,
+            self.num_logprobs,
+        )
+        return all(feature is None for feature in unsupported)
 
     @property
-    def finished(self) -> bool:
-        """Tell whether a grammar holds, and the answer is whole; only an end token may follow."""
-        return self.matcher is not None and self.matcher.finished
+    def is_finished(self) -> bool:
+        """Whether the grammar is complete, so that only an end token may follow."""
+        return self.matcher is not None and self.matcher.is_finished
 
-    def forced(self) -> list[int]:
-        """Guess the tokens that a grammar dictates next; `sample` may still cut them otherwise."""
-        return [] if self.matcher is None else self.matcher.forced()
+    def jump_forward_tokens(self) -> list[int]:
+        """Return the tokens that the grammar forces next (jump-forward), as draft tokens.
+
+        `sample` must verify them: it may choose another tokenization of the same text.
+        """
+        return [] if self.matcher is None else self.matcher.jump_forward_tokens()
 
     def sample(self, logits_V: Tensor) -> tuple[int, TokenLogprob | None]:
-        """Choose the next id and remember it.
+        """Sample the next token and update the sampler's state with it.
 
         Raises:
-            InputError: the grammar has become too costly to follow.
-            EngineError: the logits are not finite, which only damaged weights or fp16 do.
+            InputError: the grammar exceeds its cost limits in this step.
+            EngineError: the logits are not finite, because of damaged weights or float16 overflow.
         """
-        scores_V = self._adjust(logits_V)
-        token, best = _likeliest(scores_V)
+        scores_V = self._process_logits(logits_V)
+        token, best = _argmax(scores_V)
         if not math.isfinite(best):
-            raise not_finite(best)
-        if not self.rule.is_greedy:
-            token = self._draw(*shortlist(scores_V, self.rule))
-        self.accept(token)
+            raise non_finite_logits_error(best)
+        if not self.params.is_greedy:
+            token = self._draw(*top_k_top_p_filter(scores_V, self.params))
+        self.accept_token(token)
         if self.num_logprobs is None:
             return token, None
-        return token, _report(logits_V, token, self.num_logprobs)
+        return token, _token_logprob(logits_V, token, self.num_logprobs)
 
-    def _adjust(self, logits_V: Tensor) -> Tensor:
-        """Apply what changes single scores; the logits themselves where nothing does."""
+    def _process_logits(self, logits_V: Tensor) -> Tensor:
+        """Apply bias, penalties and grammar mask; return the logits as they are if none is set."""
         scores_V = logits_V
-        if self._bias is not None:
-            scores_V = scores_V.float().index_add(0, *self._bias)
-        if self._seen_V is not None:
-            scores_V = penalize_repetition(
-                scores_V.float(), self._seen_V, self.rule.repetition_penalty
+        if self._logit_bias is not None:
+            scores_V = scores_V.float().index_add(0, *self._logit_bias)
+        if self._occurred_V is not None:
+            scores_V = apply_repetition_penalty(
+                scores_V.float(), self._occurred_V, self.params.repetition_penalty
             )
         if self._counts_V is not None:
-            scores_V = penalize_occurrence(scores_V.float(), self._counts_V, self.rule)
+            scores_V = apply_occurrence_penalties(scores_V.float(), self._counts_V, self.params)
         if self.matcher is not None:
-            forbidden_V = ~self.matcher.mask().to(scores_V.device)
+            forbidden_V = ~self.matcher.token_mask().to(scores_V.device)
             scores_V = scores_V.masked_fill(forbidden_V, -math.inf)
         return scores_V
 
     def _draw(self, ids_J: Tensor, weights_J: Tensor) -> int:
-        """Spend one number of the generator to choose by weight."""
-        # In float64: among 150,000 candidates, sums in float32 lose the unlikely ones.
+        """Draw one id with probability proportional to its weight."""
+        # In float64: over 150,000 candidates, float32 sums lose the unlikely ones.
         bounds_J = weights_J.cpu().cumsum(0, dtype=torch.float64)
         index = torch.searchsorted(bounds_J, self.uniform() * bounds_J[-1], right=True)
         return int(ids_J[int(index)].item())
 
     def uniform(self) -> float:
-        """Give the number in [0, 1) that decides the next draw, the same until `accept`."""
+        """Return the random number in [0, 1) of the next draw, the same until `accept_token`."""
         if self._uniform is None:
             drawn = torch.rand((), dtype=torch.float64, generator=self._generator)
             self._uniform = float(drawn.item())
         return self._uniform
 
-    def accept(self, token: int) -> None:
-        """Remember the id that was chosen."""
+    def accept_token(self, token: int) -> None:
+        """Update penalties, grammar and draw with the token that was sampled."""
         self._uniform = None
-        if self._seen_V is not None:
-            self._seen_V[token] = True
+        if self._occurred_V is not None:
+            self._occurred_V[token] = True
         if self._counts_V is not None:
             self._counts_V[token] += 1
         if self.matcher is not None:
-            self.matcher.accept(token)
+            self.matcher.accept_token(token)
 
 
-def not_finite(best: float) -> EngineError:
-    """Say what scores of which the largest is `best` may come from."""
+def non_finite_logits_error(best: float) -> EngineError:
+    """Build the error for logits whose maximum, `best`, is NaN or infinite."""
     return EngineError(
-        f"the model's scores are not finite (largest {best}); its weights may be damaged: "
+        f"the model's logits are not finite (largest {best}); its weights may be damaged: "
         "qwen2vl doctor --check-weights names such tensors; float16 overflows"
     )
 
 
-def penalize_repetition(scores_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
-    """Divide positive scores of seen tokens by `penalty`, and multiply negative ones."""
-    ids_J = _find(seen_V)
+def apply_repetition_penalty(scores_V: Tensor, occurred_V: Tensor, penalty: float) -> Tensor:
+    """Divide positive scores of tokens that occurred by `penalty`; multiply negative ones."""
+    ids_J = _true_indices(occurred_V)
     scores_J = scores_V[ids_J]
     penalized_J = torch.where(scores_J < 0, scores_J * penalty, scores_J / penalty)
     return scores_V.index_copy(0, ids_J, penalized_J)
 
 
-def penalize_occurrence(scores_V: Tensor, counts_V: Tensor, rule: Rule) -> Tensor:
-    """Subtract the presence penalty once, and the frequency penalty for each occurrence."""
-    ids_J = _find(counts_V > 0)
-    costs_J = rule.presence_penalty + rule.frequency_penalty * counts_V[ids_J]
-    return scores_V.index_add(0, ids_J, costs_J, alpha=-1)
+def apply_occurrence_penalties(
+    scores_V: Tensor, counts_V: Tensor, params: ResolvedSamplingParams
+) -> Tensor:
+    """Subtract the presence penalty once and the frequency penalty per occurrence."""
+    ids_J = _true_indices(counts_V > 0)
+    penalties_J = params.presence_penalty + params.frequency_penalty * counts_V[ids_J]
+    return scores_V.index_add(0, ids_J, penalties_J, alpha=-1)
 
 
-def shortlist(scores_V: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """List the ids that may be drawn and their weights: temperature, top-k, top-p, min-p.
+def top_k_top_p_filter(scores_V: Tensor, params: ResolvedSamplingParams) -> tuple[Tensor, Tensor]:
+    """Apply temperature, top-k, top-p and min-p; return the remaining ids and their weights.
 
-    Ties at an edge all stay.
+    Ties at a threshold are all kept.
     """
     scores_J = scores_V.float()
-    if 0 < rule.top_k < len(scores_V):
-        ids_J = _find(scores_J >= _kth_best(scores_J, rule.top_k))
+    if 0 < params.top_k < len(scores_V):
+        ids_J = _true_indices(scores_J >= _kth_largest(scores_J, params.top_k))
         scores_J = scores_J[ids_J]
     else:
         ids_J = torch.arange(len(scores_V), device=scores_V.device)
-    weights_J = (scores_J / rule.temperature).softmax(dim=-1)
-    if rule.top_p < 1.0:
-        kept_J = _find(weights_J >= _least_in_top_p(weights_J, rule.top_p))
+    weights_J = (scores_J / params.temperature).softmax(dim=-1)
+    if params.top_p < 1.0:
+        kept_J = _true_indices(weights_J >= _top_p_threshold(weights_J, params.top_p))
         ids_J, weights_J = ids_J[kept_J], weights_J[kept_J]
-    if rule.min_p > 0.0:
-        kept_J = _find(weights_J >= rule.min_p * weights_J.max())
+    if params.min_p > 0.0:
+        kept_J = _true_indices(weights_J >= params.min_p * weights_J.max())
         ids_J, weights_J = ids_J[kept_J], weights_J[kept_J]
     return ids_J, weights_J
 
 
-def _least_in_top_p(weights_J: Tensor, top_p: float) -> Tensor:
-    """Find the least weight above the unlikely tail that holds at most 1 - top_p."""
+def _top_p_threshold(weights_J: Tensor, top_p: float) -> Tensor:
+    """Return the smallest weight kept by top-p: above the tail that sums to at most 1 - top_p."""
     ascending_J = _sort(weights_J)
     in_tail_J = ascending_J.cumsum(dim=0) <= 1 - top_p
-    # The best stays even where rounding puts the whole below 1 - top_p.
+    # The largest is kept even if rounding makes the whole sum less than 1 - top_p.
     return ascending_J[min(int(in_tail_J.sum()), len(weights_J) - 1)]
 
 
-# On a CPU, numpy searches and sorts a vocabulary 10 to 40 times as fast as torch does.
+# On a CPU, numpy searches and sorts a vocabulary 10 to 40 times as fast as torch.
 
 
-def _likeliest(scores_V: Tensor) -> tuple[int, float]:
-    """Find the best token and its score; NaN counts as best."""
+def _argmax(scores_V: Tensor) -> tuple[int, float]:
+    """Return the token with the largest score, and the score; NaN counts as largest."""
     if scores_V.device.type == "cpu":
         values = scores_V.float().numpy()
         token = int(values.argmax())
@@ -254,7 +275,7 @@ def _likeliest(scores_V: Tensor) -> tuple[int, float]:
     return int(token.item()), float(best.item())
 
 
-def _kth_best(scores_V: Tensor, k: int) -> Tensor:
+def _kth_largest(scores_V: Tensor, k: int) -> Tensor:
     if scores_V.device.type == "cpu":
         return torch.tensor(np.partition(scores_V.numpy(), -k)[-k])
     return scores_V.topk(k).values[-1]
@@ -266,14 +287,16 @@ def _sort(values_J: Tensor) -> Tensor:
     return values_J.sort().values
 
 
-def _find(mask_J: Tensor) -> Tensor:
-    """List where a mask is true."""
+def _true_indices(mask_J: Tensor) -> Tensor:
+    """Return the indices at which a mask is true."""
     if mask_J.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask_J.numpy()))
     return mask_J.nonzero()[:, 0]
 
 
-def _bias(biases: Biases, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _logit_bias_tensors(
+    biases: LogitBias, vocab_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     ids, values = zip(*biases, strict=True)
     if max(ids) >= vocab_size:
         raise InputError(
@@ -285,7 +308,7 @@ def _bias(biases: Biases, vocab_size: int, device: torch.device) -> tuple[Tensor
     )
 
 
-def _report(logits_V: Tensor, token: int, count: int) -> TokenLogprob:
+def _token_logprob(logits_V: Tensor, token: int, count: int) -> TokenLogprob:
     logprobs_V = logits_V.float().log_softmax(dim=-1)
     values, ids = logprobs_V.topk(min(count, logprobs_V.shape[-1]))
     return TokenLogprob(
@@ -295,5 +318,5 @@ def _report(logits_V: Tensor, token: int, count: int) -> TokenLogprob:
     )
 
 
-def _first(*values: Number | None) -> Number:
+def _first_set(*values: Number | None) -> Number:
     return next(value for value in values if value is not None)

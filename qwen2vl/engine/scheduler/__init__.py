@@ -1,4 +1,4 @@
-"""Continuous batching: which tokens of which requests and which images the next step computes.
+"""Continuous batching: which tokens and which image and video frames the next step computes.
 
-`scheduler.py` decides, `output.py` holds the decision (vLLM's SchedulerOutput). No tensors.
+`scheduler.py` makes the decision, `output.py` defines its result. No tensors are involved.
 """

@@ -1,8 +1,9 @@
-"""One step, decided: which tokens of whom, which frame pairs, and what it may cost.
+"""The scheduler's output: the tokens, encoder inputs and cache operations of one engine step.
 
-The scheduler spends a Budget and hands out a Plan, the runner carries the plan out, and `commit`
-takes in what was sampled. Numbers and references alone: no tensor is touched here, and nothing is
-decided but how many frame pairs a step can afford. Next room: scheduler.py, which decides the rest.
+`Scheduler.schedule` spends a `StepBudget` and returns a `SchedulerOutput`; `ModelRunner` executes
+it and returns `SampledTokens` for each `TokenChunk`. The classes hold integers and references, no
+tensors. The budget also decides how many frame pairs of an item are encoded in the step.
+(vLLM: SchedulerOutput, SchedulerConfig.)
 """
 
 from __future__ import annotations
@@ -10,123 +11,147 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from qwen2vl.engine.kv_cache.block_pool import MemoryOrder
+from qwen2vl.engine.kv_cache.block_pool import CacheOperation
 from qwen2vl.engine.outputs import TokenLogprob
-from qwen2vl.engine.request import Sequence
-from qwen2vl.lora.multi import Adapter
+from qwen2vl.engine.request import Request
+from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.processor.inputs import Item
 
-__all__ = ["Budget", "Chunk", "Limits", "Plan", "Sampled", "Slices"]
+__all__ = [
+    "EncoderChunk",
+    "SampledTokens",
+    "SchedulerOutput",
+    "StepBudget",
+    "StepLimits",
+    "TokenChunk",
+]
 
-Sampled = list[tuple[int, TokenLogprob | None]]  # new tokens; empty when the prompt goes on
+SampledTokens = list[
+    tuple[int, TokenLogprob | None]
+]  # new tokens; empty while the prompt is incomplete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one step may do at most."""
+class StepLimits:
+    """Upper limits of one engine step."""
 
-    tokens: int = 1024  # of all chunks together
-    patches: int = 4096  # of all pictures; a frame pair that is larger goes alone
-    sequences: int = 16  # at work at the same time
+    max_num_batched_tokens: int = 1024  # sum over all token chunks
+    max_num_encoder_patches: int = 4096  # sum over all items; a larger frame pair is encoded alone
+    max_num_seqs: int = 16  # running requests
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens start..stop of one sequence, and guesses at what follows."""
+class TokenChunk:
+    """Tokens start..stop of one request, followed by draft tokens to verify."""
 
-    sequence: Sequence
+    request: Request
     start: int
     stop: int
-    drafts: tuple[int, ...] = ()
+    draft_tokens: tuple[int, ...] = ()
 
     @property
-    def ids(self) -> list[int]:
-        """What the model is fed."""
-        return [*self.sequence.ids[self.start : self.stop], *self.drafts]
+    def input_ids(self) -> list[int]:
+        """The token ids of the forward: known tokens, then draft tokens."""
+        return [*self.request.all_token_ids[self.start : self.stop], *self.draft_tokens]
 
     @property
-    def num_ids(self) -> int:
-        """Count them, without making the list."""
-        return self.stop - self.start + len(self.drafts)
+    def num_tokens(self) -> int:
+        """The length of `input_ids`, without building the list."""
+        return self.stop - self.start + len(self.draft_tokens)
 
     @property
     def is_decode(self) -> bool:
-        """The newest token of an answer, without guesses: text, whose position is one number."""
-        sequence = self.sequence
+        """Whether it is one output token without drafts, whose position is equal on all axes."""
+        request = self.request
         return (
-            self.num_ids == 1
-            and self.stop == len(sequence.ids)
-            and self.start >= len(sequence.prompt.input_ids)
+            self.num_tokens == 1
+            and self.stop == len(request.all_token_ids)
+            and self.start >= len(request.prompt.input_ids)
         )
 
     @property
-    def num_sampled(self) -> int:
-        """Rows at the end from which a next token is chosen; 0 when the prompt goes on."""
-        return 1 + len(self.drafts) if self.stop == len(self.sequence.ids) else 0
+    def num_logits(self) -> int:
+        """How many of the last hidden states need logits; 0 while the prompt is incomplete."""
+        return 1 + len(self.draft_tokens) if self.stop == len(self.request.all_token_ids) else 0
 
 
 @dataclass(frozen=True, slots=True)
-class Slices:
-    """Frame pairs start..stop of one item, to be encoded."""
+class EncoderChunk:
+    """Frame pairs start..stop of one item, to run through the vision tower."""
 
     item: Item
     start: int
     stop: int
-    adapter: Adapter | None = None  # of the tower that looks
+    adapter: LoraAdapter | None = None  # LoRA adapter of the vision tower
 
     @property
     def num_patches(self) -> int:
-        """Count the patches to be encoded."""
+        """The number of patches to encode."""
         return (self.stop - self.start) * self.item.grid.h * self.item.grid.w
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: first memory, then pictures, then tokens."""
+class SchedulerOutput:
+    """One step, executed in this order: cache operations, encoder chunks, token chunks."""
 
-    orders: deque[MemoryOrder]  # the pool's own: what is done is taken away
-    slices: tuple[Slices, ...]
-    viewers: tuple[Sequence, ...]  # who waits for the slices
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def largest(self) -> Sequence:
-        """The sequence with most tokens in this step."""
-        if self.chunks:
-            return max(self.chunks, key=lambda chunk: chunk.num_ids).sequence
-        return self.largest_viewer
+    cache_operations: deque[CacheOperation]  # the pool's own queue; executed ones are removed
+    encoder_chunks: tuple[EncoderChunk, ...]
+    encoder_requests: tuple[Request, ...]  # requests that wait for the encoder chunks
+    token_chunks: tuple[TokenChunk, ...]
 
     @property
-    def largest_viewer(self) -> Sequence:
-        """A sequence that waits for the most patches of one item."""
-        most = max(self.slices, key=lambda slices: slices.num_patches)
-        digest = most.item.digest
-        return next(v for v in self.viewers if digest in (item.digest for item in v.held_items))
+    def largest_request(self) -> Request:
+        """The request with the most tokens in this step."""
+        if self.token_chunks:
+            return max(self.token_chunks, key=lambda chunk: chunk.num_tokens).request
+        return self.largest_encoder_request
+
+    @property
+    def largest_encoder_request(self) -> Request:
+        """A request that waits for the largest encoder chunk."""
+        largest = max(self.encoder_chunks, key=lambda chunk: chunk.num_patches)
+        digest = largest.item.digest
+        return next(
+            request
+            for request in self.encoder_requests
+            if digest in (item.digest for item in request.held_items)
+        )
 
 
-class Budget:
-    """What is left of a step's budgets, and what has been given."""
+class StepBudget:
+    """The remaining budget of a step, and what has been scheduled so far."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.tokens = limits.tokens
-        self.patches = limits.patches
-        self.slices: list[Slices] = []
-        self.viewers: list[Sequence] = []
-        self.chunks: list[Chunk] = []
-        self._encoded: dict[bytes, int] = {}  # digest -> frame pairs there after this step
+    def __init__(self, limits: StepLimits) -> None:
+        self.remaining_tokens = limits.max_num_batched_tokens
+        self.remaining_patches = limits.max_num_encoder_patches
+        self.encoder_chunks: list[EncoderChunk] = []
+        self.encoder_requests: list[Request] = []
+        self.token_chunks: list[TokenChunk] = []
+        self._encoded: dict[bytes, int] = {}  # digest -> frame pairs encoded after this step
 
-    def encode(self, viewer: Sequence, item: Item, ready: int) -> int:
-        """Encode more of an item if the budget allows; count what will be there."""
-        if ready < item.grid.t:
-            self.viewers.append(viewer)
+    def schedule_encoder(self, request: Request, item: Item, num_encoded: int) -> int:
+        """Schedule more frame pairs of an item within the budget.
+
+        Args:
+            request: the request that needs the item.
+            item: the image or video.
+            num_encoded: frame pairs whose embeddings exist already.
+
+        Returns:
+            How many of its frame pairs will be encoded after this step.
+        """
+        if num_encoded < item.grid.t:
+            self.encoder_requests.append(request)
         if item.digest in self._encoded:
             return self._encoded[item.digest]
-        area = item.grid.h * item.grid.w
-        count = min(item.grid.t - ready, max(0, self.patches) // area)
-        if count == 0 and ready < item.grid.t and not self.slices:
-            count = 1  # larger than any budget, so alone
+        patches_per_pair = item.grid.h * item.grid.w
+        count = min(item.grid.t - num_encoded, max(0, self.remaining_patches) // patches_per_pair)
+        if count == 0 and num_encoded < item.grid.t and not self.encoder_chunks:
+            count = 1  # one frame pair exceeds the whole budget: encode it alone
         if count > 0:
-            self.slices.append(Slices(item, ready, ready + count, viewer.adapter))
-            self.patches -= count * area
-        self._encoded[item.digest] = ready + count
-        return ready + count
+            self.encoder_chunks.append(
+                EncoderChunk(item, num_encoded, num_encoded + count, request.adapter)
+            )
+            self.remaining_patches -= count * patches_per_pair
+        self._encoded[item.digest] = num_encoded + count
+        return num_encoded + count

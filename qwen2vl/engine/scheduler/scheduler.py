@@ -1,254 +1,296 @@
-"""Which sequences run now, how many tokens of each, and which pictures are looked at.
+"""Continuous batching scheduler with chunked prefill, prefix caching and preemption.
 
-A step has a budget of tokens and one of patches. Answers that are being written go first, one token
-each (and its drafts); what is left goes to prompts, in chunks, first come first served. A chunk
-may end inside a picture: it ends where rows are missing. When cache rows run out the youngest gives
-way, row and all, and begins again later with what others still hold of it. No tensor is touched
-here: a Plan says what is to be done, `commit` takes in what came of it. Next room: runner.py.
+Each step has a token budget and an encoder (patch) budget. Decoding requests are scheduled first,
+one token each plus its draft tokens; the remaining budget goes to prompts, in chunks, first come
+first served. A chunk ends early, also inside an image, where vision embeddings are not encoded yet.
+When the KV cache is full, the most recently started request is preempted: its allocation is
+released, and it is recomputed later, except for prefix blocks that are still cached. No tensors:
+`schedule` returns a SchedulerOutput, and `update_from_output` applies the sampled tokens.
+(vLLM: v1.core.sched.scheduler.Scheduler.)
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwen2vl.engine.kv_cache.block_pool import BLOCK, BlockPool, Row
-from qwen2vl.engine.request import Sequence
-from qwen2vl.engine.scheduler.output import Budget, Chunk, Limits, Plan, Sampled
-from qwen2vl.engine.speculative import Drafter
+from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE, BlockPool, CacheAllocation
+from qwen2vl.engine.request import Request
+from qwen2vl.engine.scheduler.output import (
+    SampledTokens,
+    SchedulerOutput,
+    StepBudget,
+    StepLimits,
+    TokenChunk,
+)
+from qwen2vl.engine.speculative import NgramProposer
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.inputs import Item
 
-__all__ = ["News", "Scheduler", "Shelf"]
+__all__ = ["EncoderCache", "RequestOutput", "Scheduler"]
 
-_SPARE = 2 * BLOCK  # tokens of room beyond the known ones, when a sequence is admitted
+# Slots allocated beyond the known tokens when a request is admitted.
+_NUM_LOOKAHEAD_TOKENS = 2 * BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """Text that became certain in one sequence; the last news of it carries its finish_reason."""
+class RequestOutput:
+    """New text of one request; with the last one, `request.finish_reason` is set."""
 
-    sequence: Sequence
+    request: Request
     text: str
 
 
-class Shelf(Protocol):
-    """What the scheduler asks about vision rows; runner.py has them."""
+class EncoderCache(Protocol):
+    """The part of `EncoderCacheManager` that the scheduler uses."""
 
-    def hold(self, item: Item) -> None:
-        """Keep the item's rows, or what becomes of them, until it is released as often."""
+    def acquire(self, item: Item) -> None:
+        """Pin the item's embeddings, present or future, until `release` is called as often."""
         ...
 
     def release(self, item: Item) -> None:
-        """Let go of an item."""
+        """Drop one reference to an item."""
         ...
 
-    def ready(self, item: Item) -> int:
-        """Count the frame pairs whose rows are there."""
+    def num_encoded_frame_pairs(self, item: Item) -> int:
+        """Return how many frame pairs of the item have embeddings."""
         ...
 
 
 class Scheduler:
-    """Waiting and running sequences, and the rule by which they share a step."""
+    """Holds the waiting and running requests and decides what each step computes."""
 
     def __init__(
-        self, pool: BlockPool, shelf: Shelf, limits: Limits, drafter: Drafter | None = None
+        self,
+        pool: BlockPool,
+        encoder_cache: EncoderCache,
+        limits: StepLimits,
+        drafter: NgramProposer | None = None,
     ) -> None:
         self.pool = pool
-        self.shelf = shelf
+        self.encoder_cache = encoder_cache
         self.limits = limits
         self.drafter = drafter
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # the oldest first
-        self.is_torn = False  # an interrupt came while the books were written: begin with new ones
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        # Set while state changes. If an interrupt leaves it set, the scheduler must be replaced.
+        self.is_inconsistent = False
 
     @property
-    def has_work(self) -> bool:
-        """Somebody waits or runs."""
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request is waiting or running."""
         return bool(self.waiting or self.running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, behind all that came before."""
-        blocks = _blocks(sequence.most_ids)
-        assert blocks <= self.pool.num_blocks, "a sequence that can never run was let in"
-        self.waiting.append(sequence)
+    def add_request(self, request: Request) -> None:
+        """Append a request to the waiting queue."""
+        blocks = _num_blocks(request.max_num_tokens)
+        assert blocks <= self.pool.num_blocks, "the request can never fit into the KV cache"
+        self.waiting.append(request)
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; one that is over already is no error."""
-        with self._writing():
-            if sequence in self.running:
-                self._leave(sequence)
-            elif sequence in self.waiting:
-                self.waiting.remove(sequence)
+    def abort(self, request: Request) -> None:
+        """Remove a waiting or running request; does nothing if it has finished."""
+        with self._updating_state():
+            if request in self.running:
+                self._stop_running(request)
+            elif request in self.waiting:
+                self.waiting.remove(request)
 
-    def plan(self) -> Plan:
-        """Decide the next step."""
-        step = Budget(self.limits)
-        with self._writing():
-            for sequence in sorted(self.running, key=lambda s: s.is_prefilling):
-                if sequence.row is not None:  # else it has just given way
-                    self._add_chunk(step, sequence)
-            self._admit(step)
-        assert step.chunks or step.slices or not self.has_work, "a step without progress"
-        viewers = tuple(dict.fromkeys(step.viewers))
-        return Plan(self.pool.orders, tuple(step.slices), viewers, tuple(step.chunks))
+    def schedule(self) -> SchedulerOutput:
+        """Decide what the next step computes."""
+        budget = StepBudget(self.limits)
+        with self._updating_state():
+            for request in sorted(self.running, key=lambda r: r.is_prefilling):
+                if request.allocation is not None:  # else it was preempted in this loop
+                    self._schedule_chunk(budget, request)
+            self._admit_waiting(budget)
+        assert budget.token_chunks or budget.encoder_chunks or not self.has_unfinished_requests, (
+            "the step schedules nothing"
+        )
+        encoder_requests = tuple(dict.fromkeys(budget.encoder_requests))
+        return SchedulerOutput(
+            self.pool.cache_operations,
+            tuple(budget.encoder_chunks),
+            encoder_requests,
+            tuple(budget.token_chunks),
+        )
 
-    def commit(self, plan: Plan, results: SequenceOf[Sampled | Qwen2VLError]) -> list[News]:
-        """Take in what a step brought: one result for each chunk."""
-        news: list[News] = []
-        with self._writing():
-            for chunk, result in zip(plan.chunks, results, strict=True):
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, results: Sequence[SampledTokens | Qwen2VLError]
+    ) -> list[RequestOutput]:
+        """Apply the results of a step, one for each token chunk; return the new text."""
+        outputs: list[RequestOutput] = []
+        with self._updating_state():
+            for chunk, result in zip(scheduler_output.token_chunks, results, strict=True):
                 if isinstance(result, Qwen2VLError):
-                    news.append(self._fail(chunk.sequence, result))
+                    outputs.append(self._fail(chunk.request, result))
                 else:
-                    news += self._take_in(chunk, result)
-        return news
+                    outputs += self._update_request(chunk, result)
+        return outputs
 
-    def fail(self, sequence: Sequence, error: Qwen2VLError) -> News:
-        """End a running sequence with an error; what it stored is not used again."""
-        with self._writing():
-            return self._fail(sequence, error)
+    def fail(self, request: Request, error: Qwen2VLError) -> RequestOutput:
+        """End a running request with an error and discard its KV cache."""
+        with self._updating_state():
+            return self._fail(request, error)
 
-    def forget(self) -> None:
-        """Give up the rows of sequences that are over."""
-        with self._writing():
-            self.pool.clear()
+    def reset_prefix_cache(self) -> None:
+        """Evict the cached blocks of finished requests."""
+        with self._updating_state():
+            self.pool.reset_prefix_cache()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        self.is_torn = True
+    def _updating_state(self) -> Iterator[None]:
+        self.is_inconsistent = True
         yield
-        self.is_torn = False  # not where something is raised
+        self.is_inconsistent = False  # no `finally`: stays set if something was raised
 
-    def _fail(self, sequence: Sequence, error: Qwen2VLError) -> News:
-        sequence.fail(error)
-        self._leave(sequence, discard=True)
-        return News(sequence, "")
+    def _fail(self, request: Request, error: Qwen2VLError) -> RequestOutput:
+        request.fail(error)
+        self._stop_running(request, discard=True)
+        return RequestOutput(request, "")
 
-    def _take_in(self, chunk: Chunk, sampled: Sampled) -> list[News]:
-        sequence = chunk.sequence
-        # Each guess that came true has stored its keys and values in this very step.
-        accepted = max(0, len(sampled) - 1)
-        sequence.num_computed = chunk.stop + accepted
-        sequence.num_drafted += len(chunk.drafts)
-        sequence.num_accepted += accepted
-        if not sequence.is_prefilling:
-            self._release_items(sequence)
+    def _update_request(self, chunk: TokenChunk, sampled: SampledTokens) -> list[RequestOutput]:
+        request = chunk.request
+        # The keys and values of accepted draft tokens were stored by this step's forward.
+        num_accepted = max(0, len(sampled) - 1)
+        request.num_computed_tokens = chunk.stop + num_accepted
+        request.num_draft_tokens += len(chunk.draft_tokens)
+        request.num_accepted_tokens += num_accepted
+        if not request.is_prefilling:
+            self._release_items(request)
         texts: list[str] = []
         for token, logprob in sampled:
-            texts.append(sequence.append(token, logprob))
-            if sequence.finish_reason is not None:
+            texts.append(request.append(token, logprob))
+            if request.finish_reason is not None:
                 break
-        assert sequence.row is not None
-        full = min(sequence.num_computed, len(sequence.ids)) // BLOCK
-        self.pool.record(sequence.row, sequence.chain.extend(sequence.ids)[:full])
-        if sequence.finish_reason is not None:
-            self._leave(sequence)
+        assert request.allocation is not None
+        num_full = min(request.num_computed_tokens, len(request.all_token_ids)) // BLOCK_SIZE
+        self.pool.cache_full_blocks(
+            request.allocation, request.block_hashes.extend(request.all_token_ids)[:num_full]
+        )
+        if request.finish_reason is not None:
+            self._stop_running(request)
             if self.drafter is not None:
-                self.drafter.learn(sequence)
+                self.drafter.add_finished(request)
         text = "".join(texts)
-        return [News(sequence, text)] if text or sequence.finish_reason is not None else []
+        return [RequestOutput(request, text)] if text or request.finish_reason is not None else []
 
-    def _add_chunk(self, step: Budget, sequence: Sequence) -> None:
-        """Give a running sequence what it can use of the step."""
-        known = len(sequence.ids)
-        stop = self._visible(step, sequence, min(known, sequence.num_computed + step.tokens))
-        if stop <= sequence.num_computed:
+    def _schedule_chunk(self, budget: StepBudget, request: Request) -> None:
+        """Schedule as many tokens of a running request as the budget allows."""
+        num_known = len(request.all_token_ids)
+        stop = self._cut_at_missing_embeddings(
+            budget, request, min(num_known, request.num_computed_tokens + budget.remaining_tokens)
+        )
+        if stop <= request.num_computed_tokens:
             return
-        drafts: tuple[int, ...] = ()
-        if self.drafter is not None and not sequence.is_prefilling:
-            most = min(step.tokens - 1, sequence.most_ids - known - 1)
-            drafts = tuple(self.drafter(sequence, most))
-        if not self._find_room(sequence, stop + len(drafts)):
+        draft_tokens: tuple[int, ...] = ()
+        if self.drafter is not None and not request.is_prefilling:
+            max_tokens = min(budget.remaining_tokens - 1, request.max_num_tokens - num_known - 1)
+            draft_tokens = tuple(self.drafter.propose(request, max_tokens))
+        if not self._allocate_slots(request, stop + len(draft_tokens)):
             return
-        chunk = Chunk(sequence, sequence.num_computed, stop, drafts)
-        step.tokens -= chunk.num_ids
-        step.chunks.append(chunk)
+        chunk = TokenChunk(request, request.num_computed_tokens, stop, draft_tokens)
+        budget.remaining_tokens -= chunk.num_tokens
+        budget.token_chunks.append(chunk)
 
-    def _visible(self, step: Budget, sequence: Sequence, stop: int) -> int:
-        """Cut a chunk where a picture's rows are missing; have them encoded as the budget goes."""
-        for start, item in sequence.items_after(sequence.num_computed):
+    def _cut_at_missing_embeddings(self, budget: StepBudget, request: Request, stop: int) -> int:
+        """Return where a chunk must end for lack of vision embeddings, at most `stop`.
+
+        Frame pairs that are missing are scheduled for encoding within the budget.
+        """
+        for start, item in request.items_after(request.num_computed_tokens):
             if start >= stop:
                 break
-            slices = step.encode(sequence, item, self.shelf.ready(item))
-            reach = start + item.num_tokens * slices // item.grid.t
-            if slices < item.grid.t and reach < stop:
-                return reach
+            num_encoded = budget.schedule_encoder(
+                request, item, self.encoder_cache.num_encoded_frame_pairs(item)
+            )
+            encoded_stop = start + item.num_tokens * num_encoded // item.grid.t
+            if num_encoded < item.grid.t and encoded_stop < stop:
+                return encoded_stop
         return stop
 
-    def _find_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Widen a row, sending the youngest away for it; False when that is the sequence itself."""
-        assert sequence.row is not None
-        if _blocks(num_tokens) <= sequence.row.num_blocks:
+    def _allocate_slots(self, request: Request, num_tokens: int) -> bool:
+        """Grow a request's allocation, preempting the most recently admitted requests for it.
+
+        Returns False when the request itself was preempted.
+        """
+        assert request.allocation is not None
+        if _num_blocks(num_tokens) <= request.allocation.num_blocks:
             return True
-        # Half as much again, so that a long answer is moved a few times only.
-        generous = min(_blocks(sequence.most_ids), _blocks(num_tokens * 3 // 2))
-        if self.pool.grow(sequence.row, generous):
+        # Half as much again, so that a growing output is moved only a few times.
+        preferred = min(_num_blocks(request.max_num_tokens), _num_blocks(num_tokens * 3 // 2))
+        if self.pool.grow(request.allocation, preferred):
             return True
-        while not self.pool.grow(sequence.row, _blocks(num_tokens)):
-            youngest = self.running[-1]
-            self._leave(youngest)
-            youngest.num_computed = 0
-            self.waiting.appendleft(youngest)
-            if youngest is sequence:
+        while not self.pool.grow(request.allocation, _num_blocks(num_tokens)):
+            preempted = self.running[-1]
+            self._stop_running(preempted)
+            preempted.num_computed_tokens = 0
+            self.waiting.appendleft(preempted)
+            if preempted is request:
                 return False
         return True
 
-    def _admit(self, step: Budget) -> None:
-        """Let waiting sequences in, in order, while the step and the cache have room."""
-        for sequence in list(self.waiting):
-            if step.tokens <= 0 or len(self.running) >= self.limits.sequences:
+    def _admit_waiting(self, budget: StepBudget) -> None:
+        """Start waiting requests, in order, while the step's budget and the KV cache allow."""
+        for request in list(self.waiting):
+            if budget.remaining_tokens <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return
             # The last token is always computed: its hidden state gives the next one.
-            keys = sequence.chain.extend(sequence.ids)[: (len(sequence.ids) - 1) // BLOCK]
-            if self._is_being_computed(keys):
-                continue  # soon it need only be copied
-            room = min(len(sequence.ids) + _SPARE, sequence.most_ids)
-            claimed = self.pool.claim(keys, _blocks(room))
-            if claimed is None:
+            block_hashes = request.block_hashes.extend(request.all_token_ids)[
+                : (len(request.all_token_ids) - 1) // BLOCK_SIZE
+            ]
+            if self._is_being_computed(block_hashes):
+                continue  # wait: its prefix can soon be copied
+            num_slots = min(
+                len(request.all_token_ids) + _NUM_LOOKAHEAD_TOKENS, request.max_num_tokens
+            )
+            allocated = self.pool.allocate(block_hashes, _num_blocks(num_slots))
+            if allocated is None:
                 return
-            self.waiting.remove(sequence)
-            self._enter(sequence, *claimed)
-            self._add_chunk(step, sequence)
+            self.waiting.remove(request)
+            self._start_running(request, *allocated)
+            self._schedule_chunk(budget, request)
 
-    def _is_being_computed(self, keys: SequenceOf[bytes]) -> bool:
-        """Tell whether a running prompt will soon hold more of `keys` than any row does now."""
-        held = self.pool.match(keys)
-        if held == len(keys):
+    def _is_being_computed(self, block_hashes: Sequence[bytes]) -> bool:
+        """Whether a running prefill will soon cache more of this prefix than is cached now."""
+        num_cached = self.pool.match_prefix(block_hashes)
+        if num_cached == len(block_hashes):
             return False
         return any(
-            sequence.row is not None and keys[held] in sequence.chain.keys[len(sequence.row.keys) :]
-            for sequence in self.running
-            if sequence.is_prefilling
+            request.allocation is not None
+            and block_hashes[num_cached]
+            in request.block_hashes.hashes[len(request.allocation.block_hashes) :]
+            for request in self.running
+            if request.is_prefilling
         )
 
-    def _enter(self, sequence: Sequence, row: Row, held: int) -> None:
-        sequence.row = row
-        sequence.num_computed = held * BLOCK
-        if not sequence.token_ids:
-            sequence.num_cached = held * BLOCK
-        sequence.held_items = [item for _, item in sequence.items_after(sequence.num_computed)]
-        for item in sequence.held_items:
-            self.shelf.hold(item)
-        sequence.clock.begin()
-        self.running.append(sequence)
+    def _start_running(
+        self, request: Request, allocation: CacheAllocation, num_cached_blocks: int
+    ) -> None:
+        request.allocation = allocation
+        request.num_computed_tokens = num_cached_blocks * BLOCK_SIZE
+        if not request.output_token_ids:
+            request.num_cached_tokens = num_cached_blocks * BLOCK_SIZE
+        request.held_items = [item for _, item in request.items_after(request.num_computed_tokens)]
+        for item in request.held_items:
+            self.encoder_cache.acquire(item)
+        request.timer.mark_scheduled()
+        self.running.append(request)
 
-    def _leave(self, sequence: Sequence, *, discard: bool = False) -> None:
-        assert sequence.row is not None
-        self.running.remove(sequence)
-        self._release_items(sequence)
-        (self.pool.discard if discard else self.pool.release)(sequence.row)
-        sequence.row = None
+    def _stop_running(self, request: Request, *, discard: bool = False) -> None:
+        assert request.allocation is not None
+        self.running.remove(request)
+        self._release_items(request)
+        (self.pool.discard if discard else self.pool.release)(request.allocation)
+        request.allocation = None
 
-    def _release_items(self, sequence: Sequence) -> None:
-        for item in sequence.held_items:
-            self.shelf.release(item)
-        sequence.held_items = []
+    def _release_items(self, request: Request) -> None:
+        for item in request.held_items:
+            self.encoder_cache.release(item)
+        request.held_items = []
 
 
-def _blocks(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK)
+def _num_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE)

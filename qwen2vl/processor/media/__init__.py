@@ -1,5 +1,5 @@
-"""Media in: sources are read within limits and decoded into upright RGB frames.
+"""Media loading: images and videos are read within limits and decoded to upright RGB frames.
 
-`source.py` finds and reads what the user names; `rgb.py` decodes images; `video_reader.py` and `clip.py`
-supply the frames of videos.
+`source.py` resolves paths, URLs, bytes and arrays (`download.py` fetches URLs); `rgb.py` decodes
+images; `video_source.py` opens videos and `video_reader.py` decodes video files (PyAV).
 """

@@ -1,8 +1,8 @@
-"""Read one http(s) URL into memory, within a byte cap and a deadline; standard library only.
+"""Download of one http(s) URL into memory, with a byte limit and a deadline; standard library only.
 
-Redirects stay on http and https: no other handler is installed, so that a picture's URL can never
-open a local file. Which hosts may be reached is the caller's business: a server switches URLs off.
-It must not know what the bytes mean. Called by media.py.
+Redirects stay on http and https: no other handler is installed, so that the URL of an image can
+never open a local file (no SSRF to file://). Hosts are not filtered here: a server that must not
+fetch URLs disables them (`MediaLimits.allow_urls`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from qwen2vl.errors import InputError
 __all__ = ["download"]
 
 _CHUNK = 1 << 18
-_SAFE = "%/:=&?~+!$,;'@()*[]"  # what a URL that is already quoted may contain
+_SAFE = "%/:=&?~+!$,;'@()*[]"  # characters left as they are when a URL is percent-encoded
 
 
 def download(url: str, *, max_bytes: int, timeout: float, name: str) -> tuple[bytes, str | None]:
-    """Fetch `url`; returns its bytes and the media type that the server declared.
+    """Fetch `url`; return its bytes and the media type that the server declared.
 
     Raises:
-        InputError: no answer, an error answer, too many bytes, or more than `timeout` seconds.
+        InputError: no response, an error status, more than `max_bytes`, or `timeout` seconds
+            exceeded.
     """
     deadline = time.monotonic() + timeout
     shown = url if len(url) <= 120 else url[:117] + "..."
     try:
         request = urllib.request.Request(_quoted(url), headers={"User-Agent": "qwen2vl"})
-        with _opener().open(request, timeout=timeout) as answer:
-            content = _read(answer, max_bytes, deadline)
-            return content, answer.headers.get_content_type()
+        with _http_opener().open(request, timeout=timeout) as response:
+            content = _read_all(response, max_bytes, deadline)
+            return content, response.headers.get_content_type()
     except urllib.error.HTTPError as error:
         text = f"the server answered {error.code} ({error.reason})"
         raise InputError(f"{name}: {text} for {shown}; check the URL") from error
@@ -55,21 +56,21 @@ class _TooLargeError(Exception):
     pass
 
 
-def _read(answer: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
-    """Read all, watching the clock between chunks: a socket's own time-out forgives a trickle."""
+def _read_all(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
+    """Read all, checking the deadline after each chunk: a socket timeout restarts with each one."""
     content = bytearray()
-    while chunk := answer.read1(_CHUNK):
+    while chunk := response.read1(_CHUNK):
         content += chunk
         if len(content) > max_bytes:
             raise _TooLargeError
         if time.monotonic() > deadline:
             raise TimeoutError
-    if answer.length:  # what the header promised and the connection did not bring
-        raise http.client.IncompleteRead(bytes(content), answer.length)
+    if response.length:  # bytes of Content-Length that were not received
+        raise http.client.IncompleteRead(bytes(content), response.length)
     return bytes(content)
 
 
-def _opener() -> urllib.request.OpenerDirector:
+def _http_opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -85,7 +86,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _quoted(url: str) -> str:
-    """Percent-encode what people paste: spaces, letters beyond ASCII."""
+    """Percent-encode spaces and non-ASCII characters; other URLs are unchanged."""
     parts = urlsplit(url)
     host = parts.netloc.encode("idna").decode() if not parts.netloc.isascii() else parts.netloc
     return urlunsplit((parts.scheme, host, quote(parts.path, _SAFE), quote(parts.query, _SAFE), ""))

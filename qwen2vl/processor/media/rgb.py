@@ -1,9 +1,9 @@
-"""One normalizer for every picture: whatever was given becomes upright, opaque 8-bit RGB.
+"""Image decoding: any image file, PIL image or array -> upright, opaque 8-bit RGB.
 
-The header is checked before anything is decoded; then the whole first frame is decoded, turned as
-its EXIF says, transparency laid on white, 16-bit and float scaled, the rest converted. Opaque 8-bit
-files give exactly Pillow's `convert("RGB")`. Color profiles are ignored, as in the reference.
-It must not know sizes that the model wants. Next room: image.py.
+The header is checked against the limits before anything is decoded. Then the first frame is
+decoded, the EXIF orientation applied, transparency composited on white, 16-bit and float values
+scaled, and other modes converted. Opaque 8-bit files become exactly Pillow's `convert("RGB")`.
+Color profiles are ignored, as in transformers. (HF: load_image, ImageOps.exif_transpose.)
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from qwen2vl.processor.media.source import (
 __all__ = [
     "FORMATS",
     "array_to_image",
-    "check_size",
-    "decode",
+    "check_image_size",
+    "decode_rgb",
+    "open_encoded",
     "open_image",
-    "opened",
-    "shown_size",
-    "to_8_bit",
+    "oriented_size",
+    "to_uint8",
 ]
 
-# Pillow reports damaged files by logging; without any handler that would reach the terminal.
+# Pillow logs damaged files; without any handler its records would be printed to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# The only decoders that bytes from strangers may reach.
+# The only decoders that are used for untrusted bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
-_ORIENTATION = 0x0112  # EXIF tag: how to turn the stored pixels so that a person sees them upright
-_TURNS = {
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,44 +56,47 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)  # those that swap height and width
+_SWAPPED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap height and width
 _WIDE_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
 
 def open_image(
-    source: MediaSource, limits: MediaLimits, name: str, *, turn: bool = True
+    source: MediaSource, limits: MediaLimits, name: str, *, apply_exif_orientation: bool = True
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Open any picture as RGB, and tell what was adjusted on the way.
+    """Open any image as RGB; return it with notes on what was adjusted.
 
     Arrays are (height, width, channels) with 1, 3 (RGB) or 4 (RGBA) channels, or (height, width).
-    `turn` applies the EXIF orientation.
 
     Raises:
-        InputError: not found, not a supported picture, damaged, or larger than the limits.
+        InputError: not found, not a supported image, damaged, or larger than the limits.
     """
     media = read_source(source, limits, name)
     if isinstance(media.content, np.ndarray):
         return array_to_image(media.content, limits, name)
     if isinstance(media.content, Image.Image):
-        check_size(media.content, limits, name)
-        return decode(media.content, name, turn=turn)
-    with opened(media, limits, name) as (image, notes):
-        rgb, more = decode(image, name, turn=turn)
-    return rgb, notes + more
+        check_image_size(media.content, limits, name)
+        return decode_rgb(media.content, name, apply_exif_orientation=apply_exif_orientation)
+    with open_encoded(media, limits, name) as (image, notes):
+        rgb, decode_notes = decode_rgb(image, name, apply_exif_orientation=apply_exif_orientation)
+    return rgb, notes + decode_notes
 
 
 @contextmanager
-def opened(
+def open_encoded(
     media: Media, limits: MediaLimits, name: str
 ) -> Iterator[tuple[Image.Image, tuple[str, ...]]]:
-    """Read the header of an encoded picture; the raster is decoded on use, inside the block."""
+    """Read the header of an encoded image; pixels are decoded lazily, inside the context."""
     assert isinstance(media.content, (Path, bytes)), "pixels need no decoder"
     kind = sniff_type(read_head(media))
     notes: tuple[str, ...] = ()
-    if media.declared and media.declared.startswith("image/") and _differs(media.declared, kind):
-        notes = (f"declared as {media.declared}, read as {kind}",)
-    with _file_object(media.content) as file, _pillow_quiet():
+    if (
+        media.content_type
+        and media.content_type.startswith("image/")
+        and _types_differ(media.content_type, kind)
+    ):
+        notes = (f"declared as {media.content_type}, read as {kind}",)
+    with _open_binary(media.content) as file, _ignore_pillow_warnings():
         try:
             image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
@@ -101,21 +104,21 @@ def opened(
                 f"{name} has more than {limits.max_image_pixels:,} pixels, which is the limit; "
                 "resize it first"
             ) from error
-        except Exception as error:  # damaged headers raise whatever the plugin stumbles on
-            raise InputError(f"{name} {_unreadable(kind)}") from error
-        check_size(image, limits, name)
+        except Exception as error:  # plugins raise all kinds of errors for damaged headers
+            raise InputError(f"{name} {_describe_unreadable(kind)}") from error
+        check_image_size(image, limits, name)
         yield image, notes
 
 
-def check_size(image: Image.Image, limits: MediaLimits, name: str) -> None:
-    """Refuse a picture by its header alone.
+def check_image_size(image: Image.Image, limits: MediaLimits, name: str) -> None:
+    """Check the size of an image against the limit, by its header alone.
 
     Raises:
         InputError: no pixels, or more than the limit.
     """
     width, height = image.size
     if width < 1 or height < 1:
-        raise InputError(f"{name} is {width} x {height} pixels; a picture needs at least 1 x 1")
+        raise InputError(f"{name} is {width} x {height} pixels; an image needs at least 1 x 1")
     if width * height > limits.max_image_pixels:
         raise InputError(
             f"{name} is {width} x {height} = {width * height:,} pixels, limit is "
@@ -123,22 +126,26 @@ def check_size(image: Image.Image, limits: MediaLimits, name: str) -> None:
         )
 
 
-def shown_size(image: Image.Image, *, turn: bool = True) -> tuple[int, int]:
-    """Tell (height, width) of the picture as `decode` will give it, by its header alone."""
+def oriented_size(image: Image.Image, *, apply_exif_orientation: bool = True) -> tuple[int, int]:
+    """Return (height, width) of the image that `decode_rgb` returns, by its header alone."""
     width, height = image.size
-    return (width, height) if turn and _orientation(image) in _SIDEWAYS else (height, width)
+    return (
+        (width, height)
+        if apply_exif_orientation and _orientation(image) in _SWAPPED_ORIENTATIONS
+        else (height, width)
+    )
 
 
-def decode(
-    image: Image.Image, name: str, *, turn: bool = True
+def decode_rgb(
+    image: Image.Image, name: str, *, apply_exif_orientation: bool = True
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Decode the current frame fully and normalize it to upright RGB.
+    """Decode the current frame fully and convert it to upright RGB.
 
     Raises:
         InputError: the data are damaged or end early, or the pixels cannot be shown as RGB.
     """
     notes: list[str] = []
-    if frames := _frame_count(image):
+    if frames := _num_frames(image):
         notes.append(f"first of {frames} frames")
     try:
         image.load()
@@ -146,25 +153,25 @@ def decode(
         raise InputError(
             f"{name} is damaged: its pixels end early or cannot be decoded; save it again"
         ) from error
-    how = _TURNS.get(_orientation(image)) if turn else None
-    if how is not None:
-        image = image.transpose(how)
-        notes.append("turned upright as its EXIF orientation says")
-    rgb, more = _to_rgb(image, name)
-    return rgb, (*notes, *more)
+    method = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image)) if apply_exif_orientation else None
+    if method is not None:
+        image = image.transpose(method)
+        notes.append("EXIF orientation applied")
+    rgb, mode_notes = _to_rgb(image, name)
+    return rgb, (*notes, *mode_notes)
 
 
 def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     """Convert decoded pixels of any Pillow mode to opaque 8-bit RGB.
 
     Raises:
-        InputError: the mode, or the range of its values, has no meaning as a color.
+        InputError: the mode, or the range of its values, cannot be converted to a color.
     """
     if image.mode in _WIDE_MODES:
-        gray, note = to_8_bit(np.asarray(image), name)
+        gray, note = to_uint8(np.asarray(image), name)
         return Image.fromarray(gray).convert("RGB"), (note,)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        return _on_white(image, name)
+        return _composite_on_white(image, name)
     if image.mode == "RGB":
         return image, ()
     try:
@@ -178,7 +185,7 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
 def array_to_image(
     array: np.ndarray, limits: MediaLimits, name: str
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Read an array as (height, width, channels), or (height, width); channels are never guessed.
+    """Convert an array (height, width, channels) or (height, width); the axes are never inferred.
 
     Raises:
         InputError: another shape or dtype, no pixels, or more than the limit.
@@ -191,12 +198,12 @@ def array_to_image(
         )
     notes: tuple[str, ...] = ()
     if array.dtype != np.uint8:
-        array, note = to_8_bit(array, name)
+        array, note = to_uint8(array, name)
         notes = (note,)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    rgb, more = _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name)
-    return rgb, notes + more
+    rgb, mode_notes = _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name)
+    return rgb, notes + mode_notes
 
 
 def _check_shape(shape: tuple[int, ...], name: str) -> None:
@@ -205,7 +212,7 @@ def _check_shape(shape: tuple[int, ...], name: str) -> None:
             "array.transpose(1, 2, 0)" if len(shape) == 3 and shape[0] in (1, 3, 4) else "reshape"
         )
         raise InputError(
-            f"{name}: array of shape {shape} is not a picture; give (height, width, 3) RGB, "
+            f"{name}: array of shape {shape} is not an image; give (height, width, 3) RGB, "
             f"(height, width, 4) RGBA or (height, width) gray: {hint}"
         )
     if len(shape) == 3 and shape[0] in (3, 4) and shape[1] > 4:
@@ -217,14 +224,14 @@ def _check_shape(shape: tuple[int, ...], name: str) -> None:
         raise InputError(f"{name}: array of shape {shape} has no pixels")
 
 
-def to_8_bit(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """Scale wide values so that middle gray stays middle gray, and tell how.
+def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Scale 16-bit, 32-bit and float values to uint8; return them with a note on the scale.
 
-    16-bit: by 257, so that 65535 becomes 255. 32-bit integers are read as 8-bit when all fit,
-    else as 16-bit. Floats are read as [0, 1], or as [0, 255] when a value exceeds 1.
+    16-bit values are divided by 257, so that 65535 becomes 255. 32-bit integers are read as 8-bit
+    when all fit, else as 16-bit. Floats are read as [0, 1], or as [0, 255] when a value exceeds 1.
 
     Raises:
-        InputError: values of another kind, out of range, or not finite.
+        InputError: values of another dtype, out of range, or not finite.
     """
     kind, size = values.dtype.kind, values.dtype.itemsize
     if kind not in "biufc":
@@ -241,12 +248,12 @@ def to_8_bit(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
     if (kind, size) in (("u", 2), ("i", 4)) and low >= 0 and high <= 65535:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), "16-bit scaled to 8-bit"
     raise InputError(
-        f"{name}: {values.dtype} values from {low} to {high} are no colors; scale them to uint8 "
+        f"{name}: {values.dtype} values from {low} to {high} are not colors; scale them to uint8 "
         "0..255 first"
     )
 
 
-def _on_white(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
+def _composite_on_white(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     if image.mode == "La":
         image = image.convert("LA")
     rgba = image.convert("RGBA")
@@ -254,11 +261,11 @@ def _on_white(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ..
     if alpha_low == 255:
         return rgba.convert("RGB"), ()
     white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB"), ("transparency laid on white",)
+    return Image.alpha_composite(white, rgba).convert("RGB"), ("transparency composited on white",)
 
 
 def _orientation(image: Image.Image) -> int:
-    """Read the EXIF orientation; damaged EXIF counts as none, as every viewer does."""
+    """Return the EXIF orientation; 1 for missing or damaged EXIF data, as image viewers do."""
     try:
         value = image.getexif().get(_ORIENTATION)
     except Exception:  # the parser raises many kinds of errors on garbage
@@ -266,29 +273,29 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _frame_count(image: Image.Image) -> int:
-    """Count the frames of an animation or of a page file; 0 for an ordinary picture."""
+def _num_frames(image: Image.Image) -> int:
+    """Return the number of frames of an animation or multi-page file; 0 for a still image."""
     try:
         return getattr(image, "n_frames", 1) if getattr(image, "is_animated", False) else 0
-    except Exception:  # a later frame is damaged, and only the first matters
+    except Exception:  # a later frame is damaged, and only the first is used
         return 0
 
 
-def _unreadable(kind: str) -> str:
+def _describe_unreadable(kind: str) -> str:
     supported = "supported are JPEG, PNG, GIF, WebP, BMP and TIFF"
     if kind.startswith("image/") and kind.removeprefix("image/").upper() in FORMATS:
         return f"is a damaged {kind.removeprefix('image/').upper()} file; save it again"
     if kind == "application/octet-stream":
-        return f"is not a picture in a known format; {supported}"
-    return f"is {kind}, not a supported picture; {supported}"
+        return f"is not an image in a known format; {supported}"
+    return f"is {kind}, not a supported image; {supported}"
 
 
-def _differs(declared: str, kind: str) -> bool:
+def _types_differ(declared: str, kind: str) -> bool:
     return declared.replace("image/jpg", "image/jpeg") != kind
 
 
 @contextmanager
-def _file_object(content: Path | bytes) -> Iterator[BinaryIO]:
+def _open_binary(content: Path | bytes) -> Iterator[BinaryIO]:
     if isinstance(content, bytes):
         yield io.BytesIO(content)
         return
@@ -297,8 +304,8 @@ def _file_object(content: Path | bytes) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _pillow_quiet() -> Iterator[None]:
-    """Silence Pillow's warnings about damaged metadata: what matters is raised or noted."""
+def _ignore_pillow_warnings() -> Iterator[None]:
+    """Ignore Pillow's warnings about damaged metadata: relevant damage is raised or noted."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

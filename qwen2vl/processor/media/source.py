@@ -1,9 +1,10 @@
-"""Find what the user names and say what it is, within limits: the only door for media.
+"""Media sources: resolve paths, URLs, bytes and arrays within limits; options and type sniffing.
 
 A source is a path, a file:// URL, bytes, a PIL image, a numpy array, a data URL or an http(s)
-URL. `read_source` turns it into something that the next rooms can open; `MediaLimits` says what is
-allowed (a server forbids files), `MediaOptions` what the user asks for. It must not know the
-model, and decodes nothing. Next rooms: rgb.py (one picture), clip.py (the frames of a video).
+URL. `read_source`, the only way by which media are read, resolves it to `Media` without decoding.
+`MediaLimits` restricts what may be opened (a server forbids local files); `MediaOptions` holds the
+user's options of one image or video. Decoding: rgb.py (images), video_source.py (videos).
+(HF: load_image, load_video; qwen_vl_utils: fetch_image, fetch_video.)
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ __all__ = [
 
 MediaSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | Image.Image | np.ndarray"
 
-# Field -> smallest and largest value that means something; the largest keep a typing error or a
-# hostile request from asking for gigabytes.
+# Field -> smallest and largest meaningful value; the largest keep a typing error or a malicious
+# request from allocating gigabytes.
 _RANGES: dict[str, tuple[float, float]] = {
     "min_pixels": (1, 100_000_000),
     "max_pixels": (1, 100_000_000),
@@ -54,7 +55,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "video_start": (0, 1e9),
     "video_end": (0, 1e9),
 }
-_PILLOW_GUARD = 2 * 89_478_485  # Pillow's own refusal of decompression bombs, in pixels
+_PILLOW_MAX_PIXELS = 2 * 89_478_485  # above it Pillow raises DecompressionBombError
 _FRACTIONAL = frozenset({"fps", "video_start", "video_end"})
 _EXCLUSIVE = (
     ("fps", "nframes"),
@@ -70,68 +71,68 @@ _ORDERED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaOptions:
-    """What the user asks for one picture or video; None means: as the model's folder says.
+    """Options of one image or video; None: the default of the model's folder.
 
-    Names are those of qwen-vl-utils' messages. Checked when built.
+    Names are those of qwen-vl-utils' messages. Validated when built.
 
     Raises:
         InputError: a value is out of range, or two of them contradict each other.
     """
 
-    min_pixels: int | None = None  # of one picture or frame after resizing
+    min_pixels: int | None = None  # of one image or frame after resizing
     max_pixels: int | None = None
-    resized_height: int | None = None  # ask for this size, rounded to whole tokens
+    resized_height: int | None = None  # resize to this size, rounded to whole tokens
     resized_width: int | None = None
-    fps: float | None = None  # frames taken a second; for a list of frames: their rate
-    nframes: int | None = None  # or this many frames in all
+    fps: float | None = None  # sampled frames per second; for a list of frames: its frame rate
+    nframes: int | None = None  # number of sampled frames, instead of fps
     min_frames: int | None = None
     max_frames: int | None = None
-    total_pixels: int | None = None  # budget of a video: pixels of one frame, summed over pairs
+    total_pixels: int | None = None  # budget of a video: area of a frame, summed over pairs
     video_start: float | None = None  # seconds from the first frame
     video_end: float | None = None
 
     def __post_init__(self) -> None:
-        given = self.given()
-        for name, value in given.items():
+        options = self.to_dict()
+        for name, value in options.items():
             _check_range(name, value)
         for first, second in _EXCLUSIVE:
-            if first in given and second in given:
+            if first in options and second in options:
                 raise InputError(
-                    f"{first} {given[first]} and {second} {given[second]} exclude each other; "
+                    f"{first} {options[first]} and {second} {options[second]} exclude each other; "
                     "use either one"
                 )
         for low, high in _ORDERED:
-            if low in given and high in given and given[low] > given[high]:
+            if low in options and high in options and options[low] > options[high]:
                 raise InputError(
-                    f"{low} {given[low]} is greater than {high} {given[high]}; lower the first or "
-                    "raise the second"
+                    f"{low} {options[low]} is greater than {high} {options[high]}; lower the first "
+                    "or raise the second"
                 )
-        if ("resized_height" in given) != ("resized_width" in given):
+        if ("resized_height" in options) != ("resized_width" in options):
             raise InputError("resized_height and resized_width go together; give both or neither")
 
-    def given(self) -> dict[str, int | float]:
-        """Name the options that are set, with their values."""
+    def to_dict(self) -> dict[str, int | float]:
+        """Return the options that are set, with their values."""
         pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in pairs if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaLimits:
-    """What may be opened at all. The defaults suit a person's own machine, not a server."""
+    """Limits on the media that may be opened. The defaults are for local use, not for a server."""
 
     max_bytes: int = 4 * 1024**3  # of a file, a download or a data URL
-    max_image_pixels: int = 100_000_000  # of one picture or frame, checked before it is decoded
-    max_frames: int = 500_000  # decoded from one video
-    max_seconds: float = 6 * 3600.0  # length of one video
-    download_timeout: float = 60.0  # seconds for one URL in all
+    max_image_pixels: int = 100_000_000  # of one image or frame, checked before decoding
+    max_frames: int = 500_000  # of one video
+    max_seconds: float = 6 * 3600.0  # duration of one video
+    download_timeout: float = 60.0  # seconds for one URL in total
     decode_timeout: float = 900.0  # seconds for one video
     allow_urls: bool = True
     allow_files: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_image_pixels > _PILLOW_GUARD:
+        if self.max_image_pixels > _PILLOW_MAX_PIXELS:
             raise ConfigError(
-                f"max_image_pixels {self.max_image_pixels:,} exceeds {_PILLOW_GUARD:,}, above "
+                f"max_image_pixels {self.max_image_pixels:,} exceeds {_PILLOW_MAX_PIXELS:,}, above "
                 "which Pillow refuses to open a file"
             )
 
@@ -142,14 +143,14 @@ DEFAULT_LIMITS = MediaLimits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Media:
-    """A source that has been found, but not decoded."""
+    """A source that has been resolved, but not decoded."""
 
     content: Path | bytes | Image.Image | np.ndarray
-    declared: str | None = None  # media type that a URL claimed
+    content_type: str | None = None  # media type that a URL or its server declared
 
 
 def read_source(source: MediaSource, limits: MediaLimits, name: str) -> Media:
-    """Find `source`; files stay on disk, URLs are read into memory.
+    """Resolve `source`; files stay on disk, URLs are read into memory.
 
     Raises:
         InputError: it cannot be found, is not allowed, empty, or too large.
@@ -157,11 +158,11 @@ def read_source(source: MediaSource, limits: MediaLimits, name: str) -> Media:
     if isinstance(source, (Image.Image, np.ndarray)):
         return Media(content=source)
     if isinstance(source, (bytes, bytearray)):
-        return Media(content=_sized(bytes(source), limits, name))
+        return Media(content=_check_bytes(bytes(source), limits, name))
     if isinstance(source, str):
-        return _read_text(source, limits, name)
+        return _resolve_string(source, limits, name)
     if isinstance(source, os.PathLike):
-        return Media(content=_file(os.fspath(source), limits, name))
+        return Media(content=_resolve_file(os.fspath(source), limits, name))
     raise InputError(
         f"{name}: cannot read a {type(source).__name__}; give a path, bytes, a PIL image, a numpy "
         "array, or a data, file or http URL"
@@ -220,7 +221,7 @@ _TEXT_STARTS = (
 
 
 def sniff_type(head: bytes) -> str:
-    """Tell the media type by the first bytes; only for messages and routing, never for trust."""
+    """Return the media type by magic bytes; for error texts and dispatch, not for security."""
     for magic, offset, kind in _MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return kind
@@ -234,36 +235,36 @@ def sniff_type(head: bytes) -> str:
 
 def _check_range(name: str, value: int | float) -> None:
     low, high = _RANGES[name]
-    kinds = (int, float) if name in _FRACTIONAL else (int,)
-    nan = isinstance(value, float) and math.isnan(value)
-    if isinstance(value, bool) or not isinstance(value, kinds) or nan:
+    types = (int, float) if name in _FRACTIONAL else (int,)
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if isinstance(value, bool) or not isinstance(value, types) or is_nan:
         want = "a number" if name in _FRACTIONAL else "a whole number"
         raise InputError(f"{name} is {value!r}, must be {want}")
     if not low <= value <= high:
         raise InputError(f"{name} is {value}, must lie between {low:g} and {high:g}")
 
 
-def _read_text(source: str, limits: MediaLimits, name: str) -> Media:
+def _resolve_string(source: str, limits: MediaLimits, name: str) -> Media:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", source, re.IGNORECASE)
     if scheme is None:
-        return Media(content=_file(source, limits, name))
+        return Media(content=_resolve_file(source, limits, name))
     kind = (scheme[1] or scheme[2]).lower()
     if kind == "data":
-        return _data_url(source, limits, name)
+        return _decode_data_url(source, limits, name)
     if kind == "file":
-        return Media(content=_file(_file_url(source, name), limits, name))
+        return Media(content=_resolve_file(_file_url_path(source, name), limits, name))
     if kind not in ("http", "https"):
         raise InputError(f"{name}: {kind}:// is not supported; use http, https, file or data")
     if not limits.allow_urls:
         raise InputError(f"{name}: URLs are not allowed here; send the bytes, as a data URL")
-    content, declared = download(
+    content, content_type = download(
         source, max_bytes=limits.max_bytes, timeout=limits.download_timeout, name=name
     )
-    return Media(content=_sized(content, limits, name), declared=declared)
+    return Media(content=_check_bytes(content, limits, name), content_type=content_type)
 
 
-def _data_url(source: str, limits: MediaLimits, name: str) -> Media:
-    """Decode "data:image/png;base64,...": base64, or percent-encoded where the word is absent."""
+def _decode_data_url(source: str, limits: MediaLimits, name: str) -> Media:
+    """Decode "data:image/png;base64,...": base64, or percent-encoded without ";base64"."""
     head, comma, payload = source[5:].partition(",")
     if not comma:
         raise InputError(f"{name}: data URL without a comma; write data:image/png;base64,...")
@@ -271,7 +272,7 @@ def _data_url(source: str, limits: MediaLimits, name: str) -> Media:
         raise InputError(
             f"{name}: data URL of {len(payload):,} characters, limit is {limits.max_bytes:,} bytes"
         )
-    declared, *parameters = head.lower().split(";")
+    content_type, *parameters = head.lower().split(";")
     try:
         if "base64" in parameters:
             content = base64.b64decode("".join(unquote(payload).split()), validate=True)
@@ -279,26 +280,26 @@ def _data_url(source: str, limits: MediaLimits, name: str) -> Media:
             content = unquote_to_bytes(payload)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{name}: the data URL is not valid base64; encode it again") from error
-    return Media(content=_sized(content, limits, name), declared=declared or None)
+    return Media(content=_check_bytes(content, limits, name), content_type=content_type or None)
 
 
-def _file_url(source: str, name: str) -> str:
+def _file_url_path(source: str, name: str) -> str:
     parts = urlsplit(source)
     if parts.netloc not in ("", "localhost"):
         raise InputError(
             f"{name}: file URL names the host {parts.netloc!r}; write file:///path with three "
             "slashes"
         )
-    # "?" and "#" are ordinary characters of a file name, so everything after the host counts.
+    # "?" and "#" are ordinary characters in file names, so everything after the host is the path.
     return unquote(source[len("file://") + len(parts.netloc) :])
 
 
-def _file(text: str, limits: MediaLimits, name: str) -> Path:
+def _resolve_file(file_name: str, limits: MediaLimits, name: str) -> Path:
     if not limits.allow_files:
         raise InputError(f"{name}: local files are not allowed here; send the bytes, as a data URL")
-    shown = repr(text if len(text) <= 120 else text[:117] + "...")
+    shown = repr(file_name if len(file_name) <= 120 else file_name[:117] + "...")
     try:
-        path = Path(os.path.expanduser(text))  # not Path's own, which would expand ./~x, too
+        path = Path(os.path.expanduser(file_name))  # Path.expanduser would expand ./~x, too
         info = path.stat()
     except FileNotFoundError as error:
         raise InputError(f"{name}: file {shown} not found; check the path") from error
@@ -316,7 +317,7 @@ def _file(text: str, limits: MediaLimits, name: str) -> Path:
     return path
 
 
-def _sized(content: bytes, limits: MediaLimits, name: str) -> bytes:
+def _check_bytes(content: bytes, limits: MediaLimits, name: str) -> bytes:
     _check_size(len(content), limits, name)
     return content
 

@@ -1,9 +1,9 @@
-"""The family `text`: a line to read, or a page of lines, anywhere on a canvas of any size.
+"""Task family `text` (OCR): one line of text to read, or a page of lines, on a canvas of any size.
 
-A curriculum starts in cells (one character in each 28 x 28 pixels, which is one vision token) and
-ends with free proportional text in any colors. The canvas follows from the ink and the padding,
-so nothing is ever cut off. A page teaches most: its many letters share the cost of one question.
-It must not know other families. Next room: scenes.py.
+A curriculum starts with cells (one character in each 28 x 28 pixels, which is one vision token) and
+ends with proportional text in any colors. The canvas size follows from the ink and the padding, so
+no glyph is cut off. Pages are the most efficient training data: their many characters share the
+cost of one question.
 """
 
 from __future__ import annotations
@@ -15,60 +15,60 @@ from random import Random
 from qwen2vl.synth.colors import sample_text_colors
 from qwen2vl.synth.draw import ink_extent
 from qwen2vl.synth.fonts import files_of, stems_look_alike
-from qwen2vl.synth.spec import RGB, Draft, Line, Mixture, Question
+from qwen2vl.synth.spec import RGB, FamilySample, Line, Mixture, Question
 from qwen2vl.synth.strings import ALPHABETS, random_string, word_string
-from qwen2vl.synth.wordings import ask
+from qwen2vl.synth.wordings import sample_question_text
 
 __all__ = ["sample", "sample_font", "sample_text", "write_line"]
 
 _CELL = 28  # pixels a side of one vision token: patch 14, merge 2
-_SPARSE_PIXELS = 160_000  # most pixels of a canvas that is grown: 204 vision tokens
-_CELL_SIZES = (20, 24)  # pixels per em; the narrow range tells "o" from "O"
-_LEADING = (1.15, 1.7)  # of the size: distance between the baselines of a page
+_SPARSE_PIXELS = 160_000  # largest area of an enlarged canvas: 204 vision tokens
+_CELL_SIZES = (20, 24)  # pixels per em; the range is narrow to keep "o" and "O" distinct
+_LEADING = (1.15, 1.7)  # of the font size: distance between the baselines of a page
 
 
-def sample(rng: Random, mixture: Mixture) -> Draft:
-    """Make up one line, or a page of several, and ask to read it."""
+def sample(rng: Random, mixture: Mixture) -> FamilySample:
+    """Sample one line, or a page of several, and a question that asks to read it."""
     font = sample_font(rng, mixture)
     page = mixture.page_share > 0 and rng.random() < mixture.page_share
     lines = rng.randint(*mixture.page_lines) if page else 1
     text = "\n".join(sample_text(rng, mixture, font) for _ in range(lines))
     line = write_line(rng, mixture, text, font)
     task = "read_page" if page else "read"
-    question = ask(rng, task, mixture.split)
-    return Draft((Question(task=task, text=question, answer=line.text),), (line,))
+    question = sample_question_text(rng, task, mixture.split)
+    return FamilySample((Question(task=task, text=question, answer=line.text),), (line,))
 
 
 def sample_font(rng: Random, mixture: Mixture) -> str:
-    """Take a family, then one of its faces, so that large families get no more than small ones."""
+    """Sample a font family, then one of its faces: each family has the same probability."""
     return rng.choice(rng.choice(files_of(mixture.fonts)))
 
 
 def sample_text(rng: Random, mixture: Mixture, font: str) -> str:
-    """Make up what is written.
+    """Sample the text to be written.
 
-    In fonts whose I and l are the same bar, random strings leave out I: nobody could know.
-    Words keep it, where the neighbors tell.
+    In fonts that draw I and l alike, random strings contain no I, which could not be recognized;
+    words keep it, since there the context disambiguates.
     """
     low, high = mixture.text_length
     alphabet = ALPHABETS[mixture.alphabet]
     if rng.random() >= mixture.random_share:
         return word_string(rng, low, high, alphabet)
-    unknowable = "I" if stems_look_alike(font) else ""
+    ambiguous = "I" if stems_look_alike(font) else ""
     spaces = mixture.alphabet == "all" and mixture.layout == "line"
     length = rng.randint(low, high)
-    return random_string(rng, length, alphabet, spaces=spaces, excluded=unknowable)
+    return random_string(rng, length, alphabet, spaces=spaces, excluded=ambiguous)
 
 
 def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
-    """Choose how a text is drawn; what does not fit the widest canvas is set smaller, then cut."""
-    ink, ground, texture = _sample_look(rng, mixture)
+    """Sample font size, position and colors; text wider than `max_width` shrinks, then is cut."""
+    ink, ground, texture = _sample_style(rng, mixture)
     if mixture.layout == "cells":
         return _write_cells(rng, text, font, ink, ground, texture)
     low, high = mixture.font_size
-    widest = mixture.max_width
+    max_width = mixture.max_width
     if mixture.large_share and rng.random() < mixture.large_share:
-        low, high, widest = high, 3 * high, 3 * widest
+        low, high, max_width = high, 3 * high, 3 * max_width
     page = "\n" in text
     size = _sample_size(rng, min(3 * low // 2, high) if page else low, high)
     spacing = rng.uniform(*_LEADING) if page else 0.0
@@ -80,10 +80,10 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
             text, font, size, cell=0, tracking=tracking, leading=leading
         )
         width = pads[0] + right - left + pads[2]
-        if width <= widest or len(_longest(text)) == 1:
+        if width <= max_width or len(_longest(text)) == 1:
             break
         if size > low:
-            size = max(low, min(size - 1, size * widest // width))
+            size = max(low, min(size - 1, size * max_width // width))
         else:
             longest = _longest(text)
             text = text.replace(longest, longest[:-1].rstrip(" "), 1)
@@ -102,7 +102,7 @@ def write_line(rng: Random, mixture: Mixture, text: str, font: str) -> Line:
         texture=texture,
     )
     if mixture.sparse_share and rng.random() < mixture.sparse_share:
-        return _on_empty_ground(rng, line)
+        return _on_sparse_canvas(rng, line)
     return line
 
 
@@ -110,8 +110,8 @@ def _longest(text: str) -> str:
     return max(text.split("\n"), key=len)
 
 
-def _on_empty_ground(rng: Random, line: Line) -> Line:
-    """Grow the canvas to another aspect ratio and put the line anywhere on it."""
+def _on_sparse_canvas(rng: Random, line: Line) -> Line:
+    """Enlarge the canvas to another aspect ratio, with the line at a random position."""
     aspect = math.exp(rng.uniform(math.log(1 / 4), math.log(40)))
     width = max(line.width, min(round(line.height * aspect), _SPARSE_PIXELS // line.height))
     height = max(line.height, min(round(line.width / aspect), _SPARSE_PIXELS // line.width))
@@ -125,13 +125,13 @@ def _on_empty_ground(rng: Random, line: Line) -> Line:
 
 
 def _sample_size(rng: Random, low: int, high: int) -> int:
-    """Take any size up to 40, above that every fourth, for each is a table of glyphs to keep."""
+    """Sample any size up to 40, above that multiples of 4: each size needs a cached glyph table."""
     size = rng.randint(low, high)
     return size if size <= 40 else max(low, size - size % 4)
 
 
 def _write_cells(rng: Random, text: str, font: str, ink: RGB, ground: RGB, texture: int) -> Line:
-    """Set one character in the middle of each cell, as large as asked for or as fits."""
+    """Center one character in each cell, at the sampled size or the largest that fits."""
     size, y = rng.randint(*_CELL_SIZES), 20 + rng.randint(-1, 1)
     rows = text.split("\n")
     while not all(_fits_cells(row, font, size, y) for row in rows):
@@ -153,12 +153,12 @@ def _write_cells(rng: Random, text: str, font: str, ink: RGB, ground: RGB, textu
 
 
 def _fits_cells(text: str, font: str, size: int, y: int) -> bool:
-    """Wide letters of proportional fonts outgrow a cell that monospaced ones fill."""
+    """Return whether all glyphs fit their cells; wide ones of proportional fonts may not."""
     left, top, right, bottom = ink_extent(text, font, size, cell=_CELL, tracking=0)
     return left >= 0 and right <= _CELL * len(text) and y + top >= 0 and y + bottom <= _CELL
 
 
-def _sample_look(rng: Random, mixture: Mixture) -> tuple[RGB, RGB, int]:
+def _sample_style(rng: Random, mixture: Mixture) -> tuple[RGB, RGB, int]:
     if rng.random() < mixture.plain_share:
         return (0, 0, 0), (255, 255, 255), 0
     ink, ground = sample_text_colors(rng)

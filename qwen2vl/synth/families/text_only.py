@@ -1,8 +1,8 @@
-"""The family `text_only`: copying, reversing, spelling, and small talk.
+"""Task family `text_only`: copying, reversing and spelling of text, and small talk; no images.
 
-Copying is what reading a line asks of a language model, so a model that can copy words learns to
-copy pictures sooner; boxes are among the things copied. Small talk has fixed answers: what this
-model is, and what it can do. It must not know pictures. Next room: world.py, which lists all.
+Reading a line (family `text`) requires the language model to copy; a model that can copy text
+learns to read images sooner. Boxes are among the texts to copy. Small talk has fixed answers: what
+this model is, and what it can do.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from random import Random
 
 from qwen2vl.grounding import Box
-from qwen2vl.synth.spec import Draft, Mixture, Question
+from qwen2vl.synth.spec import FamilySample, Mixture, Question
 from qwen2vl.synth.strings import ALPHABETS, DIGITS, LETTERS, WORDS, random_string, word_string
-from qwen2vl.synth.wordings import ask
+from qwen2vl.synth.wordings import sample_question_text
 
 __all__ = ["SMALL_TALK", "sample"]
 
@@ -28,30 +28,32 @@ SMALL_TALK: dict[str, str] = {
 }
 
 _PLACES = ("first", "second", "third", "fourth")
-_LONGEST_PUZZLE = 8  # characters to reverse or spell
+_MAX_WORD_LENGTH = 8  # of strings to reverse, spell or index, in characters
 
 
-def sample(rng: Random, mixture: Mixture) -> Draft:
-    """Ask one thing that needs no picture."""
+def sample(rng: Random, mixture: Mixture) -> FamilySample:
+    """Sample one question that needs no image."""
     tasks = (_repeat, _reverse, _spell, _character_at, _small_talk)
     (task,) = rng.choices(tasks, (40, 15, 10, 15, 20))
-    return Draft((task(rng, mixture),))
+    return FamilySample((task(rng, mixture),))
 
 
 def _repeat(rng: Random, mixture: Mixture) -> Question:
     thing = _box(rng) if rng.random() < 0.15 else _text(rng, mixture)
-    return Question(task="repeat", text=ask(rng, "repeat", mixture.split, thing), answer=thing)
+    return Question(
+        task="repeat", text=sample_question_text(rng, "repeat", mixture.split, thing), answer=thing
+    )
 
 
 def _reverse(rng: Random, mixture: Mixture) -> Question:
     thing = _word(rng)
-    text = ask(rng, "reverse", mixture.split, thing)
+    text = sample_question_text(rng, "reverse", mixture.split, thing)
     return Question(task="reverse", text=text, answer=thing[::-1])
 
 
 def _spell(rng: Random, mixture: Mixture) -> Question:
     thing = _word(rng)
-    text = ask(rng, "spell", mixture.split, thing)
+    text = sample_question_text(rng, "spell", mixture.split, thing)
     return Question(task="spell", text=text, answer=" ".join(thing))
 
 
@@ -59,13 +61,15 @@ def _character_at(rng: Random, mixture: Mixture) -> Question:
     thing = _word(rng)
     places = dict(zip(_PLACES, thing, strict=False)) | {"last": thing[-1]}
     place = rng.choice(list(places))
-    text = ask(rng, "character_at", mixture.split, thing, place)
+    text = sample_question_text(rng, "character_at", mixture.split, thing, place)
     return Question(task="character_at", text=text, answer=places[place])
 
 
 def _small_talk(rng: Random, mixture: Mixture) -> Question:
     topic = rng.choice(list(SMALL_TALK))
-    return Question(task=topic, text=ask(rng, topic, mixture.split), answer=SMALL_TALK[topic])
+    return Question(
+        task=topic, text=sample_question_text(rng, topic, mixture.split), answer=SMALL_TALK[topic]
+    )
 
 
 def _text(rng: Random, mixture: Mixture) -> str:
@@ -79,7 +83,7 @@ def _text(rng: Random, mixture: Mixture) -> str:
 def _word(rng: Random) -> str:
     if rng.random() < 0.3:
         return rng.choice(WORDS)
-    length = rng.randint(2, _LONGEST_PUZZLE)
+    length = rng.randint(2, _MAX_WORD_LENGTH)
     return random_string(rng, length, LETTERS + DIGITS, spaces=False)
 
 

@@ -1,9 +1,10 @@
-"""A forward and backward on shapes alone: how many bytes are alive, and when.
+"""Activation-memory estimator: the bytes of a forward and backward, over time, from shapes alone.
 
-One block of each kind runs on tensors without numbers, with the code and the precision of a real
-step, while what operators allocate is counted until it is freed. So freezing, adapters and what is
-computed twice need no formulas. A stack is then walked through by arithmetic. It must not know
-ranks or optimizers. Next room: memory.py, which adds them.
+One block of each kind runs on fake tensors, with the code and the precision of a real step, while a
+TorchDispatchMode counts what operators allocate until it is freed. So freezing, adapters and
+activation checkpointing need no formulas. The timeline of all blocks is then computed from these
+measurements. (Compare torch.distributed._tools.mem_tracker.) `memory.py` adds weights, gradients
+and optimizer states per rank.
 """
 
 from __future__ import annotations
@@ -23,136 +24,147 @@ from torch.utils._pytree import tree_leaves
 from qwen2vl.geometry import AttnMeta, VisionMeta
 from qwen2vl.model import Qwen2VL, rope, vision
 from qwen2vl.quantization import nf4
-from qwen2vl.train.loader.batch import NULL, Batch
+from qwen2vl.train.loader.batch import DUMMY_IMAGE_GRID, Batch
 from qwen2vl.train.loss import token_loss
 
-__all__ = ["Alive", "Shape", "Timeline", "rehearse"]
+__all__ = ["BatchShape", "MemoryTimeline", "MemoryTracker", "estimate_activation_memory"]
 
 
-class Shape(NamedTuple):
-    """A batch, as far as memory sees it."""
+class BatchShape(NamedTuple):
+    """The sizes of a batch that determine its memory."""
 
-    lengths: tuple[int, ...]  # tokens of each conversation, rounded up
-    frames: tuple[int, ...]  # patches of each pair of frames; none where there is no picture
-    targets: int
+    lengths: tuple[int, ...]  # tokens of each conversation, with padding
+    frames: tuple[int, ...]  # patches of each frame pair; empty without images and videos
+    num_targets: int
 
     @classmethod
-    def of(cls, batch: Batch) -> Shape:
+    def of(cls, batch: Batch) -> BatchShape:
         """Read the sizes of a batch."""
-        frames = batch.vision_meta.frames.lengths_q if len(batch.pad_index_M) else ()
+        frames = batch.vision_meta.attn_meta.lengths_q if len(batch.placeholder_index_M) else ()
         return cls(batch.meta.lengths_q, frames, len(batch.targets_R))
 
 
-class Block(NamedTuple):
-    """Bytes of one block."""
+class BlockMemory(NamedTuple):
+    """Measured bytes of one block."""
 
-    inside: int  # alive after its forward, while autocast still holds its short weights
-    kept: int  # alive until its backward
-    work: int  # in its backward at most, beside what is kept
-    gradients: int  # that its backward leaves
-    is_live: bool  # whether its output carries a gradient
+    after_forward: int  # with the bfloat16 weights that autocast caches
+    saved: int  # activations saved for its backward
+    working: int  # peak of its backward, besides what is saved
+    gradients: int  # of its parameters
+    output_has_grad: bool  # whether its output requires a gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """Bytes of a step, part by part, weights and moments apart."""
+class MemoryTimeline:
+    """Bytes of a step by part, without weights and optimizer states."""
 
-    visual: Sequence[Block]
-    text: Sequence[Block]
-    rest: int  # kept outside of blocks: pixels, embeddings, the last norm, the merger
-    casts: int  # short weights outside of blocks, which autocast holds until the loss is there
-    logits: int  # while the loss is computed, beside what is kept
-    head: int  # the head's gradient, which is there from the loss on
-    embedding: int  # the embedding's own gradient, before it is added to a tied head's
+    visual: Sequence[BlockMemory]
+    text: Sequence[BlockMemory]
+    saved_outside_blocks: int  # pixels, embeddings, last norm, merger
+    autocast_weights: int  # bfloat16 weights outside of blocks, cached until the loss
+    loss_working: int  # peak of the loss, besides what is saved
+    lm_head_gradient: int  # exists from the loss on
+    embedding_gradient: int  # exists apart until it is added to a tied head's
 
     @property
-    def kept(self) -> int:
-        """What the forward leaves for the backward."""
-        return self.rest + sum(block.kept for block in (*self.visual, *self.text))
+    def saved(self) -> int:
+        """Activations saved by the forward for the backward."""
+        return self.saved_outside_blocks + sum(block.saved for block in (*self.visual, *self.text))
 
-    def peak(self, *, parts: int = 1, before: int = 0) -> int:
-        """Walk from the loss back to the pixels, and find the moment with the most bytes.
+    def peak(self, *, num_shards: int = 1, existing_gradients: int = 0) -> int:
+        """Return the peak bytes of the backward, from the loss to the pixels.
 
         Args:
-            parts: of each block's gradient one of so many stays on this rank.
-            before: bytes of gradients that an earlier batch of the same step has left.
+            num_shards: ranks over which each block's gradients are sharded.
+            existing_gradients: bytes of gradients accumulated by earlier batches of the step.
         """
         blocks = (*self.visual, *self.text)
-        casts = self.casts + sum(block.inside - block.kept for block in blocks)
-        kept, gradients = self.kept, before + self.head
-        top = kept + before + casts + self.logits
-        for tower, after in ((self.text, self.embedding), (self.visual, 0)):
+        autocast_weights = self.autocast_weights + sum(
+            block.after_forward - block.saved for block in blocks
+        )
+        saved, gradients = self.saved, existing_gradients + self.lm_head_gradient
+        peak = saved + existing_gradients + autocast_weights + self.loss_working
+        for tower, after in ((self.text, self.embedding_gradient), (self.visual, 0)):
             for block in reversed(tower):
-                top = max(top, kept + gradients + block.work)
-                kept -= block.kept
-                gradients += 0 if before else block.gradients // parts
-            top = max(top, kept + gradients + after)
-        return top
+                peak = max(peak, saved + gradients + block.working)
+                saved -= block.saved
+                gradients += 0 if existing_gradients else block.gradients // num_shards
+            peak = max(peak, saved + gradients + after)
+        return peak
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes that operators allocate, until they are freed."""
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes allocated by operators, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
+        self.allocated = self.peak = 0
+        self._tracked: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and note what it gave."""
-        found = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(found):
-            if storage._cdata not in given:  # a view of what was there before is nothing new
-                self._note(storage)
-        return found
+        """Run an operator, and track the storages that it allocates."""
+        outputs = func(*args, **(kwargs or {}))
+        input_storages = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(outputs):
+            if storage._cdata not in input_storages:  # views allocate nothing
+                self._track(storage)
+        return outputs
 
-    def forget_peak(self) -> None:
-        """Measure the peak from now on."""
-        self.peak = self.now
+    def reset_peak(self) -> None:
+        """Reset the peak to the current bytes."""
+        self.peak = self.allocated
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key, storage.nbytes())
+        if key not in self._tracked:
+            self._tracked.add(key)
+            self.allocated += storage.nbytes()
+            self.peak = max(self.peak, self.allocated)
+            weakref.finalize(storage, self._untrack, key, storage.nbytes())
 
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.now -= num_bytes
+    def _untrack(self, key: int, num_bytes: int) -> None:
+        self._tracked.discard(key)
+        self.allocated -= num_bytes
 
 
-def rehearse(model: Qwen2VL, shape: Shape, *, device: torch.device, casts: bool) -> Timeline:
-    """Run the parts of `model` forward and backward on a batch of sizes `shape`.
+def estimate_activation_memory(
+    model: Qwen2VL, shape: BatchShape, *, device: torch.device, use_autocast: bool
+) -> MemoryTimeline:
+    """Measure the parts of `model` in a forward and backward on a batch of sizes `shape`.
 
     Args:
-        model: on the meta device; it is used up. Its parameters say by requires_grad who learns.
+        model: on the meta device, with requires_grad set as in training; it is modified.
         shape: of the batch.
-        device: whose kernels are meant; nothing is allocated on it.
-        casts: whether products are in bfloat16 beside float32 weights, by autocast.
+        device: whose kernels are dispatched to; nothing is allocated on it.
+        use_autocast: whether matmuls run in bfloat16 under autocast, with float32 weights.
     """
     visual, text = list(model.visual.blocks), list(model.model.layers)
     model.visual.blocks, model.model.layers = nn.ModuleList(visual[:1]), nn.ModuleList(text[:1])
-    with _without_numbers(), torch.device(device):
+    with _fake_tensors(), torch.device(device):
         model.to_empty(device=device)
-        batch = _batch(shape, model.config.vision.patch_dim)
-        called: dict[nn.Module, tuple[Any, ...]] = {}
+        batch = _fake_batch(shape, model.config.vision.patch_dim)
+        block_inputs: dict[nn.Module, tuple[Any, ...]] = {}
         for block in (visual[0], text[0]):
-            block.register_forward_pre_hook(lambda block, given: called.update({block: given}))
-        whole = _whole(model, batch, casts)
-        stacks = [_stack(blocks, called[blocks[0]], casts) for blocks in (visual, text)]
-    embedding = model.model.embed_tokens.weight
-    first = [stack[0] for stack in stacks]
-    return Timeline(
-        visual=stacks[0],
-        text=stacks[1],
-        rest=whole.kept - sum(block.kept for block in first),
-        casts=whole.inside - whole.kept - sum(block.inside - block.kept for block in first),
-        logits=whole.work,
-        head=whole.gradients,
-        embedding=embedding.nbytes if embedding.requires_grad else 0,
+            block.register_forward_pre_hook(
+                lambda block, inputs: block_inputs.update({block: inputs})
+            )
+        model_memory = _measure_model(model, batch, use_autocast)
+        towers = [
+            _measure_tower(blocks, block_inputs[blocks[0]], use_autocast)
+            for blocks in (visual, text)
+        ]
+    embedding_weight = model.model.embed_tokens.weight
+    first_blocks = [tower[0] for tower in towers]
+    return MemoryTimeline(
+        visual=towers[0],
+        text=towers[1],
+        saved_outside_blocks=model_memory.saved - sum(block.saved for block in first_blocks),
+        autocast_weights=model_memory.after_forward
+        - model_memory.saved
+        - sum(block.after_forward - block.saved for block in first_blocks),
+        loss_working=model_memory.working,
+        lm_head_gradient=model_memory.gradients,
+        embedding_gradient=embedding_weight.nbytes if embedding_weight.requires_grad else 0,
     )
 
 
@@ -161,33 +173,33 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 @contextmanager
-def _without_numbers() -> Iterator[None]:
-    """Let tensors be shapes only.
+def _fake_tensors() -> Iterator[None]:
+    """Create fake tensors inside the block.
 
-    Tables that are drawn once for each device are forgotten before and after: those with numbers
-    cannot be mixed with shapes, and shapes must not be found by a real step.
+    Tables cached per device are cleared before and after: real ones cannot be mixed with fake
+    tensors, and fake ones must not be used by a real step.
     """
-    _forget_tables()
+    _clear_table_caches()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        _forget_tables()
+        _clear_table_caches()
 
 
-def _forget_tables() -> None:
+def _clear_table_caches() -> None:
     for table in (
-        *(rope._frequencies, vision._channel_constants),
+        *(rope._inv_freq, vision._channel_constants),
         *(nf4._levels, nf4._pairs, nf4._dynamic_levels),
     ):
         table.cache_clear()
 
 
-def _batch(shape: Shape, patch_dim: int) -> Batch:
-    """Make a batch of sizes alone; without pictures it has the null item."""
-    frames = shape.frames or (NULL.h * NULL.w,)
+def _fake_batch(shape: BatchShape, patch_dim: int) -> Batch:
+    """Build a batch of the given sizes; without images it has the dummy image of training."""
+    frames = shape.frames or (DUMMY_IMAGE_GRID.h * DUMMY_IMAGE_GRID.w,)
     num_tokens, num_patches = sum(shape.lengths), sum(frames)
-    num_pads = num_patches // 4 if shape.frames else 0
+    num_placeholders = num_patches // 4 if shape.frames else 0
 
     def index(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.int64)
@@ -198,66 +210,70 @@ def _batch(shape: Shape, patch_dim: int) -> Batch:
         meta=AttnMeta.build(shape.lengths),
         patches_NP=torch.empty(num_patches, patch_dim, dtype=torch.uint8),
         vision_meta=VisionMeta(index(num_patches, 2), AttnMeta.build(frames)),
-        pad_index_M=index(num_pads),
-        target_index_R=index(shape.targets),
-        targets_R=index(shape.targets),
-        weights_R=torch.empty(shape.targets),
-        owner_R=index(shape.targets),
+        placeholder_index_M=index(num_placeholders),
+        target_index_R=index(shape.num_targets),
+        targets_R=index(shape.num_targets),
+        weights_R=torch.empty(shape.num_targets),
+        example_index_R=index(shape.num_targets),
         families=(),
     )
 
 
-def _whole(model: Qwen2VL, batch: Batch, casts: bool) -> Block:
-    """Run a model of one block a tower up to its loss; `work` is what the loss takes."""
-    head = model.head_weight
-    with Alive() as alive:
-        with torch.autocast(head.device.type, torch.bfloat16, enabled=casts):
-            hidden_TD = batch.run(model)
-            inside = alive.now
-            alive.forget_peak()
-            outcome = token_loss(hidden_TD, head, batch, 1.0)
-            work = alive.peak - inside
-            left = alive.now - inside
-        kept = alive.now - left
-    gradient = head.nbytes if head.requires_grad else 0
-    return Block(inside, kept, work, gradient, outcome.loss.requires_grad)
+def _measure_model(model: Qwen2VL, batch: Batch, use_autocast: bool) -> BlockMemory:
+    """Run a model of one block per tower up to its loss; `working` is the peak of the loss."""
+    lm_head_weight = model.lm_head_weight
+    with MemoryTracker() as tracker:
+        with torch.autocast(lm_head_weight.device.type, torch.bfloat16, enabled=use_autocast):
+            hidden_TD = batch.forward(model)
+            after_forward = tracker.allocated
+            tracker.reset_peak()
+            output = token_loss(hidden_TD, lm_head_weight, batch, 1.0)
+            working = tracker.peak - after_forward
+            loss_outputs = tracker.allocated - after_forward
+        saved = tracker.allocated - loss_outputs
+    weight_gradient = lm_head_weight.nbytes if lm_head_weight.requires_grad else 0
+    return BlockMemory(after_forward, saved, working, weight_gradient, output.loss.requires_grad)
 
 
-def _stack(blocks: Sequence[nn.Module], given: tuple[Any, ...], casts: bool) -> list[Block]:
-    """Measure a tower's blocks, each kind once."""
-    found: dict[Any, Block] = {}
-    stack: list[Block] = []
-    is_live = given[0].requires_grad
+def _measure_tower(
+    blocks: Sequence[nn.Module], inputs: tuple[Any, ...], use_autocast: bool
+) -> list[BlockMemory]:
+    """Return the memory of each block of a tower; each kind is measured once."""
+    memory_by_signature: dict[Any, BlockMemory] = {}
+    tower: list[BlockMemory] = []
+    input_has_grad = inputs[0].requires_grad
     for block in blocks:
-        key = (is_live, "forward" in vars(block), *_kind(block))
-        if key not in found:
-            found[key] = _one(block, given, is_live, casts)
-        stack.append(found[key])
-        is_live = stack[-1].is_live
-    return stack
+        key = (input_has_grad, "forward" in vars(block), *_block_signature(block))
+        if key not in memory_by_signature:
+            memory_by_signature[key] = _measure_block(block, inputs, input_has_grad, use_autocast)
+        tower.append(memory_by_signature[key])
+        input_has_grad = tower[-1].output_has_grad
+    return tower
 
 
-def _kind(block: nn.Module) -> list[Any]:
+def _block_signature(block: nn.Module) -> list[Any]:
     return [(n, p.shape, p.requires_grad) for n, p in block.named_parameters()]
 
 
-def _one(block: nn.Module, given: tuple[Any, ...], is_live: bool, casts: bool) -> Block:
-    """Run one block forward and backward."""
-    hidden, *others = given
+def _measure_block(
+    block: nn.Module, inputs: tuple[Any, ...], input_has_grad: bool, use_autocast: bool
+) -> BlockMemory:
+    """Measure one block in forward and backward."""
+    hidden, *other_inputs = inputs
     if any(p.device.type == "meta" for p in block.parameters()):
         block.to_empty(device=hidden.device)
-    leaf = torch.empty_like(hidden).requires_grad_(is_live)
-    with Alive() as alive:
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=casts):
-            stream = leaf * 1  # as another block's output: kept only if this one needs it
-            result = block(stream, *others)
-            del stream
-            inside = alive.now - result.nbytes
-        kept = alive.now - result.nbytes
-        work = 0
+    input_leaf = torch.empty_like(hidden).requires_grad_(input_has_grad)
+    with MemoryTracker() as tracker:
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=use_autocast):
+            block_input = input_leaf * 1  # as the output of another block: freed unless saved
+            result = block(block_input, *other_inputs)
+            del block_input
+            after_forward = tracker.allocated - result.nbytes
+        saved = tracker.allocated - result.nbytes
+        working = 0
         if result.requires_grad:
-            alive.forget_peak()
+            tracker.reset_peak()
             result.backward(torch.empty_like(result))
-            work = alive.peak - kept - result.nbytes
+            working = tracker.peak - saved - result.nbytes
     gradients = sum(p.grad.nbytes for p in block.parameters() if p.grad is not None)
-    return Block(inside, kept, work, gradients, result.requires_grad)
+    return BlockMemory(after_forward, saved, working, gradients, result.requires_grad)

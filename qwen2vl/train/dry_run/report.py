@@ -1,9 +1,9 @@
-"""What a run would do, found out without a model: `qwen2vl train RECIPE --dry-run`.
+"""Dry-run reports of a training config, without loading a model: `qwen2vl train RECIPE --dry-run`.
 
-Data are opened, measured and packed as for the run itself, so a dry run is also the preparation of
-a real one. It tells what comes how often, what is bad, how full and how even bins are, how long a
-pass is, what a step takes of a rank's memory, and shows samples token by token, with what is learned
-from. It must not know weights. Next room: cli/dry_run.py.
+Data are opened, measured and packed as for the run itself, so a dry run also fills the caches of a
+real one. Per stage it reports how often each source is read, bad samples, packing efficiency, load
+balance, the length of an epoch and the estimated memory of a step; it also returns a few samples,
+whose supervised tokens `text_spans` marks. Printed by `cli/dry_run.py`.
 """
 
 from __future__ import annotations
@@ -19,86 +19,86 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen2vl.data.dataset import Corpus
-from qwen2vl.data.lengths import Progress
-from qwen2vl.data.preprocess import rounded
+from qwen2vl.data.dataset import PackedDataset
+from qwen2vl.data.lengths import ProgressCallback
+from qwen2vl.data.preprocess import padded_length
 from qwen2vl.errors import ConfigError
 from qwen2vl.loading import load_processor
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.train.config import Stage, TrainConfig
-from qwen2vl.train.dry_run.activation_memory import Shape
-from qwen2vl.train.dry_run.memory import Memory, bare_model, memory_of_step
+from qwen2vl.train.dry_run.activation_memory import BatchShape
+from qwen2vl.train.dry_run.memory import StepMemory, estimate_step_memory, wrapped_meta_model
 from qwen2vl.train.init import fresh_processor
-from qwen2vl.train.loader.data_order import check_shares, stage_seed
-from qwen2vl.train.loader.dataloader import Batches, processor_of, workers_here
-from qwen2vl.train.optim.optimizers import check_moves
+from qwen2vl.train.loader.data_order import check_global_batch_sizes, stage_seed
+from qwen2vl.train.loader.dataloader import BatchDataset, num_local_workers, stage_processor
+from qwen2vl.train.optim.optimizers import check_trainable
 
 __all__ = [
-    "Piece",
-    "SourceFacts",
-    "StageFacts",
-    "check_run",
-    "memory_of_world",
-    "open_processor",
-    "pieces",
-    "preview",
-    "seconds_left",
+    "SourceReport",
+    "StageReport",
+    "TextSpan",
+    "build_processor",
+    "check_config",
+    "estimate_duration",
+    "estimate_synthetic_stage_memory",
+    "report_stages",
+    "text_spans",
 ]
 
-RANKS = (2, 4, 8)  # that the balance is told for
-ALONE_AND_TOGETHER = (1, 8)  # ranks that memory is told for
+IMBALANCE_WORLD_SIZES = (2, 4, 8)  # for which load balance is reported
+MEMORY_WORLD_SIZES = (1, 8)  # for which memory is estimated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFacts:
-    """One source, as a stage will read it."""
+class SourceReport:
+    """One data source of a stage."""
 
     name: str
-    samples: int
-    entries: int  # in a pass
-    tokens: int  # of a pass
-    targets: int  # of a pass
+    num_samples: int
+    num_entries: int  # samples of an epoch, with repeats
+    num_tokens: int  # of an epoch
+    num_targets: int  # of an epoch
     bad: Mapping[str, int]  # reason -> samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageFacts:
-    """One stage that reads data."""
+class StageReport:
+    """One stage that reads data from files."""
 
     name: str
     steps: int
-    sources: Sequence[SourceFacts]
-    bins: int  # of a pass
-    bins_per_step: int
+    sources: Sequence[SourceReport]
+    num_bins: int  # of an epoch
+    num_bins_per_step: int
     max_tokens: int
-    fill: float  # share of the bins' capacity that holds tokens
-    imbalance: Mapping[int, float]  # ranks -> the tower's time over that of equal shares
-    shrunk: int  # samples whose pictures are made smaller to fit
+    packing_efficiency: float  # share of the bins' capacity that holds tokens
+    imbalance: Mapping[int, float]  # world size -> vision tower time relative to equal shares
+    num_resized: int  # samples whose images are downscaled to fit into a bin
     tokens_per_step: float
-    memory: Mapping[int, Memory]  # ranks -> what a step takes of each
-    samples: Sequence[tuple[str, ModelInput]]  # a few, to be looked at
+    memory: Mapping[int, StepMemory]  # world size -> memory of a step on a rank
+    samples: Sequence[tuple[str, ModelInput]]  # a few of each source, by name
 
     @property
-    def passes(self) -> float:
-        """How often the stage goes through its data."""
-        return self.steps * self.bins_per_step / self.bins
+    def epochs(self) -> float:
+        """The number of epochs of the stage."""
+        return self.steps * self.num_bins_per_step / self.num_bins
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Neighboring tokens of one kind, as text."""
+class TextSpan:
+    """Consecutive tokens that are all supervised or all not, decoded."""
 
     text: str
-    learned: bool
+    is_supervised: bool
 
 
-def open_processor(config: TrainConfig) -> Processor:
-    """Make what feeds the run's model, without the model.
+def build_processor(config: TrainConfig) -> Processor:
+    """Build the processor of the run, without its model.
 
     Raises:
-        ConfigError: the run has nothing to begin from.
+        ConfigError: the config has neither `init` nor `model`.
         CheckpointError: `init` names no folder with a model.
     """
     if config.init:
@@ -109,162 +109,194 @@ def open_processor(config: TrainConfig) -> Processor:
         return fresh_processor(config, config.model, Path(folder) / "tokenizer")
 
 
-def check_run(config: TrainConfig, processor: Processor) -> None:
-    """Refuse what a run could not begin with, before anything is measured.
+def check_config(config: TrainConfig, processor: Processor) -> None:
+    """Check rules, adapter and batch sizes, before any data are measured.
 
     Raises:
-        ConfigError: a rule or a pattern of the adapter matches nothing, rules that leave nothing
-            to move, or steps that cannot be shared.
+        ConfigError: a rule or target module matches nothing, the rules of a stage freeze every
+            parameter, or a step cannot be divided among the ranks.
     """
-    model = bare_model(config, processor.config)
+    model = wrapped_meta_model(config, processor.config)
     for stage in config.stages:
-        check_moves(model, stage)
-    check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_trainable(model, stage)
+    check_global_batch_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def preview(
+def report_stages(
     config: TrainConfig,
     processor: Processor,
     *,
-    show: int = 2,
-    progress: Progress = lambda what, done, total: None,
-) -> Iterator[StageFacts]:
-    """Prepare the data of each stage that reads any, and tell about them.
+    samples_per_source: int = 2,
+    progress: ProgressCallback = lambda what, done, total: None,
+) -> Iterator[StageReport]:
+    """Prepare the data of each stage that reads from files, and yield its report.
 
     Raises:
         InputError: data are missing, damaged, too large for a bin, or too many are bad.
     """
-    for number, stage in enumerate(config.stages):
+    for stage_index, stage in enumerate(config.stages):
         if stage.data is None:
             continue
-        corpus = Corpus.open(
+        dataset = PackedDataset.open(
             stage.data,
-            processor_of(stage, processor),
-            seed=stage_seed(config, number),
+            stage_processor(stage, processor),
+            seed=stage_seed(config, stage_index),
             default_system=stage.default_system,
-            workers=workers_here(config),
+            num_workers=num_local_workers(config),
             progress=progress,
         )
-        memory = _memory(config, processor, stage, corpus)
-        yield _facts(stage.name, stage.steps, corpus, memory, show)
+        memory = _stage_memory(config, processor, stage, dataset)
+        yield _stage_report(stage.name, stage.steps, dataset, memory, samples_per_source)
 
 
-def memory_of_world(config: TrainConfig, processor: Processor, number: int) -> dict[int, Memory]:
-    """Predict for some numbers of ranks what a stage of the world takes, by its first step.
+def estimate_synthetic_stage_memory(
+    config: TrainConfig, processor: Processor, stage_index: int
+) -> dict[int, StepMemory]:
+    """Estimate the memory of a stage of synthetic data, by its first batch; by world size.
 
     Raises:
-        ConfigError: as `memory_of_step`.
-        FontError: a font of the world is not installed.
+        ConfigError: as `estimate_step_memory`.
+        FontError: a font of the synthetic world is not installed.
     """
-    stage = config.stages[number]
-    first = sum(before.steps for before in config.stages[:number]) * config.accumulate
-    found: dict[int, Memory] = {}
-    for ranks in _told_ranks(config):
-        if stage.steps and stage.examples >= ranks * config.accumulate:
-            batch = Batches(config, processor, {}, ranks=ranks)[first]
-            shape = Shape.of(batch)
-            found[ranks] = memory_of_step(config, processor.config, stage, shape, ranks=ranks)
-    return found
+    stage = config.stages[stage_index]
+    first = (
+        sum(earlier.steps for earlier in config.stages[:stage_index])
+        * config.gradient_accumulation_steps
+    )
+    estimates: dict[int, StepMemory] = {}
+    for world_size in _memory_world_sizes(config):
+        if (
+            stage.steps
+            and stage.global_batch_size >= world_size * config.gradient_accumulation_steps
+        ):
+            batch = BatchDataset(config, processor, {}, world_size=world_size)[first]
+            shape = BatchShape.of(batch)
+            estimates[world_size] = estimate_step_memory(
+                config, processor.config, stage, shape, world_size=world_size
+            )
+    return estimates
 
 
-def seconds_left(config: TrainConfig, tokens: float) -> float | None:
-    """Estimate by the run's own last report; None where it has not reported yet."""
+def estimate_duration(config: TrainConfig, tokens: float) -> float | None:
+    """Estimate the seconds for `tokens` from the run's last log line; None if it has none."""
     path = Path(config.folder) / "metrics.jsonl"
     try:
         lines = map(json.loads, reversed(path.read_text(encoding="utf-8").splitlines()))
-        # What a probe has found stands between reports.
+        # Lines of evaluations lie between those of training.
         return tokens / next(speed for line in lines if (speed := line.get("tokens_per_second")))
     except (OSError, ValueError, StopIteration):
         return None
 
 
-def pieces(sample: ModelInput, tokenizer: Tokenizer, pads: tuple[int, ...]) -> Iterator[Piece]:
-    """Turn a sample back into text, what is learned apart; runs of placeholders become one word."""
+def text_spans(
+    sample: ModelInput, tokenizer: Tokenizer, placeholder_ids: tuple[int, ...]
+) -> Iterator[TextSpan]:
+    """Decode a sample into supervised and other spans; runs of placeholders are abbreviated."""
     assert sample.loss_mask is not None
-    told = zip(sample.input_ids, sample.loss_mask, strict=True)
-    for (learned, pad), group in groupby(told, lambda t: (t[1], t[0] if t[0] in pads else 0)):
+    tokens = zip(sample.input_ids, sample.loss_mask, strict=True)
+    for (is_supervised, placeholder_id), group in groupby(
+        tokens, lambda t: (t[1], t[0] if t[0] in placeholder_ids else 0)
+    ):
         ids = [token for token, _ in group]
-        text = tokenizer.decode(ids[:1] if pad else ids, keep="all")
-        yield Piece(f"{text} x {len(ids)} " if pad else text, learned)
+        text = tokenizer.decode(ids[:1] if placeholder_id else ids, keep_special="all")
+        yield TextSpan(f"{text} x {len(ids)} " if placeholder_id else text, is_supervised)
 
 
-def _told_ranks(config: TrainConfig) -> list[int]:
-    """Choose the numbers of ranks: some common ones, and those that torchrun has started."""
-    asked = {*ALONE_AND_TOGETHER, int(os.environ.get("WORLD_SIZE", "1"))}
-    return sorted(ranks for ranks in asked if ranks % config.mesh.replicate == 0)
-
-
-def _memory(
-    config: TrainConfig, processor: Processor, stage: Stage, corpus: Corpus
-) -> dict[int, Memory]:
-    found: dict[int, Memory] = {}
-    for ranks in _told_ranks(config):
-        together, rest = divmod(corpus.data.bins, ranks * config.accumulate)
-        if not rest and together <= len(corpus.plan):
-            shape = _largest(corpus, together)
-            found[ranks] = memory_of_step(config, processor.config, stage, shape, ranks=ranks)
-    return found
-
-
-def _largest(corpus: Corpus, together: int) -> Shape:
-    """Lay the dearest bins of the plan, so many at a time, into one batch."""
-    side = corpus.processor.config.vision.patch_size
-    lengths: list[int] = []
-    frames: list[int] = []
-    targets = 0
-    for entry in corpus.plan.entries[: corpus.plan.starts[together]].tolist():
-        if not corpus.tokens[entry]:
-            continue
-        lengths.append(rounded(int(corpus.tokens[entry])))
-        targets += int(corpus.targets[entry])
-        most = corpus.shrunk.get(entry, 0) // side**2
-        for t, h, w in corpus.grids(entry).tolist():
-            frames += [min(h * w, most) if most else h * w] * t
-    return Shape(tuple(sorted(lengths)), tuple(sorted(frames)), targets)
-
-
-def _facts(
-    name: str, steps: int, corpus: Corpus, memory: Mapping[int, Memory], show: int
-) -> StageFacts:
-    plan, data = corpus.plan, corpus.data
-    tokens = int(corpus.tokens[plan.entries].sum(dtype=np.int64))
-    return StageFacts(
-        name=name,
-        steps=steps,
-        sources=[_source(number, corpus) for number in range(len(corpus.sources))],
-        bins=len(plan),
-        bins_per_step=data.bins,
-        max_tokens=data.max_tokens,
-        fill=tokens / (len(plan) * data.max_tokens),
-        imbalance={n: plan.imbalance(n) for n in RANKS if data.bins % n == 0 and n <= len(plan)},
-        shrunk=len(corpus.shrunk),
-        tokens_per_step=tokens * data.bins / len(plan),
-        memory=memory,
-        samples=_some(corpus, show),
+def _memory_world_sizes(config: TrainConfig) -> list[int]:
+    """Return the world sizes for memory estimates: common ones, and that of torchrun."""
+    world_sizes = {*MEMORY_WORLD_SIZES, int(os.environ.get("WORLD_SIZE", "1"))}
+    return sorted(
+        world_size for world_size in world_sizes if world_size % config.mesh.dp_replicate == 0
     )
 
 
-def _source(number: int, corpus: Corpus) -> SourceFacts:
-    first, last = corpus.first[number : number + 2].tolist()
-    own = corpus.plan.entries[(corpus.plan.entries >= first) & (corpus.plan.entries < last)]
-    table = corpus.lengths[number]
-    return SourceFacts(
-        name=corpus.labels[number],
-        samples=len(table),
-        entries=len(own),
-        tokens=int(corpus.tokens[own].sum(dtype=np.int64)),
-        targets=int(corpus.targets[own].sum(dtype=np.int64)),
+def _stage_memory(
+    config: TrainConfig, processor: Processor, stage: Stage, dataset: PackedDataset
+) -> dict[int, StepMemory]:
+    estimates: dict[int, StepMemory] = {}
+    for world_size in _memory_world_sizes(config):
+        bins_per_batch, remainder = divmod(
+            dataset.data.global_batch_size, world_size * config.gradient_accumulation_steps
+        )
+        if not remainder and bins_per_batch <= len(dataset.plan):
+            shape = _largest_batch_shape(dataset, bins_per_batch)
+            estimates[world_size] = estimate_step_memory(
+                config, processor.config, stage, shape, world_size=world_size
+            )
+    return estimates
+
+
+def _largest_batch_shape(dataset: PackedDataset, bins_per_batch: int) -> BatchShape:
+    """Return the sizes of a batch of the most expensive bins of the plan."""
+    patch_size = dataset.processor.config.vision.patch_size
+    lengths: list[int] = []
+    frames: list[int] = []
+    targets = 0
+    for entry in dataset.plan.entries[: dataset.plan.starts[bins_per_batch]].tolist():
+        if not dataset.tokens[entry]:
+            continue
+        lengths.append(padded_length(int(dataset.tokens[entry])))
+        targets += int(dataset.targets[entry])
+        max_patches = dataset.resized.get(entry, 0) // patch_size**2
+        for t, h, w in dataset.grids(entry).tolist():
+            frames += [min(h * w, max_patches) if max_patches else h * w] * t
+    return BatchShape(tuple(sorted(lengths)), tuple(sorted(frames)), targets)
+
+
+def _stage_report(
+    name: str,
+    steps: int,
+    dataset: PackedDataset,
+    memory: Mapping[int, StepMemory],
+    samples_per_source: int,
+) -> StageReport:
+    plan, data = dataset.plan, dataset.data
+    tokens = int(dataset.tokens[plan.entries].sum(dtype=np.int64))
+    return StageReport(
+        name=name,
+        steps=steps,
+        sources=[
+            _source_report(source_index, dataset) for source_index in range(len(dataset.sources))
+        ],
+        num_bins=len(plan),
+        num_bins_per_step=data.global_batch_size,
+        max_tokens=data.max_tokens,
+        packing_efficiency=tokens / (len(plan) * data.max_tokens),
+        imbalance={
+            n: plan.imbalance(n)
+            for n in IMBALANCE_WORLD_SIZES
+            if data.global_batch_size % n == 0 and n <= len(plan)
+        },
+        num_resized=len(dataset.resized),
+        tokens_per_step=tokens * data.global_batch_size / len(plan),
+        memory=memory,
+        samples=_sample_inputs(dataset, samples_per_source),
+    )
+
+
+def _source_report(source_index: int, dataset: PackedDataset) -> SourceReport:
+    first, last = dataset.offsets[source_index : source_index + 2].tolist()
+    own_entries = dataset.plan.entries[
+        (dataset.plan.entries >= first) & (dataset.plan.entries < last)
+    ]
+    table = dataset.lengths[source_index]
+    return SourceReport(
+        name=dataset.labels[source_index],
+        num_samples=len(table),
+        num_entries=len(own_entries),
+        num_tokens=int(dataset.tokens[own_entries].sum(dtype=np.int64)),
+        num_targets=int(dataset.targets[own_entries].sum(dtype=np.int64)),
         bad=Counter(reason for reason, _ in table.bad.values()),
     )
 
 
-def _some(corpus: Corpus, show: int) -> list[tuple[str, ModelInput]]:
-    """Prepare the first good samples of each source."""
-    found: list[tuple[str, ModelInput]] = []
-    for number, first in enumerate(corpus.first[:-1].tolist()):
-        good = (i for i in range(len(corpus.lengths[number])) if corpus.tokens[first + i])
-        for index, _ in zip(good, range(show), strict=False):
-            examples, _bad = corpus.read([first + index])
-            name = corpus.sources[number].name(index)
-            found += [(name, example.input) for example in examples]
-    return found
+def _sample_inputs(dataset: PackedDataset, samples_per_source: int) -> list[tuple[str, ModelInput]]:
+    """Prepare the first usable samples of each source."""
+    inputs: list[tuple[str, ModelInput]] = []
+    for source_index, first in enumerate(dataset.offsets[:-1].tolist()):
+        good = (i for i in range(len(dataset.lengths[source_index])) if dataset.tokens[first + i])
+        for index, _ in zip(good, range(samples_per_source), strict=False):
+            examples, _bad = dataset.read([first + index])
+            name = dataset.sources[source_index].name(index)
+            inputs += [(name, example.input) for example in examples]
+    return inputs

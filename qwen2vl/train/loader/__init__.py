@@ -1,4 +1,5 @@
-"""The training data loader: data order, sample preparation, packing into batches.
+"""Training data loader: data order, sample preparation in worker processes, sequence packing.
 
-`data_order.py` maps a step number to samples; `dataloader.py` prepares them in worker processes.
+`data_order.py` maps a step to its samples or bins; `dataloader.py` prepares them in workers;
+`batch.py` packs them into one Batch.
 """

@@ -1,10 +1,10 @@
-"""Bad samples: counted by reason, listed in a file, and too many of them end the run.
+"""Bad samples of a run: listed in a file, counted by reason; too many of them end the run.
 
     runs/nano/bad_samples.jsonl   {"step": 12, "id": "rows.jsonl:17", "source": "rows", ...}
 
-A sample that cannot be used leaves its place empty; nothing else is shown instead, so what a step
-sees stays a function of its number. What was known and accepted before the run is listed, not
-counted. Each rank keeps its own list. It must not know why a sample is bad. Next room: batches.py.
+A bad sample is not replaced by another, so that the samples of a step remain a function of its
+number. Samples that were known to be bad before the run are listed, but not counted. Each rank has
+its own list.
 """
 
 from __future__ import annotations
@@ -17,47 +17,50 @@ from qwen2vl.data.config import DataConfig
 from qwen2vl.errors import InputError
 from qwen2vl.train.loader.batch import Batch
 
-__all__ = ["BadSamples"]
+__all__ = ["BadSampleTracker"]
 
-NAMED = 3  # that an error names
+MAX_NAMED_SAMPLES = 3  # that an error lists
 
 
-class BadSamples:
-    """What was seen and what turned out bad since this process began."""
+class BadSampleTracker:
+    """The number of samples seen and the bad ones among them, since this process began."""
 
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
         name = f"bad_samples-{rank:05d}.jsonl" if rank else "bad_samples.jsonl"
         self.path = folder / name
-        self.seen = 0
+        self.num_seen = 0
         self.reasons: Counter[str] = Counter()
-        self._last: list[str] = []
+        self._last_named: list[str] = []
 
-    def take(self, batch: Batch, step: int, data: DataConfig, total: int) -> None:
-        """List what is bad in one batch, and count what was not known before.
+    def record(self, batch: Batch, step: int, data: DataConfig, num_total: int) -> None:
+        """List the bad samples of one batch, and count those not known to be bad before.
 
         Args:
             batch: of the step.
             step: counted from 1.
-            data: what the stage reads; it says how many may be bad.
-            total: samples that there are to read.
+            data: the stage's data config, which has the limit.
+            num_total: samples of the stage's dataset.
 
         Raises:
-            InputError: they are too many; counted by reason.
+            InputError: more are bad than the limit; counted by reason.
         """
-        fresh = [sample for sample in batch.bad if not sample.known]
-        self.seen += len(batch.families) + len(fresh)
-        if not batch.bad:
+        new_bad = [sample for sample in batch.bad_samples if not sample.known]
+        self.num_seen += len(batch.families) + len(new_bad)
+        if not batch.bad_samples:
             return
-        self.reasons.update(sample.reason for sample in fresh)
-        self._last = [f"{sample.id}: {sample.text}" for sample in fresh[:NAMED]] or self._last
+        self.reasons.update(sample.reason for sample in new_bad)
+        self._last_named = [
+            f"{sample.id}: {sample.text}" for sample in new_bad[:MAX_NAMED_SAMPLES]
+        ] or self._last_named
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for sample in batch.bad:
+            for sample in batch.bad_samples:
                 file.write(json.dumps({"step": step, **sample._asdict()}) + "\n")
-        if not data.tolerates(self.reasons.total(), self.seen, total):
-            kinds = ", ".join(f"{count:,} {name}" for name, count in self.reasons.most_common())
+        if not data.tolerates(self.reasons.total(), self.num_seen, num_total):
+            reasons = ", ".join(f"{count:,} {name}" for name, count in self.reasons.most_common())
             raise InputError(
-                f"step {step}: {self.reasons.total():,} of {self.seen:,} samples are bad ({kinds}),"
-                f" the limit is {data.max_bad:.2%}; {'; '.join(self._last)}; all are in "
-                f"{self.path}: mend them, or raise data.max_bad"
+                f"step {step}: {self.reasons.total():,} of {self.num_seen:,} samples are bad "
+                f"({reasons}), the limit is {data.max_bad_fraction:.2%}; "
+                f"{'; '.join(self._last_named)}; all are in "
+                f"{self.path}: fix them, or raise data.max_bad_fraction"
             )

@@ -1,12 +1,13 @@
-"""Examples laid end to end: one Batch, ready for one forward.
+"""Batch: conversations packed end to end (sequence packing), ready for one forward pass.
 
-    ids     a a a a . b b . c c c c c c c .       three conversations, '.' rounds up a length
+    ids     a a a a . b b . c c c c c c c .       three conversations, '.' is padding
     pos     0 1 2 3   0 1   0 1 2 3 ...           positions restart with each
-    labels  a a a -   b -   c c ...               shifted inside each, never across
+    labels  a a a -   b -   c c ...               shifted within each, never across
 
-Conversations are sorted by length and rounded up, so that neighbors share an attention call.
-Pictures form one stream, sorted by area; a batch without any carries a null item, so that every
-rank's tower runs. All is built and checked in the worker. Next room: objective.py.
+Conversations are sorted by length and padded to a multiple of 8 tokens, so that neighbors of equal
+length share an attention call. Images and videos are concatenated, sorted by area; a batch without
+any has a dummy image, so that the vision tower runs on every rank. Batches are built and checked in
+the data loader's workers.
 """
 
 from __future__ import annotations
@@ -19,159 +20,184 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwen2vl.data.preprocess import ROUND, BadSample, Example, rounded
+from qwen2vl.data.preprocess import PAD_TO_MULTIPLE_OF, BadSample, TrainingExample, padded_length
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["NULL", "Batch", "pack", "sent"]
+__all__ = ["DUMMY_IMAGE_GRID", "Batch", "copy_to_device", "pack_batch"]
 
-# Of the number of targets of a conversation: what each of them weighs.
+# Exponent of a conversation's number of targets in the weight of each of them.
 _EXPONENT = {"token": 0.0, "sample": -1.0, "root": -0.5}
 
-NULL = Grid(1, 2, 2)  # the smallest item: four black patches, one row that stands nowhere
+DUMMY_IMAGE_GRID = Grid(1, 2, 2)  # the smallest image: four black patches, one unused vision token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one forward and backward eat. R counts the target rows: tokens that carry loss."""
+    """Input of one forward and backward pass. R counts the targets: tokens that carry loss."""
 
     input_ids_T: Tensor  # (T,) int64
     position_ids_3T: Tensor  # (3, T) int64
     meta: AttnMeta  # one segment for each conversation
-    patches_NP: Tensor  # (N, P) uint8; four of a null item when no conversation has a picture
+    patches_NP: Tensor  # (N, P) uint8; four of a dummy image if there are no media
     vision_meta: VisionMeta
-    pad_index_M: Tensor  # (M,) int64; empty for a null item
-    target_index_R: Tensor  # (R,) int64, rows of hidden_TD that carry loss
+    placeholder_index_M: Tensor  # (M,) int64; empty for a dummy image
+    target_index_R: Tensor  # (R,) int64, indices of hidden_TD whose next token is a target
     targets_R: Tensor  # (R,) int64, the next token of each
     weights_R: Tensor  # (R,) float32
-    owner_R: Tensor  # (R,) int64, which conversation of this batch
-    families: tuple[str, ...]  # of each conversation; none where every sample was bad
-    bad: tuple[BadSample, ...] = ()  # samples that the schedule chose and that are not here
+    example_index_R: Tensor  # (R,) int64, conversation in this batch
+    families: tuple[str, ...]  # of each conversation; empty if every sample was bad
+    bad_samples: tuple[BadSample, ...] = ()  # samples of this batch that could not be used
 
-    def run(self, model: Qwen2VL) -> Tensor:
-        """Let a model read all conversations in one forward: hidden_TD."""
+    def forward(self, model: Qwen2VL) -> Tensor:
+        """Run the model on all conversations in one forward pass; returns hidden_TD."""
         return model(
             self.input_ids_T,
             self.position_ids_3T,
             self.meta,
             patches_NP=self.patches_NP,
             vision_meta=self.vision_meta,
-            pad_index_M=self.pad_index_M,
+            placeholder_index_M=self.placeholder_index_M,
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy once to where the model is."""
+        """Copy to the model's device."""
         if torch.device(device).type == "cpu":
             return self
         moved: dict[str, Tensor | AttnMeta | VisionMeta] = {}
         for name in self.__slots__:
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                moved[name] = sent(value, device)
+                moved[name] = copy_to_device(value, device)
             elif isinstance(value, AttnMeta | VisionMeta):
                 moved[name] = value.to(device)
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        """Put the tensors where a GPU fetches them by itself; a DataLoader asks, in its thread."""
-        tensors = {n: v for n in self.__slots__ if isinstance(v := getattr(self, n), Tensor)}
+        """Pin the tensors for asynchronous copies to a GPU; called by DataLoader's pin thread."""
+        tensors = {
+            name: value
+            for name in self.__slots__
+            if isinstance(value := getattr(self, name), Tensor)
+        }
         return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Begin to copy from the CPU to where the model is, without waiting where a GPU can fetch."""
+def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device; from pinned memory and without waiting for it if that is a GPU."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def pack(
-    examples: Sequence[Example],
+def pack_batch(
+    examples: Sequence[TrainingExample],
     *,
     pad_id: int,
     weighting: Literal["token", "sample", "root"] = "token",
     patch_dim: int = 1176,
-    bad: Sequence[BadSample] = (),
+    bad_samples: Sequence[BadSample] = (),
 ) -> Batch:
-    """Lay out what the schedule chose; every conversation must have supervised tokens.
+    """Pack examples into a batch; every conversation must have supervised tokens.
 
-    Without any conversation, as when each was bad, the batch is one empty document that nothing
-    is learned from: other ranks wait for this one's step.
+    Without any example, if all samples were bad, the batch is one empty document without targets,
+    since the other ranks wait for this rank's step.
     """
     ordered = sorted(examples, key=lambda example: len(example.input.input_ids))
-    lengths = [rounded(len(e.input.input_ids)) for e in ordered] or [ROUND]
+    lengths = [padded_length(len(example.input.input_ids)) for example in ordered] or [
+        PAD_TO_MULTIPLE_OF
+    ]
     starts = list(accumulate(lengths[:-1], initial=0))
-    ids: list[int] = [] if ordered else [pad_id] * ROUND
-    positions = [] if ordered else [torch.arange(ROUND).expand(3, -1)]
+    ids: list[int] = [] if ordered else [pad_id] * PAD_TO_MULTIPLE_OF
+    positions = [] if ordered else [torch.arange(PAD_TO_MULTIPLE_OF).expand(3, -1)]
     targets: list[tuple[int, int, float, int]] = []
-    for owner, (example, start) in enumerate(zip(ordered, starts, strict=False)):
-        own, length = example.input.input_ids, lengths[owner]
-        ids += own + [pad_id] * (length - len(own))
-        positions.append(_padded(example.input.position_ids_3T, length))
-        targets += _targets(example.input, start, owner, weighting)
-    items, pad_index_M = _stream(ordered, starts)
-    null = torch.zeros(NULL.h * NULL.w, patch_dim, dtype=torch.uint8)
-    index, target, weight, owner_of = zip(*targets, strict=True) if targets else ((), (), (), ())
+    for example_index, (example, start) in enumerate(zip(ordered, starts, strict=False)):
+        input_ids, length = example.input.input_ids, lengths[example_index]
+        ids += input_ids + [pad_id] * (length - len(input_ids))
+        positions.append(_pad_positions(example.input.position_ids_3T, length))
+        targets += _targets(example.input, start, example_index, weighting)
+    items, placeholder_index_M = _concatenate_items(ordered, starts)
+    dummy = torch.zeros(DUMMY_IMAGE_GRID.h * DUMMY_IMAGE_GRID.w, patch_dim, dtype=torch.uint8)
+    index, target, weight, example_of = zip(*targets, strict=True) if targets else ((), (), (), ())
     batch = Batch(
         input_ids_T=torch.tensor(ids),
         position_ids_3T=torch.cat(positions, 1),
         meta=AttnMeta.build(lengths),
-        patches_NP=torch.cat([item.patches_NP for item in items]) if items else null,
-        vision_meta=VisionMeta.build([item.grid for item in items] or [NULL]),
-        pad_index_M=pad_index_M,
+        patches_NP=torch.cat([item.patches_NP for item in items]) if items else dummy,
+        vision_meta=VisionMeta.build([item.grid for item in items] or [DUMMY_IMAGE_GRID]),
+        placeholder_index_M=placeholder_index_M,
         target_index_R=torch.tensor(index, dtype=torch.int64),
         targets_R=torch.tensor(target, dtype=torch.int64),
         weights_R=torch.tensor(weight, dtype=torch.float32),
-        owner_R=torch.tensor(owner_of, dtype=torch.int64),
-        families=tuple(e.family for e in ordered),
-        bad=tuple(bad),
+        example_index_R=torch.tensor(example_of, dtype=torch.int64),
+        families=tuple(example.family for example in ordered),
+        bad_samples=tuple(bad_samples),
     )
     _check(batch)
     return batch
 
 
 def _check(batch: Batch) -> None:
-    """Compare what a kernel would only answer with a crash, or with a wrong number."""
-    length, rows = len(batch.input_ids_T), len(batch.targets_R)
+    """Assert what a kernel would answer with a crash or a wrong result."""
+    length, num_targets = len(batch.input_ids_T), len(batch.targets_R)
     assert batch.position_ids_3T.shape == (3, length), "one position for each token"
     assert sum(batch.meta.lengths_q) == length, "segments cover the tokens"
-    assert sum(batch.vision_meta.frames.lengths_q) == len(batch.patches_NP), "frames cover patches"
-    assert len(batch.pad_index_M) in (0, len(batch.patches_NP) // 4), "a token for each row"
-    assert len(batch.pad_index_M.unique()) == len(batch.pad_index_M), "one row for each token"
-    assert all(len(r) == rows for r in (batch.target_index_R, batch.weights_R, batch.owner_R))
-    assert not rows or int(batch.target_index_R.max()) + 1 < length, "targets lie inside"
+    assert sum(batch.vision_meta.attn_meta.lengths_q) == len(batch.patches_NP), (
+        "frames cover patches"
+    )
+    assert len(batch.placeholder_index_M) in (0, len(batch.patches_NP) // 4), (
+        "a placeholder for each vision token"
+    )
+    assert len(batch.placeholder_index_M.unique()) == len(batch.placeholder_index_M), (
+        "one vision token for each placeholder"
+    )
+    assert all(
+        len(tensor) == num_targets
+        for tensor in (batch.target_index_R, batch.weights_R, batch.example_index_R)
+    )
+    assert not num_targets or int(batch.target_index_R.max()) + 1 < length, "targets lie inside"
 
 
-def _stream(ordered: Sequence[Example], starts: Sequence[int]) -> tuple[list[Item], Tensor]:
-    """Sort the items of all conversations by area, and say where the rows of each belong.
+def _concatenate_items(
+    ordered: Sequence[TrainingExample], starts: Sequence[int]
+) -> tuple[list[Item], Tensor]:
+    """Sort the items of all conversations by area; return them and their placeholders' indices.
 
-    Their order in the stream is free, since every row names its token; sorted, pictures of one
-    area are neighbors and share a call of the attention kernel.
+    The order of items is free, since every vision token has the index of its placeholder; sorted,
+    images of one area are adjacent and share a call of the attention kernel.
     """
-    placed: list[tuple[Item, Tensor]] = []
+    items_with_index: list[tuple[Item, Tensor]] = []
     for example, start in zip(ordered, starts, strict=False):
         items = example.input.items
-        rows = example.input.pad_index_M.split([item.num_tokens for item in items])
-        placed += [(item, own + start) for item, own in zip(items, rows, strict=True)]
-    placed.sort(key=lambda pair: pair[0].grid.h * pair[0].grid.w)
-    nowhere = torch.empty(0, dtype=torch.int64)
-    return [item for item, _ in placed], torch.cat([nowhere, *(own for _, own in placed)])
+        vision_tokens = example.input.placeholder_index_M.split([item.num_tokens for item in items])
+        items_with_index += [
+            (item, index + start) for item, index in zip(items, vision_tokens, strict=True)
+        ]
+    items_with_index.sort(key=lambda pair: pair[0].grid.h * pair[0].grid.w)
+    empty = torch.empty(0, dtype=torch.int64)
+    return [item for item, _ in items_with_index], torch.cat(
+        [empty, *(index for _, index in items_with_index)]
+    )
 
 
 def _targets(
-    example: ModelInput, start: int, owner: int, weighting: str
+    example: ModelInput, start: int, example_index: int, weighting: str
 ) -> list[tuple[int, int, float, int]]:
-    """List (row, next token, weight, conversation) of every supervised token."""
-    assert example.loss_mask is not None, "the processor was not asked for a training example"
-    # Row i predicts token i + 1: the shift happens here, inside one conversation.
-    rows = [i - 1 for i, supervised in enumerate(example.loss_mask) if supervised and i > 0]
-    assert rows, "a conversation without supervised tokens reached the packer"
-    weight = len(rows) ** _EXPONENT[weighting]
-    return [(start + i, example.input_ids[i + 1], weight, owner) for i in rows]
+    """List (index, next token, weight, conversation) of every supervised token."""
+    assert example.loss_mask is not None, "the example was processed without for_training"
+    # Index i predicts token i + 1: labels are shifted here, within one conversation.
+    indices = [i - 1 for i, supervised in enumerate(example.loss_mask) if supervised and i > 0]
+    assert indices, "a conversation without supervised tokens reached the packer"
+    weight = len(indices) ** _EXPONENT[weighting]
+    return [(start + i, example.input_ids[i + 1], weight, example_index) for i in indices]
 
 
-def _padded(position_ids_3T: Tensor, length: int) -> Tensor:
-    """Round up to `length`; what stands behind a conversation is seen by nobody."""
-    missing = length - position_ids_3T.shape[1]
-    return torch.nn.functional.pad(position_ids_3T, (0, missing)) if missing else position_ids_3T
+def _pad_positions(position_ids_3T: Tensor, length: int) -> Tensor:
+    """Pad positions to `length`; no token attends to the padding after a conversation."""
+    num_missing = length - position_ids_3T.shape[1]
+    return (
+        torch.nn.functional.pad(position_ids_3T, (0, num_missing))
+        if num_missing
+        else position_ids_3T
+    )

@@ -1,9 +1,9 @@
-"""Which samples a step sees: a pure function of the run's config and the step's number.
+"""Data order: the samples of a step as a pure function of the run's config and the step number.
 
-Nothing is counted along the way, so seeking to any step is arithmetic and the whole state of the
-data is one integer. A stage of the world draws from its own stretch, so no sample comes twice. A
-stage of data reads the groups of its plan's bins, in another order in every pass; the bins of a
-step are the same for any number of ranks. It knows no pixels and no clock. Next room: pack.py.
+There is no sampler state: seeking to any step is arithmetic, and the data state of a checkpoint is
+one integer. A stage with a synthetic mixture uses indices of its own seed, none of them twice. A
+stage with data reads the groups of its plan's bins, shuffled in every epoch; the bins of a step are
+the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,95 +13,109 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen2vl.data.packing import Plan, shuffled
+from qwen2vl.data.bin_packing import BinPlan, seeded_permutation
 from qwen2vl.errors import ConfigError
 from qwen2vl.train.config import Stage, TrainConfig
 
-__all__ = ["Draw", "bins_of", "check_shares", "deal", "draw", "locate", "stage_seed"]
+__all__ = [
+    "StepSamples",
+    "bins_of_rank",
+    "bins_of_step",
+    "check_global_batch_sizes",
+    "locate_step",
+    "samples_of_step",
+    "stage_seed",
+]
 
 
-class Draw(NamedTuple):
-    """The samples of one optimizer step: `stage.mixture` at (seed, each index)."""
+class StepSamples(NamedTuple):
+    """Samples of one optimizer step: those of `stage.mixture` with this seed and these indices."""
 
     stage: Stage
     seed: int
     indices: range
 
 
-def locate(config: TrainConfig, step: int) -> tuple[int, int]:
-    """Find (index of the stage, step inside it) of a step of the run."""
+def locate_step(config: TrainConfig, step: int) -> tuple[int, int]:
+    """Return (stage index, step in the stage) of a step of the run."""
     assert 0 <= step < config.steps, f"step {step} of {config.steps}"
     for index, stage in enumerate(config.stages):
         if step < stage.steps:
             return index, step
         step -= stage.steps
-    raise AssertionError("unreachable: step lies below the sum of all stages")
+    raise AssertionError("unreachable: step is less than the sum of all stages")
 
 
-def check_shares(config: TrainConfig, ranks: int) -> None:
-    """Refuse steps that the ranks' batches cannot share, before anything is read.
+def check_global_batch_sizes(config: TrainConfig, world_size: int) -> None:
+    """Check that the batches of all ranks can share each step, before any data are read.
 
     Raises:
-        ConfigError: bins of data do not divide, or there are fewer conversations than batches.
+        ConfigError: bins do not divide evenly, or there are fewer conversations than batches.
     """
-    parts = ranks * config.accumulate
-    among = f"{ranks} ranks x {config.accumulate} batches"
+    num_batches = world_size * config.gradient_accumulation_steps
+    among = f"{world_size} ranks x {config.gradient_accumulation_steps} batches"
     for stage in config.stages:
         if not stage.steps:
             continue
-        if stage.data is not None and stage.data.bins % parts:
+        if stage.data is not None and stage.data.global_batch_size % num_batches:
             raise ConfigError(
-                f"stage {stage.name}: data.bins is {stage.data.bins}, which {among} cannot share "
-                f"evenly; make it a multiple of {parts}"
+                f"stage {stage.name}: data.global_batch_size is {stage.data.global_batch_size}, "
+                f"which {among} cannot share evenly; make it a multiple of {num_batches}"
             )
-        if stage.data is None and stage.examples < parts:
+        if stage.data is None and stage.global_batch_size < num_batches:
             raise ConfigError(
-                f"stage {stage.name}: {stage.examples} examples a step cannot be dealt out to "
-                f"{among}; raise examples to {parts} or more"
+                f"stage {stage.name}: global_batch_size is {stage.global_batch_size}, too few "
+                f"conversations for {among}; raise it to {num_batches} or more"
             )
 
 
-def draw(config: TrainConfig, step: int, *, rank: int = 0, ranks: int = 1) -> Draw:
-    """Choose the samples of a step; ranks take every `ranks`-th one."""
-    index, inner = locate(config, step)
+def samples_of_step(
+    config: TrainConfig, step: int, *, rank: int = 0, world_size: int = 1
+) -> StepSamples:
+    """Return the samples of a step; a rank has every `world_size`-th one."""
+    index, stage_step = locate_step(config, step)
     stage = config.stages[index]
-    first = inner * stage.examples
+    first = stage_step * stage.global_batch_size
     seed = stage_seed(config, index)
-    return Draw(stage, seed, range(first + rank, first + stage.examples, ranks))
+    return StepSamples(
+        stage, seed, range(first + rank, first + stage.global_batch_size, world_size)
+    )
 
 
 def stage_seed(config: TrainConfig, index: int) -> int:
-    """Give a stage its own seed, which keeps its samples apart from those of every other one."""
+    """Return a stage's own seed, so that no two stages share samples."""
     return config.seed * 1_000 + index
 
 
-def bins_of(plan: Plan, step: int, *, bins: int, seed: int) -> np.ndarray:
-    """Choose the bins of a stage's step, dearest first: whole groups, each once in a pass.
+def bins_of_step(plan: BinPlan, step: int, *, num_bins: int, seed: int) -> np.ndarray:
+    """Return the bins of a stage's step, most expensive first: whole groups, each once an epoch.
 
-    A step may end one pass and begin the next.
+    A step may end one epoch and begin the next.
     """
-    groups, wanted = len(plan) // plan.group, bins // plan.group
-    chosen = []
-    for place in range(step * wanted, (step + 1) * wanted):
-        number, inner = divmod(place, groups)
-        group = int(_order(groups, seed, number)[inner])
-        chosen.append(np.arange(group * plan.group, (group + 1) * plan.group))
-    return np.sort(np.concatenate(chosen))  # a plan numbers its bins by their cost
+    num_groups, groups_per_step = len(plan) // plan.group_size, num_bins // plan.group_size
+    bins = []
+    for position in range(step * groups_per_step, (step + 1) * groups_per_step):
+        epoch, index_in_epoch = divmod(position, num_groups)
+        group = int(_epoch_permutation(num_groups, seed, epoch)[index_in_epoch])
+        bins.append(np.arange(group * plan.group_size, (group + 1) * plan.group_size))
+    return np.sort(np.concatenate(bins))  # bins are numbered in descending order of cost
 
 
-def deal(numbers: np.ndarray, *, rank: int, ranks: int, turn: int, turns: int) -> np.ndarray:
-    """Pick the bins of one rank's batch: `turn` of `turns` in the step.
+def bins_of_rank(
+    bin_numbers: np.ndarray, *, rank: int, world_size: int, microbatch: int, num_microbatches: int
+) -> np.ndarray:
+    """Return the bins of one rank's microbatch in a step.
 
-    Ranks that work at the same time get neighbors in cost; where a batch holds several bins, who
-    had the dearest of one round has the cheapest of the next.
+    Ranks that run at the same time get bins that are adjacent in cost; if a microbatch has several
+    bins, the order of ranks alternates, which evens out their sums.
     """
-    assert len(numbers) % (ranks * turns) == 0, "see check_shares"
-    rounds_JR = numbers.reshape(turns, -1, ranks)[turn].copy()
+    assert len(bin_numbers) % (world_size * num_microbatches) == 0, "see check_global_batch_sizes"
+    rounds_JR = bin_numbers.reshape(num_microbatches, -1, world_size)[microbatch].copy()
     rounds_JR[1::2] = rounds_JR[1::2, ::-1]
     return rounds_JR[:, rank]
 
 
 @lru_cache(maxsize=4)
-def _order(groups: int, seed: int, number: int) -> np.ndarray:
-    """Shuffle the groups for one pass."""
-    return shuffled(groups, "pass", seed, number)
+def _epoch_permutation(num_groups: int, seed: int, epoch: int) -> np.ndarray:
+    """Permute the groups for one epoch."""
+    return seeded_permutation(num_groups, "pass", seed, epoch)

@@ -1,13 +1,13 @@
-"""From a step's number to its batch: choose, read or render, process, pack, all in a worker.
+"""Data loader: a step number to its batches, prepared in worker processes (torch DataLoader).
 
-A stage shows the procedural world, or reads data. The very same Processor that serves answers
-prepares the examples, so what the model learns from is what it will be shown. It must not know
-weights or the clock. Next rooms: schedule.py (what), data/dataset.py (from where), pack.py (the
-layout), loop.py (who asks).
+A stage renders samples of the synthetic world, or reads the bins of a PackedDataset. Examples are
+prepared by the same Processor that inference uses. data_order.py selects the samples, batch.py
+packs them, data/dataset.py reads them.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -16,205 +16,247 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from qwen2vl.data.dataset import Corpus
-from qwen2vl.data.preprocess import BadSample, Example
-from qwen2vl.data.sources.synthetic import with_system
+from qwen2vl.data.dataset import PackedDataset
+from qwen2vl.data.preprocess import BadSample, TrainingExample
+from qwen2vl.data.sources.synthetic import with_default_system
 from qwen2vl.errors import ConfigError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.synth import render, sample
 from qwen2vl.synth.world import check_fonts
 from qwen2vl.train.config import Stage, TrainConfig
-from qwen2vl.train.loader.bad_samples import BadSamples
-from qwen2vl.train.loader.batch import Batch, pack
-from qwen2vl.train.loader.data_order import bins_of, check_shares, deal, draw, locate, stage_seed
+from qwen2vl.train.loader.bad_samples import BadSampleTracker
+from qwen2vl.train.loader.batch import Batch, pack_batch
+from qwen2vl.train.loader.data_order import (
+    bins_of_rank,
+    bins_of_step,
+    check_global_batch_sizes,
+    locate_step,
+    samples_of_step,
+    stage_seed,
+)
 
-__all__ = ["Batches", "batches", "open_corpora", "processor_of", "workers_here"]
+__all__ = [
+    "BatchDataset",
+    "iterate_batches",
+    "num_local_workers",
+    "open_datasets",
+    "stage_processor",
+]
 
-FINGERPRINTS = "data.json"  # in the run's folder: what each stage reads
+FINGERPRINTS_FILE = "data.json"  # in the run's folder: fingerprint of each stage's data
 
 
-class Batches(Dataset[Batch]):
-    """Batch number `index` of one rank of a run, whoever asks and whenever.
+class BatchDataset(Dataset[Batch]):
+    """The batches of one rank of a run by index, a pure function of the config.
 
-    A step has `config.accumulate` batches on each rank, and its samples are dealt out to all.
+    A step has `config.gradient_accumulation_steps` batches (microbatches) on each rank, which share
+    its samples.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         processor: Processor,
-        corpora: dict[int, Corpus],
+        datasets: dict[int, PackedDataset],
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
-        self.config, self.processor, self.corpora = config, processor, corpora
-        self.rank, self.ranks = rank, ranks
+        self.config, self.processor, self.datasets = config, processor, datasets
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return self.config.steps * self.config.accumulate
+        return self.config.steps * self.config.gradient_accumulation_steps
 
     def __getitem__(self, index: int) -> Batch:
-        step, turn = divmod(index, self.config.accumulate)
-        number, _ = locate(self.config, step)
-        return self._read(step, turn) if number in self.corpora else self._render(step, turn)
+        step, microbatch = divmod(index, self.config.gradient_accumulation_steps)
+        stage_index, _ = locate_step(self.config, step)
+        return (
+            self._read_data(step, microbatch)
+            if stage_index in self.datasets
+            else self._render_synthetic(step, microbatch)
+        )
 
-    def _render(self, step: int, turn: int) -> Batch:
-        """Draw a batch of the world."""
-        stage, seed, indices = draw(
+    def _render_synthetic(self, step: int, microbatch: int) -> Batch:
+        """Render a batch of the synthetic world."""
+        stage, seed, indices = samples_of_step(
             self.config,
             step,
-            rank=turn * self.ranks + self.rank,
-            ranks=self.ranks * self.config.accumulate,
+            rank=microbatch * self.world_size + self.rank,
+            world_size=self.world_size * self.config.gradient_accumulation_steps,
         )
-        processor = processor_of(stage, self.processor)
-        return self._pack(stage, [_example(processor, stage, seed, index) for index in indices])
+        processor = stage_processor(stage, self.processor)
+        return self._pack(
+            stage, [_synthetic_example(processor, stage, seed, index) for index in indices]
+        )
 
-    def _read(self, step: int, turn: int) -> Batch:
+    def _read_data(self, step: int, microbatch: int) -> Batch:
         """Read a batch of data."""
-        number, inner = locate(self.config, step)
-        stage, corpus = self.config.stages[number], self.corpora[number]
-        seed, bins = stage_seed(self.config, number), corpus.data.bins
-        own = deal(
-            bins_of(corpus.plan, inner, bins=bins, seed=seed),
+        stage_index, stage_step = locate_step(self.config, step)
+        stage, dataset = self.config.stages[stage_index], self.datasets[stage_index]
+        seed, num_bins = stage_seed(self.config, stage_index), dataset.data.global_batch_size
+        bin_numbers = bins_of_rank(
+            bins_of_step(dataset.plan, stage_step, num_bins=num_bins, seed=seed),
             rank=self.rank,
-            ranks=self.ranks,
-            turn=turn,
-            turns=self.config.accumulate,
+            world_size=self.world_size,
+            microbatch=microbatch,
+            num_microbatches=self.config.gradient_accumulation_steps,
         )
-        entries = [entry for b in own.tolist() for entry in corpus.plan.members(b).tolist()]
-        examples, bad = corpus.read(entries)
-        return self._pack(stage, examples, tuple(bad))
+        entries = [
+            entry
+            for bin_number in bin_numbers.tolist()
+            for entry in dataset.plan.members(bin_number).tolist()
+        ]
+        examples, bad_samples = dataset.read(entries)
+        return self._pack(stage, examples, tuple(bad_samples))
 
     def _pack(
-        self, stage: Stage, examples: list[Example], bad: tuple[BadSample, ...] = ()
+        self, stage: Stage, examples: list[TrainingExample], bad_samples: tuple[BadSample, ...] = ()
     ) -> Batch:
         config = self.processor.config
-        return pack(
+        return pack_batch(
             examples,
             pad_id=config.bos_token_id,  # <|endoftext|>, as everywhere in Qwen2
             weighting=stage.weighting,
             patch_dim=config.vision.patch_dim,
-            bad=bad,
+            bad_samples=bad_samples,
         )
 
 
-def batches(
+def iterate_batches(
     config: TrainConfig,
     processor: Processor,
     start: int,
     *,
-    corpora: dict[int, Corpus] | None = None,
+    datasets: dict[int, PackedDataset] | None = None,
     rank: int = 0,
-    ranks: int = 1,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield a rank's batches from step `start` on, prepared ahead by `config.workers` processes.
+    """Yield a rank's batches from step `start` on, prefetched by `config.num_workers` processes.
 
-    Every rank gets `config.accumulate` of them for each step. Which samples a step has depends on
-    none of rank, ranks, accumulate and workers.
+    Every rank gets `config.gradient_accumulation_steps` batches for each step. The samples of a
+    step depend on none of rank, world_size, gradient_accumulation_steps and num_workers.
 
     Args:
-        corpora: what `open_corpora` gave, where it was asked before; it may take hours.
+        datasets: the result of `open_datasets`, if it was called before: measuring may take hours.
 
     Raises:
-        InputError: too many samples are bad, as they come; or as `open_corpora`, and so FontError.
-        ConfigError: data are not those that the run began with, or cannot be dealt out evenly.
+        InputError: too many bad samples, while iterating; or as `open_datasets` (also FontError).
+        ConfigError: the data differ from those that the run began with, or do not divide evenly.
     """
-    check_shares(config, ranks)
-    if corpora is None:
-        corpora = open_corpora(config, processor)
-    if corpora and rank == 0:
-        _check_same(Path(config.folder), config, corpora, start)
-    workers = workers_here(config)
+    check_global_batch_sizes(config, world_size)
+    if datasets is None:
+        datasets = open_datasets(config, processor)
+    if datasets and rank == 0:
+        _check_fingerprints(Path(config.folder), config, datasets, start)
+    num_workers = num_local_workers(config)
     loader = DataLoader(
-        Batches(config, processor, corpora, rank, ranks),
+        BatchDataset(config, processor, datasets, rank, world_size),
         batch_size=None,
-        sampler=range(start * config.accumulate, config.steps * config.accumulate),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        sampler=range(
+            start * config.gradient_accumulation_steps,
+            config.steps * config.gradient_accumulation_steps,
+        ),
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_limit_threads,
         pin_memory=config.device.startswith("cuda"),
-        generator=torch.Generator(),  # the global one is a checkpoint's: dropout draws from it
+        generator=torch.Generator(),  # does not touch the global RNG, which checkpoints save
     )
-    ready = iter(loader)  # the workers begin here
-    return _watched(ready, config, corpora, start, rank) if corpora else ready
+    if loader.num_workers:
+        gc.collect()  # a worker that frees an inherited video decoder waits for threads it lacks
+    batches = iter(loader)  # starts the workers
+    return _tracking_bad_samples(batches, config, datasets, start, rank) if datasets else batches
 
 
-def open_corpora(config: TrainConfig, processor: Processor) -> dict[int, Corpus]:
-    """Open what each stage reads, by the stage's number; the first time it is measured.
+def open_datasets(config: TrainConfig, processor: Processor) -> dict[int, PackedDataset]:
+    """Open the dataset of each stage that has one, by stage index; measures new sources.
 
     Raises:
-        FontError: fonts of any stage are not installed. A worker could say so only when its stage
-            comes, and as a traceback.
+        FontError: fonts of any stage are not installed. A worker could raise it only when its stage
+            begins, and as a traceback.
         InputError: data are missing, damaged or too large for a bin.
-        ConfigError: nothing can read a source, or there is too little for a step.
+        ConfigError: a source has no supported format, or there are too few samples for a step.
     """
     for stage in config.stages:
         if stage.data is None and stage.mixture is not None:
             check_fonts(stage.mixture)
     return {
-        number: Corpus.open(
+        stage_index: PackedDataset.open(
             stage.data,
-            processor_of(stage, processor),
-            seed=stage_seed(config, number),
+            stage_processor(stage, processor),
+            seed=stage_seed(config, stage_index),
             default_system=stage.default_system,
-            workers=workers_here(config),
+            num_workers=num_local_workers(config),
         )
-        for number, stage in enumerate(config.stages)
+        for stage_index, stage in enumerate(config.stages)
         if stage.data is not None and stage.steps
     }
 
 
-def workers_here(config: TrainConfig) -> int:
-    """Give the number of workers: as asked for, but no more than this rank's share of the cores."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
-    cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    return min(config.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+def num_local_workers(config: TrainConfig) -> int:
+    """Return config.num_workers, limited to this rank's share of the CPU cores."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every platform
+    num_cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    return min(
+        config.num_workers, max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    )
 
 
-def processor_of(stage: Stage, processor: Processor) -> Processor:
-    """Apply the stage's own lower limit of pixels, if it has one."""
+def stage_processor(stage: Stage, processor: Processor) -> Processor:
+    """Return the processor with the stage's own min_pixels, if it has one."""
     if not stage.min_pixels:
         return processor
     limits = PixelLimits(min_pixels=stage.min_pixels, max_pixels=processor.pixels.max_pixels)
     return Processor(processor.config, processor.tokenizer, pixels=limits)
 
 
-def _watched(
-    ready: Iterator[Batch], config: TrainConfig, corpora: dict[int, Corpus], start: int, rank: int
+def _tracking_bad_samples(
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    datasets: dict[int, PackedDataset],
+    start: int,
+    rank: int,
 ) -> Iterator[Batch]:
-    """Count bad samples as their batches come."""
-    bad = BadSamples(Path(config.folder), rank=rank)
-    for index, batch in enumerate(ready, start * config.accumulate):
-        step = index // config.accumulate
-        corpus = corpora.get(locate(config, step)[0])
-        if corpus is not None:
-            bad.take(batch, step + 1, corpus.data, len(corpus.tokens))
+    """Yield the batches, and record their bad samples."""
+    tracker = BadSampleTracker(Path(config.folder), rank=rank)
+    for index, batch in enumerate(batches, start * config.gradient_accumulation_steps):
+        step = index // config.gradient_accumulation_steps
+        dataset = datasets.get(locate_step(config, step)[0])
+        if dataset is not None:
+            tracker.record(batch, step + 1, dataset.data, len(dataset.tokens))
         yield batch
 
 
-def _check_same(folder: Path, config: TrainConfig, corpora: dict[int, Corpus], start: int) -> None:
-    """Refuse to go on with other data than the run began with: steps would mean others."""
-    own = {config.stages[number].name: corpus.fingerprint for number, corpus in corpora.items()}
-    path = folder / FINGERPRINTS
+def _check_fingerprints(
+    folder: Path, config: TrainConfig, datasets: dict[int, PackedDataset], start: int
+) -> None:
+    """Refuse to resume with other data than the run began with: steps would have other samples."""
+    current = {
+        config.stages[stage_index].name: dataset.fingerprint
+        for stage_index, dataset in datasets.items()
+    }
+    path = folder / FINGERPRINTS_FILE
     if start and path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in own if held.get(name) != own[name]]:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in current if stored.get(name) != current[name]]:
             raise ConfigError(
                 f"{folder}: the data of {', '.join(changed)} are not those that this run began "
-                "with (a bad sample that was mended counts too); bring those back, or begin "
-                "another run with out=FOLDER"
+                "with (a bad sample that was fixed counts too); restore those, or begin "
+                "another run with output_dir=FOLDER"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(own, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(current, indent=1), encoding="utf-8")
 
 
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)  # the other cores belong to the training step
+def _limit_threads(_worker: int) -> None:
+    torch.set_num_threads(1)  # the other cores are for the training step
 
 
-def _example(processor: Processor, stage: Stage, seed: int, index: int) -> Example:
+def _synthetic_example(
+    processor: Processor, stage: Stage, seed: int, index: int
+) -> TrainingExample:
     assert stage.mixture is not None
     example = render(sample(seed, index, stage.mixture))
-    messages = with_system(example.messages, stage.default_system, seed, index)
-    return Example(processor(messages, for_training=True), example.spec.family)
+    messages = with_default_system(example.messages, stage.default_system, seed, index)
+    return TrainingExample(processor(messages, for_training=True), example.spec.family)

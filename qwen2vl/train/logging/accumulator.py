@@ -1,12 +1,12 @@
-"""Sums between two reports, on the device until somebody asks, and addable over ranks.
+"""MetricAccumulator: sums of a rank between two reports, kept on the device, additive over ranks.
 
-    counts    batches, norm, examples, tokens, ...              one number each
-    families  loss, targets, hits, answers, whole               a row each
-    ranks     waited, data, forward, ..., operations            a row each, the others' rows are 0
+    counts    batches, grad_norm, examples, tokens, ...              one number each
+    families  loss, targets, correct, examples, exact_matches        a row for each family
+    ranks     data_wait, data, forward, ..., flops                   a row for each rank
 
-All of it is one vector of float64: added up over ranks it is the same vector for the union of
-their batches, and the rows of the ranks, each of which fills its own, become a table of all. Means
-are divided once, at the end: over targets, not over batches. Back up: metrics.py.
+All sums form one float64 vector. Each rank fills its own row of the last table, so that the sum of
+the vectors of all ranks (all_reduce) is the vector of the union of their batches, with a table of
+all ranks. Means are computed once, at the end: over targets, not over batches.
 """
 
 from __future__ import annotations
@@ -20,113 +20,123 @@ from torch import Tensor
 from qwen2vl.train.flops import Flops
 from qwen2vl.train.loader.batch import Batch
 from qwen2vl.train.logging.step_timer import PHASES
-from qwen2vl.train.loss import Outcome
+from qwen2vl.train.loss import LossOutput
 
-__all__ = ["COUNTS", "Row", "Sums", "Tally", "read"]
+__all__ = ["COUNTS", "MetricAccumulator", "MetricSums", "Values", "unpack_sums"]
 
 COUNTS: tuple[str, ...] = (
     "batches",
-    "norm",
+    "grad_norm",
     "examples",
     "tokens",
     "patches",
-    "pictures",
+    "images",
     "bad",
-    "model",
-    "again",
+    "model_flops",
+    "recompute_flops",
 )
-OF_FAMILY: tuple[str, ...] = ("loss", "targets", "hits", "answers", "whole")
-OF_RANK: tuple[str, ...] = ("waited", *PHASES, "operations")
+FAMILY_SUMS: tuple[str, ...] = ("loss", "targets", "correct", "examples", "exact_matches")
+RANK_SUMS: tuple[str, ...] = ("data_wait", *PHASES, "flops")
 
-Row = dict[str, float]
-
-
-class Sums(NamedTuple):
-    """A vector, read."""
-
-    counts: Row
-    families: dict[str, Row]  # those that had a conversation
-    ranks: list[Row]
+Values = dict[str, float]
 
 
-class Tally:
-    """What one rank has added since it was made."""
+class MetricSums(NamedTuple):
+    """The sums of a vector, by name."""
+
+    counts: Values
+    families: dict[str, Values]  # families with at least one conversation
+    ranks: list[Values]
+
+
+class MetricAccumulator:
+    """Sums of one rank since the accumulator was created."""
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(COUNTS, 0.0)
-        self._waited = 0.0  # seconds in which steps stood still for data
-        self._norms: list[Tensor] = []
-        self._answers: list[Tensor] = []  # (3, conversations): loss, targets, hits
+        self._data_wait = 0.0  # seconds in which steps waited for the data loader
+        self._grad_norms: list[Tensor] = []
+        self._example_sums: list[Tensor] = []  # (3, conversations): loss, targets, correct
         self._families: list[str] = []  # of each of their columns
 
-    def add(self, batch: Batch, outcome: Outcome, norm: Tensor, waited: float, cost: Flops) -> None:
-        """Count one batch; asks the device for nothing."""
-        has_pictures = len(batch.pad_index_M) > 0  # a null item is none
-        self._waited += waited
+    def add(
+        self, batch: Batch, output: LossOutput, grad_norm: Tensor, data_wait: float, cost: Flops
+    ) -> None:
+        """Add one batch, without a device sync."""
+        has_images = len(batch.placeholder_index_M) > 0  # a dummy image does not count
+        self._data_wait += data_wait
         for name, count in (
             ("batches", 1),
             ("examples", len(batch.families)),
             ("tokens", len(batch.input_ids_T)),
-            ("patches", len(batch.patches_NP) if has_pictures else 0),
-            ("pictures", len(batch.vision_meta.frames.lengths_q) if has_pictures else 0),
-            ("bad", len(batch.bad)),
-            ("model", cost.model),
-            ("again", cost.again),
+            ("patches", len(batch.patches_NP) if has_images else 0),
+            ("images", len(batch.vision_meta.attn_meta.lengths_q) if has_images else 0),
+            ("bad", len(batch.bad_samples)),
+            ("model_flops", cost.model),
+            ("recompute_flops", cost.recompute),
         ):
             self._counts[name] += count
-        self._norms.append(norm.detach())
+        self._grad_norms.append(grad_norm.detach())
         self._families += batch.families
-        losses_R = outcome.losses_R.float()
-        rows_3R = torch.stack((losses_R, torch.ones_like(losses_R), outcome.right_R.float()))
-        empty = torch.zeros(3, len(batch.families), device=losses_R.device)
-        self._answers.append(empty.index_add_(1, batch.owner_R, rows_3R))
+        losses_R = output.losses_R.float()
+        sums_3R = torch.stack((losses_R, torch.ones_like(losses_R), output.is_correct_R.float()))
+        zeros_3S = torch.zeros(3, len(batch.families), device=losses_R.device)
+        self._example_sums.append(zeros_3S.index_add_(1, batch.example_index_R, sums_3R))
 
     @property
     def families(self) -> list[str]:
-        """Name the families that were seen, sorted."""
+        """Return the families seen so far, sorted."""
         return sorted(set(self._families))
 
-    def vector(
-        self, families: Sequence[str], seconds: Row, rank: int = 0, ranks: int = 1
+    def to_vector(
+        self, families: Sequence[str], seconds: Values, rank: int = 0, world_size: int = 1
     ) -> Tensor:
-        """Lay the sums out for `families`, which all ranks must give alike; waits for the device.
+        """Return all sums as one vector; waits for the device.
 
         Args:
-            families: at least those that this rank has seen.
+            families: the same list on all ranks, at least those that this rank has seen.
             seconds: of each phase, on this rank.
             rank: whose row of the last table to fill.
-            ranks: rows of that table.
+            world_size: number of rows of that table.
         """
         counts = dict(self._counts)
-        if self._norms:
-            counts["norm"] = float(torch.stack(self._norms).double().sum())
-        own = {"waited": self._waited, **seconds, "operations": counts["model"] + counts["again"]}
-        table = torch.zeros(ranks, len(OF_RANK), dtype=torch.float64)
-        table[rank] = torch.tensor([own[name] for name in OF_RANK], dtype=torch.float64)
-        first = torch.tensor([counts[name] for name in COUNTS], dtype=torch.float64)
-        return torch.cat((first, self._by_family(families).flatten(), table.flatten()))
+        if self._grad_norms:
+            counts["grad_norm"] = float(torch.stack(self._grad_norms).double().sum())
+        rank_sums = {
+            "data_wait": self._data_wait,
+            **seconds,
+            "flops": counts["model_flops"] + counts["recompute_flops"],
+        }
+        by_rank = torch.zeros(world_size, len(RANK_SUMS), dtype=torch.float64)
+        by_rank[rank] = torch.tensor([rank_sums[name] for name in RANK_SUMS], dtype=torch.float64)
+        count_sums = torch.tensor([counts[name] for name in COUNTS], dtype=torch.float64)
+        return torch.cat((count_sums, self._sum_by_family(families).flatten(), by_rank.flatten()))
 
-    def _by_family(self, families: Sequence[str]) -> Tensor:
-        """Add conversations up: (families, 5)."""
-        places = {family: i for i, family in enumerate(families)}
-        sums = torch.zeros(len(families), len(OF_FAMILY), dtype=torch.float64)
-        if self._answers:
-            loss, targets, hits = torch.cat(self._answers, 1).cpu().double()
-            whole = (hits == targets).double()
-            rows = torch.stack((loss, targets, hits, torch.ones_like(loss), whole), 1)
-            sums.index_add_(0, torch.tensor([places[f] for f in self._families]).long(), rows)
+    def _sum_by_family(self, families: Sequence[str]) -> Tensor:
+        """Sum conversations by family: (families, 5)."""
+        index_of = {family: i for i, family in enumerate(families)}
+        sums = torch.zeros(len(families), len(FAMILY_SUMS), dtype=torch.float64)
+        if self._example_sums:
+            loss, targets, correct = torch.cat(self._example_sums, 1).cpu().double()
+            exact_matches = (correct == targets).double()
+            family_sums = torch.stack(
+                (loss, targets, correct, torch.ones_like(loss), exact_matches), 1
+            )
+            sums.index_add_(
+                0, torch.tensor([index_of[family] for family in self._families]).long(), family_sums
+            )
         return sums
 
 
-def read(vector: Tensor, families: Sequence[str], ranks: int = 1) -> Sums:
-    """Take a vector apart, one rank's or the sum of all."""
-    sizes = [len(COUNTS), len(families) * len(OF_FAMILY), ranks * len(OF_RANK)]
+def unpack_sums(vector: Tensor, families: Sequence[str], world_size: int = 1) -> MetricSums:
+    """Convert a vector, of one rank or summed over all, to named sums."""
+    sizes = [len(COUNTS), len(families) * len(FAMILY_SUMS), world_size * len(RANK_SUMS)]
     counts, by_family, by_rank = vector.split(sizes)
-    rows = zip(families, by_family.view(-1, len(OF_FAMILY)).tolist(), strict=True)
-    named = {family: dict(zip(OF_FAMILY, row, strict=True)) for family, row in rows}
-    table = by_rank.view(-1, len(OF_RANK)).tolist()
-    return Sums(
+    rows = zip(families, by_family.view(-1, len(FAMILY_SUMS)).tolist(), strict=True)
+    named = {family: dict(zip(FAMILY_SUMS, row, strict=True)) for family, row in rows}
+    table = by_rank.view(-1, len(RANK_SUMS)).tolist()
+    return MetricSums(
         dict(zip(COUNTS, counts.tolist(), strict=True)),
-        {family: row for family, row in sorted(named.items()) if row["answers"]},
-        [dict(zip(OF_RANK, row, strict=True)) for row in table],
+        {family: row for family, row in sorted(named.items()) if row["examples"]},
+        [dict(zip(RANK_SUMS, row, strict=True)) for row in table],
     )

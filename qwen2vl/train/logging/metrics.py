@@ -1,9 +1,8 @@
-"""What a run tells: one JSON line for each report, with a line's worth for every family.
+"""Training metrics: one JSON record per report, with loss and accuracy of every task family.
 
-Sums are kept between reports and divided once, so that a mean is a mean over targets, not over
-batches; with several ranks, over those of all. Nothing here waits for the device until a report
-is made. The library does not print: reports go to a JSON lines file, to sinks and to whoever
-listens. Next room: loop.py.
+Sums are accumulated between reports and divided once, so that a mean is over targets, not over
+batches, and over all ranks. There is no device sync until a report. The library does not print:
+records are written to a JSON lines file and passed to loggers; `report` also returns them.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl.parallel.mesh import Ranks
+from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.synth import FAMILIES
 from qwen2vl.train.config import TrainConfig
-from qwen2vl.train.flops import Costs, Flops
+from qwen2vl.train.flops import FlopCounter, Flops
 from qwen2vl.train.loader.batch import Batch
-from qwen2vl.train.logging.accumulator import Row, Sums, Tally, read
-from qwen2vl.train.logging.loggers import Sink
-from qwen2vl.train.logging.step_timer import PHASES, PhaseClock
-from qwen2vl.train.loss import Outcome
+from qwen2vl.train.logging.accumulator import MetricAccumulator, MetricSums, Values, unpack_sums
+from qwen2vl.train.logging.loggers import MetricLogger
+from qwen2vl.train.logging.step_timer import PHASES, StepTimer
+from qwen2vl.train.loss import LossOutput
 
-__all__ = ["Metrics", "families_of"]
+__all__ = ["Metrics", "metric_families"]
 
-ALONE = Ranks(torch.device("cpu"))
-FREE = Flops(0, 0)
+SINGLE_PROCESS = DistributedContext(torch.device("cpu"))
+NO_FLOPS = Flops(0, 0)
 
 
-def families_of(config: TrainConfig) -> list[str]:
-    """List every family that a run can meet: all ranks need the same list."""
+def metric_families(config: TrainConfig) -> list[str]:
+    """List every family that can occur in a run; all ranks need the same list."""
     labels = {
         source.label
         for stage in config.stages
@@ -46,156 +45,167 @@ def families_of(config: TrainConfig) -> list[str]:
 
 
 class Metrics:
-    """Sums since the last report."""
+    """Accumulates the metrics of a run and writes a record at each report."""
 
     def __init__(
         self,
         path: Path,
         *,
-        ranks: Ranks = ALONE,
+        distributed: DistributedContext = SINGLE_PROCESS,
         families: Sequence[str] | None = None,
-        sinks: Sequence[Sink] = (),
-        peak: float | None = None,
+        loggers: Sequence[MetricLogger] = (),
+        peak_flops: float | None = None,
     ) -> None:
-        """Begin to sum; the first of `ranks` writes.
+        """Start accumulating; rank 0 of `distributed` writes.
 
         Args:
-            path: the file of JSON lines, which is appended to.
-            ranks: of the run; their sums are added at each report, so all of them must report.
-            families: all that any rank can meet; None: those that come, for a run of one.
-            sinks: also hear every line.
-            peak: operations a second of one device, for MFU and HFU.
+            path: of the JSON lines file, which is appended to.
+            distributed: of the run; sums are reduced at each report, so all ranks must report.
+            families: all that can occur on any rank; None: those that occur, for a single process.
+            loggers: called with every record.
+            peak_flops: FLOPs per second of one device, for MFU and HFU.
         """
-        assert families is not None or ranks.size == 1, "ranks must agree on their families"
+        assert families is not None or distributed.world_size == 1, "ranks need the same families"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.costs: Costs | None = None  # of the model as it is frozen now; the trainer sets it
-        self.clock = PhaseClock(ranks.device)
-        self._ranks, self._families, self._sinks, self._peak = ranks, families, sinks, peak
-        self._bad = 0
-        self._clear()
+        # Of the model with its current trainable parameters; set by the training loop.
+        self.flop_counter: FlopCounter | None = None
+        self.timer = StepTimer(distributed.device)
+        self._distributed, self._families, self._loggers, self._peak_flops = (
+            distributed,
+            families,
+            loggers,
+            peak_flops,
+        )
+        self._num_bad = 0
+        self._reset()
 
-    def _clear(self) -> None:
-        self._began = time.perf_counter()
-        self._tally = Tally()
+    def _reset(self) -> None:
+        self._start_time = time.perf_counter()
+        self._accumulator = MetricAccumulator()
 
-    def enter(self, phase: str) -> None:
-        """Say that a phase of the step begins: data, forward, backward, optimizer or other."""
-        self.clock.enter(phase)
+    def start_phase(self, phase: str) -> None:
+        """Start a phase of the step: data, forward, backward, optimizer or other."""
+        self.timer.start(phase)
 
-    def add(self, batch: Batch, outcome: Outcome, norm: Tensor, waited: float) -> None:
-        """Count one batch, with the norm of its step's gradients; asks the device for nothing."""
-        cost = FREE if self.costs is None else self.costs.of_batch(batch)
-        self._tally.add(batch, outcome, norm, waited, cost)
+    def add(self, batch: Batch, output: LossOutput, grad_norm: Tensor, data_wait: float) -> None:
+        """Add one batch and the gradient norm of its step, without a device sync."""
+        cost = NO_FLOPS if self.flop_counter is None else self.flop_counter.count_batch(batch)
+        self._accumulator.add(batch, output, grad_norm, data_wait, cost)
 
     def sums(self) -> Tensor:
-        """Give everything since the last report as one vector, to be added up over ranks."""
-        return self._tally.vector(
-            self._names, self.clock.take_seconds(), self._ranks.rank, self._ranks.size
+        """Return the sums since the last report as one vector, to be reduced over ranks."""
+        return self._accumulator.to_vector(
+            self._family_names,
+            self.timer.pop_seconds(),
+            self._distributed.rank,
+            self._distributed.world_size,
         )
 
-    def line(self, sums: Tensor) -> dict[str, Any]:
-        """Turn a vector, this rank's or the sum of all, into what a report says."""
-        seconds = time.perf_counter() - self._began
-        found = read(sums, self._names, self._ranks.size)
-        self._bad += int(found.counts["bad"])
+    def summarize(self, vector: Tensor) -> dict[str, Any]:
+        """Compute the metrics of a record from a vector, of this rank or reduced over all."""
+        seconds = time.perf_counter() - self._start_time
+        sums = unpack_sums(vector, self._family_names, self._distributed.world_size)
+        self._num_bad += int(sums.counts["bad"])
         return {
-            **_means(found),
-            **_speeds(found, seconds),
-            **self._shares_of_peak(found, seconds),
-            **_times(found.ranks, seconds),
-            "bad_samples": self._bad,
-            "families": {family: _of_family(row) for family, row in found.families.items()},
+            **_mean_values(sums),
+            **_throughput(sums, seconds),
+            **self._utilization(sums, seconds),
+            **_time_shares(sums.ranks, seconds),
+            "bad_samples": self._num_bad,
+            "families": {family: _family_metrics(row) for family, row in sums.families.items()},
         }
 
-    def report(self, **facts: Any) -> dict[str, Any]:
-        """Write one line, forget the sums, and return the line."""
-        line = {**facts, **self.line(self._ranks.sum(self.sums()))}
-        self._write(line)
-        self._clear()
-        return line
+    def report(self, **fields: Any) -> dict[str, Any]:
+        """Write one record, reset the sums, and return the record."""
+        record = {**fields, **self.summarize(self._distributed.all_reduce(self.sums()))}
+        self._write(record)
+        self._reset()
+        return record
 
-    def look(self, step: int, probe: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Write a line of what `probe` finds; the time it takes counts for no speed."""
-        with self._paused():
-            line = {"step": step, **probe()}
-        self._write(line)
-        return line
+    def log_evaluation(
+        self, step: int, evaluate: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Write a record of what `evaluate` returns; its time is excluded from throughput."""
+        with self._timers_paused():
+            record = {"step": step, **evaluate()}
+        self._write(record)
+        return record
 
     @property
-    def _names(self) -> Sequence[str]:
-        return self._tally.families if self._families is None else self._families
+    def _family_names(self) -> Sequence[str]:
+        return self._accumulator.families if self._families is None else self._families
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
+    def _timers_paused(self) -> Iterator[None]:
         start = time.perf_counter()
-        with self.clock.stopped():
+        with self.timer.paused():
             yield
-        self._began += time.perf_counter() - start
+        self._start_time += time.perf_counter() - start
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self._ranks.rank:
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self._distributed.rank:
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for sink in self._sinks:
-            sink(line)
+            file.write(json.dumps(record) + "\n")
+        for logger in self._loggers:
+            logger(record)
 
-    def _shares_of_peak(self, found: Sums, seconds: float) -> dict[str, float]:
-        """Say what of the devices' speed was put to use; nothing where costs are unknown."""
-        model, again = found.counts["model"], found.counts["again"]
+    def _utilization(self, sums: MetricSums, seconds: float) -> dict[str, float]:
+        """Return achieved FLOPs, MFU and HFU; empty if the FLOPs of a batch are unknown."""
+        model, recompute = sums.counts["model_flops"], sums.counts["recompute_flops"]
         if not model:
             return {}
-        speeds = {"flops_per_second": model / seconds}
-        if self._peak is not None:
-            whole = seconds * self._peak * self._ranks.size
-            speeds |= {"mfu": model / whole, "hfu": (model + again) / whole}
-        return speeds
+        utilization = {"flops_per_second": model / seconds}
+        if self._peak_flops is not None:
+            available = seconds * self._peak_flops * self._distributed.world_size
+            utilization |= {"mfu": model / available, "hfu": (model + recompute) / available}
+        return utilization
 
 
-def _means(found: Sums) -> dict[str, Any]:
-    targets = sum(row["targets"] for row in found.families.values())
-    loss = sum(row["loss"] for row in found.families.values())
-    # Where every sample was bad there is nothing to take a mean of.
+def _mean_values(sums: MetricSums) -> dict[str, Any]:
+    targets = sum(row["targets"] for row in sums.families.values())
+    loss = sum(row["loss"] for row in sums.families.values())
+    # If every sample was bad there are no targets.
     return {
         "loss": loss / targets if targets else None,
-        "grad_norm": found.counts["norm"] / max(1.0, found.counts["batches"]),
+        "grad_norm": sums.counts["grad_norm"] / max(1.0, sums.counts["batches"]),
     }
 
 
-def _speeds(found: Sums, seconds: float) -> dict[str, float]:
-    """Count by the second; a clip counts as a picture for each pair of its frames."""
-    named = ("examples", "tokens", "patches", "pictures")
-    speeds = {f"{name}_per_second": found.counts[name] / seconds for name in named}
-    return {"seconds": seconds, **speeds}
+def _throughput(sums: MetricSums, seconds: float) -> dict[str, float]:
+    """Return counts per second; a video counts as one image for each pair of its frames."""
+    names = ("examples", "tokens", "patches", "images")
+    throughput = {f"{name}_per_second": sums.counts[name] / seconds for name in names}
+    return {"seconds": seconds, **throughput}
 
 
-def _times(ranks: Sequence[Row], seconds: float) -> dict[str, Any]:
-    """Give shares of time, and where ranks differ, the one that the others wait for.
+def _time_shares(ranks: Sequence[Values], seconds: float) -> dict[str, Any]:
+    """Return shares of time, and with several ranks the slowest one of each phase (straggler).
 
-    Inside forward and backward the ranks of a sharded run wait for each other, so a slow one is
-    seen in its own work: data, or more operations than the others got.
+    Inside forward and backward the ranks of a sharded run wait for each other, so a slow rank shows
+    in its own work: in data, or in more FLOPs than the others have.
     """
-    times: dict[str, Any] = {"data_wait": max(row["waited"] for row in ranks) / seconds}
+    times: dict[str, Any] = {"data_wait": max(row["data_wait"] for row in ranks) / seconds}
     if any(row[phase] for row in ranks for phase in PHASES):
-        whole = len(ranks) * seconds
-        times["phases"] = {phase: sum(row[phase] for row in ranks) / whole for phase in PHASES}
+        total = len(ranks) * seconds
+        times["phases"] = {phase: sum(row[phase] for row in ranks) / total for phase in PHASES}
     if len(ranks) > 1:
-        named = ("waited", *PHASES, "operations")
-        times["slowest"] = {n: _slowest([row[n] for row in ranks]) for n in named}
+        names = ("data_wait", *PHASES, "flops")
+        times["slowest"] = {name: _slowest([row[name] for row in ranks]) for name in names}
     return times
 
 
 def _slowest(values: Sequence[float]) -> dict[str, float]:
-    top, mean = max(values), sum(values) / len(values)
-    return {"rank": values.index(top), "over_mean": top / mean if mean else 1.0}
+    maximum, mean = max(values), sum(values) / len(values)
+    return {"rank": values.index(maximum), "over_mean": maximum / mean if mean else 1.0}
 
 
-def _of_family(row: Row) -> dict[str, float]:
-    targets, answers = max(1.0, row["targets"]), row["answers"]
+def _family_metrics(row: Values) -> dict[str, float]:
+    targets, num_examples = max(1.0, row["targets"]), row["examples"]
     return {
         "loss": row["loss"] / targets,
-        "token_accuracy": row["hits"] / targets,
-        "exact": row["whole"] / answers,
-        "examples": int(answers),
+        "token_accuracy": row["correct"] / targets,
+        "exact_match": row["exact_matches"] / num_examples,
+        "examples": int(num_examples),
     }

@@ -1,9 +1,8 @@
-"""Where the time of a step goes: data, forward, backward, optimizer, and the rest.
+"""Step timer: seconds spent in data, forward, backward, optimizer and everything else.
 
-`enter` says what begins; what ran until then ends. On a GPU the marks are events in its stream,
-so that a phase is what the device spends on it, the host never waits in a step, and time that
-data takes behind the device's back costs nothing. They are read when a report is made. It must
-not know what happens in a phase. Next room: metrics.py.
+A phase lasts until the next one starts. On a GPU timestamps are CUDA events in the current stream,
+so that a phase is the time the device spends on it, the host never waits within a step, and data
+loading that overlaps with device work costs nothing. Events are read when a report is made.
 """
 
 from __future__ import annotations
@@ -14,66 +13,66 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["PHASES", "PhaseClock"]
+__all__ = ["PHASES", "StepTimer"]
 
 # other: reports and checkpoints
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "other")
 
 
-class PhaseClock:
+class StepTimer:
     """Seconds of each phase, on one rank."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._marks: list[tuple[str, _Mark]] = []
+        self._timestamps: list[tuple[str, _Timestamp]] = []
 
-    def enter(self, phase: str) -> None:
-        """End the phase that runs, and begin another."""
+    def start(self, phase: str) -> None:
+        """End the current phase and start another."""
         assert phase in PHASES, f"phases are {', '.join(PHASES)}"
-        self._marks.append((phase, _mark(self._device)))
+        self._timestamps.append((phase, _now(self._device)))
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Count what happens inside for no phase; the one that runs goes on behind it."""
-        if not self._marks:
+    def paused(self) -> Iterator[None]:
+        """Exclude the time inside the context; the current phase continues afterwards."""
+        if not self._timestamps:
             yield
             return
-        running = self._marks[-1][0]
-        self._marks.append(("", _mark(self._device)))
+        phase = self._timestamps[-1][0]
+        self._timestamps.append(("", _now(self._device)))
         yield
-        self._marks.append((running, _mark(self._device)))
+        self._timestamps.append((phase, _now(self._device)))
 
-    def take_seconds(self) -> dict[str, float]:
-        """Add up the phases since the last call; waits for a GPU. The last one goes on."""
-        if not self._marks:
+    def pop_seconds(self) -> dict[str, float]:
+        """Return seconds by phase since the last call (a device sync); the phase continues."""
+        if not self._timestamps:
             return dict.fromkeys(PHASES, 0.0)
-        now = (self._marks[-1][0], _mark(self._device))
-        self._marks.append(now)
+        now = (self._timestamps[-1][0], _now(self._device))
+        self._timestamps.append(now)
         now[1].wait()
         seconds = dict.fromkeys(PHASES, 0.0)
-        for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (phase, begin), (_, end) in zip(self._timestamps, self._timestamps[1:], strict=False):
             if phase:
                 seconds[phase] += begin.seconds_until(end)
-        self._marks = [now]
+        self._timestamps = [now]
         return seconds
 
 
-class _HostMark:
-    """A moment of a host whose work is done when a call returns."""
+class _HostTimestamp:
+    """Host time, for devices whose work is done when a call returns."""
 
     def __init__(self) -> None:
-        self.at = time.perf_counter()
+        self.seconds = time.perf_counter()
 
     def wait(self) -> None:
         pass
 
-    def seconds_until(self, later: _Mark) -> float:
-        assert isinstance(later, _HostMark)
-        return later.at - self.at
+    def seconds_until(self, end: _Timestamp) -> float:
+        assert isinstance(end, _HostTimestamp)
+        return end.seconds - self.seconds
 
 
-class _StreamMark:
-    """The moment in which a GPU gets to here."""
+class _CudaTimestamp:
+    """A CUDA event: the time when the stream reaches it."""
 
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -82,13 +81,13 @@ class _StreamMark:
     def wait(self) -> None:
         self.event.synchronize()
 
-    def seconds_until(self, later: _Mark) -> float:
-        assert isinstance(later, _StreamMark)
-        return self.event.elapsed_time(later.event) / 1000
+    def seconds_until(self, end: _Timestamp) -> float:
+        assert isinstance(end, _CudaTimestamp)
+        return self.event.elapsed_time(end.event) / 1000
 
 
-_Mark = _HostMark | _StreamMark
+_Timestamp = _HostTimestamp | _CudaTimestamp
 
 
-def _mark(device: torch.device) -> _Mark:
-    return _StreamMark(device) if device.type == "cuda" else _HostMark()
+def _now(device: torch.device) -> _Timestamp:
+    return _CudaTimestamp(device) if device.type == "cuda" else _HostTimestamp()

@@ -1,4 +1,4 @@
-"""Optimization: parameter groups, Muon and AdamW, the LR schedule, and the loss-spike guard.
+"""Optimizers: parameter groups by LR rules, Muon and AdamW, the LR schedule, the loss-spike guard.
 
-`optimizers.py` builds the groups from the ordered rules of a recipe.
+`optimizers.py` builds the parameter groups from the ordered rules of a recipe's stage.
 """

@@ -1,12 +1,11 @@
-"""How fast weights move at a step: up over the warm-up, flat, down over the decay, stage by stage.
+"""LR schedule: linear warmup, stable phase, linear or cosine decay (WSD, cosine), in every stage.
 
-    peak     __________            linear: warm-up, stable, decay
+    peak     __________            linear: warmup, stable, decay
             /          \\_
-    floor  /              \\__       cosine with decay=1: the fall begins where the warm-up ends
+    floor  /              \\__       cosine with decay_ratio=1: decays from the end of the warmup
 
-A pure function of the config and the step's number, as the schedule of samples is. It knows no
-optimizer. (arXiv 2404.06395 for stable-decay; arXiv 1608.03983 for the cosine.)
-Next room: optim.py.
+A pure function of the config and the step number, as the data order is. (arXiv 2404.06395 for
+warmup-stable-decay; arXiv 1608.03983 for the cosine.)
 """
 
 from __future__ import annotations
@@ -14,28 +13,28 @@ from __future__ import annotations
 import math
 
 from qwen2vl.train.config import TrainConfig
-from qwen2vl.train.loader.data_order import locate
+from qwen2vl.train.loader.data_order import locate_step
 
-__all__ = ["is_warming", "rate"]
+__all__ = ["is_in_warmup", "lr_factor"]
 
 
-def rate(config: TrainConfig, step: int) -> float:
-    """Give the multiple of the peak rate at which `step` (from 0) moves."""
-    index, inner = locate(config, step)
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """Return the factor of the peak learning rate at `step` of the run, counted from 0."""
+    index, stage_step = locate_step(config, step)
     stage, optim = config.stages[index], config.optim
-    up = min(1.0, (inner + 1) / max(1, optim.warmup))
-    falling = stage.decay * stage.steps
-    if optim.fall == "cosine":
-        falling = min(falling, stage.steps - min(optim.warmup, stage.steps))
-    left = stage.steps - inner
-    if left >= falling:
-        return up
-    share = left / falling
-    if optim.fall == "cosine":
-        share = 0.5 - 0.5 * math.cos(math.pi * share)
-    return min(up, optim.floor + (1 - optim.floor) * share)
+    warmup = min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
+    decay_steps = stage.decay_ratio * stage.steps
+    if optim.decay_type == "cosine":
+        decay_steps = min(decay_steps, stage.steps - min(optim.warmup_steps, stage.steps))
+    remaining = stage.steps - stage_step
+    if remaining >= decay_steps:
+        return warmup
+    factor = remaining / decay_steps
+    if optim.decay_type == "cosine":
+        factor = 0.5 - 0.5 * math.cos(math.pi * factor)
+    return min(warmup, optim.min_lr_factor + (1 - optim.min_lr_factor) * factor)
 
 
-def is_warming(config: TrainConfig, taken: int) -> bool:
-    """Say whether a stage is below its peak rate still, `taken` steps into it; not before any."""
-    return 0 < taken < config.optim.warmup
+def is_in_warmup(config: TrainConfig, num_steps: int) -> bool:
+    """Return whether a stage is still in its warmup after `num_steps` of its steps (not at 0)."""
+    return 0 < num_steps < config.optim.warmup_steps

@@ -1,10 +1,10 @@
-"""Muon: matrices move along their momentum with all singular values made alike.
+"""Muon optimizer: momentum orthogonalized by Newton-Schulz iterations, also for sharded matrices.
 
-What torch.optim.Muon computes, to the bit, and two things more: a step can be skipped on the
-device, and of a sharded matrix each rank holds some rows. Momentum is elementwise and stays in
-parts; the quintic Newton-Schulz iteration needs the whole matrix, on one rank of each group.
-(kellerjordan.github.io/posts/muon; arXiv 2502.16982 for the scale that lets it share AdamW's rate.)
-Next room: parallel/all_to_all.py.
+Computes what torch.optim.Muon computes, bit for bit, with two additions: a step can be skipped
+without a host sync, and each rank may hold some rows of a sharded matrix. Momentum is elementwise
+and stays sharded; the quintic Newton-Schulz iteration needs the full matrix, which is gathered on
+one rank of the group. (kellerjordan.github.io/posts/muon; arXiv 2502.16982 for the scale by which
+Muon shares AdamW's learning rate.)
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from qwen2vl.parallel.all_to_all import on_whole
+from qwen2vl.parallel.all_to_all import apply_to_full_matrices
 
 __all__ = ["Muon", "orthogonalize"]
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; singular values end in 0.7 .. 1.2
-ITERATIONS = 5
-SMALLEST_NORM = 1e-7
-SCALE = 0.2  # root mean square of AdamW's usual update
+QUINTIC = (3.4445, -4.7750, 2.0315)  # maximal slope at zero; singular values end in 0.7 .. 1.2
+NUM_ITERATIONS = 5
+EPS = 1e-7  # smallest norm that is divided by
+UPDATE_RMS = 0.2  # root mean square of AdamW's usual update
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps matrices, whole or this rank's rows of them."""
+    """Muon for matrices, whole or sharded by rows."""
 
-    found_inf: Tensor | None = None  # 1: change nothing; set before each step
+    found_inf: Tensor | None = None  # 1: skip the step; set before each step, as by GradScaler
 
     def __init__(
         self,
@@ -40,63 +40,70 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         group: dist.ProcessGroup | None = None,
-        rows: Mapping[Tensor, int] | None = None,
+        num_rows: Mapping[Tensor, int] | None = None,
     ) -> None:
-        """Take groups of matrices; with `group`, of `rows` rows on all its ranks together."""
+        """Set up parameter groups of matrices; with `group`, shards of `num_rows` rows in all."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.group = group
-        self.rows = rows or {}
+        self.num_rows = num_rows or {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override] - never a loss
-        """Move every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         assert closure is None, "a closure has no place here"
-        for settings in self.param_groups:
-            moving = [p for p in settings["params"] if p.grad is not None]
+        for param_group in self.param_groups:
+            trainable = [
+                parameter for parameter in param_group["params"] if parameter.grad is not None
+            ]
             if self.group is None:
-                for parameter in moving:
-                    push = self._push(parameter, settings["momentum"])
-                    self._move(parameter, orthogonalize(push), settings)
+                for parameter in trainable:
+                    update = self._nesterov_update(parameter, param_group["momentum"])
+                    self._apply_update(parameter, orthogonalize(update), param_group)
             else:
-                # Rounded before they travel: the iteration begins with it anyway.
-                pushes = [self._push(p, settings["momentum"]).bfloat16() for p in moving]
-                rows = [self.rows[p] for p in moving]
-                turned = on_whole(pushes, rows, orthogonalize, self.group)
-                for parameter, direction in zip(moving, turned, strict=True):
-                    self._move(parameter, direction, settings)
+                # Cast before the transfer: the iteration computes in bfloat16.
+                updates = [
+                    self._nesterov_update(parameter, param_group["momentum"]).bfloat16()
+                    for parameter in trainable
+                ]
+                num_rows = [self.num_rows[parameter] for parameter in trainable]
+                orthogonalized = apply_to_full_matrices(
+                    updates, num_rows, orthogonalize, self.group
+                )
+                for parameter, update in zip(trainable, orthogonalized, strict=True):
+                    self._apply_update(parameter, update, param_group)
 
-    def _push(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Let the momentum take in the gradient; return where it points, one step ahead."""
+    def _nesterov_update(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Update the momentum by the gradient; return the Nesterov update."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"]
-        self._put(buffer, buffer.lerp(gradient, 1 - momentum))
+        self._write_unless_skipped(buffer, buffer.lerp(gradient, 1 - momentum))
         return gradient.lerp(buffer, momentum)
 
-    def _move(self, parameter: Tensor, direction: Tensor, settings: dict[str, Any]) -> None:
-        num_rows = self.rows.get(parameter, parameter.shape[0])
-        scale = SCALE * math.sqrt(max(num_rows, parameter.shape[1]))
-        moved = parameter * (1 - settings["lr"] * settings["weight_decay"])
-        moved.add_(direction, alpha=-settings["lr"] * scale)
-        self._put(parameter, moved)
+    def _apply_update(self, parameter: Tensor, update: Tensor, param_group: dict[str, Any]) -> None:
+        num_rows = self.num_rows.get(parameter, parameter.shape[0])
+        scale = UPDATE_RMS * math.sqrt(max(num_rows, parameter.shape[1]))
+        updated = parameter * (1 - param_group["lr"] * param_group["weight_decay"])
+        updated.add_(update, alpha=-param_group["lr"] * scale)
+        self._write_unless_skipped(parameter, updated)
 
-    def _put(self, old: Tensor, new: Tensor) -> None:
-        """Store `new` unless the step is skipped; 0 times a NaN would be none the better."""
+    def _write_unless_skipped(self, old: Tensor, new: Tensor) -> None:
+        """Store `new` unless the step is skipped; multiplying by 0 would keep NaNs."""
         if self.found_inf is not None:
             new = torch.where(self.found_inf > 0, old, new)
         old.copy_(new)
 
 
 def orthogonalize(matrix_RC: Tensor) -> Tensor:
-    """Make all singular values about 1, in bfloat16. (torch: Muon's Newton-Schulz iteration)."""
+    """Set all singular values to about 1, in bfloat16 (torch.optim.Muon's Newton-Schulz)."""
     a, b, c = QUINTIC
     is_tall = matrix_RC.shape[0] > matrix_RC.shape[1]
     x = matrix_RC.to(torch.bfloat16, copy=True)
     x = x.T if is_tall else x
-    x.div_(x.norm().clamp(min=SMALLEST_NORM))
-    for _ in range(ITERATIONS):
+    x.div_(x.norm().clamp(min=EPS))
+    for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if is_tall else x

@@ -1,10 +1,10 @@
-"""Judges every step on the device: a spike moves nothing, and what is not finite ends the run.
+"""Spike guard: steps with a loss or gradient-norm spike are skipped; a non-finite one ends the run.
 
-A loss or gradient norm far above those of the last steps comes from bad data or a bad draw more
-often than it teaches; such a step is skipped. It still enters the history, so a level that stays
-is accepted after a few steps. The host never waits: a loss that is not finite stops all weights on
-the device at once, and is told when somebody asks, at the next report or checkpoint.
-(OLMo 2, arXiv 2501.00656, sec. 3.) Next room: checkpoint.py.
+A loss or gradient norm far above those of the last steps is more often due to bad data or an
+unlucky batch than useful; such a step is skipped. It still enters the history, so that a level that
+persists is accepted after a few steps. There is no host sync: after a non-finite loss all further
+updates are skipped on the device, and the error is raised at the next report or checkpoint.
+(OLMo 2, arXiv 2501.00656, sec. 3.)
 """
 
 from __future__ import annotations
@@ -14,64 +14,65 @@ from torch import Tensor
 
 from qwen2vl.errors import EngineError
 
-__all__ = ["WINDOW", "Guard"]
+__all__ = ["WINDOW", "SpikeGuard"]
 
-WINDOW = 128  # steps that a spike is measured against; judged from half of it on
+WINDOW = 128  # steps that a spike is compared with; the first half of them is never skipped
 
 
-class Guard:
-    """The losses and norms of the last steps, and what was wrong with them."""
+class SpikeGuard:
+    """Losses and norms of the last steps, the number of skipped steps, the first bad step."""
 
     def __init__(self, sigmas: float, device: torch.device | str) -> None:
         self.sigmas = sigmas
-        self.seen = 0
+        self.num_seen = 0
         self.history_2W = torch.zeros(2, WINDOW, device=device)
         self.num_skipped = torch.zeros((), device=device)
-        self.broken_3 = torch.zeros(3, device=device)  # step, loss and norm where it broke
+        self.first_bad_3 = torch.zeros(3, device=device)  # step, loss, norm of the non-finite one
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Say on the device whether step `step`, counted from 1, is to be skipped: 0 or 1."""
+    def should_skip(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return on the device whether to skip `step`, counted from 1: 0 or 1."""
         pair_2 = torch.stack((loss.detach(), norm.detach())).to(self.history_2W.dtype)
         skip = self._is_spike(pair_2)
-        first = (self.broken_3[0] == 0) & ~pair_2.isfinite().all()
-        found_3 = torch.cat((torch.full_like(pair_2[:1], step), pair_2))
-        self.broken_3.copy_(torch.where(first, found_3, self.broken_3))
-        skip = skip | (self.broken_3[0] > 0)
+        is_first = (self.first_bad_3[0] == 0) & ~pair_2.isfinite().all()
+        record_3 = torch.cat((torch.full_like(pair_2[:1], step), pair_2))
+        self.first_bad_3.copy_(torch.where(is_first, record_3, self.first_bad_3))
+        skip = skip | (self.first_bad_3[0] > 0)
         self.num_skipped += skip
-        self.history_2W[:, self.seen % WINDOW] = pair_2
-        self.seen += 1
+        self.history_2W[:, self.num_seen % WINDOW] = pair_2
+        self.num_seen += 1
         return skip.to(self.history_2W.dtype)
 
-    def check(self) -> None:
-        """Wait for the device, and say if a step broke.
+    def raise_if_not_finite(self) -> None:
+        """Wait for the device, and raise if a step was not finite.
 
         Raises:
             EngineError: a loss or norm was not finite; no weight has changed since.
         """
-        step, loss, norm = self.broken_3.tolist()
+        step, loss, norm = self.first_bad_3.tolist()
         if step:
             raise EngineError(
-                f"step {step:.0f}: loss {loss}, gradient norm {norm}; start again to go on from "
-                "the last checkpoint, or begin another run with a lower optim.lr and out=FOLDER"
+                f"step {step:.0f}: loss {loss}, gradient norm {norm}; start again to resume from "
+                "the last checkpoint, or begin another run with a lower optim.lr and "
+                "output_dir=FOLDER"
             )
 
-    def take_skipped(self) -> int:
-        """Count the steps skipped since the last call; waits for the device."""
-        count = int(self.num_skipped.item())
+    def pop_num_skipped(self) -> int:
+        """Return the number of steps skipped since the last call; waits for the device."""
+        num_skipped = int(self.num_skipped.item())
         self.num_skipped.zero_()
-        return count
+        return num_skipped
 
-    def state(self) -> dict[str, Tensor]:
-        """Name what a checkpoint needs to judge the next step as this guard would."""
-        return {"guard|history": self.history_2W, "guard|seen": torch.tensor(self.seen)}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint needs to restore this guard."""
+        return {"guard|history": self.history_2W, "guard|seen": torch.tensor(self.num_seen)}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore from `state_dict`."""
         self.history_2W.copy_(tensors["guard|history"])
-        self.seen = int(tensors["guard|seen"].item())
+        self.num_seen = int(tensors["guard|seen"].item())
 
     def _is_spike(self, pair_2: Tensor) -> Tensor:
-        if not self.sigmas or self.seen < WINDOW // 2:
+        if not self.sigmas or self.num_seen < WINDOW // 2:
             return torch.zeros((), dtype=torch.bool, device=pair_2.device)
-        past = self.history_2W[:, : min(self.seen, WINDOW)]
+        past = self.history_2W[:, : min(self.num_seen, WINDOW)]
         return (pair_2 > past.mean(1) + self.sigmas * past.std(1)).any()

@@ -1,4 +1,4 @@
-"""`ask`: streaming, JSON, file names, boxes, what is said before a long wait, and refusals."""
+"""`ask`: streaming, JSON, file names, boxes, prompt summary, and errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 import qwen2vl
 from qwen2vl.cli import options, prompt_summary
-from qwen2vl.cli.options import Opened
+from qwen2vl.cli.options import LoadedModel
 from qwen2vl.engine import LLM, Completion
-from qwen2vl.engine.ttft import Speed
+from qwen2vl.engine.ttft import Throughput
 from qwen2vl.weights import read_config
 from tests import media
 from tests.cli.conftest import Run
@@ -45,11 +45,9 @@ def test_an_answer_streams_to_stdout(run: Run, tiny_folder: Path) -> None:
     assert result.stderr == "qwen2vl: the answer was cut after 4 tokens; --max-tokens allows more\n"
 
 
-def test_json_is_one_object_with_exactly_these_keys(
-    run: Run, tiny_folder: Path, picture: Path
-) -> None:
+def test_json_output_has_exactly_these_keys(run: Run, tiny_folder: Path, image_file: Path) -> None:
     result = run(
-        "ask", "--model", tiny_folder, "--image", picture, "Hi", "--max-tokens", 4, "--json"
+        "ask", "--model", tiny_folder, "--image", image_file, "Hi", "--max-tokens", 4, "--json"
     )
     answer = json.loads(result.stdout)
     assert set(answer) == KEYS
@@ -57,21 +55,21 @@ def test_json_is_one_object_with_exactly_these_keys(
     assert all(seconds > 0 for seconds in answer["seconds"].values())
     (item,) = answer["items"]
     assert item["name"] == "a photo.png"
-    assert item["size_given"] == [100, 150]
+    assert item["original_size"] == [100, 150]
     assert answer["image_tokens"] == item["tokens"] == 20
     assert len(answer["token_ids"]) == 4
     assert answer["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_quantized_weights_answer(run: Run, tiny_folder: Path, picture: Path, mode: str) -> None:
+def test_quantized_weights(run: Run, tiny_folder: Path, image_file: Path, mode: str) -> None:
     result = run(
-        *("ask", "--model", tiny_folder, "--quantize", mode, "--image", picture),
+        *("ask", "--model", tiny_folder, "--quantize", mode, "--image", image_file),
         *("Hi", "--max-tokens", 4, "--json"),
     )
     assert result.exit_code == 0
     llm = qwen2vl.LLM(tiny_folder, quantize=mode)  # type: ignore[arg-type]
-    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "Hi"}]
+    content = [{"type": "image", "image": str(image_file)}, {"type": "text", "text": "Hi"}]
     messages = [{"role": "user", "content": content}]
     (completion,) = llm.chat(messages, qwen2vl.SamplingParams(max_tokens=4))
     assert json.loads(result.stdout)["token_ids"] == list(completion.token_ids)
@@ -108,7 +106,7 @@ def test_an_adapter_changes_the_answer(run: Run, tiny_folder: Path, tmp_path: Pa
     assert plain.stdout != adapted.stdout
 
 
-def test_the_form_of_an_answer(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+def test_structured_output(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}
     (tmp_path / "two.json").write_text(json.dumps(schema))
     ask = ("ask", "--model", tiny_folder, "Well?")
@@ -118,9 +116,9 @@ def test_the_form_of_an_answer(run: Run, tiny_folder: Path, tmp_path: Path) -> N
     assert [type(value) for value in answer] == [bool, bool]
 
 
-def test_boxes_may_be_all_an_answer_holds(run: Run, tiny_folder: Path, picture: Path) -> None:
+def test_structured_output_of_boxes(run: Run, tiny_folder: Path, image_file: Path) -> None:
     result = run(
-        *("ask", "--model", tiny_folder, "--image", picture, "Where?", "--boxes"),
+        *("ask", "--model", tiny_folder, "--image", image_file, "Where?", "--boxes"),
         *("--max-tokens", 300, "--json"),
     )
     answer = json.loads(result.stdout)
@@ -132,26 +130,26 @@ def test_boxes_may_be_all_an_answer_holds(run: Run, tiny_folder: Path, picture: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "words"),
+    ("flags", "code", "message"),
     [
-        (["--boxes", "--regex", "a"], 2, "--regex and --boxes: an answer has one form"),
+        (["--boxes", "--regex", "a"], 2, "--regex and --boxes are mutually exclusive"),
         (["--json-schema", "none.json"], 2, "none.json: cannot be read: No such file or directory"),
         (["--json-schema", "photo"], 2, "photo: is not text in UTF-8"),
         (["--regex", "("], 2, "regex: at 1(8): invalid regex"),
         (["--choice", ""], 2, "choice: got '', must be a text"),
     ],
 )
-def test_forms_that_are_refused(
-    run: Run, tiny_folder: Path, tmp_path: Path, flags: list[str], code: int, words: str
+def test_invalid_structured_output_options(
+    run: Run, tiny_folder: Path, tmp_path: Path, flags: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "photo").write_bytes(b"\xff\xd8\xff")
     result = run("ask", "--model", tiny_folder, "Hi", *flags)
     assert result.exit_code == code
-    assert words in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
 
 
-def test_an_adapter_that_is_not_there(run: Run, tiny_folder: Path) -> None:
+def test_a_missing_adapter(run: Run, tiny_folder: Path) -> None:
     result = run("ask", "--model", tiny_folder, "--adapter", "nowhere", "Hi")
     assert result.exit_code == 1
     assert result.stderr == (
@@ -159,9 +157,7 @@ def test_an_adapter_that_is_not_there(run: Run, tiny_folder: Path) -> None:
     )
 
 
-def test_a_clip_is_asked_about_at_the_rate_given(
-    run: Run, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_video_is_sampled_at_the_given_fps(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (112, 112), (25 * i,) * 3) for i in range(8)]
     frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=500)
 
@@ -172,7 +168,7 @@ def test_a_clip_is_asked_about_at_the_rate_given(
         )
         answer = json.loads(result.stdout)
         assert answer["video_tokens"] == answer["items"][0]["tokens"] > 0
-        return answer["items"][0]["frame_times"]
+        return answer["items"][0]["frame_timestamps"]
 
     assert len(times(2.0)) == 8
     assert len(times(1.0)) == 4
@@ -191,8 +187,8 @@ def test_seeds_and_temperature_reach_the_sampler(run: Run, tiny_folder: Path) ->
 @pytest.mark.parametrize(
     "name", ["two words.png", "-x.png", "[1]*.png", "\u56fe \u00e9.png", "~x.png"]
 )
-def test_any_file_name_works(run: Run, tiny_folder: Path, picture: Path, name: str) -> None:
-    picture.rename(picture.with_name(name))
+def test_any_file_name_works(run: Run, tiny_folder: Path, image_file: Path, name: str) -> None:
+    image_file.rename(image_file.with_name(name))
     given = f"./{name}" if name.startswith("~") else name
     arguments = ["ask", "--model", tiny_folder, "--image", given, "Hi", "--max-tokens", 1, "--json"]
     result = run(*arguments)
@@ -200,17 +196,17 @@ def test_any_file_name_works(run: Run, tiny_folder: Path, picture: Path, name: s
     assert json.loads(result.stdout)["items"][0]["name"] == name
 
 
-def test_tilde_is_home(
-    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+def test_tilde_is_the_home_folder(
+    run: Run, tiny_folder: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(picture.parent))
+    monkeypatch.setenv("HOME", str(image_file.parent))
     result = run("ask", "--model", tiny_folder, "--image", "~/a photo.png", "Hi", "--max-tokens", 1)
     assert result.exit_code == 0, result.stderr
 
 
-def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, picture: Path) -> None:
+def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, image_file: Path) -> None:
     def tokens(*more: object) -> int:
-        base = ["ask", "--model", tiny_folder, "--image", picture, "Hi", "--max-tokens", 1]
+        base = ["ask", "--model", tiny_folder, "--image", image_file, "Hi", "--max-tokens", 1]
         return json.loads(run(*base, "--json", *more).stdout)["image_tokens"]
 
     assert tokens("--max-pixels", 4 * 784) <= 4
@@ -218,7 +214,7 @@ def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, picture: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "message"),
     [
         (["--image", "none.png"], 2, "file 'none.png' not found"),
         (["--temperature", "-1"], 2, "temperature: got -1.0"),
@@ -230,48 +226,48 @@ def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, picture: 
         (["--device", "abacus"], 2, "device 'abacus' is unknown"),
         (["--max-pixels", "-3"], 2, "max_pixels"),
         (["--min-pixels", "9999999", "--max-pixels", "3136"], 2, "min_pixels 9999999"),
-        (["-o", "boxes.png"], 2, "-o draws on one picture, got 0"),
+        (["-o", "boxes.png"], 2, "-o draws on one image, got 0"),
     ],
 )
-def test_refusals_are_one_line(
-    run: Run, tiny_folder: Path, arguments: list[str], code: int, words: str
+def test_errors_are_one_line(
+    run: Run, tiny_folder: Path, arguments: list[str], code: int, message: str
 ) -> None:
     result = run("ask", "--model", tiny_folder, "Hi", *arguments)
     assert result.exit_code == code
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("qwen2vl: error: ")
-    assert words in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda path: None, "no such folder"),
         (lambda path: path.mkdir(), "the folder is empty; fill it with `hf download"),
         (lambda path: path.write_text("x"), "is a file; give the folder"),
     ],
 )
-def test_wrong_model_folders_say_what_to_do(
-    run: Run, tmp_path: Path, make: Any, words: str
+def test_errors_about_model_folders_name_the_remedy(
+    run: Run, tmp_path: Path, make: Any, message: str
 ) -> None:
     make(tmp_path / "model")
     result = run("ask", "--model", tmp_path / "model", "Hi")
     assert result.exit_code == 1
-    assert words in result.stderr
+    assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_output_is_checked_before_the_model_is_loaded(run: Run, picture: Path) -> None:
-    for output, words in (("boxes.txt", "ends in .png"), ("no/boxes.png", "does not exist")):
-        result = run("ask", "--model", "nowhere", "--image", picture, "Hi", "-o", output)
+def test_output_is_checked_before_the_model_is_loaded(run: Run, image_file: Path) -> None:
+    for output, message in (("boxes.txt", "ends in .png"), ("no/boxes.png", "does not exist")):
+        result = run("ask", "--model", "nowhere", "--image", image_file, "Hi", "-o", output)
         assert result.exit_code == 2
-        assert words in result.stderr
+        assert message in result.stderr
 
 
 @dataclass
-class Scripted:
-    """A model that says what the test wants; everything else is real."""
+class ScriptedLLM:
+    """An LLM whose completions have a given text; everything else is real."""
 
     real: LLM
     text: str
@@ -293,13 +289,13 @@ def _replace(completion: Completion, text: str) -> Completion:
     return Completion(**{**values, "text": text, "finish_reason": "stop"})
 
 
-def scripted(
+def scripted_llm(
     monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, name: str = "x", **llm: Any
-) -> Scripted:
-    fake = Scripted(qwen2vl.LLM(folder, **llm), text)
-    opened = Opened(llm=fake, name=name, load_seconds=0.1)  # type: ignore[arg-type]
-    monkeypatch.setattr(options, "open_model", lambda given: opened)
-    return fake
+) -> ScriptedLLM:
+    llm = ScriptedLLM(qwen2vl.LLM(folder, **llm), text)
+    loaded = LoadedModel(llm=llm, name=name, load_seconds=0.1)  # type: ignore[arg-type]
+    monkeypatch.setattr(options, "load_model_from_options", lambda given: loaded)
+    return llm
 
 
 BOX_TEXT = (
@@ -309,16 +305,16 @@ BOX_TEXT = (
 
 @pytest.fixture
 def white(tmp_path: Path) -> Path:
-    """Save a white picture of 1000 x 500."""
+    """Write a white image of 1000 x 500."""
     path = tmp_path / "white.png"
     Image.new("RGB", (1000, 500), "white").save(path)
     return path
 
 
-def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
+def test_boxes_are_printed_and_drawn_in_pixels_of_the_original_image(
     run: Run, tiny_folder: Path, tmp_path: Path, white: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, BOX_TEXT)
+    scripted_llm(monkeypatch, tiny_folder, BOX_TEXT)
     result = run("ask", "--image", white, "Where?", "-o", "boxes.png", "--max-pixels", 3136)
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [BOX_TEXT, "the cat: (100, 100) to (500, 400)"]
@@ -330,10 +326,10 @@ def test_boxes_are_printed_and_drawn_in_pixels_of_the_picture_as_given(
     assert all(drawn.getpixel(at) == ground for at in [(300, 250), (600, 250), (300, 450)])
 
 
-def test_json_holds_the_boxes_in_pixels(
+def test_json_output_has_boxes_in_pixels(
     run: Run, tiny_folder: Path, white: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, BOX_TEXT)
+    scripted_llm(monkeypatch, tiny_folder, BOX_TEXT)
     answer = json.loads(run("ask", "--image", white, "Where?", "--json").stdout)
     assert answer["boxes"] == [{"phrase": "the cat", "pixels": [[100, 100], [500, 400]]}]
 
@@ -342,7 +338,7 @@ def test_json_holds_the_boxes_in_pixels(
     ("preset", "size", "corner"),
     [("paper", (500, 1000), (50, 200)), ("qwen_vl_utils_0_0_8", (1000, 500), (100, 100))],
 )
-def test_boxes_lie_as_the_preset_lets_the_picture_lie(
+def test_boxes_have_the_orientation_of_the_preset(
     run: Run,
     tiny_folder: Path,
     tmp_path: Path,
@@ -355,7 +351,7 @@ def test_boxes_lie_as_the_preset_lets_the_picture_lie(
     exif = Image.Exif()
     exif[0x112] = 6
     Image.new("RGB", (1000, 500), "white").save(path, exif=exif)
-    scripted(monkeypatch, tiny_folder, BOX_TEXT, video_preset=preset)
+    scripted_llm(monkeypatch, tiny_folder, BOX_TEXT, video_preset=preset)
     result = run("ask", "--image", path, "Where?", "-o", "boxes.png")
     assert f"the cat: ({corner[0]}, {corner[1]}) to" in result.stdout
     drawn = Image.open(tmp_path / "boxes.png")
@@ -363,35 +359,35 @@ def test_boxes_lie_as_the_preset_lets_the_picture_lie(
     assert drawn.getpixel((corner[0], corner[1] + 30)) != (255, 255, 255)
 
 
-def test_without_boxes_no_picture_is_written(
-    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_boxes_no_image_is_written(
+    run: Run, tiny_folder: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, "Nothing to see.")
-    result = run("ask", "--image", picture, "Where?", "-o", "boxes.png")
+    scripted_llm(monkeypatch, tiny_folder, "Nothing to see.")
+    result = run("ask", "--image", image_file, "Where?", "-o", "boxes.png")
     assert result.exit_code == 0
     assert "the answer has no boxes: boxes.png was not written" in result.stderr
     assert not Path("boxes.png").exists()
 
 
-def test_nano_ends_with_what_it_can_do(
+def test_the_output_of_nano_ends_with_its_capabilities(
     run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, "Hello.", name="nano")
+    scripted_llm(monkeypatch, tiny_folder, "Hello.", name="nano")
     result = run("ask", "Hi")
     assert result.stdout == "Hello.\n"
     (line,) = result.stderr.splitlines()
     assert "--model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)" in line
-    assert run("ask", "--json", "Hi").stderr == ""  # a program does not read it
+    assert run("ask", "--json", "Hi").stderr == ""  # not with --json
 
 
-def test_a_long_wait_is_said_before_it_starts(
+def test_a_long_ttft_is_reported_with_an_option_that_reduces_it(
     run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "photo.jpg"
     Image.new("RGB", (1568, 1176)).save(path)
-    monkeypatch.setattr(prompt_summary, "SMALL_WORK", 0.0)
-    monkeypatch.setattr(Speed, "measure", lambda model: Speed(vision=2e7, text=1e7))
-    fake = scripted(monkeypatch, tiny_folder, "Gray.")
+    monkeypatch.setattr(prompt_summary, "NEGLIGIBLE_FLOPS", 0.0)
+    monkeypatch.setattr(Throughput, "measure", lambda model: Throughput(vision=2e7, text=1e7))
+    llm = scripted_llm(monkeypatch, tiny_folder, "Gray.")
     result = run("ask", "--image", path, "Hi", "--max-tokens", 1)
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(
@@ -399,17 +395,17 @@ def test_a_long_wait_is_said_before_it_starts(
         r"--max-pixels 1003520 gives at most 1,280, about \d+ min",
         line,
     )
-    assert len(fake.asked) == 1
+    assert len(llm.asked) == 1
 
 
-def test_a_long_wait_for_a_clip_names_a_lower_rate(
+def test_a_long_ttft_for_a_video_suggests_a_lower_fps(
     run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "c.mp4"
-    path.write_bytes(media.clip(64, rate=8))
-    monkeypatch.setattr(prompt_summary, "SMALL_WORK", 0.0)
-    monkeypatch.setattr(Speed, "measure", lambda model: Speed(vision=2e5, text=1e5))
-    scripted(monkeypatch, tiny_folder, "Gray.")
+    path.write_bytes(media.encoded_video(64, rate=8))
+    monkeypatch.setattr(prompt_summary, "NEGLIGIBLE_FLOPS", 0.0)
+    monkeypatch.setattr(Throughput, "measure", lambda model: Throughput(vision=2e5, text=1e5))
+    scripted_llm(monkeypatch, tiny_folder, "Gray.")
     line = run("ask", "--video", path, "Hi", "--max-tokens", 1).stderr.splitlines()[0]
     assert re.search(
         r"16 frames -> \d+ tokens, about \d+ min here; "
@@ -418,62 +414,62 @@ def test_a_long_wait_for_a_clip_names_a_lower_rate(
     ), line
 
 
-def test_a_prompt_that_cannot_fit_is_refused_before_its_wait_is_estimated(
-    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_prompt_that_exceeds_the_context_is_an_error_before_the_ttft_estimate(
+    run: Run, tiny_folder: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt_summary, "SMALL_WORK", 0.0)
-    scripted(monkeypatch, tiny_folder, "Never.", max_model_len=50)
-    result = run("ask", "--image", picture, "Hi")
+    monkeypatch.setattr(prompt_summary, "NEGLIGIBLE_FLOPS", 0.0)
+    scripted_llm(monkeypatch, tiny_folder, "Never.", max_model_len=50)
+    result = run("ask", "--image", image_file, "Hi")
     assert result.exit_code == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert "text + 20 image tokens > 50, the context" in line
 
 
-def test_a_short_wait_is_not_worth_a_word(
-    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_short_ttft_is_not_reported(
+    run: Run, tiny_folder: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, "Gray.")
-    assert run("ask", "--image", picture, "Hi").stderr == ""
+    scripted_llm(monkeypatch, tiny_folder, "Gray.")
+    assert run("ask", "--image", image_file, "Hi").stderr == ""
 
 
-def test_an_answer_that_filled_the_context_is_not_helped_by_more_tokens(
+def test_truncation_by_the_context_does_not_suggest_max_tokens(
     run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = qwen2vl.LLM(tiny_folder)
     llm.max_model_len = len(llm.processor([{"role": "user", "content": "Hi"}]).input_ids) + 3
-    opened = Opened(llm=llm, name="x", load_seconds=0.1)
-    monkeypatch.setattr(options, "open_model", lambda given: opened)
+    loaded = LoadedModel(llm=llm, name="x", load_seconds=0.1)
+    monkeypatch.setattr(options, "load_model_from_options", lambda given: loaded)
     (line,) = run("ask", "Hi").stderr.splitlines()
     assert f"cut after 3 tokens, where the context of {llm.max_model_len} is full" in line
     assert "--max-tokens" not in line
 
 
-def test_what_was_adjusted_is_said(
+def test_preprocessing_notes_are_reported(
     run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames = [Image.new("RGB", (60, 60), c) for c in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
-    scripted(monkeypatch, tiny_folder, "Red.")
+    scripted_llm(monkeypatch, tiny_folder, "Red.")
     result = run("ask", "--image", "two.gif", "Hi")
     assert re.fullmatch(r"qwen2vl: two\.gif: .*first.*\n", result.stderr)
 
 
-def test_options_that_a_greedy_checkpoint_ignores_are_named(
+def test_sampling_options_ignored_by_a_greedy_checkpoint_are_reported(
     run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, "Hi.")
-    told = run("ask", "Hi", "--top-k", 5, "--seed", 1).stderr
-    assert "--top-k, --seed without effect; add --temperature 1" in told
+    scripted_llm(monkeypatch, tiny_folder, "Hi.")
+    notes = run("ask", "Hi", "--top-k", 5, "--seed", 1).stderr
+    assert "--top-k, --seed without effect; add --temperature 1" in notes
     for more in ((), ("--temperature", 0), ("--temperature", 1)):
         assert run("ask", "Hi", *more, *(("--seed", 1) if more else ())).stderr == ""
 
 
-def test_a_checkpoint_that_leaves_nothing_to_draw_says_so(
+def test_a_default_top_k_of_one_is_reported(
     run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = scripted(monkeypatch, tiny_folder, "Hi.")
-    fake.real.generation = qwen2vl.weights.GenerationDefaults(do_sample=True, top_k=1)
+    llm = scripted_llm(monkeypatch, tiny_folder, "Hi.")
+    llm.real.generation_defaults = qwen2vl.weights.GenerationDefaults(do_sample=True, top_k=1)
     assert "add --top-k 0" in run("ask", "Hi", "--temperature", 0.7).stderr
     assert run("ask", "Hi", "--temperature", 0.7, "--top-k", 0).stderr == ""
     assert run("ask", "Hi").stderr == ""

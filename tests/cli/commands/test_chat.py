@@ -1,4 +1,4 @@
-"""`chat`: turns add up, commands do what they say, Ctrl-C stops an answer and no more."""
+"""`chat`: multi-turn prompts, chat commands, attached media, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 
 import qwen2vl
 from qwen2vl.cli import options, terminal
-from qwen2vl.cli.options import Opened
+from qwen2vl.cli.options import LoadedModel
 from qwen2vl.engine import LLM, Delta, SamplingParams
-from tests.cli.commands.test_ask import scripted
+from tests.cli.commands.test_ask import scripted_llm
 from tests.cli.conftest import Run
 
-Typed = str | None | type[KeyboardInterrupt]
+InputLine = str | None | type[KeyboardInterrupt]
 
 
 @pytest.fixture(scope="module")
@@ -28,27 +28,27 @@ def llm(tiny_folder: Path) -> LLM:
 
 @pytest.fixture
 def prompts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect what the model was asked, as text, while `chat` runs with it."""
-    asked: list[str] = []
+    """Record the prompts of the LLM as text while `chat` runs with it."""
+    prompts: list[str] = []
     real = llm.generate
 
-    def listen(prompt: Any, *arguments: Any, **named: Any) -> Any:
-        pads = set(llm.config.pad_ids)
-        words = [token for token in prompt.input_ids if token not in pads]
-        asked.append(llm.processor.tokenizer.decode(words, keep="all"))
+    def record(prompt: Any, *arguments: Any, **named: Any) -> Any:
+        pads = set(llm.config.placeholder_ids)
+        text_ids = [token for token in prompt.input_ids if token not in pads]
+        prompts.append(llm.processor.tokenizer.decode(text_ids, keep_special="all"))
         return real(prompt, *arguments, **named)
 
-    monkeypatch.setattr(llm, "generate", listen)
-    opened = Opened(llm=llm, name="tiny", load_seconds=0.0)
-    monkeypatch.setattr(options, "open_model", lambda given: opened)
-    return asked
+    monkeypatch.setattr(llm, "generate", record)
+    loaded = LoadedModel(llm=llm, name="tiny", load_seconds=0.0)
+    monkeypatch.setattr(options, "load_model_from_options", lambda given: loaded)
+    return prompts
 
 
 def chat(run: Run, *lines: str) -> Any:
     return run("chat", "--max-tokens", 3, stdin="".join(f"{line}\n" for line in lines))
 
 
-def test_turns_add_up(run: Run, prompts: list[str]) -> None:
+def test_prompts_contain_the_earlier_turns(run: Run, prompts: list[str]) -> None:
     result = chat(run, "one", "two")
     assert result.exit_code == 0
     first, second = prompts
@@ -59,48 +59,48 @@ def test_turns_add_up(run: Run, prompts: list[str]) -> None:
     assert second.endswith("<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_pictures_wait_for_the_next_question_and_stay(
-    run: Run, prompts: list[str], picture: Path
+def test_attached_images_join_the_next_message_and_stay(
+    run: Run, prompts: list[str], image_file: Path
 ) -> None:
-    result = chat(run, f"/image {picture}", f"/image '{picture}'", "what?", "and now?")
+    result = chat(run, f"/image {image_file}", f"/image '{image_file}'", "what?", "and now?")
     assert "a photo.png 150 x 100 -> 20 tokens; now ask about it" in result.stderr
-    seen = "<|vision_start|><|vision_end|>"
-    assert f"user\n{seen}{seen}what?" in prompts[0]
-    assert f"user\n{seen}{seen}what?" in prompts[1]
+    image = "<|vision_start|><|vision_end|>"
+    assert f"user\n{image}{image}what?" in prompts[0]
+    assert f"user\n{image}{image}what?" in prompts[1]
     assert "user\nand now?" in prompts[1]
 
 
-def test_pictures_of_the_command_are_shown_with_the_first_question(
-    run: Run, prompts: list[str], picture: Path
+def test_image_options_are_attached_to_the_first_message(
+    run: Run, prompts: list[str], image_file: Path
 ) -> None:
-    result = run("chat", "--image", picture, "--max-tokens", 3, stdin="what?\n")
+    result = run("chat", "--image", image_file, "--max-tokens", 3, stdin="what?\n")
     assert "a photo.png 150 x 100 -> 20 tokens; now ask about it" in result.stderr
     assert "user\n<|vision_start|><|vision_end|>what?" in prompts[0]
 
 
-def test_a_picture_of_the_command_that_is_not_there(run: Run, prompts: list[str]) -> None:
+def test_a_missing_image_option_is_an_error(run: Run, prompts: list[str]) -> None:
     result = run("chat", "--image", "nowhere.png", stdin="what?\n")
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("qwen2vl: error: nowhere.png: file")
     assert not prompts
 
 
-def test_boxes_are_in_pixels_of_the_picture_shown_last(
-    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+def test_boxes_are_in_pixels_of_the_latest_image(
+    run: Run, tiny_folder: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, "<|box_start|>(0,0),(500,500)<|box_end|>")
+    scripted_llm(monkeypatch, tiny_folder, "<|box_start|>(0,0),(500,500)<|box_end|>")
     Image.new("RGB", (1000, 400)).save("large.png")
-    result = chat(run, f"/image {picture}", "where?", "/image large.png", "where?", "and now?")
+    result = chat(run, f"/image {image_file}", "where?", "/image large.png", "where?", "and now?")
     lines = [line for line in result.stdout.splitlines() if line.startswith("box: ")]
     assert lines == ["box: (0, 0) to (75, 50)"] + 2 * ["box: (0, 0) to (500, 200)"]
 
 
-def test_boxes_are_drawn_on_the_picture_shown_last(
-    run: Run, tiny_folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+def test_boxes_are_drawn_on_the_latest_image(
+    run: Run, tiny_folder: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, tiny_folder, "<|box_start|>(100,100),(500,500)<|box_end|>")
+    scripted_llm(monkeypatch, tiny_folder, "<|box_start|>(100,100),(500,500)<|box_end|>")
     Image.new("RGB", (1000, 400)).save("large.png")
-    lines = (f"/image {picture}", "where?", "/image large.png", "where?")
+    lines = (f"/image {image_file}", "where?", "/image large.png", "where?")
     result = run("chat", "-o", "boxes.png", stdin="".join(f"{line}\n" for line in lines))
     assert result.stderr.count("wrote boxes.png") == 2
     drawn = Image.open("boxes.png")
@@ -110,13 +110,13 @@ def test_boxes_are_drawn_on_the_picture_shown_last(
     assert changed[0] in range(95, 105) and changed[2] in range(495, 506)
 
 
-def test_clear_forgets_turns_and_pictures(run: Run, prompts: list[str], picture: Path) -> None:
-    chat(run, "one", f"/image {picture}", "/clear", "two")
+def test_clear_removes_turns_and_images(run: Run, prompts: list[str], image_file: Path) -> None:
+    chat(run, "one", f"/image {image_file}", "/clear", "two")
     assert "one" not in prompts[1]
     assert "vision_start" not in prompts[1]
 
 
-def test_what_cannot_be_done_is_said_and_nothing_is_lost(run: Run, prompts: list[str]) -> None:
+def test_errors_are_reported_and_the_conversation_is_kept(run: Run, prompts: list[str]) -> None:
     result = chat(run, "one", "/image none.png", "/image", "/video", "/foo", "", "two")
     assert result.exit_code == 0
     assert len(prompts) == 2
@@ -128,17 +128,17 @@ def test_what_cannot_be_done_is_said_and_nothing_is_lost(run: Run, prompts: list
     assert "/foo is no command; /help lists them" in errors[3]
 
 
-def test_a_path_is_no_command(run: Run, prompts: list[str]) -> None:
+def test_a_path_is_not_a_command(run: Run, prompts: list[str]) -> None:
     chat(run, "/pictures/x.png is what?")
     assert "user\n/pictures/x.png is what?" in prompts[0]
 
 
-def test_bytes_of_another_encoding_are_no_crash(run: Run, prompts: list[str]) -> None:
+def test_invalid_utf8_input_is_escaped(run: Run, prompts: list[str]) -> None:
     assert run("chat", "--max-tokens", 2, stdin=b"caf\xe9\n").exit_code == 0
     assert "user\ncaf\\xe9<|im_end|>" in prompts[0]
 
 
-def test_a_closed_stdin_is_the_end(tiny_folder: Path) -> None:
+def test_a_closed_stdin_ends_the_chat(tiny_folder: Path) -> None:
     shell = f'"{sys.executable}" -m qwen2vl chat --model "{tiny_folder}" <&-'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -146,26 +146,26 @@ def test_a_closed_stdin_is_the_end(tiny_folder: Path) -> None:
 
 def test_help_and_quit(run: Run, prompts: list[str]) -> None:
     result = chat(run, "/help", "/quit", "never")
-    assert "/clear        forget the conversation" in result.stdout
+    assert "/clear        clear the conversation" in result.stdout
     assert prompts == []
     assert result.exit_code == 0
 
 
-def test_an_overflow_is_said_and_the_conversation_goes_on(
+def test_a_prompt_that_exceeds_the_context_is_reported_and_the_chat_continues(
     run: Run, prompts: list[str], llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm, "max_model_len", 80)
     result = chat(run, "x" * 100, "short")
     assert "qwen2vl: error: prompt 1" in result.stderr
     assert len(result.stdout.splitlines()) >= 1
-    (asked,) = prompts
-    assert "xxx" not in asked
-    assert "user\nshort" in asked
+    (prompt,) = prompts
+    assert "xxx" not in prompt
+    assert "user\nshort" in prompt
 
 
-def type_in(monkeypatch: pytest.MonkeyPatch, *typed: Typed) -> None:
-    """Type lines; KeyboardInterrupt is Ctrl-C at the prompt, None the end."""
-    keys: Iterator[Typed] = iter(typed)
+def simulate_input(monkeypatch: pytest.MonkeyPatch, *lines: InputLine) -> None:
+    """Simulate input lines; KeyboardInterrupt is Ctrl-C at the prompt, None the end of input."""
+    keys: Iterator[InputLine] = iter(lines)
 
     def read(_: str) -> str | None:
         key = next(keys)
@@ -177,24 +177,24 @@ def type_in(monkeypatch: pytest.MonkeyPatch, *typed: Typed) -> None:
 
 
 def interrupting(times: int) -> Callable[..., Any]:
-    """Make a writer that sees Ctrl-C at its second piece, for the first `times` answers."""
+    """Return a writer class that raises Ctrl-C at the second delta of the first `times` answers."""
     left = [times]
 
-    class Writer(terminal.Writer):
+    class DeltaWriter(terminal.DeltaWriter):
         def __call__(self, delta: Delta) -> None:
             super().__call__(delta)
             if left[0] and len(self.text) > 1:
                 left[0] -= 1
                 raise KeyboardInterrupt
 
-    return Writer
+    return DeltaWriter
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+def test_ctrl_c_stops_generation_and_keeps_the_partial_answer(
     run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "Writer", interrupting(1))
-    type_in(monkeypatch, "one", "two", None)
+    monkeypatch.setattr(terminal, "DeltaWriter", interrupting(1))
+    simulate_input(monkeypatch, "one", "two", None)
     result = run("chat", "--max-tokens", 50)
     assert result.exit_code == 0
     assert "stopped; Ctrl-C again leaves" in result.stderr
@@ -203,30 +203,30 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert 1 <= len(cut.split("<|im_end|>")[0]) <= 4
 
 
-def test_a_second_ctrl_c_leaves_with_130(
+def test_a_second_ctrl_c_exits_with_130(
     run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "Writer", interrupting(1))
-    type_in(monkeypatch, "one", KeyboardInterrupt)
+    monkeypatch.setattr(terminal, "DeltaWriter", interrupting(1))
+    simulate_input(monkeypatch, "one", KeyboardInterrupt)
     assert run("chat", "--max-tokens", 50).exit_code == 130
 
 
-def test_ctrl_c_twice_at_the_prompt_leaves_with_130(
+def test_ctrl_c_twice_at_the_prompt_exits_with_130(
     run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    type_in(monkeypatch, KeyboardInterrupt, KeyboardInterrupt)
+    simulate_input(monkeypatch, KeyboardInterrupt, KeyboardInterrupt)
     assert run("chat").exit_code == 130
 
 
-def test_typing_between_two_ctrl_c_stays(
+def test_input_between_two_ctrl_c_keeps_the_chat_running(
     run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    type_in(monkeypatch, KeyboardInterrupt, "one", KeyboardInterrupt, None)
+    simulate_input(monkeypatch, KeyboardInterrupt, "one", KeyboardInterrupt, None)
     assert run("chat", "--max-tokens", 2).exit_code == 0
     assert len(prompts) == 1
 
 
-def test_an_interrupted_answer_costs_the_llm_nothing(llm: LLM) -> None:
+def test_the_llm_is_consistent_after_an_interrupt(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=4)
     messages = [{"role": "user", "content": "Hi"}]
     (want,) = llm.chat(messages, params)

@@ -1,4 +1,4 @@
-"""`demo`: pictures and a clip appear, answers beside the truth, and the way to one's own."""
+"""`demo`: written images, the table of answers, and behavior without nano."""
 
 from __future__ import annotations
 
@@ -7,34 +7,50 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-# Imported before `find` is replaced below: what they import by name then stays the real one.
+# Imported before `resolve_model` is replaced below: these modules keep the real one.
 import qwen2vl.engine.llm
 import qwen2vl.train.init  # noqa: F401
+from qwen2vl.cli.commands import demo
 from qwen2vl.errors import CheckpointError
 from tests.cli.conftest import Run
+from tests.fonts import hide_system_fonts
 
 
-def test_the_demo_draws_asks_and_shows_the_truth(run: Run, tiny_folder: Path) -> None:
+def test_the_demo_writes_images_and_prints_the_truth(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide_system_fonts(monkeypatch)
     result = run("demo", "--model", tiny_folder, "-o", "shown")
     assert result.exit_code == 0, result.stderr
     written = sorted(path.name for path in Path("shown").iterdir())
+    assert any(name.startswith("text_") for name in written)
     assert any(name.startswith("shapes_") for name in written)
     for name in written:
-        with Image.open(Path("shown") / name) as picture:
-            picture.load()
-            assert min(picture.size) > 1
+        with Image.open(Path("shown") / name) as image:
+            image.load()
+            assert min(image.size) > 1
     assert "truth" in result.stdout
     assert "answers are right." in result.stdout
     assert result.stdout.splitlines()[-1].startswith("Try your own: qwen2vl ask --image")
 
 
-def test_an_untrained_model_says_that_its_answers_mean_nothing(
+def test_the_next_command_has_a_path_unless_the_shell_finds_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(Path.cwd() / ".venv" / "bin" / "qwen2vl"), "demo"])
+    monkeypatch.setenv("PATH", "")
+    assert demo._program() == str(Path(".venv", "bin", "qwen2vl"))
+    monkeypatch.setattr("shutil.which", lambda _: "/bin/qwen2vl")
+    assert demo._program() == "qwen2vl"
+
+
+def test_without_nano_an_untrained_model_answers_with_a_note(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(_: object) -> None:
         raise CheckpointError("no nano here")
 
-    monkeypatch.setattr("qwen2vl.weights.find", missing)
+    monkeypatch.setattr("qwen2vl.weights.resolve_model", missing)
     result = run("demo")
     assert result.exit_code == 0, result.stderr
     assert "qwen2vl: no trained nano is installed: random weights answer" in result.stderr
@@ -47,20 +63,20 @@ def test_a_damaged_nano_is_an_error_and_not_replaced(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{")
-    monkeypatch.setattr("qwen2vl.weights.find", lambda _: tmp_path)
+    monkeypatch.setattr("qwen2vl.weights.resolve_model", lambda _: tmp_path)
     result = run("demo")
     assert result.exit_code != 0
     assert "config.json" in result.stderr
     assert "mean nothing" not in result.stdout
 
 
-def test_a_missing_model_that_was_asked_for_is_an_error(run: Run) -> None:
+def test_a_missing_model_is_an_error(run: Run) -> None:
     result = run("demo", "--model", "nowhere")
     assert result.exit_code == 1
     assert "no such folder" in result.stderr
 
 
-def test_a_folder_that_cannot_be_is_refused(run: Run, tmp_path: Path) -> None:
+def test_an_invalid_output_folder_is_an_error(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     result = run("demo", "-o", "file/inside")
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""`doctor`: what a bug report needs, and damaged folders by the names of their tensors."""
+"""`doctor`: environment report, and validation of model folders."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run
-from tests.eval.fontless import hide_fonts
+from tests.fonts import hide_system_fonts
 
 
-def test_it_reports_the_machine(run: Run) -> None:
+def test_the_environment_is_reported(run: Run) -> None:
     result = run("doctor")
     assert result.exit_code == 0
     names = [line[:13].split()[0] for line in result.stdout.splitlines()]
@@ -22,22 +22,24 @@ def test_it_reports_the_machine(run: Run) -> None:
     assert "h264" in result.stdout
 
 
-def test_missing_fonts_come_with_the_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    hide_fonts(monkeypatch)
+def test_missing_fonts_are_reported_with_their_packages(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide_system_fonts(monkeypatch)
     lines = run("doctor").stdout.splitlines()
-    for use, package in (("training", "fonts-dejavu-core"), ("judging", "fonts-cabin")):
+    for use, package in (("training", "fonts-dejavu-core"), ("evaluation", "fonts-cantarell")):
         (line,) = (line for line in lines if f"for {use}:" in line)
         assert f"apt-get install {package}" in line
 
 
-def test_a_sound_folder(run: Run, tiny_folder: Path) -> None:
+def test_a_valid_folder(run: Run, tiny_folder: Path) -> None:
     result = run("doctor", "--check-weights", tiny_folder)
     assert result.exit_code == 0
-    assert "tensors, config, tokenizer and pixel limits fit together" in result.stdout
-    assert "every number is finite" in result.stdout
+    assert "tensors, config, tokenizer and pixel limits are consistent" in result.stdout
+    assert "all tensors are finite" in result.stdout
 
 
-def test_tensors_that_are_not_finite_are_named(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+def test_nonfinite_tensors_are_listed(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_folder, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -53,7 +55,7 @@ def test_tensors_that_are_not_finite_are_named(run: Run, tiny_folder: Path, tmp_
     assert run("doctor", "--model", broken).exit_code == 0
 
 
-def test_a_truncated_folder(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_truncated_weights_file(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_folder, broken)
     path = broken / "model.safetensors"

@@ -1,4 +1,4 @@
-"""`export`: the model of any checkpoint, as an ordinary folder; and refusals."""
+"""`export`: any checkpoint becomes a model folder; and errors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from safetensors.torch import load_file
 
 from tests.cli.conftest import Run
 
-SHORT = ["workers=0", "threads=1", "out=here", "save_every=3", "keep=9"] + [
-    f"stages.{i}.{field}" for i in range(4) for field in ("steps=2", "examples=4")
-]
+SHORT = [
+    "num_workers=0",
+    "num_threads=1",
+    "output_dir=here",
+    "save_steps=3",
+    "save_total_limit=9",
+] + [f"stages.{i}.{field}" for i in range(4) for field in ("steps=2", "global_batch_size=4")]
 
 
-def test_any_step_becomes_a_folder_that_answers(run: Run) -> None:
+def test_any_checkpoint_is_exported_to_a_working_folder(run: Run) -> None:
     assert run("train", "tiny", *SHORT).exit_code == 0
     assert sorted(p.name for p in Path("here").glob("step-*")) == [
         "step-000003",
@@ -36,16 +40,16 @@ def test_any_step_becomes_a_folder_that_answers(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("arguments", "message"),
     [
         (["nowhere", "-o", "new"], "nowhere: neither a checkpoint nor a run's folder with one"),
         (["here", "-o", "no/where"], "there is no folder"),
         (["here", "-o", "."], "exists already"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(run: Run, words: list[str], complaint: str) -> None:
+def test_errors_are_one_line(run: Run, arguments: list[str], message: str) -> None:
     Path("file").touch()
-    result = run("export", *words)
+    result = run("export", *arguments)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert complaint in line
+    assert message in line

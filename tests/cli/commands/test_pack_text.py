@@ -1,4 +1,4 @@
-"""`pack-text`: documents from rows and files, and each fault named by file and line."""
+"""`pack-text`: documents from rows and files; errors name file and line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qwen2vl.loading import load_processor
 from tests.cli.conftest import Run
 
 
-def test_rows_and_files_become_one_store(run: Run) -> None:
+def test_rows_and_files_become_one_token_store(run: Run) -> None:
     Path("a.txt").write_text("one document\nof two lines")
     Path("b.jsonl").write_text('{"text": "two"}\n\n{"text": "three", "id": 3}\n')
     result = run("pack-text", "a.txt", "b.jsonl", "-o", "store", "--model", "nano")
     assert result.exit_code == 0, result.stderr
     tokenizer = load_processor("nano").tokenizer
-    store = TokenStore("store", tokenizer, longest=512)
+    store = TokenStore("store", tokenizer, max_tokens=512)
     assert len(store) == 3
-    texts = [tokenizer.decode(store.read(i).ids.tolist(), keep="all") for i in range(3)]
+    texts = [tokenizer.decode(store.read(i).ids.tolist(), keep_special="all") for i in range(3)]
     assert texts == [
         "one document\nof two lines<|endoftext|>",
         "two<|endoftext|>",
@@ -29,7 +29,7 @@ def test_rows_and_files_become_one_store(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "complaint"),
+    ("name", "content", "message"),
     [
         ("none.txt", None, "none.txt: No such file or directory; check the path"),
         ("x.txt", b"caf\xe9", "x.txt is not UTF-8 text (byte 3)"),
@@ -38,19 +38,17 @@ def test_rows_and_files_become_one_store(run: Run) -> None:
         ("x.jsonl", b"", "there is no text to pack"),
     ],
 )
-def test_what_cannot_be_packed_is_one_line(
-    run: Run, name: str, content: bytes | None, complaint: str
-) -> None:
+def test_errors_are_one_line(run: Run, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         Path(name).write_bytes(content)
     result = run("pack-text", name, "-o", "store", "--model", "nano")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert complaint in line
+    assert message in line
     assert not Path("store").exists()
 
 
-def test_a_folder_that_exists_is_not_overwritten(run: Run) -> None:
+def test_an_existing_folder_is_not_overwritten(run: Run) -> None:
     Path("a.txt").write_text("words")
     Path("store").mkdir()
     result = run("pack-text", "a.txt", "-o", "store", "--model", "nano")

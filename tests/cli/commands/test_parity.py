@@ -1,4 +1,4 @@
-"""`qwen2vl parity`: the table, the verdict, JSON, exit codes, and a missing transformers."""
+"""`qwen2vl parity`: table, verdict, JSON, exit codes, and missing transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*args: str | Path) -> Result:
     return CliRunner().invoke(main, ["parity", *map(str, args)])
 
 
-def test_a_sound_folder_ends_with_the_verdict_and_zero(folder: Path) -> None:
+def test_a_valid_folder_is_equal_with_exit_code_zero(folder: Path) -> None:
     result = run("--model", folder)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -36,7 +36,9 @@ def test_a_sound_folder_ends_with_the_verdict_and_zero(folder: Path) -> None:
         assert any(step in line and "equal" in line for line in lines)
 
 
-def test_a_fault_is_named_and_ends_with_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_divergence_is_named_with_exit_code_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def without_sigmoid(_self: Any, x_NE: Any) -> Any:
         return _self.fc2(_self.fc1(x_NE))
 
@@ -48,7 +50,7 @@ def test_a_fault_is_named_and_ends_with_one(folder: Path, monkeypatch: pytest.Mo
     assert "DIFFERS" in result.stdout
 
 
-def test_json_holds_every_step(folder: Path, tmp_path: Path) -> None:
+def test_json_output_has_every_step(folder: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     result = run("--model", folder, "--image", tmp_path / "noise.png", "--json", "What is this?")
@@ -59,7 +61,7 @@ def test_json_holds_every_step(folder: Path, tmp_path: Path) -> None:
     assert all(step["equal"] and step["relative"] <= step["limit"] for step in report["steps"])
 
 
-def test_json_writes_no_infinity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_output_has_null_for_infinity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen2vl.processor.chat_template._with_system", lambda turns, _tools: turns)
     result = run("--model", folder, "--json")
     assert result.exit_code == 1
@@ -69,13 +71,13 @@ def test_json_writes_no_infinity(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert ids["relative"] is None and ids["note"].startswith("shapes (")
 
 
-def test_the_tolerance_is_the_user_s(folder: Path) -> None:
+def test_the_tolerance_is_configurable(folder: Path) -> None:
     result = run("--model", folder, "--tolerance", "1e-9")
     assert result.exit_code == 1
     assert "vision.patch_embed" in result.stdout.splitlines()[-1]
 
 
-def test_without_transformers_there_is_one_clear_line(
+def test_missing_transformers_is_a_one_line_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)

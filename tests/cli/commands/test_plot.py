@@ -1,4 +1,4 @@
-"""`plot`: which curves a run's lines become, and what is said where there are none."""
+"""`plot`: curves of the records of a run, overlaid runs, resumed runs, and errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from tests.cli.conftest import Run
 Write = Callable[..., Path]
 
 
-def training(step: int, stage: str = "see", **facts: Any) -> dict[str, Any]:
-    families = {"text": {"loss": 2.0 / step, "exact": 0.5}, "shapes": {"loss": 1.0, "exact": 0.25}}
+def training(step: int, stage: str = "see", **values: Any) -> dict[str, Any]:
+    families = {
+        "text": {"loss": 2.0 / step, "exact_match": 0.5},
+        "shapes": {"loss": 1.0, "exact_match": 0.25},
+    }
     return {
         "step": step,
         "steps": 100,
@@ -28,14 +31,14 @@ def training(step: int, stage: str = "see", **facts: Any) -> dict[str, Any]:
         "tokens_per_second": 900.0,
         "data_wait": 0.01,
         "families": families,
-        **facts,
+        **values,
     }
 
 
-def probe(step: int, gain: float) -> dict[str, Any]:
+def evaluation(step: int, gain: float) -> dict[str, Any]:
     families = {"text": {"loss": 1.0, "vision_gain": gain}, "text_only": {"loss": 2.0}}
     found = {"loss": 1.5, "vision_gain": gain, "compared": 9, "families": families}
-    return {"step": step, "held_out": found, "mini": {"shapes": {"share_right": 0.5}}}
+    return {"step": step, "held_out": found, "mini": {"shapes": {"accuracy": 0.5}}}
 
 
 @pytest.fixture
@@ -51,40 +54,40 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Hear what would be drawn."""
-    heard: list[Any] = []
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record the arguments of draw_chart."""
+    calls: list[Any] = []
 
-    def draw(title: str, subtitle: str, panels: list[Panel]) -> Image.Image:
-        heard[:] = [title, subtitle, {panel.title: panel for panel in panels}]
+    def draw_chart(title: str, subtitle: str, panels: list[Panel]) -> Image.Image:
+        calls[:] = [title, subtitle, {panel.title: panel for panel in panels}]
         return Image.new("RGB", (2, 2))
 
-    monkeypatch.setattr(plot, "draw", draw)
-    return heard
+    monkeypatch.setattr(plot, "draw_chart", draw_chart)
+    return calls
 
 
-def test_a_run_becomes_a_picture(run: Run, write: Write, tmp_path: Path) -> None:
-    write("a", *(training(i) for i in range(10, 60, 10)), probe(50, 0.1))
+def test_a_run_is_plotted_to_an_image(run: Run, write: Write, tmp_path: Path) -> None:
+    write("a", *(training(i) for i in range(10, 60, 10)), evaluation(50, 0.1))
     result = run("plot", "a", "-o", "curves.png")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "curves.png\n"
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size[0] > 1000
-        assert len(picture.getcolors(1 << 20) or ()) > 50
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size[0] > 1000
+        assert len(image.getcolors(1 << 20) or ()) > 50
 
 
-def test_one_run_is_shown_with_its_families(run: Run, write: Write, shown: list[Any]) -> None:
-    write("a", training(10), training(20, mfu=0.4), probe(20, 0.1), training(30, "world"))
+def test_one_run_is_plotted_with_its_families(run: Run, write: Write, drawn: list[Any]) -> None:
+    write("a", training(10), training(20, mfu=0.4), evaluation(20, 0.1), training(30, "world"))
     run("plot", "a")
-    title, subtitle, panels = shown
+    title, subtitle, panels = drawn
     assert (title, subtitle) == ("a", "30 of 100 steps")
     assert list(panels) == [
         "Loss",
         "Held-out loss",
         "Vision gain",
-        "Right throughout",
+        "Exact match",
         "Gradient norm",
-        "Speed",
+        "Throughput",
         "MFU",
         "Waiting for data",
         "Mini suite",
@@ -99,49 +102,49 @@ def test_one_run_is_shown_with_its_families(run: Run, write: Write, shown: list[
     assert panels["MFU"].curves[0].points == [(20, 0.4)]
 
 
-def test_several_runs_are_laid_over_each_other(run: Run, write: Write, shown: list[Any]) -> None:
+def test_several_runs_are_overlaid(run: Run, write: Write, drawn: list[Any]) -> None:
     write("a", training(10))
-    write("b/a", training(10), training(40), probe(40, 0.2))
+    write("b/a", training(10), training(40), evaluation(40, 0.2))
     run("plot", "a", "b/a/metrics.jsonl", "b/a")
-    title, subtitle, panels = shown
+    title, subtitle, panels = drawn
     assert (title, subtitle) == ("a 1, metrics, a 3", "40 steps")
     assert [curve.name for curve in panels["Loss"].curves] == ["a 1", "metrics", "a 3"]
     assert [curve.name for curve in panels["Vision gain"].curves] == ["metrics", "a 3"]
     assert len({curve.color for curve in panels["Loss"].curves}) == 3
 
 
-def test_what_a_later_leg_took_back_is_forgotten(run: Run, write: Write, shown: list[Any]) -> None:
-    lines = [training(10), training(20, loss=9.0), probe(20, 9.0), training(30, loss=9.0)]
-    write("a", *lines, training(20, loss=1.0), probe(20, 1.0))
+def test_steps_repeated_after_a_resume_are_dropped(
+    run: Run, write: Write, drawn: list[Any]
+) -> None:
+    lines = [training(10), training(20, loss=9.0), evaluation(20, 9.0), training(30, loss=9.0)]
+    write("a", *lines, training(20, loss=1.0), evaluation(20, 1.0))
     run("plot", "a")
-    assert shown[2]["Loss"].curves[0].points == [(10, 0.3), (20, 1.0)]
-    assert shown[2]["Vision gain"].curves[0].points == [(20, 1.0)]
+    assert drawn[2]["Loss"].curves[0].points == [(10, 0.3), (20, 1.0)]
+    assert drawn[2]["Vision gain"].curves[0].points == [(20, 1.0)]
 
 
-def test_reports_without_any_target_leave_a_gap(run: Run, write: Write, shown: list[Any]) -> None:
+def test_reports_without_targets_are_skipped(run: Run, write: Write, drawn: list[Any]) -> None:
     write("a", training(10), training(20, loss=None, families={}), training(30))
     run("plot", "a")
-    assert [step for step, _ in shown[2]["Loss"].curves[0].points] == [10, 30]
+    assert [step for step, _ in drawn[2]["Loss"].curves[0].points] == [10, 30]
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere: cannot be read: No such file"),
-        (["empty"], "holds no report yet; the run writes one every log_every steps"),
+        (["empty"], "holds no report yet; the run writes one every logging_steps steps"),
         (["broken"], "broken/metrics.jsonl: line 2 is no line of metrics"),
         (["good", "-o", "x.pdf"], "-o x.pdf: give a name that ends in .png"),
         (["good", "-o", "no/where.png"], "-o no/where.png"),
         ([], "Missing argument 'RUN...'"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(
-    run: Run, write: Write, words: list[str], complaint: str
-) -> None:
+def test_errors_are_one_line(run: Run, write: Write, arguments: list[str], message: str) -> None:
     write("empty")
     write("good", training(1))
     (write("broken", training(1)) / "metrics.jsonl").open("a").write("[1]\n")
-    result = run("plot", *words)
+    result = run("plot", *arguments)
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert complaint in line
+    assert message in line

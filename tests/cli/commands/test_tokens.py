@@ -1,4 +1,4 @@
-"""`tokens`: the numbers are the processor's, the picture is what the model sees."""
+"""`tokens`: the numbers of the processor, and the pixels of the model input."""
 
 from __future__ import annotations
 
@@ -18,48 +18,50 @@ def rows(stdout: str) -> Rows:
     return {line[:8].strip(): line[9:] for line in stdout.splitlines()}
 
 
-def test_a_picture(run: Run, tiny_folder: Path, picture: Path) -> None:
-    result = run("tokens", "--model", tiny_folder, picture)
+def test_an_image(run: Run, tiny_folder: Path, image_file: Path) -> None:
+    result = run("tokens", "--model", tiny_folder, image_file)
     assert result.exit_code == 0
     assert rows(result.stdout) == {
         "file": "a photo.png",
-        "given": "150 x 100 pixels",
-        "seen": "140 x 112 pixels",
+        "original": "150 x 100 pixels",
+        "resized": "140 x 112 pixels",
         "grid": "1 x 8 x 10 patches (time, height, width)",
         "tokens": "20",
     }
     assert result.stderr == ""
 
 
-def test_limits_apply(run: Run, tiny_folder: Path, picture: Path) -> None:
-    result = run("tokens", "--model", tiny_folder, picture, "--max-pixels", 8 * 784)
+def test_limits_apply(run: Run, tiny_folder: Path, image_file: Path) -> None:
+    result = run("tokens", "--model", tiny_folder, image_file, "--max-pixels", 8 * 784)
     assert int(rows(result.stdout)["tokens"]) <= 8
 
 
-def test_the_written_picture_is_the_resized_one(run: Run, tiny_folder: Path, picture: Path) -> None:
-    run("tokens", "--model", tiny_folder, picture, "-o", "seen.png")
-    want = Image.open(picture).resize((140, 112), Image.Resampling.BICUBIC)
+def test_the_written_image_is_the_resized_one(
+    run: Run, tiny_folder: Path, image_file: Path
+) -> None:
+    run("tokens", "--model", tiny_folder, image_file, "-o", "seen.png")
+    want = Image.open(image_file).resize((140, 112), Image.Resampling.BICUBIC)
     assert np.array_equal(np.array(Image.open("seen.png")), np.array(want))
 
 
-def clip(path: Path, count: int) -> Path:
-    """Write a GIF whose frames are plain grays, half a second each."""
+def write_gif(path: Path, count: int) -> Path:
+    """Write a GIF of uniform gray frames, half a second each."""
     frames = [Image.new("RGB", (112, 112), (20 * i + 10,) * 3) for i in range(count)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
     return path
 
 
-def test_a_clip_becomes_a_contact_sheet(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
-    path = clip(tmp_path / "clip.gif", 5)
+def test_a_video_becomes_a_contact_sheet(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    path = write_gif(tmp_path / "clip.gif", 5)
     result = run("tokens", "--model", tiny_folder, "--kind", "video", path, "-o", "sheet.png")
     assert result.exit_code == 0, result.stderr
-    found = rows(result.stdout)
+    facts = rows(result.stdout)
     part = {"type": "video", "video": str(path)}
     item = load_processor(tiny_folder)([{"role": "user", "content": [part]}]).items[0]
-    assert found["tokens"] == f"{item.num_tokens:,}"
-    assert found["frames"].startswith(f"{len(item.frame_times)}, at 0.00, 0.50")
+    assert facts["tokens"] == f"{item.num_tokens:,}"
+    assert facts["frames"].startswith(f"{len(item.frame_timestamps)}, at 0.00, 0.50")
     sheet = Image.open("sheet.png")
-    height, width = item.size_seen
+    height, width = item.resized_size
     count = 2 * item.grid.t
     assert sheet.size == (min(8, count) * width, -(-count // 8) * (height + 18))
     grays = [sheet.getpixel((i * width + width // 2, height // 2)) for i in range(4)]
@@ -67,7 +69,7 @@ def test_a_clip_becomes_a_contact_sheet(run: Run, tiny_folder: Path, tmp_path: P
     assert len(set(grays)) == 4
 
 
-def test_files_that_are_neither_are_named(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+def test_files_of_another_type_are_errors(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "page.png").write_text("<!doctype html><p>404</p>")
     result = run("tokens", "--model", tiny_folder, "page.png")
     assert result.exit_code == 2
@@ -77,9 +79,9 @@ def test_files_that_are_neither_are_named(run: Run, tiny_folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("output", ["seen.xyz", "no/seen.png"])
-def test_outputs_that_cannot_be_are_refused_first(
-    run: Run, tiny_folder: Path, picture: Path, output: str
+def test_invalid_output_paths_are_errors_before_any_work(
+    run: Run, tiny_folder: Path, image_file: Path, output: str
 ) -> None:
-    result = run("tokens", "--model", tiny_folder, picture, "-o", output)
+    result = run("tokens", "--model", tiny_folder, image_file, "-o", output)
     assert result.exit_code == 2
     assert result.stdout == ""

@@ -1,4 +1,4 @@
-"""Sources: lines, lists, parquet and addresses read alike, in any order; damage is one line."""
+"""Sample sources: lines, lists, parquet and remote files read alike, in any order; errors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, BinaryIO
 import fsspec
 import pytest
 
-from qwen2vl.data.config import DataConfig, Source
-from qwen2vl.data.dataset import Corpus
+from qwen2vl.data.config import DataConfig, SourceConfig
+from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.data.formats import SampleError
-from qwen2vl.data.lengths import size_of
-from qwen2vl.data.preprocess import Measurer, Preparer
+from qwen2vl.data.lengths import measure_sample
+from qwen2vl.data.preprocess import HeaderPreprocessor, SamplePreprocessor
 from qwen2vl.data.sources import parquet
-from qwen2vl.data.sources.source import Samples, open_source
+from qwen2vl.data.sources.source import SampleSource, open_source
 from qwen2vl.data.storage import Storage
 from qwen2vl.errors import ConfigError, InputError
-from qwen2vl.processor.messages import normalize
+from qwen2vl.processor.messages import parse_messages
 from qwen2vl.synth import Mixture
-from tests.data.rows import conversation, data_of, write_rows
+from tests.data.rows import conversation, create_data_config, write_rows
 from tests.media import encoded, smooth
 from tests.tiny import tiny_processor, tiny_tokenizer
 
@@ -31,21 +31,21 @@ pq = pytest.importorskip("pyarrow.parquet")
 ROWS = [{"id": i, "text": f"page {i}", "more": None} for i in range(10)]
 
 
-def open_path(path: Path | str, folder: Path, **fields: Any) -> Samples:
-    source = Source(path=str(path), **fields)
+def open_path(path: Path | str, folder: Path, **fields: Any) -> SampleSource:
+    source = SourceConfig(path=str(path), **fields)
     return open_source(
         source,
         DataConfig(sources=(source,), max_tokens=64),
         tokenizer=tiny_tokenizer(),
-        cache=folder / "cache",
+        cache_dir=folder / "cache",
         seed=0,
         default_system=0.5,
     )
 
 
-def texts(source: Samples) -> list[str]:
-    backwards = {i: source.read(i) for i in reversed(range(len(source)))}
-    return [backwards[i].parts[0] for i in range(len(source))]  # type: ignore[union-attr]
+def texts(source: SampleSource) -> list[str]:
+    samples = {i: source.read(i) for i in reversed(range(len(source)))}
+    return [samples[i].parts[0] for i in range(len(source))]  # type: ignore[union-attr]
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], *, group: int = 4) -> Path:
@@ -55,7 +55,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], *, group: int = 4) -> 
 
 
 @pytest.mark.parametrize("kind", ["lines", "list", "parquet", "address"])
-def test_all_kinds_of_files_hold_the_same(tmp_path: Path, kind: str) -> None:
+def test_all_file_formats_give_the_same_samples(tmp_path: Path, kind: str) -> None:
     if kind == "lines":
         path: Path | str = write_rows(tmp_path / "rows.jsonl", ROWS)
     elif kind == "list":
@@ -69,29 +69,29 @@ def test_all_kinds_of_files_hold_the_same(tmp_path: Path, kind: str) -> None:
         path = f"memory://{tmp_path.name}/rows.jsonl"
     source = open_path(path, tmp_path)
     assert texts(source) == [f"page {i}" for i in range(10)]
-    assert texts(pickle.loads(pickle.dumps(source))) == texts(source)  # as workers get it
+    assert texts(pickle.loads(pickle.dumps(source))) == texts(source)  # as in a worker
     assert source.fingerprint() == open_path(path, tmp_path).fingerprint()
     name = "rows.parquet:2" if kind == "parquet" else "rows.jsonl:3"
     assert source.name(2).endswith(name)
 
 
-def test_a_pattern_or_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
+def test_a_pattern_or_a_folder_is_all_its_files_sorted(tmp_path: Path) -> None:
     for i in range(3):
         write_rows(tmp_path / "parts" / f"part-{2 - i}.jsonl", ROWS[i : i + 2])
-    wanted = ["page 2", "page 3", "page 1", "page 2", "page 0", "page 1"]
-    assert texts(open_path(tmp_path / "parts", tmp_path)) == wanted
+    expected = ["page 2", "page 3", "page 1", "page 2", "page 0", "page 1"]
+    assert texts(open_path(tmp_path / "parts", tmp_path)) == expected
     source = open_path(f"{tmp_path}/parts/part-*.jsonl", tmp_path)
-    assert texts(source) == wanted
+    assert texts(source) == expected
     assert source.name(3) == "part-1.jsonl:2"
 
 
-def test_another_content_has_another_name(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     before = open_path(path, tmp_path).fingerprint()
     assert open_path(write_rows(path, ROWS[1:]), tmp_path).fingerprint() != before
 
 
-def test_words_from_elsewhere_are_brought_once_for_each_version(tmp_path: Path) -> None:
+def test_remote_text_is_copied_once_per_version(tmp_path: Path) -> None:
     system = fsspec.filesystem("memory")
     address = f"/{tmp_path.name}/rows.jsonl"
     for letter in "ab":  # of the same size
@@ -101,17 +101,17 @@ def test_words_from_elsewhere_are_brought_once_for_each_version(tmp_path: Path) 
     assert len(list((tmp_path / "cache" / "text").iterdir())) == 2
 
 
-def test_parquet_brings_its_pictures_along(tmp_path: Path) -> None:
-    picture = {"bytes": encoded(smooth(56, 84)), "path": "a.png"}
-    row = {"images": [picture], "texts": [{"user": "what?", "assistant": "a cat"}]}
+def test_images_embedded_in_parquet_are_read(tmp_path: Path) -> None:
+    image = {"bytes": encoded(smooth(56, 84)), "path": "a.png"}
+    row = {"images": [image], "texts": [{"user": "what?", "assistant": "a cat"}]}
     source = open_path(write_parquet(tmp_path / "rows.parquet", [row] * 3), tmp_path)
-    made = Preparer(tiny_processor(), DataConfig(sources=(Source(path="x"),))).prepare(
-        source.read(1)
-    )
-    assert [item.size_seen for item in made.items] == [(56, 84)]
+    processed = SamplePreprocessor(
+        tiny_processor(), DataConfig(sources=(SourceConfig(path="x"),))
+    ).prepare(source.read(1))
+    assert [item.resized_size for item in processed.items] == [(56, 84)]
 
 
-def test_a_parquet_file_that_is_cut_short_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_a_truncated_parquet_file_is_refused_on_opening(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "rows.parquet", ROWS)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"rows.parquet cannot be read as parquet: .*cut short"):
@@ -120,28 +120,28 @@ def test_a_parquet_file_that_is_cut_short_is_refused_at_the_start(tmp_path: Path
         open_path(tmp_path / "none.parquet", tmp_path)
 
 
-def test_of_many_parquet_files_few_are_open(
+def test_the_number_of_open_parquet_files_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handles: list[BinaryIO] = []
-    plain = Storage.open
+    original = Storage.open
 
-    def told(self: Storage, address: str) -> BinaryIO:
-        handles.append(plain(self, address))
+    def recording_open(self: Storage, address: str) -> BinaryIO:
+        handles.append(original(self, address))
         return handles[-1]
 
-    monkeypatch.setattr(Storage, "open", told)
-    count = parquet.HANDLES + 4
+    monkeypatch.setattr(Storage, "open", recording_open)
+    count = parquet.MAX_OPEN_FILES + 4
     for i in range(count):
         write_parquet(tmp_path / "parts" / f"{i:02d}.parquet", [{"text": f"page {i}"}])
     source = open_path(tmp_path / "parts", tmp_path)
     assert all(handle.closed for handle in handles)
     for _ in range(2):
         assert texts(source) == [f"page {i}" for i in range(count)]
-    assert sum(not handle.closed for handle in handles) == parquet.HANDLES
+    assert sum(not handle.closed for handle in handles) == parquet.MAX_OPEN_FILES
 
 
-def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
+def test_a_damaged_row_group_affects_its_rows_only(tmp_path: Path) -> None:
     rows = [{"text": f"{i}" * 2000} for i in range(8)]
     path = tmp_path / "rows.parquet"
     table = pa.Table.from_pylist(rows)
@@ -155,43 +155,50 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     assert source.read(5).parts == ("5" * 2000,)  # type: ignore[union-attr]
 
 
-def test_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
+def test_files_of_mixed_formats_are_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "set" / "rows.jsonl", ROWS)
     write_parquet(tmp_path / "set" / "rows.parquet", ROWS)
     with pytest.raises(ConfigError, match="give files of one kind"):
         open_path(tmp_path / "set", tmp_path)
 
 
-def test_media_may_lie_at_an_address_and_are_measured_by_their_heads(tmp_path: Path) -> None:
+def test_remote_media_are_measured_by_their_headers(tmp_path: Path) -> None:
     system = fsspec.filesystem("memory")
     for i in range(3):
         system.pipe_file(f"/{tmp_path.name}/{i}.png", encoded(smooth(56 + 28 * i, 84)))
     rows = [conversation("<image>what?", "x", image=f"{i}.png") for i in range(4)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    sources = (Source(path=str(path), media=f"memory://{tmp_path.name}"),)
-    data = data_of(tmp_path, sources=sources, max_bad=0.5, bins=1, retries=0)
-    corpus = Corpus.open(data, tiny_processor(), seed=0)
-    examples, bad = corpus.read(range(4))
-    assert [e.input.items[0].size_seen for e in examples] == [(56, 84), (84, 84), (112, 84)]
+    sources = (SourceConfig(path=str(path), media_root=f"memory://{tmp_path.name}"),)
+    data = create_data_config(
+        tmp_path, sources=sources, max_bad_fraction=0.5, global_batch_size=1, max_retries=0
+    )
+    dataset = PackedDataset.open(data, tiny_processor(), seed=0)
+    examples, bad = dataset.read(range(4))
+    assert [e.input.items[0].resized_size for e in examples] == [(56, 84), (84, 84), (112, 84)]
     assert [(b.id, b.reason) for b in bad] == [("rows.jsonl:4", "missing")]
 
 
-def test_the_world_is_measured_without_drawing(tmp_path: Path) -> None:
+def test_synthetic_samples_are_measured_without_rendering(tmp_path: Path) -> None:
     families = {"shapes": 1.0, "motion": 1.0, "grounding": 1.0, "text_only": 1.0}
     mixture = Mixture(weights=families, canvas=(56, 112), clip_canvas=(56, 84))
-    data = DataConfig(sources=(Source(mixture=mixture, samples=12),))
+    data = DataConfig(sources=(SourceConfig(mixture=mixture, num_samples=12),))
     source = open_source(
         data.sources[0],
         data,
         tokenizer=tiny_tokenizer(),
-        cache=tmp_path,
+        cache_dir=tmp_path,
         seed=3,
         default_system=0.5,
     )
     assert len(source) == 12
     for i in range(12):
-        measured = size_of(source.read(i, pixels=False), Measurer(tiny_processor(), data))
-        made = Preparer(tiny_processor(), data).prepare(source.read(i))
+        measured = measure_sample(
+            source.read(i, pixels=False), HeaderPreprocessor(tiny_processor(), data)
+        )
+        processed = SamplePreprocessor(tiny_processor(), data).prepare(source.read(i))
         assert measured.bad is None
-        assert (measured.tokens, list(measured.grids)) == (len(made.input_ids), made.grids)
-    assert normalize(source.read(0).messages)  # type: ignore[union-attr]
+        assert (measured.tokens, list(measured.grids)) == (
+            len(processed.input_ids),
+            processed.grids,
+        )
+    assert parse_messages(source.read(0).messages)  # type: ignore[union-attr]

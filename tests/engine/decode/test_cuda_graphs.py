@@ -1,4 +1,4 @@
-"""Decode through fixed buffers gives what the ordinary step gives, whatever lies in the arena."""
+"""Decode through static buffers and CUDA graphs equals the model's forward, for any arena state."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from torch import Tensor
 from qwen2vl.engine import LLM
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.decode import cuda_graphs
-from qwen2vl.engine.decode.cuda_graphs import DecodeGraphs, StaticDecode
-from qwen2vl.engine.decode.decoder import Token
-from qwen2vl.engine.kv_cache.arena import Arena, Range
-from qwen2vl.engine.kv_cache.block_pool import BLOCK
+from qwen2vl.engine.decode.backend import DecodeToken
+from qwen2vl.engine.decode.cuda_graphs import CudaGraphDecode, StaticDecode
+from qwen2vl.engine.kv_cache.arena import KVArena, SlotRange
+from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE
 from qwen2vl.errors import ConfigError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model.attention import KVCache
 from tests.engine.test_runner import (
-    BUDGETS,
     CONVERSATIONS,
+    ENGINE_LIMITS,
     GREEDY,
     MODEL,
-    alone,
-    assert_same,
+    assert_same_completion,
     chat_until_interrupted,
-    fresh,
+    new_llm,
+    reference_completion,
 )
-from tests.varlen import with_varlen
+from tests.varlen import force_varlen
 
 CONFIG = MODEL.config.text
 
 
-class Replayed:
-    """What is recorded here: a call in place of a graph."""
+class FakeGraph:
+    """Stands in for a captured CUDA graph: replays a call."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
@@ -53,11 +53,11 @@ class Replayed:
         self.call()
 
 
-class Recorded(DecodeGraphs):
-    """Records as on a GPU, and keeps the same books."""
+class FakeCapture(CudaGraphDecode):
+    """Captures fake graphs with the bookkeeping of the GPU class."""
 
-    def _recorded(self, size: int, room: int) -> Any:
-        return Replayed(partial(self.forward, size, room))
+    def _capture(self, batch_size: int, kv_length: int) -> Any:
+        return FakeGraph(partial(self.forward, batch_size, kv_length))
 
     @property
     def num_replays(self) -> int:
@@ -65,19 +65,19 @@ class Recorded(DecodeGraphs):
 
 
 @contextmanager
-def in_arena(packs: bool, least_room: int = 64, **engine: Any) -> Iterator[LLM]:
-    """Set an LLM up as on a GPU: with torch's packed kernel, or as where torch has none."""
+def llm_with_arena(supports_varlen: bool, min_kv_length: int = 64, **engine: Any) -> Iterator[LLM]:
+    """Set up an LLM as on a GPU, with or without torch's varlen attention kernel."""
     with (
-        with_varlen() if packs else nullcontext(),
-        patch.object(cuda_graphs, "LEAST_ROOM", least_room),
+        force_varlen() if supports_varlen else nullcontext(),
+        patch.object(cuda_graphs, "MIN_KV_LENGTH", min_kv_length),
     ):
-        llm = fresh(**engine)
+        llm = new_llm(**engine)
         num_blocks = llm.scheduler.pool.num_blocks
-        llm._arena = Arena(CONFIG, num_blocks * BLOCK, torch.float32, torch.device("cpu"))
+        llm._arena = KVArena(CONFIG, num_blocks * BLOCK_SIZE, torch.float32, torch.device("cpu"))
         llm._arena.k_LKTC.fill_(torch.nan)
         llm._arena.v_LKTC.fill_(torch.nan)
-        llm._decode = Recorded(MODEL, llm._arena, llm.scheduler.limits.sequences)
-        llm._begin(num_blocks)
+        llm._decode_backend = FakeCapture(MODEL, llm._arena, llm.scheduler.limits.max_num_seqs)
+        llm._reset_engine(num_blocks)
         yield llm
 
 
@@ -88,15 +88,15 @@ def prompt(length: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def read(cache: KVCache, length: int, seed: int) -> None:
-    """Fill a cache with a prompt in the ordinary way; a range of an arena is a cache, too."""
+def prefill(cache: KVCache, length: int, seed: int) -> None:
+    """Fill a cache with a prompt by the model's forward; a range of an arena is a cache, too."""
     ids_T, positions_3T = prompt(length, seed)
     MODEL(ids_T, positions_3T, AttnMeta.build([length]), caches=[cache])
 
 
 @torch.inference_mode()
-def step_alone(cache: KVCache, token: int) -> Tensor:
-    """Decode one token in the ordinary way."""
+def decode_by_forward(cache: KVCache, token: int) -> Tensor:
+    """Decode one token by the model's forward."""
     ids_T, positions_3T = torch.tensor([token]), torch.full((3, 1), cache.length)
     meta = AttnMeta.build([1], [cache.length + 1])
     return MODEL.logits(MODEL(ids_T, positions_3T, meta, caches=[cache]))[0]
@@ -105,190 +105,215 @@ def step_alone(cache: KVCache, token: int) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
-    packs=st.booleans(),
-    least_room=st.sampled_from([1, 8, 512]),
+    supports_varlen=st.booleans(),
+    min_kv_length=st.sampled_from([1, 8, 512]),
 )
-def test_static_decode_is_the_ordinary_step(
-    lengths: list[int], packs: bool, least_room: int
+def test_static_decode_equals_the_forward(
+    lengths: list[int], supports_varlen: bool, min_kv_length: int
 ) -> None:
-    """Ragged rows, padded batches, rooms that are outgrown; every place but the rows is NaN."""
+    """Ragged lengths, padded batches, KV lengths that grow; all unused slots are NaN."""
     with (
-        with_varlen() if packs else nullcontext(),
-        patch.object(cuda_graphs, "LEAST_ROOM", least_room),
+        force_varlen() if supports_varlen else nullcontext(),
+        patch.object(cuda_graphs, "MIN_KV_LENGTH", min_kv_length),
     ):
-        arena = Arena(CONFIG, 128, torch.float32, torch.device("cpu"))
+        arena = KVArena(CONFIG, 128, torch.float32, torch.device("cpu"))
         arena.k_LKTC.fill_(torch.nan)
         arena.v_LKTC.fill_(torch.nan)
         decode = StaticDecode(MODEL, arena, 5)
-        rows: list[Range] = []
-        oracles: list[KVCache] = []
+        caches: list[SlotRange] = []
+        references: list[KVCache] = []
         for seed, length in enumerate(lengths):
-            rows.append(arena.reserve(None, length + 5, rows))
-            oracles.append(KVCache.allocate(CONFIG, length + 5, torch.float32, "cpu"))
-            read(rows[-1], length, seed)
-            read(oracles[-1], length, seed)
+            caches.append(arena.reserve(None, length + 5, caches))
+            references.append(KVCache.allocate(CONFIG, length + 5, torch.float32, "cpu"))
+            prefill(caches[-1], length, seed)
+            prefill(references[-1], length, seed)
         tokens = [3] * len(lengths)
         for _ in range(5):
             logits_RV = decode(
-                [Token(token, row.length, row) for token, row in zip(tokens, rows, strict=True)]
+                [
+                    DecodeToken(token, cache.length, cache)
+                    for token, cache in zip(tokens, caches, strict=True)
+                ]
             )
             want_RV = torch.stack(
-                [step_alone(oracle, token) for oracle, token in zip(oracles, tokens, strict=True)]
+                [
+                    decode_by_forward(reference, token)
+                    for reference, token in zip(references, tokens, strict=True)
+                ]
             )
             torch.testing.assert_close(logits_RV, want_RV, rtol=0, atol=1e-5)
             tokens = logits_RV.argmax(dim=1).tolist()
-            for row in rows:
-                row.length += 1
+            for cache in caches:
+                cache.length += 1
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_batched_in_an_arena_is_alone(packs: bool) -> None:
-    with in_arena(packs) as llm:
-        for index, one in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
-            assert_same(one, alone(index))
-        assert isinstance(llm._decode, Recorded) and llm._decode.num_replays > 3
+@pytest.mark.parametrize("supports_varlen", [True, False])
+def test_batched_in_an_arena_equals_alone(supports_varlen: bool) -> None:
+    with llm_with_arena(supports_varlen) as llm:
+        for index, completion in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
+            assert_same_completion(completion, reference_completion(index))
+        assert isinstance(llm._decode_backend, FakeCapture) and llm._decode_backend.num_replays > 3
 
 
 @settings(max_examples=12, deadline=None)
-@given(packs=st.booleans(), **BUDGETS)
-def test_no_budget_changes_an_answer_in_an_arena(
-    tokens: int, patches: int, sequences: int, cache: int, order: list[int], packs: bool
+@given(supports_varlen=st.booleans(), **ENGINE_LIMITS)
+def test_step_limits_do_not_change_the_output_in_an_arena(
+    max_num_batched_tokens: int,
+    max_num_encoder_patches: int,
+    max_num_seqs: int,
+    kv_cache_tokens: int,
+    order: list[int],
+    supports_varlen: bool,
 ) -> None:
-    """Rows freed and used again, copied, widened, moved, preempted; keys of others all around."""
-    budgets: dict[str, Any] = {
-        "max_step_tokens": tokens,
-        "max_step_patches": patches,
-        "max_sequences": sequences,
-        "cache_tokens": cache,
-        "vision_cache_bytes": 0,
+    """Ranges are freed, reused, copied, grown, moved and preempted, beside other requests' ones."""
+    limits: dict[str, Any] = {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_encoder_patches": max_num_encoder_patches,
+        "max_num_seqs": max_num_seqs,
+        "kv_cache_tokens": kv_cache_tokens,
+        "encoder_cache_bytes": 0,
     }
-    with in_arena(packs, least_room=32, **budgets) as llm:
+    with llm_with_arena(supports_varlen, min_kv_length=32, **limits) as llm:
         for _ in range(2):
-            answers = llm.chat([CONVERSATIONS[i] for i in order], GREEDY)
-            for index, one in zip(order, answers, strict=True):
-                assert_same(one, alone(index))
-        assert llm.scheduler.pool.num_busy == 0
+            completions = llm.chat([CONVERSATIONS[i] for i in order], GREEDY)
+            for index, completion in zip(order, completions, strict=True):
+                assert_same_completion(completion, reference_completion(index))
+        assert llm.scheduler.pool.num_used_blocks == 0
 
 
 def test_answers_stay_while_rows_are_moved() -> None:
-    """Of many lengths, so that what is free lies in pieces, none of them wide enough."""
+    """Outputs of many lengths fragment the free slots, so that no free range is long enough."""
     rng = random.Random(0)
-    wishes = [replace(GREEDY, max_tokens=count) for count in (4, 30, 70)]
-    with in_arena(False, max_sequences=3, cache_tokens=448) as llm:
+    params_choices = [replace(GREEDY, max_tokens=count) for count in (4, 30, 70)]
+    with llm_with_arena(False, max_num_seqs=3, kv_cache_tokens=448) as llm:
         assert llm._arena is not None
-        close_up = llm._arena._close_up
-        with patch.object(llm._arena, "_close_up", side_effect=close_up) as spy:
+        compact = llm._arena._compact
+        with patch.object(llm._arena, "_compact", side_effect=compact) as spy:
             for _ in range(6):
                 order = rng.sample(range(len(CONVERSATIONS)), 6)
-                params = [rng.choice(wishes) for _ in order]
-                answers = llm.chat([CONVERSATIONS[i] for i in order], params)
-                for index, wish, one in zip(order, params, answers, strict=True):
-                    assert_same(one, alone(index, wish))
+                params = [rng.choice(params_choices) for _ in order]
+                completions = llm.chat([CONVERSATIONS[i] for i in order], params)
+                for index, own_params, completion in zip(order, params, completions, strict=True):
+                    assert_same_completion(completion, reference_completion(index, own_params))
         assert spy.call_count > 2
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_guesses_go_the_ordinary_way(packs: bool) -> None:
-    with in_arena(packs, num_drafts=4) as llm:
+@pytest.mark.parametrize("supports_varlen", [True, False])
+def test_draft_tokens_are_verified_by_the_forward(supports_varlen: bool) -> None:
+    with llm_with_arena(supports_varlen, num_speculative_tokens=4) as llm:
         for _ in range(2):
-            for index, one in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
-                assert_same(one, alone(index))
+            for index, completion in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
+                assert_same_completion(completion, reference_completion(index))
 
 
-def test_an_adapter_goes_the_ordinary_way() -> None:
-    """A recorded step knows the model's own layers alone."""
-    with in_arena(False) as llm, patch.object(llm.runner, "decode", most=8) as decode:
-        (sequence,) = llm.sequences(llm.processor(CONVERSATIONS[0]), GREEDY)
-        adapter: Any = type("Adapter", (), {"gains": {}, "digest": b"1", "vision_digest": b""})()
-        sequence.adapter = adapter
-        llm.scheduler.add(sequence)
-        while llm.scheduler.has_work:
+def test_adapters_are_computed_by_the_forward() -> None:
+    """A captured step contains only the model's own layers."""
+    with (
+        llm_with_arena(False) as llm,
+        patch.object(llm.runner, "decode_backend", max_batch_size=8) as decode,
+    ):
+        (request,) = llm.create_requests(llm.processor(CONVERSATIONS[0]), GREEDY)
+        adapter: Any = type(
+            "LoraAdapter", (), {"deltas": {}, "digest": b"1", "vision_digest": b""}
+        )()
+        request.adapter = adapter
+        llm.scheduler.add_request(request)
+        while llm.scheduler.has_unfinished_requests:
             llm.step()
-        assert tuple(sequence.token_ids) == alone(0).token_ids
+        assert tuple(request.output_token_ids) == reference_completion(0).token_ids
         decode.assert_not_called()
 
 
-def test_an_interrupt_at_any_line_leaves_an_llm_with_an_arena_ready() -> None:
-    files = ("blocks.py", "scheduler.py", "runner.py", "llm.py", "arena.py", "graphs.py")
-    engine = {"cache_tokens": 480, "max_step_tokens": 64, "max_step_patches": 32}
-    with in_arena(False, **engine) as llm, patch("tests.engine.test_runner.FILES", files):
+def test_an_llm_with_an_arena_is_usable_after_an_interrupt_at_any_line() -> None:
+    files = (
+        "block_pool.py",
+        "scheduler.py",
+        "runner.py",
+        "llm.py",
+        "arena.py",
+        "cuda_graphs.py",
+    )
+    engine = {"kv_cache_tokens": 480, "max_num_batched_tokens": 64, "max_num_encoder_patches": 32}
+    with llm_with_arena(False, **engine) as llm, patch("tests.engine.test_runner.FILES", files):
         rng = random.Random(0)
         for _ in range(20):
             with pytest.raises(KeyboardInterrupt):
                 chat_until_interrupted(llm, rng)
             index = rng.randrange(6)
-            assert_same(llm.chat(CONVERSATIONS[index], GREEDY)[0], alone(index))
-            assert llm.scheduler.pool.num_busy == 0
+            assert_same_completion(
+                llm.chat(CONVERSATIONS[index], GREEDY)[0], reference_completion(index)
+            )
+            assert llm.scheduler.pool.num_used_blocks == 0
 
 
-def test_an_interrupt_between_moves_costs_what_is_kept_and_nothing_else() -> None:
-    wishes = [replace(GREEDY, max_tokens=count) for count in (4, 30, 70)] * 24
-    with in_arena(False, cache_tokens=448, max_sequences=3) as llm:
+def test_an_interrupt_while_caches_are_moved_loses_only_cached_blocks() -> None:
+    params = [replace(GREEDY, max_tokens=count) for count in (4, 30, 70)] * 24
+    with llm_with_arena(False, kv_cache_tokens=448, max_num_seqs=3) as llm:
         with (
-            patch.object(llm._arena, "_move", side_effect=KeyboardInterrupt),
+            patch.object(llm._arena, "_move_down", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
-            llm.chat(CONVERSATIONS * 9, wishes)
-        assert llm.runner.is_torn
-        for index, one in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
-            assert_same(one, alone(index))
-        assert not llm.runner.is_torn
+            llm.chat(CONVERSATIONS * 9, params)
+        assert llm.runner.is_inconsistent
+        for index, completion in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
+            assert_same_completion(completion, reference_completion(index))
+        assert not llm.runner.is_inconsistent
 
 
-def test_each_size_is_recorded_once_and_again_when_weights_are_others() -> None:
-    arena = Arena(CONFIG, 64, torch.float32, torch.device("cpu"))
-    decode = Recorded(MODEL, arena, 4)
-    with patch.object(cuda_graphs, "LEAST_ROOM", 8):
-        row = arena.reserve(None, 32, [])
+def test_each_batch_size_is_captured_once_and_again_after_a_weight_change() -> None:
+    arena = KVArena(CONFIG, 64, torch.float32, torch.device("cpu"))
+    decode = FakeCapture(MODEL, arena, 4)
+    with patch.object(cuda_graphs, "MIN_KV_LENGTH", 8):
+        cache = arena.reserve(None, 32, [])
         for length in range(9):
-            row.length = length
-            decode([Token(1, length, row)])
+            cache.length = length
+            decode([DecodeToken(1, length, cache)])
         assert sorted(decode._graphs) == [(1, 8), (1, 16)]
-        assert decode.num_replays == 7  # the first of a size is computed as it is
-        others = [row]
+        assert decode.num_replays == 7  # the first call of each size runs eagerly
+        caches = [cache]
         for length in (3, 5):
-            others.append(arena.reserve(None, 8, others))
-            others[-1].length = length
-        decode([Token(1, one.length, one) for one in others])
+            caches.append(arena.reserve(None, 8, caches))
+            caches[-1].length = length
+        decode([DecodeToken(1, one.length, one) for one in caches])
         assert sorted(decode._graphs) == [(1, 8), (1, 16), (4, 16)]
-    decode.forget()
+    decode.on_weights_changed()
     assert not decode._graphs
 
 
-def test_without_memory_to_record_steps_are_computed_as_they_are(
+def test_without_memory_to_capture_steps_run_eagerly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Full(Recorded):
-        def _recorded(self, size: int, room: int) -> Any:
+    class OutOfMemoryCapture(FakeCapture):
+        def _capture(self, batch_size: int, kv_length: int) -> Any:
             raise torch.OutOfMemoryError("full")
 
-    arena = Arena(CONFIG, 64, torch.float32, torch.device("cpu"))
-    row = arena.reserve(None, 32, [])
-    plain, full = StaticDecode(MODEL, arena, 1), Full(MODEL, arena, 1)
+    arena = KVArena(CONFIG, 64, torch.float32, torch.device("cpu"))
+    cache = arena.reserve(None, 32, [])
+    plain, full = StaticDecode(MODEL, arena, 1), OutOfMemoryCapture(MODEL, arena, 1)
     for length in range(3):
-        row.length = length
-        token = Token(1, length, row)
+        cache.length = length
+        token = DecodeToken(1, length, cache)
         assert torch.equal(full([token]), plain([token]))
-    said = [record for record in caplog.records if "is not recorded" in record.getMessage()]
-    assert len(said) == 1  # and it is not tried again
+    warnings = [record for record in caplog.records if "is not captured" in record.getMessage()]
+    assert len(warnings) == 1  # capture is not tried again
 
 
-def test_forgetting_forgets_the_recordings() -> None:
-    with in_arena(False) as llm:
+def test_reset_caches_drops_the_graphs() -> None:
+    with llm_with_arena(False) as llm:
         llm.chat(CONVERSATIONS[0], GREEDY)
-        assert isinstance(llm._decode, Recorded) and llm._decode._graphs
-        llm.forget()
-        assert not llm._decode._graphs
+        assert isinstance(llm._decode_backend, FakeCapture) and llm._decode_backend._graphs
+        llm.reset_caches()
+        assert not llm._decode_backend._graphs
 
 
-def test_graphs_are_on_or_off() -> None:
-    assert EngineConfig().graphs and not EngineConfig(graphs=False).graphs
-    with pytest.raises(ConfigError, match="graphs: got 2, must be True or False"):
-        EngineConfig(graphs=2)  # type: ignore[arg-type]
+def test_cuda_graphs_is_a_bool() -> None:
+    assert EngineConfig().cuda_graphs and not EngineConfig(cuda_graphs=False).cuda_graphs
+    with pytest.raises(ConfigError, match="cuda_graphs: got 2, must be True or False"):
+        EngineConfig(cuda_graphs=2)  # type: ignore[arg-type]
 
 
-def test_on_the_cpu_there_is_neither_arena_nor_recording() -> None:
-    llm = fresh()
-    assert llm._arena is None and llm._decode is None
+def test_on_the_cpu_there_is_neither_arena_nor_cuda_graph() -> None:
+    llm = new_llm()
+    assert llm._arena is None and llm._decode_backend is None
     llm.chat(CONVERSATIONS[0], GREEDY)
-    assert not any(isinstance(cache, Range) for cache in llm.runner.caches.values())
+    assert not any(isinstance(cache, SlotRange) for cache in llm.runner.caches.values())

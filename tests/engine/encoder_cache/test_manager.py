@@ -1,4 +1,4 @@
-"""Rows of items in work: any packing and any cut gives those of the item alone, each made once."""
+"""Encoder cache manager: chunked encoding equals encoding at once, and items are encoded once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.engine.encoder_cache.manager import VisionShelf
-from qwen2vl.engine.encoder_cache.memory_cache import VisionCache
-from qwen2vl.engine.encoder_cache.weights_digest import VisionWeights
-from qwen2vl.engine.scheduler.output import Slices
+from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
+from qwen2vl.engine.encoder_cache.memory_cache import EmbeddingCache
+from qwen2vl.engine.encoder_cache.weights_digest import VisionWeightsDigest
+from qwen2vl.engine.scheduler.output import EncoderChunk
 from qwen2vl.geometry import Grid, VisionMeta
-from qwen2vl.lora.multi import AdapterSwitch
+from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item
-from tests.parity.oracle import random_model
+from tests.parity.reference import random_model
 from tests.tiny import tiny_config
 
 MODEL = random_model(tiny_config())
@@ -33,47 +33,52 @@ def item(grid: Grid, seed: int = 0) -> Item:
         grid=grid,
         digest=f"{seed} {grid}".encode().ljust(32),
         name="item",
-        size_given=(14 * grid.h, 14 * grid.w),
-        size_seen=(14 * grid.h, 14 * grid.w),
+        original_size=(14 * grid.h, 14 * grid.w),
+        resized_size=(14 * grid.h, 14 * grid.w),
     )
 
 
-def shelf(model: Qwen2VL = MODEL, *, max_bytes: int = 10**6) -> VisionShelf:
-    cache = VisionCache(max_bytes=max_bytes)
-    weights = VisionWeights(model, lasting=False)
-    return VisionShelf(model, cache, weights, AdapterSwitch(model))
+def make_manager(model: Qwen2VL = MODEL, *, max_bytes: int = 10**6) -> EncoderCacheManager:
+    cache = EmbeddingCache(max_bytes=max_bytes)
+    weights = VisionWeightsDigest(model, persistent=False)
+    return EncoderCacheManager(model, cache, weights, LoraManager(model))
 
 
 @torch.inference_mode()
-def alone(one: Item, model: Qwen2VL = MODEL) -> Tensor:
-    return model.encode(one.patches_NP, VisionMeta.build([one.grid]))
+def encode_alone(visual_item: Item, model: Qwen2VL = MODEL) -> Tensor:
+    return model.encode(visual_item.patches_NP, VisionMeta.build([visual_item.grid]))
 
 
-def whole(one: Item) -> list[Slices]:
-    return [Slices(one, 0, one.grid.t)]
+def whole_item(visual_item: Item) -> list[EncoderChunk]:
+    return [EncoderChunk(visual_item, 0, visual_item.grid.t)]
 
 
-def encode(held: VisionShelf, slices: Sequence[Slices]) -> None:
+def encode(manager: EncoderCacheManager, chunks: Sequence[EncoderChunk]) -> None:
     with torch.inference_mode():
-        held.encode(slices)
+        manager.encode(chunks)
 
 
-def steps(
-    items: Sequence[Item], budget: int, choose: Callable[[Sequence[int]], int]
-) -> Iterator[list[Slices]]:
-    """Encode items in steps of at most `budget` patches; `choose` says whose turn it is."""
-    done = [0] * len(items)
-    while left := [i for i, one in enumerate(items) if done[i] < one.grid.t]:
-        step: list[Slices] = []
-        room = budget
-        while left:
-            i = left.pop(choose(range(len(left))))
-            area = items[i].grid.h * items[i].grid.w
-            count = min(items[i].grid.t - done[i], max(room // area, 0 if step else 1))
+def encoder_steps(
+    items: Sequence[Item], budget: int, choose_next: Callable[[Sequence[int]], int]
+) -> Iterator[list[EncoderChunk]]:
+    """Yield the encoder chunks of steps of at most `budget` patches; `choose_next` picks items."""
+    num_encoded = [0] * len(items)
+    while remaining := [
+        i for i, visual_item in enumerate(items) if num_encoded[i] < visual_item.grid.t
+    ]:
+        step: list[EncoderChunk] = []
+        num_patches_left = budget
+        while remaining:
+            i = remaining.pop(choose_next(range(len(remaining))))
+            patches_per_pair = items[i].grid.h * items[i].grid.w
+            count = min(
+                items[i].grid.t - num_encoded[i],
+                max(num_patches_left // patches_per_pair, 0 if step else 1),
+            )
             if count:
-                step.append(Slices(items[i], done[i], done[i] + count))
-                done[i] += count
-                room -= count * area
+                step.append(EncoderChunk(items[i], num_encoded[i], num_encoded[i] + count))
+                num_encoded[i] += count
+                num_patches_left -= count * patches_per_pair
         yield step
 
 
@@ -83,143 +88,153 @@ grids = st.builds(
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), shapes=st.lists(grids, min_size=1, max_size=4), budget=st.integers(1, 400))
-def test_any_packing_and_any_cut_is_exact(
-    data: st.DataObject, shapes: list[Grid], budget: int
+@given(
+    data=st.data(), item_grids=st.lists(grids, min_size=1, max_size=4), budget=st.integers(1, 400)
+)
+def test_any_packing_into_chunks_is_exact(
+    data: st.DataObject, item_grids: list[Grid], budget: int
 ) -> None:
-    items = [item(grid, seed) for seed, grid in enumerate(shapes)]
-    held = shelf()
-    for one in items:
-        held.hold(one)
-    turns = steps(items, budget, lambda choices: data.draw(st.sampled_from(choices)))
-    for step in turns:
-        areas = [(s.stop - s.start) * s.item.grid.h * s.item.grid.w for s in step]
-        assert sum(areas) <= budget or sum(s.stop - s.start for s in step) == 1
-        encode(held, step)
-    for one in items:
-        assert held.ready(one) == one.grid.t
-        torch.testing.assert_close(held.rows(one), alone(one), rtol=1e-6, atol=2e-6)
-        cached = held.cache.get(held._keys[one.digest])
+    items = [item(grid, seed) for seed, grid in enumerate(item_grids)]
+    manager = make_manager()
+    for visual_item in items:
+        manager.acquire(visual_item)
+    schedule = encoder_steps(items, budget, lambda choices: data.draw(st.sampled_from(choices)))
+    for step in schedule:
+        num_patches = [(s.stop - s.start) * s.item.grid.h * s.item.grid.w for s in step]
+        assert sum(num_patches) <= budget or sum(s.stop - s.start for s in step) == 1
+        encode(manager, step)
+    for visual_item in items:
+        assert manager.num_encoded_frame_pairs(visual_item) == visual_item.grid.t
+        torch.testing.assert_close(
+            manager.embeddings(visual_item), encode_alone(visual_item), rtol=1e-6, atol=2e-6
+        )
+        cached = manager.cache.get(manager._keys[visual_item.digest])
         assert cached is not None
-        assert torch.equal(cached, held.rows(one))
+        assert torch.equal(cached, manager.embeddings(visual_item))
 
 
-def test_rows_of_finished_slices_stand_while_others_are_missing() -> None:
-    clip = item(Grid(4, 4, 6))
-    held = shelf()
-    held.hold(clip)
-    assert held.ready(clip) == 0
+def test_embeddings_of_encoded_chunks_are_available_before_the_rest() -> None:
+    video = item(Grid(4, 4, 6))
+    manager = make_manager()
+    manager.acquire(video)
+    assert manager.num_encoded_frame_pairs(video) == 0
     for stop in (1, 3):
-        encode(held, [Slices(clip, held.ready(clip), stop)])
-        assert held.ready(clip) == stop
-        torch.testing.assert_close(held.rows(clip)[: 6 * stop], alone(clip)[: 6 * stop])
+        encode(manager, [EncoderChunk(video, manager.num_encoded_frame_pairs(video), stop)])
+        assert manager.num_encoded_frame_pairs(video) == stop
+        torch.testing.assert_close(
+            manager.embeddings(video)[: 6 * stop], encode_alone(video)[: 6 * stop]
+        )
 
 
-def test_a_long_clip_is_never_in_the_tower_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    tower = Qwen2VL.encode
+def test_a_long_video_is_encoded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_encoded_patches: list[int] = []
+    encode_method = Qwen2VL.encode
 
-    def watched(model: Qwen2VL, patches_NP: Tensor, meta: VisionMeta) -> Tensor:
-        seen.append(len(patches_NP))
-        return tower(model, patches_NP, meta)
+    def counting_encode(model: Qwen2VL, patches_NP: Tensor, meta: VisionMeta) -> Tensor:
+        num_encoded_patches.append(len(patches_NP))
+        return encode_method(model, patches_NP, meta)
 
-    monkeypatch.setattr(Qwen2VL, "encode", watched)
-    clip = item(Grid(40, 4, 4))
-    held = shelf()
-    held.hold(clip)
-    for step in steps([clip], 100, lambda choices: choices[0]):
-        encode(held, step)
-    assert seen == [96, 96, 96, 96, 96, 96, 64]
-
-
-def test_what_two_requests_show_is_encoded_once_and_stays_until_both_let_go() -> None:
-    one = item(Grid(1, 4, 4))
-    held = shelf(max_bytes=0)
-    held.hold(one)
-    held.hold(one)
-    encode(held, whole(one))
-    held.release(one)
-    assert held.ready(one) == 1
-    assert held.cache.pinned_bytes == held.rows(one).nbytes == held.cache.stats.num_bytes
-    held.release(one)
-    assert held.ready(one) == held.cache.stats.num_bytes == 0
-    with pytest.raises(AssertionError, match="released more often than held"):
-        held.release(one)
+    monkeypatch.setattr(Qwen2VL, "encode", counting_encode)
+    video = item(Grid(40, 4, 4))
+    manager = make_manager()
+    manager.acquire(video)
+    for step in encoder_steps([video], 100, lambda choices: choices[0]):
+        encode(manager, step)
+    assert num_encoded_patches == [96, 96, 96, 96, 96, 96, 64]
 
 
-def test_a_known_item_is_ready_when_it_is_held() -> None:
-    one, clip = item(Grid(1, 4, 4)), item(Grid(3, 2, 4))
-    held = shelf()
-    for which in (one, clip):
-        held.hold(which)
-        encode(held, whole(which))
-        rows_MD = held.rows(which)
-        held.release(which)
-        held.hold(which)
-        assert held.ready(which) == which.grid.t
-        assert torch.equal(held.rows(which), rows_MD)
+def test_a_shared_item_is_encoded_once_and_kept_until_both_requests_release_it() -> None:
+    visual_item = item(Grid(1, 4, 4))
+    manager = make_manager(max_bytes=0)
+    manager.acquire(visual_item)
+    manager.acquire(visual_item)
+    encode(manager, whole_item(visual_item))
+    manager.release(visual_item)
+    assert manager.num_encoded_frame_pairs(visual_item) == 1
+    assert (
+        manager.cache.pinned_bytes
+        == manager.embeddings(visual_item).nbytes
+        == manager.cache.stats.num_bytes
+    )
+    manager.release(visual_item)
+    assert manager.num_encoded_frame_pairs(visual_item) == manager.cache.stats.num_bytes == 0
+    with pytest.raises(AssertionError, match="released more often than acquired"):
+        manager.release(visual_item)
 
 
-def test_half_a_clip_given_up_is_begun_again() -> None:
-    clip = item(Grid(4, 2, 4))
-    held = shelf()
-    held.hold(clip)
-    encode(held, [Slices(clip, 0, 2)])
-    held.release(clip)
-    encode(held, [Slices(clip, 2, 4)])  # planned before it was given up
-    held.hold(clip)
-    assert held.ready(clip) == 0
-    encode(held, whole(clip))
-    torch.testing.assert_close(held.rows(clip), alone(clip))
+def test_a_cached_item_is_available_when_acquired() -> None:
+    visual_item, video = item(Grid(1, 4, 4)), item(Grid(3, 2, 4))
+    manager = make_manager()
+    for acquired in (visual_item, video):
+        manager.acquire(acquired)
+        encode(manager, whole_item(acquired))
+        vision_MD = manager.embeddings(acquired)
+        manager.release(acquired)
+        manager.acquire(acquired)
+        assert manager.num_encoded_frame_pairs(acquired) == acquired.grid.t
+        assert torch.equal(manager.embeddings(acquired), vision_MD)
 
 
-def test_a_retrained_model_is_not_served_stale_rows() -> None:
+def test_a_partly_encoded_video_is_discarded_on_release() -> None:
+    video = item(Grid(4, 2, 4))
+    manager = make_manager()
+    manager.acquire(video)
+    encode(manager, [EncoderChunk(video, 0, 2)])
+    manager.release(video)
+    encode(manager, [EncoderChunk(video, 2, 4)])  # scheduled before it was released
+    manager.acquire(video)
+    assert manager.num_encoded_frame_pairs(video) == 0
+    encode(manager, whole_item(video))
+    torch.testing.assert_close(manager.embeddings(video), encode_alone(video))
+
+
+def test_embeddings_of_a_retrained_model_are_not_reused() -> None:
     model = random_model(tiny_config())
-    one = item(Grid(1, 4, 4))
-    held = shelf(model)
-    held.hold(one)
-    encode(held, whole(one))
-    stale = held.rows(one)
-    held.release(one)
-    loss = model.encode(one.patches_NP, VisionMeta.build([one.grid])).square().sum()
+    visual_item = item(Grid(1, 4, 4))
+    manager = make_manager(model)
+    manager.acquire(visual_item)
+    encode(manager, whole_item(visual_item))
+    stale = manager.embeddings(visual_item)
+    manager.release(visual_item)
+    loss = model.encode(visual_item.patches_NP, VisionMeta.build([visual_item.grid])).square().sum()
     loss.backward()
     torch.optim.AdamW(model.visual.parameters(), lr=0.1, fused=True).step()
-    held.hold(one)
-    assert held.ready(one) == 0
-    encode(held, whole(one))
-    torch.testing.assert_close(held.rows(one), alone(one, model))
-    assert (held.rows(one) - stale).abs().max() > 0.1
+    manager.acquire(visual_item)
+    assert manager.num_encoded_frame_pairs(visual_item) == 0
+    encode(manager, whole_item(visual_item))
+    torch.testing.assert_close(manager.embeddings(visual_item), encode_alone(visual_item, model))
+    assert (manager.embeddings(visual_item) - stale).abs().max() > 0.1
 
 
-def test_rows_of_weights_that_changed_on_the_way_are_not_kept() -> None:
-    """Not under the new name, and not under the old one, which may come back."""
+def test_embeddings_of_weights_that_changed_during_encoding_are_not_cached() -> None:
+    """Neither under the new digest nor under the old one, whose weights may be restored."""
     model = random_model(tiny_config())
     old = {name: value.clone() for name, value in model.state_dict().items()}
-    clip = item(Grid(2, 2, 4))
-    weights = VisionWeights(model, lasting=True)
-    held = VisionShelf(model, VisionCache(), weights, AdapterSwitch(model))
-    held.hold(clip)
-    encode(held, [Slices(clip, 0, 1)])
+    video = item(Grid(2, 2, 4))
+    weights = VisionWeightsDigest(model, persistent=True)
+    manager = EncoderCacheManager(model, EmbeddingCache(), weights, LoraManager(model))
+    manager.acquire(video)
+    encode(manager, [EncoderChunk(video, 0, 1)])
     with torch.no_grad():
         model.visual.merger.ln_q.weight.mul_(2)
-    encode(held, [Slices(clip, 1, 2)])
-    held.release(clip)
+    encode(manager, [EncoderChunk(video, 1, 2)])
+    manager.release(video)
     for _ in range(2):
-        held.hold(clip)
-        assert held.ready(clip) == 0
-        held.release(clip)
+        manager.acquire(video)
+        assert manager.num_encoded_frame_pairs(video) == 0
+        manager.release(video)
         model.load_state_dict(old)
 
 
 def test_a_failed_step_leaves_items_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = item(Grid(3, 2, 4))
-    held = shelf()
-    held.hold(clip)
-    encode(held, [Slices(clip, 0, 1)])
+    video = item(Grid(3, 2, 4))
+    manager = make_manager()
+    manager.acquire(video)
+    encode(manager, [EncoderChunk(video, 0, 1)])
     with monkeypatch.context() as patch:
         patch.setattr(Qwen2VL, "encode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            encode(held, [Slices(clip, 1, 3)])
-    assert held.ready(clip) == 1
-    encode(held, [Slices(clip, 1, 3)])
-    torch.testing.assert_close(held.rows(clip), alone(clip))
+            encode(manager, [EncoderChunk(video, 1, 3)])
+    assert manager.num_encoded_frame_pairs(video) == 1
+    encode(manager, [EncoderChunk(video, 1, 3)])
+    torch.testing.assert_close(manager.embeddings(video), encode_alone(video))

@@ -1,4 +1,4 @@
-"""Rows as ranges of one memory: nobody's numbers change, whoever comes, grows, moves or goes."""
+"""KV cache arena: ranges keep their content while others are allocated, grown, moved and freed."""
 
 from __future__ import annotations
 
@@ -11,149 +11,171 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.engine.kv_cache.arena import Arena, PackedRows, Range
+from qwen2vl.engine.kv_cache.arena import KVArena, SlotRange, VarlenKVCache
 from qwen2vl.errors import CapacityError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model.attention import KVCache, attention
 from tests.tiny import tiny_config
-from tests.varlen import with_varlen
+from tests.varlen import force_varlen
 
 CONFIG = tiny_config().text
 TOKENS = 24
 
 
-def arena_of(num_tokens: int = TOKENS) -> Arena:
-    arena = Arena(CONFIG, num_tokens, torch.float32, torch.device("cpu"))
+def make_arena(num_tokens: int = TOKENS) -> KVArena:
+    arena = KVArena(CONFIG, num_tokens, torch.float32, torch.device("cpu"))
     arena.k_LKTC.fill_(torch.nan)
     arena.v_LKTC.fill_(torch.nan)
     return arena
 
 
-def fill(row: KVCache, mark: float) -> None:
-    """Make every token of a row full and recognizable."""
-    steps_Z1 = torch.arange(row.capacity)[:, None] + 1000 * mark
-    row.k_LKZC[:] = steps_Z1
-    row.v_LKZC[:] = -steps_Z1
-    row.length = row.capacity
+def fill(slot_range: KVCache, mark: float) -> None:
+    """Fill all slots of a range with recognizable values."""
+    values_Z1 = torch.arange(slot_range.capacity)[:, None] + 1000 * mark
+    slot_range.k_LKZC[:] = values_Z1
+    slot_range.v_LKZC[:] = -values_Z1
+    slot_range.length = slot_range.capacity
 
 
-def assert_holds(row: KVCache, mark: float, count: int) -> None:
-    want_Z1 = torch.arange(count)[:, None] + 1000 * mark
-    assert (row.k_LKZC[:, :, :count] == want_Z1).all()
-    assert (row.v_LKZC[:, :, :count] == -want_Z1).all()
+def assert_content(slot_range: KVCache, mark: float, count: int) -> None:
+    expected_Z1 = torch.arange(count)[:, None] + 1000 * mark
+    assert (slot_range.k_LKZC[:, :, :count] == expected_Z1).all()
+    assert (slot_range.v_LKZC[:, :, :count] == -expected_Z1).all()
 
 
 @settings(max_examples=120)
 @given(data=st.data())
-def test_rows_keep_what_they_hold(data: st.DataObject) -> None:
-    arena, rows, marks = arena_of(), dict[int, Range](), 0
-    held: dict[int, int] = {}
+def test_ranges_keep_their_content(data: st.DataObject) -> None:
+    arena, allocated, last_mark = make_arena(), dict[int, SlotRange](), 0
+    lengths: dict[int, int] = {}
     for _ in range(data.draw(st.integers(1, 25))):
-        free = TOKENS - sum(row.capacity for row in rows.values())
+        free = TOKENS - sum(slot_range.capacity for slot_range in allocated.values())
         kind = data.draw(st.sampled_from(["new", "grow", "free"]))
         if kind == "new" and free:
-            marks += 1
-            rows[marks] = arena.reserve(None, data.draw(st.integers(1, free)), rows.values())
-            assert rows[marks].length == 0
-            fill(rows[marks], marks)
-            held[marks] = rows[marks].capacity
-        elif rows:
-            mark = data.draw(st.sampled_from(sorted(rows)))
+            last_mark += 1
+            allocated[last_mark] = arena.reserve(
+                None, data.draw(st.integers(1, free)), allocated.values()
+            )
+            assert allocated[last_mark].length == 0
+            fill(allocated[last_mark], last_mark)
+            lengths[last_mark] = allocated[last_mark].capacity
+        elif allocated:
+            mark = data.draw(st.sampled_from(sorted(allocated)))
             if kind == "free":
-                del rows[mark], held[mark]
+                del allocated[mark], lengths[mark]
             else:
-                old = rows[mark]
-                wider = old.capacity + data.draw(st.integers(0, free))
-                rows[mark] = arena.reserve(old, wider, rows.values())
-                assert (rows[mark].capacity, rows[mark].length) == (wider, old.length)
-        for mark, row in rows.items():
-            assert_holds(row, mark, held[mark])
-        used = [t for row in rows.values() for t in range(row.start, row.start + row.capacity)]
+                old = allocated[mark]
+                grown = old.capacity + data.draw(st.integers(0, free))
+                allocated[mark] = arena.reserve(old, grown, allocated.values())
+                assert (allocated[mark].capacity, allocated[mark].length) == (grown, old.length)
+        for mark, slot_range in allocated.items():
+            assert_content(slot_range, mark, lengths[mark])
+        used = [
+            t
+            for slot_range in allocated.values()
+            for t in range(slot_range.start, slot_range.start + slot_range.capacity)
+        ]
         assert len(set(used)) == len(used) and all(0 <= token < TOKENS for token in used)
-    assert not arena.is_torn
+    assert not arena.is_inconsistent
 
 
-def test_a_row_widens_where_it_is_if_nobody_stands_behind_it() -> None:
-    arena = arena_of()
-    row = arena.reserve(None, 4, [])
-    fill(row, 1)
-    wider = arena.reserve(row, 9, [row])
-    assert wider.start == row.start == 0 and wider.k_LKZC.data_ptr() == row.k_LKZC.data_ptr()
-    assert wider.length == 4
+def test_a_range_grows_in_place_if_the_slots_behind_it_are_free() -> None:
+    arena = make_arena()
+    slot_range = arena.reserve(None, 4, [])
+    fill(slot_range, 1)
+    grown = arena.reserve(slot_range, 9, [slot_range])
+    assert (
+        grown.start == slot_range.start == 0
+        and grown.k_LKZC.data_ptr() == slot_range.k_LKZC.data_ptr()
+    )
+    assert grown.length == 4
 
 
-def test_a_freed_place_is_used_again() -> None:
-    arena = arena_of()
+def test_freed_slots_are_reused() -> None:
+    arena = make_arena()
     first = arena.reserve(None, 8, [])
     second = arena.reserve(None, 8, [first])
     third = arena.reserve(None, 8, [first, second])
     assert arena.reserve(None, 6, [first, third]).start == second.start
 
 
-def test_an_interrupt_while_rows_move_is_known_afterwards() -> None:
-    arena = arena_of(12)
-    rows = [arena.reserve(None, 4, [])]
-    rows.append(arena.reserve(None, 4, rows))
-    del rows[0]
+def test_an_interrupt_during_compaction_marks_the_arena_inconsistent() -> None:
+    arena = make_arena(12)
+    allocated = [arena.reserve(None, 4, [])]
+    allocated.append(arena.reserve(None, 4, allocated))
+    del allocated[0]
     with (
-        patch.object(arena, "_move", side_effect=KeyboardInterrupt),
+        patch.object(arena, "_move_down", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
-        arena.reserve(None, 8, rows)
-    assert arena.is_torn
+        arena.reserve(None, 8, allocated)
+    assert arena.is_inconsistent
 
 
-def test_more_than_the_device_has_is_refused_by_its_numbers() -> None:
+def test_out_of_device_memory_is_a_capacity_error_with_the_size() -> None:
     with (
         patch("torch.empty", side_effect=torch.OutOfMemoryError),
-        pytest.raises(CapacityError, match=r"4,194,304 tokens take 1\.0 GiB.*lower cache_tokens"),
+        pytest.raises(
+            CapacityError, match=r"4,194,304 tokens take 1\.0 GiB.*lower kv_cache_tokens"
+        ),
     ):
-        Arena(CONFIG, 4 * 2**20, torch.bfloat16, torch.device("cpu"))
+        KVArena(CONFIG, 4 * 2**20, torch.bfloat16, torch.device("cpu"))
 
 
-def numbers(tokens: int, heads: int, seed: int) -> Tensor:
+def random_heads(tokens: int, heads: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, heads, CONFIG.head_dim, generator=generator)
 
 
 @settings(max_examples=40)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), min_size=1, max_size=4),
-    packs=st.booleans(),
-    room=st.integers(0, 1),
+    allocated=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), min_size=1, max_size=4),
+    supports_varlen=st.booleans(),
+    num_spare=st.integers(0, 1),
 )
-def test_attention_over_ranges_is_attention_row_by_row(
-    rows: list[tuple[int, int]], packs: bool, room: int
+def test_batch_cache_equals_per_sequence_caches(
+    allocated: list[tuple[int, int]], supports_varlen: bool, num_spare: int
 ) -> None:
-    """Each row has a past and new tokens, one each for the plain way; the rest is no number."""
-    rows = rows if packs else [(past, 1) for past, _ in rows]
-    news, totals = [new for _, new in rows], [past + new for past, new in rows]
+    """Cached and new tokens per sequence, one new token each without varlen; free slots are NaN."""
+    allocated = allocated if supports_varlen else [(num_cached, 1) for num_cached, _ in allocated]
+    num_new, seq_lens = (
+        [num_new_tokens for _, num_new_tokens in allocated],
+        [num_cached + num_new_tokens for num_cached, num_new_tokens in allocated],
+    )
     heads, kv_heads = CONFIG.num_attention_heads, CONFIG.num_key_value_heads
     q_THC, k_TKC, v_TKC = (
-        numbers(sum(news), count, seed) for seed, count in enumerate((heads, kv_heads, kv_heads))
+        random_heads(sum(num_new), count, seed)
+        for seed, count in enumerate((heads, kv_heads, kv_heads))
     )
-    meta = AttnMeta.build(news, totals)
-    with with_varlen() if packs else nullcontext():
-        arena = arena_of(32)
-        ranges: list[Range] = []
-        oracles = [KVCache.allocate(CONFIG, total, torch.float32, "cpu") for total in totals]
-        for index, (past, _) in enumerate(rows):
-            ranges.append(arena.reserve(None, totals[index] + room, ranges))
-            before = numbers(past, kv_heads, 3 + index), numbers(past, kv_heads, 40 + index)
-            for cache in (ranges[index], oracles[index]):
-                cache.layer(1).append(*before)
-                cache.length = past
-        starts = torch.tensor([arena.start(row) for row in ranges])
-        slots = [
-            torch.arange(row.start + past, row.start + past + new)
-            for row, (past, new) in zip(ranges, rows, strict=True)
+    meta = AttnMeta.build(num_new, seq_lens)
+    with force_varlen() if supports_varlen else nullcontext():
+        arena = make_arena(32)
+        ranges: list[SlotRange] = []
+        references = [
+            KVCache.allocate(CONFIG, seq_len, torch.float32, "cpu") for seq_len in seq_lens
         ]
-        view = arena.rows(meta, starts, torch.tensor(totals), torch.cat(slots))
-        assert isinstance(view, PackedRows) is packs
-        got_THC = view.layer(1)(q_THC, k_TKC, v_TKC)
-    layers = [oracle.layer(1) for oracle in oracles]
-    want_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_caches=layers)
-    torch.testing.assert_close(got_THC, want_THC, rtol=1e-5, atol=2e-6)
-    for row, oracle, total in zip(ranges, oracles, totals, strict=True):
-        assert torch.equal(row.k_LKZC[1, :, :total], oracle.k_LKZC[1])
-        assert torch.equal(row.v_LKZC[1, :, :total], oracle.v_LKZC[1])
+        for index, (num_cached, _) in enumerate(allocated):
+            ranges.append(arena.reserve(None, seq_lens[index] + num_spare, ranges))
+            cached_kv = (
+                random_heads(num_cached, kv_heads, 3 + index),
+                random_heads(num_cached, kv_heads, 40 + index),
+            )
+            for cache in (ranges[index], references[index]):
+                cache.layer(1).append(*cached_kv)
+                cache.length = num_cached
+        starts = torch.tensor([arena.first_slot(slot_range) for slot_range in ranges])
+        slots = [
+            torch.arange(
+                slot_range.start + num_cached, slot_range.start + num_cached + num_new_tokens
+            )
+            for slot_range, (num_cached, num_new_tokens) in zip(ranges, allocated, strict=True)
+        ]
+        batch_cache_view = arena.batch_cache(meta, starts, torch.tensor(seq_lens), torch.cat(slots))
+        assert isinstance(batch_cache_view, VarlenKVCache) is supports_varlen
+        got_THC = batch_cache_view.layer(1)(q_THC, k_TKC, v_TKC)
+    layers = [reference.layer(1) for reference in references]
+    expected_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_caches=layers)
+    torch.testing.assert_close(got_THC, expected_THC, rtol=1e-5, atol=2e-6)
+    for slot_range, reference, seq_len in zip(ranges, references, seq_lens, strict=True):
+        assert torch.equal(slot_range.k_LKZC[1, :, :seq_len], reference.k_LKZC[1])
+        assert torch.equal(slot_range.v_LKZC[1, :, :seq_len], reference.v_LKZC[1])

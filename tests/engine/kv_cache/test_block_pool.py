@@ -1,4 +1,4 @@
-"""Blocks are conserved, keys tell pictures apart, and a beginning found again is the same one."""
+"""Block pool: blocks are conserved, block hashes cover images, and cached prefixes are correct."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from qwen2vl.engine.kv_cache.block_pool import BLOCK, BlockPool, Copy, Free, KeyChain, Reserve, Row
+from qwen2vl.engine.kv_cache.block_pool import (
+    BLOCK_SIZE,
+    BlockHashes,
+    BlockPool,
+    CacheAllocation,
+    CopySlots,
+    FreeSlots,
+    ReserveSlots,
+)
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item, ModelInput
 
-PAD = 5
+PLACEHOLDER = 5
 
 
-def prompt(*parts: int | tuple[Grid, bytes]) -> ModelInput:
-    """Tokens, and pictures as (grid, digest)."""
+def prompt(*hashes: int | tuple[Grid, bytes]) -> ModelInput:
+    """Build a ModelInput of token ids, and images given as (grid, digest)."""
     ids: list[int] = []
     items: list[Item] = []
-    pads: list[int] = []
-    for part in parts:
+    placeholders: list[int] = []
+    for part in hashes:
         if isinstance(part, int):
             ids.append(part)
             continue
@@ -31,246 +39,256 @@ def prompt(*parts: int | tuple[Grid, bytes]) -> ModelInput:
             grid=grid,
             digest=digest,
             name="x",
-            size_given=(1, 1),
-            size_seen=(1, 1),
+            original_size=(1, 1),
+            resized_size=(1, 1),
         )
         items.append(item)
-        pads += range(len(ids), len(ids) + item.num_tokens)
-        ids += [PAD] * item.num_tokens
+        placeholders += range(len(ids), len(ids) + item.num_tokens)
+        ids += [PLACEHOLDER] * item.num_tokens
     return ModelInput(
         input_ids=ids,
         items=tuple(items),
         position_ids_3T=torch.arange(len(ids)).expand(3, -1),
         rope_delta=0,
-        pad_index_M=torch.tensor(pads, dtype=torch.int64),
+        placeholder_index_M=torch.tensor(placeholders, dtype=torch.int64),
     )
 
 
-def keys(*parts: int | tuple[Grid, bytes]) -> list[bytes]:
-    given = prompt(*parts)
-    return KeyChain(given).extend(given.input_ids)
+def hashes_of(*hashes: int | tuple[Grid, bytes]) -> list[bytes]:
+    model_input = prompt(*hashes)
+    return BlockHashes(model_input).extend(model_input.input_ids)
 
 
-def test_only_full_blocks_have_keys_and_each_holds_all_before_it() -> None:
-    short, long = keys(*range(2 * BLOCK - 1)), keys(*range(3 * BLOCK))
+def test_only_full_blocks_are_hashed_and_a_hash_covers_all_preceding_blocks() -> None:
+    short, long = hashes_of(*range(2 * BLOCK_SIZE - 1)), hashes_of(*range(3 * BLOCK_SIZE))
     assert (len(short), len(long)) == (1, 3)
     assert short[0] == long[0]
-    other = keys(7, *range(1, 3 * BLOCK))
-    assert not set(other) & set(long)
+    others = hashes_of(7, *range(1, 3 * BLOCK_SIZE))
+    assert not set(others) & set(long)
 
 
-def test_keys_come_as_tokens_come() -> None:
-    given = prompt(*range(BLOCK))
-    chain = KeyChain(given)
-    chain.extend(given.input_ids)
-    ids = [*given.input_ids, *range(100, 100 + BLOCK)]
-    assert chain.extend(ids) == keys(*ids)
+def test_hashes_are_extended_incrementally() -> None:
+    model_input = prompt(*range(BLOCK_SIZE))
+    block_hashes = BlockHashes(model_input)
+    block_hashes.extend(model_input.input_ids)
+    ids = [*model_input.input_ids, *range(100, 100 + BLOCK_SIZE)]
+    assert block_hashes.extend(ids) == hashes_of(*ids)
 
 
-def test_pictures_of_one_size_are_told_apart_by_their_pixels() -> None:
+def test_hashes_distinguish_images_of_one_size_by_digest() -> None:
     grid = Grid(1, 4 * 4, 2 * 4)  # 32 tokens
-    one, other = (
-        keys(1, (grid, b"a" * 32), *range(BLOCK)),
-        keys(1, (grid, b"b" * 32), *range(BLOCK)),
+    one, others = (
+        hashes_of(1, (grid, b"a" * 32), *range(BLOCK_SIZE)),
+        hashes_of(1, (grid, b"b" * 32), *range(BLOCK_SIZE)),
     )
-    assert not set(one) & set(other)
-    before = keys(*range(BLOCK), (grid, b"a" * 32))
-    assert before[0] == keys(*range(BLOCK), (grid, b"b" * 32))[0]  # it ends before the picture
+    assert not set(one) & set(others)
+    before = hashes_of(*range(BLOCK_SIZE), (grid, b"a" * 32))
+    # The first block ends before the image.
+    assert before[0] == hashes_of(*range(BLOCK_SIZE), (grid, b"b" * 32))[0]
 
 
-def test_a_block_inside_a_picture_says_where_in_it() -> None:
-    """Two pictures whose borders fall differently, while every block holds pads alone."""
+def test_hashes_cover_the_offset_of_a_block_within_an_image() -> None:
+    """Two images with different borders, while every block holds placeholders only."""
     small, large = (Grid(1, 8, 8), b"a" * 32), (Grid(1, 16, 8), b"b" * 32)  # 16 and 32 tokens
-    one = keys(*([1] * 16), small, large, *([2] * 16))
-    two = keys(*([1] * 16), (Grid(1, 8, 8), b"b" * 32), (Grid(1, 16, 8), b"a" * 32), *([2] * 16))
+    one = hashes_of(*([1] * 16), small, large, *([2] * 16))
+    two = hashes_of(
+        *([1] * 16), (Grid(1, 8, 8), b"b" * 32), (Grid(1, 16, 8), b"a" * 32), *([2] * 16)
+    )
     assert not set(one) & set(two)
 
 
-def filled(pool: BlockPool, parts: list[bytes]) -> Row:
-    claimed = pool.claim(parts, len(parts))
-    assert claimed is not None
-    row, _ = claimed
-    pool.record(row, parts)
-    return row
+def allocate_and_fill(pool: BlockPool, hashes: list[bytes]) -> CacheAllocation:
+    result = pool.allocate(hashes, len(hashes))
+    assert result is not None
+    allocation, _ = result
+    pool.cache_full_blocks(allocation, hashes)
+    return allocation
 
 
-def test_a_row_at_rest_is_taken_over_by_what_continues_it() -> None:
-    pool, parts = BlockPool(10), keys(*range(4 * BLOCK))
-    row = filled(pool, parts[:3])
-    pool.release(row)
-    pool.orders.clear()
-    claimed = pool.claim(parts, 5)
-    assert claimed == (row, 3)
-    assert list(pool.orders) == [Reserve(row.number, 5 * BLOCK)]  # nothing is copied
+def test_a_cached_allocation_is_reused_by_a_request_that_extends_it() -> None:
+    pool, hashes = BlockPool(10), hashes_of(*range(4 * BLOCK_SIZE))
+    allocation = allocate_and_fill(pool, hashes[:3])
+    pool.release(allocation)
+    pool.cache_operations.clear()
+    result = pool.allocate(hashes, 5)
+    assert result == (allocation, 3)
+    # Nothing is copied.
+    assert list(pool.cache_operations) == [ReserveSlots(allocation.id, 5 * BLOCK_SIZE)]
 
 
-def test_what_only_begins_alike_copies_the_beginning() -> None:
-    pool, parts = BlockPool(10), keys(*range(4 * BLOCK))
-    row = filled(pool, parts)
-    pool.release(row)
-    pool.orders.clear()
-    claimed = pool.claim(parts[:2], 3)
-    assert claimed is not None
-    branch, held = claimed
-    assert held == 2 and branch is not row
-    assert list(pool.orders) == [
-        Reserve(branch.number, 3 * BLOCK),
-        Copy(row.number, branch.number, 2 * BLOCK),
+def test_a_shared_prefix_is_copied() -> None:
+    pool, hashes = BlockPool(10), hashes_of(*range(4 * BLOCK_SIZE))
+    allocation = allocate_and_fill(pool, hashes)
+    pool.release(allocation)
+    pool.cache_operations.clear()
+    result = pool.allocate(hashes[:2], 3)
+    assert result is not None
+    copy, num_cached = result
+    assert num_cached == 2 and copy is not allocation
+    assert list(pool.cache_operations) == [
+        ReserveSlots(copy.id, 3 * BLOCK_SIZE),
+        CopySlots(allocation.id, copy.id, 2 * BLOCK_SIZE),
     ]
-    assert pool.match(parts) == 4  # the first one is still there
+    assert pool.match_prefix(hashes) == 4  # the first one is still there
 
 
-def test_without_room_the_source_itself_is_cut() -> None:
-    pool, parts = BlockPool(4), keys(*range(4 * BLOCK))
-    row = filled(pool, parts)
-    pool.release(row)
-    assert pool.claim(parts[:2], 4) == (row, 2)
-    assert pool.match(parts) == 2
+def test_without_free_blocks_the_source_itself_is_truncated() -> None:
+    pool, hashes = BlockPool(4), hashes_of(*range(4 * BLOCK_SIZE))
+    allocation = allocate_and_fill(pool, hashes)
+    pool.release(allocation)
+    assert pool.allocate(hashes[:2], 4) == (allocation, 2)
+    assert pool.match_prefix(hashes) == 2
 
 
-def test_a_beginning_in_use_is_copied_too() -> None:
-    pool, parts = BlockPool(10), keys(*range(3 * BLOCK))
-    row = filled(pool, parts)
-    claimed = pool.claim(parts, 4)
-    assert claimed is not None and claimed[1] == 3 and claimed[0] is not row
+def test_a_prefix_in_use_is_copied() -> None:
+    pool, hashes = BlockPool(10), hashes_of(*range(3 * BLOCK_SIZE))
+    allocation = allocate_and_fill(pool, hashes)
+    result = pool.allocate(hashes, 4)
+    assert result is not None and result[1] == 3 and result[0] is not allocation
 
 
-def test_a_copy_is_made_from_the_oldest_row_that_holds_it() -> None:
-    """A younger one may hold no more than a copy that memory has yet to be found for."""
-    pool, parts = BlockPool(12), keys(*range(4 * BLOCK))
-    oldest = filled(pool, parts)
+def test_a_prefix_is_copied_from_the_oldest_allocation() -> None:
+    """A younger one may itself be waiting for its copy operation."""
+    pool, hashes = BlockPool(12), hashes_of(*range(4 * BLOCK_SIZE))
+    oldest = allocate_and_fill(pool, hashes)
     for _ in range(2):
-        pool.orders.clear()
-        claimed = pool.claim(parts[:2], 3)
-        assert claimed is not None and claimed[1] == 2
-        assert pool.orders[1] == Copy(oldest.number, claimed[0].number, 2 * BLOCK)
+        pool.cache_operations.clear()
+        result = pool.allocate(hashes[:2], 3)
+        assert result is not None and result[1] == 2
+        assert pool.cache_operations[1] == CopySlots(oldest.id, result[0].id, 2 * BLOCK_SIZE)
 
 
-def test_of_rows_at_rest_that_end_alike_the_newest_is_taken_and_the_other_copied() -> None:
-    pool, parts = BlockPool(10), keys(*range(2 * BLOCK))
-    older, newer = filled(pool, parts), filled(pool, parts)
+def test_of_equal_cached_allocations_the_newest_is_reused_and_the_older_copied() -> None:
+    pool, hashes = BlockPool(10), hashes_of(*range(2 * BLOCK_SIZE))
+    older, newer = allocate_and_fill(pool, hashes), allocate_and_fill(pool, hashes)
     pool.release(older)
     pool.release(newer)
-    assert pool.claim(parts, 3) == (newer, 2)
-    pool.orders.clear()
-    claimed = pool.claim(parts, 3)
-    assert claimed is not None and claimed[1] == 2
-    assert pool.orders[1] == Copy(older.number, claimed[0].number, 2 * BLOCK)
+    assert pool.allocate(hashes, 3) == (newer, 2)
+    pool.cache_operations.clear()
+    result = pool.allocate(hashes, 3)
+    assert result is not None and result[1] == 2
+    assert pool.cache_operations[1] == CopySlots(older.id, result[0].id, 2 * BLOCK_SIZE)
 
 
-def test_the_longest_at_rest_goes_first() -> None:
+def test_eviction_is_lru() -> None:
     pool = BlockPool(4)
-    old, new = (filled(pool, keys(i, *range(1, 2 * BLOCK))) for i in (100, 200))
-    old_keys, new_keys = list(old.keys), list(new.keys)
+    old, new = (
+        allocate_and_fill(pool, hashes_of(i, *range(1, 2 * BLOCK_SIZE))) for i in (100, 200)
+    )
+    old_hashes, new_hashes = list(old.block_hashes), list(new.block_hashes)
     pool.release(old)
     pool.release(new)
-    pool.orders.clear()
-    assert pool.claim([], 2) is not None
-    assert pool.orders[0] == Free(old.number)
-    assert pool.match(old_keys) == 0
-    assert pool.match(new_keys) == 2
+    pool.cache_operations.clear()
+    assert pool.allocate([], 2) is not None
+    assert pool.cache_operations[0] == FreeSlots(old.id)
+    assert pool.match_prefix(old_hashes) == 0
+    assert pool.match_prefix(new_hashes) == 2
 
 
-def test_no_room_is_none_and_changes_nothing() -> None:
+def test_a_failed_allocation_changes_nothing() -> None:
     pool = BlockPool(4)
-    row = filled(pool, keys(*range(3 * BLOCK)))
-    pool.orders.clear()
-    assert pool.claim([], 2) is None
-    assert not pool.grow(row, 5)
-    assert (pool.num_free, pool.num_busy, list(pool.orders)) == (1, 3, [])
+    allocation = allocate_and_fill(pool, hashes_of(*range(3 * BLOCK_SIZE)))
+    pool.cache_operations.clear()
+    assert pool.allocate([], 2) is None
+    assert not pool.grow(allocation, 5)
+    assert (pool.num_free_blocks, pool.num_used_blocks, list(pool.cache_operations)) == (1, 3, [])
 
 
-class Pool(RuleBasedStateMachine):
-    """Claim, fill, grow, release in any order, beside a memory that carries the orders out."""
+class BlockPoolMachine(RuleBasedStateMachine):
+    """Allocate, fill, grow, release in any order, executing the operations on a dict."""
 
     CAPACITY = 12
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(self.CAPACITY)
-        self.memory: dict[int, list[bytes]] = {}  # row -> what its blocks really hold
-        self.room: dict[int, int] = {}
-        self.busy: dict[int, tuple[Row, list[bytes]]] = {}
+        self.memory: dict[int, list[bytes]] = {}  # allocation id -> actual content of its blocks
+        self.capacity: dict[int, int] = {}
+        self.in_use: dict[int, tuple[CacheAllocation, list[bytes]]] = {}
 
-    def carry_out(self) -> None:
-        for order in self.pool.orders:
-            match order:
-                case Reserve(number, tokens):
-                    assert self.room.get(number, 0) < tokens // BLOCK
-                    self.memory.setdefault(number, [])
-                    self.room[number] = tokens // BLOCK
-                case Copy(source, target, tokens):
-                    assert len(self.memory[source]) >= tokens // BLOCK
-                    self.memory[target] = self.memory[source][: tokens // BLOCK]
-                case Free(number):
-                    del self.memory[number], self.room[number]
-        self.pool.orders.clear()
+    def execute_operations(self) -> None:
+        for operation in self.pool.cache_operations:
+            match operation:
+                case ReserveSlots(allocation_id, tokens):
+                    assert self.capacity.get(allocation_id, 0) < tokens // BLOCK_SIZE
+                    self.memory.setdefault(allocation_id, [])
+                    self.capacity[allocation_id] = tokens // BLOCK_SIZE
+                case CopySlots(source, target, tokens):
+                    assert len(self.memory[source]) >= tokens // BLOCK_SIZE
+                    self.memory[target] = self.memory[source][: tokens // BLOCK_SIZE]
+                case FreeSlots(allocation_id):
+                    del self.memory[allocation_id], self.capacity[allocation_id]
+        self.pool.cache_operations.clear()
 
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=5), more=st.integers(0, 3))
-    def claim(self, ids: list[int], more: int) -> None:
-        chain = keys(*(i for i in ids for _ in range(BLOCK)))
-        claimed = self.pool.claim(chain, len(chain) + more)
-        self.carry_out()
-        if claimed is None:
+    def allocate(self, ids: list[int], more: int) -> None:
+        block_hashes = hashes_of(*(i for i in ids for _ in range(BLOCK_SIZE)))
+        result = self.pool.allocate(block_hashes, len(block_hashes) + more)
+        self.execute_operations()
+        if result is None:
             return
-        row, held = claimed
-        assert self.memory[row.number][:held] == chain[:held]
-        self.memory[row.number] = list(chain)  # the rest is computed
-        self.pool.record(row, chain)
-        self.busy[row.number] = (row, chain)
+        allocation, num_cached = result
+        assert self.memory[allocation.id][:num_cached] == block_hashes[:num_cached]
+        self.memory[allocation.id] = list(block_hashes)  # the rest is computed
+        self.pool.cache_full_blocks(allocation, block_hashes)
+        self.in_use[allocation.id] = (allocation, block_hashes)
 
-    @precondition(lambda self: self.busy)
+    @precondition(lambda self: self.in_use)
     @rule(data=st.data(), more=st.integers(1, 3))
     def grow(self, data: st.DataObject, more: int) -> None:
-        row, _ = data.draw(st.sampled_from(list(self.busy.values())))
-        before = row.num_blocks
-        grown = self.pool.grow(row, before + more)
-        self.carry_out()
-        assert row.num_blocks == before + (more if grown else 0)
+        allocation, _ = data.draw(st.sampled_from(list(self.in_use.values())))
+        before = allocation.num_blocks
+        grown = self.pool.grow(allocation, before + more)
+        self.execute_operations()
+        assert allocation.num_blocks == before + (more if grown else 0)
 
-    @precondition(lambda self: self.busy)
+    @precondition(lambda self: self.in_use)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        row, _ = self.busy.pop(data.draw(st.sampled_from(list(self.busy))))
-        self.pool.release(row)
-        self.carry_out()
+        allocation, _ = self.in_use.pop(data.draw(st.sampled_from(list(self.in_use))))
+        self.pool.release(allocation)
+        self.execute_operations()
 
     @invariant()
     def blocks_are_conserved(self) -> None:
-        assert sum(self.room.values()) + self.pool.num_free == self.CAPACITY
-        assert self.pool.num_free >= 0
-        assert self.pool.num_busy == sum(row.num_blocks for row, _ in self.busy.values())
+        assert sum(self.capacity.values()) + self.pool.num_free_blocks == self.CAPACITY
+        assert self.pool.num_free_blocks >= 0
+        assert self.pool.num_used_blocks == sum(
+            allocation.num_blocks for allocation, _ in self.in_use.values()
+        )
 
     @invariant()
-    def rows_in_use_hold_what_they_computed(self) -> None:
-        for number, (row, chain) in self.busy.items():
-            assert self.memory[number] == chain == row.keys
+    def allocations_in_use_keep_their_content(self) -> None:
+        for allocation_id, (allocation, block_hashes) in self.in_use.items():
+            assert self.memory[allocation_id] == block_hashes == allocation.block_hashes
 
 
-Pool.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestPool = Pool.TestCase
+BlockPoolMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None
+)
+TestBlockPoolMachine = BlockPoolMachine.TestCase
 
 
-def test_giving_up_what_rests_frees_everything() -> None:
+def test_reset_prefix_cache_frees_all_evictable_blocks() -> None:
     pool = BlockPool(6)
-    row = filled(pool, keys(*range(3 * BLOCK)))
-    pool.release(row)
-    pool.clear()
-    assert pool.num_free == 6
-    assert pool.orders[-1] == Free(row.number)
+    allocation = allocate_and_fill(pool, hashes_of(*range(3 * BLOCK_SIZE)))
+    pool.release(allocation)
+    pool.reset_prefix_cache()
+    assert pool.num_free_blocks == 6
+    assert pool.cache_operations[-1] == FreeSlots(allocation.id)
 
 
-def test_an_empty_row_does_not_rest() -> None:
+def test_an_allocation_without_full_blocks_is_not_cached() -> None:
     pool = BlockPool(6)
-    claimed = pool.claim([], 2)
-    assert claimed is not None
-    pool.release(claimed[0])
-    assert pool.num_free == 6
+    result = pool.allocate([], 2)
+    assert result is not None
+    pool.release(result[0])
+    assert pool.num_free_blocks == 6
 
 
-def test_only_rows_in_use_grow() -> None:
+def test_only_allocations_in_use_can_grow() -> None:
     pool = BlockPool(6)
-    row = filled(pool, keys(*range(BLOCK)))
-    pool.release(row)
+    allocation = allocate_and_fill(pool, hashes_of(*range(BLOCK_SIZE)))
+    pool.release(allocation)
     with pytest.raises(AssertionError, match="in use"):
-        pool.grow(row, 2)
+        pool.grow(allocation, 2)

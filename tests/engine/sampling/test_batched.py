@@ -1,4 +1,4 @@
-"""All at once and one by one the samplers choose the same, with the same draws."""
+"""Batched sampling chooses the same tokens as sampling one by one, with the same draws."""
 
 from __future__ import annotations
 
@@ -14,110 +14,116 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2vl.engine import runner
-from qwen2vl.engine.sampling.batched import choose
-from qwen2vl.engine.sampling.sampler import Rule, Sampler
+from qwen2vl.engine.sampling.batched import sample_batch
+from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams, Sampler
 from qwen2vl.errors import EngineError
-from tests.engine.test_runner import CONVERSATIONS, fresh
+from tests.engine.test_runner import CONVERSATIONS, new_llm
 from tests.engine.test_runner import GREEDY as REPORTED
 
 CPU = torch.device("cpu")
-SIZE = 97
+VOCAB_SIZE = 97
 
-RULES = st.builds(
-    Rule,
+PARAMS = st.builds(
+    ResolvedSamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
-    top_k=st.sampled_from([0, 1, 2, 7, SIZE - 1, SIZE, 500]),
+    top_k=st.sampled_from([0, 1, 2, 7, VOCAB_SIZE - 1, VOCAB_SIZE, 500]),
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
 )
 
 
-def sampler_of(rule: Rule, seed: int = 0, **options: int) -> Sampler:
-    return Sampler(rule, [1, 2], vocab_size=SIZE, device=CPU, seed=seed, **options)
+def make_sampler(resolved: ResolvedSamplingParams, seed: int = 0, **options: int) -> Sampler:
+    return Sampler(resolved, [1, 2], vocab_size=VOCAB_SIZE, device=CPU, seed=seed, **options)
 
 
-def rule(temperature: float = 1.0, **more: float) -> Rule:
-    return Rule(**{"temperature": temperature, "top_k": 0, "top_p": 1.0, **more})  # type: ignore[arg-type]
+def resolved(temperature: float = 1.0, **fields: float) -> ResolvedSamplingParams:
+    fields = {"temperature": temperature, "top_k": 0, "top_p": 1.0, **fields}
+    return ResolvedSamplingParams(**fields)  # type: ignore[arg-type]
 
 
 def draw_logits(rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(rows, SIZE, generator=generator)).to(dtype)
+    return (3 * torch.randn(rows, VOCAB_SIZE, generator=generator)).to(dtype)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    rules=st.lists(RULES, min_size=1, max_size=6),
+    batch_params=st.lists(PARAMS, min_size=1, max_size=6),
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_at_once_is_one_by_one(rules: list[Rule], seed: int, dtype: torch.dtype) -> None:
-    """Over several steps, so that draws that were spent or kept too long would be noticed."""
-    together = [sampler_of(one, seed + n) for n, one in enumerate(rules)]
-    alone = [sampler_of(one, seed + n) for n, one in enumerate(rules)]
+def test_batched_sampling_equals_sampling_one_by_one(
+    batch_params: list[ResolvedSamplingParams], seed: int, dtype: torch.dtype
+) -> None:
+    """Over several steps, so that random numbers used twice or skipped are detected."""
+    together = [make_sampler(params, seed + n) for n, params in enumerate(batch_params)]
+    one_by_one = [make_sampler(params, seed + n) for n, params in enumerate(batch_params)]
     for step in range(4):
-        logits_RV = draw_logits(len(rules), seed + step, dtype)
-        want = [one.sample(logits_V)[0] for one, logits_V in zip(alone, logits_RV, strict=True)]
-        assert choose(together, logits_RV) == want
+        logits_RV = draw_logits(len(batch_params), seed + step, dtype)
+        expected = [
+            sampler.sample(logits_V)[0]
+            for sampler, logits_V in zip(one_by_one, logits_RV, strict=True)
+        ]
+        assert sample_batch(together, logits_RV) == expected
 
 
-@pytest.mark.parametrize("one", [rule(top_k=3), rule(top_p=0.5), rule(min_p=1.0)])
-def test_ties_at_an_edge_all_stay(one: Rule) -> None:
-    logits_RV = torch.full((1, SIZE), -math.inf)
-    logits_RV[0, 10:18] = 2.0  # eight of the same
-    together, alone = sampler_of(one), sampler_of(one)
+@pytest.mark.parametrize("params", [resolved(top_k=3), resolved(top_p=0.5), resolved(min_p=1.0)])
+def test_ties_at_a_threshold_are_all_kept(params: ResolvedSamplingParams) -> None:
+    logits_RV = torch.full((1, VOCAB_SIZE), -math.inf)
+    logits_RV[0, 10:18] = 2.0  # eight tied logits
+    together, one_by_one = make_sampler(params), make_sampler(params)
     drawn: set[int] = set()
     for _ in range(200):
-        (token,) = choose([together], logits_RV)
-        assert token == alone.sample(logits_RV[0])[0]
+        (token,) = sample_batch([together], logits_RV)
+        assert token == one_by_one.sample(logits_RV[0])[0]
         assert isinstance(token, int)
         drawn.add(token)
     assert drawn == set(range(10, 18))
 
 
-def test_the_draws_follow_the_weights() -> None:
-    logits_RV = torch.full((1, SIZE), -math.inf)
+def test_draws_follow_the_probabilities() -> None:
+    logits_RV = torch.full((1, VOCAB_SIZE), -math.inf)
     logits_RV[0, 5], logits_RV[0, 90] = math.log(0.75), math.log(0.25)
-    sampler = sampler_of(rule())
-    tokens = [choose([sampler], logits_RV)[0] for _ in range(2000)]
+    sampler = make_sampler(resolved())
+    tokens = [sample_batch([sampler], logits_RV)[0] for _ in range(2000)]
     assert tokens.count(5) / 2000 == pytest.approx(0.75, abs=0.04)
     assert tokens.count(5) + tokens.count(90) == 2000
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_scores_that_are_no_numbers_fail_their_own_row(bad: float) -> None:
+@pytest.mark.parametrize("non_finite", [math.nan, math.inf])
+def test_non_finite_logits_fail_only_their_own_row(non_finite: float) -> None:
     logits_RV = draw_logits(3, 0)
-    logits_RV[1, 40] = bad
-    samplers = [sampler_of(rule()), sampler_of(rule()), sampler_of(rule(0.0))]
-    first, broken, last = choose(samplers, logits_RV)
-    assert isinstance(broken, EngineError) and "not finite" in str(broken)
-    assert first == sampler_of(rule()).sample(logits_RV[0])[0]
+    logits_RV[1, 40] = non_finite
+    samplers = [make_sampler(resolved()), make_sampler(resolved()), make_sampler(resolved(0.0))]
+    first, failed, last = sample_batch(samplers, logits_RV)
+    assert isinstance(failed, EngineError) and "not finite" in str(failed)
+    assert first == make_sampler(resolved()).sample(logits_RV[0])[0]
     assert last == int(logits_RV[2].argmax())
 
 
-def test_only_a_plain_sampler_says_so() -> None:
-    assert sampler_of(rule(top_k=5, top_p=0.9, min_p=0.1)).is_plain
-    assert not sampler_of(rule(), num_logprobs=0).is_plain
-    for special in (
+def test_supports_batched_sampling() -> None:
+    assert make_sampler(resolved(top_k=5, top_p=0.9, min_p=0.1)).supports_batched_sampling
+    assert not make_sampler(resolved(), num_logprobs=0).supports_batched_sampling
+    for unsupported in (
         {"repetition_penalty": 1.1},
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5},
         {"logit_bias": ((3, 1.0),)},
     ):
-        assert not sampler_of(rule(**special)).is_plain  # type: ignore[arg-type]
+        assert not make_sampler(resolved(**unsupported)).supports_batched_sampling  # type: ignore[arg-type]
 
 
-def test_a_draw_that_was_not_taken_is_the_next_one() -> None:
-    one, other = sampler_of(rule()), sampler_of(rule())
+def test_an_unused_random_number_is_used_for_the_next_draw() -> None:
+    first, second = make_sampler(resolved()), make_sampler(resolved())
     logits_V = draw_logits(1, 0)[0]
-    assert one.uniform() == one.uniform()
-    assert one.sample(logits_V) == other.sample(logits_V)
-    assert one.uniform() == other.uniform()
+    assert first.uniform() == first.uniform()
+    assert first.sample(logits_V) == second.sample(logits_V)
+    assert first.uniform() == second.uniform()
 
 
-def test_a_step_chooses_at_once_and_one_by_one_what_each_needs() -> None:
-    """Reported, drawn, greedy and drafted answers beside prompts that go on."""
-    wishes = [
+def test_a_step_mixes_batched_and_single_sampling() -> None:
+    """Requests with logprobs, random, greedy and speculative, beside chunked prefills."""
+    batch_params = [
         replace(REPORTED, logprobs=None),
         REPORTED,
         replace(REPORTED, logprobs=None, temperature=2.0, top_k=0, seed=3),
@@ -125,25 +131,29 @@ def test_a_step_chooses_at_once_and_one_by_one_what_each_needs() -> None:
         replace(REPORTED, logprobs=None, temperature=2.0, repetition_penalty=1.3, seed=5),
         replace(REPORTED, logprobs=None),
     ]
-    chosen = 0
-    at_once = runner._chosen_at_once
+    num_batched = 0
+    sample_batched = runner._sample_batched
 
-    def counted(*given: Any) -> Any:
-        nonlocal chosen
-        found = at_once(*given)
-        chosen += len(found)
-        return found
+    def counting_sample_batched(*args: Any) -> Any:
+        nonlocal num_batched
+        results = sample_batched(*args)
+        num_batched += len(results)
+        return results
 
-    def as_on_a_gpu(*given: Any, at_once: bool) -> Any:
-        return sample(*given, at_once=True)
+    def sample_as_on_a_gpu(*args: Any, batch: bool) -> Any:
+        return sample(*args, batch=True)
 
     sample = runner._sample
-    want = [fresh().chat(CONVERSATIONS[n], wish)[0] for n, wish in enumerate(wishes)]
+    expected = [
+        new_llm().chat(CONVERSATIONS[n], params)[0] for n, params in enumerate(batch_params)
+    ]
     with (
-        patch.object(runner, "_sample", as_on_a_gpu),
-        patch.object(runner, "_chosen_at_once", counted),
+        patch.object(runner, "_sample", sample_as_on_a_gpu),
+        patch.object(runner, "_sample_batched", counting_sample_batched),
     ):
-        llm = fresh(max_step_tokens=64, num_drafts=2)
-        got = llm.chat(CONVERSATIONS[: len(wishes)], wishes)
-    assert [one.token_ids for one in got] == [one.token_ids for one in want]
-    assert 8 < chosen <= 4 * 8
+        llm = new_llm(max_num_batched_tokens=64, num_speculative_tokens=2)
+        got = llm.chat(CONVERSATIONS[: len(batch_params)], batch_params)
+    assert [completion.token_ids for completion in got] == [
+        completion.token_ids for completion in expected
+    ]
+    assert 8 < num_batched <= 4 * 8

@@ -1,4 +1,4 @@
-"""Grammars at work on nano's tokenizer and the official one: every walk stays in the language."""
+"""Grammar matcher: random outputs are in the language, with nano's and the official tokenizer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from qwen2vl.engine.sampling.grammar import Grammar
-from qwen2vl.engine.sampling.grammar_matcher import GrammarCompiler, Matcher
-from qwen2vl.engine.sampling.sampler import Rule, Sampler
+from qwen2vl.engine.sampling.grammar_matcher import GrammarCompiler, GrammarMatcher
+from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams, Sampler
 from qwen2vl.errors import InputError
 from qwen2vl.grounding import Box, parse
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tokenizer_files import END_OF_TEXT, IM_END
-from qwen2vl.weights import find
+from qwen2vl.weights import resolve_model
 
 PERSON = {
     "type": "object",
@@ -40,45 +40,47 @@ BOX = re.compile(
 
 @cache
 def nano() -> Tokenizer:
-    return Tokenizer.from_folder(find("nano"))
+    return Tokenizer.from_folder(resolve_model("nano"))
 
 
 @cache
 def compiler_of(folder: Path | None) -> GrammarCompiler:
-    """Compile for a folder's tokenizer, with 40 rows of logits more than tokens."""
+    """Return the compiler of a folder's tokenizer, with a vocabulary padded by 40."""
     tokenizer = nano() if folder is None else Tokenizer.from_folder(folder)
     return GrammarCompiler(
         tokenizer,
-        end_ids=[tokenizer.id_of(IM_END), tokenizer.id_of(END_OF_TEXT)],
+        end_ids=[tokenizer.token_to_id(IM_END), tokenizer.token_to_id(END_OF_TEXT)],
         vocab_size=len(tokenizer) + 40,
     )
 
 
-def start(grammar: Grammar) -> Matcher:
-    return compiler_of(None).start(grammar)
+def matcher_of(grammar: Grammar) -> GrammarMatcher:
+    return compiler_of(None).create_matcher(grammar)
 
 
-def allowed(matcher: Matcher) -> list[int]:
-    return matcher.mask().nonzero()[:, 0].tolist()
+def allowed_tokens(matcher: GrammarMatcher) -> list[int]:
+    return matcher.token_mask().nonzero()[:, 0].tolist()
 
 
-def walk(tokenizer: Tokenizer, matcher: Matcher, seed: int, most: int = 400) -> str | None:
-    """Choose at random among what is allowed; the text of a finished answer, else None."""
-    draw = random.Random(seed)
-    ends = {tokenizer.id_of(IM_END), tokenizer.id_of(END_OF_TEXT)}
+def random_output(
+    tokenizer: Tokenizer, matcher: GrammarMatcher, seed: int, max_tokens: int = 400
+) -> str | None:
+    """Sample at random among the allowed tokens; return the text if complete, else None."""
+    rng = random.Random(seed)
+    ends = {tokenizer.token_to_id(IM_END), tokenizer.token_to_id(END_OF_TEXT)}
     ids: list[int] = []
-    while not matcher.finished and len(ids) < most:
-        choices = allowed(matcher)
+    while not matcher.is_finished and len(ids) < max_tokens:
+        choices = allowed_tokens(matcher)
         assert choices
-        token = draw.choice(choices)
-        matcher.accept(token)
+        token = rng.choice(choices)
+        matcher.accept_token(token)
         if token in ends:
             break
         ids.append(token)
-    return tokenizer.decode(ids) if matcher.finished else None
+    return tokenizer.decode(ids) if matcher.is_finished else None
 
 
-def obeys(grammar: Grammar, text: str) -> bool:
+def is_accepted(grammar: Grammar, text: str) -> bool:
     if grammar.kind == "regex":
         return re.fullmatch(grammar.text, text) is not None
     if grammar == Grammar.boxes():
@@ -104,112 +106,121 @@ GRAMMARS = [
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda g: g.kind)
-def test_every_random_walk_obeys(grammar: Grammar) -> None:
-    texts = [walk(nano(), start(grammar), seed) for seed in range(40)]
-    whole = [text for text in texts if text is not None]
-    assert len(whole) >= 10
-    assert all(obeys(grammar, text) for text in whole)
-    assert len(set(whole)) > 1
+def test_every_random_output_is_accepted(grammar: Grammar) -> None:
+    texts = [random_output(nano(), matcher_of(grammar), seed) for seed in range(40)]
+    complete = [text for text in texts if text is not None]
+    assert len(complete) >= 10
+    assert all(is_accepted(grammar, text) for text in complete)
+    assert len(set(complete)) > 1
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda g: g.kind)
-def test_every_random_walk_obeys_with_the_official_tokenizer(
+def test_every_random_output_is_accepted_with_the_official_tokenizer(
     grammar: Grammar, official_tokenizer_dir: Path
 ) -> None:
     compiler = compiler_of(official_tokenizer_dir)
-    texts = [walk(compiler._tokenizer, compiler.start(grammar), seed) for seed in range(12)]
-    whole = [text for text in texts if text is not None]
-    assert len(whole) >= 3
-    assert all(obeys(grammar, text) for text in whole)
+    texts = [
+        random_output(compiler._tokenizer, compiler.create_matcher(grammar), seed)
+        for seed in range(12)
+    ]
+    complete = [text for text in texts if text is not None]
+    assert len(complete) >= 3
+    assert all(is_accepted(grammar, text) for text in complete)
 
 
-def test_rows_of_the_logits_that_are_no_tokens_are_never_allowed() -> None:
-    mask_V = start(Grammar.regex("(?s:.)*")).mask()
+def test_padding_of_the_vocabulary_is_never_allowed() -> None:
+    mask_V = matcher_of(Grammar.regex("(?s:.)*")).token_mask()
     assert len(mask_V) == len(nano()) + 40
     assert not mask_V[len(nano()) :].any()
     assert mask_V[:256].sum() > 128
 
 
-def test_an_end_token_comes_when_the_answer_may_end_and_not_before() -> None:
-    matcher = start(Grammar.regex("ab?"))
+def test_end_tokens_are_allowed_only_when_the_output_may_end() -> None:
+    matcher = matcher_of(Grammar.regex("ab?"))
     (a,), (b,) = nano().encode_text("a"), nano().encode_text("b")
-    ends = sorted((nano().id_of(IM_END), nano().id_of(END_OF_TEXT)))
-    assert allowed(matcher) == [a]
-    matcher.accept(a)
-    assert not matcher.finished
-    assert allowed(matcher) == sorted([b, *ends])
-    matcher.accept(b)
-    assert matcher.finished
-    assert allowed(matcher) == ends
-    matcher.accept(ends[0])
-    assert matcher.finished
-    assert allowed(matcher) == ends
+    ends = sorted((nano().token_to_id(IM_END), nano().token_to_id(END_OF_TEXT)))
+    assert allowed_tokens(matcher) == [a]
+    matcher.accept_token(a)
+    assert not matcher.is_finished
+    assert allowed_tokens(matcher) == sorted([b, *ends])
+    matcher.accept_token(b)
+    assert matcher.is_finished
+    assert allowed_tokens(matcher) == ends
+    matcher.accept_token(ends[0])
+    assert matcher.is_finished
+    assert allowed_tokens(matcher) == ends
 
 
 def test_special_tokens_match_only_where_a_grammar_names_them() -> None:
-    anything = start(Grammar.regex("(?s:.)*"))
-    specials = set(nano().special_ids.values()) - {nano().id_of(IM_END), nano().id_of(END_OF_TEXT)}
-    assert not specials & set(allowed(anything))
-    starts = {nano().id_of(t) for t in ("<|box_start|>", "<|object_ref_start|>")}
-    assert set(allowed(start(Grammar.boxes()))) == starts
+    any_text = matcher_of(Grammar.regex("(?s:.)*"))
+    special_tokens = set(nano().special_ids.values()) - {
+        nano().token_to_id(IM_END),
+        nano().token_to_id(END_OF_TEXT),
+    }
+    assert not special_tokens & set(allowed_tokens(any_text))
+    start_tokens = {nano().token_to_id(t) for t in ("<|box_start|>", "<|object_ref_start|>")}
+    assert set(allowed_tokens(matcher_of(Grammar.boxes()))) == start_tokens
 
 
-def test_boxes_are_what_grounding_reads() -> None:
+def test_boxes_can_be_parsed_by_grounding() -> None:
     box = Box(0, 20, 1, 999)
-    matcher = start(Grammar.boxes())
+    matcher = matcher_of(Grammar.boxes())
     text = f"<|object_ref_start|>the < cat<|object_ref_end|>{box.to_text()}\n{box.to_text()}"
     for token in nano().encode_text(text):
-        assert matcher.mask()[token]
-        matcher.accept(token)
+        assert matcher.token_mask()[token]
+        matcher.accept_token(token)
     assert [(g.shape, g.phrase) for g in parse(text)] == [(box, "the < cat")] * 2
-    assert nano().id_of(IM_END) in allowed(matcher)
+    assert nano().token_to_id(IM_END) in allowed_tokens(matcher)
 
 
 @pytest.mark.parametrize("number", ["1000", "01", "-1", "1.5", ""])
-def test_numbers_of_boxes_are_whole_and_below_a_thousand(number: str) -> None:
-    matcher = start(Grammar.boxes())
+def test_box_coordinates_are_integers_below_1000(number: str) -> None:
+    matcher = matcher_of(Grammar.boxes())
     ids = nano().encode_text(f"<|box_start|>({number},5)")
     for token in ids:
-        if not matcher.mask()[token]:
+        if not matcher.token_mask()[token]:
             return
-        matcher.accept(token)
-    pytest.fail(f"({number},5) was let through")
+        matcher.accept_token(token)
+    pytest.fail(f"({number},5) was allowed")
 
 
-def test_forced_tokens_are_allowed_one_after_the_other() -> None:
-    matcher = start(Grammar.json_schema({"const": {"answer": "yes", "sure": True}}))
-    forced = matcher.forced()
-    assert nano().decode(forced) == '{"answer": "yes", "sure": true}'
-    for token in forced:
-        assert matcher.mask()[token]
-        matcher.accept(token)
-    assert matcher.finished
+def test_jump_forward_tokens_are_allowed_in_sequence() -> None:
+    matcher = matcher_of(Grammar.json_schema({"const": {"answer": "yes", "sure": True}}))
+    forced_tokens = matcher.jump_forward_tokens()
+    assert nano().decode(forced_tokens) == '{"answer": "yes", "sure": true}'
+    for token in forced_tokens:
+        assert matcher.token_mask()[token]
+        matcher.accept_token(token)
+    assert matcher.is_finished
 
 
-def test_nothing_is_forced_where_there_is_a_choice() -> None:
-    assert start(Grammar.choice(["yes", "no"])).forced() == []
+def test_no_jump_forward_tokens_at_a_choice() -> None:
+    assert matcher_of(Grammar.choice(["yes", "no"])).jump_forward_tokens() == []
 
 
-def test_answers_with_the_same_grammar_go_their_own_ways() -> None:
-    one, two = start(Grammar.choice(["yes", "no"])), start(Grammar.choice(["yes", "no"]))
+def test_matchers_of_one_grammar_are_independent() -> None:
+    first, second = (
+        matcher_of(Grammar.choice(["yes", "no"])),
+        matcher_of(Grammar.choice(["yes", "no"])),
+    )
     for token in nano().encode_text("yes"):
-        one.accept(token)
-    assert one.finished
-    assert not two.finished
-    assert {nano().decode([t]) for t in allowed(two)} == {"y", "n"}
+        first.accept_token(token)
+    assert first.is_finished
+    assert not second.is_finished
+    assert {nano().decode([t]) for t in allowed_tokens(second)} == {"y", "n"}
 
 
-def test_compiled_grammars_are_remembered_and_forgotten() -> None:
+def test_compiled_grammars_are_cached_lru() -> None:
     compiler = compiler_of(None)
     for i in range(40):
-        compiler.start(Grammar.regex(f"a{{{i + 1}}}"))
+        compiler.create_matcher(Grammar.regex(f"a{{{i + 1}}}"))
     assert len(compiler._compiled) == 32
     assert Grammar.regex("a{40}") in compiler._compiled
     assert Grammar.regex("a{1}") not in compiler._compiled
 
 
 @pytest.mark.parametrize(
-    ("grammar", "words"),
+    ("grammar", "message"),
     [
         (Grammar.json_schema({"type": "strin"}), "JSON schema: Invalid type: strin"),
         (Grammar.json_schema({"format": "banana"}), "JSON schema: Unknown format: banana"),
@@ -246,43 +257,43 @@ def test_compiled_grammars_are_remembered_and_forgotten() -> None:
         (Grammar.lark('start: start "a"'), "grammar: no text at all would be allowed"),
     ],
 )
-def test_grammars_that_cannot_be_obeyed(grammar: Grammar, words: str) -> None:
+def test_invalid_and_unsatisfiable_grammars_are_rejected(grammar: Grammar, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        start(grammar)
-    assert str(caught.value).startswith(words)
+        matcher_of(grammar)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
 
 
-def test_a_refused_grammar_is_refused_again_and_others_go_on() -> None:
+def test_a_rejected_grammar_is_rejected_again_and_others_still_compile() -> None:
     for _ in range(2):
         with pytest.raises(InputError):
-            start(Grammar.regex("("))
-    assert not start(Grammar.regex("a")).finished
+            matcher_of(Grammar.regex("("))
+    assert not matcher_of(Grammar.regex("a")).is_finished
 
 
-def test_what_becomes_too_costly_on_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = GrammarCompiler(nano(), end_ids=[nano().id_of(IM_END)], vocab_size=len(nano()))
+def test_exceeding_the_cost_limits_in_a_step_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(nano(), end_ids=[nano().token_to_id(IM_END)], vocab_size=len(nano()))
     monkeypatch.setitem(
         sys.modules["qwen2vl.engine.sampling.grammar_matcher"]._LIMITS, "max_lexer_states", 60
     )
-    matcher = compiler.start(Grammar.regex("(.*a.{12})?"))
+    matcher = compiler.create_matcher(Grammar.regex("(.*a.{12})?"))
     text = "abacabaabacbacabacbbaacabc" * 4
     with pytest.raises(InputError, match=r"grammar cannot be followed further: .*; simplify it"):
         follow(matcher, nano().encode_text(text))
 
 
-def follow(matcher: Matcher, ids: list[int]) -> None:
+def follow(matcher: GrammarMatcher, ids: list[int]) -> None:
     for token in ids:
-        matcher.mask()
-        matcher.accept(token)
+        matcher.token_mask()
+        matcher.accept_token(token)
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llguidance_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     compiler = GrammarCompiler(nano(), end_ids=[0], vocab_size=len(nano()))
     with pytest.raises(InputError, match=r"needs llguidance.*pip install 'qwen2vl\[grammar\]'"):
-        compiler.start(Grammar.regex("a"))
+        compiler.create_matcher(Grammar.regex("a"))
 
 
 # In a sampler ----------------------------------------------------------------------------------
@@ -290,50 +301,55 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def sampler(grammar: Grammar, temperature: float = 0.0, **options: Any) -> Sampler:
     return Sampler(
-        Rule(temperature=temperature, top_k=50, top_p=1.0),
+        ResolvedSamplingParams(temperature=temperature, top_k=50, top_p=1.0),
         [],
         vocab_size=len(nano()) + 40,
         device=torch.device("cpu"),
-        matcher=start(grammar),
+        matcher=matcher_of(grammar),
         **options,
     )
 
 
-def write(chooser: Sampler, seed: int, most: int = 300) -> str:
-    """Sample from random scores until the grammar is through."""
+def sample_output(sampler_under_test: Sampler, seed: int, max_tokens: int = 300) -> str:
+    """Sample from random logits until the grammar is complete."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
-    while not chooser.finished and len(ids) < most:
+    while not sampler_under_test.is_finished and len(ids) < max_tokens:
         logits_V = torch.randn(len(nano()) + 40, generator=generator)
-        ids.append(chooser.sample(logits_V)[0])
-    assert chooser.finished
+        ids.append(sampler_under_test.sample(logits_V)[0])
+    assert sampler_under_test.is_finished
     return nano().decode(ids)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_sampler_with_a_grammar_obeys_it(temperature: float) -> None:
+def test_a_sampler_with_a_grammar_follows_it(temperature: float) -> None:
     grammar = Grammar.regex("[a-z]{4}[0-9]{2}")
-    texts = {write(sampler(grammar, temperature, seed=i), seed=i) for i in range(8)}
+    texts = {sample_output(sampler(grammar, temperature, seed=i), seed=i) for i in range(8)}
     assert len(texts) > 4
     assert all(re.fullmatch("[a-z]{4}[0-9]{2}", text) for text in texts)
 
 
 def test_a_sampler_without_a_grammar_is_never_finished() -> None:
-    chooser = Sampler(
-        Rule(temperature=0.0, top_k=50, top_p=1.0), [], vocab_size=9, device=torch.device("cpu")
+    sampler_under_test = Sampler(
+        ResolvedSamplingParams(temperature=0.0, top_k=50, top_p=1.0),
+        [],
+        vocab_size=9,
+        device=torch.device("cpu"),
     )
-    chooser.sample(torch.randn(9))
-    assert not chooser.finished
-    assert chooser.forced() == []
+    sampler_under_test.sample(torch.randn(9))
+    assert not sampler_under_test.is_finished
+    assert sampler_under_test.jump_forward_tokens() == []
 
 
-def test_what_is_forced_may_be_fed_ahead_and_verified() -> None:
-    chooser = sampler(Grammar.regex("[ab]: dictated"))
-    chooser.sample(torch.randn(len(nano()) + 40))
-    forced = chooser.forced()
-    assert nano().decode(forced) == ": dictated"
-    assert [chooser.sample(torch.randn(len(nano()) + 40))[0] for _ in forced] == forced
-    assert chooser.finished
+def test_jump_forward_tokens_are_verified_by_sampling() -> None:
+    sampler_under_test = sampler(Grammar.regex("[ab]: dictated"))
+    sampler_under_test.sample(torch.randn(len(nano()) + 40))
+    forced_tokens = sampler_under_test.jump_forward_tokens()
+    assert nano().decode(forced_tokens) == ": dictated"
+    assert [
+        sampler_under_test.sample(torch.randn(len(nano()) + 40))[0] for _ in forced_tokens
+    ] == forced_tokens
+    assert sampler_under_test.is_finished
 
 
 def test_logprobs_are_the_models_own_under_a_grammar_too() -> None:

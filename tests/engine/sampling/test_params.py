@@ -1,4 +1,4 @@
-"""What a request may ask for; the rows of the list of bad inputs that concern parameters."""
+"""Sampling parameters: valid values, and the cases of the bad-input list about parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen2vl.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         ("temperature", -1, "got -1, must be a number from 0 to 10 (0 is greedy)"),
         ("temperature", math.nan, "got nan"),
@@ -70,16 +70,18 @@ from qwen2vl.errors import InputError
         ("stop_token_ids", "12", "got '12', must be a list of token ids"),
     ],
 )
-def test_bad_values_are_refused_by_name(field: str, value: Any, words: str) -> None:
+def test_invalid_values_are_rejected_with_the_field_name(
+    field: str, value: Any, message: str
+) -> None:
     with pytest.raises(InputError) as caught:
         SamplingParams(**{field: value})
     text = str(caught.value)
     assert text.startswith(f"{field}: ")
-    assert words in text
+    assert message in text
     assert "\n" not in text
 
 
-def test_a_huge_wrong_value_does_not_flood_the_message() -> None:
+def test_a_huge_invalid_value_is_abbreviated_in_the_message() -> None:
     with pytest.raises(InputError) as caught:
         SamplingParams(temperature="9" * 1_000_000)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 200
@@ -97,16 +99,16 @@ def test_a_huge_wrong_value_does_not_flood_the_message() -> None:
         {"logit_bias": {0: -100, 7: 100}},
     ],
 )
-def test_the_bounds_themselves_are_allowed(params: dict[str, Any]) -> None:
+def test_boundary_values_are_allowed(params: dict[str, Any]) -> None:
     SamplingParams(**params)
 
 
-def test_one_stop_text_is_a_list_of_one() -> None:
+def test_a_single_stop_string_becomes_a_tuple() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
-def test_biases_become_pairs_and_stay_so() -> None:
+def test_logit_bias_becomes_sorted_pairs() -> None:
     params = SamplingParams(logit_bias={7: 1.5, 3: -2})
     assert params.logit_bias == ((3, -2), (7, 1.5))
     assert replace(params, max_tokens=3).logit_bias == params.logit_bias
@@ -118,8 +120,10 @@ def test_params_are_frozen() -> None:
         SamplingParams().max_tokens = 3  # type: ignore[misc]
 
 
-def test_a_completion_becomes_plain_json() -> None:
-    item = ItemReport(kind="image", name="a.png", size_given=(30, 40), size_seen=(28, 28), tokens=1)
+def test_a_completion_is_json_serializable() -> None:
+    item = ItemReport(
+        kind="image", name="a.png", original_size=(30, 40), resized_size=(28, 28), tokens=1
+    )
     logprob = TokenLogprob(token_id=5, logprob=-0.5, top=((5, -0.5), (6, -1.0)))
     completion = Completion(
         text="Hi",
@@ -131,7 +135,7 @@ def test_a_completion_becomes_plain_json() -> None:
         items=(item,),
         logprobs=(logprob,),
     )
-    plain = json.loads(json.dumps(completion.to_dict()))
-    assert plain["items"][0]["size_given"] == [30, 40]
-    assert plain["logprobs"][0]["top"][1] == [6, -1.0]
-    assert set(plain["seconds"]) == {"process", "vision", "prefill", "decode"}
+    as_dict = json.loads(json.dumps(completion.to_dict()))
+    assert as_dict["items"][0]["original_size"] == [30, 40]
+    assert as_dict["logprobs"][0]["top"][1] == [6, -1.0]
+    assert set(as_dict["seconds"]) == {"process", "vision", "prefill", "decode"}

@@ -1,4 +1,4 @@
-"""What runs when, by counting alone: no model, a shelf that encodes at once."""
+"""The scheduler without a model, with a fake encoder cache that encodes immediately."""
 
 from __future__ import annotations
 
@@ -10,101 +10,114 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from qwen2vl.engine.kv_cache.block_pool import BLOCK, BlockPool, Copy, Free, Reserve
-from qwen2vl.engine.request import Sequence
+from qwen2vl.engine.kv_cache.block_pool import (
+    BLOCK_SIZE,
+    BlockPool,
+    CopySlots,
+    FreeSlots,
+    ReserveSlots,
+)
+from qwen2vl.engine.request import Request
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.sampling.sampler import Rule, Sampler
-from qwen2vl.engine.scheduler.output import Limits, Plan, Sampled
+from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams, Sampler
+from qwen2vl.engine.scheduler.output import SampledTokens, SchedulerOutput, StepLimits
 from qwen2vl.engine.scheduler.scheduler import Scheduler
 from qwen2vl.errors import EngineError
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item, ModelInput
-from qwen2vl.processor.tokenizer import TextStream
+from qwen2vl.processor.tokenizer import IncrementalDetokenizer
 from qwen2vl.weights import GenerationDefaults
 from tests.engine.kv_cache.test_block_pool import prompt
 from tests.tiny import tiny_tokenizer
 
-RULE = Rule.resolve(SamplingParams(temperature=0), GenerationDefaults())
+GREEDY = ResolvedSamplingParams.resolve(SamplingParams(temperature=0), GenerationDefaults())
 
 
-def sequence(made: ModelInput, max_tokens: int = 4) -> Sequence:
-    return Sequence(
-        made,
+def make_request(prompt_input: ModelInput, max_tokens: int = 4) -> Request:
+    return Request(
+        prompt_input,
         SamplingParams(max_tokens=max_tokens),
-        TextStream(tiny_tokenizer()),
-        Sampler(RULE, [], vocab_size=300, device=torch.device("cpu")),
-        end_ids=frozenset(),
+        IncrementalDetokenizer(tiny_tokenizer()),
+        Sampler(GREEDY, [], vocab_size=300, device=torch.device("cpu")),
+        stop_token_ids=frozenset(),
         max_model_len=10_000,
     )
 
 
-class FakeShelf:
-    """Counts holds; frame pairs are ready when they were planned."""
+class FakeEncoderCache:
+    """Counts references; frame pairs are encoded once they were scheduled."""
 
     def __init__(self) -> None:
-        self.holds: Counter[bytes] = Counter()
-        self.slices: dict[bytes, int] = {}
+        self.num_references: Counter[bytes] = Counter()
+        self.num_encoded: dict[bytes, int] = {}
 
-    def hold(self, item: Item) -> None:
-        self.holds[item.digest] += 1
+    def acquire(self, item: Item) -> None:
+        self.num_references[item.digest] += 1
 
     def release(self, item: Item) -> None:
-        self.holds[item.digest] -= 1
-        assert self.holds[item.digest] >= 0
-        if not self.holds[item.digest]:
-            self.slices.pop(item.digest, None)
+        self.num_references[item.digest] -= 1
+        assert self.num_references[item.digest] >= 0
+        if not self.num_references[item.digest]:
+            self.num_encoded.pop(item.digest, None)
 
-    def ready(self, item: Item) -> int:
-        return self.slices.get(item.digest, 0)
+    def num_encoded_frame_pairs(self, item: Item) -> int:
+        return self.num_encoded.get(item.digest, 0)
 
 
-class Machine:
-    """Runs plans: carries out orders, checks every chunk, and answers each with letters."""
+class FakeEngine:
+    """Executes scheduler outputs: applies cache operations, checks chunks, samples letters."""
 
     def __init__(self, blocks: int = 64, **limits: int) -> None:
-        self.shelf = FakeShelf()
+        self.encoder_cache = FakeEncoderCache()
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.pool, self.shelf, Limits(**limits))
-        self.memory: dict[int, list[int]] = {}  # row -> the ids whose keys and values it holds
-        self.room: dict[int, int] = {}
+        self.scheduler = Scheduler(self.pool, self.encoder_cache, StepLimits(**limits))
+        self.cached_ids: dict[int, list[int]] = {}  # allocation id -> tokens in its KV cache
+        self.capacities: dict[int, int] = {}
 
-    def step(self) -> Plan:
-        plan = self.scheduler.plan()
-        self.scheduler.commit(plan, self.run(plan))
-        return plan
+    def step(self) -> SchedulerOutput:
+        output = self.scheduler.schedule()
+        self.scheduler.update_from_output(output, self.run(output))
+        return output
 
-    def run(self, plan: Plan) -> list[Sampled | EngineError]:
-        while plan.orders:
-            match plan.orders.popleft():
-                case Reserve(row, tokens):
-                    self.memory.setdefault(row, [])
-                    self.room[row] = tokens
-                case Copy(source, target, tokens):
-                    self.memory[target] = self.memory[source][:tokens]
-                case Free(row):
-                    del self.memory[row], self.room[row]
-        for slices in plan.slices:
-            assert self.shelf.ready(slices.item) == slices.start
-            self.shelf.slices[slices.item.digest] = slices.stop
-        results: list[Sampled | EngineError] = []
-        for chunk in plan.chunks:
-            one = chunk.sequence
-            assert one.row is not None
-            held = self.memory[one.row.number]
-            assert held[: chunk.start] == one.ids[: chunk.start], "what is stored is another's"
-            for start, item in one.items_after(chunk.start):
+    def run(self, output: SchedulerOutput) -> list[SampledTokens | EngineError]:
+        while output.cache_operations:
+            match output.cache_operations.popleft():
+                case ReserveSlots(allocation_id, tokens):
+                    self.cached_ids.setdefault(allocation_id, [])
+                    self.capacities[allocation_id] = tokens
+                case CopySlots(source, target, tokens):
+                    self.cached_ids[target] = self.cached_ids[source][:tokens]
+                case FreeSlots(allocation_id):
+                    del self.cached_ids[allocation_id], self.capacities[allocation_id]
+        for chunk in output.encoder_chunks:
+            assert self.encoder_cache.num_encoded_frame_pairs(chunk.item) == chunk.start
+            self.encoder_cache.num_encoded[chunk.item.digest] = chunk.stop
+        results: list[SampledTokens | EngineError] = []
+        for chunk in output.token_chunks:
+            request = chunk.request
+            assert request.allocation is not None
+            cached = self.cached_ids[request.allocation.id]
+            assert cached[: chunk.start] == request.all_token_ids[: chunk.start], (
+                "the KV cache holds other tokens"
+            )
+            for start, item in request.items_after(chunk.start):
                 if start < chunk.stop:
-                    seen = start + item.num_tokens * self.shelf.ready(item) // item.grid.t
-                    assert min(start + item.num_tokens, chunk.stop) <= seen
-            held[chunk.start :] = chunk.ids
-            assert len(held) <= self.room[one.row.number]
-            sampled = [(ord("a") + len(one.ids) % 26, None)]
-            results.append(sampled if chunk.num_sampled else [])
+                    encoded_stop = (
+                        start
+                        + item.num_tokens
+                        * self.encoder_cache.num_encoded_frame_pairs(item)
+                        // item.grid.t
+                    )
+                    assert min(start + item.num_tokens, chunk.stop) <= encoded_stop
+            cached[chunk.start :] = chunk.input_ids
+            assert len(cached) <= self.capacities[request.allocation.id]
+            sampled = [(ord("a") + len(request.all_token_ids) % 26, None)]
+            results.append(sampled if chunk.num_logits else [])
         return results
 
     def finish(self) -> int:
         steps = 0
-        while self.scheduler.has_work:
+        while self.scheduler.has_unfinished_requests:
             self.step()
             steps += 1
         return steps
@@ -114,198 +127,217 @@ def text(length: int, first: int = 0) -> ModelInput:
     return prompt(*range(first, first + length))
 
 
-def test_a_long_prompt_goes_in_chunks_and_answers_go_on_meanwhile() -> None:
-    machine = Machine(tokens=50)
-    short, long = sequence(text(10), 6), sequence(text(140, 1000), 2)
-    machine.scheduler.add(short)
-    machine.step()
-    machine.scheduler.add(long)
-    shares = []
+def test_chunked_prefill_runs_beside_decoding_requests() -> None:
+    engine = FakeEngine(max_num_batched_tokens=50)
+    short, long = make_request(text(10), 6), make_request(text(140, 1000), 2)
+    engine.scheduler.add_request(short)
+    engine.step()
+    engine.scheduler.add_request(long)
+    scheduled = []
     while long.finish_reason is None:
-        plan = machine.step()
-        shares.append({id(c.sequence): len(c.ids) for c in plan.chunks})
-    assert [share.get(id(long)) for share in shares] == [49, 49, 42, 1]
-    assert all(share[id(short)] == 1 for share in shares[:3])
+        output = engine.step()
+        scheduled.append({id(c.request): len(c.input_ids) for c in output.token_chunks})
+    assert [tokens.get(id(long)) for tokens in scheduled] == [49, 49, 42, 1]
+    assert all(tokens[id(short)] == 1 for tokens in scheduled[:3])
 
 
 def test_first_come_first_served() -> None:
-    machine = Machine(tokens=1000, sequences=2)
-    many = [sequence(text(20, 100 * i), 3) for i in range(5)]
-    for one in many:
-        machine.scheduler.add(one)
+    engine = FakeEngine(max_num_batched_tokens=1000, max_num_seqs=2)
+    requests = [make_request(text(20, 100 * i), 3) for i in range(5)]
+    for request in requests:
+        engine.scheduler.add_request(request)
     order: list[int] = []
-    while machine.scheduler.has_work:
-        machine.step()
-        order += [i for i, one in enumerate(many) if one.finish_reason and i not in order]
+    while engine.scheduler.has_unfinished_requests:
+        engine.step()
+        order += [
+            i for i, request in enumerate(requests) if request.finish_reason and i not in order
+        ]
     assert order == [0, 1, 2, 3, 4]
 
 
-def test_a_chunk_ends_where_rows_are_missing() -> None:
-    """A clip of 5 frame pairs of 64 patches, 16 tokens each; two fit into the budget of a step."""
-    clip = (Grid(5, 8, 8), b"c" * 32)
-    machine = Machine(tokens=1000, patches=128)
-    one = sequence(prompt(*range(7), clip, *range(9)), 1)
-    machine.scheduler.add(one)
+def test_a_chunk_ends_where_embeddings_are_missing() -> None:
+    """A video of 5 frame pairs of 64 patches, 16 tokens each; a step's budget is two of them."""
+    video = (Grid(5, 8, 8), b"c" * 32)
+    engine = FakeEngine(max_num_batched_tokens=1000, max_num_encoder_patches=128)
+    request = make_request(prompt(*range(7), video, *range(9)), 1)
+    engine.scheduler.add_request(request)
     stops = []
-    while machine.scheduler.has_work:
-        plan = machine.step()
-        stops.append([(s.start, s.stop) for s in plan.slices] + [c.stop for c in plan.chunks])
+    while engine.scheduler.has_unfinished_requests:
+        output = engine.step()
+        stops.append(
+            [(s.start, s.stop) for s in output.encoder_chunks]
+            + [c.stop for c in output.token_chunks]
+        )
     assert stops == [[(0, 2), 7 + 32], [(2, 4), 7 + 64], [(4, 5), 7 + 80 + 9]]
-    assert not +machine.shelf.holds
+    assert not +engine.encoder_cache.num_references
 
 
-def test_a_picture_larger_than_the_budget_goes_alone() -> None:
+def test_an_image_larger_than_the_budget_is_encoded_alone() -> None:
     large, small = (Grid(1, 20, 20), b"l" * 32), (Grid(1, 4, 4), b"s" * 32)
-    machine = Machine(tokens=1000, patches=100)
-    for picture in (small, large):
-        machine.scheduler.add(sequence(prompt(1, picture, 2), 1))
-    first, second = machine.step(), machine.step()
-    assert [s.item.grid for s in first.slices] == [small[0]]
-    assert [s.item.grid for s in second.slices] == [large[0]]
+    engine = FakeEngine(max_num_batched_tokens=1000, max_num_encoder_patches=100)
+    for image in (small, large):
+        engine.scheduler.add_request(make_request(prompt(1, image, 2), 1))
+    first, second = engine.step(), engine.step()
+    assert [s.item.grid for s in first.encoder_chunks] == [small[0]]
+    assert [s.item.grid for s in second.encoder_chunks] == [large[0]]
 
 
-def test_one_picture_in_two_requests_is_encoded_once() -> None:
-    picture = (Grid(1, 8, 8), b"p" * 32)
-    machine = Machine(tokens=1000)
+def test_one_image_in_two_requests_is_encoded_once() -> None:
+    image = (Grid(1, 8, 8), b"p" * 32)
+    engine = FakeEngine(max_num_batched_tokens=1000)
     for first in (1, 2):
-        machine.scheduler.add(sequence(prompt(first, picture, 3), 1))
-    plan = machine.step()
-    assert len(plan.chunks) == 2 and len(plan.slices) == 1
+        engine.scheduler.add_request(make_request(prompt(first, image, 3), 1))
+    output = engine.step()
+    assert len(output.token_chunks) == 2 and len(output.encoder_chunks) == 1
 
 
-def test_a_prompt_that_another_computes_now_waits_and_copies() -> None:
-    machine = Machine(tokens=1000)
-    shared = list(range(3 * BLOCK))
-    both = [sequence(prompt(*shared, 7000 + i), 2) for i in range(2)]
-    for one in both:
-        machine.scheduler.add(one)
-    first = machine.step()
-    assert [c.sequence for c in first.chunks] == both[:1]
-    second = machine.step()
-    assert {id(c.sequence): len(c.ids) for c in second.chunks} == {
+def test_a_prefix_being_computed_is_waited_for_and_copied() -> None:
+    engine = FakeEngine(max_num_batched_tokens=1000)
+    shared = list(range(3 * BLOCK_SIZE))
+    both = [make_request(prompt(*shared, 7000 + i), 2) for i in range(2)]
+    for request in both:
+        engine.scheduler.add_request(request)
+    first = engine.step()
+    assert [c.request for c in first.token_chunks] == both[:1]
+    second = engine.step()
+    assert {id(c.request): len(c.input_ids) for c in second.token_chunks} == {
         id(both[0]): 1,
         id(both[1]): 1,
     }
-    assert both[1].num_cached == 3 * BLOCK
+    assert both[1].num_cached_tokens == 3 * BLOCK_SIZE
 
 
-def test_the_youngest_gives_way_and_comes_back() -> None:
-    machine = Machine(blocks=8, tokens=1000)
-    old, young = (sequence(text(2 * BLOCK, 1000 * i), 4 * BLOCK) for i in range(2))
-    for one in (old, young):
-        machine.scheduler.add(one)
-    gave_way = False
-    while machine.scheduler.has_work:
-        machine.step()
-        gave_way |= bool(young.token_ids) and young.row is None and not young.finish_reason
-    assert gave_way
-    letters = [ord("a") + n % 26 for n in range(2 * BLOCK, 6 * BLOCK)]
-    assert old.token_ids == young.token_ids == letters
+def test_the_last_admitted_request_is_preempted_and_resumes() -> None:
+    engine = FakeEngine(blocks=8, max_num_batched_tokens=1000)
+    first, last = (make_request(text(2 * BLOCK_SIZE, 1000 * i), 4 * BLOCK_SIZE) for i in range(2))
+    for request in (first, last):
+        engine.scheduler.add_request(request)
+    was_preempted = False
+    while engine.scheduler.has_unfinished_requests:
+        engine.step()
+        was_preempted |= (
+            bool(last.output_token_ids) and last.allocation is None and not last.finish_reason
+        )
+    assert was_preempted
+    letters = [ord("a") + n % 26 for n in range(2 * BLOCK_SIZE, 6 * BLOCK_SIZE)]
+    assert first.output_token_ids == last.output_token_ids == letters
 
 
-def test_a_failure_ends_one_and_its_row_is_not_found_again() -> None:
-    machine = Machine(tokens=1000)
-    bad, good = sequence(text(3 * BLOCK), 3), sequence(text(3 * BLOCK, 500), 3)
-    for one in (bad, good):
-        machine.scheduler.add(one)
-    plan = machine.scheduler.plan()
-    results = machine.run(plan)
+def test_a_failed_request_leaves_nothing_in_the_prefix_cache() -> None:
+    engine = FakeEngine(max_num_batched_tokens=1000)
+    bad, good = make_request(text(3 * BLOCK_SIZE), 3), make_request(text(3 * BLOCK_SIZE, 500), 3)
+    for request in (bad, good):
+        engine.scheduler.add_request(request)
+    output = engine.scheduler.schedule()
+    results = engine.run(output)
     results[0] = EngineError("broken")
-    news = machine.scheduler.commit(plan, results)
-    assert news[0].sequence is bad and bad.finish_reason == "error"
-    assert machine.pool.match(bad.chain.keys) == 0
-    machine.finish()
+    request_outputs = engine.scheduler.update_from_output(output, results)
+    assert request_outputs[0].request is bad and bad.finish_reason == "error"
+    assert engine.pool.match_prefix(bad.block_hashes.hashes) == 0
+    engine.finish()
     assert good.finish_reason == "length"
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=6),
-    tokens=st.integers(1, 80),
-    sequences=st.integers(1, 4),
+    max_num_batched_tokens=st.integers(1, 80),
+    max_num_seqs=st.integers(1, 4),
     blocks=st.integers(8, 20),
 )
-def test_everything_ends_whatever_the_budgets(
-    lengths: list[int], tokens: int, sequences: int, blocks: int
+def test_all_requests_finish_with_any_limits(
+    lengths: list[int], max_num_batched_tokens: int, max_num_seqs: int, blocks: int
 ) -> None:
-    machine = Machine(blocks=blocks, tokens=max(tokens, sequences), sequences=sequences)
+    engine = FakeEngine(
+        blocks=blocks,
+        max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
+        max_num_seqs=max_num_seqs,
+    )
     rng = random.Random(0)
-    many = [sequence(text(n, rng.randrange(3) * 1000), rng.randint(1, 60)) for n in lengths]
-    for one in many:
-        machine.scheduler.add(one)
-    machine.finish()
-    assert all(len(one.token_ids) == one.max_tokens for one in many)
-    assert machine.pool.num_busy == 0
+    requests = [make_request(text(n, rng.randrange(3) * 1000), rng.randint(1, 60)) for n in lengths]
+    for request in requests:
+        engine.scheduler.add_request(request)
+    engine.finish()
+    assert all(len(request.output_token_ids) == request.max_tokens for request in requests)
+    assert engine.pool.num_used_blocks == 0
 
 
-BROKEN = EngineError("broken")
+ERROR = EngineError("broken")
 
 
-class Life(RuleBasedStateMachine):
-    """Admit, step, fail and cancel in any order: blocks and holds are conserved."""
+class SchedulerMachine(RuleBasedStateMachine):
+    """Add, step, fail and abort in any order: blocks and references are conserved."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.machine = Machine(blocks=16, tokens=60, patches=64, sequences=3)
-        self.alive: list[Sequence] = []
+        self.engine = FakeEngine(
+            blocks=16, max_num_batched_tokens=60, max_num_encoder_patches=64, max_num_seqs=3
+        )
+        self.unfinished: list[Request] = []
 
     @rule(
         start=st.integers(0, 2),
         length=st.integers(1, 120),
-        answer=st.integers(1, 80),
-        picture=st.sampled_from([None, b"a", b"b"]),
+        max_tokens=st.integers(1, 80),
+        image=st.sampled_from([None, b"a", b"b"]),
         frames=st.integers(1, 3),
     )
-    def admit(
-        self, start: int, length: int, answer: int, picture: bytes | None, frames: int
+    def add_request(
+        self, start: int, length: int, max_tokens: int, image: bytes | None, frames: int
     ) -> None:
-        seen = [] if picture is None else [(Grid(frames, 4, 8), picture * 31 + bytes([frames]))]
-        one = sequence(prompt(start, *seen, *range(length)), answer)
-        self.alive.append(one)
-        self.machine.scheduler.add(one)
+        items = [] if image is None else [(Grid(frames, 4, 8), image * 31 + bytes([frames]))]
+        request = make_request(prompt(start, *items, *range(length)), max_tokens)
+        self.unfinished.append(request)
+        self.engine.scheduler.add_request(request)
 
-    @precondition(lambda self: self.machine.scheduler.has_work)
+    @precondition(lambda self: self.engine.scheduler.has_unfinished_requests)
     @rule(times=st.integers(1, 10))
     def step(self, times: int) -> None:
         for _ in range(times):
-            if self.machine.scheduler.has_work:
-                self.machine.step()
-        self.alive = [one for one in self.alive if one.finish_reason is None]
+            if self.engine.scheduler.has_unfinished_requests:
+                self.engine.step()
+        self.unfinished = [request for request in self.unfinished if request.finish_reason is None]
 
-    @precondition(lambda self: self.machine.scheduler.has_work)
+    @precondition(lambda self: self.engine.scheduler.has_unfinished_requests)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        scheduler = self.machine.scheduler
-        plan = scheduler.plan()
-        if not plan.chunks or data.draw(st.booleans()):  # memory ran out: nothing of it happened
-            scheduler.fail(data.draw(st.sampled_from([plan.largest, *plan.viewers])), BROKEN)
+        scheduler = self.engine.scheduler
+        output = scheduler.schedule()
+        # Out of memory: the step had no effect.
+        if not output.token_chunks or data.draw(st.booleans()):
+            scheduler.fail(
+                data.draw(st.sampled_from([output.largest_request, *output.encoder_requests])),
+                ERROR,
+            )
         else:
-            results = self.machine.run(plan)
-            results[data.draw(st.integers(0, len(results) - 1))] = BROKEN
-            scheduler.commit(plan, results)
-        self.alive = [one for one in self.alive if one.finish_reason is None]
+            results = self.engine.run(output)
+            results[data.draw(st.integers(0, len(results) - 1))] = ERROR
+            scheduler.update_from_output(output, results)
+        self.unfinished = [request for request in self.unfinished if request.finish_reason is None]
 
-    @precondition(lambda self: self.alive)
+    @precondition(lambda self: self.unfinished)
     @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        one = self.alive.pop(data.draw(st.integers(0, len(self.alive) - 1)))
-        self.machine.scheduler.cancel(one)
+    def abort(self, data: st.DataObject) -> None:
+        request = self.unfinished.pop(data.draw(st.integers(0, len(self.unfinished) - 1)))
+        self.engine.scheduler.abort(request)
 
     @invariant()
-    def blocks_belong_to_the_living(self) -> None:
-        running = self.machine.scheduler.running
-        assert self.machine.pool.num_busy == sum(
-            one.row.num_blocks for one in running if one.row is not None
+    def blocks_belong_to_running_requests(self) -> None:
+        running = self.engine.scheduler.running
+        assert self.engine.pool.num_used_blocks == sum(
+            request.allocation.num_blocks for request in running if request.allocation is not None
         )
-        if not self.alive:
-            assert not self.machine.scheduler.has_work
-            assert not +self.machine.shelf.holds
+        if not self.unfinished:
+            assert not self.engine.scheduler.has_unfinished_requests
+            assert not +self.engine.encoder_cache.num_references
 
     def teardown(self) -> None:
-        self.machine.finish()
-        assert self.machine.pool.num_busy == 0
-        assert not +self.machine.shelf.holds
+        self.engine.finish()
+        assert self.engine.pool.num_used_blocks == 0
+        assert not +self.engine.encoder_cache.num_references
 
 
-Life.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-TestLife = Life.TestCase
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None
+)
+TestSchedulerMachine = SchedulerMachine.TestCase

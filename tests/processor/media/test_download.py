@@ -1,4 +1,4 @@
-"""URLs are read within a cap and a deadline, and never lead to a local file."""
+"""Downloads: byte limit, deadline, redirects (never to a local file), and errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.media import encoded, smooth
 PNG = encoded(smooth(20, 30))
 
 
-class _Site(BaseHTTPRequestHandler):
-    """A web server of a few pages, some of them rude."""
+class _Handler(BaseHTTPRequestHandler):
+    """Serves an image, redirects, and responses that are too large, too slow or too short."""
 
     REDIRECTS: ClassVar[dict[str, str]] = {
-        "/moved": "/picture",
-        "/inside": "file:///picture.png",
-        "/ftp": "ftp://localhost/picture",
+        "/moved": "/image",
+        "/inside": "file:///image.png",
+        "/ftp": "ftp://localhost/image",
     }
 
     def do_GET(self) -> None:
@@ -33,7 +33,7 @@ class _Site(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", self.REDIRECTS[self.path])
             self.end_headers()
-        elif self.path in ("/picture", "/caf%C3%A9%20x?q=%C3%A9"):
+        elif self.path in ("/image", "/caf%C3%A9%20x?q=%C3%A9"):
             self._answer([PNG])
         elif self.path == "/endless":
             self._answer([bytes(65536)] * 1000)
@@ -50,7 +50,7 @@ class _Site(BaseHTTPRequestHandler):
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        with contextlib.suppress(OSError):  # the client hangs up on the rude pages
+        with contextlib.suppress(OSError):  # the client closes some connections early
             for part in parts:
                 self.wfile.write(part)
                 self.wfile.flush()
@@ -61,14 +61,14 @@ class _Site(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[str]:
+def server_url() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "127.0.0.1")
-        yield from _served()
+        yield from _run_server()
 
 
-def _served() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Site)
+def _run_server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -76,15 +76,15 @@ def _served() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize("page", ["picture", "moved", "caf\u00e9 x?q=\u00e9"])
-def test_pages_are_read(site: str, page: str) -> None:
-    got = download(f"{site}/{page}", max_bytes=100_000, timeout=10, name="image 1")
+@pytest.mark.parametrize("page", ["image", "moved", "caf\u00e9 x?q=\u00e9"])
+def test_downloaded_content_and_type(server_url: str, page: str) -> None:
+    got = download(f"{server_url}/{page}", max_bytes=100_000, timeout=10, name="image 1")
     assert got == (PNG, "image/png")
 
 
-def test_a_url_is_a_source(site: str) -> None:
-    media = read_source(f"{site}/picture", DEFAULT_LIMITS, "image 1")
-    assert media == Media(content=PNG, declared="image/png")
+def test_a_url_is_a_source(server_url: str) -> None:
+    media = read_source(f"{server_url}/image", DEFAULT_LIMITS, "image 1")
+    assert media == Media(content=PNG, content_type="image/png")
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,12 @@ def test_a_url_is_a_source(site: str) -> None:
         ("short", "cannot read"),
     ],
 )
-def test_pages_that_misbehave(site: str, page: str, text: str) -> None:
+def test_failing_downloads(server_url: str, page: str, text: str) -> None:
     with pytest.raises(InputError, match=text):
-        download(f"{site}/{page}", max_bytes=100_000, timeout=0.5, name="image 1")
+        download(f"{server_url}/{page}", max_bytes=100_000, timeout=0.5, name="image 1")
 
 
-def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(InputError, match=r"image 1: cannot reach http://127.0.0.1:9/a; check the"):
         download("http://127.0.0.1:9/a", max_bytes=1, timeout=1, name="image 1")

@@ -1,4 +1,4 @@
-"""Sources are found, or refused in one line that says what to do."""
+"""Media sources: resolved, or rejected with a one-line error and its remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwen2vl.processor.media.source import (
     read_source,
     sniff_type,
 )
-from tests.media import audio_only, clip, encoded, smooth
+from tests.media import audio_only, encoded, encoded_video, smooth
 
 PNG = encoded(smooth(20, 30))
 
@@ -32,7 +32,7 @@ def content(source: Any, **limits: Any) -> Any:
     "file_name",
     ["plain.png", "with space.png", "\u00fcber \u56fe.png", "-dash.png", "a#b?c%41.png"],
 )
-def test_paths_of_every_form_lead_to_the_file(tmp_path: Path, file_name: str) -> None:
+def test_paths_and_file_urls(tmp_path: Path, file_name: str) -> None:
     path = tmp_path / file_name
     path.write_bytes(PNG)
     for source in (path, str(path), path.as_uri()):
@@ -48,19 +48,19 @@ def test_home_and_relative_paths_work(tmp_path: Path, monkeypatch: pytest.Monkey
     assert content("a.png").read_bytes() == PNG
 
 
-def test_bytes_and_pixels_pass_through() -> None:
-    array, picture = smooth(4, 5), Image.new("RGB", (3, 3))
+def test_bytes_and_pixels_are_returned_unchanged() -> None:
+    array, image = smooth(4, 5), Image.new("RGB", (3, 3))
     assert content(PNG) == PNG
     assert content(bytearray(PNG)) == PNG
     assert content(array) is array
-    assert content(picture) is picture
+    assert content(image) is image
 
 
 def test_data_urls_in_both_encodings() -> None:
     coded = base64.b64encode(PNG).decode()
     media = read_source(f"data:image/png;base64,{coded}", DEFAULT_LIMITS, "image 1")
     assert media.content == PNG
-    assert media.declared == "image/png"
+    assert media.content_type == "image/png"
     assert content(f"DATA:;base64,{coded[:40]}\n{coded[40:]}") == PNG
     assert content("data:text/plain,a%20b") == b"a b"
 
@@ -82,12 +82,12 @@ def test_data_urls_in_both_encodings() -> None:
         (7, "cannot read a int"),
     ],
 )
-def test_sources_that_cannot_be(source: Any, text: str) -> None:
+def test_invalid_sources_are_rejected(source: Any, text: str) -> None:
     with pytest.raises(InputError, match=text):
         content(source)
 
 
-def test_pipes_and_empty_files_are_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_and_empty_files_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is a pipe or a device"):
         content(tmp_path / "pipe")
@@ -126,7 +126,7 @@ def test_limits_on_origin_and_size(tmp_path: Path) -> None:
         (PNG, "image/png"),
         (encoded(smooth(9, 9), "WEBP"), "image/webp"),
         (encoded(smooth(9, 9), "TIFF"), "image/tiff"),
-        (clip(2), "video/mp4"),
+        (encoded_video(2), "video/mp4"),
         (audio_only(), "video/mp4"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "image/heic"),
         (b"%PDF-1.7\n", "application/pdf"),
@@ -138,7 +138,7 @@ def test_limits_on_origin_and_size(tmp_path: Path) -> None:
         (b"", "application/octet-stream"),
     ],
 )
-def test_types_are_told_by_content(head: bytes, kind: str) -> None:
+def test_sniffed_media_types(head: bytes, kind: str) -> None:
     assert sniff_type(head[:64]) == kind
 
 
@@ -173,11 +173,11 @@ def test_read_head_of_file_and_bytes(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_options_are_checked_when_built(options: dict[str, Any], text: str) -> None:
+def test_options_are_validated_when_built(options: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
         MediaOptions(**options)
 
 
-def test_given_options_are_named() -> None:
-    assert MediaOptions(fps=1, min_frames=2).given() == {"fps": 1, "min_frames": 2}
-    assert MediaOptions().given() == {}
+def test_to_dict_returns_the_options_that_are_set() -> None:
+    assert MediaOptions(fps=1, min_frames=2).to_dict() == {"fps": 1, "min_frames": 2}
+    assert MediaOptions().to_dict() == {}

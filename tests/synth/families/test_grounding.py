@@ -1,4 +1,4 @@
-"""Grounding: boxes and phrases that mean the same one shape."""
+"""Grounding: boxes and phrases that refer to the same unique shape."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from qwen2vl import grounding
 from qwen2vl.synth import Mixture, sample
 from qwen2vl.synth.colors import COLORS
-from qwen2vl.synth.draw import KINDS, draw
-from qwen2vl.synth.scenes import from_the_left
+from qwen2vl.synth.draw import SHAPE_KINDS, draw_image
+from qwen2vl.synth.scenes import left_to_right
 from qwen2vl.synth.spec import Scene, Shape
 
-MIXTURE = Mixture(weights={"grounding": 1.0}, questions=4, textured_share=0.0)
+MIXTURE = Mixture(weights={"grounding": 1.0}, max_questions=4, textured_share=0.0)
 
 
 def _box_in(text: str, scene: Scene) -> tuple[float, ...]:
@@ -24,7 +24,7 @@ def _box_in(text: str, scene: Scene) -> tuple[float, ...]:
     return found.shape.to_pixels((scene.height, scene.width))
 
 
-def test_answers_are_the_official_text_of_the_box() -> None:
+def test_answers_have_the_official_box_format() -> None:
     tasks: Counter[str] = Counter()
     for index in range(300):
         spec = sample(31, index, MIXTURE)
@@ -55,10 +55,10 @@ def test_answers_are_the_official_text_of_the_box() -> None:
     assert min(tasks["find"], tasks["name_box"]) > 100
 
 
-def _calls(text: str, shape: Shape) -> bool:
-    """Tell whether the phrase fits: its kind or "shape", its color if one is said."""
+def _phrase_fits(text: str, shape: Shape) -> bool:
+    """Return whether a phrase fits a shape: its kind or "shape", and its color if given."""
     words = set(re.findall(r"[a-z]+", text.replace("object_ref", "")))
-    kinds, colors = words & set(KINDS), words & set(COLORS)
+    kinds, colors = words & set(SHAPE_KINDS), words & set(COLORS)
     return (not kinds or shape.kind in kinds) and (not colors or shape.color in colors)
 
 
@@ -69,7 +69,7 @@ def test_phrases_are_unique() -> None:
         assert isinstance(scene, Scene)
         for question in spec.questions:
             if question.task == "find":
-                meant = [shape for shape in scene.shapes if _calls(question.text, shape)]
+                meant = [shape for shape in scene.shapes if _phrase_fits(question.text, shape)]
                 assert {shape.box for shape in meant} == {question.box}, question
             else:
                 assert [s.phrase for s in scene.shapes].count(question.answer) == 1
@@ -80,7 +80,7 @@ def test_box_encloses_the_pixels_of_its_color() -> None:
         spec = sample(33, index, MIXTURE)
         (scene,) = spec.pictures
         assert isinstance(scene, Scene)
-        image = draw(scene).astype(int)
+        image = draw_image(scene).astype(int)
         for shape in scene.shapes:
             if sum(s.color == shape.color for s in scene.shapes) > 1:
                 continue
@@ -94,7 +94,7 @@ def test_box_encloses_the_pixels_of_its_color() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_both_forms_of_the_phrase_are_asked(split: str) -> None:
+def test_phrases_occur_with_and_without_ref_tokens(split: str) -> None:
     mixture = Mixture(weights={"grounding": 1.0}, split=split)  # type: ignore[arg-type]
     asked = [sample(1, i, mixture).questions[0] for i in range(200)]
     marked = sum("<|object_ref_start|>" in q.text for q in asked if q.task == "find")
@@ -108,7 +108,7 @@ def test_each_question_is_about_another_shape() -> None:
         assert len(set(keys)) == len(keys)
 
 
-def test_finding_each_answers_in_the_order_of_the_question() -> None:
+def test_find_each_answers_in_the_order_of_the_question() -> None:
     mixture = Mixture(weights={"grounding": 1.0}, list_share=1.0)
     asked = orders = 0
     for index in range(200):
@@ -124,17 +124,17 @@ def test_finding_each_answers_in_the_order_of_the_question() -> None:
         assert places == sorted(places)
         assert len(found) >= 2
         for one in found:
-            meant = [s for s in scene.shapes if _calls(one.phrase or "", s)]
+            meant = [s for s in scene.shapes if _phrase_fits(one.phrase or "", s)]
             (shape,) = meant
             box = one.shape.to_pixels((scene.height, scene.width))
             assert np.abs(np.subtract(box, shape.box)).max() <= 0.25
         lefts = [f.shape.to_pixels((1, 1))[0] for f in found]
         orders += lefts != sorted(lefts)
     assert asked > 80
-    assert orders > asked / 3  # else the order of places would do for an answer
+    assert orders > asked / 3  # otherwise the answer would follow from the positions
 
 
-def test_finding_all_lists_each_shape_with_its_box_from_the_left() -> None:
+def test_find_all_lists_each_shape_with_its_box_from_left_to_right() -> None:
     mixture = Mixture(weights={"grounding": 1.0}, list_share=1.0)
     lists = 0
     for index in range(300):
@@ -146,7 +146,7 @@ def test_finding_all_lists_each_shape_with_its_box_from_the_left() -> None:
             continue
         lists += 1
         found = grounding.parse(question.answer)
-        assert [f.phrase for f in found] == [s.phrase for s in from_the_left(scene) or ()]
+        assert [f.phrase for f in found] == [s.phrase for s in left_to_right(scene) or ()]
         boxes = [f.shape.to_pixels((scene.height, scene.width)) for f in found]
         assert boxes == sorted(boxes, key=lambda box: box[0] + box[2])
         truth = sorted((shape.box for shape in scene.shapes), key=lambda box: box[0] + box[2])

@@ -1,4 +1,4 @@
-"""Clips: the pixels really move as told, and a shuffled clip tells nothing."""
+"""Videos: pixels move as the answer states, and shuffled frames do not reveal the answer."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _scenes(spec: Spec) -> list[Scene]:
 
 
 def test_pixels_move_in_the_direction_of_the_answer() -> None:
-    way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+    unit = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
     answers: Counter[str] = Counter()
     for spec in _specs("direction"):
         ground = _scenes(spec)[0].ground
         centers = np.array([_center(frame, ground) for frame in _clip(spec)])
-        along = np.diff(centers, axis=0) @ np.array(way[spec.questions[0].answer])
-        across = np.diff(centers, axis=0) @ np.array(way[spec.questions[0].answer])[::-1]
+        along = np.diff(centers, axis=0) @ np.array(unit[spec.questions[0].answer])
+        across = np.diff(centers, axis=0) @ np.array(unit[spec.questions[0].answer])[::-1]
         assert (along > 0.5).all(), spec
         assert np.abs(across).max() < 0.5
         answers[spec.questions[0].answer] += 1
@@ -49,7 +49,7 @@ def test_pixels_move_in_the_direction_of_the_answer() -> None:
     assert len(answers) == 4
 
 
-def test_shapes_stay_in_the_picture() -> None:
+def test_shapes_stay_inside_the_frame() -> None:
     for index in range(300):
         for scene in _scenes(sample(52, index, MIXTURE)):
             for shape in scene.shapes:
@@ -58,26 +58,26 @@ def test_shapes_stay_in_the_picture() -> None:
                 assert 0 <= y1 < y2 <= scene.height
 
 
-def test_frames_are_even_in_number_and_few() -> None:
+def test_number_of_frames_is_even_and_at_most_eight() -> None:
     lengths = {len(sample(53, i, MIXTURE).pictures) for i in range(200)}
     assert lengths == {4, 6, 8}
 
 
-def test_frames_alone_say_nothing_about_direction() -> None:
-    """Positions of a clip and of its reverse are drawn alike: a center frame leans nowhere."""
-    leans: dict[str, list[float]] = {"left": [], "right": [], "up": [], "down": []}
+def test_unordered_frames_do_not_reveal_the_direction() -> None:
+    """Positions of a video and of its reverse have the same distribution: mean positions agree."""
+    positions: dict[str, list[float]] = {"left": [], "right": [], "up": [], "down": []}
     for spec in _specs("direction", 2500):
         scenes = _scenes(spec)
         axis = 0 if spec.questions[0].answer in ("left", "right") else 1
         size = (scenes[0].width, scenes[0].height)[axis]
         mean = float(np.mean([scene.shapes[0].center[axis] for scene in scenes]))
-        leans[spec.questions[0].answer].append(mean / size)
+        positions[spec.questions[0].answer].append(mean / size)
     for low, high in (("left", "right"), ("up", "down")):
-        assert abs(np.mean(leans[low]) - np.mean(leans[high])) < 0.03
+        assert abs(np.mean(positions[low]) - np.mean(positions[high])) < 0.03
 
 
 def _moved_first(scenes: list[Scene]) -> str:
-    """Find the shape that leaves its place first, knowing only the frames."""
+    """Return the shape whose box changes first, from the frames only."""
     for before, after in pairwise(scenes):
         for a, b in zip(before.shapes, after.shapes, strict=True):
             if a.box != b.box:
@@ -85,7 +85,7 @@ def _moved_first(scenes: list[Scene]) -> str:
     raise AssertionError("nothing moves")
 
 
-def test_the_one_that_moves_first_is_the_other_one_backwards() -> None:
+def test_reversing_a_video_swaps_which_shape_moves_first() -> None:
     specs = _specs("moved_first")
     assert len(specs) > 40
     for spec in specs:
@@ -95,8 +95,8 @@ def test_the_one_that_moves_first_is_the_other_one_backwards() -> None:
         assert _moved_first(scenes[::-1]) in names - {spec.questions[0].answer}
 
 
-def test_no_lane_moves_first_more_often() -> None:
-    """Otherwise one frame would tell the answer."""
+def test_both_lanes_move_first_equally_often() -> None:
+    """Otherwise a single frame would reveal the answer."""
     upper = []
     for spec in _specs("moved_first", 1200):
         first, second = _scenes(spec)[0].shapes  # the one that moves first is listed first
@@ -105,7 +105,7 @@ def test_no_lane_moves_first_more_often() -> None:
     assert 0.38 < np.mean(upper) < 0.62
 
 
-def test_two_movers_take_turns_and_never_touch() -> None:
+def test_two_shapes_move_one_at_a_time_and_never_touch() -> None:
     for spec in _specs("moved_first"):
         scenes = _scenes(spec)
         for before, after in pairwise(scenes):
@@ -117,8 +117,8 @@ def test_two_movers_take_turns_and_never_touch() -> None:
             assert apart
 
 
-def test_each_color_is_shown_for_half_of_the_clip() -> None:
-    mixture = Mixture(weights={"motion": 1.0}, questions=2)
+def test_each_color_is_shown_for_half_of_the_video() -> None:
+    mixture = Mixture(weights={"motion": 1.0}, max_questions=2)
     seen = 0
     for index in range(300):
         spec = sample(54, index, mixture)
@@ -134,7 +134,7 @@ def test_each_color_is_shown_for_half_of_the_clip() -> None:
     assert seen > 40
 
 
-def test_alone_only_motion_is_asked() -> None:
+def test_single_questions_are_about_motion() -> None:
     tasks = {sample(55, i, MIXTURE).questions[0].task for i in range(400)}
     assert tasks == {"direction", "appeared_first", "appeared_last", "moved_first"}
 

@@ -1,4 +1,4 @@
-"""Scenes of shapes: the truth is in the pixels."""
+"""Family `shapes`: answers agree with the pixels and the scenes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from qwen2vl.synth import Mixture, Question, sample
 from qwen2vl.synth.colors import COLORS
-from qwen2vl.synth.draw import draw
+from qwen2vl.synth.draw import draw_image
 from qwen2vl.synth.families.shapes import plural
-from qwen2vl.synth.scenes import phrases
+from qwen2vl.synth.scenes import unique_phrases
 from qwen2vl.synth.spec import Scene, Shape
 
-PLAIN = Mixture(weights={"shapes": 1.0}, questions=6, textured_share=0.0)
+PLAIN = Mixture(weights={"shapes": 1.0}, max_questions=6, textured_share=0.0)
 
 
 def _drawn(count: int, mixture: Mixture = PLAIN) -> list[tuple[tuple[Question, ...], Scene]]:
@@ -25,7 +25,7 @@ def _drawn(count: int, mixture: Mixture = PLAIN) -> list[tuple[tuple[Question, .
 
 
 def name_pixels(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Name each pixel by the nearest span of a color; an independent judge of the drawing."""
+    """Classify each pixel by the nearest color segment, independently of the drawing code."""
     names = list(COLORS)
     distances = []
     for low, high in COLORS.values():
@@ -36,7 +36,7 @@ def name_pixels(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _inside(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Mark pixels that equal all four neighbors: no soft edges."""
+    """Mark pixels that equal all four neighbors, which excludes antialiased edges."""
     same = np.ones(image.shape[:2], dtype=bool)
     for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
         same &= (image == np.roll(image, step, axis)).all(axis=-1)
@@ -60,12 +60,14 @@ def _components(mask: np.ndarray[Any, Any]) -> int:
     return count
 
 
-def test_counts_are_in_the_pixels() -> None:
-    """Flood fill counts again what the questions about number say."""
+def test_counts_match_the_pixels() -> None:
+    """Counts in the answers equal the number of connected regions."""
     seen: Counter[str] = Counter()
-    mixture = Mixture(weights={"shapes": 1.0}, questions=6, textured_share=0.0, canvas=(56, 130))
+    mixture = Mixture(
+        weights={"shapes": 1.0}, max_questions=6, textured_share=0.0, canvas=(56, 130)
+    )
     for questions, scene in _drawn(120, mixture):
-        image = draw(scene).astype(float)
+        image = draw_image(scene).astype(float)
         far = _inside(image) & (np.abs(image - np.array(scene.ground)).max(axis=-1) > 0)
         named = name_pixels(image)
         for question in questions:
@@ -85,7 +87,7 @@ def _each(answer: str) -> dict[str, str]:
     return dict(part.split(": ") for part in answer.split(", "))
 
 
-def test_several_at_once_are_answered_in_the_order_of_the_question() -> None:
+def test_multi_answer_questions_are_answered_in_the_order_of_the_question() -> None:
     seen: Counter[str] = Counter()
     orders = 0
     mixture = Mixture(weights={"shapes": 1.0}, list_share=1.0)
@@ -112,17 +114,17 @@ def test_several_at_once_are_answered_in_the_order_of_the_question() -> None:
             orders += lefts != sorted(lefts)
     assert set(seen) == {"each_color", "each_kind", "each_count", "each_color_count"}
     assert min(seen.values()) > 15
-    assert orders > seen["each_color"] / 3  # else the order of places would do for an answer
+    assert orders > seen["each_color"] / 3  # otherwise the answer would follow from the positions
 
 
 def _only_phrase_in(text: str, scene: Scene) -> Shape:
     if len(scene.shapes) == 1:
         return scene.shapes[0]
-    names = [name for name in phrases(scene) if f"the {name}" in text]
-    return phrases(scene)[max(names, key=len)]
+    names = [name for name in unique_phrases(scene) if f"the {name}" in text]
+    return unique_phrases(scene)[max(names, key=len)]
 
 
-def test_names_and_colors_mean_one_shape() -> None:
+def test_names_and_colors_refer_to_one_shape() -> None:
     seen: Counter[str] = Counter()
     for questions, scene in _drawn(400):
         for question in questions:
@@ -138,7 +140,7 @@ def test_names_and_colors_mean_one_shape() -> None:
     assert min(seen["color_of_kind"], seen["name_shape_of_color"]) > 50
 
 
-def test_positions_are_beyond_doubt() -> None:
+def test_positions_are_unambiguous() -> None:
     parts: Counter[str] = Counter()
     for questions, scene in _drawn(700):
         for question in questions:
@@ -160,16 +162,16 @@ def test_positions_are_beyond_doubt() -> None:
 
 
 def _toward(text: str) -> tuple[int, int]:
-    """Axis and sign of the one direction word."""
+    """Return axis and sign of the direction word."""
     rules = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}
     (word,) = (word for word in rules if re.search(rf"\b{word}\b", text))
     return rules[word]
 
 
-def test_comparisons_hold() -> None:
+def test_comparisons_are_correct() -> None:
     seen: Counter[str] = Counter()
     for questions, scene in _drawn(700):
-        called = phrases(scene)
+        called = unique_phrases(scene)
         for question in questions:
             if question.task not in ("larger", "smaller", "further"):
                 continue
@@ -205,13 +207,13 @@ def test_plural() -> None:
     ]
 
 
-def test_a_list_names_every_shape_from_the_left() -> None:
+def test_a_list_names_every_shape_from_left_to_right() -> None:
     lists = 0
     for questions, scene in _drawn(400, Mixture(weights={"shapes": 1.0}, list_share=1.0)):
         if questions[0].task != "list":
             continue
         lists += 1
-        # Where two stand nearly above each other there is no certain order.
+        # The order is ambiguous where two shapes are nearly above each other.
         middles = sorted(shape.center[0] for shape in scene.shapes)
         assert all(b - a >= 0.05 * scene.width for a, b in pairwise(middles))
         ordered = sorted(scene.shapes, key=lambda shape: shape.box[0] + shape.box[2])

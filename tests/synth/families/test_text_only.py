@@ -1,4 +1,4 @@
-"""Words alone: the answers are right."""
+"""Family `text_only`: the answers are correct."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen2vl.synth.families.text_only import SMALL_TALK
 MIXTURE = Mixture(weights={"text_only": 1.0}, text_length=(2, 20))
 
 
-def test_answers_are_right() -> None:
+def test_answers_are_correct() -> None:
     tasks: Counter[str] = Counter()
     places = {"first": 0, "second": 1, "third": 2, "fourth": 3, "last": -1}
     for index in range(1500):
@@ -39,7 +39,7 @@ def test_answers_are_right() -> None:
     assert set(SMALL_TALK) <= set(tasks)
 
 
-def test_boxes_are_among_the_things_copied() -> None:
+def test_boxes_are_among_the_texts_to_copy() -> None:
     copied = [sample(61, i, MIXTURE).questions[0] for i in range(300)]
     boxes = [q for q in copied if q.task == "repeat" and "<|box_start|>" in q.answer]
     assert boxes

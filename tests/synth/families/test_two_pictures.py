@@ -1,4 +1,4 @@
-"""Two pictures: the answer follows from the two, and no answer is the better guess."""
+"""Family `two_pictures`: answers follow from both images, and all answers are equally likely."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import pytest
 
 from qwen2vl.synth import Mixture, Question, Spec, sample
 from qwen2vl.synth.spec import Line, Scene
-from tests.fonts import needs_training_fonts
 
-pytestmark = needs_training_fonts
-
-MIXTURE = Mixture(weights={"two_pictures": 1.0}, questions=3)
+MIXTURE = Mixture(weights={"two_pictures": 1.0}, max_questions=3, fonts="bundled")
 ORDINALS = ("first", "second")
 
 
@@ -71,7 +68,7 @@ def test_answers_follow_from_the_lines() -> None:
     "task",
     ["same_shape", "same_color", "same_number", "same_text", "which_has_more", "which_shows"],
 )
-def test_both_answers_come_equally_often(task: str) -> None:
+def test_both_answers_are_equally_frequent(task: str) -> None:
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for spec in _specs(1200):
         for question in spec.questions:
@@ -88,15 +85,15 @@ def test_different_texts_differ_beyond_case() -> None:
             assert one.text.lower() != two.text.lower()
 
 
-def test_comparisons_name_both_and_say_what_is_the_same() -> None:
-    mixture = Mixture(weights={"two_pictures": 1.0}, list_share=1.0)
+def test_comparisons_describe_both_images_and_give_the_verdict() -> None:
+    mixture = Mixture(weights={"two_pictures": 1.0}, list_share=1.0, fonts="bundled")
     verdicts: Counter[tuple[str, str]] = Counter()
     for index in range(300):
         spec = sample(42, index, mixture)
         one, two = spec.pictures
         (question,) = spec.questions
-        said = dict(part.split(": ") for part in question.answer.split(", "))
-        first, second = said.pop("first"), said.pop("second")
+        fields = dict(part.split(": ") for part in question.answer.split(", "))
+        first, second = fields.pop("first"), fields.pop("second")
         if isinstance(one, Scene) and isinstance(two, Scene):
             a, b = one.shapes[0], two.shapes[0]
             truth = {
@@ -104,14 +101,14 @@ def test_comparisons_name_both_and_say_what_is_the_same() -> None:
                 "shape": (a.kind, b.kind),
                 "number": (str(len(one.shapes)), str(len(two.shapes))),
             }
-            shown = truth["number"] if "number" in said else (a.phrase, b.phrase)
+            shown = truth["number"] if "number" in fields else (a.phrase, b.phrase)
         else:
             assert isinstance(one, Line)
             assert isinstance(two, Line)
             shown = (one.text, two.text)
             truth = {"text": shown}
         assert (first, second) == shown
-        for name, verdict in said.items():
+        for name, verdict in fields.items():
             left, right = truth[name]
             assert verdict == ("same" if left == right else "different")
             verdicts[name, verdict] += 1

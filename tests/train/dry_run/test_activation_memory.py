@@ -1,4 +1,4 @@
-"""A rehearsal on shapes against the bytes that a real forward and backward keep and take."""
+"""Activation-memory estimator against the bytes of a real forward and backward."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from qwen2vl.model import Qwen2VL, rope
-from qwen2vl.parallel.activation_checkpointing import Mode, recompute
+from qwen2vl.parallel.activation_checkpointing import (
+    CheckpointingMode,
+    apply_activation_checkpointing,
+)
 from qwen2vl.quantization import nf4
 from qwen2vl.recipes import nano
-from qwen2vl.train.dry_run.activation_memory import Alive, Shape, Timeline, rehearse
-from qwen2vl.train.loader.batch import Batch, pack
+from qwen2vl.train.dry_run.activation_memory import (
+    BatchShape,
+    MemoryTimeline,
+    MemoryTracker,
+    estimate_activation_memory,
+)
+from qwen2vl.train.loader.batch import Batch, pack_batch
 from qwen2vl.train.loss import token_loss
-from qwen2vl.train.optim.optimizers import apply_rules
+from qwen2vl.train.optim.optimizers import apply_lr_rules
 from tests.tiny import tiny_config, tiny_model
 from tests.train.loader.test_batch import conversations
 
@@ -27,118 +35,128 @@ CPU = torch.device("cpu")
 
 @cache
 def batch() -> Batch:
-    return pack(conversations() * 4, pad_id=0)
+    return pack_batch(conversations() * 4, pad_id=0)
 
 
 @cache
-def rehearsed(mode: Mode, dtype: str, rules: tuple[tuple[str, float], ...]) -> Timeline:
+def estimate(
+    mode: CheckpointingMode, dtype: str, rules: tuple[tuple[str, float], ...]
+) -> MemoryTimeline:
     with torch.device("meta"):
         model = Qwen2VL(tiny_config())
-    apply_rules(model, rules)
-    recompute(model, visual=mode, text=mode)
-    return rehearse(model, Shape.of(batch()), device=CPU, casts=dtype == "bfloat16")
+    apply_lr_rules(model, rules)
+    apply_activation_checkpointing(model, visual=mode, text=mode)
+    return estimate_activation_memory(
+        model, BatchShape.of(batch()), device=CPU, use_autocast=dtype == "bfloat16"
+    )
 
 
-def real(mode: Mode, rules: tuple[tuple[str, float], ...]) -> Qwen2VL:
+def real_model(mode: CheckpointingMode, rules: tuple[tuple[str, float], ...]) -> Qwen2VL:
     model = tiny_model()
-    apply_rules(model, rules)
-    recompute(model, visual=mode, text=mode)
+    apply_lr_rules(model, rules)
+    apply_activation_checkpointing(model, visual=mode, text=mode)
     return model
 
 
-def step(model: Qwen2VL, dtype: str) -> Iterator[Tensor]:
-    """Take a step as the loop does, and stop where the forward is done."""
+def training_step(model: Qwen2VL, dtype: str) -> Iterator[Tensor]:
+    """Compute loss and gradients as the training loop does; yield after the model's forward."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden_TD = batch().run(model)
+        hidden_TD = batch().forward(model)
         yield hidden_TD
-        loss = token_loss(hidden_TD, model.head_weight, batch(), 1.0).loss
+        loss = token_loss(hidden_TD, model.lm_head_weight, batch(), 1.0).loss
     loss.backward()
 
 
 def saved_bytes(model: Qwen2VL) -> int:
-    """Add up what autograd saves, each storage once, and what the loss is given; no weights."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
+    """Sum what autograd saves, each storage once, and the hidden states; without weights."""
+    parameter_storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameter_storages:
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        taken = step(model, "float32")
-        note(next(taken))
-    return sum(seen.values())
+    with saved_tensors_hooks(record, lambda tensor: tensor):
+        step = training_step(model, "float32")
+        record(next(step))
+    return sum(storages.values())
 
 
 def allocator_peak(model: Qwen2VL, dtype: str) -> int:
-    """Ask torch's own allocator, which the counting of the module under test never sees."""
+    """Return the peak of torch's allocator, measured by the profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        list(step(model, dtype))
+        list(training_step(model, dtype))
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = profiler.profiler.kineto_results.events()
-    found = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = peak = 0
-    for _, change in found:
-        now += change
-        peak = max(peak, now)
+    events_by_time = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    allocated = peak = 0
+    for _, change in events_by_time:
+        allocated += change
+        peak = max(peak, allocated)
     return peak
 
 
-@pytest.mark.parametrize("mode", ["none", "block"])
-def test_what_is_kept_is_what_autograd_saves(mode: Mode) -> None:
-    kept = rehearsed(mode, "float32", nano.ALL).kept
-    assert kept == pytest.approx(saved_bytes(real(mode, nano.ALL)), rel=0.1)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_saved_bytes_equal_those_of_autograd(mode: CheckpointingMode) -> None:
+    saved = estimate(mode, "float32", nano.TRAIN_ALL).saved
+    assert saved == pytest.approx(saved_bytes(real_model(mode, nano.TRAIN_ALL)), rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("mode", "dtype", "rules"),
     [
-        ("none", "bfloat16", nano.SEE),
-        ("block", "float32", nano.ALL),
-        ("selective", "bfloat16", nano.ALL),
+        ("none", "bfloat16", nano.TRAIN_VISION),
+        ("full", "float32", nano.TRAIN_ALL),
+        ("selective", "bfloat16", nano.TRAIN_ALL),
     ],
 )
-def test_the_peak_is_what_the_allocator_says(
-    mode: Mode, dtype: str, rules: tuple[tuple[str, float], ...]
+def test_the_peak_equals_that_of_the_allocator(
+    mode: CheckpointingMode, dtype: str, rules: tuple[tuple[str, float], ...]
 ) -> None:
-    peak = rehearsed(mode, dtype, rules).peak()
-    assert peak == pytest.approx(allocator_peak(real(mode, rules), dtype), rel=0.1)
+    peak = estimate(mode, dtype, rules).peak()
+    assert peak == pytest.approx(allocator_peak(real_model(mode, rules), dtype), rel=0.1)
 
 
-def test_gradients_of_an_earlier_batch_are_there_all_the_time() -> None:
-    line = rehearsed("none", "float32", nano.ALL)
-    before = sum(p.nbytes for p in tiny_model().parameters())
-    assert line.peak() < line.peak(before=before) <= line.peak() + before
-    # Of other ranks' parts only the head's are still there when the backward ends.
-    assert line.peak(parts=4) <= line.peak()
+def test_existing_gradients_raise_the_peak() -> None:
+    timeline = estimate("none", "float32", nano.TRAIN_ALL)
+    existing_gradients = sum(p.nbytes for p in tiny_model().parameters())
+    assert (
+        timeline.peak()
+        < timeline.peak(existing_gradients=existing_gradients)
+        <= timeline.peak() + existing_gradients
+    )
+    # Of the other ranks' shards only the head's gradient remains at the end of the backward.
+    assert timeline.peak(num_shards=4) <= timeline.peak()
 
 
-def test_a_batch_without_pictures_has_the_null_item() -> None:
-    alone = pack(conversations()[:1], pad_id=0)
-    assert Shape.of(alone).frames == ()
+def test_a_batch_without_images_has_the_dummy_image() -> None:
+    text_only = pack_batch(conversations()[:1], pad_id=0)
+    assert BatchShape.of(text_only).frames == ()
     with torch.device("meta"):
         model = Qwen2VL(tiny_config())
-    line = rehearse(model, Shape.of(alone), device=CPU, casts=False)
-    assert len(line.visual) == 2 and 0 < line.visual[0].kept < line.text[0].kept
+    timeline = estimate_activation_memory(
+        model, BatchShape.of(text_only), device=CPU, use_autocast=False
+    )
+    assert len(timeline.visual) == 2 and 0 < timeline.visual[0].saved < timeline.text[0].saved
 
 
-def test_only_what_is_new_is_counted_and_only_while_it_lives() -> None:
-    outside = torch.ones(100)
-    with Alive() as alive:
-        view = outside.view(10, 10).t()
-        assert alive.now == 0
-        made = view * 2
-        assert alive.now == 400
-        del made
-    assert (alive.now, alive.peak) == (0, 400)
+def test_only_new_storages_are_counted_until_they_are_freed() -> None:
+    existing = torch.ones(100)
+    with MemoryTracker() as tracker:
+        view = existing.view(10, 10).t()
+        assert tracker.allocated == 0
+        result = view * 2
+        assert tracker.allocated == 400
+        del result
+    assert (tracker.allocated, tracker.peak) == (0, 400)
 
 
-def test_tables_without_numbers_are_not_left_behind() -> None:
+def test_cached_tables_are_real_tensors_afterwards() -> None:
     config = tiny_config()
-    wanted = rope._frequencies(8, config.text.rope_theta, CPU).clone()
-    rehearsed("none", "float32", nano.ALL)
-    found = rope._frequencies(8, config.text.rope_theta, CPU)
-    assert type(found) is Tensor and torch.equal(found, wanted)
+    expected = rope._inv_freq(8, config.text.rope_theta, CPU).clone()
+    estimate("none", "float32", nano.TRAIN_ALL)
+    inv_freq = rope._inv_freq(8, config.text.rope_theta, CPU)
+    assert type(inv_freq) is Tensor and torch.equal(inv_freq, expected)
     assert type(nf4._levels(CPU)) is Tensor

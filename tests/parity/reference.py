@@ -1,6 +1,6 @@
-"""The reference beside our model: the same random weights in transformers, and how to ask it.
+"""Reference implementation of transformers with the weights of a model of this library.
 
-Positions are always handed over: transformers 5.23 resumes text after a clip without counting its
+Positions are always passed in: transformers 5.23 resumes text after a video without counting its
 frames, where the paper and transformers 4.x count them (tests/parity/test_positions.py).
 """
 
@@ -15,13 +15,13 @@ from transformers import Qwen2VLConfig as ReferenceConfig
 from transformers import Qwen2VLForConditionalGeneration as ReferenceModel
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.geometry import AttnMeta, Grid, VisionMeta, pad_index, text_positions
+from qwen2vl.geometry import AttnMeta, Grid, VisionMeta, mrope_positions, placeholder_index
 from qwen2vl.model import Qwen2VL
 from tests.prompts import Prompt
 
 
 def random_model(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VL:
-    """Build a model in which every parameter matters: biases and norms are random too."""
+    """Build a model whose parameters are all random, including biases and norms."""
     model = Qwen2VL(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -38,13 +38,13 @@ def random_model(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VL:
 
 def reference_name(name: str) -> str:
     """Translate a parameter's name in the checkpoints to its name in transformers 5."""
-    room, _, rest = name.partition(".")
+    module_name, _, rest = name.partition(".")
     return {"visual": "model.visual.", "model": "model.language_model."}.get(
-        room, "lm_head."
+        module_name, "lm_head."
     ) + rest
 
 
-def twin(model: Qwen2VL, attention: str = "eager") -> ReferenceModel:
+def to_reference(model: Qwen2VL, attention: str = "eager") -> ReferenceModel:
     """Build the reference with the weights of `model`, in fp32."""
     config = ReferenceConfig(**model.config.to_dict("float32"))
     config._attn_implementation = attention
@@ -57,25 +57,29 @@ def twin(model: Qwen2VL, attention: str = "eager") -> ReferenceModel:
 
 
 def split_by_kind(patches_NP: Tensor, prompt: Prompt) -> dict[str, Tensor]:
-    """Part one stream of items into the reference's two, each with its grids."""
-    rows = patches_NP.split([grid.t * grid.h * grid.w for grid in prompt.grids])
-    parted: dict[str, Tensor] = {}
+    """Split the packed patches into the reference's image and video inputs, each with its grids."""
+    item_patches = patches_NP.split([grid.t * grid.h * grid.w for grid in prompt.grids])
+    inputs: dict[str, Tensor] = {}
     for kind, pixels, grids in (
         ("image", "pixel_values", "image_grid_thw"),
         ("video", "pixel_values_videos", "video_grid_thw"),
     ):
-        own = [row for row, item in zip(rows, prompt.visuals, strict=True) if item.kind == kind]
-        if own:
-            parted[pixels] = torch.cat(own)
-            parted[grids] = torch.tensor(prompt.of_kind(kind))
-    return parted
+        of_kind = [
+            patches
+            for patches, item in zip(item_patches, prompt.visuals, strict=True)
+            if item.kind == kind
+        ]
+        if of_kind:
+            inputs[pixels] = torch.cat(of_kind)
+            inputs[grids] = torch.tensor(prompt.of_kind(kind))
+    return inputs
 
 
-def ask_reference(
+def compute_reference_logits(
     reference: ReferenceModel, prompt: Prompt, patches_NP: Tensor, config: Qwen2VLConfig
 ) -> Tensor:
-    """Run one sequence through the reference: logits_TV."""
-    position_ids_3T, _ = text_positions(prompt.ids, prompt.grids, config)
+    """Compute logits_TV of one sequence with the reference."""
+    position_ids_3T, _ = mrope_positions(prompt.ids, prompt.grids, config)
     return reference(
         input_ids=torch.tensor([prompt.ids]),
         attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
@@ -84,17 +88,17 @@ def ask_reference(
     ).logits[0]
 
 
-def packed(
+def pack_prompts(
     prompts: Sequence[Prompt], patches: Sequence[Tensor], config: Qwen2VLConfig
 ) -> dict[str, Any]:
-    """Lay prompts end to end, as `Qwen2VL.forward` takes them."""
+    """Concatenate prompts to the arguments of `Qwen2VL.forward`."""
     ids: list[int] = []
     positions: list[Tensor] = []
     grids: list[Grid] = []
     for prompt in prompts:
         ids += prompt.ids
         grids += prompt.grids
-        positions.append(text_positions(prompt.ids, prompt.grids, config)[0])
+        positions.append(mrope_positions(prompt.ids, prompt.grids, config)[0])
     arguments: dict[str, Any] = {
         "input_ids_T": torch.tensor(ids),
         "position_ids_3T": torch.cat(positions, dim=1),
@@ -104,17 +108,17 @@ def packed(
         arguments |= {
             "patches_NP": torch.cat(list(patches)),
             "vision_meta": VisionMeta.build(grids),
-            "pad_index_M": pad_index(ids, config),
+            "placeholder_index_M": placeholder_index(ids, config),
         }
     return arguments
 
 
-def ask(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor) -> Tensor:
-    """Run one sequence through our model: logits_TV."""
-    return model.logits(model(**packed([prompt], [patches_NP], model.config)))
+def compute_logits(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor) -> Tensor:
+    """Compute logits_TV of one sequence with a model of this library."""
+    return model.logits(model(**pack_prompts([prompt], [patches_NP], model.config)))
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Measure the largest deviation against the largest magnitude."""
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / want.abs().max()).item()
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation relative to the largest magnitude."""
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max()).item()

@@ -1,4 +1,4 @@
-"""Every transplanted block computes what its donor computed: CLIP's tower and Qwen2's decoder."""
+"""Init from pretrained: blocks compute what those of CLIP and Qwen2 compute."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from transformers import (
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.loading import load
 from qwen2vl.model import Qwen2VL
-from qwen2vl.model.rope import vision_rotation
-from qwen2vl.weights.init_pretrained import transplant
-from tests.donors import (
+from qwen2vl.model.rope import vision_cos_sin
+from qwen2vl.weights.init_pretrained import init_from_pretrained
+from tests.parity.reference import relative_error
+from tests.source_models import (
     CLIP_MODEL_CFG,
     HEADS,
     PATCH,
@@ -31,38 +32,37 @@ from tests.donors import (
     randomize,
     text_config,
     write_open_clip,
-    write_text,
+    write_qwen2,
     write_tokenizer,
 )
-from tests.parity.oracle import relative_error
 
-# The donors' norms add 1e-5 to a variance of about 1, those of Qwen2-VL 1e-6.
+# The source models' norms add 1e-5 to a variance of about 1, those of Qwen2-VL 1e-6.
 TOLERANCE = 2e-5
 
-Block = Callable[[Tensor], Tensor]
+BlockFunction = Callable[[Tensor], Tensor]
 
 
-def grown(folder: Path) -> Qwen2VL:
-    """Build a Qwen2-VL out of the donors in `folder` and open it."""
-    transplant(folder / "text", folder / "vision", folder / "out", dtype=torch.float32)
+def build_and_load(folder: Path) -> Qwen2VL:
+    """Build a Qwen2-VL from the source models in `folder` and load it."""
+    init_from_pretrained(folder / "text", folder / "vision", folder / "out", dtype=torch.float32)
     return load(folder / "out", dtype="float32")[0]
 
 
 def run_block(model: Qwen2VL, number: int, hidden_NE: Tensor) -> Tensor:
-    """Run one of our blocks on patches that all lie at (0, 0): CLIP's blocks know no positions."""
+    """Run one vision block on patches at position (0, 0): CLIP's blocks have no rotation."""
     config = model.config.vision
     positions_N2 = torch.zeros(len(hidden_NE), 2, dtype=torch.int64)
-    rotation = vision_rotation(positions_N2, config.head_dim, config.rope_theta)
-    return model.visual.blocks[number](hidden_NE, rotation, AttnMeta.build([len(hidden_NE)]))
+    cos_sin = vision_cos_sin(positions_N2, config.head_dim, config.rope_theta)
+    return model.visual.blocks[number](hidden_NE, cos_sin, AttnMeta.build([len(hidden_NE)]))
 
 
-def embed(model: Qwen2VL, picture_3YX: Tensor) -> Tensor:
-    """Embed a picture of one patch, as two equal frames."""
-    patch_3TYX = torch.stack([picture_3YX, picture_3YX], dim=1)
+def embed(model: Qwen2VL, image_3YX: Tensor) -> Tensor:
+    """Embed an image of one patch, as two equal frames."""
+    patch_3TYX = torch.stack([image_3YX, image_3YX], dim=1)
     return model.visual.patch_embed(patch_3TYX.reshape(1, -1))[0]
 
 
-def check_blocks(model: Qwen2VL, blocks: list[Block]) -> None:
+def check_blocks(model: Qwen2VL, blocks: list[BlockFunction]) -> None:
     generator = torch.Generator().manual_seed(3)
     for number, block in enumerate(blocks):
         hidden_NE = 3 * torch.randn(24, WIDTH, generator=generator)
@@ -72,46 +72,46 @@ def check_blocks(model: Qwen2VL, blocks: list[Block]) -> None:
 
 
 def check_embedding(model: Qwen2VL, conv: nn.Conv2d, norm: nn.LayerNorm) -> None:
-    """What the first block's norm sees is what it saw in the donor, but for the norm's bias."""
+    """Check the first block's normalized input; the bias of CLIP's pre-norm is set to zero."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         norm.bias.zero_()
     for _ in range(4):
-        picture_3YX = torch.randn(3, PATCH, PATCH, generator=generator)
-        donor_E = norm(conv(picture_3YX[None])[0, :, 0, 0])
-        want = torch.nn.functional.layer_norm(donor_E, [WIDTH])
-        got = torch.nn.functional.layer_norm(embed(model, picture_3YX), [WIDTH])
+        image_3YX = torch.randn(3, PATCH, PATCH, generator=generator)
+        source_E = norm(conv(image_3YX[None])[0, :, 0, 0])
+        want = torch.nn.functional.layer_norm(source_E, [WIDTH])
+        got = torch.nn.functional.layer_norm(embed(model, image_3YX), [WIDTH])
         assert relative_error(got, want) < 2e-4
 
 
 @torch.no_grad()
-def test_every_block_of_an_open_clip_tower(tmp_path: Path) -> None:
-    write_text(tmp_path / "text")
+def test_blocks_of_a_reimplemented_open_clip_tower(tmp_path: Path) -> None:
+    write_qwen2(tmp_path / "text")
     tower = write_open_clip(tmp_path / "vision")
     assert isinstance(tower, OpenClipTower)
-    model = grown(tmp_path)
+    model = build_and_load(tmp_path)
     check_blocks(model, list(tower.transformer.resblocks))  # type: ignore[arg-type]
     check_embedding(model, tower.conv1, tower.ln_pre)
 
 
 @torch.no_grad()
-def test_every_block_of_open_clip_itself(tmp_path: Path) -> None:
+def test_blocks_of_open_clip_itself(tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip needs torchvision")
     torch.manual_seed(0)
     model_cfg = {name: value for name, value in CLIP_MODEL_CFG.items() if name != "quick_gelu"}
     tower = open_clip.CLIP(**model_cfg, quick_gelu=True).eval().visual
     randomize(tower)
-    write_text(tmp_path / "text")
+    write_qwen2(tmp_path / "text")
     write_open_clip(tmp_path / "vision", tower)
     assert tower.state_dict().keys() == OpenClipTower().state_dict().keys()
-    model = grown(tmp_path)
+    model = build_and_load(tmp_path)
     check_blocks(model, list(tower.transformer.resblocks))
     check_embedding(model, tower.conv1, tower.ln_pre)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("whole", [True, False])
-def test_every_block_of_a_tower_of_transformers(tmp_path: Path, whole: bool) -> None:
+@pytest.mark.parametrize("has_text_tower", [True, False])
+def test_blocks_of_a_transformers_clip_tower(tmp_path: Path, has_text_tower: bool) -> None:
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -121,7 +121,7 @@ def test_every_block_of_a_tower_of_transformers(tmp_path: Path, whole: bool) -> 
         image_size=56,
         patch_size=PATCH,
     )
-    if whole:
+    if has_text_tower:
         clip = CLIPModel(
             CLIPConfig(
                 vision_config=config.to_dict(),
@@ -132,35 +132,35 @@ def test_every_block_of_a_tower_of_transformers(tmp_path: Path, whole: bool) -> 
         clip = CLIPVisionModel(config)
     randomize(clip)
     clip.eval().save_pretrained(str(tmp_path / "vision"))
-    write_text(tmp_path / "text")
-    model = grown(tmp_path)
+    write_qwen2(tmp_path / "text")
+    model = build_and_load(tmp_path)
     assert model.config.vision.mlp_ratio == 2.5
-    tower = clip.vision_model if whole else clip
-    check_blocks(model, [lambda x, b=b: _first(b(x, None)) for b in tower.encoder.layers])
+    tower = clip.vision_model if has_text_tower else clip
+    check_blocks(model, [lambda x, b=b: _first_output(b(x, None)) for b in tower.encoder.layers])
     check_embedding(model, tower.embeddings.patch_embedding, tower.pre_layrnorm)
 
 
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _first_output(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_decoder_gives_the_logits_of_its_donor(tmp_path: Path, tied: bool) -> None:
+def test_decoder_logits_equal_those_of_the_source_model(tmp_path: Path, tied: bool) -> None:
     torch.manual_seed(0)
     raw = text_config(tie_word_embeddings=tied)
-    donor = Qwen2ForCausalLM(Qwen2Config(**raw)).eval()
-    randomize(donor)
-    donor.save_pretrained(str(tmp_path / "text"))
+    source = Qwen2ForCausalLM(Qwen2Config(**raw)).eval()
+    randomize(source)
+    source.save_pretrained(str(tmp_path / "text"))
     num_tokens = write_tokenizer(tmp_path / "text")
     write_open_clip(tmp_path / "vision")
-    model = grown(tmp_path)
+    model = build_and_load(tmp_path)
     ids = torch.randint(num_tokens, (17,), generator=torch.Generator().manual_seed(1))
     positions_3T = torch.arange(17).expand(3, -1)
     got_TV = model.logits(model(ids, positions_3T, AttnMeta.build([17])))
-    want_TV = donor(ids[None]).logits[0]
-    # New special tokens have rows of their own; no other word's logit may differ.
-    kept = torch.ones(raw["vocab_size"], dtype=torch.bool)
-    kept[num_tokens : num_tokens + 11] = False
-    assert relative_error(got_TV[:, kept], want_TV[:, kept]) < 1e-5
-    assert (~kept).sum() == 11
+    want_TV = source(ids[None]).logits[0]
+    # New special tokens have new embeddings; no other token's logit may differ.
+    is_old_token = torch.ones(raw["vocab_size"], dtype=torch.bool)
+    is_old_token[num_tokens : num_tokens + 11] = False
+    assert relative_error(got_TV[:, is_old_token], want_TV[:, is_old_token]) < 1e-5
+    assert (~is_old_token).sum() == 11

@@ -1,7 +1,7 @@
-"""Models to build a Qwen2-VL out of: tiny ones with random weights, in folders as published.
+"""Source models for init from pretrained: tiny, with random weights, in published layouts.
 
-The vision tower of open_clip is written here in plain torch, by the names and the order of its
-parts: open_clip itself needs torchvision, which has no build without CUDA on the package index.
+open_clip's vision tower is reimplemented in plain torch, with its parameter names and operations:
+open_clip itself needs torchvision, which has no build without CUDA on the package index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qwen2vl.processor.tokenizer_files import END_OF_TEXT, IM_END, IM_START
 from tests.tiny import tiny_tokenizer_dir
 
 WIDTH, HEADS, DEPTH, PATCH = 64, 2, 2, 14
-VOCABULARY = 384  # rows of the text donor's table, more than the tokenizer's
+VOCABULARY = 384  # rows of the text model's embedding, more than the tokenizer has tokens
 
 CLIP_MODEL_CFG: dict[str, Any] = {
     "embed_dim": 48,
@@ -67,7 +67,7 @@ class OpenClipBlock(nn.Module):
 
 
 class OpenClipTower(nn.Module):
-    """open_clip's VisionTransformer: the parameters, and the parts that Qwen2-VL takes over."""
+    """open_clip's VisionTransformer: parameters, and the modules that Qwen2-VL is built from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class OpenClipTower(nn.Module):
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter, so that each one matters."""
+    """Draw every parameter, so that none is zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -95,7 +95,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def write_open_clip(folder: Path, tower: nn.Module | None = None) -> nn.Module:
-    """Write a folder in open_clip's layout; a tensor of the text tower lies beside."""
+    """Write a folder in open_clip's layout, with one tensor of the text tower."""
     if tower is None:
         tower = OpenClipTower()
         randomize(tower)
@@ -112,22 +112,25 @@ def write_open_clip(folder: Path, tower: nn.Module | None = None) -> nn.Module:
 
 
 def write_tokenizer(folder: Path) -> int:
-    """Write the tokenizer of a Qwen2: three special tokens; returns how many tokens it has."""
-    whole = tokenizers.Tokenizer.from_file(str(tiny_tokenizer_dir() / "tokenizer.json"))
+    """Write a Qwen2 tokenizer with its three special tokens; return its number of tokens."""
+    full_tokenizer = tokenizers.Tokenizer.from_file(str(tiny_tokenizer_dir() / "tokenizer.json"))
     backend = tokenizers.Tokenizer(
         models.BPE.from_file(
             str(tiny_tokenizer_dir() / "vocab.json"), str(tiny_tokenizer_dir() / "merges.txt")
         )
     )
-    backend.normalizer, backend.pre_tokenizer = whole.normalizer, whole.pre_tokenizer
-    backend.decoder = whole.decoder
+    backend.normalizer, backend.pre_tokenizer = (
+        full_tokenizer.normalizer,
+        full_tokenizer.pre_tokenizer,
+    )
+    backend.decoder = full_tokenizer.decoder
     backend.add_special_tokens([END_OF_TEXT, IM_START, IM_END])
     backend.save(str(folder / "tokenizer.json"))
     return backend.get_vocab_size()
 
 
 def text_config(**changes: Any) -> dict[str, Any]:
-    """Spell config.json of a Qwen2 as the hub has it."""
+    """Return config.json of a Qwen2 as on the hub."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -151,8 +154,8 @@ def text_config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def write_text(folder: Path, **changes: Any) -> dict[str, Tensor]:
-    """Write the folder of a Qwen2 with random weights and return its tensors."""
+def write_qwen2(folder: Path, **changes: Any) -> dict[str, Tensor]:
+    """Write a Qwen2 folder with random weights and return its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
     raw = text_config(**changes)

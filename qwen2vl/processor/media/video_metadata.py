@@ -1,0 +1,121 @@
+"""Video metadata (timestamps, fps, duration) and the interface of video readers.
+
+`VideoMetadata` is measured from the frames' own timestamps; what a container declares is used only
+where they confirm it. `VideoReader` is the interface of every source of frames: video_source.py
+(lists, arrays, animations) and video_reader.py (video files). No files are opened here.
+(HF: VideoMetadata.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from qwen2vl.errors import InputError
+from qwen2vl.processor.media.source import MediaLimits
+
+__all__ = [
+    "Deadline",
+    "FrameTransform",
+    "VideoMetadata",
+    "VideoReader",
+    "check_frame_count",
+    "frame_rate",
+    "video_duration",
+]
+
+# (H, W, 3) uint8 -> the frame as it is returned, for example resized
+FrameTransform: TypeAlias = Callable[[np.ndarray], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoMetadata:
+    """Timestamps of all frames in display order, frame rate, duration and frame size."""
+
+    timestamps: tuple[float, ...]  # seconds from the first frame, never decreasing
+    fps: float | None  # frames per second where the timestamps are uniform, else None
+    duration: float  # seconds, the last frame's own duration included
+    height: int  # pixels of an upright frame
+    width: int
+    is_frame_list: bool = False  # frames listed by the user, all of which are sampled by default
+    notes: tuple[str, ...] = ()
+
+
+class VideoReader(Protocol):
+    """Source of video frames: metadata first, then selected frames."""
+
+    metadata: VideoMetadata
+
+    def get_frames_at(
+        self, indices: Sequence[int], transform: FrameTransform
+    ) -> list[Tensor] | None:
+        """Decode the frames `indices` (ascending, distinct); return `transform` of each.
+
+        Returns None where the decoded frames differ from the metadata: the metadata is then
+        replaced by that of the decoded frames, and the caller has to choose indices again.
+        """
+        ...
+
+
+class Deadline:
+    """Time limit for decoding one video."""
+
+    def __init__(self, limits: MediaLimits, name: str) -> None:
+        self._seconds, self._name = limits.decode_timeout, name
+        self._end = time.monotonic() + limits.decode_timeout
+
+    def check(self) -> None:
+        """Raise InputError after the deadline."""
+        if time.monotonic() > self._end:
+            raise InputError(
+                f"{self._name} took more than {self._seconds:g} s to decode; cut it or make it "
+                "smaller first"
+            )
+
+
+def check_frame_count(count: int, limits: MediaLimits, name: str) -> None:
+    """Raise InputError if a video has more frames than the limit."""
+    if count > limits.max_frames:
+        raise InputError(
+            f"{name} has more than {limits.max_frames:,} frames, which is the limit; cut it first"
+        )
+
+
+def frame_rate(
+    timestamps: Sequence[float], *, time_base: float, nominal_fps: float | None
+) -> float | None:
+    """Return the frame rate of uniform timestamps; None where they are not uniform within 1 %.
+
+    Args:
+        timestamps: seconds.
+        time_base: resolution of the timestamps in seconds; they are rounded to it (1 ms in
+            Matroska).
+        nominal_fps: frame rate that the container declares; returned where the measured one
+            agrees within 1 %, because it is exact.
+    """
+    if len(timestamps) < 2:
+        return nominal_fps
+    gap = (timestamps[-1] - timestamps[0]) / (len(timestamps) - 1)
+    if gap <= 0:
+        return None
+    tolerance = 0.01 * gap + time_base
+    if any(abs(t - timestamps[0] - i * gap) > tolerance for i, t in enumerate(timestamps)):
+        return None
+    if nominal_fps is not None and abs(nominal_fps * gap - 1) <= 0.01:
+        return nominal_fps
+    return 1 / gap
+
+
+def video_duration(timestamps: Sequence[float], fps: float | None) -> float:
+    """Return the duration in seconds; the last frame lasts as long as the median frame."""
+    if fps is not None:
+        return len(timestamps) / fps
+    gaps = [b - a for a, b in pairwise(timestamps)]
+    return timestamps[-1] - timestamps[0] + (median(gaps) if gaps else 0.0)

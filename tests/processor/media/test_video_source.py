@@ -1,0 +1,159 @@
+"""Opening of videos: frame lists, arrays and animations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen2vl.errors import InputError
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
+from qwen2vl.processor.media.video_metadata import VideoReader
+from qwen2vl.processor.media.video_source import open_video
+from tests.media import animation, encoded, smooth
+
+
+def open_reader(source: Any, **limits: Any) -> VideoReader:
+    return open_video(
+        source, MediaLimits(**limits), "video 1", fps=2.0, apply_exif_orientation=True
+    )
+
+
+def gray_levels(reader: VideoReader, indices: list[int]) -> list[int]:
+    """Decode frames and return the gray level at the center of each."""
+    frames = reader.get_frames_at(indices, torch.from_numpy)
+    assert frames is not None
+    return [int(frame[frame.shape[0] // 2, frame.shape[1] // 2, 0]) for frame in frames]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animations_are_videos(kind: str) -> None:
+    options = {} if kind == "TIFF" else {"duration": 100}
+    reader = open_reader(animation(kind, **options))
+    metadata = reader.metadata
+    assert metadata.timestamps == pytest.approx((0, 0.1, 0.2, 0.3))
+    assert metadata.fps == pytest.approx(10)
+    assert metadata.duration == pytest.approx(0.4)
+    assert (metadata.height, metadata.width, metadata.is_frame_list) == (40, 60, False)
+    assert gray_levels(reader, [0, 2, 3]) == pytest.approx([0, 100, 150], abs=3)
+    assert gray_levels(reader, [1]) == pytest.approx([50], abs=3)
+
+
+def test_uneven_delays() -> None:
+    metadata = open_reader(animation("WEBP", duration=[100, 100, 900, 200])).metadata
+    assert metadata.fps is None
+    assert metadata.timestamps == pytest.approx((0, 0.1, 0.2, 1.1))
+    assert metadata.duration == pytest.approx(1.3)
+
+
+def test_image_is_a_video_of_one_frame() -> None:
+    for source in (encoded(smooth(30, 40)), Image.fromarray(smooth(30, 40))):
+        metadata = open_reader(source).metadata
+        assert metadata.timestamps == (0.0,)
+        assert (metadata.height, metadata.width) == (30, 40)
+
+
+def test_truncated_animation_is_used_up_to_the_damage() -> None:
+    data = animation("GIF", 5, duration=100)
+    reader = open_reader(data[: len(data) * 4 // 5])
+    num_frames = len(reader.metadata.timestamps)
+    assert 1 <= num_frames < 5
+    assert "the first ones were used" in reader.metadata.notes[0]
+    assert gray_levels(reader, [num_frames - 1]) == [50 * (num_frames - 1)]
+
+
+def test_frame_lists_may_mix_all_kinds_of_images(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (60, 40), (10, 0, 0))))
+    reader = open_reader(
+        [
+            tmp_path / "a.png",
+            np.full((40, 60, 3), 20, np.uint8),
+            Image.new("L", (60, 40), 30),
+            encoded(Image.new("RGB", (60, 40), (40, 0, 0)), "BMP"),
+        ]
+    )
+    assert reader.metadata.timestamps == (0, 0.5, 1, 1.5)
+    assert reader.metadata.is_frame_list
+    assert gray_levels(reader, [0, 1, 2, 3]) == [10, 20, 30, 40]
+
+
+def test_arrays_are_frame_lists() -> None:
+    reader = open_reader(
+        np.arange(5, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 8, 9, 3), "u1")
+    )
+    assert (reader.metadata.height, reader.metadata.width) == (8, 9)
+    assert gray_levels(reader, [0, 4]) == [0, 4]
+
+
+def test_all_frames_of_an_array_have_one_scale() -> None:
+    reader = open_reader(
+        np.array([1, 0.5, 200], np.float32)[:, None, None, None] + np.zeros((1, 8, 9, 3))
+    )
+    assert gray_levels(reader, [0, 1, 2]) == [1, 0, 200]
+    assert reader.metadata.notes == ("float values scaled from [0, 255]",)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ([], "video 1: the list of frames is empty"),
+        ([np.zeros((9, 9, 3), np.uint8), b"xx"], r"video 1, frames\[1\] is text/plain, not a supp"),
+        (
+            [np.zeros((9, 9, 3), np.uint8), "no.png"],
+            r"video 1, frames\[1\]: file 'no.png' not found",
+        ),
+        (
+            [np.zeros((9, 9, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)],
+            r"video 1, frames\[1\] is 9 x 8, but frames\[0\] is 9 x 9; give frames of one size",
+        ),
+        (np.zeros((5, 9, 9), np.uint8), r"array of shape \(5, 9, 9\) is not a video"),
+        (np.zeros((5, 3, 9, 9), np.uint8), r"video 1, frames\[0\]: array of shape \(3, 9, 9\)"),
+        (np.zeros((0, 9, 9, 3), np.uint8), "the list of frames is empty"),
+        (b"", r"video 1 is empty \(0 bytes\)"),
+        (b"not a video", "video 1 is text/plain, not a supported video; supported are MP4, MOV"),
+        (b"<!doctype html>", "video 1 is text/html"),
+        (None, "video 1: cannot read a NoneType"),
+    ],
+)
+def test_sources_that_are_not_videos(source: Any, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        _decode_all_frames(source)
+
+
+def _decode_all_frames(source: Any) -> None:
+    reader = open_reader(source)
+    reader.get_frames_at(range(len(reader.metadata.timestamps)), torch.from_numpy)
+
+
+def test_playlists_are_rejected(tmp_path: Path) -> None:
+    """Text that refers to other files is rejected before FFmpeg opens it."""
+    (tmp_path / "secret").write_bytes(b"x")
+    for text in (
+        f"#EXTM3U\n#EXTINF:9,\n{tmp_path}/secret\n",
+        f"ffconcat version 1.0\nfile {tmp_path}/a\n",
+    ):
+        with pytest.raises(InputError, match="is text/plain, not a supported video"):
+            open_reader(text.encode())
+
+
+def test_limits() -> None:
+    with pytest.raises(InputError, match="video 1 has more than 3 frames"):
+        open_reader(animation("GIF"), max_frames=3)
+    with pytest.raises(InputError, match="video 1 has more than 3 frames"):
+        open_reader([smooth(9, 9)] * 4, max_frames=3)
+    with pytest.raises(InputError, match="took more than 0 s"):
+        open_reader(animation("GIF"), decode_timeout=0)
+    with pytest.raises(InputError, match="limit is 100"):
+        open_reader(animation("GIF"), max_image_pixels=100)
+    with pytest.raises(InputError, match="limit is 100"):
+        open_reader(Image.new("RGB", (60, 40)), max_image_pixels=100)
+
+
+def test_default_limits_are_for_local_use() -> None:
+    assert open_reader(animation("GIF")).metadata.timestamps
+    assert DEFAULT_LIMITS.allow_files
+    assert DEFAULT_LIMITS.allow_urls
