@@ -1,6 +1,6 @@
-"""torch.compile applied to a loaded model: regional compilation, and one decode block on a CPU.
+"""Compilation of a built model: torch.compile by regions, and decoder blocks ahead of time.
 
-`regions.py` compiles repeated parts of the vision tower and the decoder; `decode_block.py` compiles
-one decoder block for a single token. Without this package every computation runs eagerly, with the
-same results up to rounding.
+`regions.py` compiles everything but the attention kernel, for training and for inference;
+`decode_block.py` compiles the decoder block for single tokens on a CPU. Both are optional: a model
+that is not compiled runs eagerly, with the same results up to rounding.
 """

@@ -11,6 +11,7 @@ engine/decode/compiled.py, which provides the token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,18 @@ def _compile_block(layer: nn.Module, model: Qwen2VL) -> CompiledFunction:
     )
 
 
+class _LastSlot(NamedTuple):
+    """One layer's KV cache, whose last slot is that of the new token."""
+
+    k_KTC: Tensor
+    v_KTC: Tensor
+
+    def attend(self, q_1HC: Tensor, k_1KC: Tensor, v_1KC: Tensor) -> Tensor:
+        self.k_KTC[:, -1:] = k_1KC.transpose(0, 1)
+        self.v_KTC[:, -1:] = v_1KC.transpose(0, 1)
+        return decode_attention(q_1HC, self.k_KTC, self.v_KTC)
+
+
 def _functional_forward(layer: nn.Module, names: Sequence[str]) -> Callable[..., tuple[Tensor]]:
     """Return the forward of a block as a function of tensors alone."""
     meta = AttnMeta.build([1], [_EXAMPLE_LENGTH])
@@ -112,15 +125,10 @@ def _functional_forward(layer: nn.Module, names: Sequence[str]) -> Callable[...,
     def block(
         x_1D: Tensor, cos: Tensor, sin: Tensor, k_KTC: Tensor, v_KTC: Tensor, *weights: Tensor
     ) -> tuple[Tensor]:
-        def attend(q_1HC: Tensor, k_1KC: Tensor, v_1KC: Tensor) -> Tensor:
-            k_KTC[:, -1:] = k_1KC.transpose(0, 1)
-            v_KTC[:, -1:] = v_1KC.transpose(0, 1)
-            return decode_attention(q_1HC, k_KTC, v_KTC)
-
         state = dict(zip(names, weights, strict=True))
         # tie_weights would swap a fused layer once for each slice that shares it, and restore it
         # only once.
-        inputs = (x_1D, (cos, sin), meta, attend)
+        inputs = (x_1D, (cos, sin), meta, _LastSlot(k_KTC, v_KTC))
         return (functional_call(layer, state, inputs, tie_weights=False),)
 
     return block

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
-from qwen2vl.linear.aot import CompilationError
+from qwen2vl.linear.aot import eager_fallback
 from qwen2vl.model import Qwen2VL
 from qwen2vl.quantization.int4 import Int4Linear, compile_dequantization
 from qwen2vl.quantization.int8 import Int8Linear, Int8WeightOnlyLinear
@@ -47,8 +47,6 @@ def compile_for_inference(model: Qwen2VL) -> bool:
     Returns:
         Whether this machine can compile; if not, the model is unchanged and a warning is logged.
     """
-    from torch._dynamo.exc import BackendCompilerFailed  # takes seconds to import
-
     regions = [
         (owner, name)
         for owner, name in _regions(model, include_int8=True)
@@ -60,22 +58,25 @@ def compile_for_inference(model: Qwen2VL) -> bool:
         setattr(owner, name, _dispatch_by_rows(eager, torch.compile(eager, dynamic=True), min_rows))
     try:
         _warm_up(model)
-    except BackendCompilerFailed as error:
+    except _backend_error() as error:
         for owner, name in regions:
             delattr(owner, name)
         reason = str(error).strip().splitlines()[0]
         logger.warning("compile: nothing here can compile (%s); computing as without it", reason)
         return False
     if model.device.type == "cpu":
-        _compile_int4_dequantization(model)
+        with eager_fallback("int4 dequantization"):
+            compile_dequantization(model, model.dtype)
     return True
 
 
-def _compile_int4_dequantization(model: Qwen2VL) -> None:
+def _backend_error() -> type[RuntimeError]:
+    """Return the class of the errors of torch.compile's backend."""
     try:
-        compile_dequantization(model, model.dtype)
-    except CompilationError as error:
-        logger.warning("compile: int4 dequantization cannot be compiled here (%s)", error)
+        from torch._dynamo.exc import BackendCompilerFailed
+    except ImportError:  # a private module
+        return RuntimeError  # its base class
+    return BackendCompilerFailed
 
 
 def _dispatch_by_rows(

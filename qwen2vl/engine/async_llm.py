@@ -172,7 +172,7 @@ class AsyncLLM:
 
     def _process_input_queue(self) -> bool:
         """Read the input queue, blocking only when the engine is idle; False: closed."""
-        while not self._input_queue.empty() or not self.llm.scheduler.has_unfinished_requests:
+        while not self._input_queue.empty() or not self.llm.has_unfinished_requests:
             message = self._input_queue.get()
             if message is None:
                 return False
@@ -184,7 +184,7 @@ class AsyncLLM:
             stream, requests = message
             for request in requests:
                 self._streams[request] = stream
-                self.llm.scheduler.add_request(request)
+                self.llm.add_request(request)
         return True
 
     def _deliver_output(self, output: RequestOutput) -> None:

@@ -37,7 +37,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None  # capacity of the KV cache; None: by available memory
     encoder_cache_bytes: int = 512 * MIB  # vision embeddings kept in memory
     encoder_cache_dir: str | Path | None = None  # vision embeddings on disk; None: none
-    encoder_cache_disk_bytes: int = 4096 * MIB
+    encoder_cache_disk_bytes: int = 4096 * MIB  # limit of that folder; oldest are evicted
     item_cache_bytes: int = 256 * MIB  # preprocessed images and videos
     cuda_graphs: bool = True  # on a GPU, capture decode steps as CUDA graphs and replay them
 

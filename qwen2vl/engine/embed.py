@@ -21,7 +21,7 @@ from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
 from qwen2vl.engine.scheduler.output import EncoderChunk, StepLimits
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.lora.multi import LoraAdapter, LoraManager
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.processor.inputs import Item, ModelInput
 
 __all__ = ["Embedder", "Pooling", "pool"]
@@ -68,7 +68,7 @@ class Embedder:
     def _hidden_states_in_chunks(self, prompt: ModelInput, vision_MD: Tensor | None) -> Tensor:
         total, placeholder_index_M = len(prompt.input_ids), prompt.placeholder_index_M
         text, dtype, device = self.model.config.text, self.model.dtype, self.model.device
-        caches = [KVCache.allocate(text, total, dtype, device)]
+        cache = KVCache.allocate(text, total, dtype, device)
         parts: list[Tensor] = []
         for start in range(0, total, self.limits.max_num_batched_tokens):
             stop = min(start + self.limits.max_num_batched_tokens, total)
@@ -81,7 +81,7 @@ class Embedder:
                 AttnMeta.build([stop - start], [stop]),
                 None if vision_MD is None else vision_MD[first:last],
                 placeholder_index_M[first:last] - start,
-                caches,
+                cache,
             )
             parts.append(part_TD)
         return torch.cat(parts)
@@ -93,17 +93,18 @@ class Embedder:
         meta: AttnMeta,
         vision_MD: Tensor | None,
         placeholder_index_M: Tensor,
-        caches: list[KVCache] | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         device = self.model.device
+        meta = meta.to(device)
         with self.lora_manager.activate("model", [(self.adapter, len(input_ids_T))]):
             return self.model(
                 input_ids_T.to(device),
                 position_ids_3T.to(device),
-                meta.to(device),
+                meta,
                 vision_MD=vision_MD,
                 placeholder_index_M=None if vision_MD is None else placeholder_index_M.to(device),
-                caches=caches,
+                caches=None if cache is None else SequenceKVCaches([cache], meta),
             )
 
     def _vision_embeddings(self, items: Sequence[Item]) -> Tensor | None:

@@ -10,7 +10,8 @@ GenerationMixin.generate.)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,14 @@ from torch import Tensor
 from qwen2vl.compile.regions import compile_for_inference
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.decode.backend import DecodeBackend
-from qwen2vl.engine.decode.compiled import CompiledDecode
 from qwen2vl.engine.embed import Embedder, Pooling
-from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
-from qwen2vl.engine.kv_cache.arena import KVArena
-from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE, BlockPool
-from qwen2vl.engine.kv_cache.capacity import num_cache_blocks
+from qwen2vl.engine.engine_core import EngineCore, EngineResources
+from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE
+from qwen2vl.engine.kv_cache.capacity import num_cache_blocks, out_of_memory_as_capacity_error
 from qwen2vl.engine.outputs import Completion, Delta
 from qwen2vl.engine.request import Request
-from qwen2vl.engine.runner import ModelRunner, StepOutOfMemoryError
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.scheduler.output import StepLimits
-from qwen2vl.engine.scheduler.scheduler import RequestOutput, Scheduler
-from qwen2vl.engine.speculative import NgramProposer
+from qwen2vl.engine.scheduler.scheduler import RequestOutput
 from qwen2vl.engine.validation import (
     Conversation,
     PreparedRequest,
@@ -44,9 +39,10 @@ from qwen2vl.engine.validation import (
     ends_with_assistant,
     with_adapter_digest,
 )
-from qwen2vl.errors import InputError
-from qwen2vl.loading import DTypeName, load, load_adapters
+from qwen2vl.errors import InputError, Qwen2VLError
+from qwen2vl.loading import load, load_adapters, resolve_max_model_len
 from qwen2vl.lora.multi import LoraManager
+from qwen2vl.memory import DTypeName
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.media.source import MediaLimits
@@ -65,7 +61,8 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = "nano",
+        model: str | Path | Qwen2VL = "nano",
+        processor: Processor | None = None,
         *,
         device: str = "auto",
         dtype: DTypeName = "auto",
@@ -79,12 +76,15 @@ class LLM:
         video_preset: str = "paper",
         limits: MediaLimits | None = None,
         engine: EngineConfig | None = None,
+        generation_defaults: GenerationDefaults | None = None,
     ) -> None:
         """Load a model; arguments as for `load`, and device "auto" uses a GPU if available.
 
-        `adapters` (name -> folder) are LoRA adapters that stay unmerged; each request selects one
-        by SamplingParams(adapter=name). `compile` takes half a minute the first time and less
-        later; without a C++ compiler it logs a warning and does nothing.
+        A `Qwen2VL` in memory is used as it is, with its `processor`; arguments of `load` are
+        refused then. `adapters` (name -> folder) are LoRA adapters that stay unmerged; each request
+        selects one by SamplingParams(adapter=name). `compile` is experimental; it takes half a
+        minute the first time and less later, and without a C++ compiler it logs a warning only.
+        `generation_defaults` replace those of the folder's generation_config.json.
 
         Raises:
             CheckpointError, ConfigError, CapacityError, InputError: as `load` does.
@@ -94,101 +94,81 @@ class LLM:
                 "compile: layers of adapters that stay unmerged cannot be compiled; leave either "
                 "out, or merge one by adapter="
             )
-        folder = resolve_model(model)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        network, processor = load(
-            folder,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            adapter=adapter,
-            max_model_len=max_model_len,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            video_preset=video_preset,
-            limits=limits,
-        )
-        defaults = read_generation_defaults(folder)
-        self._initialize(network, processor, defaults, engine, adapters, max_model_len, compile)
-
-    @classmethod
-    def from_model(
-        cls,
-        model: Qwen2VL,
-        processor: Processor,
-        *,
-        generation_defaults: GenerationDefaults | None = None,
-        engine: EngineConfig | None = None,
-        adapters: Mapping[str, str | Path] | None = None,
-    ) -> LLM:
-        """Create an LLM from a model in memory; max_model_len is the model's context length."""
-        llm = cls.__new__(cls)
-        defaults = generation_defaults or GenerationDefaults()
-        llm._initialize(model, processor, defaults, engine, adapters)
-        return llm
-
-    def _initialize(
-        self,
-        model: Qwen2VL,
-        processor: Processor,
-        generation_defaults: GenerationDefaults,
-        engine: EngineConfig | None,
-        adapters: Mapping[str, str | Path] | None,
-        max_model_len: int | None = None,
-        compile: bool = False,
-    ) -> None:
+        load_options: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "quantize": quantize,
+            "adapter": adapter,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "video_preset": video_preset,
+            "limits": limits,
+        }
+        if isinstance(model, Qwen2VL):
+            _refuse_load_options(load_options)
+            if processor is None:
+                raise InputError("processor: got none; a model in memory needs its Processor")
+            resolve_max_model_len(model.config, max_model_len)
+        else:
+            if processor is not None:
+                raise InputError("processor: a folder has its own; give one with a Qwen2VL only")
+            folder = resolve_model(model)
+            if device == "auto":
+                load_options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+            model, processor = load(folder, max_model_len=max_model_len, **load_options)
+            generation_defaults = generation_defaults or read_generation_defaults(folder)
         self.model = model
-        self._engine_config = engine = engine or EngineConfig()
-        self.processor = processor.with_item_cache(engine.item_cache_bytes)
-        self.generation_defaults = generation_defaults
+        self.engine_config = engine or EngineConfig()
+        self.processor = processor.with_item_cache(self.engine_config.item_cache_bytes)
+        self.generation_defaults = generation_defaults or GenerationDefaults()
         self.max_model_len = max_model_len or model.config.text.max_position_embeddings
         self._lora_manager = LoraManager(model)
         self._validator = RequestValidator(
-            model, processor.tokenizer, generation_defaults, load_adapters(model, adapters or {})
+            model,
+            processor.tokenizer,
+            self.generation_defaults,
+            load_adapters(model, adapters or {}),
         )
-        num_blocks = num_cache_blocks(model, engine.kv_cache_tokens, max_model_len)
-        self._arena: KVArena | None = None
-        self._decode_backend: DecodeBackend | None = None
-        self.compile_seconds: float | None = None  # None: not compiled
+        self._num_blocks = num_cache_blocks(
+            model, self.engine_config.kv_cache_tokens, max_model_len
+        )
         began = time.perf_counter()
-        if compile and compile_for_inference(model):
-            if model.device.type == "cpu":
-                self._decode_backend = CompiledDecode.try_compile(model)
-            self.compile_seconds = time.perf_counter() - began
-        if model.device.type == "cuda":
-            num_slots = num_blocks * BLOCK_SIZE
-            self._arena = KVArena(model.config.text, num_slots, model.dtype, model.device)
-            if engine.cuda_graphs:
-                from qwen2vl.engine.decode.cuda_graphs import CudaGraphDecode
-
-                self._decode_backend = CudaGraphDecode(model, self._arena, engine.max_num_seqs)
-        self._reset_engine(num_blocks)
-
-    def _reset_engine(self, num_blocks: int) -> None:
-        """Create a new scheduler and runner with empty caches; the encoder cache on disk stays."""
-        config = self._engine_config
-        encoder_cache = EncoderCacheManager.from_config(self.model, config, self._lora_manager)
-        self.runner = ModelRunner(
-            self.model, encoder_cache, self._lora_manager, self._arena, self._decode_backend
+        is_compiled = compile and compile_for_inference(model)
+        self._resources = EngineResources.create(
+            model, self.engine_config, self._num_blocks, is_compiled=is_compiled
         )
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks),
-            encoder_cache,
-            StepLimits(
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_encoder_patches=config.max_num_encoder_patches,
-                max_num_seqs=config.max_num_seqs,
-            ),
-            NgramProposer(config.num_speculative_tokens) if config.num_speculative_tokens else None,
-        )
+        # None: not compiled
+        self.compile_seconds = time.perf_counter() - began if is_compiled else None
+        self._core: EngineCore | None = None
 
-    def _recover(self) -> None:
-        """Reset the engine if an interrupt has left its state inconsistent."""
-        if self.runner.is_inconsistent:
-            self.scheduler.is_inconsistent = True  # until both are replaced
-        if self.scheduler.is_inconsistent:
-            self._reset_engine(self.scheduler.pool.num_blocks)
+    @property
+    def engine_core(self) -> EngineCore:
+        """The engine's scheduler, runner and caches; a new one after an interrupt or an error."""
+        if self._core is None:
+            self._core = EngineCore(
+                self.model,
+                self.engine_config,
+                self._num_blocks,
+                self._lora_manager,
+                self._resources,
+            )
+        return self._core
+
+    @contextmanager
+    def _using_core(self) -> Iterator[EngineCore]:
+        """Yield the engine core; discard it on an interrupt or an unexpected error.
+
+        Either may have come in the middle of a change of its state. Errors of this library are
+        raised before or after one.
+        """
+        core = self.engine_core
+        try:
+            yield core
+        except Qwen2VLError:
+            raise
+        except BaseException:
+            self._core = None
+            raise
 
     @property
     def config(self) -> Qwen2VLConfig:
@@ -224,7 +204,7 @@ class LLM:
             self.prepare(conversation, request_params, tools)
             for conversation, request_params in zip(batch, params_list, strict=True)
         ]
-        return self._generate(prepared, on_delta)
+        return self.generate_prepared(prepared, on_delta=on_delta)
 
     def embed(
         self,
@@ -245,18 +225,19 @@ class LLM:
         prompts = [self.prepare(chat, request_params).prompt for chat in as_batch(conversations)]
         if not prompts:
             return torch.empty(0, self.config.text.hidden_size)
-        self._recover()
         lora_adapter = self._validator.get_adapter(adapter)
-        embedder = Embedder(
-            model=self.model,
-            encoder_cache=self.runner.encoder_cache,
-            lora_manager=self._lora_manager,
-            limits=self.scheduler.limits,
-            adapter=lora_adapter,
-        )
-        return embedder.embed(
-            [with_adapter_digest(prompt, lora_adapter) for prompt in prompts], pooling
-        )
+        prompts = [with_adapter_digest(prompt, lora_adapter) for prompt in prompts]
+        with self._using_core() as core:
+            embedder = Embedder(
+                model=self.model,
+                encoder_cache=core.encoder_cache,
+                lora_manager=self._lora_manager,
+                limits=core.scheduler.limits,
+                adapter=lora_adapter,
+            )
+            longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
+            with out_of_memory_as_capacity_error(longest):
+                return embedder.embed(prompts, pooling)
 
     def prepare(
         self,
@@ -304,33 +285,42 @@ class LLM:
             model_input = self.processor.from_text(prompt) if isinstance(prompt, str) else prompt
             self.validate(model_input, request_params)
             prepared.append(PreparedRequest(model_input, request_params, 0.0))
-        return self._generate(prepared, on_delta)
+        return self.generate_prepared(prepared, on_delta=on_delta)
 
-    def _generate(
-        self, prepared: Sequence[PreparedRequest], on_delta: OnDelta | None
+    def generate_prepared(
+        self,
+        prepared: Sequence[PreparedRequest],
+        *,
+        on_delta: OnDelta | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> list[Completion]:
-        self._recover()
+        """Generate the completions of requests that `prepare` returned, `n` of each, in order.
+
+        `on_step` is called after each engine step. An exception of `on_step` or `on_delta` aborts
+        the requests and keeps the caches.
+        """
         requests: list[Request] = []
         process_seconds: list[float] = []
         for prompt, params, seconds in prepared:
             requests += self.create_requests(prompt, params, index=len(requests))
             process_seconds += [seconds] * params.n
         try:
-            self._run_engine(requests, on_delta or (lambda delta: None))
+            self._run_engine(requests, on_delta or (lambda delta: None), on_step or (lambda: None))
         except BaseException:
-            if not self.scheduler.is_inconsistent:
-                for request in requests:
-                    self.abort(request)
+            for request in requests if self._core is not None else ():
+                self.abort(request)
             raise
         if len(requests) == 1 and requests[0].error is not None:
             raise requests[0].error
         pairs = zip(requests, process_seconds, strict=True)
         return [request.completion(process_seconds=seconds) for request, seconds in pairs]
 
-    def _run_engine(self, requests: Sequence[Request], on_delta: OnDelta) -> None:
+    def _run_engine(
+        self, requests: Sequence[Request], on_delta: OnDelta, on_step: Callable[[], None]
+    ) -> None:
         """Run engine steps until all of `requests` are finished."""
         for request in requests:
-            self.scheduler.add_request(request)
+            self.add_request(request)
         unfinished = set(requests)
         while unfinished:
             for output in self.step():
@@ -339,43 +329,37 @@ class LLM:
                     on_delta(Delta(index=request.index, text=output.text, finish_reason=reason))
                 if reason is not None:
                     unfinished.discard(request)
+            on_step()
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request is waiting or running."""
+        return self._core is not None and self._core.scheduler.has_unfinished_requests
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request for the next steps."""
+        with self._using_core() as core:
+            core.add_request(request)
 
     def step(self) -> list[RequestOutput]:
-        """Run one engine step: schedule, execute, update; return new text of its requests."""
-        if not self.scheduler.has_unfinished_requests:
-            return []
-        scheduler_output = self.scheduler.schedule()
-        try:
-            results = self.runner.execute_model(scheduler_output)
-        except StepOutOfMemoryError as out_of_memory:
-            if self._evict_cached():
-                return []  # the next step tries again
-            outputs = [self.scheduler.fail(out_of_memory.request, out_of_memory.error)]
-        else:
-            outputs = self.scheduler.update_from_output(scheduler_output, results)
-        self.runner.apply_free_operations(self.scheduler.pool.cache_operations)
-        return outputs
+        """Run one engine step: schedule, execute, update; return new text of its requests.
 
-    def _evict_cached(self) -> bool:
-        """Evict cached KV blocks and vision embeddings that no request uses; False: none."""
-        pool, cache = self.scheduler.pool, self.runner.encoder_cache.cache
-        if not pool.num_evictable_blocks and cache.pinned_bytes == cache.stats.num_bytes:
-            return False
-        self.scheduler.reset_prefix_cache()
-        self.runner.apply_free_operations(pool.cache_operations)
-        cache.clear()
-        return True
-
-    def reset_caches(self) -> None:
-        """Evict all cached KV blocks and vision embeddings; call it after changing the weights."""
-        self._evict_cached()
-        if self._decode_backend is not None:
-            self._decode_backend.on_weights_changed()
+        After an exception all requests are gone, and the next call starts with empty caches.
+        """
+        with self._using_core() as core:
+            return core.step()
 
     def abort(self, request: Request) -> None:
         """Stop a request; what it computed stays in the prefix cache until it is evicted."""
-        self.scheduler.abort(request)
-        self.runner.apply_free_operations(self.scheduler.pool.cache_operations)
+        with self._using_core() as core:
+            core.abort(request)
+
+    def reset_caches(self) -> None:
+        """Evict all cached KV blocks and vision embeddings; call it after changing the weights."""
+        with self._using_core() as core:
+            core.evict_cached()
+        if self._resources.decode_backend is not None:
+            self._resources.decode_backend.on_weights_changed()
 
     def validate(self, prompt: ModelInput, params: SamplingParams) -> None:
         """Validate a request before anything is computed.
@@ -388,12 +372,21 @@ class LLM:
             prompt,
             params,
             max_model_len=self.max_model_len,
-            kv_cache_tokens=self.scheduler.pool.num_blocks * BLOCK_SIZE,
+            kv_cache_tokens=self._num_blocks * BLOCK_SIZE,
         )
 
     def create_requests(
         self, prompt: ModelInput, params: SamplingParams, *, index: int = 0
     ) -> list[Request]:
         """Create the `params.n` engine requests of a prompt that `validate` has accepted."""
-        limit = min(self.max_model_len, self.scheduler.pool.num_blocks * BLOCK_SIZE)
+        limit = min(self.max_model_len, self._num_blocks * BLOCK_SIZE)
         return self._validator.create_requests(prompt, params, max_total_tokens=limit, index=index)
+
+
+def _refuse_load_options(options: Mapping[str, Any]) -> None:
+    defaults = {"device": "auto", "dtype": "auto", "video_preset": "paper"}
+    if given := [name for name, value in options.items() if value != defaults.get(name)]:
+        raise InputError(
+            f"{given[0]}: got {options[given[0]]!r}, but the model is in memory already; give it "
+            "to `load`"
+        )

@@ -51,7 +51,7 @@ class Delta:
     """A piece of streamed output text; `text` never ends inside a character."""
 
     index: int  # which completion of the call
-    text: str
+    text: str  # what is new
     finish_reason: FinishReason | None = None  # set on the last one
 
 
@@ -62,16 +62,16 @@ class Completion:
     `text` keeps the six grounding tokens and drops the other special tokens.
     """
 
-    text: str
+    text: str  # without what a stop string cuts off
     token_ids: tuple[int, ...]  # as sampled, including the end token
-    finish_reason: FinishReason
-    prompt_tokens: int
-    image_tokens: int
-    video_tokens: int
+    finish_reason: FinishReason  # stop: end token or stop string; length: a limit was reached
+    prompt_tokens: int  # those of images and videos included
+    image_tokens: int  # placeholder tokens of images
+    video_tokens: int  # placeholder tokens of videos
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    items: tuple[ItemReport, ...] = ()
-    seconds: Timings = Timings()
-    logprobs: tuple[TokenLogprob, ...] | None = None
+    items: tuple[ItemReport, ...] = ()  # how each image and video was preprocessed
+    seconds: Timings = Timings()  # by phase
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, if they were asked for
     error: str | None = None  # the reason, if finish_reason is "error"
 
     def to_dict(self) -> dict[str, Any]:

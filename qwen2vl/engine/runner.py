@@ -23,9 +23,9 @@ from torch import Tensor
 from qwen2vl.engine.decode.backend import DecodeBackend, DecodeToken
 from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
 from qwen2vl.engine.host_to_device import copy_to_device
-from qwen2vl.engine.kv_cache.arena import KVArena
 from qwen2vl.engine.kv_cache.block_pool import CacheOperation, CopySlots, FreeSlots, ReserveSlots
 from qwen2vl.engine.kv_cache.capacity import out_of_memory_as_capacity_error
+from qwen2vl.engine.kv_cache.storage import KVStorage
 from qwen2vl.engine.request import Request
 from qwen2vl.engine.sampling.batched import sample_batch
 from qwen2vl.engine.scheduler.output import SampledTokens, SchedulerOutput, TokenChunk
@@ -33,13 +33,12 @@ from qwen2vl.errors import CapacityError, Qwen2VLError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import KVCache, Qwen2VL
-from qwen2vl.model.attention import BatchKVCache
 
 __all__ = ["ModelRunner", "StepOutOfMemoryError"]
 
 
 class StepOutOfMemoryError(Exception):
-    """Memory ran out in a step, attributed to `request`; caught by `LLM.step`."""
+    """Memory ran out in a step, attributed to `request`; caught by `EngineCore.step`."""
 
     def __init__(self, request: Request, error: CapacityError) -> None:
         super().__init__(str(error))
@@ -55,26 +54,16 @@ class ModelRunner:
         model: Qwen2VL,
         encoder_cache: EncoderCacheManager,
         lora_manager: LoraManager,
-        arena: KVArena | None = None,
+        kv_storage: KVStorage,
         decode_backend: DecodeBackend | None = None,
     ) -> None:
-        """Start with an empty KV cache; on a GPU, all caches are ranges of `arena`.
-
-        `decode_backend` computes pure decode steps, on a GPU in the same arena.
-        """
+        """Start without KV caches; `decode_backend` computes pure decode steps in the storage."""
         self.model = model
         self.encoder_cache = encoder_cache
         self.lora_manager = lora_manager
-        self.arena = arena
+        self.kv_storage = kv_storage
         self.decode_backend = decode_backend
         self.caches: dict[int, KVCache] = {}  # by allocation id
-        if arena is not None:
-            arena.is_inconsistent = False
-
-    @property
-    def is_inconsistent(self) -> bool:
-        """Whether an interrupt came while caches were moved; the runner must be replaced then."""
-        return self.arena is not None and self.arena.is_inconsistent
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +105,8 @@ class ModelRunner:
     def apply_cache_operations(self, cache_operations: deque[CacheOperation]) -> None:
         """Reserve, copy and free caches in order; executed operations are removed from the queue.
 
-        The operations are idempotent, so an interrupt may come at any time.
+        The operations are idempotent: one that runs out of memory stays in the queue and is
+        executed again when the step is retried, and a cache may be freed ahead of its turn.
         """
         self.apply_free_operations(cache_operations)
         while cache_operations:
@@ -128,8 +118,8 @@ class ModelRunner:
                 ):
                     pass  # left over from a step that ran out of memory; its request is gone
                 case ReserveSlots(allocation_id, num_tokens):
-                    self.caches[allocation_id] = self._allocate_cache(
-                        self.caches.get(allocation_id), num_tokens
+                    self.caches[allocation_id] = self.kv_storage.reserve(
+                        self.caches.get(allocation_id), num_tokens, self.caches.values()
                     )
                 case CopySlots(source, target, num_tokens):
                     self.caches[target].copy_from(self.caches[source], num_tokens)
@@ -150,15 +140,6 @@ class ModelRunner:
         for operation in cache_operations:
             if isinstance(operation, FreeSlots) and operation.allocation_id not in sources:
                 self.caches.pop(operation.allocation_id, None)
-
-    def _allocate_cache(self, old: KVCache | None, num_tokens: int) -> KVCache:
-        if self.arena is not None:
-            return self.arena.reserve(old, num_tokens, self.caches.values())
-        dtype = self.model.dtype
-        cache = KVCache.allocate(self.model.config.text, num_tokens, dtype, self.device)
-        if old is not None:
-            cache.copy_from(old, old.length)
-        return cache
 
     def _decode(self, decode_backend: DecodeBackend, chunks: Sequence[TokenChunk]) -> Tensor:
         """Compute the logits after the newest token of each request."""
@@ -205,33 +186,14 @@ class ModelRunner:
         with self.lora_manager.activate(
             "model", [(c.request.adapter, c.num_tokens) for c in chunks]
         ):
-            hidden_TD = self.model(
+            return self.model(
                 ids_T,
                 position_ids_3T,
                 meta,
                 vision_MD=torch.cat(embeddings) if embeddings else None,
                 placeholder_index_M=placeholder_index_M if embeddings else None,
-                caches=self._batch_kv_cache(chunks, caches, meta) or caches,
+                caches=self.kv_storage.batch(caches, meta),
             )
-        for cache, length in zip(caches, meta.lengths_k, strict=True):
-            cache.length = length
-        return hidden_TD
-
-    def _batch_kv_cache(
-        self, chunks: Sequence[TokenChunk], caches: Sequence[KVCache], meta: AttnMeta
-    ) -> BatchKVCache | None:
-        """Describe all caches to the varlen attention kernel; None where it is not supported."""
-        if self.arena is None or not self.arena.supports_varlen:
-            return None
-        starts = [self.arena.first_slot(cache) for cache in caches]
-        slots = [
-            torch.arange(start + chunk.start, start + chunk.start + chunk.num_tokens)
-            for start, chunk in zip(starts, chunks, strict=True)
-        ]
-        starts_S, seq_lens_S, slot_mapping_T = copy_to_device(
-            self.device, torch.tensor(starts), torch.tensor(meta.lengths_k), torch.cat(slots)
-        )
-        return self.arena.batch_cache(meta, starts_S, seq_lens_S, slot_mapping_T)
 
     def _kv_cache(self, chunk: TokenChunk) -> KVCache:
         assert chunk.request.allocation is not None

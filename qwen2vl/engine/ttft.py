@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.flops import BatchCounts, inference_flop_counter
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta, vision_seqlens
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
@@ -34,7 +35,7 @@ class PromptFlops:
     @classmethod
     def from_prompt(cls, prompt: ModelInput, config: Qwen2VLConfig) -> PromptFlops:
         """Count the FLOPs of a prompt as it is."""
-        return cls._count(vision_seqlens(prompt.grids), len(prompt.input_ids), config)
+        return cls.from_lengths(vision_seqlens(prompt.grids), len(prompt.input_ids), config)
 
     @classmethod
     def with_max_image_tokens(
@@ -50,7 +51,7 @@ class PromptFlops:
                 saved += item.num_tokens - image_tokens
                 frames = [patches]
             lengths += frames
-        return cls._count(lengths, len(prompt.input_ids) - saved, config)
+        return cls.from_lengths(lengths, len(prompt.input_ids) - saved, config)
 
     @classmethod
     def with_frame_fraction(
@@ -66,11 +67,18 @@ class PromptFlops:
                 saved += item.num_tokens - item.num_tokens * num_kept // len(frames)
                 frames = frames[:num_kept]
             lengths += frames
-        return cls._count(lengths, len(prompt.input_ids) - saved, config)
+        return cls.from_lengths(lengths, len(prompt.input_ids) - saved, config)
 
     @classmethod
-    def _count(cls, lengths: Sequence[int], tokens: int, config: Qwen2VLConfig) -> PromptFlops:
-        return cls(vision=_vision_flops(lengths, config), text=_text_flops(tokens, config))
+    def from_lengths(
+        cls, frames: Sequence[int], num_tokens: int, config: Qwen2VLConfig
+    ) -> PromptFlops:
+        """Count the FLOPs from the patches of each frame pair and the number of tokens."""
+        counter = inference_flop_counter(config)
+        return cls(
+            vision=counter.count(BatchCounts.from_lengths(frames, [])).model,
+            text=counter.count(BatchCounts.from_lengths([], [num_tokens])).model,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,30 +106,13 @@ class Throughput:
         return flops.vision / self.vision + flops.text / self.text
 
 
-def _vision_flops(lengths: Sequence[int], config: Qwen2VLConfig) -> float:
-    vision = config.vision
-    width, num_patches = vision.embed_dim, sum(lengths)
-    merged_width = width * vision.spatial_merge_size**2
-    per_patch = vision.depth * (4 + 2 * vision.mlp_ratio) * width**2 + vision.patch_dim * width
-    merger = merged_width * (merged_width + vision.hidden_size)
-    attention = vision.depth * 2 * width * sum(n * n for n in lengths)
-    return 2.0 * (num_patches * per_patch + num_patches * width / merged_width * merger + attention)
-
-
-def _text_flops(tokens: int, config: Qwen2VLConfig) -> float:
-    text = config.text
-    width, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
-    per_layer = 2 * width * (width + kv) + 3 * width * text.intermediate_size
-    attention = tokens * tokens * width  # scores and values, half of each for causality
-    return 2.0 * text.num_hidden_layers * (tokens * per_layer + attention)
-
-
 def _vision_benchmark(model: Qwen2VL, side: int) -> tuple[float, Callable[[], Tensor]]:
     """Return the FLOPs of an image of side x side patches, and a function that encodes it."""
     vision, device = model.config.vision, model.device
     meta = VisionMeta.build([Grid(1, side, side)], vision.spatial_merge_size).to(device)
     patches_NP = torch.zeros(side * side, vision.patch_dim, dtype=torch.uint8, device=device)
-    return _vision_flops([side * side], model.config), lambda: model.encode(patches_NP, meta)
+    flops = PromptFlops.from_lengths([side * side], 0, model.config).vision
+    return flops, lambda: model.encode(patches_NP, meta)
 
 
 def _text_benchmark(model: Qwen2VL, tokens: int) -> tuple[float, Callable[[], Tensor]]:
@@ -130,7 +121,8 @@ def _text_benchmark(model: Qwen2VL, tokens: int) -> tuple[float, Callable[[], Te
     ids_T = torch.zeros(tokens, dtype=torch.int64, device=device)
     position_ids_3T = torch.arange(tokens, device=device).expand(3, -1)
     meta = AttnMeta.build([tokens]).to(device)
-    return _text_flops(tokens, model.config), lambda: model(ids_T, position_ids_3T, meta)
+    flops = PromptFlops.from_lengths([], tokens, model.config).text
+    return flops, lambda: model(ids_T, position_ids_3T, meta)
 
 
 def _measure_throughput(

@@ -1,11 +1,11 @@
 """The Qwen2-VL network in plain PyTorch: vision tower, language model, M-RoPE, KV cache.
 
-Read attention.py, rope.py, vision.py, text.py, qwen2vl.py, in this order. The package depends on
-`qwen2vl.config` and `qwen2vl.geometry` alone: no files, process groups, requests or tokenizer. All
-that depends on a prompt is passed in as tensors and `AttnMeta`.
+Read attention.py, kv_cache.py, rope.py, vision.py, text.py, qwen2vl.py, in this order. The package
+depends on `qwen2vl.config` and `qwen2vl.geometry` alone: no files, process groups, requests or
+tokenizer. All that depends on a prompt is passed in as tensors and `AttnMeta`.
 """
 
-from qwen2vl.model.attention import KVCache
+from qwen2vl.model.kv_cache import KVCache, SequenceKVCaches
 from qwen2vl.model.qwen2vl import Qwen2VL
 
-__all__ = ["KVCache", "Qwen2VL"]
+__all__ = ["KVCache", "Qwen2VL", "SequenceKVCaches"]

@@ -8,15 +8,13 @@ qwen2vl/loading.py fills them. (Qwen2-VL Fig. 2; HF: Qwen2VLForConditionalGenera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.geometry import AttnMeta, VisionMeta
-from qwen2vl.model.attention import BatchKVCache, KVCache
+from qwen2vl.model.kv_cache import BatchKVCache
 from qwen2vl.model.text import TextModel
 from qwen2vl.model.vision import VisionTower
 
@@ -86,7 +84,7 @@ class Qwen2VL(nn.Module):
         vision_meta: VisionMeta | None = None,
         vision_MD: Tensor | None = None,
         placeholder_index_M: Tensor | None = None,
-        caches: Sequence[KVCache] | BatchKVCache | None = None,
+        caches: BatchKVCache | None = None,
     ) -> Tensor:
         """Compute hidden_TD after the final norm, the input of `logits`.
 
@@ -98,7 +96,7 @@ class Qwen2VL(nn.Module):
             vision_meta: positions and attention bounds of the patches.
             vision_MD: vision embeddings encoded before (inference); excludes `patches_NP`.
             placeholder_index_M: which tokens the vision embeddings overwrite.
-            caches: KV caches of the preceding tokens, one per segment of `meta`, or one for all.
+            caches: KV caches of the preceding tokens of each segment; the new tokens are appended.
         """
         if patches_NP is not None:
             assert vision_MD is None and vision_meta is not None

@@ -7,15 +7,14 @@ embeddings in which vision embeddings have already replaced those of the placeho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model.attention import BatchKVCache, KVCache, LayerCaches, attention
+from qwen2vl.model.attention import attention
+from qwen2vl.model.kv_cache import BatchKVCache, LayerKVCache
 from qwen2vl.model.rope import CosSin, apply_rotary_emb, mrope_cos_sin
 
 __all__ = ["TextModel"]
@@ -58,10 +57,13 @@ class TextAttention(nn.Module):
         hidden_TD: Tensor,
         cos_sin: CosSin,
         meta: AttnMeta,
-        layer_caches: LayerCaches | None,
+        layer_cache: LayerKVCache | None,
     ) -> Tensor:
         q_THC, k_TKC, v_TKC = self.project_qkv(hidden_TD, cos_sin)
-        out_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_caches=layer_caches)
+        if layer_cache is None:
+            out_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True)
+        else:
+            out_THC = layer_cache.attend(q_THC, k_TKC, v_TKC)
         return self.o_proj(out_THC.flatten(1))
 
 
@@ -93,10 +95,10 @@ class TextBlock(nn.Module):
         hidden_TD: Tensor,
         cos_sin: CosSin,
         meta: AttnMeta,
-        layer_caches: LayerCaches | None,
+        layer_cache: LayerKVCache | None,
     ) -> Tensor:
         normed_TD = self.input_layernorm(hidden_TD)
-        hidden_TD = hidden_TD + self.self_attn(normed_TD, cos_sin, meta, layer_caches)
+        hidden_TD = hidden_TD + self.self_attn(normed_TD, cos_sin, meta, layer_cache)
         return hidden_TD + self.mlp(self.post_attention_layernorm(hidden_TD))
 
 
@@ -115,25 +117,17 @@ class TextModel(nn.Module):
         embeds_TD: Tensor,
         position_ids_3T: Tensor,
         meta: AttnMeta,
-        caches: Sequence[KVCache] | BatchKVCache | None,
+        caches: BatchKVCache | None,
     ) -> Tensor:
-        """Run all blocks; with `caches`, append each segment's keys and values to its cache.
-
-        The lengths of per-sequence caches are advanced at the end; those behind a `BatchKVCache`
-        are advanced by the caller.
-        """
+        """Run all blocks; with `caches`, append the keys and values of each segment."""
         config = self.config
         cos_sin = mrope_cos_sin(
             position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section
         )
         hidden_TD = embeds_TD
         for index, layer in enumerate(self.layers):
-            if isinstance(caches, Sequence):
-                layer_caches = [cache.layer(index) for cache in caches]
-            else:
-                layer_caches = None if caches is None else caches.layer(index)
-            hidden_TD = layer(hidden_TD, cos_sin, meta, layer_caches)
-        if isinstance(caches, Sequence):
-            for cache, length in zip(caches, meta.lengths_q, strict=True):
-                cache.length += length
+            layer_cache = None if caches is None else caches.layer(index)
+            hidden_TD = layer(hidden_TD, cos_sin, meta, layer_cache)
+        if caches is not None:
+            caches.advance(meta.lengths_q)
         return self.norm(hidden_TD)

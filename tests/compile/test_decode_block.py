@@ -20,7 +20,7 @@ from qwen2vl.geometry import AttnMeta
 from qwen2vl.linear import aot, prepacked
 from qwen2vl.linear.gemv import use_gemv
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.model.rope import mrope_cos_sin
 from qwen2vl.quantization import int8
 from qwen2vl.quantization.scheme import LayerScheme, quantize, quantize_layers
@@ -53,7 +53,8 @@ def build(kind: str, monkeypatch: pytest.MonkeyPatch) -> Qwen2VL:
 def run_eagerly(model: Qwen2VL, cache: KVCache, x_1D: Tensor) -> Tensor:
     length = cache.length
     positions_31 = torch.full((3, 1), length + 2)
-    return model.model(x_1D, positions_31, AttnMeta.build([1], [length + 1]), [cache])
+    meta = AttnMeta.build([1], [length + 1])
+    return model.model(x_1D, positions_31, meta, SequenceKVCaches([cache], meta))
 
 
 @torch.inference_mode()

@@ -11,4 +11,4 @@ from tests.tiny import tiny_config, tiny_processor
 
 @pytest.fixture(scope="session")
 def llm() -> LLM:
-    return LLM.from_model(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())
+    return LLM(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())

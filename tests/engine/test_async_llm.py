@@ -24,7 +24,7 @@ from tests.tiny import tiny_processor
 
 @pytest.fixture
 def engine() -> Iterator[AsyncLLM]:
-    async_llm = AsyncLLM(LLM.from_model(MODEL, tiny_processor()))
+    async_llm = AsyncLLM(LLM(MODEL, tiny_processor()))
     yield async_llm
     async_llm.close()
 
@@ -58,8 +58,8 @@ def test_leaving_early_aborts(engine: AsyncLLM) -> None:
         await engine.chat([user("Hello")], GREEDY)  # so the engine has processed the abort
 
     asyncio.run(leave())
-    assert not engine.llm.scheduler.has_unfinished_requests
-    assert engine.llm.scheduler.pool.num_used_blocks == 0
+    assert not engine.llm.engine_core.scheduler.has_unfinished_requests
+    assert engine.llm.engine_core.scheduler.pool.num_used_blocks == 0
 
 
 def test_a_canceled_task_aborts_its_request(engine: AsyncLLM) -> None:
@@ -70,7 +70,7 @@ def test_a_canceled_task_aborts_its_request(engine: AsyncLLM) -> None:
         await engine.chat([user("Hello")], GREEDY)
 
     asyncio.run(give_up())
-    assert not engine.llm.scheduler.has_unfinished_requests
+    assert not engine.llm.engine_core.scheduler.has_unfinished_requests
 
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=20_000, ignore_eos=True)
@@ -135,9 +135,11 @@ def test_several_samples_share_one_stream(engine: AsyncLLM) -> None:
 
 
 def test_a_dead_engine_reports_the_cause_and_stays_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = AsyncLLM(LLM.from_model(MODEL, tiny_processor()))
+    engine = AsyncLLM(LLM(MODEL, tiny_processor()))
     monkeypatch.setattr(
-        engine.llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shape"))
+        engine.llm.engine_core.runner,
+        "_forward",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("shape")),
     )
 
     async def chat() -> None:
@@ -150,7 +152,7 @@ def test_a_dead_engine_reports_the_cause_and_stays_dead(monkeypatch: pytest.Monk
 
 
 def test_closing_ends_running_requests() -> None:
-    engine = AsyncLLM(LLM.from_model(MODEL, tiny_processor()))
+    engine = AsyncLLM(LLM(MODEL, tiny_processor()))
 
     async def close() -> None:
         stream = await engine.stream([user("Hi")], SamplingParams(max_tokens=2000, ignore_eos=True))
@@ -159,15 +161,15 @@ def test_closing_ends_running_requests() -> None:
             await stream.completions()
 
     asyncio.run(close())
-    assert not engine.llm.scheduler.has_unfinished_requests
-    assert engine.llm.scheduler.pool.num_used_blocks == 0
+    assert not engine.llm.engine_core.scheduler.has_unfinished_requests
+    assert engine.llm.engine_core.scheduler.pool.num_used_blocks == 0
     assert_same_completion(engine.llm.chat(CONVERSATIONS[0], GREEDY)[0], reference_completion(0))
 
 
 def test_an_engine_closed_while_a_request_is_created_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = AsyncLLM(LLM.from_model(MODEL, tiny_processor()))
+    engine = AsyncLLM(LLM(MODEL, tiny_processor()))
     create_requests = engine.llm.create_requests
 
     def closing(*args: Any) -> Any:

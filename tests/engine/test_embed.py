@@ -63,7 +63,7 @@ def test_a_cached_image_is_not_encoded_again() -> None:
         assert llm.embed([user("And this?", random_image())]).shape[0] == 1
     finally:
         del llm.model.encode
-    assert not llm.runner.encoder_cache._num_references
+    assert not llm.engine_core.runner.encoder_cache._num_references
 
 
 def test_a_quantized_model_embeds(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_an_adapter_embeds_like_its_merged_model(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model", model=MODEL)
     write_adapter(tmp_path / "a", MODEL)
     merged = LLM(tmp_path / "model", dtype="float32", adapter=tmp_path / "a")
-    llm = LLM.from_model(MODEL, tiny_processor(), adapters={"a": tmp_path / "a"})
+    llm = LLM(MODEL, tiny_processor(), adapters={"a": tmp_path / "a"})
     plain, adapted = llm.embed(CONVERSATIONS[:6]), llm.embed(CONVERSATIONS[:6], adapter="a")
     torch.testing.assert_close(adapted, merged.embed(CONVERSATIONS[:6]), rtol=0, atol=1e-5)
     assert (plain * adapted).sum(1).max() < 0.99

@@ -77,14 +77,14 @@ def random_params(rng: random.Random) -> SamplingParams:
 
 def run_batch(llm: LLM, rng: random.Random) -> None:
     """Run a batch of requests; abort one on the way, and let a step fail occasionally."""
-    forward = llm.runner._forward
+    forward = llm.engine_core.runner._forward
 
     def failing(chunks: Any) -> Any:
         if rng.random() < 0.01:
             raise MemoryError
         return forward(chunks)
 
-    llm.runner._forward = failing
+    llm.engine_core.runner._forward = failing
     requests = []
     for _ in range(BATCH_SIZE):
         try:
@@ -93,15 +93,15 @@ def run_batch(llm: LLM, rng: random.Random) -> None:
             continue
         requests += llm.create_requests(prompt, params)
     for request in requests:
-        llm.scheduler.add_request(request)
+        llm.engine_core.scheduler.add_request(request)
     for number in range(10_000):
         if number == 3 and rng.random() < 0.3:
             llm.abort(rng.choice(requests))
-        if not llm.scheduler.has_unfinished_requests:
+        if not llm.engine_core.scheduler.has_unfinished_requests:
             break
         llm.step()
-    assert not llm.scheduler.has_unfinished_requests
-    llm.runner._forward = forward
+    assert not llm.engine_core.scheduler.has_unfinished_requests
+    llm.engine_core.runner._forward = forward
 
 
 def test_no_leaks_over_2000_mixed_requests(tmp_path: Path) -> None:
@@ -117,14 +117,16 @@ def test_no_leaks_over_2000_mixed_requests(tmp_path: Path) -> None:
         encoder_cache_disk_bytes=2 * MIB,
         item_cache_bytes=MIB,
     )
-    llm = LLM.from_model(model, processor, engine=config, adapters={"a": tmp_path / "a"})
+    llm = LLM(model, processor, engine=config, adapters={"a": tmp_path / "a"})
     rng = random.Random(0)
     resources: list[Resources] = []
     for batch in range(REQUESTS // BATCH_SIZE):
         run_batch(llm, rng)
-        pool = llm.scheduler.pool
-        assert pool.num_used_blocks == 0 and not llm.runner.encoder_cache._num_references
-        assert sum(cache.capacity for cache in llm.runner.caches.values()) <= 2048
+        pool = llm.engine_core.scheduler.pool
+        assert (
+            pool.num_used_blocks == 0 and not llm.engine_core.runner.encoder_cache._num_references
+        )
+        assert sum(cache.capacity for cache in llm.engine_core.runner.caches.values()) <= 2048
         if batch % 25 == 24:
             resources.append(Resources.now())
     early, late = resources[2], resources[-1]  # after 600 requests every cache is full
@@ -137,4 +139,7 @@ def test_no_leaks_over_2000_mixed_requests(tmp_path: Path) -> None:
     )
     assert disk_bytes <= 3 * MIB
     llm.reset_caches()
-    assert not llm.runner.caches and llm.runner.encoder_cache.cache.stats.num_bytes == 0
+    assert (
+        not llm.engine_core.runner.caches
+        and llm.engine_core.runner.encoder_cache.cache.stats.num_bytes == 0
+    )

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2vl.engine import LLM, Delta, SamplingParams
+from qwen2vl.engine.config import EngineConfig
 from qwen2vl.errors import CapacityError, EngineError, InputError
 from qwen2vl.geometry import AttnMeta, mrope_positions
 from qwen2vl.processor.inputs import ModelInput
@@ -71,7 +72,7 @@ def recompute(llm: LLM, prompt: ModelInput, count: int) -> list[int]:
 def test_greedy_equals_full_recomputation(
     text: str, sides: list[tuple[int, int]], frames: int, seed: int
 ) -> None:
-    llm = LLM.from_model(random_model(tiny_config(), seed), tiny_processor())
+    llm = LLM(random_model(tiny_config(), seed), tiny_processor())
     media = [random_image(28 * h, 28 * w, i) for i, (h, w) in enumerate(sides)]
     media += [random_video(frames)] if frames else []
     messages = [user(text, *media)]
@@ -190,8 +191,8 @@ def test_generate_takes_raw_text_and_processed_prompts(llm: LLM) -> None:
 
 def test_end_tokens_of_the_checkpoint_stop_unless_ignored() -> None:
     model, processor = random_model(tiny_config()), tiny_processor()
-    unstopped = LLM.from_model(model, processor).chat([user("Hi")], GREEDY)[0].token_ids
-    llm = LLM.from_model(
+    unstopped = LLM(model, processor).chat([user("Hi")], GREEDY)[0].token_ids
+    llm = LLM(
         model, processor, generation_defaults=GenerationDefaults(eos_token_ids=(unstopped[3],))
     )
     first = unstopped.index(unstopped[3])
@@ -218,11 +219,11 @@ def test_stop_tokens_outside_the_vocabulary_are_rejected(llm: LLM) -> None:
 
 def test_generation_defaults_decide_between_greedy_and_sampling() -> None:
     model, processor = random_model(tiny_config()), tiny_processor()
-    greedy = LLM.from_model(model, processor).chat([user("Hi")], GREEDY)[0].token_ids
+    greedy = LLM(model, processor).chat([user("Hi")], GREEDY)[0].token_ids
     open_params = SamplingParams(max_tokens=12, seed=1)
-    assert LLM.from_model(model, processor).chat([user("Hi")], open_params)[0].token_ids == greedy
+    assert LLM(model, processor).chat([user("Hi")], open_params)[0].token_ids == greedy
     generation_defaults = GenerationDefaults(do_sample=True, temperature=5.0, top_k=0)
-    sampled = LLM.from_model(model, processor, generation_defaults=generation_defaults).chat(
+    sampled = LLM(model, processor, generation_defaults=generation_defaults).chat(
         [user("Hi")], open_params
     )[0]
     assert sampled.token_ids != greedy
@@ -237,7 +238,7 @@ def test_logprobs_of_a_greedy_output_list_the_selected_token_first(llm: LLM) -> 
 
 
 def llm_with_context(max_model_len: int) -> LLM:
-    llm = LLM.from_model(random_model(tiny_config()), tiny_processor())
+    llm = LLM(random_model(tiny_config()), tiny_processor())
     llm.max_model_len = max_model_len
     return llm
 
@@ -335,7 +336,7 @@ def test_out_of_memory_raises_capacity_error_and_the_llm_stays_usable(
 ) -> None:
     (want,) = llm.chat([user("Hi")], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(error))
+        patch.setattr(llm.engine_core.runner, "_forward", lambda *_: (_ for _ in ()).throw(error))
         with pytest.raises(CapacityError, match=r"out of memory.*a prompt of \d+ tokens; lower"):
             llm.chat([user("Hi")], GREEDY)
     assert llm.chat([user("Hi")], GREEDY)[0].token_ids == want.token_ids
@@ -343,7 +344,7 @@ def test_out_of_memory_raises_capacity_error_and_the_llm_stays_usable(
 
 def test_other_errors_are_not_converted(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shape"))
+        llm.engine_core.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shape"))
     )
     with pytest.raises(RuntimeError, match="shape"):
         llm.chat([user("Hi")], GREEDY)
@@ -369,3 +370,34 @@ def test_with_tools_generation_stops_where_a_result_belongs(
     (call,) = parse_tool_calls(completion.text).tool_calls
     assert call.name == "tap"
     assert "made up" not in completion.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"quantize": "int8"}, "quantize: got 'int8', but the model is in memory already"),
+        ({"device": "cuda"}, "device: got 'cuda', but the model is in memory already"),
+        ({"adapter": "/nope"}, "adapter: got '/nope', but the model is in memory already"),
+        ({"max_model_len": 10**9}, "max_model_len: got 1000000000, must be from 2 to"),
+        ({"max_model_len": -5}, "max_model_len: got -5, must be from 2 to"),
+    ],
+)
+def test_arguments_that_do_not_apply_to_a_model_in_memory_are_refused(
+    arguments: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(InputError, match=text):
+        LLM(random_model(tiny_config()), tiny_processor(), **arguments)
+
+
+def test_a_model_in_memory_needs_a_processor_and_a_folder_has_its_own() -> None:
+    with pytest.raises(InputError, match="a model in memory needs its Processor"):
+        LLM(random_model(tiny_config()))
+    with pytest.raises(InputError, match="processor: a folder has its own"):
+        LLM("nano", tiny_processor())
+
+
+def test_a_bad_encoder_cache_dir_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = EngineConfig(encoder_cache_dir=tmp_path / "file" / "cache")
+    with pytest.raises(InputError, match="vision embeddings"):
+        LLM(random_model(tiny_config()), tiny_processor(), engine=config)

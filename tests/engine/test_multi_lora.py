@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_llm(root: Path, **engine: Any) -> LLM:
     folders = {name: root / name for name in TARGETS}
     config = EngineConfig(**engine)
-    return LLM.from_model(MODEL, tiny_processor(), engine=config, adapters=folders)
+    return LLM(MODEL, tiny_processor(), engine=config, adapters=folders)
 
 
 def greedy_with(name: str | None, **changes: Any) -> SamplingParams:
@@ -104,7 +104,7 @@ def test_step_limits_do_not_change_the_output_with_adapters(
     got = llm.chat(CONVERSATIONS, [greedy_with(name) for name in names])
     for index, (completion, name) in enumerate(zip(got, names, strict=True)):
         assert_same_completion(completion, reference_completion(root, index, name))
-    assert llm.scheduler.pool.num_used_blocks == 0
+    assert llm.engine_core.scheduler.pool.num_used_blocks == 0
 
 
 def test_prompts_of_different_adapters_share_no_cache_blocks(root: Path) -> None:
@@ -123,23 +123,23 @@ def test_prompts_of_different_adapters_share_no_cache_blocks(root: Path) -> None
 def test_an_image_is_encoded_once_for_each_vision_tower(root: Path) -> None:
     llm = new_llm(root)
     llm.chat([CONVERSATIONS[1]] * 4, [greedy_with(name) for name in NAMES])
-    stats = llm.runner.encoder_cache.cache.stats
+    stats = llm.engine_core.runner.encoder_cache.cache.stats
     assert stats.num_misses == 3  # "text" leaves the vision tower unchanged
-    assert len(llm.runner.encoder_cache.cache._embeddings) == 3
+    assert len(llm.engine_core.runner.encoder_cache.cache._embeddings) == 3
 
 
 def test_embeddings_on_disk_are_keyed_by_adapter_weights_not_by_name(
     root: Path, tmp_path: Path
 ) -> None:
     def hits(adapter: Path) -> int:
-        llm = LLM.from_model(
+        llm = LLM(
             MODEL,
             tiny_processor(),
             engine=EngineConfig(encoder_cache_dir=tmp_path),
             adapters={"adapter": adapter},
         )
         llm.chat(CONVERSATIONS[1], greedy_with("adapter"))
-        return llm.runner.encoder_cache.cache.stats.num_disk_hits
+        return llm.engine_core.runner.encoder_cache.cache.stats.num_disk_hits
 
     assert hits(root / "vision") == 0
     assert hits(root / "other") == 0
@@ -198,11 +198,11 @@ def test_an_unknown_adapter_name_is_rejected(root: Path) -> None:
     with pytest.raises(InputError, match=message):
         new_llm(root).chat(CONVERSATIONS[0], greedy_with("al"))
     with pytest.raises(InputError, match="'all': this LLM was not given it, it has none"):
-        LLM.from_model(MODEL, tiny_processor()).chat(CONVERSATIONS[0], greedy_with("all"))
+        LLM(MODEL, tiny_processor()).chat(CONVERSATIONS[0], greedy_with("all"))
     with pytest.raises(InputError, match="adapter: got 3, must be the name of one"):
         SamplingParams(adapter=3)  # type: ignore[arg-type]
 
 
 def test_a_missing_adapter_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
-        LLM.from_model(MODEL, tiny_processor(), adapters={"a": tmp_path / "nothing"})
+        LLM(MODEL, tiny_processor(), adapters={"a": tmp_path / "nothing"})

@@ -9,6 +9,7 @@ import random
 import sys
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
@@ -25,7 +26,8 @@ from hypothesis import strategies as st
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.kv_cache.block_pool import CacheOperation, CopySlots, FreeSlots, ReserveSlots
-from qwen2vl.engine.outputs import Completion
+from qwen2vl.engine.kv_cache.storage import KVStorage
+from qwen2vl.engine.outputs import Completion, Delta
 from qwen2vl.engine.sampling.grammar import Grammar
 from qwen2vl.errors import CapacityError, EngineError, InputError
 from tests.engine.test_llm import random_image, random_video, user
@@ -48,7 +50,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 
 def new_llm(**engine: Any) -> LLM:
-    return LLM.from_model(MODEL, tiny_processor(), engine=EngineConfig(**engine))
+    return LLM(MODEL, tiny_processor(), engine=EngineConfig(**engine))
 
 
 def logprobs(completion: Completion) -> list[float]:
@@ -111,21 +113,21 @@ def test_step_limits_do_not_change_the_output(
         order, llm.chat([CONVERSATIONS[i] for i in order], GREEDY), strict=True
     ):
         assert_same_completion(completion, reference_completion(index))
-    assert llm.scheduler.pool.num_used_blocks == 0
+    assert llm.engine_core.scheduler.pool.num_used_blocks == 0
 
 
 def test_a_preempted_request_resumes_with_the_same_output() -> None:
     params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, logprobs=0)
     llm = new_llm(kv_cache_tokens=320)
     num_generated: list[int] = []
-    stop_running = llm.scheduler._stop_running
+    stop_running = llm.engine_core.scheduler._stop_running
 
     def watched(request: Any, **kwargs: Any) -> None:
         if request.finish_reason is None:
             num_generated.append(len(request.output_token_ids))
         stop_running(request, **kwargs)
 
-    llm.scheduler._stop_running = watched
+    llm.engine_core.scheduler._stop_running = watched
     for index, completion in enumerate(llm.chat(CONVERSATIONS[:3], params)):
         assert_same_completion(completion, reference_completion(index, params))
     assert max(num_generated) > 10  # one was preempted during decode
@@ -185,46 +187,57 @@ def test_an_aborted_request_releases_everything() -> None:
     prompt = llm.processor([user("Hi", random_image())])
     kept, aborted = llm.create_requests(prompt, GREEDY) + llm.create_requests(prompt, GREEDY)
     for one in (kept, aborted):
-        llm.scheduler.add_request(one)
+        llm.engine_core.scheduler.add_request(one)
     for _ in range(3):
         llm.step()
     llm.abort(aborted)
     llm.abort(aborted)  # a second time does nothing
-    while llm.scheduler.has_unfinished_requests:
+    while llm.engine_core.scheduler.has_unfinished_requests:
         llm.step()
     assert len(kept.output_token_ids) == 8 and aborted.finish_reason is None
-    assert llm.scheduler.pool.num_used_blocks == 0
+    assert llm.engine_core.scheduler.pool.num_used_blocks == 0
     llm.reset_caches()
-    assert llm.scheduler.pool.num_free_blocks == llm.scheduler.pool.num_blocks
+    assert (
+        llm.engine_core.scheduler.pool.num_free_blocks == llm.engine_core.scheduler.pool.num_blocks
+    )
 
 
 def test_a_request_that_needs_too_much_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = new_llm()
-    forward = llm.runner._forward
+    forward = llm.engine_core.runner._forward
 
     def limited(chunks: Any) -> torch.Tensor:
         if sum(len(chunk.input_ids) for chunk in chunks) > 60:
             raise MemoryError
         return forward(chunks)
 
-    monkeypatch.setattr(llm.runner, "_forward", limited)
+    monkeypatch.setattr(llm.engine_core.runner, "_forward", limited)
     large, small = llm.chat([CONVERSATIONS[6], CONVERSATIONS[0]], GREEDY)
     assert large.finish_reason == "error" and "out of memory" in (large.error or "")
     assert_same_completion(small, reference_completion(0))
 
 
+class FailingStorage:
+    """A KV storage with another `reserve`."""
+
+    def __init__(self, storage: KVStorage, reserve: Callable[..., Any]) -> None:
+        self.reserve = reserve
+        self.batch = storage.batch
+
+
 def test_cached_blocks_are_evicted_before_a_request_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = new_llm()
-    runner, allocate, num_failures = llm.runner, llm.runner._allocate_cache, 0
+    runner, num_failures = llm.engine_core.runner, 0
+    reserve = runner.kv_storage.reserve
 
-    def limited(old: Any, num_tokens: int) -> Any:
+    def limited(old: Any, num_tokens: int, in_use: Any) -> Any:
         nonlocal num_failures
         if sum(cache.capacity for cache in runner.caches.values()) + num_tokens > 320:
             num_failures += 1
             raise MemoryError
-        return allocate(old, num_tokens)
+        return reserve(old, num_tokens, in_use)
 
-    monkeypatch.setattr(runner, "_allocate_cache", limited)
+    monkeypatch.setattr(runner, "kv_storage", FailingStorage(runner.kv_storage, limited))
     for index in (*range(len(CONVERSATIONS)), *range(len(CONVERSATIONS))):
         assert_same_completion(
             llm.chat(CONVERSATIONS[index], GREEDY)[0], reference_completion(index)
@@ -234,10 +247,10 @@ def test_cached_blocks_are_evicted_before_a_request_fails(monkeypatch: pytest.Mo
 
 def test_cached_vision_embeddings_are_evicted_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = new_llm()
-    cache = llm.runner.encoder_cache.cache
+    cache = llm.engine_core.runner.encoder_cache.cache
     llm.chat(CONVERSATIONS[1], GREEDY)
     assert cache.stats.num_bytes
-    llm.scheduler.reset_prefix_cache()
+    llm.engine_core.scheduler.reset_prefix_cache()
     encode = llm.model.encode
 
     def limited(*given: Any) -> torch.Tensor:
@@ -252,17 +265,20 @@ def test_cached_vision_embeddings_are_evicted_as_well(monkeypatch: pytest.Monkey
 def test_a_failed_request_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = new_llm()
     with monkeypatch.context() as patch:
-        patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(
+            llm.engine_core.runner, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError)
+        )
         with pytest.raises(CapacityError):
             llm.chat(CONVERSATIONS[1], GREEDY)
-    assert not llm.runner.caches
+    assert not llm.engine_core.runner.caches
     with monkeypatch.context() as patch:
         patch.setattr(llm.model, "logits", lambda x: torch.full((len(x), 300), torch.nan))
         with pytest.raises(EngineError, match="not finite"):
             llm.chat(CONVERSATIONS[1], GREEDY)
     assert (
-        not llm.runner.caches
-        and llm.scheduler.pool.num_free_blocks == llm.scheduler.pool.num_blocks
+        not llm.engine_core.runner.caches
+        and llm.engine_core.scheduler.pool.num_free_blocks
+        == llm.engine_core.scheduler.pool.num_blocks
     )
 
 
@@ -272,14 +288,14 @@ def test_an_image_that_needs_too_much_memory_fails_its_own_request(
     """Even beside a prompt that has more tokens in this step."""
     llm = new_llm(max_num_batched_tokens=150)
     long = [user("A long story. " * 14)]
-    encode = llm.runner.encoder_cache.encode
+    encode = llm.engine_core.runner.encoder_cache.encode
 
     def limited(chunks: Any) -> None:
         if any(chunk.item.grid.h > 8 for chunk in chunks):
             raise MemoryError
         encode(chunks)
 
-    monkeypatch.setattr(llm.runner.encoder_cache, "encode", limited)
+    monkeypatch.setattr(llm.engine_core.runner.encoder_cache, "encode", limited)
     beside, large = llm.chat([long, CONVERSATIONS[6]], GREEDY)
     assert large.finish_reason == "error" and "out of memory" in (large.error or "")
     assert_same_completion(beside, new_llm().chat(long, GREEDY)[0])
@@ -301,8 +317,8 @@ def test_a_sampler_that_runs_out_of_memory_fails_alone() -> None:
 
     bad.sampler.sample = failing
     for one in (before, bad):
-        llm.scheduler.add_request(one)
-    while llm.scheduler.has_unfinished_requests:
+        llm.engine_core.scheduler.add_request(one)
+    while llm.engine_core.scheduler.has_unfinished_requests:
         llm.step()
     assert bad.finish_reason == "error" and isinstance(bad.error, CapacityError)
     assert tuple(before.output_token_ids) == reference_completion(0, params).token_ids
@@ -310,7 +326,7 @@ def test_a_sampler_that_runs_out_of_memory_fails_alone() -> None:
 
 def test_a_copy_is_made_from_an_allocation_whose_request_failed() -> None:
     """Allocation 1 ran out of memory, its request failed, and allocation 2 copies from it."""
-    runner = new_llm().runner
+    runner = new_llm().engine_core.runner
     runner.apply_cache_operations(deque([ReserveSlots(0, 64)]))
     runner.caches[0].k_LKZC.fill_(7.0)
     runner.caches[0].length = 64
@@ -334,7 +350,7 @@ def test_a_copy_is_made_from_an_allocation_whose_request_failed() -> None:
 def test_allocations_that_are_no_longer_needed_are_not_reserved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runner = new_llm().runner
+    runner = new_llm().engine_core.runner
     runner.apply_cache_operations(deque([ReserveSlots(0, 64)]))
     runner.caches[0].length = 64
 
@@ -343,7 +359,7 @@ def test_allocations_that_are_no_longer_needed_are_not_reserved(
 
     cache_operations: deque[CacheOperation] = deque([ReserveSlots(1, 96), CopySlots(0, 1, 64)])
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_allocate_cache", out_of_memory)
+        patch.setattr(runner, "kv_storage", FailingStorage(runner.kv_storage, out_of_memory))
         with pytest.raises(MemoryError):
             runner.apply_cache_operations(cache_operations)
         assert len(cache_operations) == 2
@@ -367,7 +383,7 @@ def test_out_of_memory_anywhere_does_not_change_other_outputs(
         max_num_encoder_patches=32,
         num_speculative_tokens=num_speculative_tokens,
     )
-    runner = llm.runner
+    runner = llm.engine_core.runner
 
     def failing(function: Any) -> Any:
         def attempt(*args: Any) -> Any:
@@ -377,7 +393,8 @@ def test_out_of_memory_anywhere_does_not_change_other_outputs(
 
         return attempt
 
-    runner._allocate_cache = failing(runner._allocate_cache)
+    reserve = failing(runner.kv_storage.reserve)
+    runner.kv_storage = FailingStorage(runner.kv_storage, reserve)
     runner._forward = failing(runner._forward)
     runner.encoder_cache.encode = failing(runner.encoder_cache.encode)
     order = data.draw(st.permutations(range(len(CONVERSATIONS))))
@@ -388,7 +405,7 @@ def test_out_of_memory_anywhere_does_not_change_other_outputs(
             assert "out of memory" in (completion.error or "")
         else:
             assert_same_completion(completion, reference_completion(index))
-    assert llm.scheduler.pool.num_used_blocks == 0
+    assert llm.engine_core.scheduler.pool.num_used_blocks == 0
     assert not runner.encoder_cache._num_references
 
 
@@ -401,7 +418,7 @@ def test_an_error_keeps_no_tensors_of_its_step(monkeypatch: pytest.MonkeyPatch) 
         references.append(weakref.ref(large))
         raise MemoryError
 
-    monkeypatch.setattr(llm.runner, "_forward", forward)
+    monkeypatch.setattr(llm.engine_core.runner, "_forward", forward)
     with pytest.raises(CapacityError, match="out of memory") as caught:
         llm.chat(CONVERSATIONS[0], GREEDY)
     assert references[0]() is None
@@ -413,6 +430,7 @@ FILES = (
     "output.py",
     "scheduler.py",
     "runner.py",
+    "engine_core.py",
     "llm.py",
     "manager.py",
     "request.py",
@@ -460,29 +478,51 @@ def test_the_llm_is_usable_after_an_interrupt_at_any_line() -> None:
         assert_same_completion(
             llm.chat(CONVERSATIONS[index], GREEDY)[0], reference_completion(index)
         )
-        assert llm.scheduler.pool.num_used_blocks == 0 and not llm.scheduler.has_unfinished_requests
-        assert not llm.runner.encoder_cache._num_references
-        assert set(llm.runner.caches) <= set(llm.scheduler.pool._evictable)
+        assert (
+            llm.engine_core.scheduler.pool.num_used_blocks == 0
+            and not llm.engine_core.scheduler.has_unfinished_requests
+        )
+        assert not llm.engine_core.runner.encoder_cache._num_references
+        assert set(llm.engine_core.runner.caches) <= set(llm.engine_core.scheduler.pool._evictable)
 
 
-def test_an_interrupt_of_the_model_keeps_the_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_between_steps_keeps_the_prefix_cache() -> None:
     llm = new_llm()
-    llm.chat(CONVERSATIONS[6], GREEDY)
-    with monkeypatch.context() as patch:
-        patch.setattr(llm.runner, "_forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            llm.chat(CONVERSATIONS[6], GREEDY)
+
+    def interrupt(_: Delta) -> None:
+        raise KeyboardInterrupt
+
+    core = llm.engine_core
+    with pytest.raises(KeyboardInterrupt):
+        llm.chat(CONVERSATIONS[6], GREEDY, on_delta=interrupt)
+    assert llm.engine_core is core and not core.scheduler.has_unfinished_requests
     (again,) = llm.chat(CONVERSATIONS[6], GREEDY)
     assert again.cached_tokens >= 96 and again.seconds.vision == 0
+    assert_same_completion(again, reference_completion(6))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("shape")])
+@pytest.mark.parametrize("where", ["_forward", "_encode", "apply_cache_operations"])
+def test_an_interrupt_or_error_inside_a_step_replaces_the_engine_core(
+    monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException | type[BaseException]
+) -> None:
+    llm = new_llm()
+    core = llm.engine_core
+    monkeypatch.setattr(core.runner, where, lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        llm.chat(CONVERSATIONS[6], GREEDY)
+    assert llm.engine_core is not core and not llm.has_unfinished_requests
+    (again,) = llm.chat(CONVERSATIONS[6], GREEDY)
+    assert again.cached_tokens == 0
     assert_same_completion(again, reference_completion(6))
 
 
 def test_reset_caches_frees_memory_immediately() -> None:
     llm = new_llm()
     llm.chat(CONVERSATIONS, GREEDY)
-    assert llm.runner.caches
+    assert llm.engine_core.runner.caches
     llm.reset_caches()
-    assert not llm.runner.caches
+    assert not llm.engine_core.runner.caches
 
 
 def test_a_step_without_work_does_nothing() -> None:

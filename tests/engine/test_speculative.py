@@ -110,7 +110,7 @@ def test_draft_tokens_do_not_change_the_output(params: SamplingParams) -> None:
 
 
 def test_a_repeated_request_takes_fewer_steps() -> None:
-    llm = LLM.from_model(MODEL, tiny_processor(), engine=EngineConfig(num_speculative_tokens=7))
+    llm = LLM(MODEL, tiny_processor(), engine=EngineConfig(num_speculative_tokens=7))
     conversation: list[Any] = [user("What is this?", random_image())]
     params = SamplingParams(temperature=0, max_tokens=33, ignore_eos=True)
 

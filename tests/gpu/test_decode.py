@@ -34,7 +34,7 @@ def gpu_model(dtype: torch.dtype) -> Qwen2VL:
 
 def gpu_llm(dtype: torch.dtype = torch.float32, **engine: Any) -> LLM:
     engine = {"kv_cache_tokens": 4096, **engine}
-    return LLM.from_model(gpu_model(dtype), tiny_processor(), engine=EngineConfig(**engine))
+    return LLM(gpu_model(dtype), tiny_processor(), engine=EngineConfig(**engine))
 
 
 def assert_same_completion(got: Completion, expected: Completion) -> None:
@@ -52,7 +52,7 @@ def test_float32_outputs_equal_those_of_the_cpu(
     for _ in range(2):
         for index, completion in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
             assert_same_completion(completion, reference_completion(index))
-    assert (llm._decode_backend is not None) is cuda_graphs
+    assert (llm._resources.decode_backend is not None) is cuda_graphs
 
 
 def test_compaction_of_a_small_kv_cache_does_not_change_the_output() -> None:
@@ -140,7 +140,7 @@ def test_an_engine_step_synchronizes_once() -> None:
     params = replace(GREEDY, logprobs=None, max_tokens=40)
     for index in (0, 1, 2):
         for request in llm.create_requests(llm.processor(CONVERSATIONS[index]), params):
-            llm.scheduler.add_request(request)
+            llm.engine_core.scheduler.add_request(request)
     for _ in range(12):
         llm.step()
     torch.cuda.set_sync_debug_mode("warn")
@@ -156,14 +156,14 @@ def test_an_engine_step_synchronizes_once() -> None:
 def test_reset_caches_after_changing_weights_recaptures_the_graphs() -> None:
     model = deepcopy(MODEL).to(GPU)
     engine = EngineConfig(kv_cache_tokens=4096)
-    llm = LLM.from_model(model, tiny_processor(), engine=engine)
+    llm = LLM(model, tiny_processor(), engine=engine)
     for _ in range(2):
         llm.chat(CONVERSATIONS[0], GREEDY)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(-0.5)
     llm.reset_caches()
     (got,) = llm.chat(CONVERSATIONS[0], GREEDY)
-    (expected_completion,) = LLM.from_model(model, tiny_processor(), engine=engine).chat(
+    (expected_completion,) = LLM(model, tiny_processor(), engine=engine).chat(
         CONVERSATIONS[0], GREEDY
     )
     assert_same_completion(got, expected_completion)

@@ -74,7 +74,7 @@ def test_cuda_graphs_of_a_quantized_model_equal_eager_steps(mode: QuantizationMo
     assert any(isinstance(module, TorchaoLinear) for module in model.modules())
     assert "by torchao" in describe_quantization(model)
     completions = [
-        LLM.from_model(
+        LLM(
             model,
             tiny_processor(),
             engine=EngineConfig(kv_cache_tokens=4096, cuda_graphs=cuda_graphs),

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model.attention import KVCache, attention, attention_by_segment
+from qwen2vl.model import KVCache, SequenceKVCaches
+from qwen2vl.model.attention import attention, attention_by_segment
 
 # 12/2 and 28/4 are those of the official models; 3/1, 5/5 and 7/7 are no powers of two.
 HEADS = [(12, 2), (28, 4), (3, 1), (5, 5), (7, 7), (1, 1)]
@@ -113,7 +114,7 @@ def test_chunked_prefill_equals_prefill_at_once(chunks: list[int]) -> None:
         chunk_slice = slice(cache.length, cache.length + chunk)
         meta = AttnMeta.build([chunk], [chunk_slice.stop])
         chunk_qkv = q_THC[chunk_slice], k_TKC[chunk_slice], v_TKC[chunk_slice]
-        parts.append(attention(*chunk_qkv, meta, causal=True, layer_caches=[cache.layer(1)]))
+        parts.append(SequenceKVCaches([cache], meta).layer(1).attend(*chunk_qkv))
         cache.length = chunk_slice.stop
     assert_close(torch.cat(parts), expected)
 
@@ -124,11 +125,11 @@ def test_the_additive_mask_is_built_once_and_equals_a_boolean_mask() -> None:
     cache = make_cache(7)
     masks: list[Tensor] = []
     for layer in (0, 1):
-        layer_cache = cache.layer(layer)
-        layer_cache.append(k_TKC[:4], v_TKC[:4])
-        layer_cache.length = 4
+        cache.length = 0
+        cache.append(layer, k_TKC[:4], v_TKC[:4])
+        cache.length = 4
         parts = q_THC[4:], k_TKC[4:], v_TKC[4:]
-        got = attention(*parts, meta, causal=True, layer_caches=[layer_cache])
+        got = SequenceKVCaches([cache], meta).layer(layer).attend(*parts)
         masks += meta.masks.values()
         is_visible = torch.ones(3, 7, dtype=torch.bool).tril(4)
         expected = F.scaled_dot_product_attention(
@@ -156,7 +157,7 @@ def test_batched_sequences_with_caches_equal_single_sequences(
         for cached, new in zip(num_cached, num_new, strict=True)
     ]
     for cached, cache, (_, k_TKC, v_TKC) in zip(num_cached, caches, sequences, strict=True):
-        cache.layer(1).append(k_TKC[:cached], v_TKC[:cached])
+        cache.append(1, k_TKC[:cached], v_TKC[:cached])
         cache.length = cached
     new_qkv = [
         torch.cat(
@@ -171,8 +172,7 @@ def test_batched_sequences_with_caches_equal_single_sequences(
         num_new,
         [cached + new for cached, new in zip(num_cached, num_new, strict=True)],
     )
-    layer_caches = [cache.layer(1) for cache in caches]
-    got_THC = attention(*new_qkv, meta, causal=True, layer_caches=layer_caches)
+    got_THC = SequenceKVCaches(caches, meta).layer(1).attend(*new_qkv)
     expected_parts = [
         attention(*sequence, AttnMeta.build([len(sequence[0])]), causal=True)[cached:]
         for cached, sequence in zip(num_cached, sequences, strict=True)
@@ -183,11 +183,11 @@ def test_batched_sequences_with_caches_equal_single_sequences(
 def test_a_copied_cache_is_independent() -> None:
     source, copy = make_cache(4), make_cache(3)
     k_TKC = torch.arange(64.0).view(4, 2, 8)
-    source.layer(0).append(k_TKC, -k_TKC)
+    source.append(0, k_TKC, -k_TKC)
     source.length = 4
     copy.copy_from(source, 2)
     assert (copy.length, copy.capacity) == (2, 3)
-    keys, values = copy.layer(0).append(k_TKC[:1] + 100, k_TKC[:1])
+    keys, values = copy.append(0, k_TKC[:1] + 100, k_TKC[:1])
     assert torch.equal(keys.transpose(0, 1), torch.cat([k_TKC[:2], k_TKC[:1] + 100]))
     assert torch.equal(values.transpose(0, 1), torch.cat([-k_TKC[:2], k_TKC[:1]]))
     assert torch.equal(source.k_LKZC[0, :, 2].flatten(), k_TKC[2].flatten())
@@ -197,7 +197,7 @@ def test_layers_of_a_cache_do_not_share_slots() -> None:
     cache = make_cache(3)
     for layer in range(2):
         k_TKC = torch.full((2, 2, 8), float(layer + 1))
-        keys, values = cache.layer(layer).append(k_TKC, -k_TKC)
+        keys, values = cache.append(layer, k_TKC, -k_TKC)
         assert torch.equal(keys, k_TKC.transpose(0, 1))
         assert torch.equal(values, -k_TKC.transpose(0, 1))
     assert cache.length == 0  # the forward advances it, once for all layers
@@ -210,7 +210,7 @@ def test_appending_to_a_full_cache_is_an_error() -> None:
     cache.length = 2
     new_kv = torch.zeros(2, 2, 8)
     with pytest.raises(AssertionError, match="cache holds 3 tokens, got 4"):
-        cache.layer(0).append(new_kv, new_kv)
+        cache.append(0, new_kv, new_kv)
 
 
 def test_gradients_equal_one_segment_at_a_time() -> None:

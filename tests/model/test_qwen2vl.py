@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.config import PRESETS
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from tests import prompts
 from tests.parity.reference import compute_logits, pack_prompts, random_model
 from tests.prompts import image, video
@@ -121,15 +121,17 @@ def test_a_failed_forward_leaves_the_cache_unchanged(monkeypatch: pytest.MonkeyP
     tokens = len(inputs["input_ids_T"])
     cache = KVCache.allocate(CONFIG.text, tokens, torch.float32, "cpu")
 
+    caches = SequenceKVCaches([cache], inputs["meta"])
+
     def fail(*_: Any) -> Tensor:
         raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[1], "forward", fail)
         with pytest.raises(MemoryError):
-            model(**inputs, caches=[cache])
+            model(**inputs, caches=caches)
     assert cache.length == 0
-    assert torch.equal(model(**inputs, caches=[cache]), model(**inputs))
+    assert torch.equal(model(**inputs, caches=caches), model(**inputs))
     assert cache.length == tokens
 
 

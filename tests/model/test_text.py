@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model import KVCache
+from qwen2vl.model import KVCache, SequenceKVCaches
 from qwen2vl.model.text import RMSNorm, TextMLP, TextModel
 from tests.tiny import tiny_config, tiny_model
 
@@ -93,7 +93,14 @@ def test_the_kv_cache_does_not_change_the_output(chunks: list[int]) -> None:
     for chunk in chunks:
         chunk_slice = slice(cache.length, cache.length + chunk)
         meta = AttnMeta.build([chunk], [chunk_slice.stop])
-        outs.append(model(embeds_TD[chunk_slice], positions[:, chunk_slice], meta, [cache]))
+        outs.append(
+            model(
+                embeds_TD[chunk_slice],
+                positions[:, chunk_slice],
+                meta,
+                SequenceKVCaches([cache], meta),
+            )
+        )
         assert cache.length == chunk_slice.stop
     torch.testing.assert_close(torch.cat(outs), run(embeds_TD), rtol=1e-4, atol=1e-5)
 

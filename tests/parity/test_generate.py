@@ -45,7 +45,7 @@ CASES: dict[str, list[np.ndarray]] = {
 @cache
 def pair() -> tuple[LLM, ReferenceModel]:
     model = random_model(tiny_config(tie_word_embeddings=False), seed=3)
-    return LLM.from_model(model, tiny_processor()), to_reference(model, "sdpa")
+    return LLM(model, tiny_processor()), to_reference(model, "sdpa")
 
 
 def make_prompt(media: list[np.ndarray]) -> ModelInput:

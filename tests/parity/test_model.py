@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.geometry import AttnMeta, VisionMeta, mrope_positions
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from tests import prompts
 from tests.parity.reference import (
     ReferenceModel,
@@ -141,13 +141,14 @@ def chunked_logits(
     for chunk in chunks:
         start, end = cache.length, cache.length + chunk
         in_chunk = (inputs["placeholder_index_M"] >= start) & (inputs["placeholder_index_M"] < end)
+        meta = AttnMeta.build([chunk], [end])
         hidden_TD = model(
             inputs["input_ids_T"][start:end],
             inputs["position_ids_3T"][:, start:end],
-            AttnMeta.build([chunk], [end]),
+            meta,
             vision_MD=vision_MD[in_chunk],
             placeholder_index_M=inputs["placeholder_index_M"][in_chunk] - start,
-            caches=[cache],
+            caches=SequenceKVCaches([cache], meta),
         )
         logits.append(model.logits(hidden_TD))
     return logits
@@ -177,18 +178,19 @@ def greedy(model: Qwen2VL, prompt: Prompt, patches_NP: Tensor) -> list[int]:
     inputs = pack_prompts([prompt], [patches_NP], config)
     _, delta = mrope_positions(prompt.ids, prompt.grids, config)
     cache = KVCache.allocate(config.text, len(prompt.ids) + NUM_GREEDY, torch.float32, "cpu")
-    hidden_TD = model(**inputs, caches=[cache])
+    hidden_TD = model(**inputs, caches=SequenceKVCaches([cache], inputs["meta"]))
     ids: list[int] = []
     while True:
         ids.append(int(model.logits(hidden_TD[-1:]).argmax()))
         if len(ids) == NUM_GREEDY:
             return ids
         index = cache.length
+        meta = AttnMeta.build([1], [index + 1])
         hidden_TD = model(
             torch.tensor(ids[-1:]),
             torch.full((3, 1), index + delta),
-            AttnMeta.build([1], [index + 1]),
-            caches=[cache],
+            meta,
+            caches=SequenceKVCaches([cache], meta),
         )
 
 

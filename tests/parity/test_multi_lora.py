@@ -39,9 +39,7 @@ def test_each_request_equals_the_unmerged_peft_model_of_its_adapter(tmp_path: Pa
     references = {
         name: save_peft_adapter(model, tmp_path / name, TARGETS[name]) for name in TARGETS
     }
-    llm = LLM.from_model(
-        model, tiny_processor(), adapters={name: tmp_path / name for name in TARGETS}
-    )
+    llm = LLM(model, tiny_processor(), adapters={name: tmp_path / name for name in TARGETS})
     pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     text = {"type": "text", "text": "What is this?"}
     conversation = [{"role": "user", "content": [{"type": "image", "image": pixels}, text]}]

@@ -7,7 +7,6 @@ the forward of model/text.py for one token, with the decoder blocks compiled as 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -15,15 +14,13 @@ from torch import Tensor
 
 from qwen2vl.compile.decode_block import CompiledDecodeBlocks
 from qwen2vl.engine.decode.backend import DecodeToken
-from qwen2vl.linear.aot import CompilationError
+from qwen2vl.linear.aot import eager_fallback
 from qwen2vl.model import Qwen2VL
 from qwen2vl.model.rope import mrope_cos_sin
 
 __all__ = ["CompiledDecode"]
 
-logger = logging.getLogger(__name__)
-
-_UNAVAILABLE = "compile: single-token decode could not be compiled (%s)"
+_WHAT = "single-token decode"  # in the warning where it cannot be compiled
 
 
 class CompiledDecode:
@@ -37,11 +34,9 @@ class CompiledDecode:
     @classmethod
     def try_compile(cls, model: Qwen2VL) -> CompiledDecode | None:
         """Compile the decoder blocks of a model; where that fails, log a warning, return None."""
-        try:
+        with eager_fallback(_WHAT):
             return cls(model, CompiledDecodeBlocks(model))
-        except CompilationError as error:
-            logger.warning(_UNAVAILABLE, error)
-            return None
+        return None
 
     def __call__(self, tokens: Sequence[DecodeToken]) -> Tensor:
         """Store the token's keys and values; return its next-token logits, (1, V)."""
@@ -65,8 +60,7 @@ class CompiledDecode:
 
     def on_weights_changed(self) -> None:
         """Collect the new weights; if compilation for them fails, disable this backend."""
-        try:
+        self.max_batch_size = 0
+        with eager_fallback(_WHAT):
             self._blocks.refresh_weights()
-        except CompilationError as error:
-            logger.warning(_UNAVAILABLE, error)
-            self.max_batch_size = 0
+            self.max_batch_size = 1

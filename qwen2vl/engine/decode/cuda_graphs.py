@@ -81,7 +81,7 @@ class StaticDecode:
             meta = AttnMeta.build([1] * batch_size, [kv_length] * batch_size)
             self._metas[batch_size, kv_length] = meta.to(self.model.device)
         meta = self._metas[batch_size, kv_length]
-        caches = self.arena.batch_cache(meta, starts_B, lengths_B + 1, starts_B + lengths_B)
+        caches = self.arena.batch_of_slots(meta, starts_B, lengths_B + 1, starts_B + lengths_B)
         hidden_BD = self.model(ids_B, positions_B.expand(3, -1), meta, caches=caches)
         self._logits_BV[:batch_size] = self.model.logits(hidden_BD)
 

@@ -2,10 +2,10 @@
 
     FOLDER/vision-embeddings/<BLAKE2b of the key>.safetensors    vision_MD; checksum in the metadata
 
-Files are written under a temporary name and renamed, so readers in other processes find a complete
-file or none. There is no fsync: a file truncated by a power failure fails its checksum. I/O errors
-are logged once and only prevent reuse; they never fail a request. The folder is accessible to its
-owner only, since images could be reconstructed from their embeddings.
+Files are written atomically, so readers in other processes find a complete file or none. There is
+no fsync: a file truncated by a power failure fails its checksum. I/O errors are logged once and
+only prevent reuse; they never fail a request. The folder is accessible to its owner only, since
+images could be reconstructed from their embeddings.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import logging
 import os
 import re
 import stat
-import tempfile
-import time
-from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from qwen2vl.errors import InputError
+from qwen2vl.files import atomic_file, evict_lru
 
 __all__ = ["DiskEmbeddingCache", "EmbeddingKey"]
 
@@ -35,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 SUBFOLDER = "vision-embeddings"  # own folder: permissions and eviction affect nothing else
 _CHECKSUM = "blake2b"
-_CACHE_FILE = re.compile(r"[0-9a-f]{64}(\.safetensors|\.[^.]+\.partial)")
-_ABANDONED_SECONDS = 3600  # no write takes this long: the process was killed
+_CACHE_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[^.]+\.partial)?")
 
 
 class EmbeddingKey(NamedTuple):
@@ -88,23 +85,15 @@ class DiskEmbeddingCache:
         if len(content) > self.max_bytes:
             return
         try:
+            self.path.mkdir(0o700, parents=True, exist_ok=True)  # somebody may have deleted it
             self._evict_for(len(content))
-            self._write_atomically(self._path_of(key), content)
+            with atomic_file(self._path_of(key), mode=0o600) as partial:
+                partial.write_bytes(content)
         except OSError as error:
             self._warn_once("written", error)
 
     def _path_of(self, key: EmbeddingKey) -> Path:
         return self.path / f"{blake2b(b''.join(key), digest_size=32).hexdigest()}.safetensors"
-
-    def _write_atomically(self, path: Path, content: bytes) -> None:
-        handle, partial = tempfile.mkstemp(".partial", f"{path.stem}.", self.path)
-        try:
-            with open(handle, "wb") as file:
-                file.write(content)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
 
     def _evict_for(self, num_bytes: int) -> None:
         """Remove the least recently used files until `num_bytes` more fit.
@@ -116,27 +105,15 @@ class DiskEmbeddingCache:
         self._bytes_until_scan -= num_bytes
         if self._bytes_until_scan >= 0:
             return
-        files = sorted(self._scan())
-        total = num_bytes + sum(size for _, size, _ in files)
-        goal = self.max_bytes if total <= self.max_bytes else self.max_bytes * 7 // 8
-        abandoned = time.time() - _ABANDONED_SECONDS
-        for used, size, path in files:
-            is_partial = path.suffix == ".partial"  # of a running or a killed process
-            if used < abandoned if is_partial else total > goal:
-                path.unlink(missing_ok=True)
-                total -= size
-        self._bytes_until_scan = min(self.max_bytes - total, self.max_bytes // 16)
-
-    def _scan(self) -> Iterator[tuple[float, int, Path]]:
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                if not _CACHE_FILE.fullmatch(entry.name):
-                    continue
-                try:
-                    state = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # removed by another process
-                    continue
-                yield state.st_mtime, state.st_size, Path(entry.path)
+        max_bytes = self.max_bytes - num_bytes  # of the files that are there
+        remaining = evict_lru(
+            self.path,
+            max_bytes,
+            target_bytes=max_bytes - self.max_bytes // 8,
+            names=_CACHE_FILE,
+            ignore_errors=False,
+        )
+        self._bytes_until_scan = min(max_bytes - remaining, self.max_bytes // 16)
 
     def _remove_damaged(self, path: Path) -> None:
         self.num_damaged += 1

@@ -9,12 +9,11 @@ are encoded once. (vLLM v1: EncoderCacheManager.)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.encoder_cache.disk_cache import EmbeddingKey
 from qwen2vl.engine.encoder_cache.memory_cache import EmbeddingCache
 from qwen2vl.engine.encoder_cache.weights_digest import VisionWeightsDigest
@@ -47,22 +46,6 @@ class EncoderCacheManager:
         self._embeddings: dict[bytes, Tensor] = {}
         self._num_encoded: dict[bytes, int] = {}  # frame pairs, by item digest
 
-    @classmethod
-    def from_config(
-        cls, model: Qwen2VL, config: EngineConfig, lora_manager: LoraManager
-    ) -> EncoderCacheManager:
-        """Build the manager and its `EmbeddingCache` from the engine config."""
-        cache = EmbeddingCache(
-            max_bytes=config.encoder_cache_bytes,
-            folder=config.encoder_cache_dir,
-            max_disk_bytes=config.encoder_cache_disk_bytes,
-            device=model.device,
-        )
-        weights = VisionWeightsDigest(model, persistent=config.encoder_cache_dir is not None)
-        # Takes a second for the official towers, while the first prompt is processed.
-        weights.start_hashing()
-        return cls(model, cache, weights, lora_manager)
-
     def acquire(self, item: Item) -> None:
         """Add a reference to an item; its embeddings are kept until as many calls of `release`."""
         self._num_references[item.digest] += 1
@@ -93,7 +76,7 @@ class EncoderCacheManager:
         """Return the embeddings of an item, (num_tokens, D)."""
         return self._embeddings[item.digest]
 
-    def encode(self, chunks: SequenceOf[EncoderChunk]) -> None:
+    def encode(self, chunks: Sequence[EncoderChunk]) -> None:
         """Encode chunks of any items in one forward of the vision tower; store the embeddings."""
         device = self.model.device
         grids = [Grid(c.stop - c.start, c.item.grid.h, c.item.grid.w) for c in chunks]

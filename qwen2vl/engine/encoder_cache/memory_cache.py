@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,26 +39,19 @@ class EmbeddingCache:
         self,
         *,
         max_bytes: int = GIB // 2,
-        folder: str | Path | None = None,
-        max_disk_bytes: int = 4 * GIB,
+        disk_cache: DiskEmbeddingCache | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Start with empty memory; files of earlier processes in `folder` are reused.
+        """Start with empty memory, above `disk_cache`, whose embeddings are reused.
 
         Args:
             max_bytes: limit in memory; pinned entries may exceed it, 0 keeps only those.
-            folder: folder of the disk cache; None: no disk cache.
-            max_disk_bytes: limit of `folder`.
+            disk_cache: for embeddings that are not in memory.
             device: device of the embeddings that `get` returns.
-
-        Raises:
-            InputError: the folder cannot be created, or belongs to another user.
         """
         self.stats = EmbeddingCacheStats()
         self.max_bytes = max_bytes
-        self.disk_cache = (
-            None if folder is None else DiskEmbeddingCache(Path(folder), max_bytes=max_disk_bytes)
-        )
+        self.disk_cache = disk_cache
         self._device = torch.device(device)
         self._embeddings: OrderedDict[EmbeddingKey, Tensor] = OrderedDict()
         self._pins: Counter[EmbeddingKey] = Counter()

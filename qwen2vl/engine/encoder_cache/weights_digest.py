@@ -71,7 +71,10 @@ class VisionWeightsDigest:
             or steps != self._steps.count
             or not _is_unchanged(versions, tensors)
         ):
-            self._state = (self._steps.count, [_TensorVersion.of(tensor) for tensor in tensors])
+            self._state = (
+                self._steps.count,
+                [_TensorVersion.from_tensor(tensor) for tensor in tensors],
+            )
             self._digest = self._new_digest()
         return self._digest
 
@@ -122,7 +125,7 @@ class _TensorVersion:
     address: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _TensorVersion:
+    def from_tensor(cls, tensor: Tensor) -> _TensorVersion:
         return cls(weakref.ref(tensor), _version(tensor), _address(tensor))
 
     def matches(self, tensor: Tensor) -> bool:

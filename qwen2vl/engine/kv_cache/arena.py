@@ -17,19 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
+from qwen2vl.engine.host_to_device import copy_to_device
 from qwen2vl.errors import CapacityError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, kernels
-from qwen2vl.model.attention import BatchKVCache
+from qwen2vl.model.kv_cache import BatchKVCache, SequenceKVCaches
 
-__all__ = ["GatheredKVCache", "KVArena", "SlotRange", "VarlenKVCache"]
+__all__ = ["GatheredBatchKVCache", "KVArena", "SlotRange", "VarlenBatchKVCache"]
 
 
 @dataclass(slots=True)
@@ -62,7 +62,6 @@ class KVArena:
                 "than the device has free; lower kv_cache_tokens"
             ) from None
         self.num_tokens = num_tokens
-        self.is_inconsistent = False  # an interrupt left ranges half moved
         heads = self.k_LKTC.new_empty(0, config.num_attention_heads, config.head_dim)
         self.supports_varlen = kernels.supports_varlen(
             heads, self.k_LKTC[0].transpose(0, 1), has_key_gaps=True
@@ -93,23 +92,46 @@ class KVArena:
         assert isinstance(cache, SlotRange)
         return cache.start
 
-    def batch_cache(
-        self, meta: AttnMeta, starts_S: Tensor, seq_lens_S: Tensor, slot_mapping_T: Tensor
-    ) -> VarlenKVCache | GatheredKVCache:
-        """Return the KV cache of one forward, as the model takes it.
+    def batch(self, caches: Sequence[KVCache], meta: AttnMeta) -> BatchKVCache:
+        """Return the KV caches of one forward, with one range for each segment of `meta`."""
+        if not self.supports_varlen:
+            return SequenceKVCaches(caches, meta)
+        starts = [self.first_slot(cache) for cache in caches]
+        firsts = [start + cache.length for start, cache in zip(starts, caches, strict=True)]
+        slots = [torch.arange(f, f + n) for f, n in zip(firsts, meta.lengths_q, strict=True)]
+        starts_S, seq_lens_S, slot_mapping_T = copy_to_device(
+            self.k_LKTC.device,
+            torch.tensor(starts),
+            torch.tensor(meta.lengths_k),
+            torch.cat(slots),
+        )
+        return self.batch_of_slots(meta, starts_S, seq_lens_S, slot_mapping_T, caches)
+
+    def batch_of_slots(
+        self,
+        meta: AttnMeta,
+        starts_S: Tensor,
+        seq_lens_S: Tensor,
+        slot_mapping_T: Tensor,
+        caches: Sequence[KVCache] | None = None,
+    ) -> VarlenBatchKVCache | GatheredBatchKVCache:
+        """Return the KV caches of one forward, given by slots.
 
         Args:
             meta: number of queries of each segment; max_seqlen_k bounds `seq_lens_S`.
             starts_S: first slot of each segment's keys; int64 on the arena's device, as the others.
             seq_lens_S: number of keys of each segment, new ones included.
             slot_mapping_T: slot in which the keys and values of each new token are stored.
+            caches: the ranges that `advance` is to advance; None: the caller does it.
         """
         if self.supports_varlen:
             # The kernel reads only the starts of the segments, but requires S + 1 numbers.
             starts = torch.cat((starts_S, starts_S[-1:])).int()
-            return VarlenKVCache(self, meta, slot_mapping_T, starts, seq_lens_S.int())
+            return VarlenBatchKVCache(self, meta, slot_mapping_T, starts, seq_lens_S.int(), caches)
         assert meta.max_seqlen_q == 1, "one token each, where torch has no varlen kernel"
-        return GatheredKVCache.of(self, meta, slot_mapping_T, starts_S, seq_lens_S)
+        return GatheredBatchKVCache.from_slots(
+            self, meta, slot_mapping_T, starts_S, seq_lens_S, caches
+        )
 
     def store(self, layer: int, slot_mapping_T: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> None:
         """Write the keys and values of new tokens to their slots."""
@@ -140,7 +162,6 @@ class KVArena:
         length = target.length
         saved = [x[:, :, :length].clone() for x in (target.k_LKZC, target.v_LKZC)]
         # Nothing below allocates memory, so only an interrupt can leave ranges half moved.
-        self.is_inconsistent = True
         start = 0
         for other in others:
             self._move_down(other, start)
@@ -148,7 +169,6 @@ class KVArena:
         new = self._slot_range(start, num_tokens)
         target.k_LKZC, target.v_LKZC, target.start = new.k_LKZC, new.v_LKZC, start
         target.k_LKZC[:, :, :length], target.v_LKZC[:, :, :length] = saved
-        self.is_inconsistent = False
         return target
 
     def _move_down(self, moved: SlotRange, start: int) -> None:
@@ -165,20 +185,43 @@ class KVArena:
 
 
 @dataclass(frozen=True, slots=True)
-class VarlenKVCache(BatchKVCache):
-    """Batch KV cache read in place by torch's varlen kernel: prefill and decode mixed."""
+class _ArenaLayer:
+    """One layer of the KV caches of a forward, in the arena."""
+
+    caches: VarlenBatchKVCache | GatheredBatchKVCache
+    index: int
+
+    def attend(self, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
+        """Store the new keys and values, and attend to all stored keys."""
+        return self.caches.attend(self.index, q_THC, k_TKC, v_TKC)
+
+
+def _advance(caches: Sequence[KVCache] | None, lengths: Sequence[int]) -> None:
+    for cache, length in zip(caches, lengths, strict=True) if caches is not None else ():
+        cache.length += length
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenBatchKVCache:
+    """KV caches read in place by torch's varlen kernel: prefill and decode mixed."""
 
     arena: KVArena
     meta: AttnMeta
     slot_mapping_T: Tensor
     seq_starts_k: Tensor  # (S+1,) int32
     seq_lens_S: Tensor  # int32
+    caches: Sequence[KVCache] | None  # to be advanced; None: by the caller
 
-    def layer(self, index: int) -> partial[Tensor]:
-        """Return the function that stores and attends in one layer."""
-        return partial(self._attend, index)
+    def layer(self, index: int) -> _ArenaLayer:
+        """Return the caches of one layer."""
+        return _ArenaLayer(self, index)
 
-    def _attend(self, index: int, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Add the number of new tokens of each request to the length of its range."""
+        _advance(self.caches, lengths)
+
+    def attend(self, index: int, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
+        """Store and attend in one layer."""
         self.arena.store(index, self.slot_mapping_T, k_TKC, v_TKC)
         return kernels.varlen_attention(
             q_THC,
@@ -192,23 +235,25 @@ class VarlenKVCache(BatchKVCache):
 
 
 @dataclass(frozen=True, slots=True)
-class GatheredKVCache(BatchKVCache):
-    """Batch KV cache for decode in plain PyTorch: keys are gathered to one padded length."""
+class GatheredBatchKVCache:
+    """KV caches for decode in plain PyTorch: keys are gathered to one padded length."""
 
     arena: KVArena
     slot_mapping_S: Tensor
     gather_index: Tensor  # (S * Z,): slots of the keys of each request, Z of them
     mask_S11Z: Tensor
+    caches: Sequence[KVCache] | None  # to be advanced; None: by the caller
 
     @classmethod
-    def of(
+    def from_slots(
         cls,
         arena: KVArena,
         meta: AttnMeta,
         slot_mapping_S: Tensor,
         starts_S: Tensor,
         seq_lens_S: Tensor,
-    ) -> GatheredKVCache:
+        caches: Sequence[KVCache] | None = None,
+    ) -> GatheredBatchKVCache:
         """Build the gather index and the mask, once for all layers."""
         offsets_Z = torch.arange(meta.max_seqlen_k, device=starts_S.device)
         # Padding repeats the last key and is masked: slots behind the end may hold NaN.
@@ -217,13 +262,18 @@ class GatheredKVCache(BatchKVCache):
         mask_SZ = torch.zeros_like(is_padding_SZ, dtype=arena.k_LKTC.dtype)
         mask_SZ.masked_fill_(is_padding_SZ, -math.inf)
         gather_index = (starts_S[:, None] + clamped_SZ).flatten()
-        return cls(arena, slot_mapping_S, gather_index, mask_SZ[:, None, None])
+        return cls(arena, slot_mapping_S, gather_index, mask_SZ[:, None, None], caches)
 
-    def layer(self, index: int) -> partial[Tensor]:
-        """Return the function that stores and attends in one layer."""
-        return partial(self._attend, index)
+    def layer(self, index: int) -> _ArenaLayer:
+        """Return the caches of one layer."""
+        return _ArenaLayer(self, index)
 
-    def _attend(self, index: int, q_SHC: Tensor, k_SKC: Tensor, v_SKC: Tensor) -> Tensor:
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Add the number of new tokens of each request to the length of its range."""
+        _advance(self.caches, lengths)
+
+    def attend(self, index: int, q_SHC: Tensor, k_SKC: Tensor, v_SKC: Tensor) -> Tensor:
+        """Store and attend in one layer."""
         self.arena.store(index, self.slot_mapping_S, k_SKC, v_SKC)
         k_SKZC, v_SKZC = (
             x[index]

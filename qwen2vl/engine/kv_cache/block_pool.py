@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -49,14 +49,14 @@ class BlockHashes:
             for start, item in zip(prompt.item_starts, prompt.items, strict=True)
         ]
 
-    def extend(self, ids: SequenceOf[int]) -> list[bytes]:
+    def extend(self, ids: Sequence[int]) -> list[bytes]:
         """Hash all blocks that `ids`, the whole sequence, fill; return the hashes of all blocks."""
         while (len(self.hashes) + 1) * BLOCK_SIZE <= len(ids):
             start = len(self.hashes) * BLOCK_SIZE
             self.hashes.append(self._hash_block(start, ids[start : start + BLOCK_SIZE]))
         return self.hashes
 
-    def _hash_block(self, start: int, ids: SequenceOf[int]) -> bytes:
+    def _hash_block(self, start: int, ids: Sequence[int]) -> bytes:
         hasher = blake2b(self.hashes[-1] if self.hashes else self._salt, digest_size=32)
         hasher.update(array("q", ids).tobytes())
         for first, stop, digest in self._spans:
@@ -124,7 +124,7 @@ class BlockPool:
         """Blocks of cached allocations that no running request uses."""
         return self.num_blocks - self.num_free_blocks - self.num_used_blocks
 
-    def match_prefix(self, block_hashes: SequenceOf[bytes]) -> int:
+    def match_prefix(self, block_hashes: Sequence[bytes]) -> int:
         """Return the number of leading blocks that are cached (prefix cache hit)."""
         num_cached = 0
         while (
@@ -134,7 +134,7 @@ class BlockPool:
         return num_cached
 
     def allocate(
-        self, block_hashes: SequenceOf[bytes], num_blocks: int
+        self, block_hashes: Sequence[bytes], num_blocks: int
     ) -> tuple[CacheAllocation, int] | None:
         """Allocate `num_blocks`, with as many of the blocks `block_hashes` filled as are cached.
 
@@ -173,9 +173,7 @@ class BlockPool:
         self.cache_operations.append(ReserveSlots(allocation.id, num_blocks * BLOCK_SIZE))
         return True
 
-    def cache_full_blocks(
-        self, allocation: CacheAllocation, block_hashes: SequenceOf[bytes]
-    ) -> None:
+    def cache_full_blocks(self, allocation: CacheAllocation, block_hashes: Sequence[bytes]) -> None:
         """Record the hashes of an allocation's full blocks, so that other requests find them.
 
         `block_hashes` are those of all its full blocks, from the first.
@@ -220,7 +218,7 @@ class BlockPool:
         return allocation, num_cached
 
     def _allocate_new(
-        self, block_hashes: SequenceOf[bytes], source: CacheAllocation | None, num_blocks: int
+        self, block_hashes: Sequence[bytes], source: CacheAllocation | None, num_blocks: int
     ) -> CacheAllocation:
         """Create an allocation; its first blocks are copied from `source`, if given."""
         allocation = CacheAllocation(next(self._ids), num_blocks)

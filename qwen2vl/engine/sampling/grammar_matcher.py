@@ -119,7 +119,7 @@ class GrammarMatcher:
             InputError: this step exceeds the cost limits.
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._check()
+        self._raise_on_error()
         mask_V = np.zeros(self._vocab_size, dtype=np.bool_)  # the vocabulary may be padded
         bits = np.unpackbits(packed, bitorder="little")[: self._vocab_size]
         mask_V[: len(bits)] = bits
@@ -132,7 +132,7 @@ class GrammarMatcher:
             InputError: this step exceeds the cost limits.
         """
         self._matcher.consume_token(token)
-        self._check()
+        self._raise_on_error()
 
     def jump_forward_tokens(self) -> list[int]:
         """Return the jump-forward tokens: the text that the grammar forces next, tokenized.
@@ -141,7 +141,7 @@ class GrammarMatcher:
         """
         return self._matcher.compute_ff_tokens()
 
-    def _check(self) -> None:
+    def _raise_on_error(self) -> None:
         if self._matcher.is_error():
             raise InputError(
                 f"the answer's grammar cannot be followed further: "

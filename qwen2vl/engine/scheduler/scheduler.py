@@ -12,8 +12,7 @@ released, and it is recomputed later, except for prefix blocks that are still ca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,8 +75,6 @@ class Scheduler:
         self.drafter = drafter
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
-        # Set while state changes. If an interrupt leaves it set, the scheduler must be replaced.
-        self.is_inconsistent = False
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -92,20 +89,18 @@ class Scheduler:
 
     def abort(self, request: Request) -> None:
         """Remove a waiting or running request; does nothing if it has finished."""
-        with self._updating_state():
-            if request in self.running:
-                self._stop_running(request)
-            elif request in self.waiting:
-                self.waiting.remove(request)
+        if request in self.running:
+            self._stop_running(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
 
     def schedule(self) -> SchedulerOutput:
         """Decide what the next step computes."""
         budget = StepBudget(self.limits)
-        with self._updating_state():
-            for request in sorted(self.running, key=lambda r: r.is_prefilling):
-                if request.allocation is not None:  # else it was preempted in this loop
-                    self._schedule_chunk(budget, request)
-            self._admit_waiting(budget)
+        for request in sorted(self.running, key=lambda r: r.is_prefilling):
+            if request.allocation is not None:  # else it was preempted in this loop
+                self._schedule_chunk(budget, request)
+        self._admit_waiting(budget)
         assert budget.token_chunks or budget.encoder_chunks or not self.has_unfinished_requests, (
             "the step schedules nothing"
         )
@@ -122,34 +117,22 @@ class Scheduler:
     ) -> list[RequestOutput]:
         """Apply the results of a step, one for each token chunk; return the new text."""
         outputs: list[RequestOutput] = []
-        with self._updating_state():
-            for chunk, result in zip(scheduler_output.token_chunks, results, strict=True):
-                if isinstance(result, Qwen2VLError):
-                    outputs.append(self._fail(chunk.request, result))
-                else:
-                    outputs += self._update_request(chunk, result)
+        for chunk, result in zip(scheduler_output.token_chunks, results, strict=True):
+            if isinstance(result, Qwen2VLError):
+                outputs.append(self.fail(chunk.request, result))
+            else:
+                outputs += self._update_request(chunk, result)
         return outputs
 
     def fail(self, request: Request, error: Qwen2VLError) -> RequestOutput:
         """End a running request with an error and discard its KV cache."""
-        with self._updating_state():
-            return self._fail(request, error)
-
-    def reset_prefix_cache(self) -> None:
-        """Evict the cached blocks of finished requests."""
-        with self._updating_state():
-            self.pool.reset_prefix_cache()
-
-    @contextmanager
-    def _updating_state(self) -> Iterator[None]:
-        self.is_inconsistent = True
-        yield
-        self.is_inconsistent = False  # no `finally`: stays set if something was raised
-
-    def _fail(self, request: Request, error: Qwen2VLError) -> RequestOutput:
         request.fail(error)
         self._stop_running(request, discard=True)
         return RequestOutput(request, "")
+
+    def reset_prefix_cache(self) -> None:
+        """Evict the cached blocks of finished requests."""
+        self.pool.reset_prefix_cache()
 
     def _update_request(self, chunk: TokenChunk, sampled: SampledTokens) -> list[RequestOutput]:
         request = chunk.request

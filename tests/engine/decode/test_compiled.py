@@ -47,11 +47,11 @@ def user(text: str) -> list[dict[str, Any]]:
 def test_a_single_request_gets_the_output_of_the_forward(llm: LLM, decode: CountingDecode) -> None:
     (want,) = llm.chat(user("one question"), GREEDY)
     llm.reset_caches()
-    llm.runner.decode_backend = decode
+    llm.engine_core.runner.decode_backend = decode
     try:
         (got,) = llm.chat(user("one question"), GREEDY)
     finally:
-        llm.runner.decode_backend = None
+        llm.engine_core.runner.decode_backend = None
     assert got.token_ids == want.token_ids
     assert decode.count == 11  # the first token comes from prefill
     assert got.logprobs is not None and want.logprobs is not None
@@ -62,13 +62,13 @@ def test_a_single_request_gets_the_output_of_the_forward(llm: LLM, decode: Count
 def test_several_requests_use_the_forward_until_one_is_left(
     llm: LLM, decode: CountingDecode
 ) -> None:
-    llm.runner.decode_backend = decode
+    llm.engine_core.runner.decode_backend = decode
     lengths = (4, 9)
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in lengths]
     try:
         short, long = llm.chat([user("a"), user("b")], params)
     finally:
-        llm.runner.decode_backend = None
+        llm.engine_core.runner.decode_backend = None
     assert (len(short.token_ids), len(long.token_ids)) == lengths
     assert decode.count == 5
 
@@ -77,15 +77,17 @@ def test_a_replaced_weight_is_used_after_reset_caches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(aot, "_compile", lambda graph, *_: graph)
-    llm = LLM.from_model(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())
-    llm._decode_backend = llm.runner.decode_backend = CountingDecode.try_compile(llm.model)
+    llm = LLM(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())
+    llm._resources.decode_backend = llm.engine_core.runner.decode_backend = (
+        CountingDecode.try_compile(llm.model)
+    )
     llm.chat(user("one question"), GREEDY)
     layer = llm.model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(-layer.weight.detach())
     llm.reset_caches()
     (got,) = llm.chat(user("one question"), GREEDY)
     llm.reset_caches()
-    llm.runner.decode_backend = None
+    llm.engine_core.runner.decode_backend = None
     (want,) = llm.chat(user("one question"), GREEDY)
     assert got.token_ids == want.token_ids
 
@@ -94,9 +96,9 @@ def test_weights_that_cannot_be_compiled_for_use_the_forward(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(aot, "_compile", lambda graph, *_: graph)
-    llm = LLM.from_model(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())
-    backend = llm._decode_backend = llm.runner.decode_backend = CountingDecode.try_compile(
-        llm.model
+    llm = LLM(random_model(tiny_config(tie_word_embeddings=False)), tiny_processor())
+    backend = llm._resources.decode_backend = llm.engine_core.runner.decode_backend = (
+        CountingDecode.try_compile(llm.model)
     )
     assert isinstance(backend, CountingDecode)
     monkeypatch.setattr(aot, "_compile", lambda *_: 1 / 0)
@@ -121,7 +123,7 @@ def test_an_llm_with_compile_uses_the_backend_where_compilation_works(
     monkeypatch.setattr(torch, "compile", lambda plain, **_: plain)
     llm = LLM("nano", compile=True)
     assert llm.compile_seconds is not None
-    assert isinstance(llm.runner.decode_backend, CompiledDecode) == works
+    assert isinstance(llm.engine_core.runner.decode_backend, CompiledDecode) == works
     (completion,) = llm.chat(user("Say something."), GREEDY)
     assert len(completion.token_ids) == 12
 
@@ -138,7 +140,9 @@ def test_without_a_compiler_a_warning_is_logged(
     warnings = [
         record.getMessage() for record in caplog.records if record.name.startswith("qwen2vl")
     ]
-    assert warnings == ["compile: single-token decode could not be compiled (no C++ compiler)"]
+    assert warnings == [
+        "compile: single-token decode could not be compiled (no C++ compiler); computing eagerly"
+    ]
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_without_a_compiler_a_warning_is_logged(
 def test_compiled_nano_gives_the_outputs_of_nano(quantize: Any) -> None:
     options: dict[str, Any] = {"dtype": "float32", "quantize": quantize}
     compiled = LLM("nano", compile=True, **options)
-    assert isinstance(compiled._decode_backend, CompiledDecode)
+    assert isinstance(compiled._resources.decode_backend, CompiledDecode)
     conversation = user("Write the numbers from one to twenty.")
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     (got,) = compiled.chat(conversation, params)

@@ -23,9 +23,10 @@ from qwen2vl.engine.decode.backend import DecodeToken
 from qwen2vl.engine.decode.cuda_graphs import CudaGraphDecode, StaticDecode
 from qwen2vl.engine.kv_cache.arena import KVArena, SlotRange
 from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE
+from qwen2vl.engine.kv_cache.storage import SeparateStorage
 from qwen2vl.errors import ConfigError
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model.attention import KVCache
+from qwen2vl.model import KVCache, SequenceKVCaches
 from tests.engine.test_runner import (
     CONVERSATIONS,
     ENGINE_LIMITS,
@@ -72,13 +73,19 @@ def llm_with_arena(supports_varlen: bool, min_kv_length: int = 64, **engine: Any
         patch.object(cuda_graphs, "MIN_KV_LENGTH", min_kv_length),
     ):
         llm = new_llm(**engine)
-        num_blocks = llm.scheduler.pool.num_blocks
-        llm._arena = KVArena(CONFIG, num_blocks * BLOCK_SIZE, torch.float32, torch.device("cpu"))
-        llm._arena.k_LKTC.fill_(torch.nan)
-        llm._arena.v_LKTC.fill_(torch.nan)
-        llm._decode_backend = FakeCapture(MODEL, llm._arena, llm.scheduler.limits.max_num_seqs)
-        llm._reset_engine(num_blocks)
+        num_slots = llm._num_blocks * BLOCK_SIZE
+        arena = KVArena(CONFIG, num_slots, torch.float32, torch.device("cpu"))
+        arena.k_LKTC.fill_(torch.nan)
+        arena.v_LKTC.fill_(torch.nan)
+        llm._resources.kv_storage = arena
+        llm._resources.decode_backend = FakeCapture(MODEL, arena, llm.engine_config.max_num_seqs)
+        llm._core = None
         yield llm
+
+
+def arena_of(llm: LLM) -> KVArena:
+    assert isinstance(llm._resources.kv_storage, KVArena)
+    return llm._resources.kv_storage
 
 
 def prompt(length: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +98,8 @@ def prompt(length: int, seed: int) -> tuple[Tensor, Tensor]:
 def prefill(cache: KVCache, length: int, seed: int) -> None:
     """Fill a cache with a prompt by the model's forward; a range of an arena is a cache, too."""
     ids_T, positions_3T = prompt(length, seed)
-    MODEL(ids_T, positions_3T, AttnMeta.build([length]), caches=[cache])
+    meta = AttnMeta.build([length])
+    MODEL(ids_T, positions_3T, meta, caches=SequenceKVCaches([cache], meta))
 
 
 @torch.inference_mode()
@@ -99,7 +107,7 @@ def decode_by_forward(cache: KVCache, token: int) -> Tensor:
     """Decode one token by the model's forward."""
     ids_T, positions_3T = torch.tensor([token]), torch.full((3, 1), cache.length)
     meta = AttnMeta.build([1], [cache.length + 1])
-    return MODEL.logits(MODEL(ids_T, positions_3T, meta, caches=[cache]))[0]
+    return MODEL.logits(MODEL(ids_T, positions_3T, meta, caches=SequenceKVCaches([cache], meta)))[0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -152,7 +160,10 @@ def test_batched_in_an_arena_equals_alone(supports_varlen: bool) -> None:
     with llm_with_arena(supports_varlen) as llm:
         for index, completion in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
             assert_same_completion(completion, reference_completion(index))
-        assert isinstance(llm._decode_backend, FakeCapture) and llm._decode_backend.num_replays > 3
+        assert (
+            isinstance(llm._resources.decode_backend, FakeCapture)
+            and llm._resources.decode_backend.num_replays > 3
+        )
 
 
 @settings(max_examples=12, deadline=None)
@@ -178,7 +189,7 @@ def test_step_limits_do_not_change_the_output_in_an_arena(
             completions = llm.chat([CONVERSATIONS[i] for i in order], GREEDY)
             for index, completion in zip(order, completions, strict=True):
                 assert_same_completion(completion, reference_completion(index))
-        assert llm.scheduler.pool.num_used_blocks == 0
+        assert llm.engine_core.scheduler.pool.num_used_blocks == 0
 
 
 def test_answers_stay_while_rows_are_moved() -> None:
@@ -186,9 +197,8 @@ def test_answers_stay_while_rows_are_moved() -> None:
     rng = random.Random(0)
     params_choices = [replace(GREEDY, max_tokens=count) for count in (4, 30, 70)]
     with llm_with_arena(False, max_num_seqs=3, kv_cache_tokens=448) as llm:
-        assert llm._arena is not None
-        compact = llm._arena._compact
-        with patch.object(llm._arena, "_compact", side_effect=compact) as spy:
+        compact = arena_of(llm)._compact
+        with patch.object(arena_of(llm), "_compact", side_effect=compact) as spy:
             for _ in range(6):
                 order = rng.sample(range(len(CONVERSATIONS)), 6)
                 params = [rng.choice(params_choices) for _ in order]
@@ -210,15 +220,15 @@ def test_adapters_are_computed_by_the_forward() -> None:
     """A captured step contains only the model's own layers."""
     with (
         llm_with_arena(False) as llm,
-        patch.object(llm.runner, "decode_backend", max_batch_size=8) as decode,
+        patch.object(llm.engine_core.runner, "decode_backend", max_batch_size=8) as decode,
     ):
         (request,) = llm.create_requests(llm.processor(CONVERSATIONS[0]), GREEDY)
         adapter: Any = type(
             "LoraAdapter", (), {"deltas": {}, "digest": b"1", "vision_digest": b""}
         )()
         request.adapter = adapter
-        llm.scheduler.add_request(request)
-        while llm.scheduler.has_unfinished_requests:
+        llm.engine_core.scheduler.add_request(request)
+        while llm.engine_core.scheduler.has_unfinished_requests:
             llm.step()
         assert tuple(request.output_token_ids) == reference_completion(0).token_ids
         decode.assert_not_called()
@@ -229,6 +239,7 @@ def test_an_llm_with_an_arena_is_usable_after_an_interrupt_at_any_line() -> None
         "block_pool.py",
         "scheduler.py",
         "runner.py",
+        "engine_core.py",
         "llm.py",
         "arena.py",
         "cuda_graphs.py",
@@ -243,21 +254,21 @@ def test_an_llm_with_an_arena_is_usable_after_an_interrupt_at_any_line() -> None
             assert_same_completion(
                 llm.chat(CONVERSATIONS[index], GREEDY)[0], reference_completion(index)
             )
-            assert llm.scheduler.pool.num_used_blocks == 0
+            assert llm.engine_core.scheduler.pool.num_used_blocks == 0
 
 
-def test_an_interrupt_while_caches_are_moved_loses_only_cached_blocks() -> None:
+def test_an_interrupt_while_caches_are_moved_leaves_the_llm_usable() -> None:
     params = [replace(GREEDY, max_tokens=count) for count in (4, 30, 70)] * 24
     with llm_with_arena(False, kv_cache_tokens=448, max_num_seqs=3) as llm:
+        core = llm.engine_core
         with (
-            patch.object(llm._arena, "_move_down", side_effect=KeyboardInterrupt),
+            patch.object(arena_of(llm), "_move_down", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             llm.chat(CONVERSATIONS * 9, params)
-        assert llm.runner.is_inconsistent
+        assert llm.engine_core is not core
         for index, completion in enumerate(llm.chat(CONVERSATIONS, GREEDY)):
             assert_same_completion(completion, reference_completion(index))
-        assert not llm.runner.is_inconsistent
 
 
 def test_each_batch_size_is_captured_once_and_again_after_a_weight_change() -> None:
@@ -301,9 +312,12 @@ def test_without_memory_to_capture_steps_run_eagerly(
 def test_reset_caches_drops_the_graphs() -> None:
     with llm_with_arena(False) as llm:
         llm.chat(CONVERSATIONS[0], GREEDY)
-        assert isinstance(llm._decode_backend, FakeCapture) and llm._decode_backend._graphs
+        assert (
+            isinstance(llm._resources.decode_backend, FakeCapture)
+            and llm._resources.decode_backend._graphs
+        )
         llm.reset_caches()
-        assert not llm._decode_backend._graphs
+        assert not llm._resources.decode_backend._graphs
 
 
 def test_cuda_graphs_is_a_bool() -> None:
@@ -314,6 +328,9 @@ def test_cuda_graphs_is_a_bool() -> None:
 
 def test_on_the_cpu_there_is_neither_arena_nor_cuda_graph() -> None:
     llm = new_llm()
-    assert llm._arena is None and llm._decode_backend is None
+    assert (
+        isinstance(llm._resources.kv_storage, SeparateStorage)
+        and llm._resources.decode_backend is None
+    )
     llm.chat(CONVERSATIONS[0], GREEDY)
-    assert not any(isinstance(cache, SlotRange) for cache in llm.runner.caches.values())
+    assert not any(isinstance(cache, SlotRange) for cache in llm.engine_core.runner.caches.values())

@@ -139,8 +139,8 @@ def test_only_its_own_files_are_counted_and_removed(tmp_path: Path) -> None:
     cache = open_cache(tmp_path, max_bytes=600)
     foreign_file = tmp_path / "vision-embeddings" / "notes.txt"
     foreign_file.write_bytes(bytes(10_000))
-    abandoned = tmp_path / "vision-embeddings" / f"{'a' * 64}.xyz.partial"
-    fresh_partial = tmp_path / "vision-embeddings" / f"{'b' * 64}.xyz.partial"
+    abandoned = tmp_path / "vision-embeddings" / f".{'a' * 64}.safetensors.xyz.partial"
+    fresh_partial = tmp_path / "vision-embeddings" / f".{'b' * 64}.safetensors.xyz.partial"
     for path in (abandoned, fresh_partial):
         path.write_bytes(bytes(10))
     os.utime(abandoned, (time.time() - 7200,) * 2)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from qwen2vl.engine.encoder_cache.disk_cache import EmbeddingKey
+from qwen2vl.engine.encoder_cache.disk_cache import DiskEmbeddingCache, EmbeddingKey
 from qwen2vl.engine.encoder_cache.memory_cache import EmbeddingCache
 
 
@@ -22,6 +22,10 @@ def key(name: str, weights: str = "w") -> EmbeddingKey:
 def embeddings(num: int = 1, value: float = 0.0) -> Tensor:
     """Return `num` embeddings of 32 bytes."""
     return torch.full((num, 8), float(value))
+
+
+def disk_cache(folder: Path) -> DiskEmbeddingCache:
+    return DiskEmbeddingCache(folder, max_bytes=10**8)
 
 
 def test_stored_embeddings_are_returned() -> None:
@@ -103,8 +107,8 @@ def test_replaced_embeddings_are_counted_once() -> None:
 
 def test_embeddings_on_disk_survive_a_restart(tmp_path: Path) -> None:
     with torch.inference_mode():
-        EmbeddingCache(folder=tmp_path).put(key("a"), embeddings(3, 0.1).bfloat16())
-    cache = EmbeddingCache(folder=tmp_path)
+        EmbeddingCache(disk_cache=disk_cache(tmp_path)).put(key("a"), embeddings(3, 0.1).bfloat16())
+    cache = EmbeddingCache(disk_cache=disk_cache(tmp_path))
     for _ in range(2):
         found = cache.get(key("a"))
         assert found is not None
@@ -117,7 +121,7 @@ def test_embeddings_on_disk_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_entries_evicted_from_memory_are_read_from_disk(tmp_path: Path) -> None:
-    cache = EmbeddingCache(max_bytes=32, folder=tmp_path)
+    cache = EmbeddingCache(max_bytes=32, disk_cache=disk_cache(tmp_path))
     for i, name in enumerate("abc"):
         cache.put(key(name), embeddings(1, i))
     for i, name in enumerate("abc"):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.engine.kv_cache.arena import KVArena, SlotRange, VarlenKVCache
+from qwen2vl.engine.kv_cache.arena import KVArena, SlotRange, VarlenBatchKVCache
 from qwen2vl.errors import CapacityError
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.model.attention import KVCache, attention
+from qwen2vl.model import KVCache, SequenceKVCaches
 from tests.tiny import tiny_config
 from tests.varlen import force_varlen
 
@@ -76,7 +76,6 @@ def test_ranges_keep_their_content(data: st.DataObject) -> None:
             for t in range(slot_range.start, slot_range.start + slot_range.capacity)
         ]
         assert len(set(used)) == len(used) and all(0 <= token < TOKENS for token in used)
-    assert not arena.is_inconsistent
 
 
 def test_a_range_grows_in_place_if_the_slots_behind_it_are_free() -> None:
@@ -97,19 +96,6 @@ def test_freed_slots_are_reused() -> None:
     second = arena.reserve(None, 8, [first])
     third = arena.reserve(None, 8, [first, second])
     assert arena.reserve(None, 6, [first, third]).start == second.start
-
-
-def test_an_interrupt_during_compaction_marks_the_arena_inconsistent() -> None:
-    arena = make_arena(12)
-    allocated = [arena.reserve(None, 4, [])]
-    allocated.append(arena.reserve(None, 4, allocated))
-    del allocated[0]
-    with (
-        patch.object(arena, "_move_down", side_effect=KeyboardInterrupt),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        arena.reserve(None, 8, allocated)
-    assert arena.is_inconsistent
 
 
 def test_out_of_device_memory_is_a_capacity_error_with_the_size() -> None:
@@ -161,7 +147,7 @@ def test_batch_cache_equals_per_sequence_caches(
                 random_heads(num_cached, kv_heads, 40 + index),
             )
             for cache in (ranges[index], references[index]):
-                cache.layer(1).append(*cached_kv)
+                cache.append(1, *cached_kv)
                 cache.length = num_cached
         starts = torch.tensor([arena.first_slot(slot_range) for slot_range in ranges])
         slots = [
@@ -170,11 +156,14 @@ def test_batch_cache_equals_per_sequence_caches(
             )
             for slot_range, (num_cached, num_new_tokens) in zip(ranges, allocated, strict=True)
         ]
-        batch_cache_view = arena.batch_cache(meta, starts, torch.tensor(seq_lens), torch.cat(slots))
-        assert isinstance(batch_cache_view, VarlenKVCache) is supports_varlen
-        got_THC = batch_cache_view.layer(1)(q_THC, k_TKC, v_TKC)
-    layers = [reference.layer(1) for reference in references]
-    expected_THC = attention(q_THC, k_TKC, v_TKC, meta, causal=True, layer_caches=layers)
+        caches = arena.batch_of_slots(
+            meta, starts, torch.tensor(seq_lens), torch.cat(slots), ranges
+        )
+        assert isinstance(caches, VarlenBatchKVCache) is supports_varlen
+        got_THC = caches.layer(1).attend(q_THC, k_TKC, v_TKC)
+        caches.advance(num_new)
+    expected_THC = SequenceKVCaches(references, meta).layer(1).attend(q_THC, k_TKC, v_TKC)
+    assert [slot_range.length for slot_range in ranges] == seq_lens
     torch.testing.assert_close(got_THC, expected_THC, rtol=1e-5, atol=2e-6)
     for slot_range, reference, seq_len in zip(ranges, references, seq_lens, strict=True):
         assert torch.equal(slot_range.k_LKZC[1, :, :seq_len], reference.k_LKZC[1])

@@ -74,7 +74,7 @@ def test_a_cache_smaller_than_the_context_is_named() -> None:
         assert str(caught.value).startswith(expected)
         assert "raise kv_cache_tokens (this model: up to 32,768)" in str(caught.value)
     check_context(prompt_input, CONFIG, max_model_len=1000, max_tokens=9, kv_cache_tokens=total + 1)
-    llm = LLM.from_model(tiny_model(), tiny_processor(), engine=EngineConfig(kv_cache_tokens=64))
+    llm = LLM(tiny_model(), tiny_processor(), engine=EngineConfig(kv_cache_tokens=64))
     with pytest.raises(CapacityError, match="the cache"):
         llm.generate(prompt_input)
 
