@@ -10,9 +10,7 @@ import torch. docs/architecture.md describes the packages.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ __all__ = [
     "load",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY_IMPORTS = {
     "LLM": "qwen2vl.engine",
@@ -49,17 +47,6 @@ _LAZY_IMPORTS = {
     "SamplingParams": "qwen2vl.engine",
     "load": "qwen2vl.loading",
 }
-
-
-class _LazyModule(ModuleType):
-    """Module class that keeps public names when a submodule of the same name is imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _LAZY_IMPORTS or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _LazyModule
 
 
 def __getattr__(name: str) -> Any:

@@ -3,18 +3,21 @@
 A layer is loaded as stored, or built from the integers of a GPTQ or AWQ folder (prequantized), or
 loaded and then quantized by quantization/scheme.py (online quantization). So there is never a
 second copy of the model in memory, and of a quantized model not even one unquantized copy.
-loading.py calls these functions in order.
+loading.py calls `fill_model`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from qwen2vl.errors import InputError
+from qwen2vl.linear.fused import fusion_groups
+from qwen2vl.lora.layers import LoraFactors, merge_lora
 from qwen2vl.model import Qwen2VL
 from qwen2vl.quantization.prequantized import build_prequantized_layer, prequantized_scheme
 from qwen2vl.quantization.scheme import (
@@ -24,17 +27,20 @@ from qwen2vl.quantization.scheme import (
     QuantizationMode,
     gpu_layer_schemes,
     layer_schemes,
+    quantize_layers,
     replace_layers,
 )
 from qwen2vl.quantization.torchao import check_gpu_support
-from qwen2vl.weights import TensorFolder
+from qwen2vl.weights import TensorFolder, open_tensors
 
 __all__ = [
     "fill_layer",
+    "fill_model",
     "fill_parameters",
     "load_prequantized_layers",
     "online_schemes",
     "prequantized_schemes",
+    "remap_parameters",
 ]
 
 logger = logging.getLogger(__name__)
@@ -115,6 +121,35 @@ def online_schemes(
     }
 
 
+def fill_model(
+    model: Qwen2VL,
+    tensors: TensorFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    prequantized: Mapping[str, LayerScheme],
+    online: Mapping[str, LayerScheme],
+    factors: Mapping[str, LoraFactors],
+) -> None:
+    """Load all weights, merge the LoRA `factors`, and build the quantized layers.
+
+    Plain parameters first; then the layers of a folder's own integers, then those to be quantized
+    online, one fused group at a time.
+
+    Raises:
+        CheckpointError: zero points or groups contradict config.json.
+    """
+    fill_parameters(model, tensors, device, dtype, skip_layers={**prequantized, **online})
+    merge_lora(model, {name: f for name, f in factors.items() if name not in online})
+    for names, scheme in fusion_groups(prequantized):
+        load_prequantized_layers(model, tensors, names, scheme)
+    for names, scheme in fusion_groups(online):
+        for name in names:
+            fill_layer(model, tensors, name)
+        merge_lora(model, {name: factors[name] for name in names if name in factors})
+        quantize_layers(model, names, scheme)
+
+
 def fill_parameters(
     model: Qwen2VL,
     tensors: TensorFolder,
@@ -131,6 +166,21 @@ def fill_parameters(
         if name.rpartition(".")[0] not in skip_layers
     }
     model.load_state_dict(state, strict=not skip_layers, assign=True)
+
+
+def remap_parameters(model: Qwen2VL, folder: Path, merged: Collection[str]) -> None:
+    """Memory-map the remaining plain weights anew, so that the first mapping is closed.
+
+    Weights that were prepacked or quantized have been read, and their pages stay resident while any
+    tensor uses the same mapping; of the new mapping only pages in use are read.
+    """
+    tensors = open_tensors(folder)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] in merged:
+            continue  # differs from the stored weight
+        stored = tensors[name]
+        if stored.dtype == parameter.dtype:  # else it is a copy already
+            parameter.data = stored.view(parameter.shape)
 
 
 def fill_layer(model: Qwen2VL, tensors: TensorFolder, name: str) -> None:

@@ -1,45 +1,38 @@
 """Model loading: a Hugging Face folder becomes a Qwen2VL on a device and its processor.
 
-In this order: resolve the folder, read its configs, refuse what cannot work (another model's
-tensors, too little memory), build the model on the meta device, load plain weights from disk. Then
-quantized layers one by one, or in fused groups: prequantized ones (GPTQ, AWQ) are built from their
-integers; those to be quantized online are loaded, merged with a LoRA adapter, quantized and
-replaced. Last, bfloat16 layers are prepacked on a CPU. No weights are read before all checks have
-passed. (HF: from_pretrained.)
+In this order: resolve the folder; build the processor from its config files; check the names and
+shapes of the tensors; build the model on the meta device; choose which layers are quantized and the
+dtype that fits into memory; parse a LoRA adapter. Then weights are read: plain ones, merged with
+the adapter; prequantized layers (GPTQ, AWQ), built from their integers; layers to be quantized
+online, one fused group at a time, loaded, merged, quantized. Last, on a CPU, bfloat16 layers are
+prepacked or computed by GEMV, and what stays plain is memory-mapped anew. Except for zero points
+and groups of prequantized layers, nothing is checked after the first weight is read. (HF:
+from_pretrained.)
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.errors import CapacityError, CheckpointError, InputError
-from qwen2vl.fill import (
-    fill_layer,
-    fill_parameters,
-    load_prequantized_layers,
-    online_schemes,
-    prequantized_schemes,
-)
-from qwen2vl.linear.fused import fusion_groups
+from qwen2vl.errors import CheckpointError, InputError
+from qwen2vl.fill import fill_model, online_schemes, prequantized_schemes, remap_parameters
 from qwen2vl.linear.gemv import use_gemv
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
-from qwen2vl.lora.layers import LoraFactors, merge_lora
+from qwen2vl.lora.layers import LoraFactors
 from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.lora.peft import parse_peft_adapter
-from qwen2vl.memory import MemoryEstimate, available_memory, estimate_memory
+from qwen2vl.memory import DTypeName, choose_dtype
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.quantization.scheme import LayerScheme, QuantizationMode, quantize_layers
+from qwen2vl.quantization.scheme import QuantizationMode
 from qwen2vl.weights import (
     check_state_dict,
     log_foreign_chat_template,
@@ -50,23 +43,7 @@ from qwen2vl.weights import (
     resolve_model,
 )
 
-__all__ = [
-    "DTypeName",
-    "load",
-    "load_adapters",
-    "load_model",
-    "load_processor",
-    "preferred_dtypes",
-]
-
-logger = logging.getLogger(__name__)
-
-DTypeName = Literal["auto", "float32", "bfloat16"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# Flags in /proc/cpuinfo of processors with bfloat16 instructions: x86, then ARM.
-_NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+__all__ = ["load", "load_adapters", "load_model", "load_processor", "resolve_max_model_len"]
 
 
 def load(
@@ -165,51 +142,33 @@ def load_model(
     for images.
     """
     target_device = _resolve_device(device)
-    model_len = _resolve_max_model_len(config, max_model_len)
+    model_len = resolve_max_model_len(config, max_model_len)
     tensors = open_tensors(folder)
     check_state_dict(tensors, config)
     with torch.device("meta"):
         model = Qwen2VL(config)
     prequantized = prequantized_schemes(tensors, target_device)
     online = online_schemes(model, quantize, tensors, prequantized, target_device)
-    resolved_dtype = _resolve_dtype(
-        config, target_device, dtype, model_len, max_pixels, prequantized | online
-    )
+    schemes = prequantized | online
+    resolved_dtype = choose_dtype(config, target_device, dtype, model_len, max_pixels, schemes)
     factors = {} if adapter is None else _read_merged_adapter(adapter, model, prequantized)
-    fill_parameters(
-        model, tensors, target_device, resolved_dtype, skip_layers=prequantized | online
+    fill_model(
+        model,
+        tensors,
+        target_device,
+        resolved_dtype,
+        prequantized=prequantized,
+        online=online,
+        factors=factors,
     )
-    merge_lora(model, {name: f for name, f in factors.items() if name not in online})
-    for names, scheme in fusion_groups(prequantized):
-        load_prequantized_layers(model, tensors, names, scheme)
-    for names, scheme in fusion_groups(online):
-        for name in names:
-            fill_layer(model, tensors, name)
-        merge_lora(model, {name: factors[name] for name in names if name in factors})
-        quantize_layers(model, names, scheme)
-    is_changed = bool(prequantized or online)
+    is_changed = bool(schemes)
     if target_device.type == "cpu" and resolved_dtype == torch.bfloat16:
         if prepack and can_prepack():
             is_changed |= prepack_layers(model) > 0
         use_gemv(model)
     if is_changed and target_device.type == "cpu":
-        _remap_parameters(model, folder, merged=factors)
+        remap_parameters(model, folder, merged=factors)
     return model.eval()
-
-
-def _remap_parameters(model: Qwen2VL, folder: Path, merged: Collection[str]) -> None:
-    """Memory-map the remaining plain weights anew, so that the first mapping is closed.
-
-    Weights that were prepacked or quantized have been read, and their pages stay resident while any
-    tensor uses the same mapping; of the new mapping only pages in use are read.
-    """
-    tensors = open_tensors(folder)
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] in merged:
-            continue  # differs from the stored weight
-        stored = tensors[name]
-        if stored.dtype == parameter.dtype:  # else it is a copy already
-            parameter.data = stored.view(parameter.shape)
 
 
 def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str, LoraAdapter]:
@@ -249,7 +208,12 @@ def _pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) 
     return replace(limits, **{name: n for name, n in given.items() if n is not None})
 
 
-def _resolve_max_model_len(config: Qwen2VLConfig, requested: int | None) -> int:
+def resolve_max_model_len(config: Qwen2VLConfig, requested: int | None) -> int:
+    """Return the context length to reserve memory for: as requested, or the model's.
+
+    Raises:
+        InputError: the model's context is shorter than requested.
+    """
     limit = config.text.max_position_embeddings
     if requested is not None and not 2 <= requested <= limit:
         raise InputError(
@@ -271,77 +235,3 @@ def _resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} here, from 0")
     return device
-
-
-def _resolve_dtype(
-    config: Qwen2VLConfig,
-    device: torch.device,
-    name: str,
-    max_model_len: int,
-    max_pixels: int,
-    schemes: Mapping[str, LayerScheme] | None = None,
-) -> torch.dtype:
-    """Return the first allowed dtype whose memory estimate fits into the available memory.
-
-    Raises:
-        CapacityError: none fits.
-    """
-    if name != "auto" and name not in _DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
-    allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
-    available = available_memory(device)
-    prepack = device.type == "cpu" and can_prepack()
-    needs = [
-        estimate_memory(config, d, max_model_len, max_pixels, schemes, prepack=prepack)
-        for d in allowed
-    ]
-    for candidate, need in zip(allowed, needs, strict=True):
-        if available is None or need.total <= available:
-            if candidate is not allowed[0]:
-                logger.warning(
-                    "dtype auto: float32 needs %s and %s are available: taking bfloat16, which "
-                    "this processor computes slowly",
-                    _gib(needs[0].total),
-                    _gib(available or 0),
-                )
-            return candidate
-    assert available is not None
-    remedies = [f"lower max_model_len ({max_model_len:,}) or max_pixels ({max_pixels:,})"]
-    if needs[-1].weights >= available:
-        remedies.clear()  # the weights alone are too large
-    if allowed[-1] == torch.float32:
-        remedies.append("use dtype bfloat16")
-    if device.type == "cpu" and not schemes:
-        remedies.append("quantize to int8 or int4")
-    raise CapacityError(
-        _out_of_memory_message(
-            needs[-1], allowed[-1], available, [*remedies, "use a smaller model"]
-        )
-    )
-
-
-def preferred_dtypes(device: torch.device) -> list[torch.dtype]:
-    """Return the dtypes that "auto" tries on `device`, in this order."""
-    if device.type == "cuda" or (device.type == "cpu" and _has_native_bf16()):
-        return [torch.bfloat16]
-    return [torch.float32, torch.bfloat16]
-
-
-def _has_native_bf16() -> bool:
-    """Return whether the processor has bfloat16 instructions; False if not on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and not _NATIVE_BF16.isdisjoint(cpuinfo.read_text().split())
-
-
-def _out_of_memory_message(
-    need: MemoryEstimate, dtype: torch.dtype, available: int, remedies: list[str]
-) -> str:
-    return (
-        f"the model needs {_gib(need.total)} in {str(dtype).removeprefix('torch.')} = "
-        f"{_gib(need.weights)} weights + {_gib(need.kv_cache)} cache + {_gib(need.activation)} "
-        f"largest activation, but {_gib(available)} are available; {', or '.join(remedies)}"
-    )
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,25 +1,44 @@
-"""Memory estimates: bytes for weights, KV cache and activations, and bytes available.
+"""Memory estimates: bytes for weights, KV cache and activations, bytes available, and the dtype.
 
-Computed from a config and from what the system reports; nothing is allocated. loading.py compares
-the two before it reads weights.
+Computed from a config and from what the system reports; nothing is allocated. `choose_dtype` is
+called before weights are read, and refuses a model that does not fit.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.errors import CapacityError, InputError
 from qwen2vl.linear import prepacked
 from qwen2vl.quantization.scheme import LM_HEAD, LayerScheme
 from qwen2vl.weights import expected_shapes
 
-__all__ = ["MemoryEstimate", "available_memory", "estimate_memory"]
+__all__ = [
+    "DTypeName",
+    "MemoryEstimate",
+    "available_memory",
+    "choose_dtype",
+    "estimate_memory",
+    "preferred_dtypes",
+]
+
+logger = logging.getLogger(__name__)
+
+DTypeName = Literal["auto", "float32", "bfloat16"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Flags in /proc/cpuinfo of processors with bfloat16 instructions: x86, then ARM.
+_NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +151,77 @@ def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     used = int((root / "memory.current").read_text())
     stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
     return max(0, int(limit.read_text()) - used + int(stat.get("file", 0)))
+
+
+def choose_dtype(
+    config: Qwen2VLConfig,
+    device: torch.device,
+    name: str,
+    max_model_len: int,
+    max_pixels: int,
+    schemes: Mapping[str, LayerScheme] | None = None,
+) -> torch.dtype:
+    """Return the first allowed dtype whose memory estimate fits into the available memory.
+
+    Raises:
+        CapacityError: none fits.
+    """
+    if name != "auto" and name not in _DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
+    allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
+    available = available_memory(device)
+    prepack = device.type == "cpu" and prepacked.can_prepack()
+    needs = [
+        estimate_memory(config, d, max_model_len, max_pixels, schemes, prepack=prepack)
+        for d in allowed
+    ]
+    for candidate, need in zip(allowed, needs, strict=True):
+        if available is None or need.total <= available:
+            if candidate is not allowed[0]:
+                logger.warning(
+                    "dtype auto: float32 needs %s and %s are available: taking bfloat16, which "
+                    "this processor computes slowly",
+                    _gib(needs[0].total),
+                    _gib(available or 0),
+                )
+            return candidate
+    assert available is not None
+    remedies = [f"lower max_model_len ({max_model_len:,}) or max_pixels ({max_pixels:,})"]
+    if needs[-1].weights >= available:
+        remedies.clear()  # the weights alone are too large
+    if allowed[-1] == torch.float32:
+        remedies.append("use dtype bfloat16")
+    if device.type == "cpu" and not schemes:
+        remedies.append("quantize to int8 or int4")
+    raise CapacityError(
+        _out_of_memory_message(
+            needs[-1], allowed[-1], available, [*remedies, "use a smaller model"]
+        )
+    )
+
+
+def preferred_dtypes(device: torch.device) -> list[torch.dtype]:
+    """Return the dtypes that "auto" tries on `device`, in this order."""
+    if device.type == "cuda" or (device.type == "cpu" and _has_native_bf16()):
+        return [torch.bfloat16]
+    return [torch.float32, torch.bfloat16]
+
+
+def _has_native_bf16() -> bool:
+    """Return whether the processor has bfloat16 instructions; False if not on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and not _NATIVE_BF16.isdisjoint(cpuinfo.read_text().split())
+
+
+def _out_of_memory_message(
+    need: MemoryEstimate, dtype: torch.dtype, available: int, remedies: list[str]
+) -> str:
+    return (
+        f"the model needs {_gib(need.total)} in {str(dtype).removeprefix('torch.')} = "
+        f"{_gib(need.weights)} weights + {_gib(need.kv_cache)} cache + {_gib(need.activation)} "
+        f"largest activation, but {_gib(available)} are available; {', or '.join(remedies)}"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -79,7 +79,7 @@ def test_llm_answers_with_a_prequantized_folder(tmp_path: Path, settings: dict[s
     llm = qwen2vl.LLM(tmp_path / "model", dtype="float32")
     params = qwen2vl.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     (completion,) = llm.chat([{"role": "user", "content": "Hi"}], params)
-    plain_llm = qwen2vl.LLM.from_model(plain, llm.processor)
+    plain_llm = qwen2vl.LLM(plain, llm.processor)
     (expected,) = plain_llm.chat([{"role": "user", "content": "Hi"}], params)
     assert completion.token_ids[0] == expected.token_ids[0]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen2vl import loading
+from qwen2vl import fill, memory
 from qwen2vl.config import PRESETS
 from qwen2vl.errors import CapacityError, CheckpointError, ConfigError, InputError
 from qwen2vl.linear import prepacked
@@ -159,7 +159,7 @@ def test_no_weights_are_read_before_all_checks(
     def fail(*_: Any) -> None:
         raise AssertionError("filled")
 
-    monkeypatch.setattr(loading, "fill_parameters", fail)
+    monkeypatch.setattr(fill, "fill_parameters", fail)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"truncated, 1 of [\d,]+ bytes are missing"):
@@ -218,7 +218,7 @@ def test_misshapen_tensors_are_refused(folder: Path) -> None:
 def test_too_little_memory_is_reported_with_sizes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda _: 2**20)
+    monkeypatch.setattr(memory, "available_memory", lambda _: 2**20)
     with pytest.raises(CapacityError, match=r"the model needs 0.\d GiB in float32 = 0.0 GiB weig"):
         load(folder, dtype="float32")
 
@@ -236,21 +236,21 @@ def test_too_little_memory_is_reported_with_sizes(
 def test_remedies_for_too_little_memory(
     monkeypatch: pytest.MonkeyPatch, available: int, text: str
 ) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda _: available)
+    monkeypatch.setattr(memory, "available_memory", lambda _: available)
     with pytest.raises(CapacityError, match=text):
-        loading._resolve_dtype(PRESETS["2B"], torch.device("cpu"), "float32", 32_768, 12_845_056)
+        memory.choose_dtype(PRESETS["2B"], torch.device("cpu"), "float32", 32_768, 12_845_056)
 
 
 def test_quantized_model_needs_less_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(folder)
     need = estimate_memory(config, torch.bfloat16, 100, 0)
-    monkeypatch.setattr(loading, "available_memory", lambda _: need.total - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda _: need.total - 1)
     options = {"dtype": "bfloat16", "max_model_len": 100}
     with pytest.raises(CapacityError, match="quantize to int8 or int4, or use a smaller model"):
         load_model(folder, config, **options)  # type: ignore[arg-type]
     for mode in ("int8", "int4"):
         load_model(folder, config, quantize=mode, **options)  # type: ignore[arg-type]
-    monkeypatch.setattr(loading, "available_memory", lambda _: 2**16)
+    monkeypatch.setattr(memory, "available_memory", lambda _: 2**16)
     with pytest.raises(CapacityError, match="are available; use a smaller model"):
         load_model(folder, config, quantize="int8", **options)  # type: ignore[arg-type]
 
@@ -258,7 +258,7 @@ def test_quantized_model_needs_less_memory(folder: Path, monkeypatch: pytest.Mon
 def test_shorter_context_needs_less_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(folder)
     need = estimate_memory(config, torch.float32, 100, 0)
-    monkeypatch.setattr(loading, "available_memory", lambda _: need.total)
+    monkeypatch.setattr(memory, "available_memory", lambda _: need.total)
     load_model(folder, config, dtype="float32", max_model_len=100)
     with pytest.raises(CapacityError):
         load_model(folder, config, dtype="float32", max_model_len=101)
@@ -279,8 +279,8 @@ def test_dtype_auto(
     available: int | None,
     expected: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(loading, "_has_native_bf16", lambda: native)
-    monkeypatch.setattr(loading, "available_memory", lambda _: available)
+    monkeypatch.setattr(memory, "_has_native_bf16", lambda: native)
+    monkeypatch.setattr(memory, "available_memory", lambda _: available)
     model, _ = load(folder)
     assert model.lm_head_weight.dtype == expected
 
@@ -292,8 +292,8 @@ def test_dtype_auto_falls_back_to_bfloat16_with_a_warning(
     bfloat16_need = estimate_memory(
         config, torch.bfloat16, 32_768, PIXELS.max_pixels, prepack=prepacked.can_prepack()
     )
-    monkeypatch.setattr(loading, "_has_native_bf16", lambda: False)
-    monkeypatch.setattr(loading, "available_memory", lambda _: bfloat16_need.total)
+    monkeypatch.setattr(memory, "_has_native_bf16", lambda: False)
+    monkeypatch.setattr(memory, "available_memory", lambda _: bfloat16_need.total)
     model, _ = load(folder)
     assert model.lm_head_weight.dtype == torch.bfloat16
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]

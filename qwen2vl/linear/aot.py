@@ -6,13 +6,16 @@ function is traced with example inputs (`make_fx`), compiled by Inductor (`stand
 then called directly: the caller guarantees that tensors have the dtypes and sizes of the examples,
 except for the dimensions declared dynamic. torch caches the compiled code on disk.
 
-Experimental: private APIs of torch are used, and any failure raises CompilationError, so that the
-caller can run eagerly. Used by compile/decode_block.py and quantization/int4.py.
+Experimental: private APIs of torch are used, and any failure raises CompilationError. Whoever
+requests a compilation does so within `eager_fallback`. Used by compile/decode_block.py and
+quantization/int4.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +25,28 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
     from torch.fx import GraphModule
 
-__all__ = ["CompilationError", "CompiledFunction", "compile_ahead_of_time"]
+__all__ = ["CompilationError", "CompiledFunction", "compile_ahead_of_time", "eager_fallback"]
+
+logger = logging.getLogger(__name__)
 
 CompiledFunction = Callable[..., Sequence[Tensor]]
 
 
 class CompilationError(Exception):
     """A function could not be compiled on this machine; the message is one line."""
+
+
+@contextmanager
+def eager_fallback(what: str) -> Iterator[None]:
+    """Leave the block at a CompilationError and log one warning; the caller computes eagerly.
+
+    Args:
+        what: the computation that is compiled, for the warning.
+    """
+    try:
+        yield
+    except CompilationError as error:
+        logger.warning("compile: %s could not be compiled (%s); computing eagerly", what, error)
 
 
 def compile_ahead_of_time(

@@ -15,7 +15,6 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 __all__ = ["custom_op"]
 
@@ -41,7 +40,8 @@ def custom_op(fake: Callable[..., Tensor]) -> Callable[[C], C]:
 
         @wraps(compute)
         def dispatch(x: Tensor, *args: object) -> Tensor:
-            is_traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+            # Tracers outside of torch.compile pass fake tensors, which are a subclass of Tensor.
+            is_traced = torch.compiler.is_compiling() or type(x) is not Tensor
             return (operator if is_traced else compute)(x, *args)
 
         return cast("C", dispatch)

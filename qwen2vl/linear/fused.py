@@ -16,7 +16,13 @@ from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["FusedLinear", "FusedLinearSlice", "Quantized", "fusion_groups", "replace_with_fused"]
+__all__ = [
+    "DequantizableLinear",
+    "FusedLinear",
+    "FusedLinearSlice",
+    "fusion_groups",
+    "replace_with_fused",
+]
 
 FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -24,7 +30,7 @@ K = TypeVar("K")
 
 
 @runtime_checkable
-class Quantized(Protocol):
+class DequantizableLinear(Protocol):
     """A quantized linear layer of O outputs and I inputs."""
 
     def quantized_weight(self) -> Tensor:
@@ -89,10 +95,10 @@ class FusedLinearSlice(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Return this layer's own quantized weights, (outputs, I)."""
-        assert isinstance(self.layer, Quantized)
+        assert isinstance(self.layer, DequantizableLinear)
         return self.layer.quantized_weight()[self.start : self.stop]
 
     def dequantize(self) -> Tensor:
         """Compute this layer's own dequantized weights, (outputs, I), float32."""
-        assert isinstance(self.layer, Quantized)
+        assert isinstance(self.layer, DequantizableLinear)
         return self.layer.dequantize()[self.start : self.stop]

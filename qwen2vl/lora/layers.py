@@ -52,7 +52,7 @@ _LM_HEAD = "lm_head"
 class LoraConfig:
     """Which linear layers get LoRA factors, and their hyperparameters (PEFT: LoraConfig)."""
 
-    rank: int = 16
+    rank: int = 16  # of B A: rows of A, columns of B
     alpha: float = 32.0  # B A is scaled by alpha / rank
     dropout: float = 0.0  # of the inputs of A, in training
     use_rslora: bool = False  # rsLoRA: scale by alpha / sqrt(rank), for high ranks

@@ -73,7 +73,7 @@ class LoraManager:
 
     def __init__(self, model: Qwen2VL) -> None:
         self._model = model
-        self._slots: dict[str, tuple[dict[str, nn.Module | None], str]] = {}
+        self._module_slots: dict[str, tuple[dict[str, nn.Module | None], str]] = {}
         self._replaced: list[tuple[str, nn.Module | None]] = []  # name and base layer
 
     def activate(self, part: ModelPart, mapping: LoraMapping) -> AbstractContextManager[None]:
@@ -97,30 +97,30 @@ class LoraManager:
             for name, delta in adapter.deltas.get(part, {}).items():
                 deltas.setdefault(name, []).append((start, stop, delta))
         for name, layer_deltas in deltas.items():
-            modules, leaf = self._slot(name)
+            modules, leaf = self._modules_and_key(name)
             layer = modules[leaf]
             assert layer is not None
             # Recorded before it is replaced, so that an interrupt in between cannot lose it.
             self._replaced.append((name, layer))
             # Not an nn.Module, but the model only calls it.
-            modules[leaf] = cast("nn.Module", _WithDeltas(layer, layer_deltas, total))
+            modules[leaf] = cast("nn.Module", _LayerWithLoraDeltas(layer, layer_deltas, total))
 
     def _restore(self) -> None:
         while self._replaced:
             name, layer = self._replaced[-1]
-            modules, leaf = self._slot(name)
+            modules, leaf = self._modules_and_key(name)
             modules[leaf] = layer
             self._replaced.pop()
 
-    def _slot(self, name: str) -> tuple[dict[str, nn.Module | None], str]:
+    def _modules_and_key(self, name: str) -> tuple[dict[str, nn.Module | None], str]:
         """Return the `_modules` dict and the key of a layer; `setattr` takes ten times as long."""
-        if name not in self._slots:
+        if name not in self._module_slots:
             parent, _, leaf = name.rpartition(".")
-            self._slots[name] = (self._model.get_submodule(parent)._modules, leaf)
-        return self._slots[name]
+            self._module_slots[name] = (self._model.get_submodule(parent)._modules, leaf)
+        return self._module_slots[name]
 
 
-class _WithDeltas:
+class _LayerWithLoraDeltas:
     """A layer with LoRA deltas for spans (start, stop) of the forward's tokens or patches."""
 
     __slots__ = ("_deltas", "_layer", "_total")

@@ -247,8 +247,8 @@ def _check_layer(model: Qwen2VL, name: str, pair: Mapping[str, Tensor], where: s
 
 def _scale(settings: Mapping[str, Any], path: str, rank: int, where: str) -> float:
     """Compute alpha / rank, or alpha / sqrt(rank) for rsLoRA; patterns override single modules."""
-    configured_rank = _number(settings, "r", "rank_pattern", path, where)
-    alpha = _number(settings, "lora_alpha", "alpha_pattern", path, where)
+    configured_rank = _option_for_module(settings, "r", "rank_pattern", path, where)
+    alpha = _option_for_module(settings, "lora_alpha", "alpha_pattern", path, where)
     if rank != configured_rank or rank < 1:
         raise CheckpointError(
             f"{where}: {path} has factors of rank {rank}, adapter_config.json says "
@@ -257,7 +257,9 @@ def _scale(settings: Mapping[str, Any], path: str, rank: int, where: str) -> flo
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _number(settings: Mapping[str, Any], option: str, table: str, path: str, where: str) -> float:
+def _option_for_module(
+    settings: Mapping[str, Any], option: str, table: str, path: str, where: str
+) -> float:
     """Return an option's value for a module; the first match in the pattern table overrides it."""
     number, patterns = settings.get(option), settings.get(table) or {}
     if not isinstance(patterns, dict):

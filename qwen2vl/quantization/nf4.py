@@ -75,10 +75,10 @@ class Nf4Weight(nn.Module):
         device_type = x_TI.device.type
         if torch.is_autocast_enabled(device_type):
             x_TI = x_TI.to(torch.get_autocast_dtype(device_type))
-        return _multiply(x_TI, self)
+        return _dequantized_linear(x_TI, self)
 
 
-class _Multiply(torch.autograd.Function):
+class _DequantizedLinear(torch.autograd.Function):
     """x W^T that saves the codes for the backward and dequantizes again, to save memory."""
 
     @staticmethod
@@ -93,7 +93,9 @@ class _Multiply(torch.autograd.Function):
 
 
 # A graph break for torch.compile: tables from a cache, and a custom backward.
-_multiply = cast("Callable[[Tensor, Nf4Weight], Tensor]", torch.compiler.disable(_Multiply.apply))
+_dequantized_linear = cast(
+    "Callable[[Tensor, Nf4Weight], Tensor]", torch.compiler.disable(_DequantizedLinear.apply)
+)
 
 
 def dequantize_nf4(buffers: Mapping[str, Tensor | None], shape: torch.Size) -> Tensor:

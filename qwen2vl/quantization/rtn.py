@@ -3,7 +3,7 @@
 `quantize_per_channel`: symmetric int8, -127 to 127, one scale for each output of a layer.
 `quantize_groupwise`: asymmetric 4 bits, 0 to 15, a scale and a zero point for each group of inputs
 of each output. Both cover the whole range of the weights (min-max): clipping the largest weights,
-by search, gained nothing on nano (docs/quantization.md); GPTQ does gain (gptq.py). Scales are
+by search, gained nothing on nano (dev/log.md); GPTQ does gain (gptq.py). Scales are
 rounded to float16, because that is what model folders store. Letters: O outputs and I inputs of a
 linear layer, G groups of inputs.
 """

@@ -1,10 +1,10 @@
 """Hugging Face folders: config files and safetensors are read, verified and written.
 
 hub.py resolves a name to a folder; config_files.py reads its JSON files; header.py and tensors.py
-open safetensors, memory-mapped, under official names; quantization_config.py, gptq.py and awq.py
-unpack quantized matrices; state_dict.py checks names and shapes against the model; adapter.py reads
-and writes LoRA folders; save.py writes model folders; source_models.py and init_pretrained.py build
-a starting checkpoint. Models with weights are built by loading.py.
+open safetensors, memory-mapped, under official names; quantization_config.py, gptq_format.py and
+awq_format.py unpack quantized matrices; state_dict.py checks names and shapes against the model;
+adapter.py reads and writes LoRA folders; save.py writes model folders; source_models.py and
+init_pretrained.py build a starting checkpoint. Models with weights are built by loading.py.
 """
 
 from qwen2vl.weights.adapter import read_adapter, save_adapter

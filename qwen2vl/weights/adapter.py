@@ -19,7 +19,7 @@ from torch import Tensor
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights.config_files import pickle_remedy, read_json
 from qwen2vl.weights.header import read_header
-from qwen2vl.weights.save import atomic_folder, check_output_folder
+from qwen2vl.weights.save import check_output_folder, output_folder
 from qwen2vl.weights.tensors import TensorFolder
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "read_adapter", "save_adapter"]
@@ -54,7 +54,7 @@ def save_adapter(
     target = Path(folder)
     check_output_folder(target)
     remedy = "free some space or choose another folder"
-    with atomic_folder(target, "the adapter cannot be saved", remedy) as partial:
+    with output_folder(target, "the adapter cannot be saved", remedy) as partial:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

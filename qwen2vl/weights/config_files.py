@@ -103,7 +103,7 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     sample = raw.get("do_sample")
     if not isinstance(sample, (bool, type(None))):
         raise CheckpointError(f"{path}: do_sample is {sample!r}, expected true or false")
-    numbers = {name: _number(raw, name, path) for name in _NUMBER_FIELDS}
+    numbers = {name: _read_number(raw, name, path) for name in _NUMBER_FIELDS}
     return GenerationDefaults(
         do_sample=sample,
         eos_token_ids=_token_ids(raw.get("eos_token_id"), path),
@@ -195,7 +195,7 @@ def _is_known_template(template: str) -> bool:
     return template == CHAT_TEMPLATE or digest == _OFFICIAL_TEMPLATE_SHA256
 
 
-def _number(raw: Mapping[str, Any], name: str, path: Path) -> Any:
+def _read_number(raw: Mapping[str, Any], name: str, path: Path) -> Any:
     value = raw.get(name)
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value

@@ -53,7 +53,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     tensors = {
-        name: _info(path, name, entry)
+        name: _parse_tensor_info(path, name, entry)
         for name, entry in _parse(path, text).items()
         if name != "__metadata__"
     }
@@ -104,7 +104,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _info(path: Path, name: str, entry: Any) -> TensorInfo:
+def _parse_tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     """Parse one entry of the header, and check that shape, dtype and offsets agree."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: its header describes {name} wrongly; fetch it again")

@@ -1,10 +1,10 @@
 """quantization_config of config.json (GPTQ, AWQ), and the unpacked form of a quantized matrix.
 
-The official quantized repositories come in two packing formats, GPTQ (gptq.py) and AWQ (awq.py).
-Both store each linear layer of the decoder as `qweight`, `qzeros` and `scales` in place of
-`weight`; both unpack into a QuantizedMatrix. Embeddings, norms, head and vision tower are not
-quantized. Letters: O outputs and I inputs of a layer, G groups of inputs. (AutoGPTQ: QuantLinear;
-AutoAWQ: WQLinear_GEMM; transformers: GPTQConfig, AwqConfig.)
+The official quantized repositories come in two packing formats, GPTQ (gptq_format.py) and AWQ
+(awq_format.py). Both store each linear layer of the decoder as `qweight`, `qzeros` and `scales` in
+place of `weight`; both unpack into a QuantizedMatrix. Embeddings, norms, head and vision tower are
+not quantized. Letters: O outputs and I inputs of a layer, G groups of inputs. (AutoGPTQ:
+QuantLinear; AutoAWQ: WQLinear_GEMM; transformers: GPTQConfig, AwqConfig.)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class QuantizationConfig:
         settings = cast("Mapping[str, Any]", raw) if isinstance(raw, Mapping) else {}
         method, bits = settings.get("quant_method"), settings.get("bits")
         size = settings.get("group_size")
-        _check(settings, where)
+        _check_supported(settings, where)
         assert isinstance(bits, int)
         assert isinstance(size, int)
         is_gptq = method == "gptq"
@@ -91,7 +91,7 @@ class QuantizedMatrix:
         return (self.ints_OI.float() - zero_OI) * self.scale_GO[self.group_I].T.float()
 
 
-def _check(settings: Mapping[str, Any], where: str) -> None:
+def _check_supported(settings: Mapping[str, Any], where: str) -> None:
     """Refuse everything but the official formats; the error names what was found."""
     method, bits = settings.get("quant_method"), settings.get("bits")
     allowed = {"gptq": (4, 8), "awq": (4,)}.get(str(method))

@@ -8,7 +8,6 @@ folder that is renamed, so that a crash or a full disk leaves either the finishe
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
+from qwen2vl.files import atomic_folder
 from qwen2vl.weights.config_files import CHAT_TEMPLATE, GenerationDefaults, read_json
 from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig
 from qwen2vl.weights.state_dict import expected_shapes
@@ -31,7 +31,7 @@ from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, packing_module
 if TYPE_CHECKING:
     from qwen2vl.processor.image import PixelLimits
 
-__all__ = ["atomic_folder", "check_output_folder", "save_folder"]
+__all__ = ["check_output_folder", "output_folder", "save_folder"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,7 +81,7 @@ def save_folder(
     _check_tokenizer(Path(tokenizer_folder))
     _check_state(state_dict, config, quantization_config)
     remedy = "nothing was changed, free some space or choose another folder"
-    with atomic_folder(target, "cannot be saved", remedy) as partial:
+    with output_folder(target, "cannot be saved", remedy) as partial:
         _write_config(partial, config, dtype, quantization_config)
         _write_settings(partial, config, pixels, generation or GenerationDefaults())
         _write_tokenizer(partial, Path(tokenizer_folder))
@@ -89,31 +89,23 @@ def save_folder(
 
 
 @contextmanager
-def atomic_folder(target: Path, failure: str, remedy: str) -> Iterator[Path]:
+def output_folder(target: Path, failure: str, remedy: str) -> Iterator[Path]:
     """Yield a temporary folder to write into; it is renamed to `target` once it is on disk.
 
     Raises:
         CheckpointError: it could not be written or renamed; the message is `failure`, the reason
             and `remedy`.
     """
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        # A folder of this name is from a killed run and incomplete.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():
-            # safetensors writes files that only the owner may read; give them the folder's mode.
-            file.chmod(partial.stat().st_mode & 0o666)
-        _flush(partial)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
+        with atomic_folder(target, fsync=True) as partial:
+            yield partial
+            for file in partial.iterdir():
+                # safetensors writes files that only the owner may read; give them the folder's
+                # mode.
+                file.chmod(partial.stat().st_mode & 0o666)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CheckpointError(f"{target}: {failure}: {reason}; {remedy}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_output_folder(path: str | Path) -> None:
@@ -260,10 +252,3 @@ def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list[str
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _flush(folder: Path) -> None:
-    """Force the files to disk, so that the rename cannot outlive their contents."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights import awq, gptq
+from qwen2vl.weights import awq_format, gptq_format
 from qwen2vl.weights.config_files import PICKLE_SUFFIXES, pickle_remedy, read_json
 from qwen2vl.weights.header import TensorInfo, read_header
 from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig, QuantizedMatrix
@@ -156,7 +156,7 @@ def open_tensors(folder: Path) -> TensorFolder:
 
 def packing_module(quantization_config: QuantizationConfig) -> ModuleType:
     """Return the module of a packing format: pack, unpack, unpacked_shape, part_shapes."""
-    return gptq if quantization_config.method == "gptq" else awq
+    return gptq_format if quantization_config.method == "gptq" else awq_format
 
 
 def official_name(key: str) -> str:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -119,14 +120,16 @@ def test_partial_folder_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
     assert not list((tmp_path / "model").glob("model-*"))
 
 
-@pytest.mark.parametrize("at", ["save_file", "_write_json", "_flush"])
+@pytest.mark.parametrize(
+    ("module", "at"), [(save, "save_file"), (save, "_write_json"), (os, "fsync")]
+)
 def test_full_disk_leaves_no_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, at: str
 ) -> None:
     def raise_disk_full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(save, at, raise_disk_full)
+    monkeypatch.setattr(module, at, raise_disk_full)
     with pytest.raises(CheckpointError, match="cannot be saved: No space left on device; nothing"):
         write_tiny(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.weights import gptq
+from qwen2vl.weights import gptq_format
 from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
 
 GPTQ_4BIT = QuantizationConfig(
@@ -32,7 +32,7 @@ def test_worked_example() -> None:
         "qzeros": torch.zeros(1, 1, dtype=torch.int32),
         "scales": torch.ones(1, 1, dtype=torch.float16),
     }
-    assert torch.equal(gptq.unpack(parts, GPTQ_4BIT).ints_OI, ints[None])
+    assert torch.equal(gptq_format.unpack(parts, GPTQ_4BIT).ints_OI, ints[None])
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_packed_value_of_symmetric_zero_points(
         zero_GO=torch.full((1, 8), zero, dtype=torch.int16),
         group_I=torch.zeros(32, dtype=torch.int64),
     )
-    parts = gptq.pack(matrix, config)
+    parts = gptq_format.pack(matrix, config)
     assert set(parts["qzeros"].flatten().tolist()) == {packed}
-    assert torch.equal(gptq.unpack(parts, config).zero_GO, matrix.zero_GO)
+    assert torch.equal(gptq_format.unpack(parts, config).zero_GO, matrix.zero_GO)
 
 
 def dequantize_one(parts: dict[str, Tensor], bits: int, o: int, i: int) -> float:
@@ -82,7 +82,7 @@ def random_parts(seed: int, bits: int, outputs: int, inputs: int, size: int) -> 
 def test_every_weight_equals_the_format_definition(config: QuantizationConfig) -> None:
     parts = random_parts(1, config.bits, 16, 64, 32)
     parts["g_idx"] = parts["g_idx"].flip(0)  # act-order is another g_idx
-    got_OI = gptq.unpack(parts, config).dequantize()
+    got_OI = gptq_format.unpack(parts, config).dequantize()
     for o in range(16):
         for i in range(64):
             assert float(got_OI[o, i]) == dequantize_one(parts, config.bits, o, i)
@@ -98,7 +98,7 @@ def test_pack_is_the_inverse_of_unpack(
     seed: int, config: QuantizationConfig, blocks: int, groups: int
 ) -> None:
     parts = random_parts(seed, config.bits, 8 * blocks, 32 * groups, 32)
-    repacked = gptq.pack(gptq.unpack(parts, config), config)
+    repacked = gptq_format.pack(gptq_format.unpack(parts, config), config)
     assert set(repacked) == set(parts)
     assert all(torch.equal(repacked[name], parts[name]) for name in parts)
 
@@ -106,25 +106,25 @@ def test_pack_is_the_inverse_of_unpack(
 def test_gptq_v2_stores_zero_points_unchanged() -> None:
     v2_config = QuantizationConfig(method="gptq", bits=4, group_size=32)
     parts = random_parts(2, 4, 8, 32, 32)
-    v1 = gptq.unpack(parts, GPTQ_4BIT)
-    assert torch.equal(gptq.unpack(parts, v2_config).zero_GO, v1.zero_GO - 1)
+    v1 = gptq_format.unpack(parts, GPTQ_4BIT)
+    assert torch.equal(gptq_format.unpack(parts, v2_config).zero_GO, v1.zero_GO - 1)
 
 
 def test_missing_g_idx_means_contiguous_groups() -> None:
     parts = random_parts(3, 4, 8, 96, 32)
-    want = gptq.unpack(parts, GPTQ_4BIT)
+    want = gptq_format.unpack(parts, GPTQ_4BIT)
     del parts["g_idx"]
-    assert torch.equal(gptq.unpack(parts, GPTQ_4BIT).group_I, want.group_I)
+    assert torch.equal(gptq_format.unpack(parts, GPTQ_4BIT).group_I, want.group_I)
 
 
 def test_shapes_of_the_7b() -> None:
     official = QuantizationConfig(method="gptq", bits=4, group_size=128)
-    assert gptq.unpacked_shape((448, 18944), official) == (18944, 3584)
-    assert gptq.part_shapes((18944, 3584), official) == {
+    assert gptq_format.unpacked_shape((448, 18944), official) == (18944, 3584)
+    assert gptq_format.part_shapes((18944, 3584), official) == {
         "qzeros": (28, 2368),
         "scales": (28, 18944),
         "g_idx": (3584,),
     }
     eight_bit = QuantizationConfig(method="gptq", bits=8, group_size=128)
-    assert gptq.unpacked_shape((896, 18944), eight_bit) == (18944, 3584)
-    assert gptq.part_shapes((18944, 3584), eight_bit)["qzeros"] == (28, 4736)
+    assert gptq_format.unpacked_shape((896, 18944), eight_bit) == (18944, 3584)
+    assert gptq_format.part_shapes((18944, 3584), eight_bit)["qzeros"] == (28, 4736)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.weights import awq
+from qwen2vl.weights import awq_format
 from qwen2vl.weights.quantization_config import QuantizationConfig
 
 PACKING = QuantizationConfig(method="awq", bits=4, group_size=32)
@@ -34,7 +34,7 @@ def test_worked_example() -> None:
         "qzeros": torch.tensor([[packed]], dtype=torch.int32),
         "scales": torch.ones(1, 8, dtype=torch.float16),
     }
-    matrix = awq.unpack(parts, PACKING)
+    matrix = awq_format.unpack(parts, PACKING)
     assert matrix.ints_OI[:, 0].tolist() == [3, 15, 8, 0, 7, 1, 12, 9]
     # As stored, without an offset of 1.
     assert matrix.zero_GO[0].tolist() == [3, 15, 8, 0, 7, 1, 12, 9]
@@ -47,7 +47,7 @@ def unpack_one(packed: Tensor, row: int, column: int) -> int:
 
 def test_every_weight_equals_the_format_definition() -> None:
     parts = random_parts(1, 16, 64, 32)
-    got_OI = awq.unpack(parts, PACKING).dequantize()
+    got_OI = awq_format.unpack(parts, PACKING).dequantize()
     for o in range(16):
         for i in range(64):
             g = i // 32
@@ -58,15 +58,15 @@ def test_every_weight_equals_the_format_definition() -> None:
 @given(seed=st.integers(0, 10**6), blocks=st.integers(1, 4), groups=st.integers(1, 3))
 def test_pack_is_the_inverse_of_unpack(seed: int, blocks: int, groups: int) -> None:
     parts = random_parts(seed, 8 * blocks, 32 * groups, 32)
-    repacked = awq.pack(awq.unpack(parts, PACKING), PACKING)
+    repacked = awq_format.pack(awq_format.unpack(parts, PACKING), PACKING)
     assert set(repacked) == set(parts)
     assert all(torch.equal(repacked[name], parts[name]) for name in parts)
 
 
 def test_shapes_of_the_7b() -> None:
     official = QuantizationConfig(method="awq", bits=4, group_size=128)
-    assert awq.unpacked_shape((3584, 2368), official) == (18944, 3584)
-    assert awq.part_shapes((18944, 3584), official) == {
+    assert awq_format.unpacked_shape((3584, 2368), official) == (18944, 3584)
+    assert awq_format.part_shapes((18944, 3584), official) == {
         "qzeros": (28, 2368),
         "scales": (28, 18944),
     }
