@@ -148,8 +148,8 @@ class _BinSet:
             strata = 4.0 * (np.arange(len(ids)) * _num_strata(len(ids)) // len(ids))
             lacking = (self.tokens * self.token_share - self.vision * self.cost_share)[bins]
             surplus = self.costs[ids] * self.cost_share - self.sizes[ids] * self.token_share
-            bins = bins[np.argsort(strata + _squash(lacking), kind="stable")]
-            ids = ids[np.argsort(strata + _squash(surplus), kind="stable")]
+            bins = bins[np.argsort(strata + _map_to_unit_interval(lacking), kind="stable")]
+            ids = ids[np.argsort(strata + _map_to_unit_interval(surplus), kind="stable")]
         self._place_where_fits(ids, bins)
 
     def _place_remaining(self) -> None:
@@ -196,7 +196,7 @@ def _num_strata(count: int) -> int:
     return max(1, int(count**0.5) // STRATUM_DIVISOR)
 
 
-def _squash(values: np.ndarray) -> np.ndarray:
+def _map_to_unit_interval(values: np.ndarray) -> np.ndarray:
     """Map values monotonically into (-1, 1), so that no value leaves its stratum."""
     return values / (1 + np.abs(values))
 

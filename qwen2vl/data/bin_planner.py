@@ -15,9 +15,9 @@ from math import gcd
 
 import numpy as np
 
+from qwen2vl.data.array_cache import Arrays
 from qwen2vl.data.bin_packing import BinPlan, pack_bins, seeded_permutation
 from qwen2vl.data.config import DataConfig
-from qwen2vl.data.disk_cache import Arrays
 from qwen2vl.data.lengths import LengthTable, measure_sample
 from qwen2vl.data.preprocess import HeaderPreprocessor, padded_length
 from qwen2vl.data.sources.source import SampleSource

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen2vl.data.array_cache import load_or_create, resolve_cache_dir
 from qwen2vl.data.bin_packing import BinPlan
 from qwen2vl.data.bin_planner import BinPlanner, plan_from_arrays
 from qwen2vl.data.config import DataConfig
-from qwen2vl.data.disk_cache import evict_lru, load_or_create, resolve_cache_dir
 from qwen2vl.data.formats import Sample, SampleError
 from qwen2vl.data.frame_cache import FrameCache
 from qwen2vl.data.lengths import LengthTable, ProgressCallback, measure_lengths
@@ -34,6 +34,7 @@ from qwen2vl.data.preprocess import (
     TrainingExample,
 )
 from qwen2vl.data.sources.source import SampleSource, open_source
+from qwen2vl.files import evict_lru
 from qwen2vl.processor.processor import Processor
 
 __all__ = ["PackedDataset"]

@@ -121,7 +121,7 @@ class _RowMedia:
             return
         for i, segment in enumerate(_TAG.split(text)):
             if i % 2:
-                yield self._take(segment)
+                yield self._next_item(segment)
             elif segment.strip():
                 yield segment.strip()
 
@@ -151,7 +151,7 @@ class _RowMedia:
                     f"{_MEDIA_NAMES[kind]}; each needs one",
                 )
 
-    def _take(self, kind: str) -> Mapping[str, Any]:
+    def _next_item(self, kind: str) -> Mapping[str, Any]:
         self._num_used[kind] += 1
         items = self._items[kind]
         return items[self._num_used[kind] - 1] if self._num_used[kind] <= len(items) else {}

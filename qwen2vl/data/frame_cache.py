@@ -1,16 +1,15 @@
 """Frame cache: decoded, resized videos on disk, keyed by content; decoded once, then memory-mapped.
 
 The key covers the video's content and all settings that decide frame sampling and size, so no entry
-can become stale. Entries are written under a temporary name and renamed; one that does not match
-its own digest is decoded again; the least recently used are evicted above a size limit. Several
-processes may share a folder. (Qwen2-VL sec. 2.3: decoding was the bottleneck.)
+can become stale. Entries are written atomically; one that does not match its own digest is decoded
+again; the least recently used are evicted above a size limit. Several processes may share a folder.
+(Qwen2-VL sec. 2.3: decoding was the bottleneck.)
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen2vl.data.disk_cache import PARTIAL_SUFFIX, evict_lru
+from qwen2vl.files import atomic_file, evict_lru, touch
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item
 
@@ -83,7 +82,7 @@ def _read(path: Path) -> Item | None:
         if _digest_of(text, patches_NP) != stored_digest:
             return None
         metadata = json.loads(text)
-        os.utime(path)  # marks the entry as used
+        touch(path)
         return Item(
             kind="video",
             patches_NP=patches_NP,
@@ -112,13 +111,8 @@ def _write(path: Path, item: Item) -> None:
     }
     text = json.dumps(metadata)
     header = {"item": text, "digest": _digest_of(text, patches_NP)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL_SUFFIX}")
-    try:
+    with atomic_file(path) as partial:
         save_file({"patches_NP": patches_NP}, partial, header)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _digest_of(metadata: str, patches_NP: Tensor) -> str:

@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwen2vl.config import VisionConfig
-from qwen2vl.data.disk_cache import Arrays, load_or_create
+from qwen2vl.data.array_cache import Arrays, load_or_create
 from qwen2vl.data.formats import Sample, SampleError
 from qwen2vl.data.preprocess import HeaderPreprocessor
 from qwen2vl.data.sources.packed_text import TokenStore

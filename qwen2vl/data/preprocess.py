@@ -122,7 +122,7 @@ class SamplePreprocessor(Processor):
             SampleError: the sample cannot be used.
         """
         try:
-            processed = self._process(sample)
+            processed = self._process_sample(sample)
         except SampleError:
             raise
         except InputError as error:
@@ -142,7 +142,7 @@ class SamplePreprocessor(Processor):
         ]
         self._fetched = self.storage.read_many(addresses) if addresses else {}
 
-    def _process(self, sample: Sample) -> ModelInput:
+    def _process_sample(self, sample: Sample) -> ModelInput:
         if isinstance(sample, Conversation):
             return self(sample.messages, tools=sample.tools, for_training=True)
         if isinstance(sample, Document):

@@ -21,6 +21,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from qwen2vl.data.config import IO_OPTIONS
 from qwen2vl.errors import CheckpointError, ConfigError
+from qwen2vl.files import atomic_folder, partial_folder
 from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.train.config import TrainConfig, dump
 
@@ -148,25 +150,13 @@ class CheckpointSaver:
             self._thread.shutdown()
 
     def _write(self, target: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-        partial = target.with_name(f".{target.name}.partial")
         try:
-            self._on_first_rank(lambda: _recreate_folder(partial))
-            state_dict_saver.save(
-                tensors,
-                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-                process_group=self.distributed.checkpoint_group,
-                no_dist=self.distributed.mesh is None,
-            )
-            digests_by_rank = self._on_all_ranks(lambda: self._digests(partial))
-            files = {
-                name: entry
-                for digests in digests_by_rank
-                for name, entry in sorted(digests.items())
-            }
-            self._on_first_rank(lambda: _commit(partial, target, {**manifest, "files": files}))
+            # Rank 0 creates the folder, deletes it after a failure on any rank, and renames it.
+            with ExitStack() as stack:
+                self._on_first_rank(lambda: stack.enter_context(atomic_folder(target, fsync=True)))
+                self._write_files(partial_folder(target), tensors, manifest)
+                self._on_first_rank(stack.close)
         except (OSError, SafetensorError, CheckpointException) as error:
-            if self.distributed.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"{target}: cannot be saved: {_failure_reason(error)}; free some space and start "
                 "again: the run resumes from the checkpoint before"
@@ -174,7 +164,22 @@ class CheckpointSaver:
         if self.distributed.rank == 0:
             self._delete_old()
 
-    def _on_first_rank(self, action: Callable[[], None]) -> None:
+    def _write_files(
+        self, folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]
+    ) -> None:
+        """Write every rank's shards, and then the manifest with the digests of all files."""
+        state_dict_saver.save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=self.distributed.checkpoint_group,
+            no_dist=self.distributed.mesh is None,
+        )
+        digests_by_rank = self._on_all_ranks(lambda: self._digests(folder))
+        files = {n: entry for digests in digests_by_rank for n, entry in sorted(digests.items())}
+        text = json.dumps({**manifest, "files": files}, indent=1)
+        self._on_first_rank(lambda: (folder / MANIFEST).write_text(text, encoding="utf-8"))
+
+    def _on_first_rank(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 while the other ranks wait."""
         self._on_all_ranks(action if self.distributed.rank == 0 else lambda: None)
 
@@ -315,21 +320,6 @@ def _list_checkpoints(folder: Path) -> list[Path]:
         return []
     matches = [(m, p) for p in folder.iterdir() if (m := _STEP_FOLDER.fullmatch(p.name))]
     return [path for _, path in sorted((int(m[1]), p) for m, p in matches)]
-
-
-def _recreate_folder(folder: Path) -> None:
-    # A killed run may have left an incomplete checkpoint here, of another world size.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _commit(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, and rename the folder once everything is on disk."""
-    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(target)
 
 
 def _size_and_digest(path: Path) -> list[Any]:

@@ -72,7 +72,7 @@ class ActivationCheckpointingConfig:
     """Activation checkpointing: which blocks recompute their activations in the backward."""
 
     visual: Literal["none", "full", "selective"] = "none"  # selective saves expensive outputs
-    text: Literal["none", "full", "selective"] = "none"
+    text: Literal["none", "full", "selective"] = "none"  # of the decoder blocks
     every_n_blocks: int = 1  # checkpoint one block of every n, store the others
 
 
@@ -94,8 +94,8 @@ class Stage:
         ConfigError: there is neither a mixture nor data, or `steps` is negative.
     """
 
-    name: str
-    steps: int
+    name: str  # in reports and metrics
+    steps: int  # optimizer steps
     global_batch_size: int = 0  # conversations in one optimizer step, with a mixture
     mixture: Mixture | None = None  # of the procedural world
     data: DataConfig | None = None  # read from files instead
@@ -121,21 +121,21 @@ class TrainConfig:
         ConfigError: no stage has a step, or a number is below its minimum.
     """
 
-    name: str
-    stages: tuple[Stage, ...]
+    name: str  # of the run's folder and in metrics
+    stages: tuple[Stage, ...]  # in the order in which they run
     model: Qwen2VLConfig | None = None  # initialized at random, unless `init` is given
     init: str = ""  # pretrained model to start from, as in --model, with its config and tokenizer
     adapter: LoraConfig | None = None  # LoRA factors to train; the rules freeze the base weights
     min_pixels: int = 16 * 784  # of a randomly initialized model's preprocessor_config.json
-    max_pixels: int = 1024 * 784
+    max_pixels: int = 1024 * 784  # of the same file
     output_dir: str = ""  # checkpoints and metrics; default runs/<name>
-    seed: int = 0
+    seed: int = 0  # of weights, synthetic samples and the order of data
     optim: OptimConfig = OptimConfig()
     gradient_accumulation_steps: int = 1  # batches on each rank that share a step's global batch
     mesh: MeshConfig = MeshConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matmuls; weights stay float32
-    device: str = "cpu"
+    device: str = "cpu"  # cpu, cuda, cuda:1; under torchrun each rank takes its own GPU
     compile: bool = False  # torch.compile: half a minute to start, then about a quarter faster
     num_workers: int = 1  # data loader processes on each rank; 0 = in the training process
     num_threads: int = 0  # torch.set_num_threads; 0 = torch's default

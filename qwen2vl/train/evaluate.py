@@ -85,8 +85,8 @@ class Evaluator:
         if not sums:
             return {}
         total_sums = torch.stack(list(sums.values())).sum(0)
-        families = {family: _means(own) for family, own in sorted(sums.items())}
-        return {**_means(total_sums), "compared": num_compared, "families": families}
+        families = {family: _mean_losses(own) for family, own in sorted(sums.items())}
+        return {**_mean_losses(total_sums), "compared": num_compared, "families": families}
 
     def _losses(self, model: Qwen2VL, batch: Batch) -> Tensor:
         """Compute losses_R with the precision of training; returns float64 on the CPU."""
@@ -177,7 +177,7 @@ def _held_out_stage(config: TrainConfig, stage: Stage) -> Stage | None:
     return replace(stage, global_batch_size=batch_size, steps=-(-num_examples // batch_size))
 
 
-def _means(sums: Tensor) -> dict[str, float]:
+def _mean_losses(sums: Tensor) -> dict[str, float]:
     loss, num_targets, matched_loss, swapped_loss, num_swapped_targets = sums.tolist()
     means = {"loss": loss / num_targets}
     if num_swapped_targets:

@@ -8,7 +8,6 @@ written into the run's folder and determines the special token ids of its config
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
+from qwen2vl.files import atomic_folder
 from qwen2vl.loading import load, load_processor
 from qwen2vl.lora.layers import LoraFactors, inject_lora, named_lora_layers
 from qwen2vl.model import Qwen2VL
@@ -127,7 +127,7 @@ def fresh_model_config(config: TrainConfig) -> Qwen2VLConfig | None:
         )
     if config.model is None:
         raise ConfigError(
-            f"run {config.name}: nothing to begin from; give init=FOLDER, or a model in the recipe"
+            f"run {config.name}: no model to start from; give init=FOLDER, or a model in the recipe"
         )
     return config.model
 
@@ -205,10 +205,9 @@ def _write_tokenizer(folder: Path) -> None:
     """Write the byte tokenizer once, atomically: other ranks may be reading it."""
     if folder.is_dir():
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_byte_tokenizer(partial, characters="✿")  # of the agent format's keywords, as ✿FUNCTION✿
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+        # The character of the agent format's keywords, as ✿FUNCTION✿.
+        write_byte_tokenizer(partial, characters="✿")
 
 
 class _TensorReader:

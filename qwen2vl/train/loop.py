@@ -18,12 +18,14 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen2vl.flops import build_flop_counter, peak_flops
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.fsdp import is_sharded, reshard_model, set_replica_all_reduce
 from qwen2vl.parallel.mesh import init_distributed
@@ -31,7 +33,6 @@ from qwen2vl.train.checkpoint import CheckpointSaver, create_run_folder, latest_
 from qwen2vl.train.config import TrainConfig, dump
 from qwen2vl.train.evaluate import EvaluationFunction
 from qwen2vl.train.export import export_adapter, export_metadata, export_model
-from qwen2vl.train.flops import build_flop_counter, peak_flops
 from qwen2vl.train.loader.batch import Batch, copy_to_device
 from qwen2vl.train.loader.data_order import check_global_batch_sizes, locate_step
 from qwen2vl.train.loader.dataloader import iterate_batches, open_datasets
@@ -147,7 +148,7 @@ def _train_steps(
             state.start_stage()
             metrics.flop_counter = None  # other parameters may be trainable now
         metrics.flop_counter = metrics.flop_counter or build_flop_counter(
-            state.model, config.activation_checkpointing
+            state.model, **asdict(config.activation_checkpointing)
         )
         metrics.start_phase("data")
         wait_start = time.perf_counter()

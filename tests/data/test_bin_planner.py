@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen2vl.data.array_cache import load_or_create, resolve_cache_dir
 from qwen2vl.data.bin_planner import mix_sources
 from qwen2vl.data.config import DataConfig, SourceConfig
-from qwen2vl.data.disk_cache import load_or_create, resolve_cache_dir
 from qwen2vl.errors import ConfigError
 from tests.parallel.process_pool import FORKSERVER
 

@@ -130,9 +130,7 @@ def test_an_interrupted_write_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encoded_video(4)
-    monkeypatch.setattr(
-        frame_cache.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         FrameCache(tmp_path, max_bytes=1 << 30).get_or_decode(data, "s", counting_decode(data, []))
     assert not list(tmp_path.glob("*/*"))

@@ -70,12 +70,12 @@ def test_any_world_size_resumes_a_checkpoint_of_two_ranks(
 def fail_to_save(folder: str, name: str, failing: int) -> str:
     """Save while a function fails on one rank; return the error text."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with init_distributed("cpu") as distributed, pytest.MonkeyPatch.context() as patch:
         if distributed.rank == failing:
-            patch.setattr(checkpoint, name, fail)
+            patch.setattr(name, fail)
         saver = checkpoint.CheckpointSaver(Path(folder), 2, distributed)
         saver.save(1, {f"own|{distributed.rank}": torch.ones(2)}, {})
         with pytest.raises(CheckpointError) as caught:
@@ -84,7 +84,12 @@ def fail_to_save(folder: str, name: str, failing: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "failing"), [("_recreate_folder", 0), ("_size_and_digest", 1), ("_commit", 0)]
+    ("name", "failing"),
+    [
+        ("qwen2vl.train.checkpoint.atomic_folder", 0),
+        ("qwen2vl.train.checkpoint._size_and_digest", 1),
+        ("os.replace", 0),
+    ],
 )
 def test_all_ranks_raise_when_one_cannot_save(
     process_pool: ProcessPool, tmp_path: Path, name: str, failing: int

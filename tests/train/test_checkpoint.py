@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,11 @@ def test_an_unfinished_save_is_ignored_and_overwritten_by_the_next(
 ) -> None:
     save_steps(tmp_path, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             save_steps(tmp_path, 20)
     partial = tmp_path / ".step-000020.partial"
-    # As left by a run with a larger world size.
+    partial.mkdir()  # as left by a killed run with a larger world size
     save_file({"a.weight": torch.zeros(99, 3)}, partial / "shard-00002-model-00001.safetensors")
     assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "step-000010"
     save_steps(tmp_path, 20)

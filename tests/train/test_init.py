@@ -57,7 +57,7 @@ def test_a_missing_folder_is_named() -> None:
 
 
 def test_a_run_without_init_and_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="run x: nothing to begin from; give init=FOLDER"):
+    with pytest.raises(ConfigError, match="run x: no model to start from; give init=FOLDER"):
         build_model(TrainConfig(name="x", stages=tiny.recipe().stages))
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qwen2vl.flops import build_flop_counter
 from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.recipes import tiny
 from qwen2vl.train import loop
 from qwen2vl.train.config import OptimConfig, override
-from qwen2vl.train.flops import build_flop_counter
 from qwen2vl.train.logging.metrics import Metrics
 from qwen2vl.train.loop import train_step
 from qwen2vl.train.optim.spike_guard import WINDOW

@@ -11,7 +11,6 @@ serves any bin size. (Qwen2-VL sec. 2.3: text is memory-mapped.)
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,6 +21,7 @@ import numpy as np
 
 from qwen2vl.data.formats import TextTokens
 from qwen2vl.errors import InputError
+from qwen2vl.files import atomic_folder
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tokenizer_files import END_OF_TEXT
 
@@ -53,17 +53,11 @@ def pack_text(
     target = Path(folder)
     if target.exists():
         raise InputError(f"{target} exists; name a new folder, or delete it first")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        stats = _write_store(documents, tokenizer, partial)
-        partial.rename(target)
+        with atomic_folder(target) as partial:
+            return _write_store(documents, tokenizer, partial)
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return stats
 
 
 def _write_store(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -> PackedTextStats:

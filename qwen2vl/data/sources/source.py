@@ -10,7 +10,6 @@ media stay where they are. Neither tokens nor media sizes are computed here.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -20,13 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen2vl.data.config import DataConfig, SourceConfig
-from qwen2vl.data.disk_cache import touch
 from qwen2vl.data.formats import Sample, SampleError, parse_row
 from qwen2vl.data.sources.packed_text import STORE_FILE, TokenStore
 from qwen2vl.data.sources.parquet import ParquetSource
 from qwen2vl.data.sources.synthetic import SyntheticSource
 from qwen2vl.data.storage import Storage, is_remote
 from qwen2vl.errors import ConfigError, InputError
+from qwen2vl.files import atomic_file, touch
 from qwen2vl.processor.tokenizer import Tokenizer
 
 __all__ = ["JsonLinesSource", "SampleSource", "open_source"]
@@ -171,8 +170,8 @@ def _fetch_text(name: str, storage: Storage, cache_dir: Path) -> Path:
     key = blake2b(f"{name} {storage.version(name)}".encode(), digest_size=8).hexdigest()
     path = cache_dir / "text" / f"{key}-{name.rpartition('/')[2]}"
     if not touch(path):
-        with storage.open(name) as source:
-            _write_atomically(path, lambda file: shutil.copyfileobj(source, file, READ_CHUNK))
+        with storage.open(name) as source, atomic_file(path) as partial, partial.open("wb") as file:
+            shutil.copyfileobj(source, file, READ_CHUNK)
     return path
 
 
@@ -189,27 +188,13 @@ def _list_to_lines(path: Path, cache_dir: Path) -> Path:
         target = cache_dir / "text" / f"{key.hexdigest()}-{path.stem}.jsonl"
         if not touch(target):
             rows = json.loads(path.read_text(encoding="utf-8"))
-            _write_atomically(
-                target,
-                lambda file: file.writelines(f"{json.dumps(row)}\n".encode() for row in rows),
-            )
+            with atomic_file(target) as partial, partial.open("wb") as file:
+                file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
     except OSError as error:
         raise InputError(f"{path}: no such file; check the path") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}; is it cut short?") from error
     return target
-
-
-def _write_atomically(path: Path, write: Any) -> None:
-    """Write a file under a temporary name and rename it, so that it is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _index_lines(path: Path, digest: Any) -> np.ndarray:
@@ -224,7 +209,7 @@ def _index_lines(path: Path, digest: Any) -> np.ndarray:
                 ends.append(newlines + size + 1)
                 size += len(chunk)
     except OSError as error:
-        raise InputError(f"{path}: no such file, or no permission; check the path") from error
+        raise InputError(f"{path}: no such file, or no permission; give data=FILE") from error
     bounds = np.unique(np.concatenate([np.zeros(1), *ends, np.array([size])]).astype(np.int64))
     spans = np.stack((np.arange(1, len(bounds)), bounds[:-1], bounds[1:]), axis=1)
     return spans[spans[:, 2] - spans[:, 1] > 2]

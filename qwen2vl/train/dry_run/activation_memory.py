@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,7 +37,7 @@ class BatchShape(NamedTuple):
     num_targets: int
 
     @classmethod
-    def of(cls, batch: Batch) -> BatchShape:
+    def from_batch(cls, batch: Batch) -> BatchShape:
         """Read the sizes of a batch."""
         frames = batch.vision_meta.attn_meta.lengths_q if len(batch.placeholder_index_M) else ()
         return cls(batch.meta.lengths_q, frames, len(batch.targets_R))
@@ -179,6 +178,8 @@ def _fake_tensors() -> Iterator[None]:
     Tables cached per device are cleared before and after: real ones cannot be mixed with fake
     tensors, and fake ones must not be used by a real step.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private: only where it is needed
+
     _clear_table_caches()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

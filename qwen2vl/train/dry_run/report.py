@@ -104,7 +104,9 @@ def build_processor(config: TrainConfig) -> Processor:
     if config.init:
         return load_processor(config.init)
     if config.model is None:
-        raise ConfigError(f"run {config.name}: nothing to begin from; give model=FOLDER")
+        raise ConfigError(
+            f"run {config.name}: no model to start from; give model=FOLDER, a repo id or nano"
+        )
     with tempfile.TemporaryDirectory() as folder:
         return fresh_processor(config, config.model, Path(folder) / "tokenizer")
 
@@ -170,7 +172,7 @@ def estimate_synthetic_stage_memory(
             and stage.global_batch_size >= world_size * config.gradient_accumulation_steps
         ):
             batch = BatchDataset(config, processor, {}, world_size=world_size)[first]
-            shape = BatchShape.of(batch)
+            shape = BatchShape.from_batch(batch)
             estimates[world_size] = estimate_step_memory(
                 config, processor.config, stage, shape, world_size=world_size
             )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.data.preprocess import PAD_TO_MULTIPLE_OF, BadSample, TrainingExample, padded_length
+from qwen2vl.flops import BatchCounts
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item, ModelInput
@@ -60,6 +61,11 @@ class Batch:
             vision_meta=self.vision_meta,
             placeholder_index_M=self.placeholder_index_M,
         )
+
+    def flop_counts(self) -> BatchCounts:
+        """Return the sizes that determine its FLOPs; all of them are on the host already."""
+        frames, lengths = self.vision_meta.attn_meta.lengths_q, self.meta.lengths_q
+        return BatchCounts.from_lengths(frames, lengths, len(self.targets_R))
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to the model's device."""
@@ -134,11 +140,11 @@ def pack_batch(
         families=tuple(example.family for example in ordered),
         bad_samples=tuple(bad_samples),
     )
-    _check(batch)
+    _assert_consistent(batch)
     return batch
 
 
-def _check(batch: Batch) -> None:
+def _assert_consistent(batch: Batch) -> None:
     """Assert what a kernel would answer with a crash or a wrong result."""
     length, num_targets = len(batch.input_ids_T), len(batch.targets_R)
     assert batch.position_ids_3T.shape == (3, length), "one position for each token"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen2vl.train.flops import Flops
+from qwen2vl.flops import Flops
 from qwen2vl.train.loader.batch import Batch
 from qwen2vl.train.logging.step_timer import PHASES
 from qwen2vl.train.loss import LossOutput

@@ -12,10 +12,12 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen2vl.errors import ConfigError
-from qwen2vl.train.config import TrainConfig, dump
+
+if TYPE_CHECKING:  # imports torch, which `qwen2vl plot` does not need
+    from qwen2vl.train.config import TrainConfig
 
 __all__ = ["MetricLogger", "flatten_scalars", "open_loggers"]
 
@@ -68,6 +70,8 @@ def _wandb_logger(config: TrainConfig) -> MetricLogger:
         import wandb  # type: ignore[import-not-found] - an extra
     except ImportError as error:
         raise _missing_package("wandb") from error
+    from qwen2vl.train.config import dump
+
     folder = Path(config.folder)
     run = wandb.init(
         project="qwen2vl",

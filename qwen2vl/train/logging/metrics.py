@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen2vl.flops import FlopCounter, Flops
 from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.synth import FAMILIES
 from qwen2vl.train.config import TrainConfig
-from qwen2vl.train.flops import FlopCounter, Flops
 from qwen2vl.train.loader.batch import Batch
 from qwen2vl.train.logging.accumulator import MetricAccumulator, MetricSums, Values, unpack_sums
 from qwen2vl.train.logging.loggers import MetricLogger
@@ -90,7 +90,8 @@ class Metrics:
 
     def add(self, batch: Batch, output: LossOutput, grad_norm: Tensor, data_wait: float) -> None:
         """Add one batch and the gradient norm of its step, without a device sync."""
-        cost = NO_FLOPS if self.flop_counter is None else self.flop_counter.count_batch(batch)
+        counter = self.flop_counter
+        cost = NO_FLOPS if counter is None else counter.count(batch.flop_counts())
         self._accumulator.add(batch, output, grad_norm, data_wait, cost)
 
     def sums(self) -> Tensor:

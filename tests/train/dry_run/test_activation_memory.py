@@ -47,7 +47,7 @@ def estimate(
     apply_lr_rules(model, rules)
     apply_activation_checkpointing(model, visual=mode, text=mode)
     return estimate_activation_memory(
-        model, BatchShape.of(batch()), device=CPU, use_autocast=dtype == "bfloat16"
+        model, BatchShape.from_batch(batch()), device=CPU, use_autocast=dtype == "bfloat16"
     )
 
 
@@ -133,11 +133,11 @@ def test_existing_gradients_raise_the_peak() -> None:
 
 def test_a_batch_without_images_has_the_dummy_image() -> None:
     text_only = pack_batch(conversations()[:1], pad_id=0)
-    assert BatchShape.of(text_only).frames == ()
+    assert BatchShape.from_batch(text_only).frames == ()
     with torch.device("meta"):
         model = Qwen2VL(tiny_config())
     timeline = estimate_activation_memory(
-        model, BatchShape.of(text_only), device=CPU, use_autocast=False
+        model, BatchShape.from_batch(text_only), device=CPU, use_autocast=False
     )
     assert len(timeline.visual) == 2 and 0 < timeline.visual[0].saved < timeline.text[0].saved
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2vl.data.preprocess import BadSample
-from qwen2vl.train.flops import Flops
+from qwen2vl.flops import Flops
 from qwen2vl.train.loader.batch import Batch, pack_batch
 from qwen2vl.train.logging.accumulator import COUNTS, MetricAccumulator, unpack_sums
 from qwen2vl.train.logging.step_timer import PHASES

@@ -1,28 +1,29 @@
-"""FLOPs of a training batch, exactly, for MFU and HFU: vision tower, decoder, freezing, recompute.
+"""FLOPs of vision tower and decoder, exactly: of training batches (MFU, HFU) and prompts (TTFT).
 
 A matmul of (rows, inputs) with (inputs, outputs) is 2 * rows * inputs * outputs FLOPs; its backward
 is as many for the gradient of the inputs, if anything before them is trainable, and as many for the
 gradient of the weight, if that is trainable. Attention is counted per pair of tokens that attend to
 each other: in the tower those of one frame pair, in the decoder the causal half. Nothing else is
 counted, as is usual (norms, activations and rotary embeddings are memory-bound).
-`build_flop_counter` traverses the model once per stage; a batch is then counted from six integers
-on the host. torch.utils.flop_counter agrees exactly where it counts the same pairs (tests).
-(MFU, HFU: PaLM, arXiv 2204.02311, App. B.)
+`build_flop_counter` traverses a model once, with its adapters and trainable parameters; a batch is
+then counted from six integers on the host. torch.utils.flop_counter agrees exactly where it counts
+the same pairs (tests). (MFU, HFU: PaLM, arXiv 2204.02311, App. B.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.lora.layers import LoraLinear
 from qwen2vl.model import Qwen2VL
-from qwen2vl.train.config import ActivationCheckpointingConfig
-from qwen2vl.train.loader.batch import Batch
+from qwen2vl.parallel.activation_checkpointing import CheckpointingMode
 
 __all__ = [
     "PEAK_TFLOPS",
@@ -31,6 +32,7 @@ __all__ = [
     "Flops",
     "UnitCost",
     "build_flop_counter",
+    "inference_flop_counter",
     "peak_flops",
 ]
 
@@ -42,8 +44,6 @@ PEAK_TFLOPS = (
     ("H200", 989.0),
     ("A100", 312.0),
 )
-
-NO_CHECKPOINTING = ActivationCheckpointingConfig()
 
 
 class UnitCost(NamedTuple):
@@ -68,7 +68,7 @@ class UnitCost(NamedTuple):
 
 
 class BatchCounts(NamedTuple):
-    """The sizes of a batch that determine its FLOPs."""
+    """The sizes of a batch, or of a prompt, that determine its FLOPs."""
 
     num_patches: int
     num_patch_pairs: int  # sum of squares of the patches of each frame pair
@@ -78,16 +78,17 @@ class BatchCounts(NamedTuple):
     num_targets: int
 
     @classmethod
-    def of(cls, batch: Batch) -> BatchCounts:
-        """Read the sizes of a batch; all of them are on the host already."""
-        frames, lengths = batch.vision_meta.attn_meta.lengths_q, batch.meta.lengths_q
+    def from_lengths(
+        cls, frames: Sequence[int], lengths: Sequence[int], num_targets: int = 0
+    ) -> BatchCounts:
+        """Count from the patches of each frame pair and the tokens of each conversation."""
         return cls(
             num_patches=sum(frames),
             num_patch_pairs=sum(n * n for n in frames),
             num_tokens=sum(lengths),
             num_token_pairs=sum(n * n for n in lengths),
             num_masked_pairs=sum(n * (n - 1) // 2 for n in lengths),
-            num_targets=len(batch.targets_R),
+            num_targets=num_targets,
         )
 
 
@@ -108,10 +109,6 @@ class FlopCounter:
     token_pair: UnitCost
     target: UnitCost
 
-    def count_batch(self, batch: Batch) -> Flops:
-        """Count the FLOPs of `batch`, with causal attention."""
-        return self.count(BatchCounts.of(batch))
-
     def count(self, counts: BatchCounts, *, causal: bool = True) -> Flops:
         """Count FLOPs; `causal` False counts all pairs, as kernels without causal skipping do."""
         num_pairs = counts.num_token_pairs - (counts.num_masked_pairs if causal else 0)
@@ -126,17 +123,23 @@ class FlopCounter:
 
 
 def build_flop_counter(
-    model: Qwen2VL, checkpointing: ActivationCheckpointingConfig = NO_CHECKPOINTING
+    model: Qwen2VL,
+    *,
+    visual: CheckpointingMode = "none",
+    text: CheckpointingMode = "none",
+    every_n_blocks: int = 1,
 ) -> FlopCounter:
     """Traverse `model` in the order of its forward, tracking where gradients flow.
 
     Args:
-        model: with requires_grad set as in training.
-        checkpointing: as given to `apply_activation_checkpointing`.
+        model: of nn.Linear and LoraLinear layers, with requires_grad set as in training.
+        visual: activation checkpointing, as given to `apply_activation_checkpointing`.
+        text: the same of the decoder.
+        every_n_blocks: the same of both.
     """
-    patch, patch_pair, has_grad = _vision_tower(model, checkpointing)
+    patch, patch_pair, has_grad = _vision_tower(model, visual, every_n_blocks)
     has_grad = has_grad or model.model.embed_tokens.weight.requires_grad
-    token, token_pair, has_grad = _decoder(model, checkpointing, has_grad)
+    token, token_pair, has_grad = _decoder(model, text, every_n_blocks, has_grad)
     head = model.lm_head_weight
     return FlopCounter(
         patch=patch,
@@ -145,6 +148,14 @@ def build_flop_counter(
         token_pair=token_pair,
         target=_matmul(head.numel(), has_grad, head.requires_grad).with_recompute(False),
     )
+
+
+@lru_cache(maxsize=8)
+def inference_flop_counter(config: Qwen2VLConfig) -> FlopCounter:
+    """Build the counter of a model of this config without gradients."""
+    with torch.device("meta"):
+        model = Qwen2VL(config)
+    return build_flop_counter(model.requires_grad_(False))
 
 
 def peak_flops(device: torch.device, tflops: float = 0.0) -> float | None:
@@ -158,7 +169,7 @@ def peak_flops(device: torch.device, tflops: float = 0.0) -> float | None:
 
 
 def _vision_tower(
-    model: Qwen2VL, checkpointing: ActivationCheckpointingConfig
+    model: Qwen2VL, checkpointing: CheckpointingMode, every_n_blocks: int
 ) -> tuple[UnitCost, UnitCost, bool]:
     """Return the cost of a patch and of a pair, and whether vision tokens require a gradient."""
     tower = model.visual
@@ -166,7 +177,7 @@ def _vision_tower(
     has_grad = proj.requires_grad
     patch, pair = _matmul(proj.numel(), False, has_grad).with_recompute(False), UnitCost()
     for index, block in enumerate(tower.blocks):
-        mode = checkpointing.visual if index % checkpointing.every_n_blocks == 0 else "none"
+        mode = checkpointing if index % every_n_blocks == 0 else "none"
         token_cost, pair_cost, has_grad = _vision_block(block, has_grad, mode)
         patch, pair = patch + token_cost, pair + pair_cost
     fc1, has_grad = _linear(
@@ -178,12 +189,12 @@ def _vision_tower(
 
 
 def _decoder(
-    model: Qwen2VL, checkpointing: ActivationCheckpointingConfig, has_grad: bool
+    model: Qwen2VL, checkpointing: CheckpointingMode, every_n_blocks: int, has_grad: bool
 ) -> tuple[UnitCost, UnitCost, bool]:
     """Return the cost of a token and of a pair, and whether hidden states require a gradient."""
     token, pair = UnitCost(), UnitCost()
     for index, block in enumerate(model.model.layers):
-        mode = checkpointing.text if index % checkpointing.every_n_blocks == 0 else "none"
+        mode = checkpointing if index % every_n_blocks == 0 else "none"
         token_cost, pair_cost, has_grad = _text_block(block, has_grad, mode)
         token, pair = token + token_cost, pair + pair_cost
     return token, pair, _norm(model.model.norm, has_grad)

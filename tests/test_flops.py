@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from qwen2vl import flops
 from qwen2vl.config import PRESETS
+from qwen2vl.flops import (
+    BatchCounts,
+    UnitCost,
+    build_flop_counter,
+    inference_flop_counter,
+    peak_flops,
+)
+from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.lora.layers import LoraConfig, init_factors, inject_lora
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.activation_checkpointing import apply_activation_checkpointing
 from qwen2vl.recipes import nano
-from qwen2vl.train import flops
-from qwen2vl.train.config import ActivationCheckpointingConfig, Rules
-from qwen2vl.train.flops import BatchCounts, UnitCost, build_flop_counter, peak_flops
+from qwen2vl.train.config import Rules
 from qwen2vl.train.loader.batch import Batch, pack_batch
 from qwen2vl.train.loss import token_loss
 from qwen2vl.train.optim.optimizers import apply_lr_rules
@@ -68,7 +78,7 @@ def test_equals_torch_for_every_freezing_rule(stage: str, tied: bool) -> None:
     apply_lr_rules(model, STAGES[stage])
     batch = batch_of_all_kinds()
     assert (
-        build_flop_counter(model).count(BatchCounts.of(batch), causal=False).model
+        build_flop_counter(model).count(batch.flop_counts(), causal=False).model
         == torch_flops(model, batch)[0]
     )
 
@@ -81,16 +91,16 @@ def test_equals_torch_for_random_trainable_parameters(seed: int) -> None:
         parameter.requires_grad_(rng.random() < share)
     batch = batch_of_all_kinds()
     assert (
-        build_flop_counter(model).count(BatchCounts.of(batch), causal=False).model
+        build_flop_counter(model).count(batch.flop_counts(), causal=False).model
         == torch_flops(model, batch)[0]
     )
 
 
 def test_equals_torch_for_text_only() -> None:
     model, batch = unfreeze_all(tiny_model()), pack_batch(conversations()[:1], pad_id=0)
-    assert BatchCounts.of(batch).num_patches == 4  # the dummy image is computed too
+    assert batch.flop_counts().num_patches == 4  # the dummy image is computed too
     assert (
-        build_flop_counter(model).count(BatchCounts.of(batch), causal=False).model
+        build_flop_counter(model).count(batch.flop_counts(), causal=False).model
         == torch_flops(model, batch)[0]
     )
 
@@ -106,7 +116,7 @@ def test_equals_torch_with_lora(targets: tuple[str, ...], quantize: str) -> None
     inject_lora(model, factors, quantize="nf4" if quantize == "nf4" else "none")
     batch = batch_of_all_kinds()
     assert (
-        build_flop_counter(model).count(BatchCounts.of(batch), causal=False).model
+        build_flop_counter(model).count(batch.flop_counts(), causal=False).model
         == torch_flops(model, batch)[0]
     )
 
@@ -115,29 +125,29 @@ def test_equals_torch_with_lora(targets: tuple[str, ...], quantize: str) -> None
     ("stage", "every"), [("see", 1), ("all", 1), ("all", 2), ("answer", 1), ("upper", 1)]
 )
 def test_recompute_flops_equal_the_additional_flops_of_torch(stage: str, every: int) -> None:
-    config = ActivationCheckpointingConfig(visual="full", text="full", every_n_blocks=every)
     model, batch = tiny_model(), batch_of_all_kinds()
     apply_activation_checkpointing(model, visual="full", text="full", every_n_blocks=every)
     apply_lr_rules(model, STAGES[stage])
-    flops_of_batch = build_flop_counter(model, config).count(BatchCounts.of(batch), causal=False)
+    counter = build_flop_counter(model, visual="full", text="full", every_n_blocks=every)
+    flops_of_batch = counter.count(batch.flop_counts(), causal=False)
     assert flops_of_batch.recompute > 0
     assert flops_of_batch.model + flops_of_batch.recompute == torch_flops(model, batch)[0]
 
 
 def test_selective_checkpointing_recomputes_wide_matmuls_only() -> None:
-    config = ActivationCheckpointingConfig(visual="selective", text="selective")
     batch = batch_of_all_kinds()
     plain, model = unfreeze_all(tiny_model()), unfreeze_all(tiny_model())
     apply_activation_checkpointing(model, visual="selective", text="selective")
     without, with_checkpointing = torch_flops(plain, batch)[1], torch_flops(model, batch)[1]
     # Attention is unfused here, and recomputed, so only the other matmuls are compared.
     additional = sum(with_checkpointing[op] - without[op] for op in ("aten.mm", "aten.addmm"))
-    assert build_flop_counter(model, config).count(BatchCounts.of(batch)).recompute == additional
+    counter = build_flop_counter(model, visual="selective", text="selective")
+    assert counter.count(batch.flop_counts()).recompute == additional
 
 
 def test_causal_attention_excludes_the_upper_triangle() -> None:
     model, batch = unfreeze_all(tiny_model()), batch_of_all_kinds()
-    counts, counter = BatchCounts.of(batch), build_flop_counter(model)
+    counts, counter = batch.flop_counts(), build_flop_counter(model)
     triangle = sum(n * (n - 1) // 2 for n in batch.meta.lengths_q)
     layers, width = 2, 64
     missing = (4 + 8) * width * layers * triangle
@@ -174,3 +184,42 @@ def test_peak_flops_is_the_given_or_the_published_figure(monkeypatch: pytest.Mon
         assert peak_flops(cuda) == peak
     assert peak_flops(cuda, 2.0) == 2e12
     assert {name_part for name_part, _ in flops.PEAK_TFLOPS} >= {"H100", "H200", "A100"}
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    heads=st.integers(1, 3),
+    depths=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    mlp=st.integers(1, 5),
+    sides=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
+    length=st.integers(1, 40),
+)
+def test_inference_equals_torch_for_any_config_and_prompt(
+    heads: int,
+    depths: tuple[int, int],
+    mlp: int,
+    sides: list[tuple[int, int]],
+    length: int,
+) -> None:
+    config = tiny_config()
+    config = replace(
+        config,
+        vision=replace(config.vision, depth=depths[0], embed_dim=16 * heads, num_heads=heads),
+        text=replace(config.text, num_hidden_layers=depths[1], intermediate_size=32 * mlp),
+    )
+    model, counter = tiny_model(config=config), inference_flop_counter(config)
+    grids = [Grid(1, 2 * height, 2 * width) for height, width in sides]
+    meta = VisionMeta.build(grids, config.vision.spatial_merge_size)
+    frames = meta.attn_meta.lengths_q
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as vision_counter:
+            model.encode(torch.zeros(sum(frames), 1176, dtype=torch.uint8), meta)
+        with FlopCounterMode(display=False) as text_counter:
+            positions_3T = torch.arange(length).expand(3, -1)
+            model(torch.zeros(length, dtype=torch.int64), positions_3T, AttnMeta.build([length]))
+    vision, text = BatchCounts.from_lengths(frames, []), BatchCounts.from_lengths([], [length])
+    assert counter.count(vision).model == vision_counter.get_total_flops()
+    assert counter.count(text, causal=False).model == text_counter.get_total_flops()
+    # Both towers together cost what each costs alone, and there is no backward.
+    together = counter.count(BatchCounts.from_lengths(frames, [length]))
+    assert together == (counter.count(vision).model + counter.count(text).model, 0)
