@@ -1,8 +1,8 @@
 """Training recipes by name: each module has a function `recipe()` that returns a TrainConfig.
 
 A recipe's docstring has its command, its hardware, and the expected time and result. Recipes are
-typed Python, derived from one another. For your own, write a file with a function `recipe()` and
-pass its path instead of a name: the file is executed.
+typed Python, derived from one another; stages.py has what several of them share. For your own,
+write a file with a function `recipe()` and pass its path instead of a name: the file is executed.
 """
 
 from __future__ import annotations
@@ -14,22 +14,18 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from qwen2vl.errors import ConfigError
 from qwen2vl.train.config import TrainConfig
 
-__all__ = ["default_device", "list_recipes", "load_recipe"]
+__all__ = ["list_recipes", "load_recipe"]
 
-
-def default_device() -> str:
-    """Return the default device for official models: cuda if available, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+_SHARED_MODULE = "stages"  # not a recipe
 
 
 def list_recipes() -> list[str]:
     """List the names of the recipes in this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(names - {_SHARED_MODULE})
 
 
 def load_recipe(name: str) -> TrainConfig:

@@ -12,40 +12,21 @@ is the number of optimizer steps, of 8 bins with up to 8,192 tokens each.
 from __future__ import annotations
 
 from qwen2vl.data.config import DataConfig, SourceConfig
-from qwen2vl.recipes import default_device
-from qwen2vl.train.config import (
-    EvaluationConfig,
-    OptimConfig,
-    Stage,
-    TrainConfig,
-)
+from qwen2vl.recipes.stages import fine_tuning_config
+from qwen2vl.train.config import TrainConfig
 
 __all__ = ["recipe"]
 
 
 def recipe() -> TrainConfig:
     """Fine-tune all weights with a low learning rate."""
-    return TrainConfig(
-        name="full_finetune",
-        device=default_device(),
-        optim=OptimConfig(
-            name="adamw",
-            lr=1e-5,
-            warmup_steps=50,
-            beta2=0.95,
-            weight_decay=0.0,
-            decay_type="cosine",
-        ),
-        stages=(
-            Stage(
-                name="finetune",
-                steps=1000,
-                data=DataConfig(sources=(SourceConfig(path="data.jsonl"),)),
-                rules=((r"visual\.(?!merger).*", 0.1), (r".*", 1.0)),
-                decay_ratio=1.0,
-                weighting="sample",
-            ),
-        ),
-        evaluation=EvaluationConfig(eval_steps=0),
+    return fine_tuning_config(
+        "full_finetune",
+        stage="finetune",
+        steps=1000,
+        data=DataConfig(sources=(SourceConfig(path="data.jsonl"),)),
+        rules=((r"visual\.(?!merger).*", 0.1), (r".*", 1.0)),
+        lr=1e-5,
+        warmup_steps=50,
         num_workers=4,
     )

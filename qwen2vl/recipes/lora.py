@@ -14,14 +14,8 @@ from __future__ import annotations
 
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.lora.layers import LoraConfig
-from qwen2vl.recipes import default_device
-from qwen2vl.train.config import (
-    FROZEN,
-    EvaluationConfig,
-    OptimConfig,
-    Stage,
-    TrainConfig,
-)
+from qwen2vl.recipes.stages import fine_tuning_config
+from qwen2vl.train.config import FROZEN, TrainConfig
 
 __all__ = ["RULES", "recipe"]
 
@@ -30,28 +24,14 @@ RULES = ((r".*\.lora_[AB]", 1.0), (r".*", FROZEN))
 
 def recipe() -> TrainConfig:
     """Fine-tune low-rank adapters."""
-    return TrainConfig(
-        name="lora",
-        device=default_device(),
-        adapter=LoraConfig(rank=16, alpha=32.0, dropout=0.05),
-        optim=OptimConfig(
-            name="adamw",
-            lr=2e-4,
-            warmup_steps=20,
-            beta2=0.95,
-            weight_decay=0.0,
-            decay_type="cosine",
-        ),
-        stages=(
-            Stage(
-                name="lora",
-                steps=500,
-                data=DataConfig(sources=(SourceConfig(path="data.jsonl"),), global_batch_size=1),
-                rules=RULES,
-                decay_ratio=1.0,
-                weighting="sample",
-            ),
-        ),
-        evaluation=EvaluationConfig(eval_steps=0),
+    return fine_tuning_config(
+        "lora",
+        stage="lora",
+        steps=500,
+        data=DataConfig(sources=(SourceConfig(path="data.jsonl"),), global_batch_size=1),
+        rules=RULES,
+        lr=2e-4,
+        warmup_steps=20,
         num_workers=2,
+        adapter=LoraConfig(rank=16, alpha=32.0, dropout=0.05),
     )

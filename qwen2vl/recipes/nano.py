@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
+from qwen2vl.recipes.stages import TRAIN_ALL, TRAIN_DECODER_AND_MERGER, TRAIN_VISION
 from qwen2vl.synth import Mixture
 from qwen2vl.train.config import FROZEN, OptimConfig, Stage, TrainConfig
 
@@ -41,13 +42,7 @@ MODEL = Qwen2VLConfig(
     video_token_id=275,
 )
 
-TRAIN_DECODER = ((r"visual\..*", FROZEN), (r".*", 1.0))
-TRAIN_VISION = ((r"visual\..*", 1.0), (r".*", FROZEN))  # stage 1: vision tower and merger
-TRAIN_ALL = ((r".*", 1.0),)  # stage 2: everything
-TRAIN_DECODER_AND_MERGER = (  # stage 3: the vision tower is frozen
-    (r"visual\.(?!merger).*", FROZEN),
-    (r".*", 1.0),
-)
+TRAIN_DECODER = ((r"visual\..*", FROZEN), (r".*", 1.0))  # the warmup on text
 
 CELLS = Mixture(  # one character per vision token
     weights={"text": 1.0},

@@ -14,20 +14,12 @@ lengths, and that the merger is trained with the tower, since it is new. (Qwen2-
 from __future__ import annotations
 
 from qwen2vl.data.config import DataConfig, SourceConfig
-from qwen2vl.recipes import default_device
-from qwen2vl.train.config import (
-    FROZEN,
-    EvaluationConfig,
-    OptimConfig,
-    Stage,
-    TrainConfig,
-)
+from qwen2vl.recipes.stages import TRAIN_VISION, pretraining_config
+from qwen2vl.train.config import TrainConfig
 
-__all__ = ["RULES", "TOKENS", "recipe"]
+__all__ = ["TOKENS", "recipe"]
 
 TOKENS = 600e9
-
-RULES = ((r"visual\..*", 1.0), (r".*", FROZEN))
 
 DATA = DataConfig(
     sources=(
@@ -48,20 +40,11 @@ def recipe() -> TrainConfig:
 
     Hardware: any number of GPUs that divides 256; not run by this project at this size.
     """
-    return TrainConfig(
-        name="stage1_vision",
-        device=default_device(),
-        optim=OptimConfig(name="adamw", lr=1e-4, warmup_steps=2000, beta2=0.95, weight_decay=0.05),
-        stages=(
-            Stage(
-                name="vision",
-                steps=int(TOKENS / (DATA.global_batch_size * DATA.max_tokens)),
-                data=DATA,
-                rules=RULES,
-                weighting="token",
-            ),
-        ),
-        evaluation=EvaluationConfig(eval_steps=0),
-        num_workers=8,
-        save_steps=1000,
+    return pretraining_config(
+        "stage1_vision",
+        stage="vision",
+        num_tokens=TOKENS,
+        data=DATA,
+        rules=TRAIN_VISION,
+        lr=1e-4,
     )

@@ -11,13 +11,8 @@ of this project: weights of the datasets, learning rates, lengths. (Qwen2-VL sec
 from __future__ import annotations
 
 from qwen2vl.data.config import DataConfig, SourceConfig
-from qwen2vl.recipes import default_device
-from qwen2vl.train.config import (
-    EvaluationConfig,
-    OptimConfig,
-    Stage,
-    TrainConfig,
-)
+from qwen2vl.recipes.stages import pretraining_config
+from qwen2vl.train.config import TrainConfig
 
 __all__ = ["RULES", "TOKENS", "recipe"]
 
@@ -52,20 +47,11 @@ def recipe() -> TrainConfig:
 
     Hardware: any number of GPUs that divides 128; not run by this project at this size.
     """
-    return TrainConfig(
-        name="stage2_joint",
-        device=default_device(),
-        optim=OptimConfig(name="adamw", lr=2e-5, warmup_steps=2000, beta2=0.95, weight_decay=0.05),
-        stages=(
-            Stage(
-                name="joint",
-                steps=int(TOKENS / (DATA.global_batch_size * DATA.max_tokens)),
-                data=DATA,
-                rules=RULES,
-                weighting="token",
-            ),
-        ),
-        evaluation=EvaluationConfig(eval_steps=0),
-        num_workers=8,
-        save_steps=1000,
+    return pretraining_config(
+        "stage2_joint",
+        stage="joint",
+        num_tokens=TOKENS,
+        data=DATA,
+        rules=RULES,
+        lr=2e-5,
     )

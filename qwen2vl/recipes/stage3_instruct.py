@@ -12,18 +12,10 @@ model, as in Qwen's own later fine-tuning script. (Qwen2-VL sec. 2.2, 2.2.1.)
 from __future__ import annotations
 
 from qwen2vl.data.config import DataConfig, SourceConfig
-from qwen2vl.recipes import default_device
-from qwen2vl.train.config import (
-    FROZEN,
-    EvaluationConfig,
-    OptimConfig,
-    Stage,
-    TrainConfig,
-)
+from qwen2vl.recipes.stages import TRAIN_DECODER_AND_MERGER, fine_tuning_config
+from qwen2vl.train.config import TrainConfig
 
-__all__ = ["RULES", "recipe"]
-
-RULES = ((r"visual\.(?!merger).*", FROZEN), (r".*", 1.0))
+__all__ = ["recipe"]
 
 DATA = DataConfig(
     sources=(
@@ -52,27 +44,14 @@ def recipe() -> TrainConfig:
 
     Hardware: any number of GPUs that divides 32; not run by this project at this size.
     """
-    return TrainConfig(
-        name="stage3_instruct",
-        device=default_device(),
-        optim=OptimConfig(
-            name="adamw",
-            lr=1e-5,
-            warmup_steps=300,
-            beta2=0.95,
-            weight_decay=0.05,
-            decay_type="cosine",
-        ),
-        stages=(
-            Stage(
-                name="instruct",
-                steps=10_000,
-                data=DATA,
-                rules=RULES,
-                decay_ratio=1.0,
-                weighting="sample",
-            ),
-        ),
-        evaluation=EvaluationConfig(eval_steps=0),
+    return fine_tuning_config(
+        "stage3_instruct",
+        stage="instruct",
+        steps=10_000,
+        data=DATA,
+        rules=TRAIN_DECODER_AND_MERGER,
+        lr=1e-5,
+        warmup_steps=300,
+        weight_decay=0.05,
         num_workers=8,
     )

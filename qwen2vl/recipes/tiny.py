@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from qwen2vl.config import TextConfig, VisionConfig
 from qwen2vl.recipes import nano
+from qwen2vl.recipes.stages import TRAIN_ALL, TRAIN_DECODER_AND_MERGER, TRAIN_VISION
 from qwen2vl.synth import Mixture
 from qwen2vl.train.config import OptimConfig, Stage, TrainConfig
 
@@ -37,9 +38,9 @@ def recipe() -> TrainConfig:
     shapes = Mixture(weights={"shapes": 1.0}, canvas=(56, 84), num_shapes=(1, 2))
     rules_of_stage = {
         "words": nano.TRAIN_DECODER,
-        "see": nano.TRAIN_VISION,
-        "world": nano.TRAIN_ALL,
-        "answers": nano.TRAIN_DECODER_AND_MERGER,
+        "see": TRAIN_VISION,
+        "world": TRAIN_ALL,
+        "answers": TRAIN_DECODER_AND_MERGER,
     }
     return TrainConfig(
         name="tiny",

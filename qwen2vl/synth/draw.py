@@ -98,14 +98,14 @@ def _background(width: int, height: int, color: RGB, texture: int) -> Image.Imag
     if not texture:
         return Image.new("RGB", (width, height), color)
     y, x = texture % 1009 % (_GRAIN_SIDE - 1), texture % 997
-    rows = np.take(_grain(), range(y, y + height), axis=0, mode="wrap")
+    rows = np.take(_noise_tile(), range(y, y + height), axis=0, mode="wrap")
     grain = np.take(rows, range(x, x + width), axis=1, mode="wrap")
     shades = np.array(color, dtype=np.int16) + grain[:, :, None]
     return Image.fromarray(shades.clip(0, 255).astype(np.uint8))
 
 
 @lru_cache(maxsize=1)
-def _grain() -> NDArray[np.int16]:
+def _noise_tile() -> NDArray[np.int16]:
     """Create one fixed tile of smooth noise; each image takes a window of it."""
     noise = np.random.Generator(np.random.Philox(2)).integers(0, 256, (_GRAIN_SIDE // 4,) * 2)
     soft = Image.fromarray(noise.astype(np.uint8)).resize((_GRAIN_SIDE, _GRAIN_SIDE))

@@ -1,8 +1,10 @@
 """Data types of the synthetic data: `Mixture` (configuration), `Spec` (one example as numbers).
 
 A `Spec` describes one example completely (what is drawn, the questions and their answers) without
-pixels; it converts to JSON and back, so a frozen test suite is a file of specs. Coordinates are
-pixels, x to the right, y down; boxes are (x1, y1, x2, y2), the last two exclusive.
+pixels; it converts to JSON and back, so a frozen test suite is a file of specs. Its fields are the
+keys of that file, hence `pictures` (images, or the frames of a video) and `clip` (a video), which
+cannot be renamed. Coordinates are pixels, x to the right, y down; boxes are (x1, y1, x2, y2), the
+last two exclusive.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Mixture:
         ConfigError: an unknown family or choice, a negative weight, a range whose ends are swapped.
     """
 
+    # Task family -> its share of the conversations, relative to the others.
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(FAMILY_NAMES, 1.0))
     split: _Split = "train"  # of the wordings; three quarters train, a quarter is held out
     max_questions: int = 1  # about one image (shapes, grounding, two_pictures, motion)
@@ -59,23 +62,23 @@ class Mixture:
     alphabet: _Alphabet = "all"  # all: letters, digits and . , ! ? - : ' &
     random_share: float = 0.6  # random strings; the others are made of words
     layout: _Layout = "line"  # cells: each character centered in its own 28 x 28 pixels
-    fonts: _Fonts = "all"
+    fonts: _Fonts = "all"  # judge and validation are held out; bundled is in the package
     font_size: tuple[int, int] = (12, 40)  # pixels per em
     padding: tuple[int, int] = (1, 12)  # pixels around the ink of a line
     max_width: int = 448  # of a line's canvas; longer text gets a smaller font, then is cut
     large_share: float = 0.0  # lines at one to three times the limits font_size and max_width
     sparse_share: float = 0.0  # lines at a random position on a canvas of 1:4 to 40:1, mostly empty
     page_share: float = 0.0  # images of several lines: many characters for one question
-    page_lines: tuple[int, int] = (2, 4)
+    page_lines: tuple[int, int] = (2, 4)  # lines of a page
     plain_share: float = 0.3  # black on white; the others have colored ink, background and texture
     # shapes, grounding, two_pictures
-    num_shapes: tuple[int, int] = (1, 5)
+    num_shapes: tuple[int, int] = (1, 5)  # in one image
     canvas: tuple[int, int] = (56, 224)  # pixels; width and height are sampled independently
-    textured_share: float = 0.3
+    textured_share: float = 0.3  # images with a textured background; the others are plain
     list_share: float = 0.0  # shapes, grounding, two_pictures: one question with several answers
     # motion
     num_frames: tuple[int, ...] = (4, 6, 8)  # one of these
-    clip_canvas: tuple[int, int] = (56, 112)
+    clip_canvas: tuple[int, int] = (56, 112)  # pixels; as canvas
 
     def __post_init__(self) -> None:
         _check_mixture(self)

@@ -67,6 +67,7 @@ def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("nan0", r"did you mean nano\? a file's name must end in \.py"),
+        ("stages", "no recipe 'stages'"),  # the module that recipes share
         ("nowhere/x.py", "no such recipe file"),
         ("zzz", r"known are .*nano.*tiny; a file's name must end in \.py"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from random import Random
 
 import pytest
@@ -13,6 +14,7 @@ from qwen2vl.synth.strings import (
     DIGITS,
     LETTERS,
     PUNCTUATION,
+    load_words,
     random_string,
     word_string,
 )
@@ -24,6 +26,12 @@ def test_alphabet_is_letters_digits_and_eight_punctuation_characters() -> None:
     assert ALPHABETS["all"] == LETTERS + DIGITS + PUNCTUATION
     assert len(set(LETTERS)) == 52
     assert len(set(PUNCTUATION)) == 8
+
+
+def test_the_words_are_frozen() -> None:
+    # Another hash means other training data.
+    digest = hashlib.sha256(" ".join(load_words()).encode()).hexdigest()
+    assert digest[:16] == "86983534383260b4"
 
 
 @given(seed=st.integers(0, 10**6), length=st.integers(1, 30), name=ALPHABET, spaces=st.booleans())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from random import Random
 
-from qwen2vl.grounding import Box, Ref
+from qwen2vl.grounding import Box, ObjectRef
 from qwen2vl.synth.families.shapes import join_names
 from qwen2vl.synth.scenes import left_to_right, sample_scene, unique_phrases
 from qwen2vl.synth.spec import FamilySample, Mixture, Question, Scene, Shape
@@ -33,7 +33,7 @@ def sample(rng: Random, mixture: Mixture) -> FamilySample:
             return FamilySample((_find_each(rng, scene, names, mixture.split),), (scene,))
     shapes = rng.sample(list(names), min(mixture.max_questions, len(names)))
     questions = [
-        _find(rng, scene, shape, names[shape], mixture.split)
+        _find_shape(rng, scene, shape, names[shape], mixture.split)
         if rng.random() < 0.65
         else _name_box(rng, scene, shape, mixture.split)
         for shape in shapes
@@ -49,10 +49,10 @@ def _names_by_shape(scene: Scene) -> dict[Shape, list[str]]:
     return {shape: own for shape, own in names.items() if shape.phrase in own}
 
 
-def _find(rng: Random, scene: Scene, shape: Shape, names: list[str], split: str) -> Question:
+def _find_shape(rng: Random, scene: Scene, shape: Shape, names: list[str], split: str) -> Question:
     name = shape.phrase if rng.random() < 0.6 else rng.choice(names)
     text = sample_question_text(rng, "find", split, name)
-    answer = Ref(name).to_text() + _box_text(scene, shape)
+    answer = ObjectRef(name).to_text() + _box_text(scene, shape)
     return Question(task="find", text=text, answer=answer, box=shape.box)
 
 
@@ -65,7 +65,7 @@ def _find_each(rng: Random, scene: Scene, names: dict[Shape, list[str]], split: 
     text = sample_question_text(
         rng, "find_each", split, join_names([f"the {name}" for name in asked])
     )
-    answer = "\n".join(Ref(n).to_text() + _box_text(scene, s) for n, s in asked.items())
+    answer = "\n".join(ObjectRef(n).to_text() + _box_text(scene, s) for n, s in asked.items())
     return Question(task="find_each", text=text, answer=answer)
 
 
@@ -74,7 +74,7 @@ def _find_all(rng: Random, scene: Scene, split: str) -> Question | None:
     shapes = left_to_right(scene)
     if shapes is None:
         return None
-    answer = "\n".join(Ref(s.phrase).to_text() + _box_text(scene, s) for s in shapes)
+    answer = "\n".join(ObjectRef(s.phrase).to_text() + _box_text(scene, s) for s in shapes)
     return Question(
         task="find_all", text=sample_question_text(rng, "find_all", split), answer=answer
     )

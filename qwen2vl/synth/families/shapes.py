@@ -65,7 +65,7 @@ def _sample_questions(
     return tuple(questions.values())
 
 
-def _list(rng: Random, scene: Scene, split: str) -> Question | None:
+def _list_shapes(rng: Random, scene: Scene, split: str) -> Question | None:
     """Ask for all shapes by name; None where their left-to-right order is ambiguous."""
     shapes = left_to_right(scene)
     if shapes is None:
@@ -203,7 +203,7 @@ def _position(rng: Random, scene: Scene, split: str) -> Question | None:
     return Question(task="position", text=text, answer=region, choices=5)
 
 
-def _half(rng: Random, scene: Scene, split: str) -> Question | None:
+def _half_of_image(rng: Random, scene: Scene, split: str) -> Question | None:
     """Ask left or right, or top or bottom, of a shape that is not near the middle."""
     across = rng.random() < 0.5
     task, low, high = (
@@ -246,7 +246,7 @@ def _compare_place(rng: Random, scene: Scene, split: str) -> Question | None:
     return Question(task="further", text=text, answer=answer, choices=2)
 
 
-def _exists(rng: Random, scene: Scene, split: str) -> Question:
+def _is_present(rng: Random, scene: Scene, split: str) -> Question:
     """Ask whether a phrase is present (half yes); half of the absent ones share a shape's word."""
     present = {shape.phrase for shape in scene.shapes}
     if rng.random() < 0.5:
@@ -291,15 +291,20 @@ def _region(dx: float, dy: float) -> str | None:
     return None
 
 
-_MULTI_ANSWER_SAMPLERS: tuple[_QuestionSampler, ...] = (_list, _each_color, _each_kind, _each_count)
+_MULTI_ANSWER_SAMPLERS: tuple[_QuestionSampler, ...] = (
+    _list_shapes,
+    _each_color,
+    _each_kind,
+    _each_count,
+)
 _SINGLE_SHAPE_SAMPLERS: tuple[_QuestionSampler, ...] = (
     _name_shape,
     _describe,
     _color,
     _count_all,
     _position,
-    _half,
-    _exists,
+    _half_of_image,
+    _is_present,
 )
 # The tasks that nano learns last are listed twice: counts of a kind or color, and yes or no.
 _MULTI_SHAPE_SAMPLERS: tuple[_QuestionSampler, ...] = (
@@ -311,9 +316,9 @@ _MULTI_SHAPE_SAMPLERS: tuple[_QuestionSampler, ...] = (
     _count_color,
     _count_color,
     _position,
-    _half,
+    _half_of_image,
     _compare_size,
     _compare_place,
-    _exists,
-    _exists,
+    _is_present,
+    _is_present,
 )

@@ -11,7 +11,7 @@ from random import Random
 
 from qwen2vl.grounding import Box
 from qwen2vl.synth.spec import FamilySample, Mixture, Question
-from qwen2vl.synth.strings import ALPHABETS, DIGITS, LETTERS, WORDS, random_string, word_string
+from qwen2vl.synth.strings import ALPHABETS, DIGITS, LETTERS, load_words, random_string, word_string
 from qwen2vl.synth.wordings import sample_question_text
 
 __all__ = ["SMALL_TALK", "sample"]
@@ -39,7 +39,7 @@ def sample(rng: Random, mixture: Mixture) -> FamilySample:
 
 
 def _repeat(rng: Random, mixture: Mixture) -> Question:
-    thing = _box(rng) if rng.random() < 0.15 else _text(rng, mixture)
+    thing = _box(rng) if rng.random() < 0.15 else _sample_text(rng, mixture)
     return Question(
         task="repeat", text=sample_question_text(rng, "repeat", mixture.split, thing), answer=thing
     )
@@ -72,7 +72,7 @@ def _small_talk(rng: Random, mixture: Mixture) -> Question:
     )
 
 
-def _text(rng: Random, mixture: Mixture) -> str:
+def _sample_text(rng: Random, mixture: Mixture) -> str:
     low, high = mixture.text_length
     alphabet = ALPHABETS[mixture.alphabet]
     if rng.random() >= mixture.random_share:
@@ -82,7 +82,7 @@ def _text(rng: Random, mixture: Mixture) -> str:
 
 def _word(rng: Random) -> str:
     if rng.random() < 0.3:
-        return rng.choice(WORDS)
+        return rng.choice(load_words())
     length = rng.randint(2, _MAX_WORD_LENGTH)
     return random_string(rng, length, LETTERS + DIGITS, spaces=False)
 

@@ -41,7 +41,8 @@ def test_answers_have_the_official_box_format() -> None:
                 assert found.phrase is not None
                 assert found.phrase in question.text
                 assert (
-                    question.answer == grounding.Ref(found.phrase).to_text() + found.shape.to_text()
+                    question.answer
+                    == grounding.ObjectRef(found.phrase).to_text() + found.shape.to_text()
                 )
                 written = _box_in(question.answer, scene)
             else:
