@@ -65,7 +65,7 @@ class MiniSuite:
 
         was_training = model.training
         model.eval()
-        llm = LLM.from_model(model, processor)
+        llm = LLM(model, processor)
         params = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=MAX_TOKENS)
         scores: dict[str, dict[str, float]] = {}
         for task in self._tasks:

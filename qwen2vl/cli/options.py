@@ -91,7 +91,8 @@ def model_options(command: F) -> F:
         click.option(
             "--compile",
             is_flag=True,
-            help="Use torch.compile: half a minute at startup, then faster prefill and decode.",
+            help="Use torch.compile (experimental): half a minute at startup, then faster prefill "
+            "and decode.",
         ),
     )
 

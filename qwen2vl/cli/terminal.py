@@ -11,7 +11,9 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -168,14 +170,14 @@ def escape_control_characters(text: str, keep: str = "") -> str:
     )
 
 
-def check_image_path(output: str) -> None:
-    """Check before a long computation that `save_image` can write to this path.
+def check_image_path(output: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> None:
+    """Check before a long computation that the suffix and the folder of an image are valid.
 
     Raises:
         InputError: the suffix is no image format, or the folder does not exist.
     """
-    if Path(output).suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"-o {output}: give a name that ends in {', '.join(IMAGE_SUFFIXES)}")
+    if Path(output).suffix.lower() not in suffixes:
+        raise InputError(f"-o {output}: give a name that ends in {', '.join(suffixes)}")
     check_parent_folder(output)
 
 
@@ -242,6 +244,7 @@ class DeltaWriter:
 
     def __init__(self) -> None:
         self.text = ""
+        self._is_interrupted = False
 
     def __call__(self, delta: Delta) -> None:
         """Write one text delta."""
@@ -253,3 +256,32 @@ class DeltaWriter:
             else delta.text
         )
         echo(shown, end="\n" if ends else "")
+
+    def raise_if_interrupted(self) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C within `interrupts_between_steps`."""
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def interrupts_between_steps(self) -> Iterator[None]:
+        """Let Ctrl-C take effect after the engine step, and a second one at once.
+
+        The engine calls `raise_if_interrupted` after each step.
+
+        An interrupt inside an engine step costs the engine its caches (engine/engine_core.py),
+        which the next turn of a chat needs; between steps it costs nothing.
+        """
+
+        def record(*_: object) -> None:
+            self._is_interrupted = True
+            signal.signal(signal.SIGINT, previous)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread can set signal handlers
+            return
+        previous = signal.signal(signal.SIGINT, record)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        self.raise_if_interrupted()

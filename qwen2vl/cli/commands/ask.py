@@ -7,7 +7,6 @@ the original image (key `boxes` of the object), and drawn on the image with --ou
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -86,15 +85,12 @@ def _generate(
     streaming: bool,
 ) -> Completion:
     """Preprocess the prompt, print its summary, and generate the answer."""
-    start = time.perf_counter()
     content = [*media, {"type": "text", "text": question}]
-    prompt = loaded.llm.processor([{"role": "user", "content": content}])
-    process = time.perf_counter() - start
-    loaded.llm.validate(prompt, params)
-    print_prompt_summary(loaded.llm, prompt)
+    prepared = loaded.llm.prepare([{"role": "user", "content": content}], params)
+    print_prompt_summary(loaded.llm, prepared.prompt)
     writer = terminal.DeltaWriter() if streaming else None
-    (completion,) = loaded.llm.generate(prompt, params, on_delta=writer)
-    return replace(completion, seconds=replace(completion.seconds, process=process))
+    (completion,) = loaded.llm.generate_prepared([prepared], on_delta=writer)
+    return completion
 
 
 def _completion_to_json(

@@ -133,8 +133,8 @@ class ChatSession:
         """Send a user message; it joins the conversation once its answer has begun."""
         content = [*self.pending_media, {"type": "text", "text": question}]
         messages = [*self.messages, {"role": "user", "content": content}]
-        prompt = self.llm.processor(messages)
-        self.llm.validate(prompt, self.params)
+        prepared = self.llm.prepare(messages, self.params)
+        prompt = prepared.prompt
         print_prompt_summary(self.llm, prompt, num_noted_items=self.num_noted_items)
         self.num_noted_items = len(prompt.items)
         if self.pending_media:
@@ -142,7 +142,10 @@ class ChatSession:
             self.image_path = self.pending_media[0].get("image")
         writer = terminal.DeltaWriter()
         try:
-            (completion,) = self.llm.generate(prompt, self.params, on_delta=writer)
+            with writer.interrupts_between_steps():
+                (completion,) = self.llm.generate_prepared(
+                    [prepared], on_delta=writer, on_step=writer.raise_if_interrupted
+                )
             shapes = boxes.parse_shapes(completion.text, completion.items[self.first_new_item :])
             for shape in shapes:
                 terminal.echo(shape.text)

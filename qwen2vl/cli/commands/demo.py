@@ -50,8 +50,8 @@ def demo(output: str, **given: Any) -> None:
     """Answer questions about synthetic images and videos, and compare with the truth."""
     folder = _make_folder(output)
     is_trained = given["model"] != "nano" or _has_nano()
-    opened = options.load_model_from_options(given) if is_trained else _untrained()
-    shown = [_ask(opened, name, example, folder) for name, example in _examples()]
+    opened = options.load_model_from_options(given) if is_trained else _build_untrained_model()
+    shown = [_answer_example(opened, name, example, folder) for name, example in _examples()]
     _say_table(shown)
     terminal.echo(f"The images are in {folder}.")
     if is_trained:
@@ -59,12 +59,12 @@ def demo(output: str, **given: Any) -> None:
         terminal.echo(f"{right} of {len(shown)} answers are right.")
     else:
         terminal.echo("These answers mean nothing: the model was not trained.")
-    terminal.echo(f'Try your own: {_program()} ask --image photo.png "What does it say?"')
+    terminal.echo(f'Try your own: {_program_name()} ask --image photo.png "What does it say?"')
     opened.note_capabilities()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class DemoRow:
     """One row of the table."""
 
     file: str
@@ -74,7 +74,7 @@ class Row:
     is_correct: bool
 
 
-def _program() -> str:
+def _program_name() -> str:
     """Return how to run this program again: by name if PATH has it, else by its path."""
     started = Path(sys.argv[0])
     if shutil.which("qwen2vl") or started.name != "qwen2vl":
@@ -114,7 +114,9 @@ def _examples() -> Iterator[tuple[str, SyntheticExample]]:
             yield f"{family}_{index + 1}", render(sample(SEED, index, mixture))
 
 
-def _ask(opened: LoadedModel, name: str, example: SyntheticExample, folder: Path) -> Row:
+def _answer_example(
+    opened: LoadedModel, name: str, example: SyntheticExample, folder: Path
+) -> DemoRow:
     import qwen2vl
     from qwen2vl.eval.synthetic import is_correct
 
@@ -127,7 +129,7 @@ def _ask(opened: LoadedModel, name: str, example: SyntheticExample, folder: Path
         picture = _pictures(example)[0]
         boxes.draw_shapes(picture, found)
         terminal.save_image(picture, str(folder / f"{name}_boxes.png"))
-    return Row(
+    return DemoRow(
         file=file,
         question=boxes.strip_grounding_tokens(question.text),
         answer=_readable(completion.text, completion.items),
@@ -167,7 +169,7 @@ def _save(example: SyntheticExample, stem: Path) -> str:
     return ", ".join(names)
 
 
-def _say_table(rows: list[Row]) -> None:
+def _say_table(rows: list[DemoRow]) -> None:
     titles = ("image", "question", "answer", "truth", "right")
     lines = [
         (
@@ -182,7 +184,7 @@ def _say_table(rows: list[Row]) -> None:
     terminal.echo_table(titles, lines, left_aligned=titles)
 
 
-def _untrained() -> LoadedModel:
+def _build_untrained_model() -> LoadedModel:
     """Build a randomly initialized model of nano's architecture, with a note to stderr."""
     from qwen2vl.engine import LLM
     from qwen2vl.model import Qwen2VL
@@ -204,5 +206,5 @@ def _untrained() -> LoadedModel:
     model = Qwen2VL(config).eval()
     init_weights(model, SEED)
     pixels = PixelLimits(min_pixels=3136, max_pixels=1003520)
-    llm = LLM.from_model(model, Processor(config, tokenizer, pixels=pixels))
+    llm = LLM(model, Processor(config, tokenizer, pixels=pixels))
     return LoadedModel(llm=llm, name="an untrained model", load_seconds=0.0)

@@ -43,8 +43,7 @@ def doctor(model: str | None, check_weights: str | None) -> None:
 def _environment() -> Iterator[tuple[str, str]]:
     import torch
 
-    from qwen2vl.loading import preferred_dtypes
-    from qwen2vl.memory import available_memory
+    from qwen2vl.memory import available_memory, preferred_dtypes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield "qwen2vl", qwen2vl.__version__

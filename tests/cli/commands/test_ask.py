@@ -276,11 +276,13 @@ class ScriptedLLM:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
 
-    def generate(self, prompt: Any, params: Any, *, on_delta: Any = None) -> list[Completion]:
-        self.asked.append(prompt)
+    def generate_prepared(
+        self, prepared: Any, *, on_delta: Any = None, on_step: Any = None
+    ) -> list[Completion]:
+        self.asked.append(prepared[0].prompt)
         if on_delta:
             on_delta(qwen2vl.engine.Delta(index=0, text=self.text, finish_reason="stop"))
-        (completion,) = self.real.generate(prompt, params)
+        (completion,) = self.real.generate_prepared(prepared)
         return [_replace(completion, self.text)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,15 +31,15 @@ def llm(tiny_folder: Path) -> LLM:
 def prompts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the prompts of the LLM as text while `chat` runs with it."""
     prompts: list[str] = []
-    real = llm.generate
+    real = llm.generate_prepared
 
-    def record(prompt: Any, *arguments: Any, **named: Any) -> Any:
+    def record(prepared: Any, **named: Any) -> Any:
         pads = set(llm.config.placeholder_ids)
-        text_ids = [token for token in prompt.input_ids if token not in pads]
+        text_ids = [token for token in prepared[0].prompt.input_ids if token not in pads]
         prompts.append(llm.processor.tokenizer.decode(text_ids, keep_special="all"))
-        return real(prompt, *arguments, **named)
+        return real(prepared, **named)
 
-    monkeypatch.setattr(llm, "generate", record)
+    monkeypatch.setattr(llm, "generate_prepared", record)
     loaded = LoadedModel(llm=llm, name="tiny", load_seconds=0.0)
     monkeypatch.setattr(options, "load_model_from_options", lambda given: loaded)
     return prompts
@@ -237,3 +238,25 @@ def test_the_llm_is_consistent_after_an_interrupt(llm: LLM) -> None:
     with pytest.raises(KeyboardInterrupt):
         qwen2vl.LLM.chat(llm, messages, params, on_delta=stop)
     assert llm.chat(messages, params)[0].token_ids == want.token_ids
+
+
+def test_ctrl_c_during_prefill_stops_after_the_step_and_keeps_the_engine_core(
+    run: Run, llm: LLM, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, num_steps = llm.engine_core, 0
+    execute = core.runner.execute_model
+
+    def interrupted(scheduler_output: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 1:
+            signal.raise_signal(signal.SIGINT)
+        return execute(scheduler_output)
+
+    monkeypatch.setattr(core.runner, "execute_model", interrupted)
+    simulate_input(monkeypatch, "one", None)
+    result = run("chat", "--max-tokens", 50)
+    assert result.exit_code == 0 and "stopped; Ctrl-C again leaves" in result.stderr
+    assert num_steps == 1
+    assert llm.engine_core is core and not llm.has_unfinished_requests
+    assert len(prompts) == 1

@@ -39,9 +39,9 @@ def test_the_next_command_has_a_path_unless_the_shell_finds_the_program(
 ) -> None:
     monkeypatch.setattr("sys.argv", [str(Path.cwd() / ".venv" / "bin" / "qwen2vl"), "demo"])
     monkeypatch.setenv("PATH", "")
-    assert demo._program() == str(Path(".venv", "bin", "qwen2vl"))
+    assert demo._program_name() == str(Path(".venv", "bin", "qwen2vl"))
     monkeypatch.setattr("shutil.which", lambda _: "/bin/qwen2vl")
-    assert demo._program() == "qwen2vl"
+    assert demo._program_name() == "qwen2vl"
 
 
 def test_without_nano_an_untrained_model_answers_with_a_note(
