@@ -40,7 +40,7 @@ def test_example_runs(
 
 
 def test_there_are_examples() -> None:
-    names = ["01_ask", "02_video", "03_grounding", "04_batch", "05_async"]
+    names = "01_ask 02_video 03_grounding 04_batch 05_async 06_readme_picture".split()
     assert [path.stem for path in EXAMPLES] == names
 
 

@@ -26,7 +26,7 @@ PERSON = {
 
 def new_llm(**options: int) -> LLM:
     model = random_model(tiny_config(tie_word_embeddings=False))
-    return LLM.from_model(model, tiny_processor(), engine=EngineConfig(**options))
+    return LLM(model, tiny_processor(), engine=EngineConfig(**options))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_all_samples_of_a_prompt_follow_the_grammar(llm: LLM) -> None:
 def test_an_invalid_grammar_is_rejected_before_anything_is_computed(llm: LLM) -> None:
     with pytest.raises(InputError, match="JSON schema: Invalid type: strin"):
         llm.chat(user("Hi"), constrained_by(Grammar.json_schema({"type": "strin"})))
-    assert not llm.scheduler.has_unfinished_requests
+    assert not llm.engine_core.scheduler.has_unfinished_requests
 
 
 def test_a_grammar_that_becomes_too_costly_fails_alone(
