@@ -15,8 +15,10 @@ STAMP := .venv/.installed
 SETUP_LOG := .venv/setup.log
 # Test processes: one a core, four at most (1.5 GB each). Each uses one thread (tests/conftest.py).
 WORKERS ?= auto --maxprocesses=4
+# Floor of `make coverage`, in percent.
+COVERAGE ?= 85
 
-.PHONY: help setup demo test check format slow gpu bench clean
+.PHONY: help setup demo test check docs format slow gpu bench status coverage dist clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,9 +64,27 @@ check: setup ## lint, format, import contract, types, spelling
 	$(BIN)/pyright
 	$(BIN)/codespell
 
+docs: setup ## build the documentation site into site/, strictly; to look at it: zensical serve
+	$(BIN)/python -m zensical build --strict --clean
+	$(BIN)/python -m dev.external_resources site
+
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+coverage: setup ## the fast tests with coverage; fails below the floor
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rfEs --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+
+status: setup ## the fast tests; if they pass at a clean commit, write it into docs/status.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --write-status 'fast set (`make test`)'
+
+dist: setup ## build wheel and sdist, install the wheel into a fresh environment, and ask nano there
+	rm -rf dist build/wheel-check
+	$(BIN)/python -m build --no-isolation >>$(SETUP_LOG) 2>&1
+	$(BIN)/python -m venv build/wheel-check
+	build/wheel-check/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps -c constraints.txt torch 2>>$(SETUP_LOG)
+	build/wheel-check/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl 2>>$(SETUP_LOG)
+	cd build/wheel-check && ./bin/qwen2vl demo -o demo && ./bin/qwen2vl ask --image demo/text_1.png "What does it say?"
 
 slow: setup ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow --durations=10
@@ -76,5 +96,5 @@ bench: setup ## run one benchmark: make bench SCRIPT=benchmarks/NAME.py; without
 	$(if $(SCRIPT),$(BIN)/python $(SCRIPT),@ls benchmarks/*.py 2>/dev/null || echo "benchmarks/ holds no script yet")
 
 clean: ## remove caches and build outputs; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find qwen2vl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site *.egg-info .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find qwen2vl tests examples benchmarks dev -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -113,7 +113,7 @@ def overhead(llm: LLM, rounds: int) -> dict[str, float]:
     ]
     for prompt in prompts:
         (request,) = llm.create_requests(prompt, params)
-        llm.scheduler.add_request(request)
+        llm.engine_core.scheduler.add_request(request)
     for _ in range(10):
         llm.step()
     overhead_seconds: list[float] = []

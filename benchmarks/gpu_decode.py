@@ -97,8 +97,10 @@ class RunningRequest:
         (request,) = llm.create_requests(
             replace(model_input, input_ids=ids, position_ids_3T=positions_3T), params
         )
-        llm.scheduler.add_request(request)
-        for _ in range(NUM_WARMUP_STEPS + context // llm.scheduler.limits.max_num_batched_tokens):
+        llm.engine_core.scheduler.add_request(request)
+        for _ in range(
+            NUM_WARMUP_STEPS + context // llm.engine_core.scheduler.limits.max_num_batched_tokens
+        ):
             llm.step()
 
     def step_seconds(self) -> float:
@@ -115,7 +117,7 @@ def decode(
     max_tokens = context + NUM_WARMUP_STEPS + steps + 64
     running = {
         name: RunningRequest(
-            LLM.from_model(
+            LLM(
                 model,
                 processor,
                 engine=EngineConfig(kv_cache_tokens=2 * max_tokens, cuda_graphs=name == "recorded"),

@@ -20,8 +20,8 @@ import numpy as np
 from record import format_result
 
 from qwen2vl.config import VisionConfig
+from qwen2vl.data.array_cache import load_or_create
 from qwen2vl.data.bin_packing import BinPlan, pack_bins
-from qwen2vl.data.disk_cache import load_or_create
 from qwen2vl.data.lengths import vision_cost
 from qwen2vl.train.loader.data_order import bins_of_step
 

@@ -39,7 +39,7 @@ from qwen2vl.geometry import (
     placeholder_index,
 )
 from qwen2vl.loading import load_model
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.model.vision import normalize_pixels
 from qwen2vl.processor.image import patchify
 from qwen2vl.weights import read_config, resolve_model
@@ -104,13 +104,14 @@ class Qwen2VLRunner:
         length = len(self.prompt.ids)
         capacity = length + MAX_NEW_TOKENS
         self.cache = KVCache.allocate(self.config.text, capacity, torch.bfloat16, "cpu")
+        meta = AttnMeta.build([length])
         return self.model(
             torch.tensor(self.prompt.ids),
             self.prompt.position_ids_3T,
-            AttnMeta.build([length]),
+            meta,
             vision_MD=self.vision_MD,
             placeholder_index_M=placeholder_index(self.prompt.ids, self.config),
-            caches=[self.cache],
+            caches=SequenceKVCaches([self.cache], meta),
         )
 
     def logits(self, prompt: Prompt) -> Tensor:
@@ -123,11 +124,12 @@ class Qwen2VLRunner:
 
     def decode(self) -> None:
         index = self.cache.length
+        meta = AttnMeta.build([1], [index + 1])
         hidden_TD = self.model(
             torch.tensor([self.next]),
             torch.full((3, 1), index + self.prompt.rope_delta),
-            AttnMeta.build([1], [index + 1]),
-            caches=[self.cache],
+            meta,
+            caches=SequenceKVCaches([self.cache], meta),
         )
         self.next = int(self.model.logits(hidden_TD).argmax())
 

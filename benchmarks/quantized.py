@@ -36,7 +36,7 @@ from qwen2vl.linear.fused import fusion_groups
 from qwen2vl.linear.gemv import use_gemv
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.loading import load
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.model.rope import vision_cos_sin
 from qwen2vl.processor.processor import Processor
 from qwen2vl.quantization.scheme import CpuQuantizationMode, layer_schemes, quantize_layers
@@ -145,7 +145,7 @@ def step(model: Qwen2VL, tokens: int) -> Callable[[], object]:
     def decode() -> None:
         for cache in caches:
             cache.length = past
-        model(ids_T, torch.full((3, tokens), past), meta, caches=caches)
+        model(ids_T, torch.full((3, tokens), past), meta, caches=SequenceKVCaches(caches, meta))
 
     return decode
 

@@ -31,9 +31,9 @@ __all__ = [
     "Box",
     "Grounding",
     "GroundingShape",
+    "ObjectRef",
     "Point",
     "Quad",
-    "Ref",
     "Size",
     "parse",
 ]
@@ -118,7 +118,7 @@ class Quad:
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
+class ObjectRef:
     """A referring expression: a phrase that denotes an object in the image."""
 
     phrase: str

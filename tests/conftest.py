@@ -16,6 +16,7 @@ from tests.requirements import (
     required_resources,
     skip_or_fail,
 )
+from tests.status import write_status
 
 # Tiny tensors gain nothing from threads, and several workers run tests at once. The variable is for
 # the processes that tests start.
@@ -25,6 +26,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # The same draws in every run, on every machine; no failing because a machine is busy.
 settings.register_profile("qwen2vl", derandomize=True, deadline=None, database=None)
 settings.load_profile("qwen2vl")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --write-status (tests/status.py)."""
+    help_text = "write the commit into this row of docs/status.md if all tests pass"
+    parser.addoption("--write-status", metavar="ROW", help=help_text)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write docs/status.md after a passing run."""
+    row = session.config.getoption("--write-status")
+    if row and exitstatus == 0 and not hasattr(session.config, "workerinput"):
+        write_status(row)
 
 
 def pytest_configure() -> None:

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HOMEMADE = """
     room rooms floors house houses shelf shelves rehearse rehearsal rehearsed guesses habit habits
     reception donor donors transplant transplanted tally outlook film films torn mender mended wheel
-    wish wishes sprints
+    wish wishes sprints door doors eyes
 """.split()
+QUOTATION = "the eyes on a giraffe"  # an example of the Qwen2-VL paper
 PHRASES = (
     "next room",
     "back up:",
@@ -42,17 +43,18 @@ OLD_IDENTIFIERS = set(
     """
     Alive Channels Corpus Decode Donor Drafter FileClip Gain GatheredRows Groups HeldOut
     Joined KeptItems Kind KeyChain MANNERS Measurer MemoryOrder NarrowLinear News Outcome
-    Outline PackedLinear PackedRows Page PhaseClock Preparer ProbeConfig Ranks Reception
+    Outline Outlook PackedLinear PackedRows Page PhaseClock Preparer ProbeConfig Ranks Reception
     RecomputeConfig RowLinear RowsFolder Rule Runner Share Slices Stop Tally TextDonor
     VisionCache VisionDonor VisionShelf Wish Words at_work attend_packed choose colour
-    compile_direct compile_widening dequantised drawn_weights forced grid_of heard is_torn
-    join_turns laid_out narrow_linear normalise num_drafts opaque orders packs preview
-    put_layers quantise rehearse round_by_examples round_by_squares seen_through share_out
-    shortlist stored_kind stored_layer taken_apart transplant unheard viewers widen
+    compile_direct compile_widening dequantised dialects direct drawn_weights fall forced
+    gives_way grid_of hears heard is_torn join_turns laid_out leg lend manners mend mender
+    narrow_linear normalise num_drafts objective one_token opaque orders outlook packs phases
+    preview probe put_layers quantise rehearse round_by_examples round_by_squares says
+    seen_through served share_out shortlist sinks small_integers stored_kind stored_layer
+    taken_apart tells torn transplant unheard viewers vision_rows widen
     """.split()
 )
 
-TEXT_TABLES = {"qwen2vl/synth/strings.py", "qwen2vl/synth/wordings.py"}  # data for the model
 ROW = re.compile(r"^\| ([^|]+?) \| [^|]+ \| `(qwen2vl[\w.]*)` \|$", re.MULTILINE)
 
 
@@ -64,7 +66,8 @@ def sources(*folders: str) -> list[Path]:
 
 def pages() -> list[Path]:
     """List the Markdown pages that are prose, the append-only results aside."""
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "dev").glob("*.md")]
+    return [*sorted(ROOT.glob("*.md")), *sorted(pages)]
 
 
 def prose_of(path: Path) -> Iterator[tuple[int, str]]:
@@ -72,14 +75,11 @@ def prose_of(path: Path) -> Iterator[tuple[int, str]]:
     if path.suffix == ".md":
         yield from enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         return
-    strings = str(path.relative_to(ROOT)) not in TEXT_TABLES
-    before = ""
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        if token.type == tokenize.NAME and before != ".":
+        if token.type == tokenize.NAME:
             yield token.start[0], words_of(token.string)
-        elif token.type == tokenize.COMMENT or (token.type == tokenize.STRING and strings):
+        elif token.type in (tokenize.COMMENT, tokenize.STRING):
             yield token.start[0], token.string
-        before = token.string
 
 
 def words_of(identifier: str) -> str:
@@ -93,13 +93,13 @@ def homemade_terms(path: Path) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{number}: {found[0]}"
         for number, text in prose_of(path)
-        for found in pattern.finditer(text)
+        for found in pattern.finditer(text.replace(QUOTATION, ""))
     ]
 
 
 @pytest.mark.parametrize(
     "files",
-    [sources("qwen2vl"), sources("tests"), sources("benchmarks", "examples"), pages()],
+    [sources("qwen2vl"), sources("tests"), sources("benchmarks", "dev", "examples"), pages()],
     ids=["qwen2vl", "tests", "benchmarks", "pages"],
 )
 def test_no_homemade_terms(files: list[Path]) -> None:
@@ -115,6 +115,7 @@ def test_homemade_terms_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "Next room",
         "shelf",
         "guesses",
+        "house",
         "Donor",
     ]
 

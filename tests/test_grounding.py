@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.errors import InputError
-from qwen2vl.grounding import Box, Grounding, Point, Quad, Ref, parse
+from qwen2vl.grounding import Box, Grounding, ObjectRef, Point, Quad, parse
 
 SIZE = (480, 640)  # height, width
 
@@ -25,7 +25,7 @@ quads = st.builds(Quad, st.tuples(points, points, points, points))
 
 
 def test_the_example_of_the_paper() -> None:
-    text = Ref("the eyes on a giraffe").to_text() + Box(176, 106, 232, 160).to_text()
+    text = ObjectRef("the eyes on a giraffe").to_text() + Box(176, 106, 232, 160).to_text()
     assert text == (
         "<|object_ref_start|>the eyes on a giraffe<|object_ref_end|>"
         "<|box_start|>(176,106),(232,160)<|box_end|>"
@@ -89,8 +89,8 @@ def test_pixels_round_trip_within_half_a_thousandth(
 def test_a_phrase_applies_until_the_next() -> None:
     a, b, c = Box(1, 2, 3, 4), Box(5, 6, 7, 8), Box(9, 10, 11, 12)
     text = (
-        a.to_text() + Ref("cats").to_text() + a.to_text() + " and " + b.to_text()
-        + Ref("a dog").to_text() + c.to_text()
+        a.to_text() + ObjectRef("cats").to_text() + a.to_text() + " and " + b.to_text()
+        + ObjectRef("a dog").to_text() + c.to_text()
     )  # fmt: skip
     assert parse(text) == [
         Grounding(a, None),

@@ -29,7 +29,7 @@ def load(options: dict[str, Any]) -> tuple[Answer, dict[str, str]]:
         params = SamplingParams(temperature=0, max_tokens=case.new_tokens, ignore_eos=True)
         timer = TokenTimer()
         (request,) = llm.create_requests(prompt, params)
-        llm.scheduler.add_request(request)
+        llm.engine_core.scheduler.add_request(request)
         while request.finish_reason is None:
             known = len(request.output_token_ids)
             llm.step()

@@ -159,7 +159,7 @@ def run_task(
         raise InputError(f"task {task.name}: limit is {limit}, must be at least 1")
     results: list[ExampleResult] = []
     for example in task.examples()[:limit]:
-        results.append(task.score(example, _text(answer_fn(task.prompt(example)))))
+        results.append(task.score(example, _text_of_answer(answer_fn(task.prompt(example)))))
         if on_result is not None:
             on_result(results[-1])
     return TaskResults(task=task.name, note=task.note, results=tuple(results))
@@ -203,7 +203,7 @@ def read_results(path: Path) -> list[TaskResults]:
     ]
 
 
-def _text(answer: Answer) -> str:
+def _text_of_answer(answer: Answer) -> str:
     if answer is None or isinstance(answer, str):
         return answer or ""
     return answer.text or ""

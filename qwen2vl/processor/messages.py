@@ -17,7 +17,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from qwen2vl.errors import InputError
-from qwen2vl.grounding import Ref
+from qwen2vl.grounding import ObjectRef
 from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 
 __all__ = [
@@ -217,7 +217,7 @@ def _parse_part(raw: Any, path: str) -> Part:
     value = item.get(kind)
     if not isinstance(value, str):
         raise InputError(f"{path}.{kind} must be a string, got {type(value).__name__}")
-    return TextPart(value if kind == "text" else Ref(value).to_text())
+    return TextPart(value if kind == "text" else ObjectRef(value).to_text())
 
 
 def _item_type(item: Mapping[str, Any], path: str) -> Any:

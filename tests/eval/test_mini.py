@@ -27,7 +27,7 @@ from qwen2vl.synth.fonts import JUDGE_FAMILIES
 from qwen2vl.synth.scenes import overlap
 from qwen2vl.synth.spec import Line, Scene
 from qwen2vl.synth.strings import ALPHABETS
-from qwen2vl.synth.wordings import WORDINGS, wordings_of
+from qwen2vl.synth.wordings import load_wordings, wordings_of
 from tests.requirements import needs_judge_fonts
 
 # A changed file is a different suite: all scores measured before are invalid.
@@ -51,7 +51,7 @@ WITHOUT_FONTS = tuple(name for name in PARTS if "text" not in name and "two" not
 HELD_OUT = re.compile(
     "|".join(
         ".+".join(map(re.escape, re.split(r"\{\d\}", form)))
-        for task in WORDINGS
+        for task in load_wordings()
         for wording in wordings_of(task, "held_out")
         for form in (wording, wording.replace("a {0}", "an {0}"))
     )

@@ -80,16 +80,16 @@ class MediaOptions:
     """
 
     min_pixels: int | None = None  # of one image or frame after resizing
-    max_pixels: int | None = None
+    max_pixels: int | None = None  # the same, as an upper limit
     resized_height: int | None = None  # resize to this size, rounded to whole tokens
-    resized_width: int | None = None
+    resized_width: int | None = None  # given together with resized_height
     fps: float | None = None  # sampled frames per second; for a list of frames: its frame rate
     nframes: int | None = None  # number of sampled frames, instead of fps
-    min_frames: int | None = None
-    max_frames: int | None = None
+    min_frames: int | None = None  # fewest sampled frames
+    max_frames: int | None = None  # most sampled frames
     total_pixels: int | None = None  # budget of a video: area of a frame, summed over pairs
     video_start: float | None = None  # seconds from the first frame
-    video_end: float | None = None
+    video_end: float | None = None  # the same
 
     def __post_init__(self) -> None:
         options = self.to_dict()
