@@ -199,9 +199,10 @@ def _measure_samples(
         worker_init_fn=_limit_threads,
         generator=torch.Generator(),  # does not touch the global RNG, whose state checkpoints save
     )
-    if loader.num_workers:
-        gc.collect()  # a worker that frees an inherited video decoder waits for threads it lacks
-    for chunk in loader:
+    gc.freeze()  # a worker that frees an inherited video decoder waits for threads that it lacks
+    chunks = iter(loader)  # starts the workers
+    gc.unfreeze()
+    for chunk in chunks:
         sizes += chunk
         progress(f"measuring {label}", len(sizes), len(indices))
     return sizes

@@ -163,9 +163,9 @@ def iterate_batches(
         pin_memory=config.device.startswith("cuda"),
         generator=torch.Generator(),  # does not touch the global RNG, which checkpoints save
     )
-    if loader.num_workers:
-        gc.collect()  # a worker that frees an inherited video decoder waits for threads it lacks
+    gc.freeze()  # a worker that frees an inherited video decoder waits for threads that it lacks
     batches = iter(loader)  # starts the workers
+    gc.unfreeze()
     return _tracking_bad_samples(batches, config, datasets, start, rank) if datasets else batches
 
 
