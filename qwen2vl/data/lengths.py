@@ -13,7 +13,6 @@ sample whose media change later is detected when it is prepared.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from qwen2vl.config import VisionConfig
 from qwen2vl.data.array_cache import Arrays, load_or_create
@@ -32,6 +30,7 @@ from qwen2vl.data.formats import Sample, SampleError
 from qwen2vl.data.preprocess import HeaderPreprocessor
 from qwen2vl.data.sources.packed_text import TokenStore
 from qwen2vl.data.sources.source import SampleSource
+from qwen2vl.data.workers import iterate_in_workers
 from qwen2vl.geometry import Grid
 
 __all__ = [
@@ -192,24 +191,14 @@ def _measure_samples(
 ) -> list[SampleSize]:
     logger.info("measuring %s samples of %s", f"{len(indices):,}", label)
     sizes: list[SampleSize] = []
-    loader = DataLoader(
+    chunks = iterate_in_workers(
         _ChunkDataset(source, indices, preprocessor),
-        batch_size=None,
         num_workers=num_workers if len(indices) > CHUNK_SIZE else 0,
-        worker_init_fn=_limit_threads,
-        generator=torch.Generator(),  # does not touch the global RNG, whose state checkpoints save
     )
-    gc.freeze()  # a worker that frees an inherited video decoder waits for threads that it lacks
-    chunks = iter(loader)  # starts the workers
-    gc.unfreeze()
     for chunk in chunks:
         sizes += chunk
         progress(f"measuring {label}", len(sizes), len(indices))
     return sizes
-
-
-def _limit_threads(_worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _to_arrays(sizes: Sequence[SampleSize], vision: VisionConfig) -> Arrays:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen2vl.config import VisionConfig
-from qwen2vl.data import lengths
+from qwen2vl.data import lengths, workers
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.data.lengths import LengthTable, SampleSize, measure_lengths, vision_cost
@@ -147,7 +147,7 @@ def test_workers_give_the_same_lengths(tmp_path: Path) -> None:
 def test_workers_do_not_free_video_decoders_of_the_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lengths, "_limit_threads", lambda _: gc.collect())
+    monkeypatch.setattr(workers, "_limit_threads", lambda _: gc.collect())
     source = JsonLinesSource(
         [write_rows(tmp_path / "rows.jsonl", [conversation("q", "a")] * 200)], ""
     )

@@ -7,18 +7,17 @@ packs them, data/dataset.py reads them.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.data.preprocess import BadSample, TrainingExample
 from qwen2vl.data.sources.synthetic import with_default_system
+from qwen2vl.data.workers import iterate_in_workers
 from qwen2vl.errors import ConfigError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
@@ -150,22 +149,16 @@ def iterate_batches(
     if datasets and rank == 0:
         _check_fingerprints(Path(config.folder), config, datasets, start)
     num_workers = num_local_workers(config)
-    loader = DataLoader(
+    batches = iterate_in_workers(
         BatchDataset(config, processor, datasets, rank, world_size),
-        batch_size=None,
+        num_workers=num_workers,
         sampler=range(
             start * config.gradient_accumulation_steps,
             config.steps * config.gradient_accumulation_steps,
         ),
-        num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_limit_threads,
         pin_memory=config.device.startswith("cuda"),
-        generator=torch.Generator(),  # does not touch the global RNG, which checkpoints save
     )
-    gc.freeze()  # a worker that frees an inherited video decoder waits for threads that it lacks
-    batches = iter(loader)  # starts the workers
-    gc.unfreeze()
     return _tracking_bad_samples(batches, config, datasets, start, rank) if datasets else batches
 
 
@@ -247,10 +240,6 @@ def _check_fingerprints(
             )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(current, indent=1), encoding="utf-8")
-
-
-def _limit_threads(_worker: int) -> None:
-    torch.set_num_threads(1)  # the other cores are for the training step
 
 
 def _synthetic_example(

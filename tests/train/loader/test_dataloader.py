@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen2vl.data import workers
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.synth import Mixture
 from qwen2vl.train.config import TrainConfig, override
-from qwen2vl.train.loader import dataloader
 from qwen2vl.train.loader.batch import Batch
 from qwen2vl.train.loader.dataloader import iterate_batches, num_local_workers
 from tests.data.rows import (
@@ -96,7 +96,7 @@ def test_workers_give_bitwise_the_same_batches(folder: Path) -> None:
 def test_workers_do_not_free_video_decoders_of_the_parent(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataloader, "_limit_threads", lambda _: gc.collect())
+    monkeypatch.setattr(workers, "_limit_threads", lambda _: gc.collect())
     with uncollected_decoder():
         assert next(iterate_batches(config_of(folder, "num_workers=1"), tiny_processor(), 0))
 
