@@ -21,7 +21,7 @@ from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model.attention import chunked_prefill_attention, decode_attention
 
-__all__ = ["BatchKVCache", "KVCache", "LayerKVCache", "SequenceKVCaches"]
+__all__ = ["BatchKVCache", "KVCache", "LayerKVCache", "SequenceKVCaches", "advance_caches"]
 
 
 class LayerKVCache(Protocol):
@@ -92,6 +92,12 @@ class KVCache:
         return k_KZC[:, :end], v_KZC[:, :end]
 
 
+def advance_caches(caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
+    """Add the number of new tokens of each sequence to the length of its cache."""
+    for cache, length in zip(caches, lengths, strict=True):
+        cache.length += length
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceKVCaches:
     """A `KVCache` for each segment of `meta`, attended to one by one."""
@@ -105,8 +111,7 @@ class SequenceKVCaches:
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Add the number of new tokens of each sequence to the length of its cache."""
-        for cache, length in zip(self.caches, lengths, strict=True):
-            cache.length += length
+        advance_caches(self.caches, lengths)
 
 
 @dataclass(frozen=True, slots=True)

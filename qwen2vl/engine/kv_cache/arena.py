@@ -15,6 +15,7 @@ Axis letters as in model/attention.py; T counts slots of the arena.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from qwen2vl.engine.host_to_device import copy_to_device
 from qwen2vl.errors import CapacityError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, kernels
-from qwen2vl.model.kv_cache import BatchKVCache, SequenceKVCaches
+from qwen2vl.model.kv_cache import BatchKVCache, SequenceKVCaches, advance_caches
 
 __all__ = ["GatheredBatchKVCache", "KVArena", "SlotRange", "VarlenBatchKVCache"]
 
@@ -127,7 +128,7 @@ class KVArena:
         if self.supports_varlen:
             # The kernel reads only the starts of the segments, but requires S + 1 numbers.
             starts = torch.cat((starts_S, starts_S[-1:])).int()
-            return VarlenBatchKVCache(self, meta, slot_mapping_T, starts, seq_lens_S.int(), caches)
+            return VarlenBatchKVCache(self, caches, meta, slot_mapping_T, starts, seq_lens_S.int())
         assert meta.max_seqlen_q == 1, "one token each, where torch has no varlen kernel"
         return GatheredBatchKVCache.from_slots(
             self, meta, slot_mapping_T, starts_S, seq_lens_S, caches
@@ -188,7 +189,7 @@ class KVArena:
 class _ArenaLayer:
     """One layer of the KV caches of a forward, in the arena."""
 
-    caches: VarlenBatchKVCache | GatheredBatchKVCache
+    caches: _ArenaBatchKVCache
     index: int
 
     def attend(self, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
@@ -196,20 +197,11 @@ class _ArenaLayer:
         return self.caches.attend(self.index, q_THC, k_TKC, v_TKC)
 
 
-def _advance(caches: Sequence[KVCache] | None, lengths: Sequence[int]) -> None:
-    for cache, length in zip(caches, lengths, strict=True) if caches is not None else ():
-        cache.length += length
-
-
 @dataclass(frozen=True, slots=True)
-class VarlenBatchKVCache:
-    """KV caches read in place by torch's varlen kernel: prefill and decode mixed."""
+class _ArenaBatchKVCache(ABC):
+    """KV caches of one forward, in the arena."""
 
     arena: KVArena
-    meta: AttnMeta
-    slot_mapping_T: Tensor
-    seq_starts_k: Tensor  # (S+1,) int32
-    seq_lens_S: Tensor  # int32
     caches: Sequence[KVCache] | None  # to be advanced; None: by the caller
 
     def layer(self, index: int) -> _ArenaLayer:
@@ -218,9 +210,24 @@ class VarlenBatchKVCache:
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Add the number of new tokens of each request to the length of its range."""
-        _advance(self.caches, lengths)
+        if self.caches is not None:
+            advance_caches(self.caches, lengths)
 
-    def attend(self, index: int, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
+    @abstractmethod
+    def attend(self, index: int, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, /) -> Tensor:
+        """Store and attend in one layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenBatchKVCache(_ArenaBatchKVCache):
+    """KV caches read in place by torch's varlen kernel: prefill and decode mixed."""
+
+    meta: AttnMeta
+    slot_mapping_T: Tensor
+    seq_starts_k: Tensor  # (S+1,) int32
+    seq_lens_S: Tensor  # int32
+
+    def attend(self, index: int, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, /) -> Tensor:
         """Store and attend in one layer."""
         self.arena.store(index, self.slot_mapping_T, k_TKC, v_TKC)
         return kernels.varlen_attention(
@@ -235,14 +242,12 @@ class VarlenBatchKVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class GatheredBatchKVCache:
+class GatheredBatchKVCache(_ArenaBatchKVCache):
     """KV caches for decode in plain PyTorch: keys are gathered to one padded length."""
 
-    arena: KVArena
     slot_mapping_S: Tensor
     gather_index: Tensor  # (S * Z,): slots of the keys of each request, Z of them
     mask_S11Z: Tensor
-    caches: Sequence[KVCache] | None  # to be advanced; None: by the caller
 
     @classmethod
     def from_slots(
@@ -262,17 +267,9 @@ class GatheredBatchKVCache:
         mask_SZ = torch.zeros_like(is_padding_SZ, dtype=arena.k_LKTC.dtype)
         mask_SZ.masked_fill_(is_padding_SZ, -math.inf)
         gather_index = (starts_S[:, None] + clamped_SZ).flatten()
-        return cls(arena, slot_mapping_S, gather_index, mask_SZ[:, None, None], caches)
+        return cls(arena, caches, slot_mapping_S, gather_index, mask_SZ[:, None, None])
 
-    def layer(self, index: int) -> _ArenaLayer:
-        """Return the caches of one layer."""
-        return _ArenaLayer(self, index)
-
-    def advance(self, lengths: Sequence[int]) -> None:
-        """Add the number of new tokens of each request to the length of its range."""
-        _advance(self.caches, lengths)
-
-    def attend(self, index: int, q_SHC: Tensor, k_SKC: Tensor, v_SKC: Tensor) -> Tensor:
+    def attend(self, index: int, q_SHC: Tensor, k_SKC: Tensor, v_SKC: Tensor, /) -> Tensor:
         """Store and attend in one layer."""
         self.arena.store(index, self.slot_mapping_S, k_SKC, v_SKC)
         k_SKZC, v_SKZC = (
