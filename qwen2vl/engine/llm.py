@@ -108,7 +108,6 @@ class LLM:
             _refuse_load_options(load_options)
             if processor is None:
                 raise InputError("processor: got none; a model in memory needs its Processor")
-            resolve_max_model_len(model.config, max_model_len)
         else:
             if processor is not None:
                 raise InputError("processor: a folder has its own; give one with a Qwen2VL only")
@@ -121,7 +120,7 @@ class LLM:
         self.engine_config = engine or EngineConfig()
         self.processor = processor.with_item_cache(self.engine_config.item_cache_bytes)
         self.generation_defaults = generation_defaults or GenerationDefaults()
-        self.max_model_len = max_model_len or model.config.text.max_position_embeddings
+        self.max_model_len = resolve_max_model_len(model.config, max_model_len)
         self._lora_manager = LoraManager(model)
         self._validator = RequestValidator(
             model,

@@ -51,15 +51,15 @@ def conversations() -> list[TrainingExample]:
     def image(height: int, width: int) -> dict[str, Any]:
         return {"type": "image", "image": rng.integers(0, 256, (height, width, 3), np.uint8)}
 
-    clip_grad_norm = {"type": "video", "video": rng.integers(0, 256, (4, 56, 84, 3), np.uint8)}
+    clip = {"type": "video", "video": rng.integers(0, 256, (4, 56, 84, 3), np.uint8)}
     prompts = [
         ([], "hello", "hi"),
         ([image(112, 56)], "what?", "a long answer about it"),
         ([image(56, 84), image(84, 112)], "same?", "no"),
-        ([clip_grad_norm], "where to?", "left"),
+        ([clip], "where to?", "left"),
         ([image(56, 84)], "and this?", "x"),
         ([], "count", "one two three four five six seven eight"),
-        ([image(84, 56), clip_grad_norm], "both?", "yes, both"),
+        ([image(84, 56), clip], "both?", "yes, both"),
     ]
     return [
         TrainingExample(
