@@ -1,8 +1,7 @@
 """The complete Qwen2-VL system in Python and PyTorch: inference, preprocessing and training.
 
     from qwen2vl import LLM
-    content = [{"image": "receipt.png"}, {"text": "What is the total?"}]
-    print(LLM().chat([{"role": "user", "content": content}])[0].text)
+    print(LLM().chat("What is the total?", images="receipt.png")[0].text)
 
 Public names are imported lazily, when they are first used (PEP 562): `import qwen2vl` does not
 import torch. docs/architecture.md describes the packages.

@@ -22,7 +22,7 @@ from torch import nn
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.lora.layers import LoraLinear
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.parallel.activation_checkpointing import CheckpointingMode
 
 __all__ = [
@@ -153,8 +153,7 @@ def build_flop_counter(
 @lru_cache(maxsize=8)
 def inference_flop_counter(config: Qwen2VLConfig) -> FlopCounter:
     """Build the counter of a model of this config without gradients."""
-    with torch.device("meta"):
-        model = Qwen2VL(config)
+    model = meta_model(config)
     return build_flop_counter(model.requires_grad_(False))
 
 

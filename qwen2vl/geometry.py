@@ -232,7 +232,7 @@ def _placeholder_spans(
     spans: list[tuple[int, int]] = []
     index = 0
     for token, group in groupby(input_ids):
-        length = sum(1 for _ in group)
+        length = len(list(group))
         if token in placeholder_ids:
             spans.append((index, length))
         index += length

@@ -2,9 +2,10 @@
 
 nn.Linear calls the matrix-matrix kernel (GEMM) even for a single row, and in bfloat16 that kernel
 reads the weights at half the memory bandwidth. `torch.mv` reads them at nearly full bandwidth. Only
-a single row takes this path; prefill, images and training keep GEMM. It is for layers that are not
-prepacked (prepacked.py). A tied head, which is a bare matrix in the model, becomes a layer over the
-same parameter. A model changed by `use_gemv` is for inference only, not for saving.
+a single row takes this path; prefill, images and training keep GEMM. Small matrices do not: they
+stay in the cache, where GEMM is faster. It is for layers that are not prepacked (prepacked.py). A
+tied head, which is a bare matrix in the model, becomes a layer over the same parameter. A model
+changed by `use_gemv` is for inference only, not for saving.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from qwen2vl.linear.custom_ops import custom_op
 from qwen2vl.model import Qwen2VL
 
 __all__ = ["GemvLinear", "use_gemv"]
+
+
+MIN_GEMV_WEIGHTS = 2**20
 
 
 def _fake_gemv(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -34,7 +38,7 @@ class GemvLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply rows (T, in) into (T, out)."""
-        if input.shape[0] != 1:
+        if input.shape[0] != 1 or self.weight.numel() < MIN_GEMV_WEIGHTS:
             return super().forward(input)
         return _gemv(input, self.weight, self.bias)
 

@@ -10,7 +10,7 @@ that is not shared with other processes. Results may differ in the last bit. A m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,14 @@ class PrepackedLinear(nn.Module):
         return _prepacked_linear(x_TI, self.packed, self.bias)
 
 
-def prepack_layers(model: Qwen2VL) -> int:
+def prepack_layers(
+    model: Qwen2VL, on_packed: Callable[[Sequence[str]], None] = lambda names: None
+) -> int:
     """Prepack the large linear layers of the vision tower and the decoder, and the head, in place.
 
     Layers of the decoder that read the same input are fused into one (fused.py). A tied head
-    becomes a layer of its own; the embedding keeps its matrix, which lookups need.
+    becomes a layer of its own; the embedding keeps its matrix, which lookups need. `on_packed` gets
+    the names of the layers after each that was prepacked: their plain weights are then unused.
 
     Returns:
         The number of prepacked layers.
@@ -94,10 +97,12 @@ def prepack_layers(model: Qwen2VL) -> int:
             bias_O = None if group[0].bias is None else torch.cat([m.bias for m in group])
             fused = PrepackedLinear(torch.cat([m.weight for m in group]), bias_O)
             replace_with_fused(model, names, fused, sizes)
+        on_packed(names)
         count += 1
     if model.lm_head is None and model.lm_head_weight.numel() >= MIN_PREPACK_NUMEL:
         # Not an nn.Linear, but the model only calls it.
         model.lm_head = PrepackedLinear(model.lm_head_weight, None)  # type: ignore[assignment]
+        on_packed(["lm_head"])
         count += 1
     return count
 

@@ -6,6 +6,6 @@ tokenizer. All that depends on a prompt is passed in as tensors and `AttnMeta`.
 """
 
 from qwen2vl.model.kv_cache import KVCache, SequenceKVCaches
-from qwen2vl.model.qwen2vl import Qwen2VL
+from qwen2vl.model.qwen2vl import Qwen2VL, meta_model
 
-__all__ = ["KVCache", "Qwen2VL", "SequenceKVCaches"]
+__all__ = ["KVCache", "Qwen2VL", "SequenceKVCaches", "meta_model"]

@@ -8,23 +8,32 @@ qwen2vl/loading.py fills them. (Qwen2-VL Fig. 2; HF: Qwen2VLForConditionalGenera
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.errors import ConfigError, abbreviate
 from qwen2vl.geometry import AttnMeta, VisionMeta
 from qwen2vl.model.kv_cache import BatchKVCache
 from qwen2vl.model.text import TextModel
 from qwen2vl.model.vision import VisionTower
 
-__all__ = ["Qwen2VL"]
+__all__ = ["Qwen2VL", "meta_model"]
 
 
 class Qwen2VL(nn.Module):
     """The complete network: vision tower, decoder and language-model head."""
 
     def __init__(self, config: Qwen2VLConfig) -> None:
+        if not isinstance(config, Qwen2VLConfig):
+            raise ConfigError(
+                f"config: got {abbreviate(config)}, must be a Qwen2VLConfig; `load` builds a "
+                "model from a folder"
+            )
         super().__init__()
         self.config = config
         self.visual = VisionTower(config.vision)
@@ -113,3 +122,20 @@ class Qwen2VL(nn.Module):
         if self.lm_head is None:
             return F.linear(hidden_TD, self.model.embed_tokens.weight)
         return self.lm_head(hidden_TD)
+
+
+def meta_model(config: Qwen2VLConfig) -> Qwen2VL:
+    """Build the model on the meta device: names and shapes of its parameters without memory."""
+    with torch.device("meta"), _SkipInit():
+        return Qwen2VL(config)
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips torch.nn.init, whose normal_ on the meta device imports torch._dynamo (a second)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))

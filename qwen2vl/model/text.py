@@ -121,9 +121,10 @@ class TextModel(nn.Module):
     ) -> Tensor:
         """Run all blocks; with `caches`, append the keys and values of each segment."""
         config = self.config
-        cos_sin = mrope_cos_sin(
+        cos, sin = mrope_cos_sin(
             position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section
         )
+        cos_sin = cos.to(embeds_TD.dtype), sin.to(embeds_TD.dtype)  # once, not in every layer
         hidden_TD = embeds_TD
         for index, layer in enumerate(self.layers):
             layer_cache = None if caches is None else caches.layer(index)

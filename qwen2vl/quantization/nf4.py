@@ -14,7 +14,7 @@ QLoRA, sec. 3 and App. E; Dettmers et al. 2022 for the 8-bit levels.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -43,6 +43,7 @@ class Nf4Weight(nn.Module):
     def __init__(self, weight_OI: Tensor, *, double: bool) -> None:
         super().__init__()
         self.shape = weight_OI.shape
+        self._linear = _uncompiled_linear()
         flat = weight_OI.detach().float().flatten()
         blocks = F.pad(flat, (0, -len(flat) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
         magnitude_G = blocks.abs().amax(1)
@@ -75,7 +76,7 @@ class Nf4Weight(nn.Module):
         device_type = x_TI.device.type
         if torch.is_autocast_enabled(device_type):
             x_TI = x_TI.to(torch.get_autocast_dtype(device_type))
-        return _dequantized_linear(x_TI, self)
+        return self._linear(x_TI, self)
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -92,10 +93,15 @@ class _DequantizedLinear(torch.autograd.Function):
         return gradient_TO @ ctx.weight.dequantize().to(gradient_TO.dtype), None
 
 
-# A graph break for torch.compile: tables from a cache, and a custom backward.
-_dequantized_linear = cast(
-    "Callable[[Tensor, Nf4Weight], Tensor]", torch.compiler.disable(_DequantizedLinear.apply)
-)
+@cache
+def _uncompiled_linear() -> Callable[[Tensor, Nf4Weight], Tensor]:
+    """Return the product as a graph break of torch.compile: cached tables, a custom backward.
+
+    Not at import: torch.compiler.disable imports torch._dynamo, which takes more than a second.
+    """
+    return cast(
+        "Callable[[Tensor, Nf4Weight], Tensor]", torch.compiler.disable(_DequantizedLinear.apply)
+    )
 
 
 def dequantize_nf4(buffers: Mapping[str, Tensor | None], shape: torch.Size) -> Tensor:

@@ -3,8 +3,22 @@
 import pytest
 import torch
 
+from qwen2vl.linear import gemv as gemv_module
 from qwen2vl.linear.gemv import GemvLinear, use_gemv
 from tests.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _no_small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv_module, "MIN_GEMV_WEIGHTS", 0)
+
+
+def test_small_matrices_are_multiplied_as_rows_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv_module, "MIN_GEMV_WEIGHTS", 96 * 40 + 1)
+    monkeypatch.setattr(gemv_module, "_gemv", None)
+    layer = GemvLinear(96, 40)
+    x_TD = torch.randn(1, 96)
+    assert torch.equal(layer(x_TD), torch.nn.functional.linear(x_TD, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize("bias", [True, False])
