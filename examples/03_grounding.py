@@ -11,10 +11,10 @@ from qwen2vl.grounding import Box, parse
 
 
 def main(model: str = "nano", output: str = "boxes.png") -> None:
-    image = Image.new("RGB", (280, 196), "white")
+    image = Image.new("RGB", (112, 84), "white")
     canvas = ImageDraw.Draw(image)
-    canvas.ellipse((30, 50, 94, 114), fill="red")
-    canvas.rectangle((170, 90, 234, 154), fill="green")
+    canvas.ellipse((10, 22, 45, 57), fill="red")
+    canvas.rectangle((65, 30, 100, 65), fill="green")
 
     question = "Where is the red circle?"
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
@@ -26,7 +26,7 @@ def main(model: str = "nano", output: str = "boxes.png") -> None:
         if isinstance(found.shape, Box):
             box = found.shape.to_pixels((image.height, image.width))
             print("in pixels:", [round(value) for value in box])
-            canvas.rectangle(box, outline="black", width=2)
+            canvas.rectangle(box, outline="black")
     image.save(output)
 
 

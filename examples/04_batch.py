@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from qwen2vl import LLM, SamplingParams
 
-QUESTIONS = ("How many shapes are there?", "Which shapes do you see?", "Find the blue square.")
+QUESTIONS = ("How many shapes are there?", "List the shapes.", "Is there a green circle?")
 
 
 def main(model: str = "nano") -> None:

@@ -5,28 +5,32 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from qwen2vl import LLM, AsyncLLM, SamplingParams
+from PIL import Image, ImageDraw
+
+from qwen2vl import AsyncLLM
+
+QUESTION = "What do you see?"
 
 
-async def caller(engine: AsyncLLM, word: str) -> None:
-    """Ask one question; print the streamed pieces of the output."""
-    question = f"What is {word} backwards?"
-    messages = [{"role": "user", "content": question}]
-    stream = await engine.stream(messages, SamplingParams(temperature=0, max_tokens=32))
+async def caller(engine: AsyncLLM, color: str) -> None:
+    """Ask about an image; print the streamed pieces of the output."""
+    stream = await engine.stream(QUESTION, images=draw(color), temperature=0, max_tokens=32)
     pieces = [delta.text async for delta in stream]
     (completion,) = await stream.completions()
-    print(f"{question} {'|'.join(pieces)} ({completion.finish_reason})")
+    print(f"{QUESTION} {'|'.join(pieces)} ({completion.finish_reason})")
 
 
-async def run_callers(engine: AsyncLLM) -> None:
-    await asyncio.gather(*(caller(engine, word) for word in ("apple", "bridge", "candle")))
+def draw(color: str) -> Image.Image:
+    """Draw a test image: one disc."""
+    image = Image.new("RGB", (112, 84), "white")
+    ImageDraw.Draw(image).ellipse((36, 22, 76, 62), fill=color)
+    return image
 
 
-def main(model: str = "nano") -> None:
-    engine = AsyncLLM(LLM(model))
-    asyncio.run(run_callers(engine))
-    engine.close()
+async def main(model: str = "nano") -> None:
+    async with AsyncLLM(model) as engine:
+        await asyncio.gather(*(caller(engine, color) for color in ("red", "blue", "purple")))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    asyncio.run(main(*sys.argv[1:]))

@@ -15,15 +15,16 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any, cast
 
-from qwen2vl.errors import ConfigError
+from qwen2vl.errors import ConfigError, abbreviate
 
-__all__ = ["PRESETS", "Qwen2VLConfig", "TextConfig", "VisionConfig"]
+__all__ = ["MERGED_ADAPTERS", "PRESETS", "Qwen2VLConfig", "TextConfig", "VisionConfig"]
 
 logger = logging.getLogger(__name__)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VISION_ROPE_THETA = 10000.0
+MERGED_ADAPTERS = "merged_adapters"  # our key of config.json, which other programs ignore
 
 # Older names of the same fields, which the official files use.
 _VISION_ALIASES = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}
@@ -126,6 +127,11 @@ class Qwen2VLConfig:
     )
 
     def __post_init__(self) -> None:
+        # Callers without a type checker may have given anything.
+        for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
+            value: object = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name}: got {abbreviate(value)}, must be a {kind.__name__}")
         _validate(self)
 
     @property
@@ -142,6 +148,8 @@ class Qwen2VLConfig:
         Raises:
             ConfigError: another model type, a missing field, or inconsistent or unsupported values.
         """
+        if not isinstance(cast("object", raw), Mapping):
+            raise ConfigError(f"config.json: got {abbreviate(raw)}, must be a JSON object")
         kind = raw.get("model_type", "qwen2_vl")
         if kind != "qwen2_vl":
             raise ConfigError(f"config.json: model_type is {kind!r}, this library runs 'qwen2_vl'")
@@ -207,6 +215,7 @@ class Qwen2VLConfig:
             "use_sliding_window": False,
             **text,
             "vision_config": vision,
+            **{key: self.extra[key] for key in (MERGED_ADAPTERS,) if key in self.extra},
         }
 
 

@@ -8,10 +8,22 @@ and messages are rendered by the processor, not here.
 """
 
 from qwen2vl.engine.async_llm import AsyncLLM
+from qwen2vl.engine.async_stream import AsyncDeltaStream
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.llm import LLM
+from qwen2vl.engine.llm_engine import DeltaStream
 from qwen2vl.engine.outputs import Completion, Delta
 from qwen2vl.engine.sampling.grammar import Grammar
 from qwen2vl.engine.sampling.params import SamplingParams
 
-__all__ = ["LLM", "AsyncLLM", "Completion", "Delta", "EngineConfig", "Grammar", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncDeltaStream",
+    "AsyncLLM",
+    "Completion",
+    "Delta",
+    "DeltaStream",
+    "EngineConfig",
+    "Grammar",
+    "SamplingParams",
+]

@@ -1,11 +1,12 @@
 """AsyncLLM: asyncio interface with streaming, for many concurrent callers of one engine.
 
     caller --messages--> processor (a worker thread) --requests--> input queue
-    engine thread: input queue -> LLM.step -> deltas --call_soon_threadsafe--> the caller's loop
+    engine thread: input queue -> engine step -> deltas --call_soon_threadsafe--> the caller's loop
 
-Only the engine thread uses scheduler, caches and model. A caller that stops iterating or is
-canceled has its request aborted. If the engine fails, all callers get an EngineError with the
-cause, and so do later ones. One process, one device. (vLLM: AsyncLLM.)
+The engine thread owns the LLM: only it uses scheduler, caches and model. A caller that stops
+iterating or is canceled has its request aborted. If the engine dies, all callers get an EngineError
+with the first cause, and so do later ones until `restart`. An AsyncLLM without references, and
+without running requests, is closed. One process, one device. (vLLM: AsyncLLM.)
 """
 
 from __future__ import annotations
@@ -13,82 +14,187 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from traceback import clear_frames
+from typing import Any, Self
 
-from qwen2vl.engine.llm import LLM
-from qwen2vl.engine.outputs import Completion, Delta
-from qwen2vl.engine.request import Request
+from qwen2vl.engine.arguments.conversations import (
+    NOT_GIVEN,
+    ConversationForm,
+    as_batch,
+    as_conversation,
+)
+from qwen2vl.engine.arguments.keyword_hints import check_keywords
+from qwen2vl.engine.arguments.options import (
+    as_params_list,
+    check_sampling_keywords,
+    refuse_load_options,
+)
+from qwen2vl.engine.async_stream import AsyncDeltaStream, PendingStream
+from qwen2vl.engine.engine_core import EngineSession
+from qwen2vl.engine.llm import LLM, llm_argument_names
+from qwen2vl.engine.outputs import Completion
+from qwen2vl.engine.request import Request, collect_completions
 from qwen2vl.engine.sampling.params import SamplingParams
 from qwen2vl.engine.scheduler.scheduler import RequestOutput
-from qwen2vl.engine.validation import Conversation
-from qwen2vl.errors import EngineError
+from qwen2vl.errors import EngineError, Qwen2VLError
+from qwen2vl.model import Qwen2VL
+from qwen2vl.processor.processor import Processor
 
-__all__ = ["AsyncLLM", "CompletionStream"]
+__all__ = ["AsyncLLM"]
 
 logger = logging.getLogger(__name__)
 
 
-class CompletionStream:
-    """A running request: iterate over its deltas, or await its completions."""
+class AsyncLLM:
+    """An LLM for concurrent coroutines; the engine runs in its own thread and owns the LLM.
 
-    def __init__(self, engine: AsyncLLM, requests: list[Request], process_seconds: float) -> None:
-        self._engine = engine
-        self._requests = requests
-        self._process_seconds = process_seconds
-        self._loop = asyncio.get_running_loop()
-        self._deltas: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
-        self._num_unfinished = len(requests)  # samples
-        self._error: EngineError | None = None  # why they will not finish
+    As an async context manager it is closed at the end.
+    """
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Yield the deltas of all samples as they are generated; leaving early aborts the request.
+    def __init__(
+        self,
+        llm: LLM | str | Path | Qwen2VL = "nano",
+        processor: Processor | None = None,
+        **options: Any,
+    ) -> None:
+        """Take over an LLM, or load one: other arguments are those of `LLM`.
+
+        An LLM that was given stays usable after `close`; one that was loaded here is closed then.
 
         Raises:
-            EngineError: the engine died, or the request was aborted elsewhere.
+            Qwen2VLError: as `LLM` does.
+            EngineError: the LLM is in use, or was closed.
         """
+        self._owns_llm = not isinstance(llm, LLM)
+        check_keywords(options, (name for name in llm_argument_names() if name != "model"))
+        if isinstance(llm, LLM):
+            given = {"processor": processor, **options}
+            refuse_load_options(given, "the LLM", "give it to LLM(...)")
+        else:
+            llm = LLM(llm, processor, **options)
+        self.llm = llm
+        self._restart_lock = threading.Lock()
+        self._engine_thread = self._start_thread()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def __repr__(self) -> str:
+        cause = self._engine_thread.cause
+        died = "closed" if cause is None else f"died: {type(cause).__name__}"
+        return f"AsyncLLM({self.llm!r}, {'running' if self.is_alive else died})"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread accepts requests."""
+        return self._engine_thread.is_open
+
+    def stream(
+        self,
+        conversation: ConversationForm = NOT_GIVEN,
+        params: SamplingParams | None = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> PendingStream:
+        """Submit one conversation, given as for `LLM.chat`, once the result is awaited or iterated.
+
+        `await` returns the AsyncDeltaStream of its output; `async for` yields its deltas.
+
+        Raises:
+            InputError, CapacityError: as `LLM.chat` does, before anything is queued.
+            EngineError: the engine has died, naming the first cause, or was closed.
+        """
+
+        async def submit() -> AsyncDeltaStream:
+            self._engine_thread.check_open()
+            check_sampling_keywords(sampling)
+            messages = as_conversation(conversation, images, videos)
+            prompt, request_params, seconds = await asyncio.to_thread(
+                self.llm.prepare, messages, params, tools, **sampling
+            )
+            requests = self.llm.create_requests(prompt, request_params)
+            stream = AsyncDeltaStream(self._request_abort, requests, seconds)
+            self._engine_thread.submit(stream)
+            return stream
+
+        return PendingStream(submit())
+
+    async def chat(
+        self,
+        conversations: ConversationForm | Sequence[ConversationForm] = NOT_GIVEN,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Generate the next assistant message of each conversation; as `LLM.chat`.
+
+        If one conversation of a list is invalid, the others are aborted.
+
+        Raises:
+            Qwen2VLError: as `stream` does, or the only sample failed.
+        """
+        check_sampling_keywords(sampling)
+        batch = as_batch(conversations, images, videos)
+        params_list = as_params_list(params, sampling, len(batch.conversations))
+        streams: list[AsyncDeltaStream] = []
         try:
-            while self._num_unfinished and self._error is None:
-                delta = await self._deltas.get()
-                if isinstance(delta, EngineError):
-                    self._error = delta
-                    raise delta
-                self._num_unfinished -= delta.finish_reason is not None
-                yield delta
+            for index, conversation in enumerate(batch.conversations):
+                with batch.naming(index):
+                    streams.append(await self.stream(conversation, params_list[index], tools=tools))
+            for stream in streams:
+                async for _ in stream:
+                    pass
         finally:
-            self.abort()
+            for stream in streams:
+                stream.abort()
+        return collect_completions(
+            [request for stream in streams for request in stream.requests],
+            [stream.process_seconds for stream in streams for _ in stream.requests],
+        )
 
-    async def completions(self) -> list[Completion]:
-        """Wait until all samples have finished; return one Completion for each.
+    def close(self) -> None:
+        """Stop the engine thread; running requests get an EngineError. Closing again does nothing.
+
+        An LLM that was given to AsyncLLM stays usable; one that was loaded by it is closed.
+        """
+        thread = self._engine_thread
+        thread.stop()
+        thread.join()
+        if self._owns_llm:
+            self.llm.close()
+
+    def restart(self) -> None:
+        """Start the engine again, after it died or was closed; does nothing while it runs.
 
         Raises:
-            Qwen2VLError: the only sample failed, the request was aborted, or the engine died.
+            EngineError: the LLM is in use, or was closed.
         """
-        async for _ in self:
-            pass
-        if self._error is not None:
-            raise self._error
-        first = self._requests[0]
-        if len(self._requests) == 1 and first.error is not None:
-            raise first.error
-        return [
-            request.completion(process_seconds=self._process_seconds) for request in self._requests
-        ]
+        with self._restart_lock:
+            if self._engine_thread.is_open:
+                return
+            self._engine_thread.join()  # it has delivered its last error and released the LLM
+            self._engine_thread = self._start_thread()
 
-    def abort(self) -> None:
-        """Abort the request unless it has finished; other iterators get an EngineError."""
-        if self._num_unfinished and self._error is None:
-            self._error = EngineError("the request was aborted before it finished")
-            self._engine._enqueue(_Abort(self._requests))
-            self._deltas.put_nowait(self._error)
+    def _request_abort(self, requests: Sequence[Request]) -> None:
+        self._engine_thread.request_abort(requests)
 
-    def _deliver(self, delta: Delta | EngineError) -> None:
-        """Pass a delta from the engine thread to the caller's loop; abort if the loop is closed."""
-        try:
-            self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
-        except RuntimeError:
-            self._engine._enqueue(_Abort(self._requests))
+    def _start_thread(self) -> _EngineThread:
+        thread = _EngineThread(self.llm.engine.acquire("AsyncLLM", is_async=True))
+        weakref.finalize(self, thread.stop)  # else nobody could, and the LLM would stay in memory
+        return thread
 
 
 class _Abort:
@@ -96,112 +202,126 @@ class _Abort:
         self.requests = requests
 
 
-class AsyncLLM:
-    """An LLM for concurrent coroutines; the engine runs in its own thread."""
+_InputQueue = SimpleQueue[AsyncDeltaStream | _Abort | None]  # None: stop
 
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-        self._input_queue: SimpleQueue[tuple[CompletionStream, list[Request]] | _Abort | None] = (
-            SimpleQueue()
-        )
-        self._streams: dict[Request, CompletionStream] = {}  # used by the engine thread only
-        self._error: EngineError | None = None
+
+class _EngineThread:
+    """Runs the engine from the start until it is stopped or dies, and owns the LLM meanwhile.
+
+    It refers to the AsyncLLM by running requests only. Methods are for other threads, private ones
+    for its own.
+    """
+
+    def __init__(self, session: EngineSession) -> None:
+        self.is_open = True
+        self.cause: BaseException | None = None  # the first, if the engine died
+        self._session = session
+        self._lock = threading.Lock()  # of the next two: nothing is queued after the last reading
+        self._input_queue: _InputQueue = SimpleQueue()
+        self._streams: dict[Request, AsyncDeltaStream] = {}  # used by this thread only
         self._thread = threading.Thread(target=self._run_busy_loop, name="engine", daemon=True)
         self._thread.start()
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the engine thread is running."""
-        return self._error is None and self._thread.is_alive()
+    def check_open(self) -> None:
+        """Raise an EngineError if the engine has died or was closed."""
+        if not self.is_open:
+            raise self._stopped_error()
 
-    async def stream(
-        self,
-        messages: Conversation,
-        params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> CompletionStream:
-        """Submit one conversation; return the stream of its output.
+    def submit(self, stream: AsyncDeltaStream) -> None:
+        """Run the requests of a stream; errors as for `check_open`."""
+        with self._lock:
+            self.check_open()
+            self._input_queue.put(stream)
 
-        Raises:
-            InputError, CapacityError: as `LLM.chat` does, before anything is queued.
-            EngineError: the engine has died; names the first cause.
-        """
-        self._check_alive()
-        request_params = params or SamplingParams()
-        prompt, request_params, seconds = await asyncio.to_thread(
-            self.llm.prepare, messages, request_params, tools
-        )
-        requests = self.llm.create_requests(prompt, request_params)
-        stream = CompletionStream(self, requests, seconds)
-        self._enqueue((stream, requests))
-        self._check_alive()  # again: a dead engine no longer reads its input queue
-        return stream
+    def request_abort(self, requests: Sequence[Request]) -> None:
+        """Have requests aborted; a thread that has stopped has ended them already."""
+        self._input_queue.put(_Abort(requests))
 
-    async def chat(
-        self, messages: Conversation, params: SamplingParams | None = None
-    ) -> list[Completion]:
-        """Generate the reply to one conversation; one Completion for each sample."""
-        return await (await self.stream(messages, params)).completions()
+    def stop(self) -> None:
+        """Stop after the current step; without a lock, because finalizers may run anywhere."""
+        self._input_queue.put(None)
 
-    def close(self) -> None:
-        """Stop the engine thread; running requests get an EngineError, the LLM stays usable."""
-        self._enqueue(None)
+    def join(self) -> None:
+        """Wait until the thread has ended all streams and released the LLM."""
         self._thread.join()
 
-    def _check_alive(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _enqueue(self, message: tuple[CompletionStream, list[Request]] | _Abort | None) -> None:
-        self._input_queue.put(message)
+    def _stopped_error(self) -> EngineError:
+        """Build the error of one caller; the first cause is that of all of them."""
+        if self.cause is None:
+            return EngineError("the engine was closed; AsyncLLM.restart() starts it again")
+        error = EngineError(
+            f"the engine died, and all its requests with it: {type(self.cause).__name__}: "
+            f"{self.cause}; AsyncLLM.restart() starts it again"
+        )
+        error.__cause__ = self.cause
+        return error
 
     def _run_busy_loop(self) -> None:
-        """Process the input queue, run a step, deliver its outputs; until closed or failed."""
+        """Process the input queue, run a step, deliver its outputs; until stopped or failed."""
+        cause: BaseException | None = None
         try:
             while self._process_input_queue():
-                for output in self.llm.step():
+                for output in self._session.step():
                     self._deliver_output(output)
-        except Exception as error:
+        except BaseException as error:
             logger.exception("the engine died")
-            self._shut_down(EngineError(f"the engine died: {type(error).__name__}: {error}"))
-        else:
-            for request in self._streams:
-                self.llm.abort(request)
-            self._shut_down(EngineError("the engine was closed"))
+            clear_frames(error.__traceback__)  # they hold the tensors of the failed step
+            cause = error
+        finally:
+            self._shut_down(cause)
 
     def _process_input_queue(self) -> bool:
-        """Read the input queue, blocking only when the engine is idle; False: closed."""
-        while not self._input_queue.empty() or not self.llm.has_unfinished_requests:
-            message = self._input_queue.get()
-            if message is None:
+        """Read the input queue, blocking only when the engine is idle; False: stop."""
+        while not self._input_queue.empty() or not self._session.has_unfinished_requests:
+            if not self._process_message(self._input_queue.get()):
                 return False
-            if isinstance(message, _Abort):
-                for request in message.requests:
-                    if self._streams.pop(request, None) is not None:
-                        self.llm.abort(request)
-                continue
-            stream, requests = message
-            for request in requests:
-                self._streams[request] = stream
-                self.llm.add_request(request)
         return True
+
+    def _process_message(self, message: AsyncDeltaStream | _Abort | None) -> bool:
+        if isinstance(message, AsyncDeltaStream):
+            self._add(message)
+        elif message is not None:
+            self._abort(message.requests)
+        return message is not None
+
+    def _add(self, stream: AsyncDeltaStream) -> None:
+        """Add the requests of one caller; if that fails, it concerns this caller only."""
+        # Before any is added: if the engine dies here, the caller must hear of it.
+        self._streams.update(dict.fromkeys(stream.requests, stream))
+        try:
+            for request in stream.requests:
+                self._session.add_request(request)
+        except Qwen2VLError as error:
+            self._abort(stream.requests)
+            stream.deliver(error)
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if self._streams.pop(request, None) is not None:
+                self._session.abort(request)
 
     def _deliver_output(self, output: RequestOutput) -> None:
         request = output.request
-        stream = self._streams[request]
+        stream = self._streams.get(request)
+        if stream is None:
+            return  # queued by LLM.add_request before the AsyncLLM owned it
         if request.finish_reason is not None:
             del self._streams[request]
-        stream._deliver(
-            Delta(index=request.index, text=output.text, finish_reason=request.finish_reason)
-        )
+        stream.deliver(output.delta)
 
-    def _shut_down(self, error: EngineError) -> None:
-        self._error = error
-        streams = set(self._streams.values())
-        while not self._input_queue.empty():
-            message = self._input_queue.get()
-            if isinstance(message, tuple):
-                streams.add(message[0])
-        for stream in streams:
-            stream._deliver(error)
+    def _shut_down(self, cause: BaseException | None) -> None:
+        """Release the LLM, and end all streams with an error of their own."""
+        try:
+            self._session.release()
+        finally:
+            with self._lock:
+                self.cause = cause
+                self.is_open = False
+                streams = set(self._streams.values())
+                while not self._input_queue.empty():
+                    message = self._input_queue.get()
+                    if isinstance(message, AsyncDeltaStream):
+                        streams.add(message)
+            self._streams.clear()
+            for stream in streams:
+                stream.deliver(self._stopped_error())

@@ -6,19 +6,25 @@ of a request in engine/sampling/params.py. (vLLM: SchedulerConfig, CacheConfig, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from qwen2vl.errors import ConfigError
+from qwen2vl.errors import ConfigError, abbreviate
 
 __all__ = ["EngineConfig"]
 
 MIB = 1024**2
-MINIMUMS = {
-    "max_num_batched_tokens": 32,
-    "max_num_encoder_patches": 4,
-    "max_num_seqs": 1,
-    "num_speculative_tokens": 0,
+# Field -> smallest and largest value; the largest catch typing errors, and fit into an int64.
+RANGES = {
+    "max_num_seqs": (1, 65_536),
+    "max_num_batched_tokens": (32, 2**31),
+    "max_num_encoder_patches": (4, 2**31),
+    "num_speculative_tokens": (0, 1024),
+    "kv_cache_tokens": (2, 2**40),
+    "encoder_cache_bytes": (0, 2**60),
+    "encoder_cache_disk_bytes": (0, 2**60),
+    "item_cache_bytes": (0, 2**60),
 }
 
 
@@ -27,7 +33,7 @@ class EngineConfig:
     """Limits of one engine step, and sizes of the caches that persist between requests.
 
     Raises:
-        ConfigError: a value is too small or of the wrong type.
+        ConfigError: a value is out of its range or of the wrong type.
     """
 
     max_num_seqs: int = 16  # requests that run at the same time; others wait
@@ -43,12 +49,21 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.cuda_graphs, bool):
-            raise ConfigError(f"cuda_graphs: got {self.cuda_graphs!r}, must be True or False")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            is_unset = f.name == "kv_cache_tokens" and value is None
-            if is_unset or f.name in ("cuda_graphs", "encoder_cache_dir"):
+            raise ConfigError(
+                f"cuda_graphs: got {abbreviate(self.cuda_graphs)}, must be True or False"
+            )
+        if not isinstance(self.encoder_cache_dir, (str, os.PathLike, type(None))):
+            raise ConfigError(
+                f"encoder_cache_dir: got {abbreviate(self.encoder_cache_dir)}, must be a folder, "
+                "or None for no cache on disk"
+            )
+        for name, (minimum, maximum) in RANGES.items():
+            value = getattr(self, name)
+            if name == "kv_cache_tokens" and value is None:
                 continue
-            minimum = MINIMUMS.get(f.name, 0)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"{f.name}: got {value!r}, must be a whole number from {minimum}")
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if not is_number or not minimum <= value <= maximum:
+                raise ConfigError(
+                    f"{name}: got {abbreviate(value)}, must be a whole number from {minimum:,} to "
+                    f"{maximum:,}"
+                )

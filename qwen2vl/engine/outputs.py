@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qwen2vl.errors import abbreviate
+
 __all__ = ["Completion", "Delta", "FinishReason", "ItemReport", "Timings", "TokenLogprob"]
 
 FinishReason = Literal["stop", "length", "error"]
@@ -59,7 +61,8 @@ class Delta:
 class Completion:
     """The output of one request: text, tokens and usage.
 
-    `text` keeps the six grounding tokens and drops the other special tokens.
+    `text` keeps the six grounding tokens and drops the other special tokens, unless
+    `SamplingParams.skip_special_tokens` is False.
     """
 
     text: str  # without what a stop string cuts off
@@ -73,6 +76,11 @@ class Completion:
     seconds: Timings = Timings()  # by phase
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, if they were asked for
     error: str | None = None  # the reason, if finish_reason is "error"
+
+    def __repr__(self) -> str:
+        usage = f"{self.prompt_tokens} + {len(self.token_ids)} tokens"
+        failed = "" if self.error is None else f", error={abbreviate(self.error)}"
+        return f"Completion({abbreviate(self.text)}, {self.finish_reason!r}, {usage}{failed})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the completion as plain JSON values."""

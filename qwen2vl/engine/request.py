@@ -8,8 +8,9 @@ positions. (vLLM: v1.request.Request, IncrementalDetokenizer.)
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from traceback import clear_frames
 from typing import Protocol
 
@@ -20,11 +21,19 @@ from qwen2vl.engine.kv_cache.block_pool import BlockHashes, CacheAllocation
 from qwen2vl.engine.outputs import Completion, FinishReason, ItemReport, Timings, TokenLogprob
 from qwen2vl.engine.sampling.params import SamplingParams
 from qwen2vl.engine.sampling.sampler import Sampler
-from qwen2vl.errors import Qwen2VLError
+from qwen2vl.errors import EngineError, Qwen2VLError, copy_error
 from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["Detokenizer", "Request", "StopStringBuffer"]
+__all__ = [
+    "Detokenizer",
+    "Request",
+    "StopStringBuffer",
+    "collect_completions",
+    "unexpected_request_error",
+]
+
+logger = logging.getLogger(__name__)
 
 
 class Detokenizer(Protocol):
@@ -104,6 +113,7 @@ class Request:
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.can_draft = True  # False after an error of the draft proposer
         self.error: Qwen2VLError | None = None
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt.input_ids))
         # State of the scheduler.
@@ -233,6 +243,32 @@ class RequestTimer:
             prefill=max(0.0, prefilled_at - self.scheduled_at - self.vision_seconds),
             decode=self.finished_at - prefilled_at,
         )
+
+
+def collect_completions(
+    requests: Sequence[Request], process_seconds: Sequence[float]
+) -> list[Completion]:
+    """Build the completions of finished requests, given their preprocessing times.
+
+    Raises:
+        Qwen2VLError: the only request failed; of several, a failed one has finish_reason "error".
+    """
+    if len(requests) == 1 and requests[0].error is not None:
+        raise copy_error(requests[0].error)
+    pairs = zip(requests, process_seconds, strict=True)
+    return [request.completion(process_seconds=seconds) for request, seconds in pairs]
+
+
+def unexpected_request_error(part: str, error: Exception) -> EngineError:
+    """Log an unexpected error in a part of one request, and return what that request ends with."""
+    logger.error("%s failed in one request, which ends; the others go on", part, exc_info=error)
+    ended = EngineError(
+        f"{part} failed in this request only, by a bug of this library: "
+        f"{type(error).__name__}: {error}; report it, and send the request again without its "
+        "rarer parameters"
+    )
+    ended.__cause__ = error
+    return ended
 
 
 def _item_report(item: Item) -> ItemReport:

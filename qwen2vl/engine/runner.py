@@ -22,11 +22,10 @@ from torch import Tensor
 
 from qwen2vl.engine.decode.backend import DecodeBackend, DecodeToken
 from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
-from qwen2vl.engine.host_to_device import copy_to_device
 from qwen2vl.engine.kv_cache.block_pool import CacheOperation, CopySlots, FreeSlots, ReserveSlots
 from qwen2vl.engine.kv_cache.capacity import out_of_memory_as_capacity_error
-from qwen2vl.engine.kv_cache.storage import KVStorage
-from qwen2vl.engine.request import Request
+from qwen2vl.engine.kv_cache.storage import KVStorage, copy_to_device
+from qwen2vl.engine.request import Request, unexpected_request_error
 from qwen2vl.engine.sampling.batched import sample_batch
 from qwen2vl.engine.scheduler.output import SampledTokens, SchedulerOutput, TokenChunk
 from qwen2vl.errors import CapacityError, Qwen2VLError
@@ -245,6 +244,10 @@ def _sample(
                 results.append(_verify_draft_tokens(chunk, part_RV))
         except Qwen2VLError as error:
             results.append(error)
+        except torch.AcceleratorError:
+            raise  # the device has failed for all requests
+        except Exception as error:
+            results.append(unexpected_request_error("sampling", error))
     return results
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +50,29 @@ def test_deltas_are_streamed(engine: AsyncLLM) -> None:
     assert text == completion.text
     assert [d.finish_reason for d in deltas if d.finish_reason] == ["length"]
     assert completion.seconds.process > 0
+
+
+def test_a_stream_is_iterated_without_await_or_made_a_task(engine: AsyncLLM) -> None:
+    async def consume() -> tuple[str, Any]:
+        text = "".join([delta.text async for delta in engine.stream([user("Hi")], GREEDY)])
+        stream = await asyncio.create_task(engine.stream([user("Hi")], GREEDY))
+        return text, await stream.completions()
+
+    text, (completion,) = asyncio.run(consume())
+    assert text == completion.text
+
+
+def test_leaving_a_stream_that_was_not_awaited_aborts_it(engine: AsyncLLM) -> None:
+    async def leave() -> None:
+        async for _ in engine.stream("Hi", ENDLESS):
+            break
+        await engine.chat("Hello", GREEDY)
+        with pytest.raises(InputError, match="messages: there is no such argument"):
+            async for _ in engine.stream(messages=[]):
+                pass
+
+    asyncio.run(leave())
+    assert not engine.llm.engine_core.scheduler.has_unfinished_requests
 
 
 def test_leaving_early_aborts(engine: AsyncLLM) -> None:
@@ -134,21 +159,166 @@ def test_several_samples_share_one_stream(engine: AsyncLLM) -> None:
         assert "".join(d.text for d in deltas if d.index == index) == completion.text
 
 
-def test_a_dead_engine_reports_the_cause_and_stays_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_with(error: BaseException) -> Any:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_dead_engine_reports_the_first_cause_and_can_be_restarted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = AsyncLLM(LLM(MODEL, tiny_processor()))
-    monkeypatch.setattr(
-        engine.llm.engine_core.runner,
-        "_forward",
-        lambda *_: (_ for _ in ()).throw(RuntimeError("shape")),
+    cause = RuntimeError("shape")
+    monkeypatch.setattr(engine.llm.engine_core.runner, "_forward", fail_with(cause))
+
+    async def chat_concurrently() -> list[Any]:
+        chats = [engine.chat([user(text)], GREEDY) for text in ("a", "b")]
+        return await asyncio.gather(*chats, return_exceptions=True)
+
+    errors = [*asyncio.run(chat_concurrently()), *asyncio.run(chat_concurrently())]
+    for error in errors:
+        assert isinstance(error, EngineError) and error.__cause__ is cause
+        assert "engine died, and all its requests with it: RuntimeError: shape" in str(error)
+    assert len(set(map(id, errors))) == len(errors)  # each caller has its own
+    assert not engine.is_alive and repr(engine).endswith("died: RuntimeError)")
+    (completion,) = engine.llm.chat(CONVERSATIONS[0], GREEDY)  # nobody owns the LLM now
+    assert_same_completion(completion, reference_completion(0))
+    engine.restart()
+    engine.restart()  # does nothing while it runs
+    assert engine.is_alive and repr(engine).endswith("running)")
+    assert_same_completion(
+        asyncio.run(engine.chat(CONVERSATIONS[0], GREEDY))[0], reference_completion(0)
     )
+    engine.close()
 
-    async def chat() -> None:
-        await engine.chat([user("Hi")], GREEDY)
 
-    for _ in range(2):
-        with pytest.raises(EngineError, match="engine died: RuntimeError: shape"):
-            asyncio.run(chat())
-    assert not engine.is_alive
+def test_another_async_llm_can_follow_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(MODEL, tiny_processor())
+    dead = AsyncLLM(llm)
+    monkeypatch.setattr(llm.engine_core.runner, "_forward", fail_with(KeyError("x")))
+    with pytest.raises(EngineError, match="engine died"):
+        asyncio.run(dead.chat("Hi", GREEDY))
+    engine = AsyncLLM(llm)
+    with pytest.raises(EngineError, match="AsyncLLM: this LLM is owned by an AsyncLLM"):
+        dead.restart()
+    dead.close()
+    (completion,) = asyncio.run(engine.chat(CONVERSATIONS[0], GREEDY))
+    assert_same_completion(completion, reference_completion(0))
+    engine.close()
+
+
+def test_a_bug_in_one_request_does_not_reach_the_others(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = engine.llm.create_requests
+
+    def create_requests(prompt: Any, params: Any, *, index: int = 0) -> Any:
+        requests = create(prompt, params, index=index)
+        if prompt.items:
+            monkeypatch.setattr(requests[0].sampler, "sample", fail_with(KeyError("bug")))
+        return requests
+
+    monkeypatch.setattr(engine.llm, "create_requests", create_requests)
+
+    async def chat_concurrently() -> list[Any]:
+        chats = [engine.chat(CONVERSATIONS[index], GREEDY) for index in (0, 1, 0)]
+        return await asyncio.gather(*chats, return_exceptions=True)
+
+    first, bad, last = asyncio.run(chat_concurrently())
+    for completions in (first, last):
+        assert_same_completion(completions[0], reference_completion(0))
+    assert isinstance(bad, EngineError) and "in this request only" in str(bad)
+    assert engine.is_alive
+
+
+def test_requests_that_were_queued_before_do_not_end_the_engine() -> None:
+    llm = LLM(MODEL, tiny_processor())
+    (request,) = llm.create_requests(llm.processor(CONVERSATIONS[1]), GREEDY)
+    llm.add_request(request)
+    engine = AsyncLLM(llm)
+    (completion,) = asyncio.run(engine.chat(CONVERSATIONS[0], GREEDY))
+    assert_same_completion(completion, reference_completion(0))
+    engine.close()
+
+
+def test_an_async_llm_loads_and_closes_its_own_llm() -> None:
+    async def ask() -> tuple[AsyncLLM, Any]:
+        async with AsyncLLM("nano", max_model_len=512) as engine:
+            return engine, await engine.chat("What is apple backwards?", temperature=0)
+
+    engine, (completion,) = asyncio.run(ask())
+    assert engine.llm.max_model_len == 512 and completion.text
+    assert repr(engine) == "AsyncLLM(LLM('nano', closed), closed)"
+    engine.close()
+    with pytest.raises(EngineError, match="this LLM was closed"):
+        engine.restart()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"quantize": "int8"}, "quantize: got 'int8', but the LLM is in memory already; give it"),
+        ({"quantise": "int8"}, "quantise: there is no such argument; did you mean quantize?"),
+    ],
+)
+def test_options_of_loading_need_a_model_to_load(given: dict[str, Any], text: str) -> None:
+    llm = LLM(MODEL, tiny_processor())
+    with pytest.raises(InputError) as caught:
+        AsyncLLM(llm, **given)
+    assert text in str(caught.value)
+    llm.chat("Hi", GREEDY)  # is not owned
+
+
+def test_forms_of_arguments(engine: AsyncLLM) -> None:
+    keywords = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 2}
+
+    async def ask() -> Any:
+        one = await engine.chat("Hi", **keywords)
+        batch = await engine.chat(["Hi", CONVERSATIONS[1]], GREEDY)
+        stream = await engine.stream("What is this?", images=random_image(), **keywords)
+        return one, batch, await stream.completions()
+
+    (one,), (two, three), (four,) = asyncio.run(ask())
+    for completion, index in ((one, 0), (two, 0), (three, 1), (four, 1)):
+        assert_same_completion(completion, reference_completion(index))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda e: e.chat(["Hi", [{"role": "x"}]]), r"conversations\[1\]: messages\[0\].role"),
+        (lambda e: e.chat("Hi", {"temperature": 0}), r"pass SamplingParams\(temperature=0\)"),
+        (lambda e: e.stream(["Hi"]), r"conversation\[0\]: got 'Hi' in a list of messages"),
+        (lambda e: e.stream("Hi", temprature=0), "temprature: .*did you mean temperature"),
+    ],
+)
+def test_wrong_arguments_end_nothing(engine: AsyncLLM, call: Any, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        asyncio.run(call(engine))
+    assert engine.is_alive
+
+
+def test_every_iterator_of_a_finished_stream_ends(engine: AsyncLLM) -> None:
+    async def consume() -> list[Any]:
+        stream = await engine.stream("Hi", GREEDY)
+        consumers = [asyncio.create_task(stream.completions()) for _ in range(3)]
+        return await asyncio.wait_for(asyncio.gather(*consumers), 20)
+
+    for (completion,) in asyncio.run(consume()):
+        assert completion.token_ids == reference_completion(0).token_ids
+
+
+def test_closing_twice_does_nothing() -> None:
+    engine = AsyncLLM(LLM(MODEL, tiny_processor()))
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match=r"the engine was closed; AsyncLLM\.restart\(\) starts"):
+        asyncio.run(engine.chat("Hi"))
+    engine.restart()
+    assert asyncio.run(engine.chat("Hi", GREEDY))[0].token_ids
+    engine.close()
 
 
 def test_closing_ends_running_requests() -> None:
@@ -180,4 +350,43 @@ def test_an_engine_closed_while_a_request_is_created_raises(
     for _ in range(2):
         with pytest.raises(EngineError, match="closed"):
             asyncio.run(asyncio.wait_for(engine.chat([user("Hi")], GREEDY), 20))
-    assert engine._input_queue.qsize() <= 1
+
+
+def test_an_async_llm_without_references_releases_the_llm_and_ends_its_thread() -> None:
+    llm, threads_before = LLM(MODEL, tiny_processor()), set(threading.enumerate())
+
+    async def ask_and_forget() -> Any:
+        stream = await AsyncLLM(llm).stream(CONVERSATIONS[0], GREEDY)
+        return await stream.completions()  # the stream keeps the engine until here
+
+    (completion,) = asyncio.run(ask_and_forget())
+    assert_same_completion(completion, reference_completion(0))
+    gc.collect()
+    for thread in set(threading.enumerate()) - threads_before:
+        if thread.name == "engine":
+            thread.join(20)
+            assert not thread.is_alive()
+    assert_same_completion(llm.chat(CONVERSATIONS[0], GREEDY)[0], reference_completion(0))
+
+
+def test_a_caller_whose_request_cannot_be_added_is_told(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.llm.engine_core, "add_request", fail_with(KeyError("bug")))
+
+    async def chat() -> None:
+        await asyncio.wait_for(engine.chat("Hi", GREEDY), 20)
+
+    with pytest.raises(EngineError, match="engine died, and all its requests with it: KeyError"):
+        asyncio.run(chat())
+
+
+def test_the_error_of_a_dead_engine_is_not_blamed_on_a_conversation(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause = RuntimeError("shape")
+    monkeypatch.setattr(engine.llm.engine_core.runner, "_forward", fail_with(cause))
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"^the engine died") as caught:
+            asyncio.run(engine.chat(["Hi", "Ho"], GREEDY))
+        assert caught.value.__cause__ is cause

@@ -172,7 +172,7 @@ def test_outputs_and_memory_are_right_after_any_transitions() -> None:
 
 def test_an_engine_core_is_created_when_first_used() -> None:
     llm = new_llm()
-    assert llm._core is None and not llm.has_unfinished_requests
+    assert llm.engine.current_core is None and not llm.has_unfinished_requests
     assert isinstance(llm.engine_core, EngineCore) and llm.engine_core is llm.engine_core
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen2vl import threads
 from qwen2vl.engine import LLM, Delta, SamplingParams
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.errors import CapacityError, EngineError, InputError
@@ -131,13 +132,13 @@ def test_params_for_each_conversation(llm: LLM) -> None:
 
 @pytest.mark.parametrize("wrong", [[{"temperature": 0}], {"temperature": 0}, ["greedy"]])
 def test_params_of_another_type_are_rejected(llm: LLM, wrong: Any) -> None:
-    with pytest.raises(InputError, match=r"params: got (dict|str), must be SamplingParams"):
+    with pytest.raises(InputError, match=r"params.*: got .*must be SamplingParams; pass Sampling"):
         llm.chat([user("a")], wrong)
 
 
 @pytest.mark.parametrize("wrong", [[1, 2, 3], [user("a")], [None]])
 def test_prompts_of_another_type_are_rejected(llm: LLM, wrong: Any) -> None:
-    with pytest.raises(InputError, match=r"prompts: got (int|dict|NoneType).*LLM\.chat"):
+    with pytest.raises(InputError, match=r"prompts\[0\]: got .*must be text or.*LLM\.chat"):
         llm.generate(wrong)
 
 
@@ -271,13 +272,7 @@ def test_max_model_len_defaults_to_the_models_context(tmp_path: Path) -> None:
         LLM(tmp_path / "tiny", max_model_len=1)
 
 
-@pytest.mark.parametrize("wrong", ["Hello", 3, {"role": "user", "content": "Hello"}])
-def test_other_types_than_conversations_are_rejected(llm: LLM, wrong: Any) -> None:
-    with pytest.raises(InputError, match="expected a list of messages"):
-        llm.chat(wrong)
-
-
-@pytest.mark.parametrize("wrong", [["Hello"], [["Hello"]], [[]], [[None]], [None]])
+@pytest.mark.parametrize("wrong", [["Hello", []], [["Hello"]], [[]], [[None]], [None], [{}]])
 def test_malformed_messages_are_reported(llm: LLM, wrong: Any) -> None:
     with pytest.raises(InputError, match="messages"):
         llm.chat(wrong)
@@ -389,6 +384,37 @@ def test_arguments_that_do_not_apply_to_a_model_in_memory_are_refused(
         LLM(random_model(tiny_config()), tiny_processor(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"quantize": "4bit"}, "quantize: got '4bit', must be int8, int4, or on an NVIDIA GPU fp8"),
+        ({"dtype": "float16"}, "dtype: got 'float16', must be auto, float32 or bfloat16"),
+        ({"device": 0}, "device: got 0, must be a name such as 'cpu' or 'cuda:1'"),
+        ({"max_pixels": 1e6}, "max_pixels: got 1000000.0, must be a whole number of pixels"),
+        ({"min_pixels": True}, "min_pixels: got True"),
+        ({"adapter": 3}, "adapter: got 3, must be the folder of a PEFT adapter"),
+        ({"video_preset": None}, "video_preset: got None, must be the name of a preset"),
+        ({"limits": {}}, "limits: got {}, must be MediaLimits"),
+        ({"max_model_len": "long"}, "max_model_len: got 'long', must be from 2 to"),
+        (
+            {"engine": {"max_num_seqs": 1}},
+            "engine: got {'max_num_seqs': 1}, must be of class Engin",
+        ),
+        ({"dtype": torch.float16}, "dtype: got 'float16', must be auto, float32 or bfloat16; acti"),
+        ({"torch_dtype": "auto"}, "torch_dtype: there is no such argument; write dtype"),
+        ({"gpu_memory_utilization": 0.9}, "give engine=EngineConfig(kv_cache_tokens=N)"),
+        ({"quantise": "int8"}, "quantise: there is no such argument; did you mean quantize?"),
+        ({"model": 3}, "model: got 3, must be a folder, a repo id of the hub, or 'nano'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(
+    arguments: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        LLM(**arguments)
+    assert text in str(caught.value)
+
+
 def test_a_model_in_memory_needs_a_processor_and_a_folder_has_its_own() -> None:
     with pytest.raises(InputError, match="a model in memory needs its Processor"):
         LLM(random_model(tiny_config()))
@@ -401,3 +427,52 @@ def test_a_bad_encoder_cache_dir_is_refused_at_once(tmp_path: Path) -> None:
     config = EngineConfig(encoder_cache_dir=tmp_path / "file" / "cache")
     with pytest.raises(InputError, match="vision embeddings"):
         LLM(random_model(tiny_config()), tiny_processor(), engine=config)
+
+
+def test_a_dtype_of_torch_is_accepted() -> None:
+    with LLM("nano", device="cpu", dtype=torch.float32, max_model_len=64) as llm:
+        assert llm.model.dtype == torch.float32
+
+
+def test_names_of_other_libraries_are_answered_by_every_call(llm: LLM) -> None:
+    for call in (llm.chat, llm.stream, llm.prepare, llm.generate):
+        with pytest.raises(InputError, match=r"messages: .*; give the messages as the first arg"):
+            call(messages=[user("Hi")])
+    with pytest.raises(InputError, match=r"response_format: .*; give grammar=Grammar"):
+        SamplingParams(response_format={})  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=r"of this schema Grammar\.json_schema\(Shape\)"):
+        llm.chat("Hi", grammar=Shape)
+
+
+class Shape:
+    """A class as pydantic's."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {}
+
+
+def test_generate_takes_prompts_in_the_form_of_vllm(llm: LLM) -> None:
+    image, text = random_image(), "<|vision_start|><|image_pad|><|vision_end|>Hi"
+    (one,) = llm.generate({"prompt": text, "multi_modal_data": {"image": image}}, GREEDY)
+    (same,) = llm.generate(llm.processor.from_text(text, [image]), GREEDY)
+    assert one.token_ids == same.token_ids
+    with pytest.raises(InputError, match=r"^prompts\[0\]: the text has 1 placeholders"):
+        llm.generate([{"prompt": text}], GREEDY)
+
+
+def test_a_call_that_other_processes_preempt_warns_once(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(threads, "_has_warned", False)
+    monkeypatch.setattr(threads.sys, "platform", "linux")
+    monkeypatch.setattr(threads, "threads_spin", lambda: True)
+    monkeypatch.setattr(threads, "_num_torch_threads", lambda: 2)
+    monkeypatch.setattr(threads, "MIN_SECONDS", 0.0)
+    counts = iter((100, 10**9))
+    monkeypatch.setattr(threads, "_num_preemptions", lambda: next(counts))
+    llm.chat("Hi", GREEDY)
+    llm.chat("Hi", GREEDY)
+    assert [r.getMessage()[:40] for r in caplog.records if r.name == "qwen2vl.threads"] == [
+        "threads were preempted 999999900 times i"
+    ]

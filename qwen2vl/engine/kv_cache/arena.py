@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
-from qwen2vl.engine.host_to_device import copy_to_device
+from qwen2vl.engine.kv_cache.storage import copy_to_device
 from qwen2vl.errors import CapacityError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, kernels

@@ -11,13 +11,15 @@ released, and it is recomputed later, except for prefix blocks that are still ca
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE, BlockPool, CacheAllocation
-from qwen2vl.engine.request import Request
+from qwen2vl.engine.outputs import Delta
+from qwen2vl.engine.request import Request, unexpected_request_error
 from qwen2vl.engine.scheduler.output import (
     SampledTokens,
     SchedulerOutput,
@@ -25,11 +27,13 @@ from qwen2vl.engine.scheduler.output import (
     StepLimits,
     TokenChunk,
 )
-from qwen2vl.engine.speculative import NgramProposer
+from qwen2vl.engine.scheduler.speculative import NgramProposer
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.inputs import Item
 
 __all__ = ["EncoderCache", "RequestOutput", "Scheduler"]
+
+logger = logging.getLogger(__name__)
 
 # Slots allocated beyond the known tokens when a request is admitted.
 _NUM_LOOKAHEAD_TOKENS = 2 * BLOCK_SIZE
@@ -41,6 +45,12 @@ class RequestOutput:
 
     request: Request
     text: str
+
+    @property
+    def delta(self) -> Delta:
+        """What the caller of the request is given."""
+        request = self.request
+        return Delta(index=request.index, text=self.text, finish_reason=request.finish_reason)
 
 
 class EncoderCache(Protocol):
@@ -124,11 +134,11 @@ class Scheduler:
                 outputs += self._update_request(chunk, result)
         return outputs
 
-    def fail(self, request: Request, error: Qwen2VLError) -> RequestOutput:
-        """End a running request with an error and discard its KV cache."""
+    def fail(self, request: Request, error: Qwen2VLError, text: str = "") -> RequestOutput:
+        """End a running request with an error and discard its KV cache; `text` is its last."""
         request.fail(error)
         self._stop_running(request, discard=True)
-        return RequestOutput(request, "")
+        return RequestOutput(request, text)
 
     def reset_prefix_cache(self) -> None:
         """Evict the cached blocks of finished requests."""
@@ -144,10 +154,14 @@ class Scheduler:
         if not request.is_prefilling:
             self._release_items(request)
         texts: list[str] = []
-        for token, logprob in sampled:
-            texts.append(request.append(token, logprob))
-            if request.finish_reason is not None:
-                break
+        try:
+            for token, logprob in sampled:
+                texts.append(request.append(token, logprob))
+                if request.finish_reason is not None:
+                    break
+        except Exception as error:
+            unexpected = unexpected_request_error("detokenizing", error)
+            return [self.fail(request, unexpected, "".join(texts))]
         assert request.allocation is not None
         num_full = min(request.num_computed_tokens, len(request.all_token_ids)) // BLOCK_SIZE
         self.pool.cache_full_blocks(
@@ -169,14 +183,25 @@ class Scheduler:
         if stop <= request.num_computed_tokens:
             return
         draft_tokens: tuple[int, ...] = ()
-        if self.drafter is not None and not request.is_prefilling:
+        if self.drafter is not None and request.can_draft and not request.is_prefilling:
             max_tokens = min(budget.remaining_tokens - 1, request.max_num_tokens - num_known - 1)
-            draft_tokens = tuple(self.drafter.propose(request, max_tokens))
+            draft_tokens = self._propose_draft_tokens(self.drafter, request, max_tokens)
         if not self._allocate_slots(request, stop + len(draft_tokens)):
             return
         chunk = TokenChunk(request, request.num_computed_tokens, stop, draft_tokens)
         budget.remaining_tokens -= chunk.num_tokens
         budget.token_chunks.append(chunk)
+
+    def _propose_draft_tokens(
+        self, drafter: NgramProposer, request: Request, max_tokens: int
+    ) -> tuple[int, ...]:
+        """Return draft tokens; after an unexpected error this request goes on without any."""
+        try:
+            return tuple(drafter.propose(request, max_tokens))
+        except Exception:
+            logger.exception("no more draft tokens for one request")
+            request.can_draft = False
+            return ()
 
     def _cut_at_missing_embeddings(self, budget: StepBudget, request: Request, stop: int) -> int:
         """Return where a chunk must end for lack of vision embeddings, at most `stop`.

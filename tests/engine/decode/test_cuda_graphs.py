@@ -79,7 +79,7 @@ def llm_with_arena(supports_varlen: bool, min_kv_length: int = 64, **engine: Any
         arena.v_LKTC.fill_(torch.nan)
         llm._resources.kv_storage = arena
         llm._resources.decode_backend = FakeCapture(MODEL, arena, llm.engine_config.max_num_seqs)
-        llm._core = None
+        llm.engine.discard_core()
         yield llm
 
 
