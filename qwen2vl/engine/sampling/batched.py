@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwen2vl.engine.host_to_device import copy_to_device
+from qwen2vl.engine.kv_cache.storage import copy_to_device
 from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams, Sampler, non_finite_logits_error
 from qwen2vl.errors import EngineError
 

@@ -1,9 +1,9 @@
 """Structured output: grammars from a JSON schema, regex, choice, Lark grammar, or boxes.
 
-A `Grammar` is plain data. Its size and its schema keywords are checked on construction; other
-errors are found when grammar_matcher.py compiles it for a tokenizer. Schemas are enforced
-completely or rejected: an unsupported keyword is an error, unless it is an annotation. JSON output
-is one line with ", " and ": ", as Python writes it, so that most punctuation is forced
+A `Grammar` is plain data. Its size and its schema keywords (json_schema.py) are checked on
+construction; other errors are found when grammar_matcher.py compiles it for a tokenizer. Schemas
+are enforced completely or rejected: an unsupported keyword is an error, unless it is an annotation.
+JSON output is one line with ", " and ": ", as Python writes it, so that most punctuation is forced
 (jump-forward).
 (Lark: the syntax of llguidance, in which <|box_start|> is a special token.)
 """
@@ -11,35 +11,21 @@ is one line with ", " and ": ", as Python writes it, so that most punctuation is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from qwen2vl.errors import InputError
+from qwen2vl.engine.sampling.json_schema import SchemaSource, parse_schema
+from qwen2vl.engine.sampling.schema_rewrites import normalize_schema
+from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.grounding import BOX_END, BOX_START, REF_END, REF_START
 
 __all__ = ["Grammar"]
 
-MAX_SCHEMA_CHARS = 32_768
-MAX_SCHEMA_DEPTH = 32
 MAX_REGEX_CHARS = 8_192
 MAX_LARK_CHARS = 32_768
 MAX_CHOICES = 1_000
 MAX_CHOICE_CHARS = 1_000
-
-_ANNOTATION_KEYWORDS = frozenset(
-    "$schema $id $comment title description default examples deprecated readOnly writeOnly".split()
-)
-_SUPPORTED_KEYWORDS = frozenset(
-    "$ref $defs definitions type enum const anyOf oneOf allOf "
-    "minLength maxLength pattern format "
-    "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf "
-    "items prefixItems additionalItems minItems maxItems "
-    "properties patternProperties additionalProperties required minProperties maxProperties".split()
-)
-_NAMED_SUBSCHEMA_KEYWORDS = ("properties", "patternProperties", "$defs", "definitions")
-_SUBSCHEMA_KEYWORDS = ("items", "prefixItems", "additionalItems", "additionalProperties")
-_SUBSCHEMA_KEYWORDS += ("anyOf", "oneOf", "allOf")
 
 # One or more boxes, each with an optional phrase, optionally separated by line breaks.
 _BOXES_GRAMMAR = rf"""
@@ -49,33 +35,42 @@ POINT: /\((0|[1-9][0-9]{{0,2}}),(0|[1-9][0-9]{{0,2}})\)/
 """
 
 
+_Kind = Literal["json_schema", "regex", "lark"]
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """A grammar of the whole output text; create it with one of the class methods."""
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: _Kind
     text: str
 
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(_Kind) or not isinstance(self.text, str):
+            raise InputError(
+                f"Grammar: got {abbreviate(self.kind)} and {abbreviate(self.text)}; create one "
+                "with Grammar.json_schema, regex, choice, lark or boxes"
+            )
+
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
-        """Allow the JSON values of a schema, given as a mapping or as JSON text.
+    def json_schema(cls, schema: Mapping[str, Any] | str | SchemaSource) -> Grammar:
+        """Allow the JSON values of a schema (JSON Schema, draft 2020-12).
 
         Objects may have only the properties listed, unless the schema says otherwise
-        (`additionalProperties`, `patternProperties`) or uses `allOf`: if further properties are
-        always allowed, a model may never end the object.
+        (`additionalProperties`, `patternProperties`) or lists the properties of one object in
+        several places (`allOf`, or `$ref` with `properties` beside it): if further properties are
+        always allowed, a model may never end the object. `oneOf` is accepted if no value can fit
+        two branches, as in a discriminated union. Integers without a bound of their own are at
+        least -(2^53 - 1) and at most 2^53 - 1, unless they have `multipleOf`.
+
+        Args:
+            schema: a mapping, JSON text, a pydantic model class or a pydantic TypeAdapter.
 
         Raises:
-            InputError: invalid JSON, too large or too deeply nested, or an unsupported keyword.
+            InputError: not a schema, too large or too deeply nested, or a keyword or value that
+                cannot be obeyed; names it and its place.
         """
-        parsed, text = _parse_schema(schema)
-        if len(text) > MAX_SCHEMA_CHARS:
-            raise InputError(
-                f"JSON schema: {len(text):,} characters, at most {MAX_SCHEMA_CHARS:,} are allowed"
-            )
-        _check_schema(parsed, "#", 0)
-        if not _has_all_of(parsed):
-            _forbid_additional_properties(parsed)
-        return cls("json_schema", json.dumps(parsed))
+        return cls("json_schema", json.dumps(normalize_schema(parse_schema(schema))))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -84,7 +79,13 @@ class Grammar:
         Raises:
             InputError: not a string, empty, or too long.
         """
-        return cls("regex", _check_length("regex", pattern, MAX_REGEX_CHARS))
+        text = _check_length("regex", pattern, MAX_REGEX_CHARS)
+        if (len(text) - len(text.rstrip("\\"))) % 2:  # llguidance would escape what it appends
+            raise InputError(
+                f"regex: ends in a single backslash at character {len(text)}; write two to match "
+                "one"
+            )
+        return cls("regex", text)
 
     @classmethod
     def choice(cls, texts: Sequence[str]) -> Grammar:
@@ -94,7 +95,7 @@ class Grammar:
             InputError: no or too many texts, or one that is empty or too long.
         """
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
-            raise InputError(f"choice: got {_abbreviate(texts)}, must be a list of texts")
+            raise InputError(f"choice: got {abbreviate(texts)}, must be a list of texts")
         if len(texts) > MAX_CHOICES:
             raise InputError(f"choice: got {len(texts):,} texts, at most {MAX_CHOICES:,} allowed")
         for text in texts:
@@ -123,76 +124,12 @@ class Grammar:
 
 def _check_length(name: str, text: str, limit: int) -> str:
     if not isinstance(text, str) or not text:
-        raise InputError(f"{name}: got {_abbreviate(text)}, must be a text that is not empty")
+        raise InputError(f"{name}: got {abbreviate(text)}, must be a text that is not empty")
     if len(text) > limit:
         raise InputError(f"{name}: {len(text):,} characters, at most {limit:,} are allowed")
-    return text
-
-
-def _parse_schema(schema: Mapping[str, Any] | str) -> tuple[dict[str, Any], str]:
-    """Return a schema as parsed JSON and as JSON text, given either."""
-    try:
-        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-        parsed = json.loads(text)
-    except RecursionError:
-        raise InputError(f"JSON schema: nested deeper than {MAX_SCHEMA_DEPTH}") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"JSON schema: not valid JSON ({error})") from None
-    if not isinstance(parsed, dict):
-        raise InputError(f"JSON schema: got {_abbreviate(parsed)}, must be a JSON object")
-    return parsed, text
-
-
-def _check_schema(schema: Any, where: str, depth: int) -> None:
-    """Check a schema and its subschemas recursively; `where` is its JSON pointer, for errors."""
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        raise InputError(f"JSON schema: {where} is {_abbreviate(schema)}, must be a schema")
-    if depth > MAX_SCHEMA_DEPTH:
-        raise InputError(f"JSON schema: {where[:60]}... is nested deeper than {MAX_SCHEMA_DEPTH}")
-    if unknown := [
-        keyword for keyword in schema if keyword not in _ANNOTATION_KEYWORDS | _SUPPORTED_KEYWORDS
-    ]:
+    if any("\ud800" <= char <= "\udfff" for char in text):
         raise InputError(
-            f"JSON schema: {where} has the keyword {_abbreviate(unknown[0])}, "
-            "which is not supported"
+            f"{name}: the text holds half of a surrogate pair (U+D800 to U+DFFF), which is not a "
+            "character; decode it properly first"
         )
-    for pointer, child in _subschemas(schema):
-        _check_schema(child, f"{where}/{pointer}", depth + 1)
-
-
-def _has_all_of(schema: Any) -> bool:
-    """Return whether a schema or a subschema uses allOf, whose parts each list properties."""
-    if not isinstance(schema, dict):
-        return False
-    return "allOf" in schema or any(_has_all_of(child) for _, child in _subschemas(schema))
-
-
-def _forbid_additional_properties(schema: Any) -> None:
-    """Set additionalProperties to false in all objects that list properties, in place."""
-    if not isinstance(schema, dict):
-        return
-    if "properties" in schema and not {"additionalProperties", "patternProperties"} & set(schema):
-        schema["additionalProperties"] = False
-    for _, child in _subschemas(schema):
-        _forbid_additional_properties(child)
-
-
-def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for keyword in _NAMED_SUBSCHEMA_KEYWORDS:
-        named = schema.get(keyword, {})
-        if not isinstance(named, dict):
-            raise InputError(f"JSON schema: {keyword} is {_abbreviate(named)}, must be an object")
-        yield from ((f"{keyword}/{name}", child) for name, child in named.items())
-    for keyword in _SUBSCHEMA_KEYWORDS:
-        value = schema.get(keyword, [])
-        if isinstance(value, list):
-            yield from ((f"{keyword}/{i}", child) for i, child in enumerate(value))
-        else:
-            yield keyword, value
-
-
-def _abbreviate(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return text

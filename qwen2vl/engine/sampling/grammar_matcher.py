@@ -9,6 +9,7 @@ sampled token. (xgrammar: GrammarCompiler, GrammarMatcher; vLLM: structured outp
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from qwen2vl.engine.sampling.grammar import Grammar
+from qwen2vl.engine.sampling.grammar_errors import explain_error, one_line
+from qwen2vl.engine.sampling.json_schema import patterns_of
 from qwen2vl.errors import InputError
 from qwen2vl.processor.tokenizer import Tokenizer
 
@@ -40,6 +43,7 @@ _LIMITS = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+_NAME_OF = {"json_schema": "JSON schema", "regex": "regex", "lark": "grammar"}
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -81,23 +85,41 @@ class GrammarCompiler:
                 _LLTokenizerAdapter(self._tokenizer, self._end_ids[0])
             )
             self._ll_tokenizer = library.LLTokenizer(wrapper, eos_token=self._end_ids)
+        compiled, error = self._try_compile(library, grammar)
+        if error is not None:
+            where, reason = self._locate_error(library, grammar, error)
+            raise InputError(f"{_NAME_OF[grammar.kind]}: {where}{reason}")
+        assert compiled is not None
+        return compiled
+
+    def _try_compile(self, library: Any, grammar: Grammar) -> tuple[LLMatcher | None, str | None]:
+        """Return the compiled grammar, or else why it does not compile."""
         try:
             source = _llguidance_grammar(library, grammar)
         except ValueError as error:
-            raise _grammar_error(grammar, str(error)) from None
+            return None, explain_error(grammar.kind, str(error), grammar.text)
         limits = library.LLParserLimits(**_LIMITS)
         compiled = library.LLMatcher(self._ll_tokenizer, source, log_level=0, limits=limits)
         forced_bytes = compiled.compute_ff_bytes()
         compiled.compute_bitmask()  # sets the error if the grammar allows no text at all
         if compiled.is_error():
-            raise _grammar_error(grammar, compiled.get_error())
+            return None, explain_error(grammar.kind, compiled.get_error(), grammar.text)
         if len(forced_bytes) > MAX_JUMP_FORWARD_BYTES:
-            raise _grammar_error(
-                grammar,
-                f"it dictates more than {MAX_JUMP_FORWARD_BYTES:,} bytes before anything can be "
-                "chosen; a rule that contains itself needs a way to end",
+            return None, (
+                f"it forces more than {MAX_JUMP_FORWARD_BYTES:,} bytes before anything can be "
+                "chosen; a rule that contains itself needs a way to end"
             )
-        return compiled
+        return compiled, None
+
+    def _locate_error(self, library: Any, grammar: Grammar, reason: str) -> tuple[str, str]:
+        """Return the place of an error in a schema and its reason, if a pattern is the cause."""
+        if grammar.kind == "json_schema":
+            for where, pattern in patterns_of(json.loads(grammar.text)):
+                alone = Grammar("json_schema", json.dumps({"type": "string", "pattern": pattern}))
+                _, error = self._try_compile(library, alone)
+                if error is not None:
+                    return f"{where}: ", error
+        return "", reason
 
 
 class GrammarMatcher:
@@ -145,7 +167,7 @@ class GrammarMatcher:
         if self._matcher.is_error():
             raise InputError(
                 f"the answer's grammar cannot be followed further: "
-                f"{_one_line(self._matcher.get_error())}; simplify it"
+                f"{one_line(self._matcher.get_error())}; simplify it"
             )
 
 
@@ -183,16 +205,3 @@ def _llguidance_grammar(library: Any, grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return library.LLMatcher.grammar_from_regex(grammar.text)
     return library.LLMatcher.grammar_from_lark(grammar.text)
-
-
-def _grammar_error(grammar: Grammar, reason: str) -> InputError:
-    name = {"json_schema": "JSON schema", "regex": "regex", "lark": "grammar"}[grammar.kind]
-    return InputError(f"{name}: {_one_line(reason)}")
-
-
-def _one_line(text: str) -> str:
-    """Shorten a message of llguidance, which quotes the grammar over several lines."""
-    if text.startswith("NoExtension"):
-        return "no text at all would be allowed"
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:197]}..."

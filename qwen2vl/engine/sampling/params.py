@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from qwen2vl.engine.arguments.keyword_hints import check_keywords
 from qwen2vl.engine.sampling.grammar import Grammar
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, abbreviate
 
 __all__ = ["LogitBias", "SamplingParams"]
 
@@ -52,7 +54,15 @@ class SamplingParams:
     grammar: Grammar | None = None  # structured output: grammar of the whole output
     adapter: str | None = None  # name of a LoRA adapter of the LLM; None: the base model
     ignore_eos: bool = False  # continue after end tokens, for benchmarks
+    # Drop special tokens from the text, except the six grounding tokens, from which boxes are
+    # parsed (HF and vLLM drop those as well). False keeps all but the end token.
+    skip_special_tokens: bool = True
     logprobs: int | None = None  # number of most likely tokens to report at each step
+
+    def __new__(cls, **given: Any) -> SamplingParams:
+        """Refuse misspelled names with a suggestion; `__init__` assigns and checks the values."""
+        check_keywords(given, cls.__dataclass_fields__, "parameter")
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0, 10, "0 is greedy")
@@ -70,9 +80,12 @@ class SamplingParams:
         _check_integer("seed", self.seed, 0, 2**64 - 1)
         _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, required=True)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, "None turns it off")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InputError(f"{name}: got {abbreviate(value)}, must be True or False")
         _check_grammar(self.grammar, self.ignore_eos)
         if self.adapter is not None and not isinstance(self.adapter, str):
-            raise InputError(f"adapter: got {_abbreviate(self.adapter)}, must be the name of one")
+            raise InputError(f"adapter: got {abbreviate(self.adapter)}, must be the name of one")
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         object.__setattr__(self, "stop", _check_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", _check_stop_token_ids(self.stop_token_ids))
@@ -91,7 +104,7 @@ def _check_number(
         return
     rule = f"a number {'above' if open_below else 'from'} {low} to {high} ({remark})"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{name}: got {_abbreviate(value)}, must be {rule}")
+        raise InputError(f"{name}: got {abbreviate(value)}, must be {rule}")
     below = value <= low if open_below else value < low
     if not math.isfinite(value) or below or value > high:
         raise InputError(f"{name}: got {value}, must be {rule}")
@@ -110,7 +123,7 @@ def _check_integer(
     bound = f"at least {low}" if high is None else f"from {low} to {high}"
     rule = f"a whole number {bound}" + (f" ({remark})" if remark else "")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name}: got {_abbreviate(value)}, must be {rule}")
+        raise InputError(f"{name}: got {abbreviate(value)}, must be {rule}")
     if value < low or (high is not None and value > high):
         raise InputError(f"{name}: got {value}, must be {rule}")
 
@@ -119,7 +132,7 @@ def _check_logit_bias(given: Mapping[int, float] | LogitBias) -> LogitBias:
     """Return the biases as sorted pairs, which compare and hash."""
     if not isinstance(given, (Mapping, tuple)):
         raise InputError(
-            f"logit_bias: got {_abbreviate(given)}, must be token ids with their biases"
+            f"logit_bias: got {abbreviate(given)}, must be token ids with their biases"
         )
     if len(given) > MAX_LOGIT_BIASES:
         raise InputError(
@@ -129,13 +142,11 @@ def _check_logit_bias(given: Mapping[int, float] | LogitBias) -> LogitBias:
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise InputError(
-                f"logit_bias: got {_abbreviate(pair)}, must be a token id with its bias"
+                f"logit_bias: got {abbreviate(pair)}, must be a token id with its bias"
             )
         token, bias = pair
         if not _is_token_id(token):
-            raise InputError(
-                f"logit_bias: got {_abbreviate(token)}, must be token ids (0 or above)"
-            )
+            raise InputError(f"logit_bias: got {abbreviate(token)}, must be token ids (0 or above)")
         _check_number(
             f"logit_bias: token {token}", bias, -100, 100, "0 does nothing", required=True
         )
@@ -146,23 +157,24 @@ def _check_grammar(grammar: Grammar | None, ignore_eos: bool) -> None:
     if grammar is None:
         return
     if not isinstance(grammar, Grammar):
-        raise InputError(
-            f"grammar: got {_abbreviate(grammar)}, must be a Grammar, such as "
-            "Grammar.regex('yes|no')"
-        )
+        example = "such as Grammar.regex('yes|no')"
+        if isinstance(grammar, Mapping) or hasattr(grammar, "model_json_schema"):
+            name = getattr(grammar, "__name__", "schema")
+            example = f"of this schema Grammar.json_schema({name})"
+        raise InputError(f"grammar: got {abbreviate(grammar)}, must be a Grammar, {example}")
     if ignore_eos:
         raise InputError("ignore_eos: with a grammar nothing can follow the end; set it to False")
 
 
 def _check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(stop, Sequence):
-        raise InputError(f"stop: got {_abbreviate(stop)}, must be a text or a list of texts")
+        raise InputError(f"stop: got {abbreviate(stop)}, must be a text or a list of texts")
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(texts) > MAX_STOPS:
         raise InputError(f"stop: got {len(texts)} texts, at most {MAX_STOPS} are allowed")
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise InputError(f"stop: text {number} is {_abbreviate(text)}, must be a string")
+            raise InputError(f"stop: text {number} is {abbreviate(text)}, must be a string")
         if not text:
             raise InputError(f"stop: text {number} is empty and would end every answer; remove it")
         if len(text) > MAX_STOP_LENGTH:
@@ -175,20 +187,14 @@ def _check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 def _check_stop_token_ids(ids: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(ids, Sequence) or isinstance(ids, str):
-        raise InputError(f"stop_token_ids: got {_abbreviate(ids)}, must be a list of token ids")
+        raise InputError(f"stop_token_ids: got {abbreviate(ids)}, must be a list of token ids")
     for token in ids:
         if not _is_token_id(token):
             raise InputError(
-                f"stop_token_ids: got {_abbreviate(token)}, must be token ids (0 or above)"
+                f"stop_token_ids: got {abbreviate(token)}, must be token ids (0 or above)"
             )
     return tuple(ids)
 
 
 def _is_token_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _abbreviate(value: object) -> str:
-    """Return the repr of a value for an error message, at most 40 characters."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

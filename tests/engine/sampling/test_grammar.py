@@ -66,7 +66,7 @@ def test_duplicate_choices_are_removed() -> None:
         ({"$defs": {"a": {"foo": 1}}}, "#/$defs/a has the keyword 'foo'"),
         ({"additionalProperties": {"foo": 1}}, "#/additionalProperties has the keyword 'foo'"),
         ({"anyOf": [{}, {"foo": 1}]}, "#/anyOf/1 has the keyword 'foo'"),
-        ({"properties": [1]}, "JSON schema: properties is [1], must be an object"),
+        ({"properties": [1]}, "JSON schema: # has properties [1], must be an object of schemas"),
         ({"properties": {"a": 3}}, "JSON schema: #/properties/a is 3, must be a schema"),
         ({"enum": ["x" * 40_000]}, "characters, at most 32,768 are allowed"),
         (nested(33), "is nested deeper than 32"),
@@ -106,6 +106,12 @@ def test_annotation_keywords_are_allowed() -> None:
         (Grammar.choice, ["yes", 3], "choice: got 3"),
         (Grammar.choice, ["x" * 1001], "choice: 1,001 characters, at most 1,000 are allowed"),
         (Grammar.choice, ["x"] * 1001, "choice: got 1,001 texts, at most 1,000 allowed"),
+        (Grammar.choice, {"yes"}, "choice: got {'yes'}, must be a list of texts"),
+        (Grammar.choice, ["a", "\udc00"], "choice: the text holds half of a surrogate pair"),
+        (Grammar.regex, "a\\\\\\", "regex: ends in a single backslash at character 4; write"),
+        (Grammar.regex, "\ud800", "regex: the text holds half of a surrogate pair"),
+        (Grammar.regex, b"a", "regex: got b'a', must be a text"),
+        (Grammar.lark, 5, "grammar: got 5, must be a text that is not empty"),
         (Grammar.lark, "", "grammar: got ''"),
         (Grammar.lark, "a" * 40_000, "grammar: 40,000 characters, at most 32,768"),
     ],
@@ -114,6 +120,16 @@ def test_invalid_texts_are_rejected(constructor: Any, value: Any, message: str) 
     with pytest.raises(InputError) as caught:
         constructor(value)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("json", "{}"), ("regex", None), (None, "a")])
+def test_a_grammar_of_another_kind_is_rejected(kind: Any, text: Any) -> None:
+    with pytest.raises(InputError, match=r"Grammar: got .*; create one with Grammar\.json_schema"):
+        Grammar(kind, text)
+
+
+def test_a_regex_may_end_in_an_escaped_backslash() -> None:
+    assert Grammar.regex("a\\\\").text == "a\\\\"
 
 
 def test_sampling_params_accept_only_a_grammar() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -162,6 +163,20 @@ def test_special_tokens_match_only_where_a_grammar_names_them() -> None:
     assert set(allowed_tokens(matcher_of(Grammar.boxes()))) == start_tokens
 
 
+def test_a_grammar_may_name_the_added_tokens_of_a_fine_tune(tmp_path: Path) -> None:
+    shutil.copytree(resolve_model("nano"), tmp_path / "model")
+    extra = json.dumps({"additional_special_tokens": ["<|point|>"]})
+    (tmp_path / "model" / "special_tokens_map.json").write_text(extra)
+    tokenizer = Tokenizer.from_folder(tmp_path / "model")
+    compiler = GrammarCompiler(
+        tokenizer, end_ids=[tokenizer.token_to_id(IM_END)], vocab_size=len(tokenizer)
+    )
+    matcher = compiler.create_matcher(Grammar.lark("start: <|point|> /[0-9]/"))
+    assert matcher.jump_forward_tokens() == [tokenizer.token_to_id("<|point|>")]
+    any_text = compiler.create_matcher(Grammar.regex("(?s:.)*"))
+    assert not any_text.token_mask()[tokenizer.token_to_id("<|point|>")]
+
+
 def test_boxes_can_be_parsed_by_grounding() -> None:
     box = Box(0, 20, 1, 999)
     matcher = matcher_of(Grammar.boxes())
@@ -222,18 +237,25 @@ def test_compiled_grammars_are_cached_lru() -> None:
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
-        (Grammar.json_schema({"type": "strin"}), "JSON schema: Invalid type: strin"),
-        (Grammar.json_schema({"format": "banana"}), "JSON schema: Unknown format: banana"),
         (
             Grammar.json_schema({"minimum": 5, "maximum": 3, "type": "integer"}),
-            "JSON schema: Unsatisfiable schema",
+            "JSON schema: no value is valid: minimum (5) is greater than maximum (3); loosen",
         ),
-        (Grammar.json_schema({"enum": []}), "JSON schema: Unsatisfiable schema"),
-        (Grammar.json_schema({"$ref": "#/$defs/a"}), "JSON schema: Pointer '/$defs/a' does not"),
-        (Grammar.json_schema({"$ref": "http://a.example/b"}), "JSON schema: Resource 'http"),
         (
-            Grammar.json_schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
-            "JSON schema: no text at all would be allowed",
+            Grammar.json_schema({"items": {"type": "string", "pattern": "^a["}}),
+            "JSON schema: #/items/pattern: unclosed character class at character 3 of the regex",
+        ),
+        (
+            Grammar.json_schema({"patternProperties": {"(?=a)b": {}}}),
+            "JSON schema: #/patternProperties: look-around, including look-ahead and look-behind",
+        ),
+        (
+            Grammar.json_schema({"patternProperties": {"^a": {}, "b$": {}}}),
+            "JSON schema: patternProperties '^a' and 'b$' may match the same name; write them as",
+        ),
+        (
+            Grammar.json_schema({"type": "string", "pattern": "^a", "format": "date"}),
+            "JSON schema: no string fits pattern, format, length and const or enum together",
         ),
         (
             Grammar.json_schema(
@@ -245,15 +267,28 @@ def test_compiled_grammars_are_cached_lru() -> None:
                     },
                 }
             ),
-            "JSON schema: it dictates more than 16,384 bytes before anything can be chosen",
+            "JSON schema: it forces more than 16,384 bytes before anything can be chosen",
         ),
-        (Grammar.regex("("), "regex: at 1(8): invalid regex"),
-        (Grammar.regex("(?=a)b"), "regex: at 1(8): invalid regex"),
-        (Grammar.regex(r"(a)\1"), "regex: at 1(8): invalid regex"),
+        (Grammar.regex("["), "regex: unclosed character class at character 1, '['"),
+        (Grammar.regex("a/\n("), "regex: unclosed group at character 4, '('"),
+        (Grammar.regex("(?=a)b"), "regex: look-around, including look-ahead and look-behind, is"),
+        (Grammar.regex(r"(a)\1"), r"regex: backreferences are not supported at character 4, '\\1'"),
+        (Grammar.regex(r"a\bc"), r"regex: \b is not supported here: word boundaries are nowhere"),
+        (
+            Grammar.json_schema({"type": "string", "pattern": "a$b"}),
+            "JSON schema: #/pattern: $ is not supported here",
+        ),
         (Grammar.regex(r"[^\x00-\U0010FFFF]"), "regex: no text at all would be allowed"),
-        (Grammar.regex("(a{9999}){9999}"), "regex: "),
-        (Grammar.lark("start: x"), "grammar: at 1(8): unknown name"),
-        (Grammar.lark("start: <|nope|>"), "grammar: at 1(8): unknown special token"),
+        (Grammar.regex("(a{9999}){9999}"), "regex: it forces more than 16,384 bytes"),
+        (Grammar.lark("start: x"), 'grammar: line 1, column 8: "x" is not defined; add a rule'),
+        (Grammar.lark("start: a\na: /[/"), "grammar: line 2, column 4: unclosed character class"),
+        (Grammar.lark('start: "a'), "grammar: line 1, column 10: not a token of Lark's syntax"),
+        (Grammar.lark("start"), "grammar: line 1, column 6: expected ':', found"),
+        (Grammar.lark('foo: "a"'), "grammar: no rule is named start; rename the rule"),
+        (
+            Grammar.lark("start: <|nope|>"),
+            'grammar: line 1, column 8: "<|nope|>" is not a special token of this model',
+        ),
         (Grammar.lark('start: start "a"'), "grammar: no text at all would be allowed"),
     ],
 )

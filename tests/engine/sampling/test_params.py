@@ -54,6 +54,8 @@ from qwen2vl.errors import InputError
         ("max_tokens", None, "got None"),
         ("logprobs", 25, "got 25, must be a whole number from 0 to 20"),
         ("logprobs", -1, "got -1"),
+        ("ignore_eos", "no", "got 'no', must be True or False"),
+        ("skip_special_tokens", None, "got None, must be True or False"),
         ("seed", 2**64, "got 18446744073709551616, must be a whole number from 0 to"),
         ("seed", -1, "got -1"),
         ("seed", 1.5, "got 1.5"),
@@ -139,3 +141,13 @@ def test_a_completion_is_json_serializable() -> None:
     assert as_dict["items"][0]["original_size"] == [30, 40]
     assert as_dict["logprobs"][0]["top"][1] == [6, -1.0]
     assert set(as_dict["seconds"]) == {"process", "vision", "prefill", "decode"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("temprature", "did you mean temperature?"), ("stops", "did you mean stop?")],
+)
+def test_a_misspelled_parameter_is_refused_with_a_suggestion(name: str, text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        SamplingParams(**{name: 1})
+    assert str(caught.value) == f"{name}: there is no such parameter; {text}"
