@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from qwen2vl.errors import InputError
 from qwen2vl.grounding import Box, Point, Quad, Size
-from qwen2vl.processor.messages import GroundingPart, MediaPart, Message, Modality, TextPart
+from qwen2vl.processor.content import GroundingPart, MediaPart, Modality, TextPart
+from qwen2vl.processor.messages import Message
 from qwen2vl.processor.tokenizer import AllowedSpecial, Tokenizer
 from qwen2vl.processor.tokenizer_files import (
     IM_END,
@@ -29,7 +30,7 @@ from qwen2vl.processor.tokenizer_files import (
     VISION_END,
     VISION_START,
 )
-from qwen2vl.processor.tools import Turn, describe_tools, merge_turns
+from qwen2vl.processor.tools import Turn, check_tools, describe_tools, merge_turns
 
 __all__ = ["DEFAULT_SYSTEM", "MODALITY_OF", "Segment", "render", "tokenize"]
 
@@ -76,7 +77,7 @@ def render(
     if continue_final_message and last.role != "assistant":
         raise InputError(
             "continue_final_message needs an assistant's turn at the end, but the last is "
-            f"{last.role!r}"
+            f"{last.role!r}; append the beginning of the answer, or leave the option out"
         )
     is_open = continue_final_message or last.pending
     renderer = _TurnRenderer(sizes, add_vision_id)
@@ -93,7 +94,7 @@ def tokenize(
     tokenizer: Tokenizer,
     counts: Iterable[int],
     *,
-    allowed_special: AllowedSpecial = "grounding",
+    allowed_special: AllowedSpecial = "markup",
 ) -> tuple[list[int], list[bool]]:
     """Convert segments to token ids and the loss mask; expand placeholders.
 
@@ -176,6 +177,8 @@ class _TurnRenderer:
 def _with_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None) -> list[Turn]:
     if turns[0].role != "system":
         turns = [Turn("system", (TextPart(DEFAULT_SYSTEM),)), *turns]
+    if tools is not None:
+        check_tools(tools)
     if tools:
         system = turns[0]
         separator = "\n\n" if system.parts else ""

@@ -29,6 +29,7 @@ from qwen2vl.processor.inputs import Item
 from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import (
     DEFAULT_LIMITS,
+    LOW_DETAIL_PIXELS,
     NO_OPTIONS,
     MediaLimits,
     MediaOptions,
@@ -85,6 +86,22 @@ class PixelLimits:
             )
         return cls(min_pixels=low, max_pixels=high)
 
+    def override(self, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:
+        """Return the limits with those that are given; the other one moves with a single one.
+
+        So max_pixels below the model's min_pixels lowers both, and is not a contradiction.
+
+        Raises:
+            ConfigError: the given limits are below 1 or contradict each other.
+        """
+        low = self.min_pixels if min_pixels is None else min_pixels
+        high = self.max_pixels if max_pixels is None else max_pixels
+        if min_pixels is None:
+            low = max(1, min(low, high))
+        elif max_pixels is None:
+            high = max(low, high)
+        return PixelLimits(min_pixels=low, max_pixels=high)
+
 
 def smart_resize(
     height: int,
@@ -105,7 +122,7 @@ def smart_resize(
     """
     short, long = sorted((height, width))
     if short < 1:
-        raise InputError(f"{name}: {width} x {height} has no pixels")
+        raise InputError(f"{name}: {width} x {height} has no pixels; give at least 1 x 1")
     if long / short > _MAX_RATIO:
         ratio = f"{long / short:.{4 if long > 201 * short else 8}g}"
         raise InputError(
@@ -126,19 +143,21 @@ def smart_resize(
 
 
 def resolve_pixel_limits(pixels: PixelLimits, options: MediaOptions, name: str) -> PixelLimits:
-    """Override the model's limits with the user's.
+    """Override the model's limits with the user's; detail "low" lowers the model's, if it can.
 
     Raises:
-        InputError: one limit is given and contradicts the model's other one.
+        InputError: min_pixels contradicts detail "low".
     """
-    low = pixels.min_pixels if options.min_pixels is None else options.min_pixels
-    high = pixels.max_pixels if options.max_pixels is None else options.max_pixels
-    if low > high:
+    limits = pixels.override(options.min_pixels, options.max_pixels)
+    if options.detail != "low":
+        return limits
+    if options.min_pixels is not None and options.min_pixels > LOW_DETAIL_PIXELS:
         raise InputError(
-            f"{name}: min_pixels {low} is greater than max_pixels {high}; one of them is the "
-            "model's own, so give both"
+            f"{name}: min_pixels {options.min_pixels} is greater than {LOW_DETAIL_PIXELS}, the "
+            "most that detail 'low' allows; lower it or leave one of them out"
         )
-    return PixelLimits(min_pixels=low, max_pixels=high)
+    high = max(limits.min_pixels, min(limits.max_pixels, LOW_DETAIL_PIXELS))
+    return PixelLimits(min_pixels=limits.min_pixels, max_pixels=high)
 
 
 def target_size(
@@ -234,7 +253,9 @@ def preprocess_image(
         InputError: the image cannot be used, or an option is for videos only.
     """
     if misplaced := [key for key in _VIDEO_OPTIONS if getattr(options, key) is not None]:
-        raise InputError(f"{name}: {', '.join(misplaced)} is for videos, this is an image")
+        raise InputError(
+            f"{name}: {', '.join(misplaced)} is for videos, this is an image; leave it out"
+        )
     rgb, notes = _load_rgb(source, limits, name, apply_exif_orientation)
     size = rgb.shape[:2] if isinstance(rgb, np.ndarray) else (rgb.height, rgb.width)
     height, width = target_size(*size, vision=vision, pixels=pixels, options=options, name=name)

@@ -2,8 +2,8 @@
 
 Keys are content hashes, not paths: a file that changed is decoded again, a copy of a file is not.
 Reading and hashing a JPEG costs a hundredth of decoding and resizing it. Not cached: URLs, which
-are downloaded every time; PIL images, whose appearance depends on more than their pixels; and
-files above `MAX_HASHED_BYTES`. (vLLM: the multi-modal processor cache.)
+are downloaded every time; PIL images, whose appearance depends on more than their pixels; lists of
+frames; and files above `MAX_HASHED_BYTES`. (vLLM: the multi-modal processor cache.)
 """
 
 from __future__ import annotations
@@ -58,13 +58,15 @@ class ItemCache:
 def content_digest(source: Any, limits: MediaLimits, name: str) -> bytes | None:
     """Hash the content of a source; None for a kind of source that is not cached.
 
+    File objects and tensors are copied to memory before (`copy_to_memory`).
+
     Raises:
         InputError: the source cannot be found, or is not allowed.
     """
     if isinstance(source, np.ndarray):
         prefix = f"{source.dtype.str} {source.shape}".encode()
         return sha256(prefix + np.ascontiguousarray(source).tobytes()).digest()
-    if not isinstance(source, (str, bytes, bytearray, Path)) or _is_remote(source):
+    if not isinstance(source, (str, bytes, Path)) or _is_remote(source):
         return None
     media = read_source(source, limits, name)
     if isinstance(media.content, Path):
@@ -82,7 +84,9 @@ def _file_digest(path: Path, name: str) -> bytes | None:
             sha256(path.read_bytes()).digest() if path.stat().st_size <= MAX_HASHED_BYTES else None
         )
     except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"{name} cannot be read ({error.strerror}); check the file and its disk"
+        ) from error
 
 
 def _is_remote(source: Any) -> bool:

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.geometry import mrope_positions, num_vision_tokens, placeholder_index
 from qwen2vl.processor.chat_template import MODALITY_OF, Segment, render, tokenize
+from qwen2vl.processor.content import MediaPart, Modality, parse_media_item
 from qwen2vl.processor.image import PixelLimits, preprocess_image
 from qwen2vl.processor.inputs import Item, ModelInput
 from qwen2vl.processor.item_cache import ItemCache, content_digest
-from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
-from qwen2vl.processor.messages import MediaPart, Modality, parse_media_item, parse_messages
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits, copy_to_memory
+from qwen2vl.processor.messages import parse_messages
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tokenizer_files import VISION_END, VISION_START
 from qwen2vl.processor.video import find_video_preset, preprocess_video
 
 __all__ = ["Processor"]
+
+_MAX_NAME = 120  # characters; of a longer file name, most likely base64, errors show a part
 
 
 class Processor:
@@ -52,8 +56,12 @@ class Processor:
 
         Raises:
             CheckpointError: the tokenizer's special ids are not those of `config`.
-            InputError: there is no such preset.
+            InputError: there is no such preset, or an argument has another type.
         """
+        _check_type("config", config, Qwen2VLConfig)
+        _check_type("tokenizer", tokenizer, Tokenizer)
+        _check_type("pixels", pixels, PixelLimits)
+        _check_type("limits", limits, MediaLimits, type(None))
         tokenizer.check_config(config)
         self._preset = find_video_preset(video_preset)
         self.config = config
@@ -74,7 +82,7 @@ class Processor:
 
     def __call__(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Any],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -86,15 +94,16 @@ class Processor:
         """Process one conversation.
 
         Args:
-            messages: in Qwen's, Hugging Face's or OpenAI's format.
+            messages: in Qwen's, Hugging Face's or OpenAI's format: mappings, or objects with
+                `model_dump`, such as those that OpenAI's client returns.
             tools: definitions of functions that the assistant may call, in OpenAI's or Qwen's
                 format.
             add_generation_prompt: end with the header of the assistant's next turn.
             add_vision_id: number images and videos in the text, as "Picture 1: ".
             continue_final_message: leave the assistant's last turn open, to be continued.
             for_training: add the loss mask, and no generation prompt.
-            allow_special_tokens: recognize every special token in text, not only the six
-                grounding tokens; for trusted text only.
+            allow_special_tokens: recognize every special token in text, not only the grounding
+                tokens and those that a fine-tune has added; for trusted text only.
 
         Raises:
             InputError: messages or media cannot be used; the text names them and the reason.
@@ -127,6 +136,8 @@ class Processor:
             InputError: the numbers of placeholders and of media differ, or one of the media cannot
                 be used.
         """
+        _check_type("text", text, str, remedy="messages go to the processor itself")
+        _check_type("media", media, list, tuple, remedy="put a single source into a list")
         parts = self.tokenizer.split_special_tokens(text)
         kinds: list[Modality] = [MODALITY_OF[part] for part in parts if part in MODALITY_OF]
         if len(kinds) != len(media):
@@ -162,6 +173,8 @@ class Processor:
     def _build_item(self, part: MediaPart, default_name: str) -> Item:
         """Return the item of one image or video, from the cache if there is one."""
         name = _file_name(part.source) or default_name
+        # Once for the digest and the pixels: a pipe can be read only once.
+        part = replace(part, source=copy_to_memory(part.source, self.limits, name))
         if self._item_cache is None:
             return self._preprocess(part, name)
         digest = content_digest(part.source, self.limits, name)
@@ -209,7 +222,7 @@ class Processor:
             segments,
             self.tokenizer,
             [num_vision_tokens(grid, self.config.vision.spatial_merge_size) for grid in grids],
-            allowed_special="all" if allow_special_tokens else "grounding",
+            allowed_special="all" if allow_special_tokens else "markup",
         )
         position_ids_3T, rope_delta = mrope_positions(ids, grids, self.config)
         return ModelInput(
@@ -223,10 +236,25 @@ class Processor:
         )
 
 
+def _check_type(
+    name: str,
+    value: object,
+    *kinds: type,
+    remedy: str = "`load` builds a processor from a folder",
+) -> None:
+    if not isinstance(value, kinds):
+        kind = kinds[0].__name__
+        raise InputError(f"{name}: got {abbreviate(value)}, must be of type {kind}; {remedy}")
+
+
 def _file_name(source: Any) -> str | None:
-    """Return the file name of a path or URL; None for other sources."""
+    """Return the file name of a path, URL or open file; None if it has none that can be shown."""
     if isinstance(source, PurePath):
-        return source.name
-    if isinstance(source, str) and not source.startswith("data:"):
-        return PurePath(source.split("?")[0]).name or None
-    return None
+        name = source.name
+    elif isinstance(source, str) and source[:5].lower() != "data:":
+        name = PurePath(source.split("?")[0] if "://" in source else source).name
+    elif isinstance(opened := getattr(source, "name", None), str) and hasattr(source, "read"):
+        name = PurePath(opened).name
+    else:
+        return None
+    return name if name and name.isprintable() and len(name) <= _MAX_NAME else None

@@ -1,9 +1,11 @@
 """Qwen2 tokenizer (byte-level BPE): text <-> token ids, special tokens, incremental detokenizing.
 
 Special tokens are identified by name, never by id: nano's ids differ from the official 151643 to
-151656. User text cannot forge chat structure: of the fourteen special tokens only the six grounding
-tokens are recognized inside text, the other eight are encoded as plain characters unless the
-caller passes `allowed_special="all"`.
+151656. User text cannot forge chat structure: inside text only markup tokens are recognized, which
+are the six grounding tokens and those that a fine-tune has added (<|polygon_start|>). Control
+tokens are encoded as plain characters unless the caller passes `allowed_special="all"`: the other
+eight of the fourteen, and added ones that tokenizer_config.json names for a role (eos_token,
+pad_token) or a chat template contains. Added tokens that are not special are matched in all text.
 (HF: Qwen2Tokenizer; byte-level BPE, NFC, every digit its own token. vLLM: IncrementalDetokenizer.)
 """
 
@@ -11,17 +13,23 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 import tokenizers
-from tokenizers import models
+from tokenizers import AddedToken, models
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.grounding import GROUNDING_TOKENS
+from qwen2vl.processor.added_tokens import (
+    add_listed_tokens,
+    check_adapter_tokens,
+    check_stated_ids,
+    control_tokens,
+)
 from qwen2vl.processor.tokenizer_files import (
     END_OF_TEXT,
     IM_END,
@@ -36,9 +44,7 @@ from qwen2vl.processor.tokenizer_files import (
 
 __all__ = ["AllowedSpecial", "IncrementalDetokenizer", "KeepSpecial", "Tokenizer"]
 
-AllowedSpecial = Literal[
-    "none", "grounding", "all"
-]  # which special tokens are recognized inside text
+AllowedSpecial = Literal["none", "markup", "all"]  # which are recognized inside text
 KeepSpecial = Literal["none", "grounding", "all"]  # which special tokens decoding writes out
 
 _MAX_CACHED_CHARS = 256  # longer texts are not cached; turn headers and system prompts are short
@@ -48,8 +54,20 @@ _MAX_CACHED_TEXTS = 4096
 class Tokenizer:
     """Byte-level BPE tokenizer with special tokens by name. Build with `from_folder`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, name: str = "tokenizer") -> None:
-        """Wrap a `tokenizers.Tokenizer`; `name` is used in error texts.
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        name: str = "tokenizer",
+        control_tokens: Collection[str] = (),
+    ) -> None:
+        """Wrap a `tokenizers.Tokenizer`.
+
+        Args:
+            backend: with all added tokens.
+            name: used in error texts.
+            control_tokens: added special tokens that are not recognized in text, besides those of
+                the official fourteen.
 
         Raises:
             CheckpointError: one of the fourteen special tokens is missing.
@@ -61,17 +79,22 @@ class Tokenizer:
         backend.no_padding()
         self.name = name
         added = backend.get_added_tokens_decoder()
-        self.special_ids = {t.content: i for i, t in added.items() if t.special}
+        special = {i: token for i, token in added.items() if token.special}
+        self.special_ids = {token.content: i for i, token in special.items()}
         missing = [t for t in SPECIAL_TOKENS if t not in self.special_ids]
         if missing:
             raise CheckpointError(
                 f"{name}: special tokens missing: {', '.join(missing)}; this is not the tokenizer "
                 "of a Qwen2-VL model"
             )
+        control = {*SPECIAL_TOKENS, *control_tokens} - set(GROUNDING_TOKENS)
         self._patterns = {
-            "grounding": _compile_alternation(GROUNDING_TOKENS),
-            "all": _compile_alternation(self.special_ids),
+            "markup": _compile_alternation(t for t in special.values() if t.content not in control),
+            "all": _compile_alternation(special.values()),
         }
+        # Texts of added tokens; those that the vocabulary also holds are spelled as its others.
+        size = backend.get_vocab_size(with_added_tokens=False)
+        self._added_texts = {i: token.content for i, token in added.items() if i >= size}
         self._skipped_ids: dict[KeepSpecial, frozenset[int]] = {
             "none": frozenset(self.special_ids.values()),
             "grounding": frozenset(
@@ -84,10 +107,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Load tokenizer.json, or else vocab.json and merges.txt.
+        """Load tokenizer.json, or else vocab.json and merges.txt, and the added tokens.
 
         Raises:
-            CheckpointError: none of them exists, or the file cannot be read as a tokenizer.
+            CheckpointError: none of them exists, a file cannot be read, or the files state ids of
+                added tokens that they do not get.
         """
         folder = Path(path)
         full, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
@@ -104,7 +128,11 @@ class Tokenizer:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception for bad files
             raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
-        return cls(backend, name=str(folder))
+        add_listed_tokens(backend, folder)
+        added = [token.content for token in backend.get_added_tokens_decoder().values()]
+        tokenizer = cls(backend, name=str(folder), control_tokens=control_tokens(folder, added))
+        check_stated_ids(backend, folder)
+        return tokenizer
 
     def __len__(self) -> int:
         """Return the vocabulary size, special tokens included."""
@@ -152,31 +180,47 @@ class Tokenizer:
             if self.token_to_id(token) != expected_id
         ]
         if len(self) > config.text.vocab_size:
-            mismatches.append(f"{len(self)} tokens, config.json has {config.text.vocab_size}")
+            mismatches.append(
+                f"{len(self)} tokens (the last is {self._backend.id_to_token(len(self) - 1)}), "
+                f"config.json has vocab_size {config.text.vocab_size}; after adding tokens, resize "
+                "the embedding (resize_token_embeddings) and save the model"
+            )
         if mismatches:
             raise CheckpointError(
                 f"{self.name}: the tokenizer does not fit config.json: {'; '.join(mismatches)}; "
                 "take both from the same model"
             )
 
+    def check_adapter(self, folder: str | Path) -> None:
+        """Check that this tokenizer has the added tokens that an adapter was trained with.
+
+        Training tools save the tokenizer beside the adapter. A folder without tokenizer files
+        passes.
+
+        Raises:
+            CheckpointError: an added token is missing, or has another id.
+        """
+        check_adapter_tokens(self._backend, Path(folder).expanduser(), self.name)
+
     def split_special_tokens(self, text: str) -> list[str]:
         """Split text at special tokens: plain text at even indices, special tokens at odd ones."""
-        return self._patterns["all"].split(text)
+        parts = self._patterns["all"].split(text)
+        return [self._special_token(part) if i % 2 else part for i, part in enumerate(parts)]
 
-    def encode_text(self, text: str, *, allowed_special: AllowedSpecial = "grounding") -> list[int]:
+    def encode_text(self, text: str, *, allowed_special: AllowedSpecial = "markup") -> list[int]:
         """Encode text; special tokens outside `allowed_special` are encoded as plain characters."""
-        if allowed_special == "none" or (allowed_special == "grounding" and "<|" not in text):
+        if allowed_special == "none" or not self._patterns[allowed_special].search(text):
             return self._encode_plain(text)
         ids: list[int] = []
         for i, part in enumerate(self._patterns[allowed_special].split(text)):
             if i % 2:
-                ids.append(self.special_ids[part])
+                ids.append(self.special_ids[self._special_token(part)])
             elif part:
                 ids += self._encode_plain(part)
         return ids
 
     def encode_with_offsets(
-        self, text: str, *, allowed_special: AllowedSpecial = "grounding"
+        self, text: str, *, allowed_special: AllowedSpecial = "markup"
     ) -> list[tuple[int, int, int]]:
         """Encode as `encode_text` does, with character offsets: a list of (id, start, end)."""
         spans: list[tuple[int, int, int]] = []
@@ -184,7 +228,8 @@ class Tokenizer:
         parts = [text] if allowed_special == "none" else self._patterns[allowed_special].split(text)
         for i, part in enumerate(parts):
             if i % 2:
-                spans.append((self.special_ids[part], start, start + len(part)))
+                token = self.special_ids[self._special_token(part)]
+                spans.append((token, start, start + len(part)))
             else:
                 encoding = self._encode(part)
                 spans += [
@@ -204,9 +249,17 @@ class Tokenizer:
         """Return the bytes of one token id; b"" for the unused ids of a padded vocabulary."""
         token_bytes = self._token_bytes.get(token)
         if token_bytes is None:
-            token_bytes = to_bytes(self._backend.id_to_token(token) or "")
+            text = self._added_texts.get(token)
+            if text is None:
+                token_bytes = to_bytes(self._backend.id_to_token(token) or "")
+            else:
+                token_bytes = text.encode()
             self._token_bytes[token] = token_bytes
         return token_bytes
+
+    def _special_token(self, matched: str) -> str:
+        """Return the token of a match, which may include whitespace (lstrip, rstrip)."""
+        return matched if matched in self.special_ids else matched.strip()
 
     def _encode_plain(self, text: str) -> list[int]:
         ids = self._encode_cache.get(text)
@@ -247,5 +300,16 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _compile_alternation(tokens: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("(" + "|".join(re.escape(token) for token in tokens) + ")")
+def _compile_alternation(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    """Compile a pattern of the tokens with their flags; the longest that matches counts."""
+    longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
+    return re.compile("(" + "|".join(map(_token_pattern, longest_first)) + ")")
+
+
+def _token_pattern(token: AddedToken) -> str:
+    pattern = re.escape(token.content)
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    # Only at the first character of whitespace, so that a long run of it is scanned once.
+    before = r"(?:(?<!\s)\s+)?" if token.lstrip else ""
+    return before + pattern + (r"\s*" if token.rstrip else "")

@@ -20,10 +20,19 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from qwen2vl.errors import InputError
-from qwen2vl.processor.messages import MediaPart, Message, Part, TextPart, ToolCall
+from qwen2vl.errors import InputError, abbreviate
+from qwen2vl.processor.content import MediaPart, Part, TextPart
+from qwen2vl.processor.messages import Message, ToolCall
 
-__all__ = ["STOP_WORDS", "ParsedReply", "Turn", "describe_tools", "merge_turns", "parse_tool_calls"]
+__all__ = [
+    "STOP_WORDS",
+    "ParsedReply",
+    "Turn",
+    "check_tools",
+    "describe_tools",
+    "merge_turns",
+    "parse_tool_calls",
+]
 
 STAR = "\u273f"
 FUNCTION, ARGS, RESULT, RETURN = (
@@ -51,6 +60,15 @@ class ParsedReply:
 
 
 # Tool definitions in the system prompt ----------------------------------------------------------
+
+
+def check_tools(tools: object) -> None:
+    """Raise an InputError unless `tools` is a list; `describe_tools` checks its elements."""
+    if isinstance(tools, str | bytes) or not isinstance(tools, Sequence):
+        raise InputError(
+            f"tools: got {abbreviate(tools)}, must be a list of function definitions, such as "
+            '[{"name": ..., "description": ..., "parameters": ...}]'
+        )
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -82,7 +100,7 @@ def _function_schema(tool: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise InputError(
             f'{path} must be {{"type": "function", "function": {{"name": ..., "description": ..., '
-            f'"parameters": ...}}}}, got {tool!r:.80}'
+            f'"parameters": ...}}}}, got {abbreviate(tool, 80)}'
         )
     return function
 

@@ -98,7 +98,7 @@ def find_video_preset(name: str) -> VideoPreset:
     Raises:
         InputError: there is none of this name; the text lists them.
     """
-    if name not in VIDEO_PRESETS:
+    if not isinstance(name, str) or name not in VIDEO_PRESETS:
         raise InputError(f"unknown video preset {name!r}; choose one of {', '.join(VIDEO_PRESETS)}")
     return VIDEO_PRESETS[name]
 
@@ -125,11 +125,11 @@ def preprocess_video(
 ) -> Item:
     """Preprocess one video.
 
-    A source is a video file or whatever `preprocess_image` takes (an animation or an image is a
-    video as well), a list of images, or an array (frames, height, width, channels).
+    A source is a video file or an animation, in any form that `preprocess_image` takes, a list of
+    images, or an array or tensor (frames, height, width, channels) or with channels second.
 
     Raises:
-        InputError: the video cannot be used, or no frame fits into the budget.
+        InputError: the video cannot be used, is a still image, or no frame fits into the budget.
     """
     rules = find_video_preset(preset)
     fps = options.fps or rules.fps

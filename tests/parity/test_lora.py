@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,27 @@ def test_llm_merges_an_adapter(base: tuple[Path, Qwen2VL], tmp_path: Path) -> No
     llm = LLM(folder, dtype="float32", adapter=str(tmp_path / "adapter"))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(llm.model.state_dict()[name], expected[reference_name(name)])
+
+
+@pytest.mark.parametrize(
+    ("options", "save_embeddings", "message"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, False, "uses modules_to_save ['embed_tokens']"),
+        ({"trainable_token_indices": [5]}, False, "uses trainable_token_indices [5]"),
+        ({}, True, ".weight holds embeddings of ["),
+    ],
+)
+def test_adapters_with_embeddings_of_their_own_are_refused_with_the_remedy(
+    base: tuple[Path, Qwen2VL],
+    tmp_path: Path,
+    options: dict[str, Any],
+    save_embeddings: bool,
+    message: str,
+) -> None:
+    folder, model = base
+    config = LoraConfig(target_modules=["q_proj"], **options)
+    adapted = get_peft_model(to_reference(model), config)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=save_embeddings)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        load(folder, adapter=tmp_path / "adapter", dtype="float32")
+    assert str(caught.value).endswith("with PEFT and load the result")

@@ -73,6 +73,12 @@ REJECTED: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
         {},
         "video 1: no frame can be decoded; it is damaged or cut short",
     ),
+    (
+        "PNG sent as video",
+        lambda: encoded(FRAME),
+        {},
+        r"video 1 is an image \(image/png\); give it as image, not video",
+    ),
     ("audio-only MP4", audio_only, {}, r"has no video stream \(only audio\)"),
     (
         "nframes larger than video, nframes=0, negative, float",
@@ -178,7 +184,6 @@ ACCEPTED: list[tuple[str, Callable[[], Any], dict[str, Any], Callable[[Item], bo
         {},
         lambda item: 0 < item.frame_timestamps[-1] < 2.5 and "damaged" in item.notes[0],
     ),
-    ("PNG sent as video", lambda: encoded(FRAME), {}, lambda item: item.grid == (1, 4, 4)),
     *(
         (
             "1, 2, 3 frame video (odd count)",

@@ -200,10 +200,35 @@ def test_options_override_the_models_limits() -> None:
     assert image(pixels, max_pixels=113 * 113).resized_size == (112, 112)
     assert image(pixels, min_pixels=560 * 560).resized_size == (560, 560)
     assert image(pixels, resized_height=60, resized_width=200).resized_size == (56, 196)
-    with pytest.raises(InputError, match="min_pixels 3136 is greater than max_pixels 784; one of"):
-        image(pixels, max_pixels=784)
     with pytest.raises(InputError, match="image 1: fps, video_end is for videos, this is an image"):
         image(pixels, fps=2.0, video_end=4.0)
+
+
+def test_a_single_limit_moves_the_models_other_one() -> None:
+    pixels = smooth(300, 300)
+    assert image(pixels, max_pixels=784).resized_size == (28, 28)
+    low = PixelLimits(min_pixels=3136, max_pixels=56 * 56)
+    assert image(pixels, min_pixels=113 * 113, pixels=low).resized_size == (112, 112)
+    assert low.override(784, None) == PixelLimits(min_pixels=784, max_pixels=3136)
+    assert low.override(None, None) == low
+    with pytest.raises(ConfigError, match="min_pixels 9 and max_pixels 4"):
+        low.override(9, 4)
+
+
+def test_detail_low_is_at_most_512_x_512_pixels_within_the_models_limits() -> None:
+    pixels = smooth(1000, 900)
+    low = image(pixels, detail="low").resized_size
+    assert low == image(pixels, max_pixels=512 * 512).resized_size == (532, 476)
+    for detail in ("high", "auto", "original"):
+        assert image(pixels, detail=detail).resized_size == image(pixels).resized_size
+    assert image(pixels, detail="high", max_pixels=112 * 112).resized_size == (112, 84)
+    small = PixelLimits(min_pixels=3136, max_pixels=112 * 112)
+    assert image(pixels, detail="low", pixels=small).resized_size == (112, 84)
+    large = PixelLimits(min_pixels=840 * 840, max_pixels=10**6)
+    assert image(pixels, detail="low", pixels=large).resized_size == (868, 784)
+    text = "min_pixels 300000 is greater than 262144, the most that detail 'low' allows"
+    with pytest.raises(InputError, match=text):
+        image(pixels, detail="low", min_pixels=300_000)
 
 
 def test_digest_depends_on_the_input_of_the_vision_tower() -> None:

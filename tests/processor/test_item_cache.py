@@ -17,6 +17,7 @@ from qwen2vl.errors import InputError
 from qwen2vl.processor import processor as processor_module
 from qwen2vl.processor.item_cache import ItemCache
 from qwen2vl.processor.media.source import MediaLimits
+from tests.media import encoded
 from tests.processor.test_processor import random_frames, random_image, user
 from tests.tiny import tiny_processor
 
@@ -88,9 +89,39 @@ def test_changed_file_is_decoded_again(opened: list[str], tmp_path: Path) -> Non
 
 def test_other_options_give_another_item(opened: list[str]) -> None:
     cached = tiny_processor().with_item_cache(10**7)
-    parts = [{"image": png()}, {"image": png(), "max_pixels": 4 * 28 * 28}, {"video": png()}]
+    frames = [Image.fromarray(random_image(seed=seed)) for seed in range(2)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    parts = [{"image": data}, {"image": data, "max_pixels": 4 * 28 * 28}, {"video": data}]
     items = [cached(user(part)).items[0] for part in parts]
     assert len(opened) == 3 and len({(item.kind, item.digest) for item in items}) == 3
+
+
+def test_changed_buffers_are_decoded_again(opened: list[str]) -> None:
+    """File objects, tensors and arrays are compared by content, wherever the file is."""
+    cached, file = tiny_processor().with_item_cache(10**7), BytesIO(png())
+    tensor = torch.from_numpy(random_image()).permute(2, 0, 1).contiguous()
+    frames = torch.from_numpy(random_frames())
+    for seed in (0, 0, 1, 1):
+        file.seek(0)
+        file.write(png(seed))
+        file.truncate()
+        tensor.copy_(torch.from_numpy(random_image(seed=seed)).permute(2, 0, 1))
+        frames[0] = torch.from_numpy(random_image(56, 56, seed=seed))
+        items = cached(user({"image": file}, {"image": tensor}, {"video": frames})).items
+        wanted = tiny_processor()(user({"image": random_image(seed=seed)})).items[0]
+        assert items[0].digest == items[1].digest == wanted.digest
+    assert opened.count("image 2") == opened.count("video 1") == 2
+    assert len(opened) == 2 * 3 + 4  # the last four by the processor without a cache
+
+
+def test_pipes_are_read_once(opened: list[str]) -> None:
+    cached = tiny_processor().with_item_cache(10**7)
+    read_end, write_end = os.pipe()
+    with open(write_end, "wb") as file:
+        file.write(png())
+    with open(read_end, "rb") as file:
+        item = cached(user({"image": file})).items[0]
+    assert item is cached(user({"image": png()})).items[0] and len(opened) == 1
 
 
 def test_sources_that_are_not_cached(opened: list[str]) -> None:

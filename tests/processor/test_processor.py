@@ -96,6 +96,27 @@ def test_items_are_named_after_their_files(tmp_path: Path) -> None:
         user({"image": path}, {"image": str(path)}, {"image": random_image()})
     )
     assert [item.name for item in inputs.items] == ["my cat.png", "my cat.png", "image 3"]
+    with path.open("rb") as file:
+        inputs = tiny_processor()(user({"image": file}, {"image": BytesIO(path.read_bytes())}))
+    assert [item.name for item in inputs.items] == ["my cat.png", "image 2"]
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("nope.png", r"file 'nope\.png' not found; check the path"),
+        ("a/nope.png", r"file 'a/nope\.png' not found; check the path"),
+        ("a\nb.png", r"image 1: file 'a\\nb\.png' not found; check the path"),
+        ("file://[x", r"\[x: file URL names the host '\[x'; write file:///path with three slashes"),
+        (
+            "iVBO" * 99,
+            r"image 1: 'iVBO\w+\.\.\.' looks like base64, not a path; write data:image/png;base64",
+        ),
+    ],
+)
+def test_errors_name_a_file_once(source: str, text: str) -> None:
+    with pytest.raises(InputError, match=f"^{text}"):
+        tiny_processor()(user({"image": source}))
 
 
 def test_encoded_images_in_other_formats() -> None:
@@ -315,8 +336,7 @@ def test_preset_determines_whether_exif_orientation_is_applied(
 
 def has_unambiguous_axes(size: tuple[int, int]) -> bool:
     """Return whether an array of this size is accepted: 3 or 4 rows could be channels."""
-    height, width = size
-    return height not in (3, 4) or width <= 4
+    return size[0] not in (3, 4)
 
 
 @given(

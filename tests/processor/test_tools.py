@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.messages import MediaPart, Part, TextPart, ToolCall, parse_messages
-from qwen2vl.processor.tools import ParsedReply, Turn, describe_tools, merge_turns, parse_tool_calls
+from qwen2vl.processor.content import MediaPart, Part, TextPart
+from qwen2vl.processor.messages import ToolCall, parse_messages
+from qwen2vl.processor.tools import (
+    ParsedReply,
+    Turn,
+    check_tools,
+    describe_tools,
+    merge_turns,
+    parse_tool_calls,
+)
 
 STAR = "\u273f"
 FUNCTION, ARGS, RESULT, RETURN = (
@@ -86,6 +94,12 @@ def test_description_of_tools() -> None:
 def test_tool_without_a_name_is_rejected(tool: Any) -> None:
     with pytest.raises(InputError, match=r"^tools\[1\] must be .*\"name\""):
         describe_tools([TAP, tool])
+
+
+@pytest.mark.parametrize("tools", [True, "", "tap", TAP, 0, 10**30])
+def test_tools_are_a_list(tools: Any) -> None:
+    with pytest.raises(InputError, match=r"^tools: got .*must be a list of function definitions"):
+        check_tools(tools)
 
 
 # Merging messages into turns ------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Media loading: images and videos are read within limits and decoded to upright RGB frames.
 
-`source.py` resolves paths, URLs, bytes and arrays (`download.py` fetches URLs); `rgb.py` decodes
-images; `video_source.py` opens videos and `video_reader.py` decodes video files (PyAV).
+`source.py` resolves paths, URLs, bytes and arrays (`download.py` fetches URLs, `sniff.py` names the
+type of a file, `arrays.py` reads arrays and tensors); `rgb.py` decodes images; `video_source.py`
+opens videos and `video_reader.py` decodes video files (PyAV).
 """

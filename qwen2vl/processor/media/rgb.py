@@ -12,7 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,13 +20,14 @@ import numpy as np
 from PIL import Image
 
 from qwen2vl.errors import InputError
+from qwen2vl.processor.media.arrays import to_uint8
+from qwen2vl.processor.media.sniff import sniff_type
 from qwen2vl.processor.media.source import (
     Media,
     MediaLimits,
     MediaSource,
     read_head,
     read_source,
-    sniff_type,
 )
 
 __all__ = [
@@ -34,10 +35,10 @@ __all__ = [
     "array_to_image",
     "check_image_size",
     "decode_rgb",
+    "is_animation",
     "open_encoded",
     "open_image",
     "oriented_size",
-    "to_uint8",
 ]
 
 # Pillow logs damaged files; without any handler its records would be printed to stderr.
@@ -45,6 +46,8 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # The only decoders that are used for untrusted bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+
+_ANIMATED_TYPES = ("image/gif", "image/webp", "image/png")
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSE_OF_ORIENTATION = {
@@ -66,7 +69,8 @@ def open_image(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """Open any image as RGB; return it with notes on what was adjusted.
 
-    Arrays are (height, width, channels) with 1, 3 (RGB) or 4 (RGBA) channels, or (height, width).
+    Arrays and tensors have 1, 3 (RGB) or 4 (RGBA) channels, last or first, or (height, width):
+    arrays.py has the rules.
 
     Raises:
         InputError: not found, not a supported image, damaged, or larger than the limits.
@@ -89,6 +93,8 @@ def open_encoded(
     """Read the header of an encoded image; pixels are decoded lazily, inside the context."""
     assert isinstance(media.content, (Path, bytes)), "pixels need no decoder"
     kind = sniff_type(read_head(media))
+    if kind.startswith("video/"):
+        raise InputError(f"{name} is a video ({kind}); give it as video, not image")
     notes: tuple[str, ...] = ()
     if (
         media.content_type
@@ -110,6 +116,19 @@ def open_encoded(
         yield image, notes
 
 
+def is_animation(media: Media, name: str) -> bool:
+    """Return whether an encoded GIF, WebP or PNG has several frames.
+
+    The pages of a TIFF are no frames. False also for a file that is damaged or too large, as
+    decoding reports.
+    """
+    if sniff_type(read_head(media)) not in _ANIMATED_TYPES:
+        return False
+    with suppress(InputError), open_encoded(media, MediaLimits(), name) as (image, _):
+        return _num_frames(image) > 1
+    return False
+
+
 def check_image_size(image: Image.Image, limits: MediaLimits, name: str) -> None:
     """Check the size of an image against the limit, by its header alone.
 
@@ -118,7 +137,9 @@ def check_image_size(image: Image.Image, limits: MediaLimits, name: str) -> None
     """
     width, height = image.size
     if width < 1 or height < 1:
-        raise InputError(f"{name} is {width} x {height} pixels; an image needs at least 1 x 1")
+        raise InputError(
+            f"{name} is {width} x {height} pixels; an image needs at least 1 x 1, so save it again"
+        )
     if width * height > limits.max_image_pixels:
         raise InputError(
             f"{name} is {width} x {height} = {width * height:,} pixels, limit is "
@@ -185,12 +206,11 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
 def array_to_image(
     array: np.ndarray, limits: MediaLimits, name: str
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Convert an array (height, width, channels) or (height, width); the axes are never inferred.
+    """Convert an array (height, width, channels) or (height, width), as arrays.py returns it.
 
     Raises:
-        InputError: another shape or dtype, no pixels, or more than the limit.
+        InputError: a dtype or values that are not colors, or more pixels than the limit.
     """
-    _check_shape(array.shape, name)
     if array.shape[0] * array.shape[1] > limits.max_image_pixels:
         raise InputError(
             f"{name} is {array.shape[1]} x {array.shape[0]} pixels, limit is "
@@ -204,53 +224,6 @@ def array_to_image(
         array = array[:, :, 0]
     rgb, mode_notes = _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name)
     return rgb, notes + mode_notes
-
-
-def _check_shape(shape: tuple[int, ...], name: str) -> None:
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
-        hint = (
-            "array.transpose(1, 2, 0)" if len(shape) == 3 and shape[0] in (1, 3, 4) else "reshape"
-        )
-        raise InputError(
-            f"{name}: array of shape {shape} is not an image; give (height, width, 3) RGB, "
-            f"(height, width, 4) RGBA or (height, width) gray: {hint}"
-        )
-    if len(shape) == 3 and shape[0] in (3, 4) and shape[1] > 4:
-        raise InputError(
-            f"{name}: array of shape {shape} could have its channels first or last; give a PIL "
-            "image instead"
-        )
-    if 0 in shape:
-        raise InputError(f"{name}: array of shape {shape} has no pixels")
-
-
-def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """Scale 16-bit, 32-bit and float values to uint8; return them with a note on the scale.
-
-    16-bit values are divided by 257, so that 65535 becomes 255. 32-bit integers are read as 8-bit
-    when all fit, else as 16-bit. Floats are read as [0, 1], or as [0, 255] when a value exceeds 1.
-
-    Raises:
-        InputError: values of another dtype, out of range, or not finite.
-    """
-    kind, size = values.dtype.kind, values.dtype.itemsize
-    if kind not in "biufc":
-        raise InputError(f"{name}: an array of {values.dtype} holds no numbers; give uint8 0..255")
-    if not np.all(np.isfinite(values)):
-        raise InputError(f"{name} holds NaN or infinite values; clean and scale it to 0..255")
-    low, high = values.min(), values.max()
-    if kind == "f" and low >= 0 and high <= 255:
-        scale = 255.0 if high <= 1 else 1.0
-        note = f"float values scaled from [0, {255 / scale:g}]"
-        return np.rint(values.astype(np.float64) * scale).astype(np.uint8), note
-    if kind == "i" and size == 4 and low >= 0 and high <= 255:
-        return values.astype(np.uint8), "32-bit values read as 8-bit"
-    if (kind, size) in (("u", 2), ("i", 4)) and low >= 0 and high <= 65535:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), "16-bit scaled to 8-bit"
-    raise InputError(
-        f"{name}: {values.dtype} values from {low} to {high} are not colors; scale them to uint8 "
-        "0..255 first"
-    )
 
 
 def _composite_on_white(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:

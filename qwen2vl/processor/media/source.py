@@ -1,7 +1,8 @@
-"""Media sources: resolve paths, URLs, bytes and arrays within limits; options and type sniffing.
+"""Media sources: resolve paths, URLs, bytes and arrays within limits; options of media.
 
-A source is a path, a file:// URL, bytes, a PIL image, a numpy array, a data URL or an http(s)
-URL. `read_source`, the only way by which media are read, resolves it to `Media` without decoding.
+A source is a path, a file:// URL, bytes, a binary file object, a PIL image, a numpy array, a torch
+tensor, a data URL or an http(s) URL. `read_source`, the only way by which media are read, resolves
+it to `Media` without decoding.
 `MediaLimits` restricts what may be opened (a server forbids local files); `MediaOptions` holds the
 user's options of one image or video. Decoding: rgb.py (images), video_source.py (videos).
 (HF: load_image, load_video; qwen_vl_utils: fetch_image, fetch_video.)
@@ -17,28 +18,44 @@ import re
 import stat
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeAlias
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from typing import Any, BinaryIO, Literal, TypeAlias, get_args
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from qwen2vl.errors import ConfigError, InputError
+from qwen2vl.errors import ConfigError, InputError, abbreviate
+from qwen2vl.processor.media.arrays import image_channels_last, tensor_to_array
 from qwen2vl.processor.media.download import download
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "LOW_DETAIL_PIXELS",
     "NO_OPTIONS",
+    "Detail",
     "Media",
     "MediaLimits",
     "MediaOptions",
     "MediaSource",
+    "copy_to_memory",
     "read_head",
     "read_source",
-    "sniff_type",
 ]
 
-MediaSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | Image.Image | np.ndarray"
+MediaSource: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | Image.Image
+    | np.ndarray
+    | Tensor
+)
+Detail = Literal["low", "high", "auto", "original"]
+LOW_DETAIL_PIXELS = 512 * 512  # the size to which OpenAI shrinks an image with detail "low"
 
 # Field -> smallest and largest meaningful value; the largest keep a typing error or a malicious
 # request from allocating gigabytes.
@@ -57,6 +74,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 _PILLOW_MAX_PIXELS = 2 * 89_478_485  # above it Pillow raises DecompressionBombError
 _FRACTIONAL = frozenset({"fps", "video_start", "video_end"})
+_READ_CHUNK = 1 << 20
 _EXCLUSIVE = (
     ("fps", "nframes"),
     ("resized_height", "min_pixels"),
@@ -81,6 +99,7 @@ class MediaOptions:
 
     min_pixels: int | None = None  # of one image or frame after resizing
     max_pixels: int | None = None  # the same, as an upper limit
+    detail: Detail | None = None  # OpenAI's: low is at most 512 x 512 pixels, others change nothing
     resized_height: int | None = None  # resize to this size, rounded to whole tokens
     resized_width: int | None = None  # given together with resized_height
     fps: float | None = None  # sampled frames per second; for a list of frames: its frame rate
@@ -93,6 +112,7 @@ class MediaOptions:
 
     def __post_init__(self) -> None:
         options = self.to_dict()
+        self._check_detail()
         for name, value in options.items():
             _check_range(name, value)
         for first, second in _EXCLUSIVE:
@@ -110,9 +130,22 @@ class MediaOptions:
         if ("resized_height" in options) != ("resized_width" in options):
             raise InputError("resized_height and resized_width go together; give both or neither")
 
+    def _check_detail(self) -> None:
+        if self.detail is not None and self.detail not in get_args(Detail):
+            known = ", ".join(get_args(Detail))
+            raise InputError(f"detail is {abbreviate(self.detail)}, must be one of {known}")
+        if self.detail != "low":
+            return
+        for name in ("max_pixels", "resized_height", "resized_width"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"{name} {getattr(self, name)} and detail 'low', which is max_pixels "
+                    f"{LOW_DETAIL_PIXELS}, exclude each other; use either one"
+                )
+
     def to_dict(self) -> dict[str, int | float]:
-        """Return the options that are set, with their values."""
-        pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
+        """Return the options that are set and are numbers, with their values."""
+        pairs = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name in _RANGES)
         return {name: value for name, value in pairs if value is not None}
 
 
@@ -155,21 +188,82 @@ def read_source(source: MediaSource, limits: MediaLimits, name: str) -> Media:
     Raises:
         InputError: it cannot be found, is not allowed, empty, or too large.
     """
-    if isinstance(source, (Image.Image, np.ndarray)):
+    source = copy_to_memory(source, limits, name)
+    if isinstance(source, np.ndarray):
+        return Media(content=image_channels_last(source, name))
+    if isinstance(source, Image.Image):
         return Media(content=source)
-    if isinstance(source, (bytes, bytearray)):
-        return Media(content=_check_bytes(bytes(source), limits, name))
+    if isinstance(source, bytes):
+        return Media(content=_check_bytes(source, limits, name))
     if isinstance(source, str):
         return _resolve_string(source, limits, name)
     if isinstance(source, os.PathLike):
-        return Media(content=_resolve_file(os.fspath(source), limits, name))
+        return Media(content=_resolve_file(os.fsdecode(source), limits, name))
+    if isinstance(source, (list, tuple)):
+        raise InputError(f"{name}: a list is not an image; give a list of frames as video")
     raise InputError(
-        f"{name}: cannot read a {type(source).__name__}; give a path, bytes, a PIL image, a numpy "
-        "array, or a data, file or http URL"
+        f"{name}: cannot read a {type(source).__name__}; give a path, bytes, a binary file object, "
+        "a PIL image, a numpy array, a torch tensor, or a data, file or http URL"
     )
 
 
-def read_head(media: Media, count: int = 64) -> bytes:
+def copy_to_memory(source: Any, limits: MediaLimits, name: str) -> Any:
+    """Copy a file object to bytes and a tensor to an array; return other sources unchanged.
+
+    A file object is read from its beginning, wherever it is, and left where it was; one that
+    cannot seek, such as a pipe, is read from where it is, once. It is not closed.
+
+    Raises:
+        InputError: it cannot be read, holds text, or has more bytes than the limit.
+    """
+    if isinstance(source, Tensor):
+        return tensor_to_array(source, name)
+    if isinstance(source, (bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (bytes, str, os.PathLike)) or not callable(getattr(source, "read", None)):
+        return source
+    position = _rewind(source)
+    try:
+        return _read_chunks(source, limits, name)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{name}: the {type(source).__name__} cannot be read; open it again in mode 'rb'"
+        ) from error
+    finally:
+        if position is not None:
+            source.seek(position)
+
+
+def _rewind(file: BinaryIO) -> int | None:
+    """Go to the beginning; return the position before, or None if the file cannot seek."""
+    try:
+        position = file.tell()
+        file.seek(0)
+    except (AttributeError, OSError, ValueError):  # ValueError: closed, which read reports
+        return None
+    return position
+
+
+def _read_chunks(file: BinaryIO, limits: MediaLimits, name: str) -> bytes:
+    content = bytearray()
+    while chunk := file.read(_READ_CHUNK):
+        if not isinstance(chunk, bytes):
+            raise InputError(
+                f"{name}: the {type(file).__name__} returns {type(chunk).__name__}, not bytes; "
+                "open it in mode 'rb'"
+            )
+        content += chunk
+        if len(content) > limits.max_bytes:
+            raise InputError(
+                f"{name} has more than {limits.max_bytes:,} bytes, which is the limit; send a "
+                "smaller file"
+            )
+    return bytes(content)
+
+
+def read_head(media: Media, count: int = 256) -> bytes:
     """Return the first bytes of an encoded source, for `sniff_type`."""
     if isinstance(media.content, Path):
         with media.content.open("rb") as file:
@@ -178,70 +272,15 @@ def read_head(media: Media, count: int = 64) -> bytes:
     return media.content[:count]
 
 
-_MAGIC: tuple[tuple[bytes, int, str], ...] = (
-    (b"\x89PNG\r\n\x1a\n", 0, "image/png"),
-    (b"\xff\xd8\xff", 0, "image/jpeg"),
-    (b"GIF8", 0, "image/gif"),
-    (b"WEBP", 8, "image/webp"),
-    (b"BM", 0, "image/bmp"),
-    (b"II*\x00", 0, "image/tiff"),
-    (b"MM\x00*", 0, "image/tiff"),
-    (b"II+\x00", 0, "image/tiff"),
-    (b"MM\x00+", 0, "image/tiff"),
-    (b"%PDF", 0, "application/pdf"),
-    (b"%!PS", 0, "application/postscript"),
-    (b"\xc5\xd0\xd3\xc6", 0, "application/postscript"),
-    (b"8BPS", 0, "image/vnd.adobe.photoshop"),
-    (b"\x00\x00\x00\x0cjP  ", 0, "image/jp2"),
-    (b"\xff\x4f\xff\x51", 0, "image/jp2"),
-    (b"ftypheic", 4, "image/heic"),
-    (b"ftypheix", 4, "image/heic"),
-    (b"ftypmif1", 4, "image/heic"),
-    (b"ftypavif", 4, "image/avif"),
-    (b"ftyp", 4, "video/mp4"),
-    (b"\x1aE\xdf\xa3", 0, "video/x-matroska"),
-    (b"AVI ", 8, "video/x-msvideo"),
-    (b"WAVE", 8, "audio/wav"),
-    (b"FLV\x01", 0, "video/x-flv"),
-    (b"OggS", 0, "video/ogg"),
-    (b"\x00\x00\x01\xba", 0, "video/mpeg"),
-    (b"\x00\x00\x01\xb3", 0, "video/mpeg"),
-    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", 0, "video/x-ms-asf"),
-    (b"ID3", 0, "audio/mpeg"),
-    (b"fLaC", 0, "audio/flac"),
-    (b"PK\x03\x04", 0, "application/zip"),
-    (b"\x1f\x8b", 0, "application/gzip"),
-)
-_TEXT_STARTS = (
-    (("<!doctype html", "<html", "<head", "<body"), "text/html"),
-    (("<svg",), "image/svg+xml"),
-    (("<?xml",), "text/xml"),
-    (("{", "["), "application/json"),
-)
-
-
-def sniff_type(head: bytes) -> str:
-    """Return the media type by magic bytes; for error texts and dispatch, not for security."""
-    for magic, offset, kind in _MAGIC:
-        if head[offset : offset + len(magic)] == magic:
-            return kind
-    text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n").lower()
-    for starts, kind in _TEXT_STARTS:
-        if text.startswith(starts):
-            return "image/svg+xml" if "<svg" in text else kind
-    binary = sum(byte < 9 or 13 < byte < 32 or byte == 127 for byte in head)
-    return "text/plain" if text and not binary else "application/octet-stream"
-
-
 def _check_range(name: str, value: int | float) -> None:
     low, high = _RANGES[name]
     types = (int, float) if name in _FRACTIONAL else (int,)
     is_nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, bool) or not isinstance(value, types) or is_nan:
         want = "a number" if name in _FRACTIONAL else "a whole number"
-        raise InputError(f"{name} is {value!r}, must be {want}")
+        raise InputError(f"{name} is {abbreviate(value)}, must be {want}")
     if not low <= value <= high:
-        raise InputError(f"{name} is {value}, must lie between {low:g} and {high:g}")
+        raise InputError(f"{name} is {abbreviate(value)}, must lie between {low:g} and {high:g}")
 
 
 def _resolve_string(source: str, limits: MediaLimits, name: str) -> Media:
@@ -270,9 +309,10 @@ def _decode_data_url(source: str, limits: MediaLimits, name: str) -> Media:
         raise InputError(f"{name}: data URL without a comma; write data:image/png;base64,...")
     if len(payload) > limits.max_bytes / 3 * 4 + 4:
         raise InputError(
-            f"{name}: data URL of {len(payload):,} characters, limit is {limits.max_bytes:,} bytes"
+            f"{name}: data URL of {len(payload):,} characters, limit is {limits.max_bytes:,} "
+            "bytes; send a smaller file"
         )
-    content_type, *parameters = head.lower().split(";")
+    content_type, *parameters = (part.strip() for part in head.lower().split(";"))
     try:
         if "base64" in parameters:
             content = base64.b64decode("".join(unquote(payload).split()), validate=True)
@@ -284,37 +324,44 @@ def _decode_data_url(source: str, limits: MediaLimits, name: str) -> Media:
 
 
 def _file_url_path(source: str, name: str) -> str:
-    parts = urlsplit(source)
-    if parts.netloc not in ("", "localhost"):
-        raise InputError(
-            f"{name}: file URL names the host {parts.netloc!r}; write file:///path with three "
-            "slashes"
-        )
     # "?" and "#" are ordinary characters in file names, so everything after the host is the path.
-    return unquote(source[len("file://") + len(parts.netloc) :])
+    host, slash, path = source[len("file://") :].partition("/")
+    if host not in ("", "localhost"):
+        raise InputError(
+            f"{name}: file URL names the host {host!r:.60}; write file:///path with three slashes"
+        )
+    return unquote(slash + path)
 
 
 def _resolve_file(file_name: str, limits: MediaLimits, name: str) -> Path:
     if not limits.allow_files:
         raise InputError(f"{name}: local files are not allowed here; send the bytes, as a data URL")
     shown = repr(file_name if len(file_name) <= 120 else file_name[:117] + "...")
+    # An item is named after its file: the name is not repeated before it.
+    prefix = "" if name in (file_name, os.path.basename(file_name)) else f"{name}: "
     try:
         path = Path(os.path.expanduser(file_name))  # Path.expanduser would expand ./~x, too
         info = path.stat()
     except FileNotFoundError as error:
-        raise InputError(f"{name}: file {shown} not found; check the path") from error
+        raise InputError(f"{prefix}file {shown} not found; check the path") from error
     except PermissionError as error:
-        raise InputError(f"{name}: no permission to read {shown}") from error
+        raise InputError(f"{prefix}no permission to read {shown}; change it") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name}: {shown} cannot be a file name; check the path") from error
+        raise InputError(f"{prefix}{shown} {_describe_non_file(file_name)}") from error
     if stat.S_ISDIR(info.st_mode):
-        raise InputError(f"{name}: {shown} is a folder; name a file in it")
+        raise InputError(f"{prefix}{shown} is a folder; name a file in it")
     if not stat.S_ISREG(info.st_mode):
-        raise InputError(f"{name}: {shown} is a pipe or a device; copy it to a file first")
+        raise InputError(f"{prefix}{shown} is a pipe or a device; copy it to a file first")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{name}: no permission to read {shown}")
+        raise InputError(f"{prefix}no permission to read {shown}; change it")
     _check_size(info.st_size, limits, name)
     return path
+
+
+def _describe_non_file(source: str) -> str:
+    if len(source) > 255 and re.fullmatch(r"[A-Za-z0-9+/=\s]+", source):
+        return "looks like base64, not a path; write data:image/png;base64,... before it"
+    return "cannot be a file name; check the path"
 
 
 def _check_bytes(content: bytes, limits: MediaLimits, name: str) -> bytes:
@@ -324,7 +371,7 @@ def _check_bytes(content: bytes, limits: MediaLimits, name: str) -> bytes:
 
 def _check_size(size: int, limits: MediaLimits, name: str) -> None:
     if size == 0:
-        raise InputError(f"{name} is empty (0 bytes); check where it comes from")
+        raise InputError(f"{name} is empty (0 bytes); save or download it again")
     if size > limits.max_bytes:
         raise InputError(
             f"{name} has {size:,} bytes, limit is {limits.max_bytes:,}; send a smaller file"

@@ -27,7 +27,8 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.media.source import Media, MediaLimits, read_head, sniff_type
+from qwen2vl.processor.media.sniff import sniff_type
+from qwen2vl.processor.media.source import Media, MediaLimits, read_head
 from qwen2vl.processor.media.video_metadata import (
     Deadline,
     FrameTransform,
@@ -93,7 +94,10 @@ class PyAVVideoReader:
             self._rotate = _rotation_of(frame)
             height, width = self._to_rgb(frame).shape[:2]
             return height, width
-        raise InputError(f"{self._name}: no frame can be decoded; it is damaged or cut short")
+        raise InputError(
+            f"{self._name}: no frame can be decoded; it is damaged or cut short, so save or "
+            "download it again"
+        )
 
     def _read_frame_timestamps(self) -> Timestamps:
         """Decode the whole file and return the timestamps of its frames.
@@ -193,9 +197,13 @@ class PyAVVideoReader:
             )
         except FFmpegError as error:
             kind = sniff_type(read_head(self._media))
-            what = f"{kind}, cut short or damaged" if kind.startswith("video/") else "unknown type"
+            what, remedy = (
+                (f"{kind}, cut short or damaged", "save or download it again")
+                if kind.startswith("video/")
+                else ("unknown type", "convert it to MP4")
+            )
             raise InputError(
-                f"{self._name} has no decodable video stream ({what}); convert it to MP4"
+                f"{self._name} has no decodable video stream ({what}); {remedy}"
             ) from error
 
     def _select_stream(self, container: InputContainer) -> VideoStream:

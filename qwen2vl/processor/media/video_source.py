@@ -11,27 +11,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from qwen2vl.errors import InputError
+from qwen2vl.processor.media.arrays import frames_channels_last, to_uint8
 from qwen2vl.processor.media.rgb import (
+    array_to_image,
     check_image_size,
     decode_rgb,
     open_encoded,
     open_image,
-    to_uint8,
 )
+from qwen2vl.processor.media.sniff import sniff_type
 from qwen2vl.processor.media.source import (
     Media,
     MediaLimits,
     MediaSource,
+    copy_to_memory,
     read_head,
     read_source,
-    sniff_type,
 )
 from qwen2vl.processor.media.video_metadata import (
     Deadline,
@@ -64,22 +66,23 @@ def open_video(
     fps: float,
     apply_exif_orientation: bool,
 ) -> VideoReader:
-    """Open a video of any kind; an image is a video of one frame.
+    """Open a video of any kind. A still image is none, but a list of one image is.
 
     Args:
-        source: file, URL, bytes, image, animation, list of images, or array of frames.
+        source: file, URL, bytes, file object, animation, list of images, or array or tensor of
+            frames.
         limits: on size, length and decoding time.
         name: for errors.
         fps: frame rate of lists and arrays.
         apply_exif_orientation: of images and of frames in lists.
 
     Raises:
-        InputError: the source has no frames, cannot be decoded, or exceeds the limits.
+        InputError: the source has no frames, is a still image, cannot be decoded, or exceeds the
+            limits.
     """
-    if isinstance(source, np.ndarray) and source.ndim != 4:
-        raise InputError(
-            f"{name}: array of shape {source.shape} is not a video; give (frames, height, width, 3)"
-        )
+    source = copy_to_memory(source, limits, name)
+    if isinstance(source, np.ndarray):
+        source = frames_channels_last(source, name)
     if isinstance(source, (list, tuple, np.ndarray)):
         return _FrameListReader(source, limits, name, fps, apply_exif_orientation)
     media = read_source(source, limits, name)  # pyright: ignore[reportArgumentType]
@@ -90,7 +93,8 @@ def open_video(
     if kind in _IMAGE_KINDS:
         return _AnimationReader(media, limits, name, apply_exif_orientation)
     if kind != "application/octet-stream" and not kind.startswith(("video/", "audio/")):
-        raise InputError(f"{name} is {kind}, not a supported video; {_SUPPORTED}")
+        what = f"an image ({kind}) that cannot be decoded" if kind[:6] == "image/" else kind
+        raise InputError(f"{name} is {what}, not a supported video; {_SUPPORTED}")
     # Imports PyAV, and most prompts hold no video.
     from qwen2vl.processor.media.video_reader import PyAVVideoReader
 
@@ -102,7 +106,7 @@ class _FrameListReader:
 
     def __init__(
         self,
-        sources: Sequence[MediaSource] | np.ndarray,
+        sources: Sequence[Any] | np.ndarray,
         limits: MediaLimits,
         name: str,
         fps: float,
@@ -112,13 +116,14 @@ class _FrameListReader:
         if count == 0:
             raise InputError(f"{name}: the list of frames is empty; give at least one")
         check_frame_count(count, limits, name)
-        self._sources, self._limits, self._name = sources, limits, name
+        self._limits, self._name = limits, name
         self._apply_exif_orientation = apply_exif_orientation
+        self._sources = sources if isinstance(sources, np.ndarray) else self._copy_all(sources)
         first = self._open_frame(0)
         notes: tuple[str, ...] = ()
-        if isinstance(sources, np.ndarray) and sources.dtype != np.uint8:
+        if isinstance(self._sources, np.ndarray) and self._sources.dtype != np.uint8:
             # All frames at once: a dark frame alone would be read as [0, 1] and become white.
-            self._sources, note = to_uint8(sources, name)
+            self._sources, note = to_uint8(self._sources, name)
             notes = (note,)
         self.metadata = VideoMetadata(
             timestamps=tuple(i / fps for i in range(count)),
@@ -133,14 +138,31 @@ class _FrameListReader:
     def get_frames_at(self, indices: Sequence[int], transform: FrameTransform) -> list[Tensor]:
         return [transform(np.array(self._open_frame(i))) for i in indices]
 
+    def _copy_all(self, sources: Sequence[Any]) -> list[Any] | np.ndarray:
+        """Copy file objects and tensors to memory: a pipe can be read once, and frames are not.
+
+        Float arrays of one shape become one array, which has one scale.
+        """
+        frames = [
+            copy_to_memory(source, self._limits, self._where(i)) for i, source in enumerate(sources)
+        ]
+        kinds = {
+            (frame.shape, frame.dtype) if isinstance(frame, np.ndarray) else None
+            for frame in frames
+        }
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is None or kind[1] == np.uint8 or len(kind[0]) != 3:
+            return frames
+        return frames_channels_last(np.stack(frames), self._where(0))
+
     def _open_frame(self, index: int) -> Image.Image:
-        where = f"{self._name}, frames[{index}]"
-        frame, _ = open_image(
-            self._sources[index],
-            self._limits,
-            where,
-            apply_exif_orientation=self._apply_exif_orientation,
-        )
+        where, source = self._where(index), self._sources[index]
+        if isinstance(self._sources, np.ndarray):  # its axes are in order
+            frame, _ = array_to_image(source, self._limits, where)
+        else:
+            frame, _ = open_image(
+                source, self._limits, where, apply_exif_orientation=self._apply_exif_orientation
+            )
         if index and frame.size != (self.metadata.width, self.metadata.height):
             raise InputError(
                 f"{where} is {frame.width} x {frame.height}, but frames[0] is "
@@ -148,9 +170,12 @@ class _FrameListReader:
             )
         return frame
 
+    def _where(self, index: int) -> str:
+        return f"{self._name}, frames[{index}]"
+
 
 class _AnimationReader:
-    """Reads GIF, WebP, APNG, the pages of a TIFF, or one image, with Pillow."""
+    """Reads GIF, WebP, APNG or the pages of a TIFF, with Pillow."""
 
     def __init__(
         self, media: Media, limits: MediaLimits, name: str, apply_exif_orientation: bool
@@ -159,6 +184,8 @@ class _AnimationReader:
         self._apply_exif_orientation = apply_exif_orientation
         self._deadline = Deadline(limits, name)
         self._total = self._count_frames()
+        if self._total == 1:
+            raise InputError(f"{name} is {self._describe_still()}; give it as image, not video")
         check_frame_count(self._total, limits, name)
         self.metadata = self._read_metadata()
 
@@ -200,6 +227,11 @@ class _AnimationReader:
                 return getattr(image, "n_frames", 1)
             except Exception as error:  # Pillow reads the whole file, and may raise anything
                 raise InputError(f"{self._name} is damaged; save it again") from error
+
+    def _describe_still(self) -> str:
+        if isinstance(self._media.content, Image.Image):
+            return "an image"
+        return f"an image ({sniff_type(read_head(self._media))})"
 
     @contextmanager
     def _open(self) -> Iterator[Image.Image]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qwen2vl.errors import InputError
@@ -52,7 +53,22 @@ def test_opaque_files_equal_pillow_convert(kind: str, mode: str) -> None:
 def test_every_source_gives_the_same_pixels(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(IMAGE))
     want = np.asarray(IMAGE)
-    sources = (tmp_path / "a.png", encoded(IMAGE), IMAGE, want, np.asfortranarray(want))
+    tensor_CHW = torch.tensor(want).permute(2, 0, 1)
+    sources = (
+        tmp_path / "a.png",
+        encoded(IMAGE),
+        io.BytesIO(encoded(IMAGE)),
+        IMAGE,
+        want,
+        np.asfortranarray(want),
+        want.transpose(2, 0, 1),
+        tensor_CHW,
+        tensor_CHW.permute(1, 2, 0),
+        tensor_CHW / 255,
+        (tensor_CHW / 255).requires_grad_(),
+        (tensor_CHW / 255).double(),
+        tensor_CHW.to(torch.bfloat16),
+    )
     for source in sources:
         np.testing.assert_array_equal(open_rgb(source)[0], want)
 
@@ -152,10 +168,11 @@ def test_values_out_of_range_are_rejected(values: np.ndarray, text: str) -> None
     ("shape", "text"),
     [
         ((3, 224, 3), r"shape \(3, 224, 3\) could have its channels first or last"),
-        ((3, 224, 224), r"not an image.*array.transpose\(1, 2, 0\)"),
+        ((3, 224, 4), r"shape \(3, 224, 4\) could have its channels first or last; give a PIL im"),
+        ((1, 224, 1), r"shape \(1, 224, 1\) could have its channels first or last"),
         ((224, 224, 2), "not an image"),
         ((7,), "not an image"),
-        ((2, 9, 9, 3), "not an image"),
+        ((2, 9, 9, 3), "not an image but a video; give it as video, not image, or one frame"),
         ((0, 9, 3), "has no pixels"),
     ],
 )

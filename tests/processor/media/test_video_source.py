@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qwen2vl.errors import InputError
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
 from qwen2vl.processor.media.video_metadata import VideoReader
 from qwen2vl.processor.media.video_source import open_video
-from tests.media import animation, encoded, smooth
+from tests.media import animation, encoded, encoded_video, png_header, smooth
 
 
 def open_reader(source: Any, **limits: Any) -> VideoReader:
@@ -50,11 +51,23 @@ def test_uneven_delays() -> None:
     assert metadata.duration == pytest.approx(1.3)
 
 
-def test_image_is_a_video_of_one_frame() -> None:
-    for source in (encoded(smooth(30, 40)), Image.fromarray(smooth(30, 40))):
-        metadata = open_reader(source).metadata
-        assert metadata.timestamps == (0.0,)
-        assert (metadata.height, metadata.width) == (30, 40)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"])
+def test_still_images_are_no_videos_but_a_list_of_one_is(kind: str) -> None:
+    data = encoded(smooth(30, 40), kind)
+    text = rf"video 1 is an image \(image/{kind.lower()}\); give it as image, not video"
+    for source in (data, io.BytesIO(data)):
+        with pytest.raises(InputError, match=text):
+            open_reader(source)
+    with pytest.raises(InputError, match="video 1 is an image; give it as image, not video"):
+        open_reader(Image.open(io.BytesIO(data)))
+    metadata = open_reader([data]).metadata
+    assert metadata.timestamps == (0.0,)
+    assert (metadata.height, metadata.width) == (30, 40)
+
+
+def test_damaged_still_images_are_recognized_by_their_header() -> None:
+    with pytest.raises(InputError, match="give it as image, not video"):
+        open_reader(png_header(3000, 2000))  # its pixels cannot be decoded
 
 
 def test_truncated_animation_is_used_up_to_the_damage() -> None:
@@ -74,11 +87,13 @@ def test_frame_lists_may_mix_all_kinds_of_images(tmp_path: Path) -> None:
             np.full((40, 60, 3), 20, np.uint8),
             Image.new("L", (60, 40), 30),
             encoded(Image.new("RGB", (60, 40), (40, 0, 0)), "BMP"),
+            io.BytesIO(encoded(Image.new("RGB", (60, 40), (50, 0, 0)))),
+            torch.full((3, 40, 60), 60 / 255),
         ]
     )
-    assert reader.metadata.timestamps == (0, 0.5, 1, 1.5)
+    assert reader.metadata.timestamps == (0, 0.5, 1, 1.5, 2, 2.5)
     assert reader.metadata.is_frame_list
-    assert gray_levels(reader, [0, 1, 2, 3]) == [10, 20, 30, 40]
+    assert gray_levels(reader, [0, 1, 2, 3, 4, 5]) == [10, 20, 30, 40, 50, 60]
 
 
 def test_arrays_are_frame_lists() -> None:
@@ -89,30 +104,59 @@ def test_arrays_are_frame_lists() -> None:
     assert gray_levels(reader, [0, 4]) == [0, 4]
 
 
-def test_all_frames_of_an_array_have_one_scale() -> None:
-    reader = open_reader(
-        np.array([1, 0.5, 200], np.float32)[:, None, None, None] + np.zeros((1, 8, 9, 3))
-    )
-    assert gray_levels(reader, [0, 1, 2]) == [1, 0, 200]
-    assert reader.metadata.notes == ("float values scaled from [0, 255]",)
+def test_all_frames_of_an_array_or_list_have_one_scale() -> None:
+    frames = np.array([1, 0.5, 200], np.float32)[:, None, None, None] + np.zeros((1, 8, 9, 3))
+    tensor_FCHW = torch.tensor(frames).permute(0, 3, 1, 2)
+    for source in (frames, list(frames), tensor_FCHW, list(tensor_FCHW)):
+        reader = open_reader(source)
+        assert gray_levels(reader, [0, 1, 2]) == [1, 0, 200]
+        assert reader.metadata.notes == ("float values scaled from [0, 255]",)
+
+
+def test_frames_of_tensors_have_channels_in_either_place() -> None:
+    frames = smooth(30, 5)[None].repeat(4, 0)
+    for source in (torch.tensor(frames), torch.tensor(frames).permute(0, 3, 1, 2) / 255):
+        reader = open_reader(source)
+        assert (reader.metadata.height, reader.metadata.width) == (30, 5)
+        tensors = reader.get_frames_at([3], torch.from_numpy)
+        assert tensors is not None and torch.equal(tensors[0], torch.tensor(frames[3]))
+
+
+def test_video_files_as_file_objects() -> None:
+    file = io.BytesIO(encoded_video(4))
+    assert len(open_reader(file).metadata.timestamps) == 4
+    assert len(open_reader(file).metadata.timestamps) == 4
 
 
 @pytest.mark.parametrize(
     ("source", "text"),
     [
         ([], "video 1: the list of frames is empty"),
+        (
+            [[np.zeros((9, 9, 3), np.uint8)]],
+            r"video 1, frames\[0\]: a list is not an image",
+        ),
         ([np.zeros((9, 9, 3), np.uint8), b"xx"], r"video 1, frames\[1\] is text/plain, not a supp"),
         (
             [np.zeros((9, 9, 3), np.uint8), "no.png"],
-            r"video 1, frames\[1\]: file 'no.png' not found",
+            r"video 1, frames\[1\]: file 'no.png' not found; check the path",
         ),
         (
             [np.zeros((9, 9, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)],
             r"video 1, frames\[1\] is 9 x 8, but frames\[0\] is 9 x 9; give frames of one size",
         ),
         (np.zeros((5, 9, 9), np.uint8), r"array of shape \(5, 9, 9\) is not a video"),
-        (np.zeros((5, 3, 9, 9), np.uint8), r"video 1, frames\[0\]: array of shape \(3, 9, 9\)"),
-        (np.zeros((0, 9, 9, 3), np.uint8), "the list of frames is empty"),
+        (
+            np.zeros((9, 9, 3), np.uint8),
+            r"shape \(9, 9, 3\) is an image; give it as image, not",
+        ),
+        (
+            np.zeros((5, 3, 9, 3), np.uint8),
+            r"video 1: array of shape \(3, 9, 3\) could have its",
+        ),
+        (np.zeros((5, 9, 9, 2), np.uint8), r"video 1: array of shape \(9, 9, 2\) is not an image"),
+        (np.zeros((0, 9, 9, 3), np.uint8), r"shape \(0, 9, 9, 3\) has no frames; give at least on"),
+        (torch.zeros(2, 3, 9, 9, device="meta"), "video 1: a tensor on device meta"),
         (b"", r"video 1 is empty \(0 bytes\)"),
         (b"not a video", "video 1 is text/plain, not a supported video; supported are MP4, MOV"),
         (b"<!doctype html>", "video 1 is text/html"),
