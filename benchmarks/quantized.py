@@ -1,13 +1,15 @@
-"""int8 and int4 quantization compared with bfloat16: loss of quality, and speed on a CPU.
+"""int8 and int4 quantization compared with bfloat16: loss of quality, speed, memory.
 
-    python benchmarks/quantized.py [--only quality | speed] [--examples 64]
+    python benchmarks/quantized.py [--only quality | speed | memory] [--examples 64]
 
 quality: nano predicts the true answers of the mini suite's questions (teacher forcing); its
 distributions over answer tokens are compared with those of unquantized float32: the
 Kullback-Leibler divergence in nats, the share of tokens with the same argmax, and the share whose
 argmax is right. speed: one block of the 2B's decoder for 1, 8 and 308 tokens, and one of its vision
 tower for 1,024 patches, all precisions interleaved, each on several copies so that no CPU cache
-holds them; `plain` is bfloat16 without prepacked weights. Prints one line for results.md.
+holds them; `plain` is bfloat16 without prepacked weights. memory: peaks of quantizing the folder of
+official_2b.py and of a first answer (peak_memory.py); only with `--only memory`, as int4 takes
+minutes. Prints one line for results.md.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from official_2b import FOLDER
+from peak_memory import measure
 from record import format_result
 from torch import Tensor
 
@@ -216,14 +220,17 @@ def speed() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=["quality", "speed"])
+    parser.add_argument("--only", choices=["quality", "speed", "memory"])
     parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of --only memory")
     args = parser.parse_args()
     numbers: dict[str, Any] = {}
-    if args.only != "speed":
+    if args.only in (None, "quality"):
         numbers["quality"] = quality(args.examples)
-    if args.only != "quality":
+    if args.only in (None, "speed"):
         numbers["speed"] = speed()
+    if args.only == "memory":
+        numbers["memory"] = measure(args.folder, args.examples)
     print(format_result(numbers))
 
 

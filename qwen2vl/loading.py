@@ -5,34 +5,35 @@ shapes of the tensors; build the model on the meta device; choose which layers a
 dtype that fits into memory; parse a LoRA adapter. Then weights are read: plain ones, merged with
 the adapter; prequantized layers (GPTQ, AWQ), built from their integers; layers to be quantized
 online, one fused group at a time, loaded, merged, quantized. Last, on a CPU, bfloat16 layers are
-prepacked or computed by GEMV, and what stays plain is memory-mapped anew. Except for zero points
-and groups of prequantized layers, nothing is checked after the first weight is read. (HF:
-from_pretrained.)
+prepacked or computed by GEMV. Except for zero points and groups of prequantized layers, nothing is
+checked after the first weight is read. (HF: from_pretrained.)
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast, get_args
 
 import torch
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.errors import CheckpointError, InputError
-from qwen2vl.fill import fill_model, online_schemes, prequantized_schemes, remap_parameters
+from qwen2vl.errors import CheckpointError, InputError, abbreviate
+from qwen2vl.fill import fill_model, online_schemes, prequantized_schemes, release_layers
 from qwen2vl.linear.gemv import use_gemv
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.lora.layers import LoraFactors
 from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.lora.peft import parse_peft_adapter
 from qwen2vl.memory import DTypeName, choose_dtype
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.quantization.scheme import QuantizationMode
+from qwen2vl.quantization.scheme import GPU_MODES, QuantizationMode
 from qwen2vl.weights import (
     check_state_dict,
     log_foreign_chat_template,
@@ -50,7 +51,7 @@ def load(
     model: str | Path,
     *,
     device: str = "cpu",
-    dtype: DTypeName = "auto",
+    dtype: DTypeName | torch.dtype = "auto",
     quantize: QuantizationMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
@@ -70,8 +71,10 @@ def load(
             on a GPU also fp8, by torchao.
         adapter: a folder with a PEFT LoRA adapter, which is merged into the weights.
         max_model_len: prompt and output tokens to reserve memory for; None: the model's maximum.
-        min_pixels: smallest size images are resized to; None: the folder's.
-        max_pixels: largest size images are resized to; None: the folder's.
+        min_pixels: smallest size images are resized to; None: the folder's, or less if max_pixels
+            is below it.
+        max_pixels: largest size images are resized to; None: the folder's, or more if min_pixels
+            is above it.
         video_preset: how frames of a video are sampled and resized.
         limits: of media files.
 
@@ -81,6 +84,14 @@ def load(
         CapacityError: too little memory is available; the message has the sizes and remedies.
         InputError: an argument is invalid.
     """
+    if isinstance(dtype, torch.dtype):
+        dtype = cast(DTypeName, str(dtype).removeprefix("torch."))
+    _check_options(
+        {"device": device, "dtype": dtype, "quantize": quantize, "adapter": adapter},
+        pixels={"min_pixels": min_pixels, "max_pixels": max_pixels},
+        video_preset=video_preset,
+        limits=limits,
+    )
     folder = resolve_model(model)
     processor = load_processor(
         folder,
@@ -89,6 +100,8 @@ def load(
         video_preset=video_preset,
         limits=limits,
     )
+    if adapter is not None:
+        processor.tokenizer.check_adapter(adapter)
     network = load_model(
         folder,
         processor.config,
@@ -100,6 +113,38 @@ def load(
         max_pixels=processor.pixels.max_pixels,
     )
     return network, processor
+
+
+def _check_options(
+    options: Mapping[str, Any],
+    *,
+    pixels: Mapping[str, Any],
+    video_preset: Any,
+    limits: Any,
+) -> None:
+    """Check the types of the arguments of `load`, before anything is read."""
+
+    def refuse(name: str, value: object, rule: str) -> None:
+        raise InputError(f"{name}: got {abbreviate(value)}, must be {rule}")
+
+    if not isinstance(options["device"], str):
+        refuse("device", options["device"], "a name such as 'cpu' or 'cuda:1'")
+    names = get_args(DTypeName)
+    if not isinstance(options["dtype"], str) or options["dtype"] not in names:
+        remark = "; activations overflow in float16" if options["dtype"] == "float16" else ""
+        refuse("dtype", options["dtype"], f"auto, float32 or bfloat16{remark}")
+    quantize = options["quantize"]
+    if quantize is not None and not (isinstance(quantize, str) and quantize in GPU_MODES):
+        refuse("quantize", quantize, "int8, int4, or on an NVIDIA GPU fp8")
+    if not isinstance(options["adapter"], (str, os.PathLike, type(None))):
+        refuse("adapter", options["adapter"], "the folder of a PEFT adapter")
+    for name, value in pixels.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            refuse(name, value, "a whole number of pixels, such as 1003520")
+    if not isinstance(video_preset, str):
+        refuse("video_preset", video_preset, "the name of a preset, such as 'paper'")
+    if not isinstance(limits, (MediaLimits, type(None))):
+        refuse("limits", limits, "MediaLimits(...) of qwen2vl.processor.media.source")
 
 
 def load_processor(
@@ -132,21 +177,18 @@ def load_model(
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
     max_pixels: int = 0,
-    prepack: bool = True,
 ) -> Qwen2VL:
     """Load the model alone from a folder, in eval mode; raises as `load` does.
 
     On the CPU, weights stored in the requested dtype stay memory-mapped: they are read when first
     used, and shared with other processes. Large bfloat16 layers are not, because they are prepacked
-    (linear/prepacked.py); without `prepack` they stay parameters. `max_pixels` 0 reserves no memory
-    for images.
+    (linear/prepacked.py). `max_pixels` 0 reserves no memory for images.
     """
     target_device = _resolve_device(device)
     model_len = resolve_max_model_len(config, max_model_len)
     tensors = open_tensors(folder)
     check_state_dict(tensors, config)
-    with torch.device("meta"):
-        model = Qwen2VL(config)
+    model = meta_model(config)
     prequantized = prequantized_schemes(tensors, target_device)
     online = online_schemes(model, quantize, tensors, prequantized, target_device)
     schemes = prequantized | online
@@ -161,13 +203,10 @@ def load_model(
         online=online,
         factors=factors,
     )
-    is_changed = bool(schemes)
     if target_device.type == "cpu" and resolved_dtype == torch.bfloat16:
-        if prepack and can_prepack():
-            is_changed |= prepack_layers(model) > 0
+        if can_prepack():
+            prepack_layers(model, on_packed=partial(release_layers, tensors))
         use_gemv(model)
-    if is_changed and target_device.type == "cpu":
-        remap_parameters(model, folder, merged=factors)
     return model.eval()
 
 
@@ -179,8 +218,7 @@ def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str
     Raises:
         CheckpointError: an adapter is missing, damaged, or of another model.
     """
-    with torch.device("meta"):
-        plain = Qwen2VL(model.config)  # without replaced layers, so under the names of adapters
+    plain = meta_model(model.config)  # without replaced layers, so under the names of adapters
     adapters: dict[str, LoraAdapter] = {}
     for name, folder in folders.items():
         settings, tensors = read_adapter(folder)
@@ -203,9 +241,8 @@ def _read_merged_adapter(
 
 
 def _pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:
-    given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     limits = PixelLimits.from_dict(read_preprocessor_config(folder))
-    return replace(limits, **{name: n for name, n in given.items() if n is not None})
+    return limits.override(min_pixels, max_pixels)
 
 
 def resolve_max_model_len(config: Qwen2VLConfig, requested: int | None) -> int:
@@ -215,10 +252,11 @@ def resolve_max_model_len(config: Qwen2VLConfig, requested: int | None) -> int:
         InputError: the model's context is shorter than requested.
     """
     limit = config.text.max_position_embeddings
-    if requested is not None and not 2 <= requested <= limit:
+    is_number = isinstance(requested, int) and not isinstance(requested, bool)
+    if requested is not None and not (is_number and 2 <= requested <= limit):
         raise InputError(
-            f"max_model_len: got {requested}, must be from 2 to {limit}, the context of this model "
-            "(max_position_embeddings)"
+            f"max_model_len: got {abbreviate(requested)}, must be from 2 to {limit}, the context "
+            "of this model (max_position_embeddings)"
         )
     return requested or limit
 

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from qwen2vl import convert
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.convert import quantize_folder
-from qwen2vl.errors import CheckpointError
+from qwen2vl.convert import _calibration_forward, quantize_folder
+from qwen2vl.errors import CapacityError, CheckpointError
 from qwen2vl.linear import prepacked
 from qwen2vl.loading import load, load_processor
+from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.processor.inputs import ModelInput
-from qwen2vl.quantization.scheme import CPU_MODES, CpuQuantizationMode, describe_quantization
-from qwen2vl.weights import read_generation_defaults, read_preprocessor_config
+from qwen2vl.quantization.gptq import gptq_quantize_decoder
+from qwen2vl.quantization.rtn import quantize_groupwise, quantize_per_channel
+from qwen2vl.quantization.scheme import (
+    CPU_MODES,
+    CpuQuantizationMode,
+    describe_quantization,
+    layer_schemes,
+)
+from qwen2vl.weights import open_tensors, read_generation_defaults, read_preprocessor_config
 from tests.folders import write_tiny
 from tests.quantization.test_scheme import logits_of
 from tests.tiny import tiny_config, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -100,14 +114,125 @@ def test_calibration_examples_change_int4_weights(folder: Path, tmp_path: Path) 
     examples = [example(folder, text) for text in ("one", "two and three", "four, five, six")]
     quantize_folder(folder, tmp_path / "near", "int4")
     quantize_folder(
-        folder, tmp_path / "shown", "int4", examples=examples, on_layer=lambda *a: calls.append(a)
+        folder,
+        tmp_path / "shown",
+        "int4",
+        examples=examples,
+        on_progress=lambda *a: calls.append(a),
     )
-    assert calls[0] == ("model.layers.0.self_attn.q_proj", 1, 14)
-    assert calls[-1] == ("model.layers.1.mlp.down_proj", 14, 14)
+    assert calls[:3] == [("calibration", number, 17) for number in (1, 2, 3)]
+    assert calls[3] == ("model.layers.0.self_attn.q_proj", 4, 17)
+    assert calls[-1] == ("model.layers.1.mlp.down_proj", 17, 17)
     rtn, _ = load(tmp_path / "near", dtype="float32")
     calibrated, _ = load(tmp_path / "shown", dtype="float32")
     assert describe_quantization(rtn) == describe_quantization(calibrated)
     assert not torch.equal(logits_of(rtn), logits_of(calibrated))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", CPU_MODES)
+def test_every_tensor_equals_that_of_the_loaded_model(
+    tmp_path: Path, mode: CpuQuantizationMode, dtype: torch.dtype
+) -> None:
+    """Layer by layer from the file, the result is that of a model that is in memory at once."""
+    source, target = tmp_path / "model", tmp_path / "small"
+    write_tiny(source, dtype=dtype)
+    quantize_folder(source, target, mode)
+    stored_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    written, plain = open_tensors(target), open_tensors(source)
+    for name, tensor in plain.items():
+        weight = tensor.to(stored_dtype)
+        if name.removesuffix(".weight") not in written.packed_layers:
+            assert written[name].dtype == stored_dtype
+            assert torch.equal(written[name], weight), name
+            continue
+        quantized = (
+            quantize_per_channel(weight) if mode == "int8" else quantize_groupwise(weight, 32)
+        )
+        assert torch.equal(written[name], quantized.dequantize()), name
+    assert set(written) == set(plain)
+
+
+def test_calibration_equals_that_of_a_loaded_model(folder: Path, tmp_path: Path) -> None:
+    examples = [example(folder, text) for text in ("one", "two and three", "four, five, six")]
+    quantize_folder(folder, tmp_path / "small", "int4", examples=examples)
+    model, _ = load(folder, dtype="float32")
+    schemes = {n: s for n, s in layer_schemes(model, "int4").items() if s.bits == 4}
+    forwards = [_calibration_forward(e) for e in examples]
+    written = open_tensors(tmp_path / "small")
+    for name, weight in gptq_quantize_decoder(model, schemes, forwards):
+        assert torch.equal(written.quantized_matrix(name).ints_OI, weight.ints_OI), name
+
+
+def test_too_little_memory_to_calibrate_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "available_memory", lambda _: 150_000)
+    with pytest.raises(CapacityError, match=r"layers of 128 inputs needs .* GiB are avai"):
+        quantize_folder(folder, tmp_path / "small", "int4", examples=[example(folder, "one")])
+    quantize_folder(folder, tmp_path / "small", "int4")  # rounding to nearest needs far less
+    assert not list(tmp_path.glob(".*"))
+
+
+# Peak memory of a process of its own: quantizing a folder, then loading the result. The growth is
+# over what the process takes without a model.
+_MEASURE_PEAKS = """
+import json, sys
+from pathlib import Path
+from qwen2vl.convert import quantize_folder
+from qwen2vl.loading import load
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+source, target, mode, warm_up = sys.argv[1:]
+quantize_folder(warm_up, target + "-warm-up", mode)
+load(target + "-warm-up", dtype="bfloat16")
+base = peak()
+quantize_folder(source, target, mode)
+quantized = peak()
+load(target, dtype="bfloat16")
+print(json.dumps([quantized - base, peak() - base]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM of /proc/self/status")
+@pytest.mark.parametrize("mode", CPU_MODES)
+def test_peak_memory_is_that_of_a_layer_and_of_the_result(
+    folder: Path, tmp_path: Path, mode: CpuQuantizationMode
+) -> None:
+    source, target = tmp_path / "wide", tmp_path / "small"
+    write_tiny(source, model=wide_model(), dtype=torch.bfloat16)
+    command = [sys.executable, "-c", _MEASURE_PEAKS, source, target, mode, folder]
+    output = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, cwd=ROOT, check=True, text=True
+    ).stdout
+    quantizing, loading = json.loads(output.splitlines()[-1])
+    source_bytes, target_bytes = (
+        (path / "model.safetensors").stat().st_size for path in (source, target)
+    )
+    assert source_bytes > 200e6
+    # A copy of the quantized model would be 0.5 or 0.27, and the source's mapped pages 1.
+    assert quantizing < 0.25 * source_bytes
+    assert loading < 1.3 * target_bytes + 16e6
+
+
+def wide_model() -> Qwen2VL:
+    """Build a decoder of 12 layers and 220 MB in bfloat16, with random weights."""
+    raw: dict[str, Any] = tiny_config().to_dict() | {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    }
+    raw["vision_config"]["hidden_size"] = 768
+    raw["rope_scaling"]["mrope_section"] = [8, 12, 12]
+    model = meta_model(Qwen2VLConfig.from_dict(raw)).bfloat16().to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.05, 0.05)
+    return model
 
 
 def test_quantized_source_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -130,7 +255,8 @@ def test_widths_that_cannot_be_packed(tmp_path: Path) -> None:
     raw["rope_scaling"]["mrope_section"] = [2, 2, 2]
     write_tiny(tmp_path / "odd", model=tiny_model(config=Qwen2VLConfig.from_dict(raw)))
     with pytest.raises(
-        CheckpointError, match="packed in 4 bits: their widths are no multiples of 3"
+        CheckpointError,
+        match=r"odd: no layer .* in 4 bits: its widths, 48 and 50, are no multiples of 32; load",
     ):
         quantize_folder(tmp_path / "odd", tmp_path / "small", "int4")
     quantize_folder(tmp_path / "odd", tmp_path / "small", "int8")  # 48 is a multiple of 4

@@ -77,6 +77,8 @@ def test_foreign_chat_template_is_logged(folder: Path, caplog: pytest.LogCapture
 def test_pixel_limit_arguments_override_the_folder(folder: Path) -> None:
     _, processor = load(folder, max_pixels=16 * 784)
     assert (processor.pixels.min_pixels, processor.pixels.max_pixels) == (4 * 784, 16 * 784)
+    _, processor = load(folder, max_pixels=784)
+    assert (processor.pixels.min_pixels, processor.pixels.max_pixels) == (784, 784)
     with pytest.raises(ConfigError, match="min_pixels 0 and max_pixels"):
         load(folder, min_pixels=0)
 
@@ -171,7 +173,7 @@ def test_no_weights_are_read_before_all_checks(
     [
         ({"device": "tpu0"}, "device 'tpu0' is unknown; use cpu, cuda, cuda:1 or mps"),
         ({"device": "meta"}, "device 'meta': there is none here; use cpu"),
-        ({"dtype": "float16"}, "dtype 'float16' is unknown; use auto, float32 or bfloat16"),
+        ({"dtype": "float16"}, "dtype: got 'float16', must be auto, float32 or bfloat16"),
         ({"max_model_len": 1}, "max_model_len: got 1, must be from 2 to 32768, the context"),
         ({"max_model_len": 32769}, "max_model_len: got 32769, must be from 2 to 32768"),
     ],
@@ -196,6 +198,7 @@ def test_tokenizer_of_another_model_is_refused(folder: Path) -> None:
 
 def test_tokenizer_without_special_tokens_is_refused(folder: Path) -> None:
     edit_json(folder / "tokenizer.json", added_tokens=[])
+    (folder / "tokenizer_config.json").unlink()  # which lists them as well
     with pytest.raises(CheckpointError, match="special tokens missing"):
         load(folder)
 

@@ -3,7 +3,8 @@
 A `Tracer` runs a ParityPrompt and returns a `Trace`: pixels, ids, positions, the output of each
 block and the logits, under common step names. `compare` finds the first step that differs, and by
 how much. Activations are recorded with forward hooks; the model code is unchanged. The reference
-tracer, which runs transformers, is in reference.py.
+tracer, which runs transformers, is in reference.py. Of a quantized folder (GPTQ, AWQ) both sides
+compute with the dequantized weights.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qwen2vl.fill import fill_parameters
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.loading import load_model
-from qwen2vl.model import Qwen2VL
+from qwen2vl.memory import choose_dtype
+from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
+from qwen2vl.weights import TensorFolder, check_state_dict, open_tensors
 
 __all__ = [
     "EXACT",
@@ -128,16 +132,33 @@ def model_tracer(folder: Path, processor: Processor) -> Tracer:
     def trace(prompt: ParityPrompt) -> Trace:
         inputs = processor(prompt.messages)
         num_patches = sum(math.prod(grid) for grid in inputs.grids)
-        model = load_model(
-            folder,
-            processor.config,
-            dtype="float32",
-            max_model_len=len(inputs.input_ids),
-            max_pixels=num_patches * processor.config.vision.patch_size**2,
-        )
+        max_pixels = num_patches * processor.config.vision.patch_size**2
+        tensors = open_tensors(folder)
+        if tensors.packed_layers:
+            model = _load_dequantized(tensors, processor, len(inputs.input_ids), max_pixels)
+        else:
+            model = load_model(
+                folder,
+                processor.config,
+                dtype="float32",
+                max_model_len=len(inputs.input_ids),
+                max_pixels=max_pixels,
+            )
         return run_model(model, inputs)
 
     return trace
+
+
+def _load_dequantized(
+    tensors: TensorFolder, processor: Processor, max_model_len: int, max_pixels: int
+) -> Qwen2VL:
+    """Load a quantized folder as an unquantized model in float32."""
+    device = torch.device("cpu")
+    check_state_dict(tensors, processor.config)
+    choose_dtype(processor.config, device, "float32", max_model_len, max_pixels)
+    model = meta_model(processor.config)
+    fill_parameters(model, tensors, device, torch.float32, skip_layers=())
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -2,7 +2,8 @@
 
 Uses its tokenizer and chat template, its image processor and its model in fp32 with eager
 attention. Only decoded RGB images and the sampled frames of videos come from this library
-(transformers' own video processor needs torchvision). This is the only module that imports
+(transformers' own video processor needs torchvision), and the dequantized weights of a quantized
+folder, for which transformers needs further packages. This is the only module that imports
 transformers, an extra: `pip install 'qwen2vl[parity]'`.
 (HF: Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil.)
 """
@@ -10,6 +11,7 @@ transformers, an extra: `pip install 'qwen2vl[parity]'`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
+from qwen2vl.errors import CheckpointError
 from qwen2vl.eval.parity import ActivationRecorder, ParityPrompt, Trace, Tracer
 from qwen2vl.processor.image import unpatchify
 from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
+from qwen2vl.weights import expected_shapes, open_tensors
+from qwen2vl.weights.config_files import CHAT_TEMPLATE, read_json
 
 __all__ = ["ReferenceInputs", "prepare", "reference_tracer", "run_reference"]
 
@@ -53,12 +58,43 @@ def reference_tracer(folder: Path, processor: Processor) -> Tracer:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         inputs = prepare(folder, processor, prompt)
-        model = Qwen2VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
+        with _errors_of_transformers(folder, "the model"):
+            model = _load_model(folder, processor)
         return run_reference(model.eval(), inputs)
 
     return trace
+
+
+def _load_model(folder: Path, processor: Processor) -> Qwen2VLForConditionalGeneration:
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    tensors = open_tensors(folder)
+    if not tensors.packed_layers:
+        return Qwen2VLForConditionalGeneration.from_pretrained(folder, **options)
+    config = Qwen2VLConfig.from_pretrained(folder)
+    del config.quantization_config  # type: ignore[attr-defined]
+    shapes = expected_shapes(processor.config)
+    state = {name: tensors[name].view(shape).float() for name, shape in shapes.items()}
+    return Qwen2VLForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state, **options
+    )
+
+
+@contextmanager
+def _errors_of_transformers(folder: Path, what: str) -> Iterator[None]:
+    """Convert exceptions of transformers, which opens fewer folders than this library.
+
+    Raises:
+        CheckpointError: with what could not be opened, and the first line of the reason.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{folder}: transformers cannot open {what}: {type(error).__name__}: {reason}; parity "
+            "needs a folder that transformers opens: fetch the missing file from the model's "
+            "repository, or run `qwen2vl doctor` to check this library alone"
+        ) from error
 
 
 # Preparing ------------------------------------------------------------------------------------
@@ -66,7 +102,8 @@ def reference_tracer(folder: Path, processor: Processor) -> Tracer:
 
 def prepare(folder: Path, processor: Processor, prompt: ParityPrompt) -> ReferenceInputs:
     """Convert a prompt to pixels, grids and ids with transformers' own classes."""
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    with _errors_of_transformers(folder, "the image processor"):
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     kinds = tuple(kind for kind, _ in prompt.media)
     items = [
         _process_image(image_processor, source, processor.limits)
@@ -117,15 +154,29 @@ def _tokenize(
     folder: Path, prompt: ParityPrompt, kinds: Sequence[str], counts: Sequence[int]
 ) -> list[int]:
     """Apply the folder's chat template and expand placeholders, as HF's Qwen2VLProcessor does."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with _errors_of_transformers(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": prompt.text}]
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": content}],
+        chat_template=tokenizer.chat_template or _read_chat_template(folder),
+        tokenize=False,
+        add_generation_prompt=True,
     )
     expanded = str(text)
     for kind, count in zip(kinds, counts, strict=True):
         expanded = expanded.replace(f"<|{kind}_pad|>", f"<|{kind}_done|>" * count, 1)
     return tokenizer(expanded.replace("_done|>", "_pad|>"))["input_ids"]
+
+
+def _read_chat_template(folder: Path) -> str:
+    """Return the template of chat_template.json, where released models have it; else theirs.
+
+    Processors of transformers read that file, its tokenizers do not.
+    """
+    path = folder / "chat_template.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else CHAT_TEMPLATE
 
 
 # Running --------------------------------------------------------------------------------------

@@ -13,15 +13,24 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from qwen2vl.config import MERGED_ADAPTERS, Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
 from qwen2vl.lora.layers import LoraConfig, LoraFactors
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["parse_peft_adapter", "to_peft_config", "to_peft_state_dict"]
+__all__ = [
+    "adapter_digest",
+    "merged_adapters",
+    "parse_peft_adapter",
+    "to_peft_config",
+    "to_peft_state_dict",
+]
 
 # Options that only record how the adapter was trained, found or shipped.
 _INERT = frozenset(
@@ -58,7 +67,8 @@ def parse_peft_adapter(
         where: the adapter's folder, for errors.
 
     Raises:
-        CheckpointError: an option or a tensor is not supported, does not fit, or is missing.
+        CheckpointError: an option or a tensor is not supported, does not fit, or is missing, or the
+            model contains this adapter already.
     """
     _check_options(settings, where)
     pairs = _group_by_module(tensors, where)
@@ -71,7 +81,19 @@ def parse_peft_adapter(
         _check_layer(model, name, pair, where)
         scale = _scale(settings, path, len(pair["A"]), where)
         factors[name] = LoraFactors(a_RX=pair["A"], b_YR=pair["B"], scale=scale)
+    _check_not_merged(factors, settings, model, where)
     return factors
+
+
+def adapter_digest(factors: Mapping[str, LoraFactors]) -> str:
+    """Return a hash of an adapter's factors; a model records those that are merged into it."""
+    hasher = sha256()
+    for name in sorted(factors):
+        for factor in (factors[name].a_RX, factors[name].b_YR):
+            content = factor.detach().to("cpu", torch.float32).contiguous()
+            hasher.update(f"{name} {tuple(content.shape)}\n".encode())
+            hasher.update(content.numpy().data)
+    return hasher.hexdigest()
 
 
 def to_peft_config(
@@ -117,6 +139,24 @@ def to_peft_state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     return tensors
 
 
+def merged_adapters(config: Qwen2VLConfig) -> tuple[str, ...]:
+    """Return the digests of the adapters that a model folder contains, by its config.json."""
+    digests = config.extra.get(MERGED_ADAPTERS)
+    return tuple(map(str, digests)) if isinstance(digests, list) else ()
+
+
+def _check_not_merged(
+    factors: Mapping[str, LoraFactors], settings: Mapping[str, Any], model: Qwen2VL, where: str
+) -> None:
+    merged = merged_adapters(model.config)
+    if merged and adapter_digest(factors) in merged:
+        base = settings.get("base_model_name_or_path") or "its name is not recorded"
+        raise CheckpointError(
+            f"{where}: is merged into this model already, and would be applied twice; leave the "
+            f"adapter out, or give the model it was trained on ({base})"
+        )
+
+
 def _check_options(settings: Mapping[str, Any], where: str) -> None:
     peft_type = settings.get("peft_type")
     if peft_type != "LORA":
@@ -146,6 +186,12 @@ def _group_by_module(tensors: Mapping[str, Tensor], where: str) -> dict[str, dic
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)
+        if match is None and (key.endswith(("embed_tokens.weight", "lm_head.weight"))):
+            raise CheckpointError(
+                f"{where}: {key} holds embeddings of {list(tensor.shape)}, as PEFT saves them "
+                "after tokens were added, which is not supported; merge the adapter into its base "
+                "model with PEFT and load the result"
+            )
         if match is None:
             raise CheckpointError(
                 f"{where}: {key} is no LoRA factor of a linear layer "

@@ -6,14 +6,16 @@ it quantizes the matrix column by column and compensates each column's error in 
 not yet quantized, according to H. On nano that removes three quarters of the loss
 (docs/quantization.md).
 
-The decoder is processed block by block, so only the examples' hidden states and the Hessians of one
-block are in memory: I * I numbers for each distinct input. Letters: O outputs, I inputs, G groups.
-(Frantar et al. 2022, GPTQ, Algorithm 1; AutoGPTQ.) convert.py writes the result to a folder.
+The decoder is processed block by block, so only the examples' hidden states, the weights of one
+block and its Hessians are in memory: I * I numbers for each distinct input, and twice as many again
+for the factor of the largest. Letters: O outputs, I inputs, G groups. (Frantar et al. 2022, GPTQ,
+Algorithm 1; AutoGPTQ.) convert.py writes the result to a folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +26,15 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.quantization.rtn import QMAX, GroupwiseWeight, choose_qparams
 from qwen2vl.quantization.scheme import LayerScheme
 
-__all__ = ["CalibrationForward", "gptq_quantize_decoder", "gptq_quantize_weight"]
+__all__ = ["CalibrationForward", "gptq_bytes", "gptq_quantize_decoder", "gptq_quantize_weight"]
 
 CalibrationForward = Callable[[Qwen2VL], object]  # runs the model on one example
+
+# Holds the parameters of these prefixes while it is entered.
+LoadParameters = Callable[[Sequence[str]], AbstractContextManager[None]]
+
+# What calibration needs before the decoder: the inputs of its first block.
+_BEFORE_DECODER = ("visual.", "model.embed_tokens.")
 
 # Columns quantized before their errors are applied to the rest of the matrix; a multiple of groups.
 BLOCK_SIZE = 128
@@ -40,34 +48,73 @@ class _InputsCapturedError(Exception):
     """Stops a forward at the first block of the decoder, whose arguments have been captured."""
 
 
+def gptq_bytes(num_inputs: int) -> int:
+    """Return the bytes of a layer's Hessian and of the two copies that its factor takes."""
+    return 3 * 4 * num_inputs**2
+
+
 @torch.inference_mode()
 def gptq_quantize_decoder(
-    model: Qwen2VL, schemes: Mapping[str, LayerScheme], examples: Iterable[CalibrationForward]
+    model: Qwen2VL,
+    schemes: Mapping[str, LayerScheme],
+    examples: Iterable[CalibrationForward],
+    load_parameters: LoadParameters = lambda prefixes: nullcontext(),
 ) -> Iterator[tuple[str, GroupwiseWeight]]:
     """Quantize the decoder's 4-bit layers with GPTQ, in model order; the model is not changed.
 
     Costs one forward of all examples, and then some seconds a layer: about I * I * (O + I)
     multiplications.
 
+    Args:
+        model: with its parameters, or on meta if `load_parameters` loads them.
+        schemes: of the layers; those of 4 bits are quantized.
+        examples: the forwards to calibrate on, each called once.
+        load_parameters: a context in which the parameters of these prefixes are loaded: vision
+            tower and embedding, then one block after another.
+
     Yields:
         The layer's name and its quantized weight.
     """
-    block_inputs = [_capture_decoder_inputs(model, run) for run in examples]
+    with load_parameters(_BEFORE_DECODER):
+        block_inputs = [_capture_decoder_inputs(model, run) for run in examples]
     assert block_inputs, "no examples to calibrate on"
     for index, block in enumerate(model.model.layers):
         prefix = f"model.layers.{index}."
-        layers = {
-            name: module
+        sizes = {
+            name: schemes[prefix + name].group_size
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear)
             and schemes.get(prefix + name, LayerScheme(8)).bits == 4
         }
-        hessians = _accumulate_hessians(block, layers, block_inputs)
-        for name, layer in layers.items():
-            size = schemes[prefix + name].group_size
-            yield prefix + name, gptq_quantize_weight(layer.weight, hessians[name], size)
+        with load_parameters([prefix]):
+            yield from _quantize_block(prefix, block, sizes, block_inputs)
 
 
+def _quantize_block(
+    prefix: str,
+    block: nn.Module,
+    group_sizes: Mapping[str, int],
+    block_inputs: list[list[Any]],
+) -> Iterator[tuple[str, GroupwiseWeight]]:
+    """Quantize the layers of one block; `block_inputs` become the inputs of the next one."""
+    layers = {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and name in group_sizes
+    }
+    hessians = _accumulate_hessians(block, layers, block_inputs)
+    while hessians:
+        names, hessian_II = hessians.pop(0)
+        factor_II = _inverse_factor(hessian_II, where=f"{prefix}{names[0]}")
+        del hessian_II  # of the widest layer as large as all other memory
+        for name in names:
+            yield (
+                prefix + name,
+                _quantize_with_factor(layers[name].weight, factor_II, group_sizes[name]),
+            )
+
+
+@torch.inference_mode()
 def gptq_quantize_weight(weight_OI: Tensor, hessian_II: Tensor, group_size: int) -> GroupwiseWeight:
     """Quantize a matrix to 4 bits so that its outputs, not its weights, change least.
 
@@ -79,10 +126,14 @@ def gptq_quantize_weight(weight_OI: Tensor, hessian_II: Tensor, group_size: int)
     Raises:
         CheckpointError: the Hessian cannot be inverted.
     """
+    return _quantize_with_factor(weight_OI, _inverse_factor(hessian_II, "a layer"), group_size)
+
+
+def _quantize_with_factor(weight_OI: Tensor, factor_II: Tensor, group_size: int) -> GroupwiseWeight:
+    """Quantize a matrix column by column, given the factor of its inputs' Hessian."""
     assert BLOCK_SIZE % group_size == 0
     assert weight_OI.shape[1] % group_size == 0
-    remaining_OI = weight_OI.float().clone()
-    factor_II = _inverse_factor(hessian_II)
+    remaining_OI = weight_OI.to(torch.float32, copy=True)
     ints_OI = torch.empty_like(remaining_OI, dtype=torch.uint8)
     qparams: list[tuple[Tensor, Tensor]] = []
     for start in range(0, remaining_OI.shape[1], BLOCK_SIZE):
@@ -116,23 +167,39 @@ def _quantize_column(
     return ints.to(torch.uint8), error[:, 0]
 
 
-def _inverse_factor(hessian_II: Tensor) -> Tensor:
-    """Compute the upper Cholesky factor of the inverse of H, damped."""
-    diagonal = hessian_II.diagonal()
-    damping = DAMPING * float(diagonal.mean()) or 1.0
-    for power in range(MAX_DAMPING_TRIES):
-        damped = hessian_II.clone()
-        # A diagonal of 0 is an input that was always zero: its columns do not affect the outputs.
-        damped.diagonal().copy_(torch.where(diagonal == 0, damping, diagonal + damping * 10**power))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
+def _inverse_factor(hessian_II: Tensor, where: str) -> Tensor:
+    """Compute the upper Cholesky factor of the inverse of H, damped.
+
+    H is damped in place, and is as before afterwards: a copy would be one of four such matrices.
+    """
+    damping = DAMPING * float(hessian_II.diagonal().mean()) or 1.0
+    diagonal = hessian_II.diagonal().clone()
+    try:
+        for power in range(MAX_DAMPING_TRIES):
+            # A diagonal of 0 is an input that was always zero: its columns do not affect the
+            # outputs.
+            damped = torch.where(diagonal == 0, damping, diagonal + damping * 10**power)
+            hessian_II.diagonal().copy_(damped)
+            if (upper := _invert(hessian_II)) is not None:
                 return upper
+    finally:
+        hessian_II.diagonal().copy_(diagonal)
     raise CheckpointError(
-        "the examples make a layer's inputs so large or so alike that its Hessian cannot be "
-        "inverted: look for NaN with `qwen2vl doctor`, or quantize without examples"
+        f"{where}: its inputs on the examples are so large or so alike that their Hessian cannot "
+        f"be inverted, in {MAX_DAMPING_TRIES} tries with more damping; look for NaN in the weights "
+        "with `qwen2vl doctor`, or quantize without examples"
     )
+
+
+def _invert(damped_II: Tensor) -> Tensor | None:
+    """Compute the upper Cholesky factor of the inverse; None if it is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(damped_II)
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed else upper
 
 
 def _capture_decoder_inputs(model: Qwen2VL, run: CalibrationForward) -> list[Any]:
@@ -155,11 +222,13 @@ def _capture_decoder_inputs(model: Qwen2VL, run: CalibrationForward) -> list[Any
 
 def _accumulate_hessians(
     block: nn.Module, layers: Mapping[str, nn.Linear], block_inputs: list[list[Any]]
-) -> dict[str, Tensor]:
+) -> list[tuple[list[str], Tensor]]:
     """Run a block on every example and sum X^T X of its layers' inputs.
 
-    The first argument of each example is replaced by the block's output. Layers that read the same
-    tensor share one Hessian.
+    The first argument of each example is replaced by the block's output.
+
+    Returns:
+        The Hessians, in model order, each with the layers that read the same tensor.
     """
     hessians: dict[str, Tensor] = {}
     last: list[tuple[Tensor, str]] = []  # the newest input, and the first layer that read it
@@ -184,4 +253,7 @@ def _accumulate_hessians(
         inputs[0] = block(*inputs)
     for hook in hooks:
         hook.remove()
-    return {name: hessians[shared.get(name, name)] for name in layers}
+    readers: dict[str, list[str]] = {}
+    for name in layers:
+        readers.setdefault(shared.get(name, name), []).append(name)
+    return [(names, hessians[first]) for first, names in readers.items()]

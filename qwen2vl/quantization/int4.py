@@ -57,7 +57,7 @@ class Int4Linear(nn.Module):
         self.out_features, self.in_features = weight.ints_OI.shape
         self.group_size = weight.group_size
         padding = -self.out_features % PAD_TO
-        self.register_buffer("packed", _pack(F.pad(weight.ints_OI, (0, 0, 0, padding))))
+        self.register_buffer("packed", _pack_tiles(F.pad(weight.ints_OI, (0, 0, 0, padding))))
         scale_GO = weight.scale_GO.to(torch.bfloat16)
         # From the bfloat16 scale, so that a weight of 0 stays as near to 0 as bfloat16 allows.
         shift_GO = (ZERO_POINT - weight.zero_GO.float()) * scale_GO.float()
@@ -194,6 +194,13 @@ def dequantize_blocks(bytes_: Tensor, scale: Tensor, shift: Tensor) -> tuple[Ten
         return weight.flatten(0, 1).flatten(1)
 
     return half(bytes_ & 15, 0), half(bytes_ >> 4, 1)
+
+
+def _pack_tiles(ints_OI: Tensor) -> Tensor:
+    """Pack a tile of outputs at a time: torch takes int32, four times the bytes of the integers."""
+    if _packing_block_size() is None:  # tiles of an unknown layout may not be separate
+        return _pack(ints_OI)
+    return torch.cat([_pack(tile_OI) for tile_OI in ints_OI.split(TILE_OUTPUTS)])
 
 
 def _pack(ints_OI: Tensor) -> Tensor:

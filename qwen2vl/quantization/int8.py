@@ -13,6 +13,7 @@ et al. 2022, LLM.int8, for scales by row and output.)
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -33,14 +34,23 @@ LOW_BYTE_STEPS = 256  # fractions of a step in 15-bit inputs: one more byte
 
 MIN_SCALE = 1e-30  # for rows of zeros
 
-# Flags in /proc/cpuinfo of processors with int8 dot products.
+# Flags in /proc/cpuinfo of processors with int8 dot products; those of AMX multiply signed bytes.
 _INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+_SIGNED_FLAG = "amx_int8"
+
+ZERO_POINT = 128  # of unsigned bytes
+_SIGN_BIT = 128
 
 
 def has_int8_dot_product() -> bool:
     """Return whether this processor has int8 dot products (VNNI, AMX); False if not on Linux."""
+    return not _INT8_FLAGS.isdisjoint(_cpu_flags())
+
+
+@lru_cache(maxsize=1)
+def _cpu_flags() -> frozenset[str]:
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and not _INT8_FLAGS.isdisjoint(cpuinfo.read_text().split())
+    return frozenset(cpuinfo.read_text().split() if cpuinfo.is_file() else ())
 
 
 def build_int8_linear(
@@ -61,11 +71,19 @@ def _fake_int8_matmul(
 def _int8_matmul(
     ints_TI: Tensor, packed: Tensor, scale_O: Tensor, zero_point_O: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Accumulate integer products, and scale each output."""
+    """Accumulate integer products, and scale each output.
+
+    Without AMX, processors multiply unsigned by signed bytes only; for signed ones oneDNN 3.12 has
+    no kernel there, and its reference implementation takes a thousand times as long.
+    """
+    zero_point = 0
+    if _SIGNED_FLAG not in _cpu_flags():
+        # A flipped sign bit adds 128; oneDNN subtracts the products with the zero point again.
+        ints_TI, zero_point = ints_TI.view(torch.uint8) ^ _SIGN_BIT, ZERO_POINT
     # No bias, output scale 1, output zero point 0, no fused post-operation.
     rest = (None, 1.0, 0, dtype, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise.default(
-        ints_TI, 1.0, 0, packed, scale_O, zero_point_O, *rest
+        ints_TI, 1.0, zero_point, packed, scale_O, zero_point_O, *rest
     )
 
 

@@ -73,13 +73,20 @@ class GroupwiseWeight:
 
 def quantize_per_channel(weight_OI: Tensor) -> PerChannelWeight:
     """Quantize to int8, symmetric, one scale for each output."""
-    ints, scales = zip(*map(_quantize_rows, _chunks(weight_OI)), strict=True)
-    return PerChannelWeight(ints_OI=torch.cat(ints), scale_O=torch.cat(scales))
+    ints_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+    scale_O = torch.empty(len(weight_OI), device=weight_OI.device)
+    # In place: a list of chunks and their concatenation would be two matrices.
+    step = _chunk_rows(weight_OI)
+    for start in range(0, len(weight_OI), step):
+        rows = slice(start, start + step)
+        ints_OI[rows], scale_O[rows] = _quantize_rows(weight_OI[rows])
+    return PerChannelWeight(ints_OI=ints_OI, scale_O=scale_O)
 
 
 def quantize_groupwise(weight_OI: Tensor, group_size: int) -> GroupwiseWeight:
     """Quantize to 4 bits, a scale and a zero point for each `group_size` inputs, a divisor of I."""
-    parts = [_quantize_groups(chunk, group_size) for chunk in _chunks(weight_OI)]
+    chunks = weight_OI.split(_chunk_rows(weight_OI))
+    parts = [_quantize_groups(chunk, group_size) for chunk in chunks]
     ints, scales, zeros = zip(*parts, strict=True)
     return GroupwiseWeight(
         ints_OI=torch.cat(ints),
@@ -96,8 +103,8 @@ def choose_qparams(values: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, QMAX)
 
 
-def _chunks(weight_OI: Tensor) -> tuple[Tensor, ...]:
-    return weight_OI.split(max(1, CHUNK_NUMEL // weight_OI.shape[1]))
+def _chunk_rows(weight_OI: Tensor) -> int:
+    return max(1, CHUNK_NUMEL // weight_OI.shape[1])
 
 
 def _quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from qwen2vl.weights.config_files import (
 )
 from qwen2vl.weights.hub import resolve_model
 from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
-from qwen2vl.weights.save import check_output_folder, save_folder
+from qwen2vl.weights.save import check_output_folder, save_folder, stream_folder
 from qwen2vl.weights.state_dict import check_state_dict, expected_shapes, nonfinite_tensors
 from qwen2vl.weights.tensors import TensorFolder, open_tensors, packing_module
 
@@ -40,4 +40,5 @@ __all__ = [
     "resolve_model",
     "save_adapter",
     "save_folder",
+    "stream_folder",
 ]

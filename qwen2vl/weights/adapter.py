@@ -64,6 +64,15 @@ def save_adapter(
 def _missing_adapter_message(folder: Path, missing: list[str]) -> str:
     if not folder.is_dir():
         return f"adapter {str(folder)!r}: no such folder; give the folder that PEFT saved"
+    if inside := sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")):
+        several = f", the last of {len(inside)}" if len(inside) > 1 else ""
+        return (
+            f"{folder}: is no adapter, but the folder of a run; give the adapter inside, "
+            f"{inside[-1]}{several}"
+        )
+    beside = folder.parent / f"adapter-{folder.name.rpartition('-')[2]}"  # model-N, step-N of a run
+    if (beside / ADAPTER_CONFIG).is_file():
+        return f"{folder}: is no adapter; give the one of the same step, {beside}"
     if missing == [ADAPTER_FILE] and (folder / _PICKLE).is_file():
         remedy = pickle_remedy(_PICKLE).replace("'model.safetensors'", f"'{ADAPTER_FILE}'")
         return f"{folder}: {_PICKLE} is a pickle, which can run code and is never loaded; {remedy}"

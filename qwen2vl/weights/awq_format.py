@@ -22,8 +22,6 @@ from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMat
 __all__ = ["pack", "part_shapes", "unpack", "unpacked_shape"]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output at each position of an int32
-POSITION = (0, 4, 1, 5, 2, 6, 3, 7)  # the position of each output
-SHIFTS = range(0, 32, 4)
 
 
 def unpack(parts: Mapping[str, Tensor], config: QuantizationConfig) -> QuantizedMatrix:
@@ -62,13 +60,17 @@ def part_shapes(shape: tuple[int, int], config: QuantizationConfig) -> dict[str,
 
 def _unpack_int32(packed: Tensor) -> Tensor:
     """Unpack int32 (rows, n) into 4-bit integers (rows, n * 8), uint8, in the order of outputs."""
-    ints = (packed[..., None] >> torch.tensor(SHIFTS, dtype=torch.int32)) & 15
-    return ints[..., POSITION].flatten(-2).to(torch.uint8)
+    ints = torch.empty(*packed.shape, len(ORDER), dtype=torch.uint8, device=packed.device)
+    for position, output in enumerate(ORDER):
+        ints[..., output] = (packed >> 4 * position) & 15
+    return ints.flatten(-2)
 
 
 def _pack_int32(ints: Tensor) -> Tensor:
     """Pack 4-bit integers into int32."""
-    interleaved = ints.long().unflatten(-1, (-1, len(ORDER)))[..., ORDER]
-    total = (interleaved << torch.tensor(SHIFTS)).sum(-1)
-    # Sums above the largest int32 wrap to negative values.
-    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+    groups = ints.unflatten(-1, (-1, len(ORDER)))
+    packed = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=ints.device)
+    for position, output in enumerate(ORDER):
+        # The sign bit is a bit like the others.
+        packed |= groups[..., output].to(torch.int32) << 4 * position
+    return packed

@@ -237,5 +237,13 @@ def _missing_config_message(folder: Path) -> str:
             f"{folder}: holds a LoRA adapter, not a model; open its base model, with this folder "
             "as the adapter"
         )
+    if models := sorted(path.parent for path in folder.glob("*/config.json")):
+        several = f", the last of {len(models)}" if len(models) > 1 else ""
+        return f"{folder}: is no model, but has one inside; give {models[-1]}{several}"
+    if "state.json" in names or any(folder.glob("step-*/state.json")):
+        return (
+            f"{folder}: holds checkpoints of a training run, not a model; "
+            f"`qwen2vl export {folder} -o DIR` makes a model folder of the last one"
+        )
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{folder}: config.json is missing (found {shown}); give the folder of a whole model"

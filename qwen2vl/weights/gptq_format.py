@@ -66,16 +66,20 @@ def part_shapes(shape: tuple[int, int], config: QuantizationConfig) -> dict[str,
 
 def _unpack_int32(packed: Tensor, bits: int) -> Tensor:
     """Unpack int32 (rows, n) into integers (rows, n * 32 / bits), uint8."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    # A right shift of a negative value fills in ones from the left; the mask removes them.
-    ints = (packed[..., None] >> shifts) & (1 << bits) - 1
-    return ints.flatten(-2).to(torch.uint8)
+    per_int32 = 32 // bits
+    ints = torch.empty(*packed.shape, per_int32, dtype=torch.uint8, device=packed.device)
+    for i in range(per_int32):
+        # A right shift of a negative value fills in ones from the left; the mask removes them.
+        ints[..., i] = (packed >> bits * i) & (1 << bits) - 1
+    return ints.flatten(-2)
 
 
 def _pack_int32(ints: Tensor, bits: int) -> Tensor:
     """Pack integers into int32."""
-    shifts = torch.arange(0, 32, bits)
-    shifted = ints.long().unflatten(-1, (-1, len(shifts))) << shifts
-    total = shifted.sum(-1)
-    # Sums above the largest int32 wrap to negative values.
-    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+    per_int32 = 32 // bits
+    groups = ints.unflatten(-1, (-1, per_int32))
+    packed = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=ints.device)
+    for i in range(per_int32):
+        # The sign bit is a bit like the others.
+        packed |= groups[..., i].to(torch.int32) << bits * i
+    return packed

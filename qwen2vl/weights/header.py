@@ -1,31 +1,38 @@
-"""Safetensors headers, verified against the file's size before any tensor is read.
+"""Safetensors headers: built before tensors are written, verified before any tensor is read.
 
 A file is `8 bytes length | JSON header | data`. The data must be covered by the header's tensors
 exactly: no gap, no overlap, no missing and no trailing byte. A truncated shard is found here, by
-    its
-size, in microseconds; memory-mapped, its missing end would read as zeros or crash the process.
+its size, in microseconds; memory-mapped, its missing end would read as zeros or crash the process.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwen2vl.errors import CheckpointError
 
-__all__ = ["TensorInfo", "read_header"]
+__all__ = ["TORCH_DTYPES", "TensorInfo", "build_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+HEADER_ALIGNMENT = 8  # the length of a header is padded with spaces to a multiple of this
 
-_ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8,
+# Dtypes by their names in a header, in the order of the safetensors library: it writes the last of
+# them first, so that every tensor is aligned.
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,33 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+def build_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Build the beginning of a file from dtypes and shapes, as the safetensors library would.
+
+    Returns:
+        The bytes before the data, and the place of each tensor in the data.
+    """
+    order = list(TORCH_DTYPES.values())
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name][0]), name))
+    infos: dict[str, TensorInfo] = {}
+    position = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        end = position + prod(shape) * dtype.itemsize
+        infos[name] = TensorInfo(_DTYPE_NAMES[dtype], shape, position, end)
+        position = end
+    entries = {
+        name: {"dtype": i.dtype, "shape": list(i.shape), "data_offsets": [i.begin, i.end]}
+        for name, i in infos.items()
+    }
+    content = {"__metadata__": {"format": "pt"}, **entries}
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, infos
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -113,12 +147,13 @@ def _parse_tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
         raise CheckpointError(
             f"{path}: its header gives {name} an impossible shape or place; fetch it again"
         )
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise CheckpointError(
-            f"{path}: {name} is stored as {dtype!r}, which this library does not read"
+            f"{path}: {name} is stored as {dtype!r}, which this library does not read; take a "
+            "repository of this model in BF16 or F32"
         )
     begin, end = offsets
-    expected = prod(shape) * _ITEM_BYTES[dtype]
+    expected = prod(shape) * TORCH_DTYPES[dtype].itemsize
     if end - begin != expected:
         raise CheckpointError(
             f"{path}: its header gives {name} {end - begin:,} bytes where {dtype} {shape} takes "

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from qwen2vl.errors import CheckpointError
+from qwen2vl.errors import CheckpointError, InputError, abbreviate
 from qwen2vl.weights.config_files import PICKLE_SUFFIXES, pickle_remedy
 
 __all__ = ["NEEDED_FILES", "resolve_model"]
@@ -35,7 +35,12 @@ def resolve_model(model: str | Path, *, tqdm_class: type | None = None) -> Path:
 
     Raises:
         CheckpointError: no such folder, repository or permission; the message has the remedy.
+        InputError: `model` is neither text nor a path.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(
+            f"model: got {abbreviate(model)}, must be a folder, a repo id of the hub, or 'nano'"
+        )
     if model == "nano":
         return _packaged_nano()
     path = Path(os.path.expanduser(model))  # Path.expanduser raises if ~name is not a user

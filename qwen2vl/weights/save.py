@@ -3,27 +3,29 @@
 The official flat layout: parameter names as they are, safetensors, configs as the released
 repositories spell them, quantized layers packed as GPTQ or AWQ. Writes are atomic: into a temporary
 folder that is renamed, so that a crash or a full disk leaves either the finished folder or none.
+Tensors are written one by one: `save_folder` has a model's state dict, `stream_folder` gets each
+tensor as soon as it is made, and only one needs to be in memory.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
 from qwen2vl.files import atomic_folder
 from qwen2vl.weights.config_files import CHAT_TEMPLATE, GenerationDefaults, read_json
+from qwen2vl.weights.header import build_header
 from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig
 from qwen2vl.weights.state_dict import expected_shapes
 from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, packing_module
@@ -31,7 +33,7 @@ from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, packing_module
 if TYPE_CHECKING:
     from qwen2vl.processor.image import PixelLimits
 
-__all__ = ["check_output_folder", "output_folder", "save_folder"]
+__all__ = ["check_output_folder", "output_folder", "save_folder", "stream_folder"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,6 +46,8 @@ TOKENIZER_FILES = (
 # Shards of this size suit interrupted transfers and old file systems; the official ones are as
 # large.
 MAX_SHARD_BYTES = 4_000_000_000
+
+_REMEDY = "nothing was changed, free some space or choose another folder"
 
 
 def save_folder(
@@ -76,16 +80,67 @@ def save_folder(
         CheckpointError: the folder is not empty, there is no tokenizer to copy, or the disk is
             full or not writable.
     """
+    stream_folder(
+        path,
+        config=config,
+        layout=state_dict,
+        tensors=state_dict.items(),
+        tokenizer_folder=tokenizer_folder,
+        pixels=pixels,
+        generation=generation,
+        dtype=dtype,
+        quantization_config=quantization_config,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def stream_folder(
+    path: str | Path,
+    *,
+    config: Qwen2VLConfig,
+    layout: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer_folder: str | Path,
+    pixels: PixelLimits,
+    generation: GenerationDefaults | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    quantization_config: QuantizationConfig | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model folder whose tensors are made while they are written.
+
+    Args:
+        path: as of `save_folder`, as are all arguments but two.
+        config: of the model.
+        layout: like `state_dict` of `save_folder`, but only dtypes and shapes are used, so that
+            tensors may be on meta. Its order is that of the shards.
+        tensors: every name of `layout` once, in any order, with its tensor.
+        tokenizer_folder: the folder whose tokenizer files are copied.
+        pixels: for preprocessor_config.json.
+        generation: for generation_config.json.
+        dtype: of the stored weights, except the parts of packed layers.
+        quantization_config: the format of those parts.
+        max_shard_bytes: largest size of a file.
+
+    Raises:
+        CheckpointError: as `save_folder`.
+    """
     target = Path(path)
     check_output_folder(target)
     _check_tokenizer(Path(tokenizer_folder))
-    _check_state(state_dict, config, quantization_config)
-    remedy = "nothing was changed, free some space or choose another folder"
-    with output_folder(target, "cannot be saved", remedy) as partial:
+    _check_layout(layout, config, quantization_config)
+    sizes = {name: t.numel() * _dtype(name, t, dtype).itemsize for name, t in layout.items()}
+    _check_disk_space(target, sum(sizes.values()))
+    with output_folder(target, "cannot be saved", _REMEDY) as partial:
         _write_config(partial, config, dtype, quantization_config)
         _write_settings(partial, config, pixels, generation or GenerationDefaults())
         _write_tokenizer(partial, Path(tokenizer_folder))
-        _write_tensors(partial, state_dict, dtype, max_shard_bytes)
+        specs = {n: (_dtype(n, t, dtype), tuple(t.shape)) for n, t in layout.items()}
+        shards = list(_shards(sizes, max_shard_bytes))
+        weight_map = _write_tensors(partial, specs, shards, tensors)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            _write_json(partial / INDEX_FILE, index)
 
 
 @contextmanager
@@ -134,23 +189,32 @@ def _check_tokenizer(source: Path) -> None:
         )
 
 
-def _check_state(
-    state_dict: Mapping[str, Tensor],
+def _check_disk_space(target: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(target.absolute().parent).free
+    if num_bytes > free:
+        raise CheckpointError(
+            f"{target}: its tensors take {num_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
+            f"free there; {_REMEDY}"
+        )
+
+
+def _check_layout(
+    layout: Mapping[str, Tensor],
     config: Qwen2VLConfig,
     quantization_config: QuantizationConfig | None,
 ) -> None:
     shapes = {
         name: tuple(tensor.shape)
-        for name, tensor in state_dict.items()
+        for name, tensor in layout.items()
         if not name.endswith(PACKED_SUFFIXES)
     }
-    for name, tensor in state_dict.items():
+    for name, tensor in layout.items():
         if quantization_config and name.endswith(".qweight"):
             layer = name.removesuffix(".qweight")
             shapes[f"{layer}.weight"] = packing_module(quantization_config).unpacked_shape(
                 tuple(tensor.shape), quantization_config
             )
-    assert shapes == expected_shapes(config), "state_dict is not that of the model in config"
+    assert shapes == expected_shapes(config), "tensors are not those of the model in config"
 
 
 def _write_config(
@@ -210,25 +274,40 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
 
 
 def _write_tensors(
-    folder: Path, state_dict: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    sizes = {name: t.numel() * _dtype(name, t, dtype).itemsize for name, t in state_dict.items()}
-    shards = list(_shards(sizes, max_shard_bytes))
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = (
-            SINGLE_FILE
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        # One shard at a time is moved to the CPU and cast.
-        tensors = {name: state_dict[name].detach() for name in names}
-        shard = {n: t.to("cpu", _dtype(n, t, dtype)).contiguous() for n, t in tensors.items()}
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file_name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / INDEX_FILE, index)
+    folder: Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    shards: list[list[str]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> dict[str, str]:
+    """Write each tensor to its place in its file as it arrives; return names with their files."""
+    weight_map: dict[str, str] = {}
+    places: dict[str, tuple[BinaryIO, int]] = {}
+    with ExitStack() as files:
+        for number, names in enumerate(shards, start=1):
+            file_name = (
+                SINGLE_FILE
+                if len(shards) == 1
+                else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
+            header, infos = build_header({name: specs[name] for name in names})
+            file = files.enter_context((folder / file_name).open("wb"))
+            file.write(header)
+            places |= {name: (file, len(header) + info.begin) for name, info in infos.items()}
+            weight_map |= dict.fromkeys(names, file_name)
+        for name, tensor in tensors:
+            dtype, shape = specs[name]
+            assert tensor.shape == shape, name
+            file, position = places.pop(name)
+            file.seek(position)
+            file.write(_bytes_of(tensor, dtype))
+    assert not places, f"never written: {list(places)[:3]}"
+    return weight_map
+
+
+def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    """Return a tensor's bytes, without a copy if it is on the CPU, contiguous and of the dtype."""
+    flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

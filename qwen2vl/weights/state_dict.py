@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import meta_model
 from qwen2vl.weights.tensors import TensorFolder, shorten
 
 __all__ = [
@@ -35,8 +35,7 @@ PATCH_EMBED_WEIGHT = "visual.patch_embed.proj.weight"
 
 def expected_shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every parameter of the model that `config` describes."""
-    with torch.device("meta"):
-        model = Qwen2VL(config)
+    model = meta_model(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -76,7 +75,12 @@ def check_state_dict(tensors: TensorFolder, config: Qwen2VLConfig) -> None:
 
 def nonfinite_tensors(tensors: TensorFolder) -> list[str]:
     """Read every tensor and return the names of those with a NaN or an infinity."""
-    return [name for name in tensors if not _is_finite(tensors[name])]
+    names: list[str] = []
+    for name in tensors:
+        if not _is_finite(tensors[name]):
+            names.append(name)
+        tensors.release([name])
+    return names
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -99,7 +103,9 @@ def _is_empty_bias(tensors: TensorFolder, name: str) -> bool:
 
 def _check_tied_copy(tensors: TensorFolder) -> None:
     """Check that the stored head of a tied model equals the embedding."""
-    if not torch.equal(tensors[LM_HEAD_WEIGHT], tensors[EMBED_TOKENS_WEIGHT]):
+    is_equal = torch.equal(tensors[LM_HEAD_WEIGHT], tensors[EMBED_TOKENS_WEIGHT])
+    tensors.release([LM_HEAD_WEIGHT, EMBED_TOKENS_WEIGHT])
+    if not is_equal:
         raise CheckpointError(
             f"{tensors.folder}: config.json ties the head to the embedding, but {LM_HEAD_WEIGHT} "
             "is stored and differs from it; set tie_word_embeddings to false in config.json, or "

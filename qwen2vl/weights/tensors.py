@@ -2,24 +2,27 @@
 
 Hides whether there is one file or shards, which of transformers' two key layouts they have, and
 whether matrices are plain or packed (GPTQ, AWQ). Tensors on the CPU are memory-mapped, so opening
-140 GB costs nothing. Every header is verified first; pickles are never loaded.
+140 GB costs nothing. Pages that were read stay resident until `release`, which those call who copy
+a tensor. Every header is verified first; pickles are never loaded.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.weights import awq_format, gptq_format
 from qwen2vl.weights.config_files import PICKLE_SUFFIXES, pickle_remedy, read_json
-from qwen2vl.weights.header import TensorInfo, read_header
+from qwen2vl.weights.header import TORCH_DTYPES, TensorInfo, read_header
 from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig, QuantizedMatrix
 
 __all__ = [
@@ -60,7 +63,7 @@ class TensorFolder(Mapping[str, Tensor]):
             for path, infos in files.items()
             for key, info in infos.items()
         }
-        self._open_files: dict[Path, Any] = {}
+        self._mapped_files: dict[Path, _MappedFile] = {}
         # Layer -> (O, I); empty without quantization_config.
         self.packed_layers = (
             _packed_layers(folder, self._locations, quantization_config)
@@ -124,14 +127,56 @@ class TensorFolder(Mapping[str, Tensor]):
             )
         return quantized_matrix
 
+    def release(self, names: Iterable[str]) -> None:
+        """Drop resident pages of tensors that were copied; a later use reads the file again.
+
+        Changes made in place are lost. Names without a tensor in the folder are ignored.
+        """
+        for name in names:
+            layer = name.removesuffix(".weight")
+            is_packed = layer in self.packed_layers
+            parts = [layer + ending for ending in PACKED_SUFFIXES] if is_packed else [name]
+            for path, _, info in (self._locations[p] for p in parts if p in self._locations):
+                if path in self._mapped_files:
+                    self._mapped_files[path].release(info)
+
     def _read(self, name: str) -> Tensor:
-        path, key, _ = self._locations[name]
+        path, _, info = self._locations[name]
         try:
-            if path not in self._open_files:
-                self._open_files[path] = safe_open(path, framework="pt")
-            return self._open_files[path].get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read; fetch it again") from error
+            if path not in self._mapped_files:
+                self._mapped_files[path] = _MappedFile(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {name} cannot be read: {error.strerror or error}; check its permissions, "
+                "or fetch it again"
+            ) from error
+        return self._mapped_files[path].tensor(info)
+
+
+class _MappedFile:
+    """A safetensors file with a verified header, mapped privately: writes never reach the file."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._data_start = 8 + int.from_bytes(self._map[:8], "little")
+
+    def tensor(self, info: TensorInfo) -> Tensor:
+        """Return a tensor whose storage is in the mapping, and keeps it open."""
+        dtype = TORCH_DTYPES[info.dtype]
+        if info.begin == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        start = self._data_start + info.begin
+        flat = torch.frombuffer(self._map, dtype=dtype, count=prod(info.shape), offset=start)
+        return flat.view(info.shape)
+
+    def release(self, info: TensorInfo) -> None:
+        """Drop the pages that hold nothing but this tensor, where the system can."""
+        page = mmap.PAGESIZE
+        first = -(-(self._data_start + info.begin) // page) * page
+        end = (self._data_start + info.end) // page * page
+        if first < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def open_tensors(folder: Path) -> TensorFolder:
@@ -270,7 +315,8 @@ def _check_supported(
         if info.dtype not in (("I32", "F16", "BF16") if key in packed else _FLOATS)
     ]:
         raise CheckpointError(
-            f"{folder}: {len(other)} tensors are not of {', '.join(_FLOATS)}: {shorten(other)}"
+            f"{folder}: {len(other)} tensors are not of {', '.join(_FLOATS)}: {shorten(other)}; "
+            "take a repository of this model in one of these"
         )
     counts = Counter(map(official_name, infos))
     if twice := sorted(name for name, count in counts.items() if count > 1):

@@ -6,12 +6,15 @@ import math
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
+from qwen2vl.convert import quantize_folder
+from qwen2vl.errors import CheckpointError
 from qwen2vl.eval.parity import (
     ActivationRecorder,
     ParityPrompt,
@@ -28,7 +31,9 @@ from qwen2vl.loading import load_processor
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.processor import Processor
 from tests.eval.faults import FAULTS
-from tests.folders import write_tiny
+from tests.folders import edit_json, write_tiny
+from tests.quantized_folders import AWQ, GPTQ, write_quantized
+from tests.tiny import tiny_config, tiny_model
 
 
 @dataclass
@@ -97,6 +102,69 @@ def test_every_fault_is_located_at_its_step(
     inject(monkeypatch, model)
     first = setup.report(model).first_divergence
     assert first is not None and first.name == expected
+
+
+# Folders that transformers alone cannot open ---------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [AWQ | {"bits": 4}, GPTQ | {"bits": 8}], ids=["awq", "gptq"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_folders_are_compared_dequantized(
+    tmp_path: Path, settings: dict[str, Any], tied: bool
+) -> None:
+    folder = tmp_path / "quantized"
+    model = tiny_model(config=tiny_config(tie_word_embeddings=tied))
+    plain = write_quantized(folder, settings | {"group_size": 32}, model=model)
+    processor = load_processor(folder)
+    trace = model_tracer(folder, processor)(synthetic_prompt())
+    plain_trace = run_model(plain, processor(synthetic_prompt().messages))
+    assert compare(trace, plain_trace).worst.relative < 1e-6
+    report = compare(trace, reference_tracer(folder, processor)(synthetic_prompt()))
+    assert report.first_divergence is None
+
+
+def test_folder_of_quantize_is_compared(setup: ParitySetup, tmp_path: Path) -> None:
+    quantize_folder(setup.folder, tmp_path / "int8", "int8")
+    processor = load_processor(tmp_path / "int8")
+    trace = model_tracer(tmp_path / "int8", processor)(synthetic_prompt())
+    reference = reference_tracer(tmp_path / "int8", processor)(synthetic_prompt())
+    assert compare(trace, reference).first_divergence is None
+    # Not of the unquantized source: the weights that are stored are the ones compared.
+    assert compare(trace, setup.reference).first_divergence is not None
+
+
+@pytest.mark.parametrize("place", ["chat_template.json", "nowhere"])
+def test_template_outside_of_the_tokenizer_is_found(tmp_path: Path, place: str) -> None:
+    """Released folders may have it in chat_template.json alone."""
+    write_tiny(tmp_path / "model")
+    edit_json(tmp_path / "model" / "tokenizer_config.json", chat_template=None)
+    if place == "nowhere":
+        (tmp_path / "model" / "chat_template.json").unlink()
+    processor = load_processor(tmp_path / "model")
+    inputs = prepare(tmp_path / "model", processor, synthetic_prompt())
+    assert inputs.ids == processor(synthetic_prompt().messages).input_ids
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "transformers cannot open the image processor: OSError: "),
+        ("{", "transformers cannot open the image processor: OSError: "),
+    ],
+)
+def test_errors_of_transformers_name_folder_and_remedy(
+    setup: ParitySetup, tmp_path: Path, content: str | None, text: str
+) -> None:
+    folder = tmp_path / "model"
+    write_tiny(folder)
+    (folder / "preprocessor_config.json").unlink()
+    if content is not None:
+        (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        prepare(folder, setup.processor, synthetic_prompt())
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: {text}")
+    assert "fetch the missing file" in message and "\n" not in message
 
 
 # The comparison itself ------------------------------------------------------------------------

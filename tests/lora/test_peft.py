@@ -247,7 +247,11 @@ def renamed_tensors(old: str, new: str) -> dict[str, Tensor]:
         ),
         (
             flat_tensors() | {"base_model.model.lm_head.weight": torch.ones(1)},
-            "lm_head.weight is no LoRA",
+            "lm_head.weight holds embeddings of [1], as PEFT saves them after tokens were added",
+        ),
+        (
+            flat_tensors() | {"base_model.model.model.embed_tokens.weight": torch.ones(9, 64)},
+            "embed_tokens.weight holds embeddings of [9, 64], as PEFT saves them",
         ),
         (
             {k: t for k, t in flat_tensors().items() if "q_proj.lora_B" not in k},

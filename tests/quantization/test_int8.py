@@ -1,6 +1,7 @@
 """Both int8 layers multiply by their dequantized matrix; rows do not affect each other."""
 
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from qwen2vl.quantization.int8 import (
     build_int8_linear,
     has_int8_dot_product,
 )
-from qwen2vl.quantization.rtn import quantize_per_channel
+from qwen2vl.quantization.rtn import PerChannelWeight, quantize_per_channel
 
 LayerClass = type[Int8Linear] | type[Int8WeightOnlyLinear]
 
@@ -97,6 +98,41 @@ def test_rows_do_not_affect_each_other(layer_class: LayerClass, rows: int) -> No
 
 
 @pytest.mark.skipif(not has_int8_dot_product(), reason="no int8 dot products on this processor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 3, 64])
+@pytest.mark.parametrize("flag", ["amx_int8", "avx512_vnni"])
+def test_signed_and_unsigned_products_are_exact(
+    monkeypatch: pytest.MonkeyPatch, flag: str, rows: int, dtype: torch.dtype
+) -> None:
+    """Processors with AMX multiply signed bytes, others unsigned ones."""
+    monkeypatch.setattr(int8, "_cpu_flags", lambda: {flag})
+    torch.manual_seed(0)
+    ints_TI = torch.randint(-128, 128, (rows, 192)).to(torch.int8)
+    ints_OI = torch.randint(-127, 128, (288, 192)).to(torch.int8)
+    layer = Int8Linear(PerChannelWeight(ints_OI=ints_OI, scale_O=torch.rand(288)), None)
+    want_TO = (ints_TI.double() @ ints_OI.double().T).float() * layer.scale_O
+    assert torch.equal(layer._matmul(ints_TI, dtype), want_TO.to(dtype))
+
+
+@pytest.mark.skipif(not has_int8_dot_product(), reason="no int8 dot products on this processor")
+def test_many_rows_take_less_time_than_in_float32() -> None:
+    """oneDNN's fallback for signed bytes without AMX takes a thousand times as long."""
+    layer, weight_OI, _ = make_layer(Int8Linear, (1536, 1280))
+    x_TI = torch.randn(64, 1280)
+
+    def seconds(run: Callable[[], object]) -> float:
+        times: list[float] = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    # Four times, because the machine may be busy: a fallback is far above it.
+    assert seconds(lambda: layer(x_TI)) < 4 * seconds(lambda: F.linear(x_TI, weight_OI))
+
+
+@pytest.mark.skipif(not has_int8_dot_product(), reason="no int8 dot products on this processor")
 def test_small_batches_are_batch_invariant() -> None:
     layer, _, _ = make_layer(Int8Linear, (96, 64))
     x_TI = torch.randn(MAX_HIGH_PRECISION_ROWS, 64, dtype=torch.bfloat16)
@@ -122,14 +158,19 @@ def test_largest_value_of_a_row_does_not_overflow_int8(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "layer_class"),
-    [("flags : fpu avx512_vnni amx_int8", Int8Linear), ("flags : fpu avx2", Int8WeightOnlyLinear)],
+    ("flags", "layer_class"),
+    [
+        ({"fpu", "avx512_vnni", "amx_int8"}, Int8Linear),
+        ({"fpu", "avx512_vnni"}, Int8Linear),
+        ({"fpu", "avx_vnni"}, Int8Linear),
+        ({"fpu", "avx2"}, Int8WeightOnlyLinear),
+        (set(), Int8WeightOnlyLinear),
+    ],
 )
 def test_layer_class_depends_on_cpu_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str, layer_class: LayerClass
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], layer_class: LayerClass
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr(int8, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(int8, "_cpu_flags", lambda: flags)
     assert type(build_int8_linear(quantize_per_channel(torch.randn(32, 32)), None)) is layer_class
 
 

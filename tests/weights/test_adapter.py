@@ -42,6 +42,17 @@ def test_missing_file_is_named(folder: Path, name: str) -> None:
         read_adapter(folder)
 
 
+@pytest.mark.parametrize("name", ["model-000030", "step-000030"])
+def test_the_adapter_beside_the_model_of_a_run_is_named(tmp_path: Path, name: str) -> None:
+    for folder in (name, "adapter-000030", "adapter-000020"):
+        (tmp_path / folder).mkdir()
+        if folder != name:
+            (tmp_path / folder / "adapter_config.json").touch()
+    text = f"{name}: is no adapter; give the one of the same step, {tmp_path}/adapter-000030"
+    with pytest.raises(CheckpointError, match=text):
+        read_adapter(tmp_path / name)
+
+
 def test_pickles_are_never_loaded(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(

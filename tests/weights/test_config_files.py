@@ -117,6 +117,20 @@ def test_folder_without_config_is_refused(tmp_path: Path, names: list[str], text
         read_config(tmp_path)
 
 
+def test_the_folder_of_a_run_is_answered_with_the_model_inside(tmp_path: Path) -> None:
+    (tmp_path / "step-000020").mkdir()
+    (tmp_path / "step-000020" / "state.json").touch()
+    for folder in (tmp_path, tmp_path / "step-000020"):
+        with pytest.raises(CheckpointError, match=rf"`qwen2vl export {folder} -o DIR` makes"):
+            read_config(folder)
+    for name in ("model-000010", "model-000020"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    text = rf"is no model, but has one inside; give {tmp_path}/model-000020, the last of 2"
+    with pytest.raises(CheckpointError, match=text):
+        read_config(tmp_path)
+
+
 def test_invalid_config_names_its_folder(tmp_path: Path) -> None:
     write(tmp_path, "config.json", official_config_json("7B") | {"num_attention_heads": 5})
     with pytest.raises(ConfigError, match="hidden_size 3584 must be a multiple") as caught:

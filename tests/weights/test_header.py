@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights.header import TensorInfo, read_header
+from qwen2vl.weights.header import TORCH_DTYPES, TensorInfo, build_header, read_header
 
 
 def build_file(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -47,6 +47,27 @@ def test_header_of_a_valid_file(path: Path) -> None:
         "a": TensorInfo("F32", (2, 3), 0, 24),
         "b": TensorInfo("BF16", (5,), 24, 34),
     }
+
+
+@given(
+    tensors=st.dictionaries(
+        st.text('ab.é"\\', min_size=1, max_size=5),
+        st.tuples(
+            st.sampled_from(list(TORCH_DTYPES.values())),
+            st.lists(st.integers(0, 5), max_size=3).map(tuple),
+        ),
+        max_size=6,
+    )
+)
+def test_built_headers_equal_those_of_safetensors(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("built") / "model.safetensors"
+    saved = {name: torch.zeros(shape).to(dtype) for name, (dtype, shape) in tensors.items()}
+    save_file(saved, path, {"format": "pt"})
+    header, infos = build_header(tensors)
+    assert path.read_bytes()[: len(header)] == header
+    assert read_header(path) == infos
 
 
 def test_empty_tensors_and_scalars(path: Path) -> None:

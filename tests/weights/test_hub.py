@@ -22,7 +22,7 @@ def check_refused(model: str | Path, text: str) -> None:
     with pytest.raises(CheckpointError, match=text) as caught:
         resolve_model(model)
     assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
 
 
 @pytest.fixture

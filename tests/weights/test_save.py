@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.processor.image import PixelLimits
@@ -25,7 +28,7 @@ from qwen2vl.weights import (
 )
 from qwen2vl.weights.header import read_header
 from tests.folders import PIXELS, write_tiny
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer_dir
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -63,6 +66,65 @@ def test_shards_have_the_official_layout(tmp_path: Path) -> None:
         assert sum(info.end - info.begin for info in infos.values()) <= 50_000 or len(infos) == 1
         header = (tmp_path / "model" / name).read_bytes()[8:200]
         assert b'"__metadata__":{"format":"pt"}' in header
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_files_equal_those_of_safetensors(
+    tmp_path: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Tensors arrive in any order, on meta before; every file is what the library would write."""
+    model = tiny_model(config=tiny_config(tie_word_embeddings=False))
+    state = model.state_dict()
+    names = sorted(state, key=lambda name: name[::-1])
+    save.stream_folder(
+        tmp_path / "model",
+        config=model.config,
+        layout={name: tensor.to("meta") for name, tensor in state.items()},
+        tensors=((name, state[name]) for name in names),
+        tokenizer_folder=tiny_tokenizer_dir(),
+        pixels=PIXELS,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_bytes == 50_000)
+    for file in files:
+        shard = {name: state[name].to(dtype) for name in read_header(file)}
+        save_file(shard, tmp_path / "other.safetensors", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+    assert set(open_tensors(tmp_path / "model")) == set(state)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), CheckpointError("damaged source")])
+def test_a_failure_while_tensors_are_made_leaves_no_files(
+    tmp_path: Path, error: BaseException
+) -> None:
+    model = tiny_model()
+
+    def first_then_fail() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(iter(model.state_dict().items()))
+        raise error
+
+    with pytest.raises(type(error)):
+        save.stream_folder(
+            tmp_path / "model",
+            config=model.config,
+            layout=model.state_dict(),
+            tensors=first_then_fail(),
+            tokenizer_folder=tiny_tokenizer_dir(),
+            pixels=PIXELS,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_space_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(CheckpointError, match=r"take 0.00 GB, but 0.00 GB are free there; nothing"):
+        write_tiny(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_has_all_files(tmp_path: Path) -> None:
@@ -121,7 +183,7 @@ def test_partial_folder_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "at"), [(save, "save_file"), (save, "_write_json"), (os, "fsync")]
+    ("module", "at"), [(save, "_bytes_of"), (save, "_write_json"), (os, "fsync")]
 )
 def test_full_disk_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, at: str

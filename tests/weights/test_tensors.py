@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,50 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("opened for reading")
 
-    monkeypatch.setattr(tensors_module, "safe_open", fail)
+    monkeypatch.setattr(tensors_module, "_MappedFile", fail)
     folder = open_tensors(tmp_path)
     assert folder.info("model.norm.weight").dtype == "F32"
     assert "model.norm.weight" in folder and "model.norm.bias" not in folder
+
+
+def test_empty_tensors_and_scalars_are_read(tmp_path: Path) -> None:
+    stored = {"none": torch.zeros(0, 4), "one": torch.tensor(1.5)}
+    save_file(stored, tmp_path / SINGLE_FILE)
+    tensors = open_tensors(tmp_path)
+    assert all(torch.equal(tensors[name], stored[name]) for name in stored)
+
+
+def test_writing_into_a_tensor_does_not_change_the_file(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(5000)}, tmp_path / SINGLE_FILE)
+    tensors = open_tensors(tmp_path)
+    tensors["a"].zero_()
+    assert not tensors["a"].any()  # the mapping is private to the process
+    assert bool(open_tensors(tmp_path)["a"].all())
+
+
+def resident_bytes(path: Path) -> int:
+    """Return the bytes of a file that are mapped and resident (Rss of /proc/self/smaps)."""
+    total, is_of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.split()[0]:
+            is_of_file = line.endswith(str(path))
+        elif is_of_file and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+def test_released_tensors_are_not_resident_and_can_be_read_again(tmp_path: Path) -> None:
+    numel = 2**20
+    stored = {name: torch.full((numel,), value) for name, value in (("a", 1.0), ("b", 2.0))}
+    save_file(stored, tmp_path / SINGLE_FILE)
+    tensors = open_tensors(tmp_path)
+    kept, released = tensors["a"], tensors["b"]
+    assert float(kept.sum() + released.sum()) == 3 * numel
+    assert resident_bytes(tmp_path / SINGLE_FILE) >= 8 * numel
+    tensors.release(["b", "unknown"])
+    assert 4 * numel - 2**16 <= resident_bytes(tmp_path / SINGLE_FILE) <= 4 * numel + 2**16
+    assert torch.equal(kept, stored["a"]) and torch.equal(released, stored["b"])
 
 
 @pytest.mark.parametrize(
