@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
@@ -18,13 +19,15 @@ import numpy as np
 from qwen2vl.data.array_cache import Arrays
 from qwen2vl.data.bin_packing import BinPlan, pack_bins, seeded_permutation
 from qwen2vl.data.config import DataConfig
+from qwen2vl.data.formats import describe_reasons
 from qwen2vl.data.lengths import LengthTable, measure_sample
 from qwen2vl.data.preprocess import HeaderPreprocessor, padded_length
 from qwen2vl.data.sources.source import SampleSource
+from qwen2vl.data.validation_split import held_out_samples, interleave
 from qwen2vl.errors import InputError
 from qwen2vl.processor.processor import Processor
 
-__all__ = ["BinPlanner", "mix_sources", "plan_from_arrays"]
+__all__ = ["BinPlanner", "describe_remedy", "mix_sources", "plan_from_arrays"]
 
 MAX_GROUP_SIZE = 8  # bins of similar vision cost that stay together, for up to so many ranks
 MAX_NAMED_SAMPLES = 3  # that an error lists
@@ -67,6 +70,14 @@ def plan_from_arrays(arrays: Arrays, data: DataConfig) -> BinPlan:
     )
 
 
+def describe_remedy(num_bad: int, num_samples: int) -> str:
+    """Say how to train in spite of bad samples; there is no way if all are bad."""
+    if num_bad >= num_samples:
+        return "fix them"
+    percent = -(-100 * num_bad // num_samples)
+    return f"fix them, or train without them: data.max_bad_fraction={percent / 100:g}"
+
+
 class BinPlanner:
     """The sizes of all samples of a stage, and their assignment to bins."""
 
@@ -95,10 +106,12 @@ class BinPlanner:
 
         Raises:
             InputError: some samples are larger than a bin.
-            ConfigError: there are too few samples for a step.
+            ConfigError: there are too few samples for a step, or to hold some out.
         """
         resized = self._handle_oversize()
         entries = mix_sources([len(table) for table in self.lengths], self.data, self.seed)
+        held_out = self._held_out_entries()
+        entries = entries[~np.isin(entries, held_out)]
         plan = pack_bins(
             _padded_lengths(self.tokens),
             self.vision,
@@ -111,6 +124,7 @@ class BinPlanner:
         return {
             "tokens": self.tokens,
             "targets": self.targets,
+            "held_out": held_out,
             "entries": plan.entries,
             "starts": plan.starts,
             "bin_tokens": plan.tokens,
@@ -138,12 +152,25 @@ class BinPlanner:
             f"{self.sources[source_index].name(index)}: {text}"
             for source_index, index, (_, text) in bad[:MAX_NAMED_SAMPLES]
         ]
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
         raise InputError(
-            f"{len(bad):,} of {num_samples:,} samples are bad ({reasons}), the limit is "
-            f"{self.data.max_bad_fraction:.2%}; {'; '.join(names)}; fix them, or raise "
-            "data.max_bad_fraction"
+            f"{len(bad):,} of {num_samples:,} samples are bad ({describe_reasons(counts)}), the "
+            f"limit is {self.data.max_bad_fraction:.2%}; {'; '.join(names)}; "
+            f"{describe_remedy(len(bad), num_samples)}"
         )
+
+    def _held_out_entries(self) -> np.ndarray:
+        """Return the entries of the validation split, in a fixed random order."""
+        if not self.data.validation_size:
+            return np.empty(0, np.int64)
+        bounds = self.offsets.tolist()
+        chosen = held_out_samples(
+            self.sources,
+            [source.label for source in self.data.sources],
+            [self.tokens[first:last] > 0 for first, last in pairwise(bounds)],
+            self.data.validation_size,
+        )
+        entries = [indices + first for indices, first in zip(chosen, bounds[:-1], strict=True)]
+        return interleave(entries)
 
     def _handle_oversize(self) -> dict[int, int]:
         """Apply data.oversize; returns the pixel limits of the entries that are resized."""

@@ -6,6 +6,7 @@ train/config.py. (Qwen2-VL sec. 2.2: mixtures of dataset families.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,9 @@ class DataConfig:
     max_vision_cost: float = 0.0  # of a bin, in patches (lengths.vision_cost); 0 = no limit
     global_batch_size: int = 8  # bins per optimizer step, over all ranks and microbatches
     oversize: Literal["refuse", "resize", "drop"] = "refuse"  # of samples larger than a bin
+    # Conversations of each file source that are held out of training, for evaluation: a share below
+    # 1, or a number. Chosen by their content, so that equal ones are on the same side.
+    validation_size: float = 0.0
     max_bad_fraction: float = 0.01  # of the samples; the run stops when more are bad
     max_frames: int = 20_000  # of one video file, before frame sampling
     decode_timeout: float = 60.0  # seconds, for one video
@@ -97,6 +101,13 @@ class DataConfig:
             raise ConfigError(f"data: sources are {names}; give at least one, each its own name")
         if len({source.weight > 0 for source in self.sources}) > 1:
             raise ConfigError(f"data: give all of {', '.join(names)} a weight, or none of them")
+        if not 0 <= self.validation_size < math.inf or (
+            self.validation_size > 1 and self.validation_size % 1
+        ):
+            raise ConfigError(
+                f"validation={self.validation_size:g}: give a share of the conversations below 1, "
+                "a whole number of them, or a file of others"
+            )
         for name, least in (
             ("max_tokens", 64),
             ("global_batch_size", 1),

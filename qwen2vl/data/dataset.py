@@ -57,6 +57,7 @@ class PackedDataset:
     offsets: np.ndarray  # first entry of each source, and the number of all entries
     tokens: np.ndarray  # of every sample, after resizing; 0 for a bad or dropped one
     targets: np.ndarray
+    held_out: np.ndarray  # entries of the validation split, which are in no bin
     resized: Mapping[int, int]  # entry -> pixel limit of its images, which makes it fit into a bin
     plan: BinPlan
     fingerprint: str
@@ -127,6 +128,7 @@ class PackedDataset:
             offsets=planner.offsets,
             tokens=arrays["tokens"],
             targets=arrays["targets"],
+            held_out=arrays.get("held_out", np.empty(0, np.int64)),  # none in an older cache
             resized=dict(zip(arrays["shrunk"].tolist(), arrays["pixels"].tolist(), strict=True)),
             plan=plan_from_arrays(arrays, data),
             fingerprint=key,
@@ -149,11 +151,20 @@ class PackedDataset:
                     examples.append(self._prepare_example(source_index, entry, sample))
         return examples, bad
 
+    def epochs(self, steps: int) -> float:
+        """Return how often `steps` optimizer steps read the data."""
+        return steps * self.data.global_batch_size / len(self.plan)
+
     def grids(self, entry: int) -> np.ndarray:
         """Return a sample's grids (K, 3) as they were measured, before any resizing."""
         source_index, index = self._locate(entry)
         table = self.lengths[source_index]
         return table.grids_K3[table.starts[index] : table.starts[index + 1]]
+
+    def name_of(self, entry: int) -> tuple[str, str]:
+        """Return the source of an entry, and the name of its sample: file and line."""
+        source_index, index = self._locate(entry)
+        return self.labels[source_index], self.sources[source_index].name(index)
 
     def _locate(self, entry: int) -> tuple[int, int]:
         """Return (source index, sample index in it) of an entry."""
@@ -174,10 +185,9 @@ class PackedDataset:
         try:
             yield
         except SampleError as error:
-            source_index, index = self._locate(entry)
-            name = self.sources[source_index].name(index)
+            label, name = self.name_of(entry)
             known = not self.tokens[entry]
-            bad.append(BadSample(name, self.labels[source_index], error.reason, str(error), known))
+            bad.append(BadSample(name, label, error.reason, str(error), known))
 
     def _read_sample(self, entry: int) -> Sample:
         """Read a sample, unless it is known to be bad or too large."""
@@ -219,7 +229,9 @@ class PackedDataset:
 
 def _fingerprint(data: DataConfig, tables: Sequence[tuple[str, str]], seed: int) -> str:
     """Hash all settings that decide the samples of a step; config.IO_OPTIONS are not included."""
+    # Without a split the fingerprint is that of runs before there was one.
+    validation = [data.validation_size] if data.validation_size else []
     shares = [(source.repeats, source.weight) for source in data.sources]
     sizes = (data.max_tokens, data.max_vision_cost, data.global_batch_size, data.oversize)
-    settings = json.dumps([tables, shares, sizes, seed])
+    settings = json.dumps([tables, shares, sizes, seed, *validation])
     return blake2b(settings.encode(), digest_size=16).hexdigest()

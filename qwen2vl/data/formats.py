@@ -22,7 +22,28 @@ import numpy as np
 
 from qwen2vl.errors import InputError
 
-__all__ = ["Conversation", "Document", "Sample", "SampleError", "TextTokens", "parse_row"]
+__all__ = [
+    "Conversation",
+    "Document",
+    "Sample",
+    "SampleError",
+    "TextTokens",
+    "describe_reasons",
+    "parse_row",
+]
+
+# Reason that bad samples are counted by -> what is wrong with them, for people.
+_DESCRIPTIONS = {
+    "answer": "without an answer to learn from",
+    "image": "with an unreadable image",
+    "length": "with media changed since they were measured",
+    "messages": "with malformed messages",
+    "missing": "with a missing media file",
+    "oversize": "larger than a bin",
+    "placeholders": "whose <image> or <video> tags do not match their media",
+    "text": "with unreadable text",
+    "video": "with an unreadable video",
+}
 
 _TAG = re.compile(r"<(image|video)>")
 _ROLES = {
@@ -43,6 +64,12 @@ class SampleError(InputError):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+def describe_reasons(counts: Mapping[str, int]) -> str:
+    """Say how many samples are bad for which reason, most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count:,} {_DESCRIPTIONS[reason]}" for reason, count in ordered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +130,12 @@ def parse_row(row: Any, name: str) -> Conversation | Document:
         media.check_all_used()
         return document
     keys = ", ".join(map(str, row))
-    raise SampleError("messages", f"none of messages, conversations, texts or text in {keys}")
+    raise SampleError(
+        "messages",
+        f"the row has the keys {keys}, and none of messages, conversations, texts or text"
+        if keys
+        else "the row is empty",
+    )
 
 
 class _RowMedia:

@@ -29,12 +29,13 @@ from qwen2vl.errors import InputError
 from qwen2vl.geometry import Grid
 from qwen2vl.grounding import GROUNDING_TOKENS
 from qwen2vl.processor.chat_template import MODALITY_OF
+from qwen2vl.processor.content import MediaPart
 from qwen2vl.processor.image import PixelLimits, target_size
 from qwen2vl.processor.inputs import Item, ModelInput
 from qwen2vl.processor.media.rgb import open_encoded, oriented_size
 from qwen2vl.processor.media.source import MediaLimits, read_source
 from qwen2vl.processor.media.video_source import open_video
-from qwen2vl.processor.messages import MediaPart, parse_messages
+from qwen2vl.processor.messages import parse_messages
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer_files import END_OF_TEXT, VISION_END, VISION_START
 from qwen2vl.processor.video import find_video_preset, plan_frames
@@ -202,7 +203,7 @@ class SamplePreprocessor(Processor):
         except OSError as error:
             raise MissingError(f"{source:.80} cannot be opened: {error.strerror}") from error
         if not exists:
-            raise MissingError(f"{source} is missing in {path.parent}")
+            raise MissingError(f"{source} is missing in {os.path.abspath(path.parent)}")
         return path
 
     def _read_remote(self, address: str) -> bytes:

@@ -28,12 +28,18 @@ from qwen2vl.lora.layers import (
     match_target_modules,
     merge_state_dict,
 )
-from qwen2vl.lora.peft import parse_peft_adapter, to_peft_config, to_peft_state_dict
-from qwen2vl.model import Qwen2VL
+from qwen2vl.lora.peft import (
+    adapter_digest,
+    parse_peft_adapter,
+    to_peft_config,
+    to_peft_state_dict,
+)
+from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.weights import check_state_dict, open_tensors, read_adapter, save_adapter
 
 __all__ = [
     "adapter_config_of",
+    "digest_of_adapter",
     "empty_tensors",
     "initial_factors",
     "inject_adapter",
@@ -68,8 +74,7 @@ def load_qlora_model(
     """
     tensors = open_tensors(folder)
     check_state_dict(tensors, config)
-    with torch.device("meta"):
-        model = Qwen2VL(config)
+    model = meta_model(config)
     factors = initial_factors(model, adapter, seed)
     target_device = torch.device(device)
     fill_parameters(model, tensors, target_device, torch.float32, skip_layers=factors)
@@ -78,6 +83,7 @@ def load_qlora_model(
         model.get_submodule(name).to(target_device, torch.float32)
         layer_factors = {name: lora_factors}
         inject_lora(model, layer_factors, dropout=adapter.dropout, quantize=adapter.quantize_base)
+        tensors.release([f"{name}.weight"])  # its quantized copy is what stays
     model.train()  # enables LoRA dropout, and changes nothing else
     return model
 
@@ -131,6 +137,11 @@ def merge_adapter(state: Mapping[str, Tensor], adapter: LoraConfig) -> dict[str,
     return merge_state_dict(state, _adapter_scales(state, adapter))
 
 
+def digest_of_adapter(state: Mapping[str, Tensor], adapter: LoraConfig) -> str:
+    """Return the digest of the factors in the state dict of a model with adapters."""
+    return adapter_digest(extract_factors(state, _adapter_scales(state, adapter)))
+
+
 def write_adapter(
     target: Path,
     state: Mapping[str, Tensor],
@@ -145,8 +156,7 @@ def write_adapter(
         CheckpointError: `target` cannot be created.
     """
     factors = extract_factors(state, _adapter_scales(state, adapter))
-    with torch.device("meta"):
-        base_model = Qwen2VL(config)
+    base_model = meta_model(config)
     save_adapter(
         target, to_peft_config(adapter, factors, base_model, base=base), to_peft_state_dict(factors)
     )

@@ -48,9 +48,11 @@ __all__ = [
     "MANIFEST",
     "CheckpointSaver",
     "create_run_folder",
+    "describe_continuation",
     "latest_checkpoint",
     "load_tensors",
     "read_manifest",
+    "read_resume_step",
     "read_step",
     "tensor_shapes",
     "verify",
@@ -258,9 +260,24 @@ def read_step(path: Path, config: TrainConfig) -> int:
         raise CheckpointError(
             f"{path} was made with other values of "
             f"{', '.join(differences[:MAX_NAMED_DIFFERENCES])}{remainder}; resume with "
-            "the same, or begin another run with output_dir=FOLDER"
+            f"the same, or {describe_continuation(path.parent, state['step'])}"
         )
     return state["step"]
+
+
+def read_resume_step(config: TrainConfig) -> int:
+    """Read the step at which a run would resume, 0 without a checkpoint; raises as `read_step`."""
+    path = latest_checkpoint(Path(config.folder))
+    return 0 if path is None else read_step(path, config)
+
+
+def describe_continuation(folder: Path, step: int) -> str:
+    """Tell how to begin another run, and from the result in `folder` if there is one of `step`."""
+    text = "begin another run with output_dir=FOLDER"
+    for key, kind in (("adapter.init", "adapter"), ("model", "model")):
+        if (result := folder / f"{kind}-{step:06d}").is_dir():
+            return f"{text} ({key}={result} starts it from this result)"
+    return text
 
 
 def verify(path: Path, distributed: DistributedContext) -> None:

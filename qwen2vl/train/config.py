@@ -8,17 +8,18 @@ synthetic world, or data) and for how many steps. (Qwen2-VL sec. 2.2: the three 
 from __future__ import annotations
 
 import json
+import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.errors import ConfigError
 from qwen2vl.lora.layers import LoraConfig
 from qwen2vl.synth import Mixture
+from qwen2vl.train.key_hints import describe_unknown_key
 
 __all__ = [
     "FROZEN",
@@ -34,6 +35,10 @@ __all__ = [
 ]
 
 FROZEN: float = 0.0  # the learning-rate multiple of frozen parameters
+
+# What `validation=` sets where nothing else is given.
+EVALUATIONS_PER_RUN = 10
+MAX_VALIDATION_EXAMPLES = 256  # their batches are kept in memory
 
 Rules = tuple[tuple[str, float], ...]
 Node = TypeVar("Node")
@@ -80,7 +85,7 @@ class ActivationCheckpointingConfig:
 class EvaluationConfig:
     """Evaluation during training: loss on held-out conversations, and the mini suite."""
 
-    eval_steps: int = 500  # steps between two evaluations; 0 = never
+    eval_steps: int = 500  # steps between two evaluations, one is after the last; 0 = never
     num_examples: int = 64  # held-out conversations; synthetic ones use another seed
     path: str = ""  # a file of held-out conversations, as of a source; needed for stages with data
     num_questions: int = 0  # of each part of the mini suite; 0 = do not run the suite
@@ -138,9 +143,10 @@ class TrainConfig:
     device: str = "cpu"  # cpu, cuda, cuda:1; under torchrun each rank takes its own GPU
     compile: bool = False  # torch.compile: half a minute to start, then about a quarter faster
     num_workers: int = 1  # data loader processes on each rank; 0 = in the training process
-    num_threads: int = 0  # torch.set_num_threads; 0 = torch's default
+    num_threads: int = 0  # torch.set_num_threads; 0 = all available CPUs
     max_minutes: float = 0.0  # save a checkpoint and stop after this time; 0 = no limit
     logging_steps: int = 20  # steps between two log lines
+    logging_seconds: float = 30.0  # on slow machines: log after this time, at the end of a step
     # metrics.jsonl is always written; "jsonl" writes nothing else.
     report_to: Literal["jsonl", "tensorboard", "wandb"] = "jsonl"
     peak_tflops: float = 0.0  # of one device, for MFU; 0 = the published figure, where known
@@ -161,6 +167,7 @@ class TrainConfig:
         }
         for name, minimum in {
             **minimums,
+            "logging_seconds": 0,
             "max_minutes": 0,
             "num_workers": 0,
             "num_threads": 0,
@@ -187,22 +194,73 @@ def dump(config: TrainConfig) -> str:
 
 
 def override(config: Node, overrides: Sequence[str]) -> Node:
-    """Apply `key=value` overrides such as `optim.lr=1e-3` or `stages.2.steps=500`.
+    """Apply `key=value` overrides such as `optim.lr=1e-3` or `stages.0.steps=500`.
 
     Values are parsed by the type of the field they replace. `stages.N.data=PATH` sets PATH as the
     only source; `data=PATH` and `data.KEY=VALUE` apply to every stage that reads data;
-    `model=FOLDER` sets `init`.
+    `model=FOLDER` sets `init`; `validation=0.05`, a number of conversations, or a file sets what
+    stages with data are evaluated on (see `_set_validation`).
 
     Raises:
-        ConfigError: no "=", an unknown key (the error names the nearest one), or a bad value.
+        ConfigError: no "=", an unknown key (the error names the right one), or a bad value.
     """
+    validation: str | None = None
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"override {item!r} has no '='; write key=value, as optim.lr=1e-3")
+        if key == "validation" and isinstance(config, TrainConfig):
+            validation = value
+            continue
         for path in _expand_key(config, key):
-            config = _replace_at(config, path, value, key)
+            config = _replace_at(config, path, _Override(config, key, value))
+    # Last, since the default of evaluation.eval_steps depends on the number of steps.
+    if validation is not None:
+        assert isinstance(config, TrainConfig)
+        keys = {item.partition("=")[0] for item in overrides}
+        return _set_validation(config, validation, keys)
     return config
+
+
+class _Override(NamedTuple):
+    """One override, for errors that name it and the remedy."""
+
+    config: Any  # before it
+    key: str
+    value: str
+
+
+def _set_validation(config: TrainConfig, value: str, given: Collection[str]) -> TrainConfig:
+    """Hold conversations of the data out, or name a file of others, and evaluate on them.
+
+    Settings of the evaluation that are not among the `given` keys follow: ten evaluations a run if
+    the recipe has none, and of a split as many conversations as it has, 256 at most.
+    """
+    evaluation = config.evaluation
+    if "evaluation.eval_steps" not in given and not 0 < evaluation.eval_steps <= config.steps:
+        evaluation = replace(evaluation, eval_steps=-(-config.steps // EVALUATIONS_PER_RUN))
+    try:
+        size = float(value)
+    except ValueError:
+        size = 0.0
+        evaluation = replace(evaluation, path=value)
+    else:
+        evaluation = replace(evaluation, path="")
+        if "evaluation.num_examples" not in given:
+            num_examples = int(size) if 1 <= size < math.inf else MAX_VALIDATION_EXAMPLES
+            evaluation = replace(evaluation, num_examples=max(1, num_examples))
+    if size and all(stage.data is None for stage in config.stages):
+        raise ConfigError(
+            f"validation={value}: no stage of {config.name} reads data; those of synthetic data "
+            "are evaluated on samples of another seed (evaluation.eval_steps=N)"
+        )
+    stages = tuple(
+        stage
+        if stage.data is None
+        else replace(stage, data=replace(stage.data, validation_size=size))
+        for stage in config.stages
+    )
+    return replace(config, stages=stages, evaluation=evaluation)
 
 
 def _expand_key(config: Any, key: str) -> list[list[str]]:
@@ -223,35 +281,59 @@ def _expand_key(config: Any, key: str) -> list[list[str]]:
     return stage_paths
 
 
-def _replace_at(node: Any, path: list[str], value: str, key: str) -> Any:
+def _replace_at(node: Any, path: list[str], item: _Override) -> Any:
     """Return `node` with the field at `path` replaced."""
     head, rest = path[0], path[1:]
     if isinstance(node, tuple):
         if not head.isdigit() or int(head) >= len(node):
-            raise ConfigError(f"override {key}: {head!r} is not one of 0 to {len(node) - 1}")
+            raise ConfigError(_unknown_index(node, head, rest, item))
         i = int(head)
-        return (*node[:i], _replace_at(node[i], rest, value, key), *node[i + 1 :])
-    names = [f.name for f in fields(node)]
-    if head not in names:
-        names += ["data"] * isinstance(node, TrainConfig)  # a short key, see `_expand_key`
-        matches = get_close_matches(head, names, n=1)
-        hint = f"did you mean {matches[0]}?" if matches else f"known are {', '.join(names)}"
-        if isinstance(node, TrainConfig) and head in {f.name for f in fields(Stage)}:
-            hint = f"it belongs to a stage, the first's is stages.0.{head}"
-        raise ConfigError(f"override {key}: unknown key {head!r}; {hint}")
+        return (*node[:i], _replace_at(node[i], rest, item), *node[i + 1 :])
+    if head not in {f.name for f in fields(node)}:
+        raise ConfigError(_unknown_key(node, head, item))
     current = getattr(node, head)
-    if rest:
-        if not is_dataclass(current) and not isinstance(current, tuple):
-            raise ConfigError(f"override {key}: {head!r} has no parts")
-        return replace(node, **{head: _replace_at(current, rest, value, key)})
     field_type = get_type_hints(type(node))[head]
+    if rest:
+        if head == "adapter" and current is None:
+            raise ConfigError(
+                f"override {item.key}: {item.config.name} trains no adapter; use the recipe lora "
+                "or qlora"
+            )
+        if not is_dataclass(current) and not isinstance(current, tuple):
+            raise ConfigError(f"override {item.key}: {head!r} has no parts")
+        return replace(node, **{head: _replace_at(current, rest, item)})
     if DataConfig in get_args(field_type):
-        sources = (SourceConfig(path=value),)
+        sources = (SourceConfig(path=item.value),)
         data_config = (
             DataConfig(sources=sources) if current is None else replace(current, sources=sources)
         )
         return replace(node, **{head: data_config})
-    return replace(node, **{head: _parse_value(value, field_type, key)})
+    if is_dataclass(current):
+        names = [f.name for f in fields(current)]
+        raise ConfigError(
+            f"override {item.key}: it has the parts {', '.join(names)}; set one, as "
+            f"{item.key}.{names[0]}={item.value}"
+        )
+    return replace(node, **{head: _parse_value(item.value, field_type, item.key)})
+
+
+def _unknown_index(node: tuple[Any, ...], head: str, rest: list[str], item: _Override) -> str:
+    """Name the items of a list, where the key has none of their numbers."""
+    parents = item.key.split(".")
+    parents = parents[: len(parents) - len(rest) - 1]
+    items = f"{len(node)} item" + "s" * (len(node) != 1)
+    example = ".".join([*parents, "0", *(rest if head.isdigit() else [head, *rest])])
+    return (
+        f"override {item.key}: {'.'.join(parents)} has {items}, numbered from 0, and {head!r} is "
+        f"no such number; write {example}={item.value}"
+    )
+
+
+def _unknown_key(node: Any, head: str, item: _Override) -> str:
+    text = f"override {item.key}: unknown key {head!r}; "
+    if isinstance(item.config, TrainConfig):
+        return text + describe_unknown_key(item.config, head, node, key=item.key, value=item.value)
+    return text + f"known are {', '.join(f.name for f in fields(node))}"
 
 
 def _parse_value(value: str, field_type: Any, key: str) -> Any:
@@ -277,9 +359,18 @@ def _parse_value(value: str, field_type: Any, key: str) -> Any:
         return float(parsed)
     if isinstance(field_type, type) and type(parsed) is field_type:
         return parsed
-    raise ConfigError(
-        f"override {key}: {value!r} is not a {getattr(field_type, '__name__', field_type)}"
-    )
+    raise ConfigError(f"override {key}: {value!r} is not {_describe_type(value, field_type, key)}")
+
+
+def _describe_type(value: str, field_type: Any, key: str) -> str:
+    """Describe the type of a field, and how a list is written; of names, with those in `value`."""
+    if get_origin(field_type) is not tuple:
+        return f"of type {getattr(field_type, '__name__', field_type)}"
+    names = [name.strip(" []()'\"") for name in value.split(",")]
+    example = json.dumps([name for name in names if name] or ["A", "B"])
+    if key.endswith("rules"):
+        example = '[["PATTERN", MULTIPLE], ...]'
+    return f"a list; write it as JSON, in quotes: '{key}={example}'"
 
 
 def _as_tuples(value: Any) -> Any:

@@ -10,21 +10,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.config import MERGED_ADAPTERS, Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
 from qwen2vl.lora.layers import LoraConfig
+from qwen2vl.lora.peft import merged_adapters
 from qwen2vl.parallel.mesh import DistributedContext
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.train import checkpoint
-from qwen2vl.train.adapter import adapter_config_of, empty_tensors, merge_adapter, write_adapter
+from qwen2vl.train.adapter import (
+    adapter_config_of,
+    digest_of_adapter,
+    empty_tensors,
+    merge_adapter,
+    write_adapter,
+)
 from qwen2vl.weights.config_files import GenerationDefaults
 from qwen2vl.weights.save import save_folder
 from qwen2vl.weights.state_dict import expected_shapes
@@ -73,7 +80,7 @@ def export_model(source: Path, target: Path, metadata: Mapping[str, Any] | None 
         source if (source / checkpoint.MANIFEST).is_file() else checkpoint.latest_checkpoint(source)
     )
     if checkpoint_path is None:
-        raise CheckpointError(f"{source}: neither a checkpoint nor a run's folder with one")
+        raise CheckpointError(_missing_checkpoint_message(source))
     distributed = DistributedContext(torch.device("cpu"))
     checkpoint.verify(checkpoint_path, distributed)
     state = metadata or checkpoint.read_manifest(checkpoint_path)
@@ -86,17 +93,27 @@ def export_model(source: Path, target: Path, metadata: Mapping[str, Any] | None 
             f"{checkpoint_path}: made by an older version, which exported at the end of a run "
             "only; resume the run with max_minutes=0.01 to export it"
         ) from error
+    state_dict, digests = _model_state_dict(
+        checkpoint_path, config, adapter_config_of(state), distributed
+    )
     save_folder(
         target,
-        config=config,
-        state_dict=_model_state_dict(
-            checkpoint_path, config, adapter_config_of(state), distributed
-        ),
+        config=_with_merged_adapters(config, digests),
+        state_dict=state_dict,
         tokenizer_folder=tokenizer_folder,
         pixels=pixels,
         generation=GREEDY,
     )
     return checkpoint_path
+
+
+def _missing_checkpoint_message(source: Path) -> str:
+    if checkpoint.latest_checkpoint(source.parent) is not None:
+        return f"{source}: is no checkpoint; give its run, {source.parent}, or a step-N inside"
+    return (
+        f"{source}: neither a checkpoint nor a run's folder with one; give the output_dir of "
+        "`qwen2vl train`, as runs/lora"
+    )
 
 
 def export_adapter(checkpoint_path: Path, target: Path, metadata: Mapping[str, Any]) -> None:
@@ -118,16 +135,23 @@ def export_adapter(checkpoint_path: Path, target: Path, metadata: Mapping[str, A
     write_adapter(target, factors, adapter, config, base=metadata["config"]["init"])
 
 
+def _with_merged_adapters(config: Qwen2VLConfig, digests: tuple[str, ...]) -> Qwen2VLConfig:
+    """Record adapters in config.json, so that they are not applied to the model once more."""
+    merged = [*merged_adapters(config), *digests]
+    return replace(config, extra={**config.extra, MERGED_ADAPTERS: merged}) if merged else config
+
+
 def _model_state_dict(
     checkpoint_path: Path,
     config: Qwen2VLConfig,
     adapter: LoraConfig | None,
     distributed: DistributedContext,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the state dict of the plain model, and the digest of the adapter merged into it."""
     if adapter is None:
         tensors = {name: torch.empty(shape) for name, shape in expected_shapes(config).items()}
         checkpoint.load_tensors(checkpoint_path, tensors, distributed)
-        return tensors
+        return tensors, ()
     state = empty_tensors(checkpoint.tensor_shapes(checkpoint_path))
     checkpoint.load_tensors(checkpoint_path, state, distributed)
-    return merge_adapter(state, adapter)
+    return merge_adapter(state, adapter), (digest_of_adapter(state, adapter),)

@@ -8,6 +8,7 @@ written into the run's folder and determines the special token ids of its config
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,8 +22,8 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import ConfigError
 from qwen2vl.files import atomic_folder
 from qwen2vl.loading import load, load_processor
-from qwen2vl.lora.layers import LoraFactors, inject_lora, named_lora_layers
-from qwen2vl.model import Qwen2VL
+from qwen2vl.lora.layers import LoraConfig, LoraFactors, inject_lora, named_lora_layers
+from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ __all__ = [
     "MetaModel",
     "build_meta_model",
     "build_model",
+    "build_processor",
     "fresh_model_config",
     "fresh_processor",
     "init_weights",
@@ -80,6 +82,20 @@ def build_model(config: TrainConfig) -> tuple[Qwen2VL, Processor, Path]:
     return model.to(config.device), processor, folder
 
 
+def build_processor(config: TrainConfig) -> Processor:
+    """Build the processor of the run, without its model; writes nothing into the run's folder.
+
+    Raises:
+        ConfigError: the config has neither `init` nor `model`.
+        CheckpointError: `init` names no folder with a model, or lacks tokens of `adapter.init`.
+    """
+    model_config = fresh_model_config(config)
+    if model_config is None:
+        return _load_processor(resolve_model(config.init), config)
+    with tempfile.TemporaryDirectory() as folder:
+        return fresh_processor(config, model_config, Path(folder) / "tokenizer")
+
+
 def build_meta_model(config: TrainConfig) -> MetaModel:
     """Build the same model as `build_model`, on the meta device, without reading its weights.
 
@@ -97,7 +113,7 @@ def build_meta_model(config: TrainConfig) -> MetaModel:
             model=model, processor=processor, tokenizer_folder=folder, read_tensor=draw_weight
         )
     source = resolve_model(config.init)
-    processor = load_processor(source)
+    processor = _load_processor(source, config)
     tensors = open_tensors(source)
     check_state_dict(tensors, processor.config)
     model = _empty_meta_model(processor)
@@ -177,7 +193,7 @@ def _load_pretrained(source: Path, config: TrainConfig) -> tuple[Qwen2VL, Proces
     """Load a model folder, and inject the run's adapter."""
     adapter = config.adapter
     if adapter is not None and adapter.quantize_base != "none":
-        processor = load_processor(source)
+        processor = _load_processor(source, config)
         model = load_qlora_model(
             source, processor.config, adapter, device=config.device, seed=config.seed
         )
@@ -186,8 +202,22 @@ def _load_pretrained(source: Path, config: TrainConfig) -> tuple[Qwen2VL, Proces
     model, processor = load(source, device=config.device, dtype="float32")
     _clone_parameters(model)
     if adapter is not None:
+        _check_adapter_tokens(processor, adapter)
         inject_adapter(model, adapter, config.seed)
     return model, processor
+
+
+def _load_processor(source: Path, config: TrainConfig) -> Processor:
+    processor = load_processor(source)
+    if config.adapter is not None:
+        _check_adapter_tokens(processor, config.adapter)
+    return processor
+
+
+def _check_adapter_tokens(processor: Processor, adapter: LoraConfig) -> None:
+    """Refuse an adapter to start from whose folder has tokens that the model lacks."""
+    if adapter.init:
+        processor.tokenizer.check_adapter(adapter.init)
 
 
 def _clone_parameters(model: Qwen2VL) -> None:
@@ -197,8 +227,7 @@ def _clone_parameters(model: Qwen2VL) -> None:
 
 
 def _empty_meta_model(processor: Processor) -> Qwen2VL:
-    with torch.device("meta"):
-        return Qwen2VL(processor.config)
+    return meta_model(processor.config)
 
 
 def _write_tokenizer(folder: Path) -> None:

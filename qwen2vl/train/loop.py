@@ -25,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen2vl import threads
+from qwen2vl.data.dataset import PackedDataset
+from qwen2vl.data.lengths import ProgressCallback
 from qwen2vl.flops import build_flop_counter, peak_flops
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.fsdp import is_sharded, reshard_model, set_replica_all_reduce
@@ -35,11 +38,12 @@ from qwen2vl.train.evaluate import EvaluationFunction
 from qwen2vl.train.export import export_adapter, export_metadata, export_model
 from qwen2vl.train.loader.batch import Batch, copy_to_device
 from qwen2vl.train.loader.data_order import check_global_batch_sizes, locate_step
+from qwen2vl.train.loader.data_summary import DataSummary, summarize_data, write_held_out
 from qwen2vl.train.loader.dataloader import iterate_batches, open_datasets
 from qwen2vl.train.logging.loggers import open_loggers
 from qwen2vl.train.logging.metrics import Metrics, metric_families
 from qwen2vl.train.loss import LossOutput, token_loss
-from qwen2vl.train.optim.lr_schedule import is_in_warmup, lr_factor
+from qwen2vl.train.optim.lr_schedule import describe_warmup, is_in_warmup, lr_factor
 from qwen2vl.train.signals import SignalHandler, StopReason
 from qwen2vl.train.state import TrainState, build_train_state, resume
 
@@ -48,6 +52,9 @@ __all__ = ["train", "train_step"]
 logger = logging.getLogger(__name__)
 
 ReportFunction = Callable[[dict[str, Any]], None]
+DataFunction = Callable[[Sequence[DataSummary]], None]
+
+MAX_FIRST_REPORT_SECONDS = 15.0  # the first report shows that the run works, and when it will end
 
 
 def train(
@@ -55,13 +62,18 @@ def train(
     *,
     report: ReportFunction = lambda line: None,
     evaluate: EvaluationFunction | None = None,
+    progress: ProgressCallback = lambda what, done, total: None,
+    on_data: DataFunction = lambda summaries: None,
 ) -> Path:
     """Train as `config` says, from its last checkpoint or from step 0, to its end or time limit.
 
     Args:
         config: of the run.
         report: called with every line of metrics, on rank 0.
-        evaluate: called every `config.evaluation.eval_steps` steps, on every rank.
+        evaluate: called every `config.evaluation.eval_steps` steps and after the last, unless this
+            is 0; on every rank.
+        progress: called while the samples of the data are measured, on rank 0.
+        on_data: called before the first step with what the stages read, on rank 0.
 
     Returns:
         The folder of the exported model, in the ordinary layout.
@@ -74,8 +86,7 @@ def train(
         SystemExit: after SIGTERM between two steps, with code 0, once a checkpoint is saved.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved, if a step was done.
     """
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads or threads.default_num_threads())
     signal_handler = SignalHandler(config.max_minutes)
     with init_distributed(config.device, dp_replicate=config.mesh.dp_replicate) as distributed:
         check_global_batch_sizes(config, distributed.world_size)
@@ -84,19 +95,34 @@ def train(
             config, distributed, fill_weights=latest_checkpoint(Path(config.folder)) is None
         )
         resume(state)
+        if distributed.rank == 0 and state.step < config.steps:
+            for text in describe_warmup(config):
+                logger.warning(text)
         # Nothing to save up to here, and measuring data may take hours: signals end it at once.
-        datasets = open_datasets(config, state.processor)
+        state.datasets = _open_datasets(state, progress, on_data)
         with signal_handler.handle_signals():
             with signal_handler.block_signals():  # the workers start here
                 state.data_iterator = iterate_batches(
                     config,
                     state.processor,
                     state.step,
-                    datasets=datasets,
+                    datasets=dict(state.datasets),
                     rank=distributed.rank,
                     world_size=distributed.world_size,
                 )
             return _train_and_export(state, signal_handler, report, evaluate)
+
+
+def _open_datasets(
+    state: TrainState, progress: ProgressCallback, on_data: DataFunction
+) -> dict[int, PackedDataset]:
+    """Open the data of all stages; report what they are on rank 0."""
+    if state.distributed.rank:
+        return open_datasets(state.config, state.processor)
+    datasets = open_datasets(state.config, state.processor, progress=progress)
+    write_held_out(state.config, datasets)
+    on_data([summarize_data(state.config, index, dataset) for index, dataset in datasets.items()])
+    return datasets
 
 
 def _train_and_export(
@@ -122,7 +148,7 @@ def _train_and_export(
         state.data_iterator = iter(())  # ends the workers, which ignore the signal sent at exit
         saver.close()
     if state.distributed.rank == 0:
-        _warn_if_in_warmup(state)
+        _warn_if_cut_in_warmup(state)
     if stop_reason in ("SIGTERM", "SIGINT"):
         logger.warning(
             "%s: saved %s; the same command resumes from it", stop_reason, last_checkpoint
@@ -142,7 +168,8 @@ def _train_steps(
     """Train to the last step, or until there is a reason to stop; return that reason."""
     config, distributed = state.config, state.distributed
     metrics = _open_metrics(state)
-    last_reported_step, stop_reason = state.step, signal_handler.poll(distributed)
+    first_step = last_reported_step = state.step
+    stop_reason = signal_handler.poll(distributed)
     while state.step < config.steps and not stop_reason:
         if state.optimizers is None or state.is_stage_start:
             state.start_stage()
@@ -156,16 +183,13 @@ def _train_steps(
         batches = [next(state.data_iterator) for _ in range(config.gradient_accumulation_steps)]
         train_step(state, batches, metrics, time.perf_counter() - wait_start)
         metrics.start_phase("other")
-        if state.step % config.logging_steps == 0:
+        if _is_report_due(state, metrics, is_first=last_reported_step == first_step):
             _report(state, metrics, report)
             last_reported_step = state.step
-        if state.step % config.save_steps == 0:
+        # An evaluation may take minutes: the last checkpoint is not left until after it.
+        if _is_due(state, config.save_steps):
             saver.save(state.step, state.state_dict(), metadata)
-        if (
-            evaluate is not None
-            and config.evaluation.eval_steps
-            and state.step % config.evaluation.eval_steps == 0
-        ):
+        if evaluate is not None and _is_due(state, config.evaluation.eval_steps):
             _evaluate(state, metrics, report, evaluate)
         stop_reason = signal_handler.poll(distributed)
     if last_reported_step < state.step:  # steps since the last log line
@@ -173,12 +197,34 @@ def _train_steps(
     return stop_reason
 
 
-def _warn_if_in_warmup(state: TrainState) -> None:
-    """Log a warning if the run stopped inside the warm-up of a stage."""
+def _is_due(state: TrainState, every_steps: int) -> bool:
+    """Return whether to do after this step what is done every so many steps, and after the last.
+
+    0: never.
+    """
+    is_last = state.step == state.config.steps
+    return every_steps > 0 and (is_last or state.step % every_steps == 0)
+
+
+def _is_report_due(state: TrainState, metrics: Metrics, *, is_first: bool) -> bool:
+    """Return whether to report after this step: by its number, or by the time; all ranks agree."""
+    config, distributed = state.config, state.distributed
+    if _is_due(state, config.logging_steps) or not config.logging_seconds:
+        return _is_due(state, config.logging_steps)
+    limit = config.logging_seconds
+    if is_first:
+        limit = min(limit, MAX_FIRST_REPORT_SECONDS)
+    is_due = torch.tensor(metrics.seconds >= limit and distributed.rank == 0, dtype=torch.int64)
+    return bool(distributed.all_reduce(is_due))
+
+
+def _warn_if_cut_in_warmup(state: TrainState) -> None:
+    """Log a warning if the run was stopped inside the warm-up of a stage with more steps."""
     if not state.step:
         return
-    _, stage_step = locate_step(state.config, state.step - 1)
-    if is_in_warmup(state.config, stage_step + 1):
+    stage_index, stage_step = locate_step(state.config, state.step - 1)
+    is_noted = is_in_warmup(state.config, state.config.stages[stage_index].steps)  # at the start
+    if is_in_warmup(state.config, stage_step + 1) and not is_noted:
         logger.warning(
             "step %d is one of the %d warm-up steps of stage %s, in which the learning rate still "
             "rises, so the model has learned little; train on, or give fewer, optim.warmup_steps=N",
@@ -248,7 +294,7 @@ def _evaluate(
         state.step, lambda: evaluate(state.model, state.processor, state.step)
     )
     reshard_model(state.model)
-    if state.distributed.rank == 0:
+    if state.distributed.rank == 0 and len(line) > 1:
         report(line)
 
 
@@ -259,6 +305,8 @@ def _report(state: TrainState, metrics: Metrics, report: ReportFunction) -> None
         step=state.step,
         steps=state.config.steps,
         stage=state.stage_at(state.step - 1).name,
+        lr=state.config.optim.lr * lr_factor(state.config, state.step - 1),
+        **({} if state.epoch is None else {"epoch": state.epoch}),
         skipped=state.guard.pop_num_skipped(),
     )
     if state.distributed.rank == 0:

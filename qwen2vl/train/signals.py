@@ -2,23 +2,27 @@
 
 A signal in the middle of a step would leave the weights half updated, and one that reached a data
 worker would look like a crash. So the first signal is only recorded and polled between steps, and
-workers start with both signals blocked. A second Ctrl-C interrupts at once. Schedulers that preempt
-machines (Slurm, Kubernetes, spot instances) send SIGTERM first.
+workers start with both signals blocked. The handler acknowledges it at once, since a step may take
+minutes. A second Ctrl-C interrupts at once, without a checkpoint of this step; one that is being
+written is completed. Schedulers that preempt machines (Slurm, Kubernetes, spot instances) send
+SIGTERM first.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal
 
 import torch
 
-from qwen2vl.parallel.mesh import DistributedContext
+from qwen2vl.parallel.mesh import DistributedContext, is_main_process
 
 __all__ = ["SignalHandler", "StopReason"]
 
@@ -27,6 +31,15 @@ StopReason = Literal["", "time", "SIGTERM", "SIGINT"]
 STOP_REASONS: tuple[StopReason, ...] = ("time", "SIGTERM", "SIGINT")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# A terminal shows ^C in the line where its cursor is.
+ACKNOWLEDGMENTS = {
+    signal.SIGINT: (
+        "\nqwen2vl: Ctrl-C: stopping after this step, with a checkpoint; Ctrl-C again to stop now, "
+        "without\n"
+    ),
+    signal.SIGTERM: "qwen2vl: SIGTERM: stopping after this step, with a checkpoint\n",
+}
 
 
 class SignalHandler:
@@ -76,3 +89,11 @@ class SignalHandler:
     def _record(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if is_main_process():
+            _write_to_stderr(ACKNOWLEDGMENTS[signal.Signals(number)])
+
+
+def _write_to_stderr(text: str) -> None:
+    """Write without sys.stderr, whose buffer the interrupted code may be writing to."""
+    with suppress(OSError, ValueError, AttributeError):  # closed, or no file
+        os.write(sys.__stderr__.fileno(), text.encode())  # type: ignore[union-attr]

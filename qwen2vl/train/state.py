@@ -8,7 +8,7 @@ since they step this rank's shards. (torchtitan: `Trainer`, `TrainState`.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.compile.regions import compile_regions
+from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.activation_checkpointing import apply_activation_checkpointing
 from qwen2vl.parallel.fsdp import apply_fsdp, fill_shards, refresh_requires_grad
@@ -49,6 +50,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     optimizers: Optimizers | None = None  # of the current stage
     guard: SpikeGuard | None = None
+    datasets: Mapping[int, PackedDataset] = field(default_factory=dict)  # by stage index
     # Batches of this rank, from the next step on.
     data_iterator: Iterator[Batch] = field(default_factory=lambda: iter(()))
 
@@ -65,6 +67,13 @@ class TrainState:
     def stage_at(self, step: int) -> Stage:
         """Return the stage of `step`, counted from 0."""
         return self.config.stages[locate_step(self.config, step)[0]]
+
+    @property
+    def epoch(self) -> float | None:
+        """How often the last step's stage has read its data; None for synthetic samples."""
+        stage_index, stage_step = locate_step(self.config, self.step - 1)
+        dataset = self.datasets.get(stage_index)
+        return None if dataset is None else dataset.epochs(stage_step + 1)
 
     def start_stage(self) -> None:
         """Apply the freezing rules of the next step's stage, and create its optimizers anew.

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen2vl.data.formats import Conversation, Document, SampleError, parse_row
+from qwen2vl.data import formats
+from qwen2vl.data.formats import (
+    Conversation,
+    Document,
+    SampleError,
+    describe_reasons,
+    parse_row,
+)
 
 TEXT = {"type": "text", "text": "what?"}
 EXPECTED = [
@@ -139,3 +148,16 @@ def test_malformed_rows_are_refused(row: dict[str, Any], text: str) -> None:
     with pytest.raises(SampleError, match=text) as caught:
         parse(row)
     assert caught.value.reason == "messages"
+
+
+def test_every_reason_of_a_bad_sample_has_a_description() -> None:
+    """Find the reasons in the code that raises SampleError."""
+    folder = Path(formats.__file__).parent
+    code = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+    reasons = set(re.findall(r'SampleError\(\s*"(\w+)"', code)) | {"image", "video"}
+    assert reasons == set(formats._DESCRIPTIONS)
+
+
+def test_reasons_are_described_most_frequent_first() -> None:
+    text = describe_reasons({"answer": 1, "missing": 1200})
+    assert text == "1,200 with a missing media file, 1 without an answer to learn from"

@@ -192,7 +192,8 @@ def test_a_world_size_that_dp_replicate_does_not_divide_is_refused(
 
 def test_more_batches_than_conversations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"stage words: global_batch_size is 4, .* 1 ranks x 5 batches; raise"
+        ConfigError,
+        match=r"stage words: global_batch_size is 4, .* for 5 batches .*; raise it to 5",
     ):
         loop.train(config(tmp_path, "gradient_accumulation_steps=5"))
 

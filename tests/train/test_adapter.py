@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from qwen2vl.engine import LLM
 from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.loading import load
@@ -20,7 +22,7 @@ from qwen2vl.quantization.nf4 import Nf4Weight
 from qwen2vl.recipes import lora, qlora
 from qwen2vl.train.config import TrainConfig, override
 from qwen2vl.train.export import export_model
-from qwen2vl.train.init import build_model
+from qwen2vl.train.init import build_meta_model, build_model, build_processor
 from qwen2vl.train.loop import train
 from tests.folders import write_tiny
 
@@ -95,6 +97,44 @@ def test_a_run_exports_a_merged_model_and_a_peft_adapter(base: Path, data: Path)
     merged_logits, adapter_logits = logits(merged), logits(base, adapter=adapter)
     torch.testing.assert_close(merged_logits, adapter_logits, rtol=0.1, atol=0.1)
     assert (adapter_logits - logits(base)).abs().max() > 0.2
+
+
+def test_an_adapter_is_not_applied_to_the_model_that_contains_it(base: Path, data: Path) -> None:
+    merged = train(config(lora.recipe(), base, data=data))
+    adapter = base.parent / "run" / "adapter-000003"
+    message = rf"is merged into this model already, .* it was trained on \({base}\)"
+    with pytest.raises(CheckpointError, match=message):
+        load(merged, adapter=adapter)
+    with pytest.raises(CheckpointError, match=message):
+        LLM(merged, adapters={"again": adapter})
+    with pytest.raises(CheckpointError, match=message):
+        build_model(config(lora.recipe(), merged, f"adapter.init={adapter}"))
+    load(base, adapter=adapter)
+    # The record survives another export, and another adapter of the model is accepted.
+    (merged.parent / "adapter-000003").rename(base.parent / "first")
+    merged.rename(base.parent / "once")
+    shutil.rmtree(base.parent / "run")
+    twice = train(config(lora.recipe(), base.parent / "once", "seed=5", data=data))
+    load(base.parent / "once", adapter=base.parent / "run" / "adapter-000003")
+    with pytest.raises(CheckpointError, match="is merged into this model already"):
+        load(twice, adapter=base.parent / "first")
+
+
+@pytest.mark.parametrize("recipe", [lora.recipe(), qlora.recipe()], ids=["lora", "qlora"])
+def test_an_adapter_with_tokens_that_the_model_lacks_is_refused(
+    base: Path, data: Path, recipe: TrainConfig
+) -> None:
+    adapter = base.parent / "run" / "adapter-000003"
+    train(config(recipe, base, data=data))
+    again = config(recipe, base, f"adapter.init={adapter}")
+    build_model(again)
+    tokens = {"added_tokens_decoder": {"999": {"content": "<|polygon_start|>", "special": True}}}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(tokens))
+    for build in (build_model, build_meta_model, build_processor):
+        with pytest.raises(
+            CheckpointError, match=r"trained with the added token '<\|polygon_start"
+        ):
+            build(again)
 
 
 def test_only_the_factors_are_trained(base: Path, data: Path) -> None:

@@ -44,20 +44,25 @@ def test_an_override_replaces_its_field_and_nothing_else(
         ("optim.lr", "no '='"),
         ("optim.learning=1", "unknown key 'learning'"),
         ("optm.lr=1", "did you mean optim"),
-        ("optim.lr=fast", "'fast' is not a float"),
-        ("seed=1.5", "'1.5' is not a int"),
-        ("seed=true", "not a int"),
-        ("stages.9.steps=1", "not one of 0 to 3"),
+        ("optim.lr=fast", "'fast' is not of type float"),
+        ("seed=1.5", "'1.5' is not of type int"),
+        ("seed=true", "not of type int"),
+        ("stages.9.steps=1", "stages has 4 items, numbered .* '9' is no .* stages.0.steps=1$"),
+        ("stages.steps=1", "'steps' is no such number; write stages.0.steps=1$"),
+        ("stages.0.rules=x", r"'x' is not a list; write it .*rules=\[\[\"PATTERN\", MULTIPLE\]"),
         ("seed.x=1", "has no parts"),
         ("dtype=float16", "not one of bfloat16, float32"),
-        ("compile=1", "not a bool"),
+        ("compile=1", "not of type bool"),
         ("max_minutes=-1", "max_minutes is -1, must be 0 or more"),
         ("gradient_accumulation_steps=0", "gradient_accumulation_steps is 0, must be 1 or more"),
         ("logging_steps=0", "logging_steps is 0, must be 1 or more"),
         ("stages.0.steps=-1", "stage words: steps is -1, must be 0 or more"),
         ("dat.bins=1", "unknown key 'dat'; did you mean data"),
-        ("steps=9", "unknown key 'steps'; it belongs to a stage, the first's is stages.0.steps"),
-        ("zzz=1", "known are .*, save_total_limit, data$"),
+        ("steps=9", "unknown key 'steps'; each stage of tiny has its own number: stages.0.steps="),
+        ("zzz=1", "known are .*, save_total_limit, data, epochs, model, validation$"),
+        ("optim=adamw", "it has the parts name, lr, .*; set one, as optim.name=adamw"),
+        ("logging_seconds=-1", "logging_seconds is -1, must be 0 or more"),
+        ("adapter.rank=4", "tiny trains no adapter; use the recipe lora"),
     ],
 )
 def test_wrong_overrides_are_refused_by_key(item: str, text: str) -> None:
@@ -98,5 +103,7 @@ def test_fields_of_the_adapter_can_be_overridden() -> None:
     )
     with pytest.raises(ConfigError, match="unknown key 'rnk'; did you mean rank"):
         override(lora.recipe(), ["adapter.rnk=4"])
+    with pytest.raises(ConfigError, match=r"'adapter.target_modules=\[\"q\", \"v\"\]'$"):
+        override(lora.recipe(), ["adapter.target_modules=[q,v]"])
     with pytest.raises(ConfigError, match="'int3' is not one of none, nf4, nf4_double"):
         override(lora.recipe(), ["adapter.quantize_base=int3"])

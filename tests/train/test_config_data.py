@@ -9,7 +9,7 @@ import pytest
 
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.errors import ConfigError
-from qwen2vl.recipes import tiny
+from qwen2vl.recipes import lora, tiny
 from qwen2vl.train.config import Stage, TrainConfig, dump, override
 
 DATA = DataConfig(
@@ -57,7 +57,7 @@ def test_a_synthetic_stage_can_be_given_data() -> None:
         ("data.max_token=1", "unknown key 'max_token'; did you mean max_tokens"),
         ("data.oversize=cut", "not one of refuse, resize, drop"),
         ("data.global_batch_size=0", "data.global_batch_size is 0, must be 1 or more"),
-        ("data.sources.5.path=x", "not one of 0 to 1"),
+        ("data.sources.5.path=x", "data.sources has 2 items, numbered from 0"),
     ],
 )
 def test_wrong_overrides_are_refused_by_key(item: str, text: str) -> None:
@@ -73,3 +73,55 @@ def test_a_stage_without_mixture_and_data_is_refused() -> None:
 def test_data_are_part_of_the_dump() -> None:
     dumped = json.loads(dump(config_with_data()))["stages"][0]["data"]
     assert [source["path"] for source in dumped["sources"]] == ["a.jsonl", "b.jsonl"]
+
+
+def test_validation_as_a_share_or_number_holds_samples_of_every_stage_with_data_out() -> None:
+    config = override(config_with_data(), ["validation=0.05", "evaluation.num_examples=9"])
+    sizes = [stage.data and stage.data.validation_size for stage in config.stages]
+    assert sizes == [0.05, None, 0.05]
+    assert config.evaluation.num_examples == 9  # as it was given
+    config = override(config_with_data(), ["validation=300"])
+    assert config.stages[0].data == replace(DATA, validation_size=300)
+    assert (config.evaluation.num_examples, config.evaluation.path) == (300, "")
+
+
+def test_validation_as_a_file_is_the_path_of_the_evaluation() -> None:
+    config = override(config_with_data(), ["validation=0.05", "validation=others.jsonl"])
+    assert config.evaluation.path == "others.jsonl"
+    assert config.stages[0].data == DATA
+
+
+@pytest.mark.parametrize(
+    ("overrides", "eval_steps"),
+    [
+        (["stages.0.steps=500"], 50),  # the recipe has none: ten evaluations
+        (["stages.0.steps=7"], 1),
+        (["stages.0.steps=7", "evaluation.eval_steps=3"], 3),
+        (["evaluation.eval_steps=0"], 0),
+    ],
+)
+def test_validation_without_evaluations_in_the_recipe_gets_ten(
+    overrides: list[str], eval_steps: int
+) -> None:
+    # Before the steps on the command line, on which the default depends.
+    config = override(lora.recipe(), ["validation=0.1", *overrides])
+    assert config.evaluation.eval_steps == eval_steps
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("-1", "validation=-1: give a share of the conversations below 1, a whole number"),
+        ("1.5", "validation=1.5: give a share"),
+        ("inf", "validation=inf: give a share"),
+        ("nan", "validation=nan: give a share"),
+    ],
+)
+def test_an_impossible_validation_size_is_refused(value: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        override(config_with_data(), [f"validation={value}"])
+
+
+def test_a_share_of_synthetic_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"validation=0.1: no stage of tiny reads data; those of"):
+        override(tiny.recipe(), ["validation=0.1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,16 @@ from qwen2vl.synth import Mixture
 from qwen2vl.train.config import EvaluationConfig, TrainConfig
 from qwen2vl.train.evaluate import Evaluator, held_out_batches, swap_images
 from qwen2vl.train.loader.batch import Batch, pack_batch
-from qwen2vl.train.loader.dataloader import iterate_batches
+from qwen2vl.train.loader.dataloader import iterate_batches, open_dataset
 from qwen2vl.train.loss import token_loss
+from tests.data.rows import (
+    conversation,
+    create_data_config,
+    create_run_config,
+    good_rows,
+    write_media,
+    write_rows,
+)
 from tests.tiny import tiny_model, tiny_processor
 
 WIDE, TALL, VIDEO = "wide", "tall", "video"
@@ -120,6 +129,29 @@ def test_an_image_without_a_partner_stays_and_is_not_compared() -> None:
     )
 
 
+def test_images_are_exchanged_between_conversations_of_different_text_only() -> None:
+    def example(text: str, answer: str, number: int) -> TrainingExample:
+        image = np.random.default_rng(number).integers(0, 256, (56, 84, 3), np.uint8)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        return TrainingExample(tiny_processor()(messages, for_training=True), "family")
+
+    equal = [example("?", "x", 0), example("?", "x", 1), example("?", "x", 2)]
+    # The sum of the losses of equal texts is the same after any exchange of their images.
+    assert not swap_images(pack_batch(equal, pad_id=0)).swapped_examples
+    for others in ([example("!", "x", 3)], [example("?", "y", 4)]):
+        assert not swap_images(pack_batch([*equal, *others], pad_id=0)).swapped_examples
+        # Their images are exchanged with both of the equal ones, and never among these.
+        batch = pack_batch([*equal[:2], *others, example("?", "z", 5)], pad_id=0)
+        swapped = swap_images(batch)
+        assert swapped.swapped_examples == {0, 1, 2, 3}
+        before, after = (x.patches_NP.reshape(4, -1) for x in (batch, swapped.batch))
+        texts = batch.input_ids_T.reshape(4, -1)
+        for i, image in enumerate(after):
+            (source,) = (j for j, own in enumerate(before) if torch.equal(own, image))
+            assert not torch.equal(texts[i], texts[source])
+
+
 def config(folder: Path, **fields: Any) -> TrainConfig:
     base = tiny.recipe()
     stage = replace(base.stages[0], default_system=0.0)
@@ -198,4 +230,64 @@ def test_each_stage_has_its_own_held_out_data(tmp_path: Path) -> None:
     second = evaluator(model, tiny_processor(), run_config.stages[0].steps + 1)["held_out"]
     assert set(first["families"]) == {"shapes"}
     assert set(second["families"]) == {"text_only"}
-    assert "vision_gain" not in second and second["compared"] == 0
+    assert not {"vision_gain", "compared"} & set(second)
+
+
+def split_config(folder: Path, **fields: Any) -> TrainConfig:
+    """Return a run of two sources, whose stage holds a fifth of each out."""
+    write_media(folder)
+    paths = [
+        write_rows(folder / "media.jsonl", good_rows()[:20]),
+        write_rows(folder / "text.jsonl", [conversation(f"q{i}", "x" * i) for i in range(1, 31)]),
+    ]
+    data = create_data_config(folder, *paths, validation_size=0.2)
+    config = create_run_config(folder, data, steps=30)
+    return replace(config, evaluation=EvaluationConfig(**{"num_examples": 256, **fields}))
+
+
+def conversations(batches: Iterable[Batch]) -> list[tuple[int, ...]]:
+    """Return the token ids of every conversation, without padding, and the bytes of its images."""
+    found: list[tuple[int, ...]] = []
+    for batch in batches:
+        for ids_T in batch.input_ids_T.split(batch.meta.lengths_q):
+            ids = ids_T.tolist()
+            while ids[-1] == tiny_processor().config.bos_token_id:
+                ids.pop()
+            found.append(tuple(ids))
+    return found
+
+
+def test_a_validation_split_is_evaluated_and_never_trained_on(tmp_path: Path) -> None:
+    config = split_config(tmp_path)
+    processor = tiny_processor()
+    held_out = conversations(held_out_batches(config, 0, processor))
+    assert len(held_out) == 10
+    trained = conversations(iterate_batches(config, processor, 0))
+    dataset = open_dataset(config, 0, processor)
+    assert dataset.epochs(config.steps) > 3  # also not in a later epoch
+    assert len(set(trained)) == 40
+    assert not set(trained) & set(held_out)
+    # The same after a resume, in another process, at another batch size of the packing.
+    assert conversations(held_out_batches(config, 0, processor)) == held_out
+    assert not set(conversations(iterate_batches(config, processor, 17))) & set(held_out)
+
+
+def test_a_prefix_of_the_split_has_conversations_of_every_source(tmp_path: Path) -> None:
+    batches = held_out_batches(split_config(tmp_path, num_examples=5), 0, tiny_processor())
+    assert sorted(f for batch in batches for f in batch.families) == ["media"] * 2 + ["text"] * 3
+    metrics = Evaluator(split_config(tmp_path))(tiny_model(), tiny_processor(), 1)["held_out"]
+    assert set(metrics["families"]) == {"media", "text"}
+
+
+def test_batches_of_a_split_are_no_larger_than_bins(tmp_path: Path) -> None:
+    config = split_config(tmp_path)
+    batches = held_out_batches(config, 0, tiny_processor())
+    assert 1 < len(batches) < 10
+    assert all(len(batch.input_ids_T) <= 512 for batch in batches)
+
+
+def test_a_file_of_others_takes_the_place_of_a_split(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "others.jsonl", [conversation("other", "rows")])
+    config = split_config(tmp_path, path=str(path))
+    (batch,) = held_out_batches(config, 0, tiny_processor())
+    assert batch.families == ("others",)

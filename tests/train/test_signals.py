@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -24,6 +25,36 @@ def test_the_first_signal_is_recorded(name: str) -> None:
         assert handler.poll(SINGLE_PROCESS) == ""
         os.kill(os.getpid(), getattr(signal, name))
         assert handler.poll(SINGLE_PROCESS) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "SIGINT",
+            "\nqwen2vl: Ctrl-C: stopping after this step, with a checkpoint; Ctrl-C again to stop "
+            "now, without\n",
+        ),
+        ("SIGTERM", "qwen2vl: SIGTERM: stopping after this step, with a checkpoint\n"),
+    ],
+)
+def test_the_first_signal_is_acknowledged_at_once_by_rank_0(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    for rank, expected in ((None, text), ("0", text), ("1", "")):
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        with SignalHandler(0).handle_signals():
+            os.kill(os.getpid(), getattr(signal, name))
+            assert capfd.readouterr().err == expected  # between two bytecodes, before any poll
+
+
+def test_a_signal_is_recorded_where_stderr_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "__stderr__", None)
+    handler = SignalHandler(0)
+    with handler.handle_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert handler.poll(SINGLE_PROCESS) == "SIGINT"
 
 
 def test_a_second_interrupt_raises_at_once() -> None:

@@ -55,7 +55,10 @@ class ParquetSource:
         self._offsets = np.cumsum([0, *num_rows])
         self._digest = digest.hexdigest()
         if not len(self):
-            raise InputError(f"{self.paths[0]} holds no row")
+            raise InputError(
+                f"{self.paths[0]} holds no row; write one conversation a row, in the columns that "
+                "docs/training.md lists"
+            )
 
     def __len__(self) -> int:
         return int(self._offsets[-1])

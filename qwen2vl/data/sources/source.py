@@ -62,13 +62,21 @@ class SampleSource(Protocol):
 class JsonLinesSource:
     """JSON lines files: one object per line."""
 
-    def __init__(self, paths: Sequence[Path], media_root: str) -> None:
+    def __init__(
+        self, paths: Sequence[Path], media_root: str, names: Sequence[str] | None = None
+    ) -> None:
         """Index the lines of all files and hash their content, in one read.
+
+        Args:
+            paths: local files, or local copies.
+            media_root: base of relative media paths.
+            names: of the original files, for messages; default: the paths.
 
         Raises:
             InputError: a file is missing or empty.
         """
         self.paths, self.media_root = list(paths), media_root
+        self._names = [str(path) for path in paths] if names is None else list(names)
         self._line_spans: list[np.ndarray] = []
         digest = blake2b(digest_size=16)
         for path in self.paths:
@@ -76,7 +84,11 @@ class JsonLinesSource:
         self._digest = digest.hexdigest()
         self._offsets = np.cumsum([0, *map(len, self._line_spans)])
         if not len(self):
-            raise InputError(f"{self.paths[0]} holds no line")
+            raise InputError(
+                f"{self._names[0]} holds no line; write one conversation a line, as "
+                '{"messages": [{"role": "user", "content": "..."}, '
+                '{"role": "assistant", "content": "..."}]} (docs/training.md has all formats)'
+            )
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -88,7 +100,8 @@ class JsonLinesSource:
     def name(self, index: int) -> str:
         """Return the name of a sample: file and line number."""
         file_index, line = self._locate(index)
-        return f"{self.paths[file_index].name}:{self._line_spans[file_index][line, 0]}"
+        name = self._names[file_index].rpartition("/")[2]
+        return f"{name}:{self._line_spans[file_index][line, 0]}"
 
     def read(self, index: int, *, pixels: bool = True) -> Sample:
         """Read one line."""
@@ -149,6 +162,7 @@ def open_source(
         return JsonLinesSource(
             [_list_to_lines(_fetch_text(name, storage, cache_dir), cache_dir) for name in paths],
             media_root,
+            paths,
         )
     suffixes = ", ".join(JSON_SUFFIXES + PARQUET_SUFFIXES)
     raise ConfigError(
@@ -209,7 +223,7 @@ def _index_lines(path: Path, digest: Any) -> np.ndarray:
                 ends.append(newlines + size + 1)
                 size += len(chunk)
     except OSError as error:
-        raise InputError(f"{path}: no such file, or no permission; give data=FILE") from error
+        raise InputError(f"{path}: no such file, or no permission; check the path") from error
     bounds = np.unique(np.concatenate([np.zeros(1), *ends, np.array([size])]).astype(np.int64))
     spans = np.stack((np.arange(1, len(bounds)), bounds[:-1], bounds[1:]), axis=1)
     return spans[spans[:, 2] - spans[:, 1] > 2]

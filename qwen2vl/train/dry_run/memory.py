@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.parallel.activation_checkpointing import apply_activation_checkpointing
 from qwen2vl.parallel.fsdp import fsdp_units
 from qwen2vl.train.adapter import inject_adapter
@@ -138,8 +138,7 @@ def wrapped_meta_model(config: TrainConfig, model_config: Qwen2VLConfig) -> Qwen
     Raises:
         ConfigError: a pattern of the adapter matches nothing, or a size is impossible.
     """
-    with torch.device("meta"):
-        model = Qwen2VL(model_config)
+    model = meta_model(model_config)
     if config.adapter is not None:
         inject_adapter(model, replace(config.adapter, init=""), config.seed)
     checkpointing = config.activation_checkpointing

@@ -10,36 +10,31 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-
 from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.data.lengths import ProgressCallback
 from qwen2vl.data.preprocess import padded_length
-from qwen2vl.errors import ConfigError
-from qwen2vl.loading import load_processor
+from qwen2vl.model import meta_model
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.train.checkpoint import read_resume_step
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.dry_run.activation_memory import BatchShape
 from qwen2vl.train.dry_run.memory import StepMemory, estimate_step_memory, wrapped_meta_model
-from qwen2vl.train.init import fresh_processor
-from qwen2vl.train.loader.data_order import check_global_batch_sizes, stage_seed
-from qwen2vl.train.loader.dataloader import BatchDataset, num_local_workers, stage_processor
-from qwen2vl.train.optim.optimizers import check_trainable
+from qwen2vl.train.loader.data_order import check_global_batch_sizes
+from qwen2vl.train.loader.data_summary import DataSummary, summarize_data
+from qwen2vl.train.loader.dataloader import BatchDataset, check_fingerprints, open_dataset
+from qwen2vl.train.optim.optimizers import check_trainable, num_trainable
 
 __all__ = [
-    "SourceReport",
+    "ParameterCounts",
     "StageReport",
     "TextSpan",
-    "build_processor",
     "check_config",
     "estimate_duration",
     "estimate_synthetic_stage_memory",
@@ -52,38 +47,21 @@ MEMORY_WORLD_SIZES = (1, 8)  # for which memory is estimated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceReport:
-    """One data source of a stage."""
+class ParameterCounts:
+    """The numbers of parameters of a run."""
 
-    name: str
-    num_samples: int
-    num_entries: int  # samples of an epoch, with repeats
-    num_tokens: int  # of an epoch
-    num_targets: int  # of an epoch
-    bad: Mapping[str, int]  # reason -> samples
+    total: int  # of the model, without an adapter
+    trainable: Sequence[int]  # in each stage; of an adapter its factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
     """One stage that reads data from files."""
 
-    name: str
-    steps: int
-    sources: Sequence[SourceReport]
-    num_bins: int  # of an epoch
-    num_bins_per_step: int
-    max_tokens: int
-    packing_efficiency: float  # share of the bins' capacity that holds tokens
+    data: DataSummary
     imbalance: Mapping[int, float]  # world size -> vision tower time relative to equal shares
-    num_resized: int  # samples whose images are downscaled to fit into a bin
-    tokens_per_step: float
     memory: Mapping[int, StepMemory]  # world size -> memory of a step on a rank
     samples: Sequence[tuple[str, ModelInput]]  # a few of each source, by name
-
-    @property
-    def epochs(self) -> float:
-        """The number of epochs of the stage."""
-        return self.steps * self.num_bins_per_step / self.num_bins
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +72,8 @@ class TextSpan:
     is_supervised: bool
 
 
-def build_processor(config: TrainConfig) -> Processor:
-    """Build the processor of the run, without its model.
-
-    Raises:
-        ConfigError: the config has neither `init` nor `model`.
-        CheckpointError: `init` names no folder with a model.
-    """
-    if config.init:
-        return load_processor(config.init)
-    if config.model is None:
-        raise ConfigError(
-            f"run {config.name}: no model to start from; give model=FOLDER, a repo id or nano"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        return fresh_processor(config, config.model, Path(folder) / "tokenizer")
-
-
-def check_config(config: TrainConfig, processor: Processor) -> None:
-    """Check rules, adapter and batch sizes, before any data are measured.
+def check_config(config: TrainConfig, processor: Processor) -> ParameterCounts:
+    """Check rules, adapter and batch sizes, before any data are measured; count parameters.
 
     Raises:
         ConfigError: a rule or target module matches nothing, the rules of a stage freeze every
@@ -122,6 +83,11 @@ def check_config(config: TrainConfig, processor: Processor) -> None:
     for stage in config.stages:
         check_trainable(model, stage)
     check_global_batch_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    base_model = meta_model(processor.config)
+    return ParameterCounts(
+        total=sum(parameter.numel() for parameter in base_model.parameters()),
+        trainable=[num_trainable(model, stage) for stage in config.stages],
+    )
 
 
 def report_stages(
@@ -135,20 +101,20 @@ def report_stages(
 
     Raises:
         InputError: data are missing, damaged, too large for a bin, or too many are bad.
+        ConfigError: the run resumes, and its data are not those that it began with.
+        CheckpointError: as `read_resume_step`.
     """
     for stage_index, stage in enumerate(config.stages):
         if stage.data is None:
             continue
-        dataset = PackedDataset.open(
-            stage.data,
-            stage_processor(stage, processor),
-            seed=stage_seed(config, stage_index),
-            default_system=stage.default_system,
-            num_workers=num_local_workers(config),
-            progress=progress,
+        dataset = open_dataset(config, stage_index, processor, progress=progress)
+        check_fingerprints(config, {stage_index: dataset}, read_resume_step(config))
+        yield StageReport(
+            data=summarize_data(config, stage_index, dataset),
+            imbalance=_imbalance(dataset),
+            memory=_stage_memory(config, processor, stage, dataset),
+            samples=_sample_inputs(dataset, samples_per_source),
         )
-        memory = _stage_memory(config, processor, stage, dataset)
-        yield _stage_report(stage.name, stage.steps, dataset, memory, samples_per_source)
 
 
 def estimate_synthetic_stage_memory(
@@ -245,51 +211,13 @@ def _largest_batch_shape(dataset: PackedDataset, bins_per_batch: int) -> BatchSh
     return BatchShape(tuple(sorted(lengths)), tuple(sorted(frames)), targets)
 
 
-def _stage_report(
-    name: str,
-    steps: int,
-    dataset: PackedDataset,
-    memory: Mapping[int, StepMemory],
-    samples_per_source: int,
-) -> StageReport:
-    plan, data = dataset.plan, dataset.data
-    tokens = int(dataset.tokens[plan.entries].sum(dtype=np.int64))
-    return StageReport(
-        name=name,
-        steps=steps,
-        sources=[
-            _source_report(source_index, dataset) for source_index in range(len(dataset.sources))
-        ],
-        num_bins=len(plan),
-        num_bins_per_step=data.global_batch_size,
-        max_tokens=data.max_tokens,
-        packing_efficiency=tokens / (len(plan) * data.max_tokens),
-        imbalance={
-            n: plan.imbalance(n)
-            for n in IMBALANCE_WORLD_SIZES
-            if data.global_batch_size % n == 0 and n <= len(plan)
-        },
-        num_resized=len(dataset.resized),
-        tokens_per_step=tokens * data.global_batch_size / len(plan),
-        memory=memory,
-        samples=_sample_inputs(dataset, samples_per_source),
-    )
-
-
-def _source_report(source_index: int, dataset: PackedDataset) -> SourceReport:
-    first, last = dataset.offsets[source_index : source_index + 2].tolist()
-    own_entries = dataset.plan.entries[
-        (dataset.plan.entries >= first) & (dataset.plan.entries < last)
-    ]
-    table = dataset.lengths[source_index]
-    return SourceReport(
-        name=dataset.labels[source_index],
-        num_samples=len(table),
-        num_entries=len(own_entries),
-        num_tokens=int(dataset.tokens[own_entries].sum(dtype=np.int64)),
-        num_targets=int(dataset.targets[own_entries].sum(dtype=np.int64)),
-        bad=Counter(reason for reason, _ in table.bad.values()),
-    )
+def _imbalance(dataset: PackedDataset) -> dict[int, float]:
+    plan, num_bins_per_step = dataset.plan, dataset.data.global_batch_size
+    return {
+        n: plan.imbalance(n)
+        for n in IMBALANCE_WORLD_SIZES
+        if num_bins_per_step % n == 0 and n <= len(plan)
+    }
 
 
 def _sample_inputs(dataset: PackedDataset, samples_per_source: int) -> list[tuple[str, ModelInput]]:

@@ -13,7 +13,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from qwen2vl.data.bin_planner import describe_remedy
 from qwen2vl.data.config import DataConfig
+from qwen2vl.data.formats import describe_reasons
 from qwen2vl.errors import InputError
 from qwen2vl.train.loader.batch import Batch
 
@@ -57,10 +59,10 @@ class BadSampleTracker:
             for sample in batch.bad_samples:
                 file.write(json.dumps({"step": step, **sample._asdict()}) + "\n")
         if not data.tolerates(self.reasons.total(), self.num_seen, num_total):
-            reasons = ", ".join(f"{count:,} {name}" for name, count in self.reasons.most_common())
+            num_bad = self.reasons.total()
             raise InputError(
-                f"step {step}: {self.reasons.total():,} of {self.num_seen:,} samples are bad "
-                f"({reasons}), the limit is {data.max_bad_fraction:.2%}; "
-                f"{'; '.join(self._last_named)}; all are in "
-                f"{self.path}: fix them, or raise data.max_bad_fraction"
+                f"step {step}: {num_bad:,} of {self.num_seen:,} samples are bad "
+                f"({describe_reasons(self.reasons)}), the limit is {data.max_bad_fraction:.2%}; "
+                f"{'; '.join(self._last_named)}; all are in {self.path}: "
+                f"{describe_remedy(num_bad, self.num_seen)}"
             )

@@ -53,7 +53,11 @@ def check_global_batch_sizes(config: TrainConfig, world_size: int) -> None:
         ConfigError: bins do not divide evenly, or there are fewer conversations than batches.
     """
     num_batches = world_size * config.gradient_accumulation_steps
-    among = f"{world_size} ranks x {config.gradient_accumulation_steps} batches"
+    ranks = f"{world_size} rank" + "s" * (world_size != 1)
+    among = (
+        f"{num_batches} batches ({ranks} x "
+        f"gradient_accumulation_steps={config.gradient_accumulation_steps})"
+    )
     for stage in config.stages:
         if not stage.steps:
             continue

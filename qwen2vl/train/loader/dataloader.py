@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from qwen2vl.data.dataset import PackedDataset
+from qwen2vl.data.lengths import ProgressCallback
 from qwen2vl.data.preprocess import BadSample, TrainingExample
 from qwen2vl.data.sources.synthetic import with_default_system
 from qwen2vl.data.workers import iterate_in_workers
@@ -37,9 +38,12 @@ from qwen2vl.train.loader.data_order import (
 
 __all__ = [
     "BatchDataset",
+    "check_fingerprints",
     "iterate_batches",
     "num_local_workers",
+    "open_dataset",
     "open_datasets",
+    "read_batch",
     "stage_processor",
 ]
 
@@ -85,8 +89,10 @@ class BatchDataset(Dataset[Batch]):
             world_size=self.world_size * self.config.gradient_accumulation_steps,
         )
         processor = stage_processor(stage, self.processor)
-        return self._pack(
-            stage, [_synthetic_example(processor, stage, seed, index) for index in indices]
+        return _pack(
+            [_synthetic_example(processor, stage, seed, index) for index in indices],
+            stage,
+            processor,
         )
 
     def _read_data(self, step: int, microbatch: int) -> Batch:
@@ -106,20 +112,7 @@ class BatchDataset(Dataset[Batch]):
             for bin_number in bin_numbers.tolist()
             for entry in dataset.plan.members(bin_number).tolist()
         ]
-        examples, bad_samples = dataset.read(entries)
-        return self._pack(stage, examples, tuple(bad_samples))
-
-    def _pack(
-        self, stage: Stage, examples: list[TrainingExample], bad_samples: tuple[BadSample, ...] = ()
-    ) -> Batch:
-        config = self.processor.config
-        return pack_batch(
-            examples,
-            pad_id=config.bos_token_id,  # <|endoftext|>, as everywhere in Qwen2
-            weighting=stage.weighting,
-            patch_dim=config.vision.patch_dim,
-            bad_samples=bad_samples,
-        )
+        return read_batch(dataset, stage, entries)
 
 
 def iterate_batches(
@@ -147,7 +140,8 @@ def iterate_batches(
     if datasets is None:
         datasets = open_datasets(config, processor)
     if datasets and rank == 0:
-        _check_fingerprints(Path(config.folder), config, datasets, start)
+        check_fingerprints(config, datasets, start)
+        _write_fingerprints(config, datasets)
     num_workers = num_local_workers(config)
     batches = iterate_in_workers(
         BatchDataset(config, processor, datasets, rank, world_size),
@@ -162,8 +156,18 @@ def iterate_batches(
     return _tracking_bad_samples(batches, config, datasets, start, rank) if datasets else batches
 
 
-def open_datasets(config: TrainConfig, processor: Processor) -> dict[int, PackedDataset]:
+def open_datasets(
+    config: TrainConfig,
+    processor: Processor,
+    *,
+    progress: ProgressCallback = lambda what, done, total: None,
+) -> dict[int, PackedDataset]:
     """Open the dataset of each stage that has one, by stage index; measures new sources.
+
+    Args:
+        config: of the run.
+        processor: of its model.
+        progress: called while samples are measured.
 
     Raises:
         FontError: fonts of any stage are not installed. A worker could raise it only when its stage
@@ -175,16 +179,52 @@ def open_datasets(config: TrainConfig, processor: Processor) -> dict[int, Packed
         if stage.data is None and stage.mixture is not None:
             check_fonts(stage.mixture)
     return {
-        stage_index: PackedDataset.open(
-            stage.data,
-            stage_processor(stage, processor),
-            seed=stage_seed(config, stage_index),
-            default_system=stage.default_system,
-            num_workers=num_local_workers(config),
-        )
+        stage_index: open_dataset(config, stage_index, processor, progress=progress)
         for stage_index, stage in enumerate(config.stages)
         if stage.data is not None and stage.steps
     }
+
+
+def open_dataset(
+    config: TrainConfig,
+    stage_index: int,
+    processor: Processor,
+    *,
+    progress: ProgressCallback = lambda what, done, total: None,
+) -> PackedDataset:
+    """Open the dataset of a stage that reads data; raises as `open_datasets`."""
+    stage = config.stages[stage_index]
+    assert stage.data is not None, "a stage of synthetic samples has no dataset"
+    return PackedDataset.open(
+        stage.data,
+        stage_processor(stage, processor),
+        seed=stage_seed(config, stage_index),
+        default_system=stage.default_system,
+        num_workers=num_local_workers(config),
+        progress=progress,
+    )
+
+
+def read_batch(dataset: PackedDataset, stage: Stage, entries: Iterable[int]) -> Batch:
+    """Read entries of a stage's dataset as one batch, which lists the bad ones among them."""
+    examples, bad_samples = dataset.read(entries)
+    return _pack(examples, stage, dataset.processor, tuple(bad_samples))
+
+
+def _pack(
+    examples: Sequence[TrainingExample],
+    stage: Stage,
+    processor: Processor,
+    bad_samples: tuple[BadSample, ...] = (),
+) -> Batch:
+    config = processor.config
+    return pack_batch(
+        examples,
+        pad_id=config.bos_token_id,  # <|endoftext|>, as everywhere in Qwen2
+        weighting=stage.weighting,
+        patch_dim=config.vision.patch_dim,
+        bad_samples=bad_samples,
+    )
 
 
 def num_local_workers(config: TrainConfig) -> int:
@@ -221,14 +261,20 @@ def _tracking_bad_samples(
         yield batch
 
 
-def _check_fingerprints(
-    folder: Path, config: TrainConfig, datasets: dict[int, PackedDataset], start: int
+def check_fingerprints(
+    config: TrainConfig, datasets: Mapping[int, PackedDataset], start: int
 ) -> None:
-    """Refuse to resume with other data than the run began with: steps would have other samples."""
-    current = {
-        config.stages[stage_index].name: dataset.fingerprint
-        for stage_index, dataset in datasets.items()
-    }
+    """Refuse to resume with other data than the run began with: steps would have other samples.
+
+    Args:
+        config: of the run.
+        datasets: by stage index; need not be all of the run.
+        start: the step at which the run resumes; 0 begins it anew.
+
+    Raises:
+        ConfigError: the data differ.
+    """
+    folder, current = Path(config.folder), _fingerprints(config, datasets)
     path = folder / FINGERPRINTS_FILE
     if start and path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -238,8 +284,20 @@ def _check_fingerprints(
                 "with (a bad sample that was fixed counts too); restore those, or begin "
                 "another run with output_dir=FOLDER"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(current, indent=1), encoding="utf-8")
+
+
+def _write_fingerprints(config: TrainConfig, datasets: Mapping[int, PackedDataset]) -> None:
+    path = Path(config.folder) / FINGERPRINTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_fingerprints(config, datasets), indent=1), encoding="utf-8")
+
+
+def _fingerprints(config: TrainConfig, datasets: Mapping[int, PackedDataset]) -> dict[str, str]:
+    """Return the fingerprints of the stages' data, by the names of the stages."""
+    return {
+        config.stages[stage_index].name: dataset.fingerprint
+        for stage_index, dataset in datasets.items()
+    }
 
 
 def _synthetic_example(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from qwen2vl.errors import ConfigError
 if TYPE_CHECKING:  # imports torch, which `qwen2vl plot` does not need
     from qwen2vl.train.config import TrainConfig
 
-__all__ = ["MetricLogger", "flatten_scalars", "open_loggers"]
+__all__ = ["MetricLogger", "check_logger_package", "flatten_scalars", "open_loggers"]
 
 MetricLogger = Callable[[Mapping[str, Any]], None]
 
@@ -35,6 +36,16 @@ def open_loggers(config: TrainConfig) -> list[MetricLogger]:
     if config.report_to == "wandb":
         return [_wandb_logger(config)]
     return []
+
+
+def check_logger_package(config: TrainConfig) -> None:
+    """Check that the package of `config.report_to` is installed, without importing it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.report_to != "jsonl" and find_spec(config.report_to) is None:
+        raise _missing_package(config.report_to)
 
 
 def flatten_scalars(record: Mapping[str, Any]) -> dict[str, float]:

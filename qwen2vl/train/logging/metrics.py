@@ -84,6 +84,11 @@ class Metrics:
         self._start_time = time.perf_counter()
         self._accumulator = MetricAccumulator()
 
+    @property
+    def seconds(self) -> float:
+        """The time since the last report, on this rank, without evaluations."""
+        return time.perf_counter() - self._start_time
+
     def start_phase(self, phase: str) -> None:
         """Start a phase of the step: data, forward, backward, optimizer or other."""
         self.timer.start(phase)
@@ -105,7 +110,7 @@ class Metrics:
 
     def summarize(self, vector: Tensor) -> dict[str, Any]:
         """Compute the metrics of a record from a vector, of this rank or reduced over all."""
-        seconds = time.perf_counter() - self._start_time
+        seconds = self.seconds
         sums = unpack_sums(vector, self._family_names, self._distributed.world_size)
         self._num_bad += int(sums.counts["bad"])
         return {
@@ -127,22 +132,28 @@ class Metrics:
     def log_evaluation(
         self, step: int, evaluate: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Write a record of what `evaluate` returns; its time is excluded from throughput."""
-        with self._timers_paused():
-            record = {"step": step, **evaluate()}
-        self._write(record)
+        """Write a record of what `evaluate` returns; its time is excluded from throughput.
+
+        Nothing is written where nothing was evaluated, since a stage has no held-out data.
+        """
+        with self.timers_paused():
+            results = evaluate()
+        record = {"step": step, **results}
+        if results:
+            self._write(record)
         return record
 
-    @property
-    def _family_names(self) -> Sequence[str]:
-        return self._accumulator.families if self._families is None else self._families
-
     @contextmanager
-    def _timers_paused(self) -> Iterator[None]:
+    def timers_paused(self) -> Iterator[None]:
+        """Exclude the time inside the context from throughput and from the phases of a step."""
         start = time.perf_counter()
         with self.timer.paused():
             yield
         self._start_time += time.perf_counter() - start
+
+    @property
+    def _family_names(self) -> Sequence[str]:
+        return self._accumulator.families if self._families is None else self._families
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._distributed.rank:

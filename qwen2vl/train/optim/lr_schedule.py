@@ -11,11 +11,12 @@ warmup-stable-decay; arXiv 1608.03983 for the cosine.)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.train.loader.data_order import locate_step
 
-__all__ = ["is_in_warmup", "lr_factor"]
+__all__ = ["describe_warmup", "is_in_warmup", "lr_factor"]
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
@@ -38,3 +39,13 @@ def lr_factor(config: TrainConfig, step: int) -> float:
 def is_in_warmup(config: TrainConfig, num_steps: int) -> bool:
     """Return whether a stage is still in its warmup after `num_steps` of its steps (not at 0)."""
     return 0 < num_steps < config.optim.warmup_steps
+
+
+def describe_warmup(config: TrainConfig) -> Iterator[str]:
+    """Yield a warning for each stage that ends in its warmup, so that the model learns little."""
+    for stage in config.stages:
+        if is_in_warmup(config, stage.steps):
+            yield (
+                f"stage {stage.name}: its {stage.steps:,} steps are all warm-up, in which the "
+                "learning rate still rises; give fewer, optim.warmup_steps=N"
+            )

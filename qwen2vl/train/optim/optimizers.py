@@ -28,6 +28,7 @@ __all__ = [
     "apply_lr_rules",
     "check_trainable",
     "match_lr_rules",
+    "num_trainable",
     "optimizer_state_bytes",
 ]
 
@@ -74,6 +75,13 @@ def check_trainable(model: nn.Module, stage: Stage) -> None:
     scales = match_lr_rules((name for name, _ in model.named_parameters()), stage.rules)
     if all(scale == FROZEN for scale in scales.values()):
         raise ConfigError(f"stage {stage.name}: its rules freeze every parameter")
+
+
+def num_trainable(model: nn.Module, stage: Stage) -> int:
+    """Return the number of parameters that a stage trains; raises as `match_lr_rules`."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    scales = match_lr_rules(sizes, stage.rules)
+    return sum(size for name, size in sizes.items() if scales[name] != FROZEN)
 
 
 def always_frozen(model: nn.Module, stages: Iterable[Stage]) -> set[str]:

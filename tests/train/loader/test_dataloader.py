@@ -143,11 +143,12 @@ def test_bad_samples_are_listed_by_id_and_never_replaced(folder: Path) -> None:
     assert line["id"] == "rows.jsonl:42"
     assert line["reason"] == "missing"
     assert line["step"] >= 1
-    assert "none.png is missing in" in line["text"]
+    assert "none.png is missing in /" in line["text"]
 
 
 def test_too_many_bad_samples_are_refused_before_the_run(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"1 of 42 samples are bad \(1 missing\).*rows.jsonl:42"):
+    match = r"1 of 42 samples are bad \(1 with a missing media file\).*rows.jsonl:42"
+    with pytest.raises(InputError, match=match):
         iterate_batches(config_of(folder, "data.max_bad_fraction=0.01"), tiny_processor(), 0)
 
 
@@ -162,9 +163,8 @@ def test_samples_that_become_bad_end_the_run_above_the_limit(tmp_path: Path) -> 
     for i in range(5):  # complete headers, damaged pixels
         path = tmp_path / f"{i}.png"
         path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(
-        InputError, match=r"step 1: 1\d of 1\d samples are bad \(1\d image\).*2.00%.* damaged"
-    ):
+    match = r"step 1: 1\d of 1\d samples are bad \(1\d with an unreadable image\).*2.00%.* damaged"
+    with pytest.raises(InputError, match=match):
         list(stream)
 
 
@@ -217,7 +217,7 @@ def test_an_indivisible_batch_size_is_refused_before_reading(
     monkeypatch.setattr(PackedDataset, "open", lambda *_, **__: pytest.fail("measured"))
     text = (
         r"stage read: data.global_batch_size is 4, "
-        r"which 3 ranks x 1 batches cannot share evenly; .* of 3"
+        r"which 3 batches \(3 ranks x gradient_accumulation_steps=1\) cannot share evenly; .* of 3"
     )
     with pytest.raises(ConfigError, match=text):
         iterate_batches(config_of(folder), tiny_processor(), 0, world_size=3)

@@ -6,7 +6,7 @@ import pytest
 
 from qwen2vl.recipes import tiny
 from qwen2vl.train.config import override
-from qwen2vl.train.optim.lr_schedule import is_in_warmup, lr_factor
+from qwen2vl.train.optim.lr_schedule import describe_warmup, is_in_warmup, lr_factor
 
 
 def lr_factors(*overrides: str) -> list[float]:
@@ -55,3 +55,12 @@ def test_warmup_ends_at_the_peak_learning_rate() -> None:
     ]
     assert not is_in_warmup(config, 0)
     assert not is_in_warmup(override(config, ["optim.warmup_steps=0"]), 1)
+
+
+@pytest.mark.parametrize(("warmup_steps", "stages"), [(10, []), (11, ["words", "see"])])
+def test_stages_that_are_all_warmup_are_described(warmup_steps: int, stages: list[str]) -> None:
+    overrides = [f"stages.{i}.steps={n}" for i, n in enumerate((10, 10, 11, 0))]
+    config = override(tiny.recipe(), [*overrides, f"optim.warmup_steps={warmup_steps}"])
+    assert [text.split(":")[0] for text in describe_warmup(config)] == [
+        f"stage {name}" for name in stages
+    ]

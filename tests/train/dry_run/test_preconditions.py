@@ -1,0 +1,31 @@
+"""Preconditions of a run: local files must exist, remote ones are not looked up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen2vl.errors import InputError
+from qwen2vl.recipes import lora, stage1_vision
+from qwen2vl.train.config import override
+from qwen2vl.train.dry_run.preconditions import check_preconditions
+
+
+def test_remote_data_are_not_looked_up_before_they_are_opened() -> None:
+    recipe = lora.recipe()
+    config = override(recipe, ["data=s3://bucket/rows.jsonl", "validation=s3://bucket/more.jsonl"])
+    check_preconditions(config, recipe)
+
+
+def test_files_folders_and_patterns_that_exist_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    recipe = lora.recipe()
+    for path in ("rows.jsonl", "", "*.jsonl"):
+        check_preconditions(override(recipe, [f"data={tmp_path / path}"]), recipe)
+
+
+def test_data_that_only_the_recipe_names_are_asked_for() -> None:
+    recipe = stage1_vision.recipe()
+    with pytest.raises(InputError, match="stage1_vision reads data: give data=FILE, since data/"):
+        check_preconditions(recipe, recipe)
