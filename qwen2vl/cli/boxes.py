@@ -1,13 +1,16 @@
-"""Grounding output of a completion: boxes, quads and points in pixels, as text and drawn.
+"""Grounding output of a completion: boxes, quads and points as readable text, in pixels.
 
 Coordinates are pixels of the original image (after EXIF orientation, unless the video preset
-ignores it), not of the resized one. Where a prompt has several images, boxes are assigned to the
-first, since the output does not name an image.
+ignores it), not of the resized one. The output does not say which image of a prompt it means:
+where they differ in size, the text has the pixels in each of them. annotate.py draws them.
+
+    <|object_ref_start|>cat<|object_ref_end|><|box_start|>(440,212),(580,320)<|box_end|>
+    cat: (176, 106) to (232, 160)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,20 +18,21 @@ from qwen2vl import grounding
 from qwen2vl.cli import terminal
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
-
     from qwen2vl.engine.outputs import ItemReport
-    from qwen2vl.processor.processor import Processor
+    from qwen2vl.processor.inputs import Item
 
 __all__ = [
+    "GroundingText",
     "PixelShape",
-    "draw_shapes",
     "parse_shapes",
-    "save_annotated_image",
+    "readable_text",
+    "shapes_in_size",
     "strip_grounding_tokens",
 ]
 
-COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
+THOUSANDTHS = (1000, 1000)  # the size in which coordinates of a prompt without images are given
+SPECIAL = "<|"  # begins every special token
+STARTS = (grounding.REF_START, grounding.BOX_START, grounding.QUAD_START)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,62 +45,30 @@ class PixelShape:
     @property
     def text(self) -> str:
         """The shape as a line of escaped text: `the cat: (176, 106) to (232, 160)`."""
-        points = [f"({x:.0f}, {y:.0f})" for x, y in self.corners]
-        separator = " to " if len(points) == 2 else " "
-        return f"{terminal.escape_control_characters(self.phrase)}: {separator.join(points)}"
+        phrase = terminal.escape_control_characters(self.phrase)
+        return f"{phrase}: {_format_corners(self.corners)}"
 
 
-def parse_shapes(text: str, items: Sequence[ItemReport]) -> list[PixelShape]:
+def parse_shapes(text: str, items: Sequence[Item | ItemReport]) -> list[PixelShape]:
     """Parse the shapes of a completion, in pixels of the first item at its original size."""
-    if not items:
-        return []
+    return shapes_in_size(text, items[0].original_size) if items else []
+
+
+def shapes_in_size(text: str, size: grounding.Size) -> list[PixelShape]:
+    """Parse the shapes of a completion, in pixels of an image of `size` (height, width)."""
     shapes: list[PixelShape] = []
     entries = grounding.parse(text)
     for number, entry in enumerate(entries, 1):
-        numbers = entry.shape.to_pixels(items[0].original_size)
-        corners = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+        corners = _corners(entry.shape, size)
         unnamed = f"box {number}" if len(entries) > 1 else "box"
         shapes.append(PixelShape(phrase=entry.phrase or unnamed, corners=corners))
     return shapes
 
 
-def save_annotated_image(
-    source: str, shapes: Sequence[PixelShape], output: str, processor: Processor
-) -> None:
-    """Draw shapes on an image file, oriented as by `processor`, and write it to `output`.
-
-    Without shapes nothing is written.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    from qwen2vl.processor.media.rgb import open_image
-    from qwen2vl.processor.video import find_video_preset
-
-    if not shapes:
-        terminal.note(f"the answer has no boxes: {output} was not written")
-        return
-    # Boxes refer to the orientation in which the preset passes the image to the model.
-    preset = find_video_preset(processor.video_preset)
-    image, _ = open_image(
-        source,
-        processor.limits,
-        source,
-        apply_exif_orientation=preset.apply_exif_orientation,
-    )
-    draw_shapes(image, shapes)
-    terminal.save_image(image, output)
-    terminal.note(f"wrote {output}")
-
-
-def draw_shapes(image: Image.Image, shapes: Sequence[PixelShape]) -> None:
-    """Draw shapes with their phrases on an image, in place."""
-    from PIL import ImageDraw
-
-    pen = ImageDraw.Draw(image)
-    width = max(2, round(max(image.size) / 300))
-    for number, shape in enumerate(shapes):
-        _draw_shape(pen, shape, COLORS[number % len(COLORS)], width)
+def readable_text(text: str, items: Sequence[Item | ItemReport]) -> str:
+    """Return a completion with its grounding spans as phrases and pixels."""
+    converter = GroundingText(items)
+    return converter.feed(text) + converter.finish()
 
 
 def strip_grounding_tokens(text: str) -> str:
@@ -106,15 +78,91 @@ def strip_grounding_tokens(text: str) -> str:
     return text
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: PixelShape, color: str, width: int) -> None:
-    size = max(12, 6 * width)
-    (left, top), *rest = shape.corners
-    if not rest:
-        pen.circle((left, top), 3 * width, outline=color, width=width)
-    elif len(rest) == 1:
-        pen.rectangle((left, top, *rest[0]), outline=color, width=width)
-    else:
-        pen.line((*shape.corners, shape.corners[0]), fill=color, width=width)
-    label = shape.phrase.encode("ascii", "replace").decode()
-    position = (left + width, top - size - width if top > size + width else top + width)
-    pen.text(position, label, fill=color, font_size=size, stroke_width=1, stroke_fill="white")
+class GroundingText:
+    """Streaming conversion of a completion to readable text: `feed` each delta, then `finish`.
+
+    A span is returned when it is complete; other text at once. Two shapes that follow each other
+    without a line break are separated by one, or by a comma if they share a phrase.
+    """
+
+    def __init__(self, items: Sequence[Item | ItemReport]) -> None:
+        """Convert coordinates to pixels of `items`, the images and videos that may be meant."""
+        # One of each size: boxes have the same pixels in images of the same size.
+        sizes = {item.original_size: item.name for item in reversed(items)}
+        self._names = {size: sizes[size] for size in dict.fromkeys(i.original_size for i in items)}
+        self._pending = ""
+        self._previous = "text"  # what the last converted piece was: text, phrase or shape
+
+    def feed(self, delta: str) -> str:
+        """Convert a piece of text; return what is complete."""
+        self._pending += delta
+        return "".join(self._convert(is_last=False))
+
+    def finish(self) -> str:
+        """Return what was held back, at the end of the text."""
+        return "".join(self._convert(is_last=True))
+
+    def _convert(self, *, is_last: bool) -> Iterator[str]:
+        while self._pending:
+            start = self._pending.find(SPECIAL)
+            if start < 0:
+                is_cut = self._pending.endswith(SPECIAL[0]) and not is_last
+                yield self._take_text(len(self._pending) - is_cut)
+                return
+            if start > 0:
+                yield self._take_text(start)
+            token = next((t for t in grounding.GROUNDING_TOKENS if self._pending.startswith(t)), "")
+            if not token:
+                may_become_one = any(
+                    t.startswith(self._pending) for t in grounding.GROUNDING_TOKENS
+                )
+                if may_become_one and not is_last:
+                    return
+                yield self._take_text(len(SPECIAL))
+            elif token not in STARTS:
+                self._pending = self._pending.removeprefix(token)
+            else:
+                # A span ends at any special token: small models forget end tokens.
+                end = self._pending.find(SPECIAL, len(token))
+                if end < 0 and not is_last:
+                    return
+                end = len(self._pending) if end < 0 else end
+                body, self._pending = self._pending[len(token) : end], self._pending[end:]
+                yield self._format_span(token, body)
+
+    def _take_text(self, length: int) -> str:
+        text, self._pending = self._pending[:length], self._pending[length:]
+        if text:
+            self._previous = "text"
+        return text
+
+    def _format_span(self, token: str, body: str) -> str:
+        previous = self._previous
+        if token == grounding.REF_START:
+            self._previous = "phrase"
+            return ("\n" if previous == "shape" else "") + body
+        self._previous = "shape"
+        separator = {"text": "", "phrase": ": ", "shape": ", "}[previous]
+        shapes = [entry.shape for entry in grounding.parse(token + body)]
+        # Without a valid count of numbers nothing can be drawn; what the model wrote is shown.
+        return separator + (", ".join(map(self._format_shape, shapes)) or body)
+
+    def _format_shape(self, shape: grounding.GroundingShape) -> str:
+        sizes = self._names or {THOUSANDTHS: ""}
+        texts = [_format_corners(_corners(shape, size)) for size in sizes]
+        if len(texts) == 1:
+            return texts[0]
+        names = [terminal.escape_control_characters(name) for name in self._names.values()]
+        return ", ".join(f"{text} in {name}" for text, name in zip(texts, names, strict=True))
+
+
+def _corners(
+    shape: grounding.GroundingShape, size: grounding.Size
+) -> tuple[tuple[float, float], ...]:
+    numbers = shape.to_pixels(size)
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _format_corners(corners: Sequence[tuple[float, float]]) -> str:
+    points = [f"({x:.0f}, {y:.0f})" for x, y in corners]
+    return (" to " if len(points) == 2 else " ").join(points)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qwen2vl.cli import terminal
+from qwen2vl.cli.training_summary import print_data, print_evaluation, print_resume, print_run
 
 if TYPE_CHECKING:
     from qwen2vl.processor.inputs import ModelInput
@@ -22,73 +23,65 @@ if TYPE_CHECKING:
 __all__ = ["dry_run"]
 
 
-def dry_run(config: TrainConfig) -> None:
-    """Print for each stage its data, packing efficiency and load balance, memory, and samples."""
+def dry_run(config: TrainConfig, recipe: TrainConfig) -> None:
+    """Print for each stage its data, packing efficiency and load balance, memory, and samples.
+
+    Args:
+        config: of the run.
+        recipe: the same before any override.
+    """
+    from qwen2vl.train.checkpoint import read_resume_step
+    from qwen2vl.train.dry_run.preconditions import check_preconditions
     from qwen2vl.train.dry_run.report import (
-        build_processor,
         check_config,
         estimate_duration,
         estimate_synthetic_stage_memory,
         report_stages,
     )
-    from qwen2vl.train.optim.lr_schedule import is_in_warmup
+    from qwen2vl.train.init import build_processor
+    from qwen2vl.train.optim.lr_schedule import describe_warmup
 
+    step = read_resume_step(config)
     processor = build_processor(config)
-    check_config(config, processor)
+    parameters = check_config(config, processor)
+    check_preconditions(config, recipe)
+    print_run(config, parameters)
+    print_resume(config, step)
+    for text in describe_warmup(config):
+        terminal.note(text)
     tokens = 0.0
     for number, stage in enumerate(config.stages):
-        if stage.data is None:
-            terminal.echo(f"stage {stage.name}: {stage.steps:,} steps of synthetic data")
+        if stage.data is None and stage.steps:
+            terminal.echo(f"\nstage {stage.name}: {stage.steps:,} steps of synthetic data")
             _print_memory(estimate_synthetic_stage_memory(config, processor, number))
     with terminal.progress_bar() as progress:
         reports = list(report_stages(config, processor, progress=progress))
-    for stage in config.stages:
-        if is_in_warmup(config, stage.steps):
-            terminal.note(
-                f"stage {stage.name}: its {stage.steps:,} steps are all warm-up, in which the "
-                "learning rate still rises; give fewer, optim.warmup_steps=N"
-            )
     for report in reports:
-        tokens += report.tokens_per_step * report.steps
-        _print_stage(report)
+        tokens += report.data.tokens_per_step * report.data.steps
+        terminal.echo("")
+        print_data(config, report.data)
+        _print_packing(report)
         for name, sample in report.samples:
             terminal.echo(f"\n{name}")
             terminal.echo(_render_sample(sample, processor))
+    terminal.echo("")
+    print_evaluation(config, processor)
     seconds = estimate_duration(config, tokens)
     if seconds is not None:
         duration = terminal.format_duration(seconds)
         terminal.echo(
-            f"\n{tokens:,.0f} tokens take {duration}, at the throughput of this run's last report"
+            f"{tokens:,.0f} tokens take {duration}, at the throughput of this run's last report"
         )
 
 
-def _print_stage(report: StageReport) -> None:
-    titles = ("source", "samples", "in an epoch", "tokens", "supervised", "bad")
-    rows = [
-        (
-            source.name,
-            f"{source.num_samples:,}",
-            f"{source.num_entries:,}",
-            f"{source.num_tokens:,}",
-            f"{source.num_targets:,}",
-            ", ".join(f"{count:,} {reason}" for reason, count in source.bad.items()) or "none",
-        )
-        for source in report.sources
-    ]
-    terminal.echo(f"stage {report.name}: {report.steps:,} steps, {report.epochs:.3g} epochs")
-    terminal.echo_table(titles, rows, left_aligned=("source", "bad"))
-    terminal.echo(
-        f"bins     {report.num_bins:,} in an epoch, {report.num_bins_per_step:,} in a step of "
-        f"{report.tokens_per_step:,.0f} tokens"
-    )
-    terminal.echo(f"fill     {report.packing_efficiency:.1%} of {report.max_tokens:,} tokens")
+def _print_packing(report: StageReport) -> None:
+    data = report.data
+    terminal.echo(f"fill     {data.packing_efficiency:.1%} of {data.max_tokens:,} tokens")
     imbalance = ", ".join(
         f"{value:.3f} on {ranks} ranks" for ranks, value in report.imbalance.items()
     )
     if imbalance:
         terminal.echo(f"balance  {imbalance}: vision tower time relative to equal shares")
-    if report.num_resized:
-        terminal.echo(f"resized  {report.num_resized:,} samples whose images exceeded a bin")
     _print_memory(report.memory)
 
 

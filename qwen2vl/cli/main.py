@@ -1,11 +1,13 @@
-"""The command `qwen2vl`: dispatch to a subcommand, and format every error as one line on stderr.
+"""The command `qwen2vl`: dispatch to a subcommand, and report every error on stderr.
 
-Subcommands are listed in COMMANDS and imported lazily. Exit codes: 0 success, 1 failure, 2 invalid
-usage or input, 130 interrupted; a traceback is shown only with --debug.
+Subcommands are listed in COMMANDS and imported lazily. Exit codes: 0 success; 2 what was given is
+invalid (arguments, files, images, folders of models and adapters); 1 the machine or the program
+failed, or a comparison found a difference; 130 interrupted. A traceback is shown only with --debug.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -17,7 +19,8 @@ import click
 
 import qwen2vl
 from qwen2vl.cli import terminal
-from qwen2vl.errors import Qwen2VLError
+from qwen2vl.errors import Qwen2VLError, suggest
+from qwen2vl.threads import limit_spinning
 
 __all__ = ["COMMANDS", "LazyGroup", "main"]
 
@@ -40,6 +43,8 @@ COMMANDS = {
 
 INTERRUPTED = 130
 
+MACHINE_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
 
 class LazyGroup(click.Group):
     """Click group that imports its commands lazily and reports errors as one line."""
@@ -56,6 +61,15 @@ class LazyGroup(click.Group):
             return None
         name = cmd_name.replace("-", "_")
         return getattr(import_module(f"qwen2vl.cli.commands.{name}"), name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments name; an unknown one suggests the nearest."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            ctx.fail(f"No such command {name!r}; {suggest(name, COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the command list of --help without importing the commands."""
@@ -84,6 +98,7 @@ class LazyGroup(click.Group):
     ) -> Any:
         """Run the command line and exit the process with its exit code."""
         self.debug = False
+        limit_spinning()  # before a command imports torch
         terminal.prepare_streams()
         logging.getLogger("qwen2vl").handlers = [terminal.NoteHandler(logging.WARNING)]
         args = sys.argv[1:] if args is None else args
@@ -94,31 +109,46 @@ class LazyGroup(click.Group):
             terminal.note("interrupted")
             code = INTERRUPTED
         except click.ClickException as error:
-            terminal.note(f"error: {_format_usage_error(error)}")
+            terminal.note(f"error: {_format_usage_error(error, args)}")
             code = error.exit_code
         except Exception as error:
             if self.debug:
                 raise
             terminal.note(f"error: {_format_exception(error)}")
-            code = error.exit_code if isinstance(error, Qwen2VLError) else 1
+            code = _exit_code(error)
         sys.exit(code)
 
 
-def _format_usage_error(error: click.ClickException) -> str:
+def _exit_code(error: Exception) -> int:
+    """Return the code of the error's class; 1 if the machine is the cause, such as a full disk."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in MACHINE_FAILURES:
+            return 1
+        cause = cause.__cause__ or cause.__context__
+    return error.exit_code if isinstance(error, Qwen2VLError) else 1
+
+
+def _format_usage_error(error: click.ClickException, args: Sequence[str]) -> str:
+    if isinstance(error, click.NoSuchOption):
+        files = [a for a in args if a.startswith(error.option_name) and os.path.exists(a)]
+        if files:
+            return f"{error.format_message()} The file of that name is given as ./{files[0]}"
     context = getattr(error, "ctx", None)
     where = f" ({context.command_path} --help shows the options)" if context else ""
     return " ".join(error.format_message().split()) + where
 
 
 def _format_exception(error: Exception) -> str:
-    """Format an exception as one line; one that is not a Qwen2VLError is reported as a bug."""
-    text = " ".join(str(error).split())
+    """Format an exception; one that is not a Qwen2VLError is reported as a bug, in one line."""
     if isinstance(error, Qwen2VLError):
-        return text
+        # Lines are kept: some messages are tables, or point at a column of the line above.
+        return "\n".join(line.rstrip() for line in str(error).splitlines() if line.strip())
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}; this is a bug of qwen2vl: run again with --debug"
 
 
-@click.command(cls=LazyGroup)
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(qwen2vl.__version__, prog_name="qwen2vl")
 @terminal.debug_option
 def main() -> None:

@@ -8,16 +8,20 @@ does not import torch.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 import qwen2vl
+from qwen2vl import threads
 from qwen2vl.cli import terminal
+from qwen2vl.cli.media_arguments import MediaFile, MediaOption
 from qwen2vl.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,25 +31,29 @@ if TYPE_CHECKING:
 __all__ = [
     "NANO_CAPABILITIES",
     "LoadedModel",
-    "content_part",
+    "check_unnamed_adapter",
     "grammar_from_options",
     "load_model_from_options",
     "load_processor_from_options",
+    "media_input_options",
     "media_preprocessing_options",
     "model_option",
     "model_options",
-    "note_ignored_sampling_options",
+    "note_ineffective_media_options",
     "note_truncation",
     "sampling_options",
     "sampling_params_from_options",
     "structured_output_options",
+    "system_option",
 ]
+
+ADAPTER_NAME = re.compile(r"([\w.-]+)=(.+)")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 NANO_CAPABILITIES = (
     "nano reads lines of text, names and finds colored shapes, and follows simple "
-    "motion; for photographs use --model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)"
+    "motion; for anything else use --model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)"
 )
 
 
@@ -80,8 +88,11 @@ def model_options(command: F) -> F:
         ),
         click.option(
             "--adapter",
-            metavar="DIR",
-            help="LoRA adapter folder (PEFT format), merged into the weights.",
+            "adapters",
+            multiple=True,
+            metavar="[NAME=]DIR",
+            help="LoRA adapter folder (PEFT format), merged into the weights. With a name it stays "
+            "unmerged, and the option is repeatable.",
         ),
         click.option(
             "--quantize",
@@ -98,24 +109,33 @@ def model_options(command: F) -> F:
 
 
 def media_input_options(command: F) -> F:
-    """Add --image and --video."""
+    """Add --image and --video; media_arguments.py returns their values in order."""
     return _add_options(
         command,
         click.option(
             "--image",
-            "images",
             multiple=True,
             metavar="PATH",
-            help="Image of the prompt; repeatable.",
+            cls=MediaOption,
+            expose_value=False,
+            help="Image of the prompt: path, pattern, URL, or - for stdin; repeatable.",
         ),
         click.option(
             "--video",
-            "videos",
             multiple=True,
             metavar="PATH",
-            help="Video of the prompt; repeatable.",
+            cls=MediaOption,
+            expose_value=False,
+            help="Video of the prompt, in the same way; repeatable.",
         ),
     )
+
+
+def system_option(command: F) -> F:
+    """Add --system."""
+    return click.option(
+        "--system", metavar="TEXT", help="System prompt, in place of the model's default."
+    )(command)
 
 
 def media_preprocessing_options(command: F) -> F:
@@ -124,7 +144,12 @@ def media_preprocessing_options(command: F) -> F:
         command,
         click.option("--min-pixels", type=int, help="Upscale images with fewer pixels than this."),
         click.option("--max-pixels", type=int, help="Downscale images with more pixels than this."),
-        click.option("--fps", type=float, help="Frames sampled per second of video."),
+        click.option(
+            "--fps",
+            type=float,
+            callback=_check_fps,
+            help="Frames sampled per second of video.",
+        ),
         click.option(
             "--video-preset",
             type=click.Choice(["paper", "qwen_vl_utils_0_0_8", "qwen_vl_utils_0_0_14"]),
@@ -133,6 +158,14 @@ def media_preprocessing_options(command: F) -> F:
             help="Rules of frame sampling and resizing: the paper's, or a qwen-vl-utils release's.",
         ),
     )
+
+
+def _check_fps(
+    _context: click.Context, _option: click.Parameter, value: float | None
+) -> float | None:
+    if value is not None and not 1e-6 <= value <= 1e6:  # also false for NaN
+        raise click.BadParameter(f"got {value:g}, must be from 1e-06 to 1e+06, such as 2")
+    return value
 
 
 def sampling_options(command: F) -> F:
@@ -171,8 +204,8 @@ def structured_output_options(command: F) -> F:
         command,
         click.option(
             "--json-schema",
-            metavar="FILE",
-            help="Constrain the output to JSON that matches the schema in FILE.",
+            metavar="FILE_OR_JSON",
+            help="Constrain the output to JSON that matches a schema: a file, or {...} itself.",
         ),
         click.option(
             "--regex", metavar="PATTERN", help="Constrain the output to a full match of PATTERN."
@@ -200,7 +233,12 @@ def grammar_from_options(given: dict[str, Any]) -> Grammar | None:
         flags = " and ".join("--" + name.replace("_", "-") for name in constraints)
         raise click.UsageError(f"{flags} are mutually exclusive; give one of them")
     if given["json_schema"]:
-        return qwen2vl.Grammar.json_schema(_read_text(given["json_schema"]))
+        schema = given["json_schema"]
+        is_inline = schema.lstrip().startswith("{")
+        return qwen2vl.Grammar.json_schema(schema if is_inline else _read_text(schema))
+    if len(given["choice"]) == 1 and "," in (text := given["choice"][0]):
+        repeated = " ".join(f"--choice {part.strip()}" for part in text.split(","))
+        terminal.note(f"--choice {text!r} is one choice; for several, repeat it: {repeated}")
     if given["regex"]:
         return qwen2vl.Grammar.regex(given["regex"])
     return qwen2vl.Grammar.choice(given["choice"]) if given["choice"] else qwen2vl.Grammar.boxes()
@@ -222,17 +260,8 @@ class LoadedModel:
     llm: LLM
     name: str
     load_seconds: float
-    has_adapter: bool = False
-
-    @property
-    def is_nano(self) -> bool:
-        """Return whether this is the model included in the package."""
-        return self.name == "nano"
-
-    def note_capabilities(self) -> None:
-        """Write to stderr what nano can do, unless another model or an adapter was loaded."""
-        if self.is_nano and not self.has_adapter:
-            terminal.note(NANO_CAPABILITIES)
+    adapter_names: tuple[str, ...] = ()  # of adapters that stay unmerged, in the order given
+    is_default: bool = False  # nano, because no model was named, and without an adapter
 
 
 def load_model_from_options(given: dict[str, Any]) -> LoadedModel:
@@ -240,21 +269,80 @@ def load_model_from_options(given: dict[str, Any]) -> LoadedModel:
     from qwen2vl.weights import resolve_model
 
     start = time.perf_counter()
-    names = ("device", "dtype", "quantize", "compile", "adapter")
-    names += ("min_pixels", "max_pixels", "video_preset")
     # A command without one of these options uses the default of the LLM.
+    names = ("device", "dtype", "quantize", "compile", "min_pixels", "max_pixels", "video_preset")
     overrides = {name: given[name] for name in names if name in given}
+    merged, named = _split_adapters(given.get("adapters", ()), bool(given.get("compile")))
     folder = resolve_model(given["model"])  # shows its own progress bar for downloads
     with terminal.spinner(f"loading {given['model']}"):
-        llm = qwen2vl.LLM(folder, **overrides)
+        llm = qwen2vl.LLM(folder, adapter=merged, adapters=named, **overrides)
+        _choose_num_threads(llm)
     if llm.compile_seconds is not None:
         terminal.note(f"compiled in {llm.compile_seconds:.0f} s; the next start reuses most of it")
     return LoadedModel(
         llm=llm,
         name=given["model"],
         load_seconds=time.perf_counter() - start,
-        has_adapter=bool(given.get("adapter")),
+        adapter_names=tuple(named),
+        is_default=not (_is_given("model") or merged or named),
     )
+
+
+def _choose_num_threads(llm: LLM) -> None:
+    """Set the number of CPU threads at which a decode step is fastest, for this process."""
+    import torch
+
+    if llm.device.type != "cpu" or threads.is_num_threads_given():
+        return
+    params = qwen2vl.SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    count = threads.measure_num_threads(
+        lambda: llm.generate("\n", params), max_seconds=0.1, slow_seconds=0.03
+    )
+    torch.set_num_threads(count)
+    llm.reset_caches()
+
+
+def check_unnamed_adapter(given: dict[str, Any]) -> None:
+    """Check that at most one adapter was given, to be merged, to a command that selects none.
+
+    Raises:
+        UsageError: there are several, or one has a name.
+    """
+    _, named = _split_adapters(given["adapters"], is_compiled=False)
+    if named:
+        raise click.UsageError(
+            f"--adapter {next(iter(named))}=...: this command uses one adapter, which is merged; "
+            "give it without a name: --adapter DIR"
+        )
+
+
+def _split_adapters(values: Sequence[str], is_compiled: bool) -> tuple[str | None, dict[str, str]]:
+    """Return the adapter to merge, or those to keep unmerged by name.
+
+    Raises:
+        UsageError: several adapters without names, a name twice, or names with --compile.
+    """
+    named: dict[str, str] = {}
+    unnamed: list[str] = []
+    for value in values:
+        match = ADAPTER_NAME.fullmatch(value)
+        if match is None or Path(value).exists():  # a folder may have = in its name
+            unnamed.append(value)
+        elif match[1] in named:
+            raise click.UsageError(f"--adapter {value}: the name {match[1]} is given twice")
+        else:
+            named[match[1]] = match[2]
+    if unnamed and len(values) > 1:
+        raise click.UsageError(
+            f"--adapter {unnamed[0]}: one of several adapters needs a name: "
+            f"--adapter NAME={unnamed[0]}"
+        )
+    if named and is_compiled:
+        raise click.UsageError(
+            "--compile: adapters with names stay unmerged and cannot be compiled; give one without "
+            "a name, which is merged: --adapter DIR"
+        )
+    return (unnamed[0] if unnamed else None), named
 
 
 def load_processor_from_options(given: dict[str, Any]) -> Processor:
@@ -269,22 +357,14 @@ def load_processor_from_options(given: dict[str, Any]) -> Processor:
     )
 
 
-def note_ignored_sampling_options(llm: LLM, params: SamplingParams) -> None:
-    """Note sampling options without effect because the checkpoint's defaults are greedy."""
-    from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams
-
-    resolved = ResolvedSamplingParams.resolve(params, llm.generation_defaults)
-    given = {"--top-k": params.top_k, "--top-p": params.top_p, "--seed": params.seed}
-    ignored = [option for option, value in given.items() if value is not None]
-    if params.temperature and resolved.top_k == 1:
-        terminal.note(
-            "this checkpoint's default top_k=1 makes sampling greedy; add --top-k 0 --top-p 1"
-        )
-    elif params.temperature is None and resolved.temperature == 0 and ignored:
-        terminal.note(
-            f"this checkpoint uses greedy decoding: {', '.join(ignored)} without effect; add "
-            "--temperature 1 to sample"
-        )
+def note_ineffective_media_options(files: Sequence[MediaFile]) -> None:
+    """Note the options of preprocessing that nothing in the prompt responds to."""
+    kinds = {file.kind for file in files}
+    unused = ["fps"] if "video" not in kinds else []
+    unused += [] if kinds else ["min_pixels", "max_pixels", "video_preset"]
+    for name in filter(_is_given, unused):
+        what = "a video" if name == "fps" else "an image or video"
+        terminal.note(f"--{name.replace('_', '-')} has no effect without {what}")
 
 
 def note_truncation(llm: LLM, params: SamplingParams, completion: Completion) -> None:
@@ -297,13 +377,16 @@ def note_truncation(llm: LLM, params: SamplingParams, completion: Completion) ->
         if count == params.max_tokens
         else f", where the context of {llm.max_model_len:,} is full; show or ask less at once"
     )
-    terminal.note(f"the answer was cut after {count:,} tokens{why}")
+    terminal.note(f"the answer was cut after {count:,} token{'s' * (count != 1)}{why}")
 
 
-def content_part(kind: Literal["image", "video"], path: str, fps: float | None) -> dict[str, Any]:
-    """Build the content part of one image or video of a message."""
-    rate = {"fps": fps} if kind == "video" and fps is not None else {}
-    return {"type": kind, kind: path, **rate}
+def _is_given(name: str) -> bool:
+    """Return whether an option of the running command was given on the command line."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(name) in (
+        ParameterSource.COMMANDLINE,
+        ParameterSource.ENVIRONMENT,
+    )
 
 
 def _add_options(command: F, *options: Callable[[F], F]) -> F:

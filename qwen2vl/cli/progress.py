@@ -1,22 +1,30 @@
 """Formatting of training metrics as one line of text a report, for the terminal.
 
-Training records show step, stage, loss, throughput (tokens and images per second), MFU (where the
-peak FLOPS of the device are known), the fraction of time spent waiting for data, ETA, and loss and
-exact-match accuracy by family. Anomalies (bad samples, skipped loss spikes, straggler ranks) are
-shown only when they occur. Evaluation records show held-out loss, vision gain, mini suite scores.
+Training records show step, stage, epoch (of stages that read data), loss, throughput (tokens and
+images per second), MFU (where the peak FLOPS of the device are known), the fraction of time spent
+waiting for data, ETA, and loss and exact-match accuracy by family. Anomalies (bad samples, skipped
+loss spikes, straggler ranks) are shown only when they occur. Evaluation records show validation
+loss, vision gain, mini suite scores. `Heartbeat` fills the time until the first report.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from qwen2vl.cli import terminal
 
-__all__ = ["ProgressFormatter"]
+__all__ = ["Heartbeat", "ProgressFormatter"]
 
 STRAGGLER_RATIO = 1.2  # of the mean over all ranks, from which on a rank is reported as slow
 MIN_PHASE_SHARE = 0.05  # of the step time that a phase has to take to be reported
+
+HEARTBEAT_SECONDS = 30.0
 
 Record = Mapping[str, Any]
 
@@ -24,8 +32,9 @@ Record = Mapping[str, Any]
 class ProgressFormatter:
     """Formats metrics; keeps the last step to compute the ETA."""
 
-    def __init__(self) -> None:
-        self._last_step: int | None = None
+    def __init__(self, first_step: int = 0) -> None:
+        """Start at `first_step`, the number of steps done before; 0 unless a run is resumed."""
+        self._last_step = first_step
 
     def __call__(self, record: Record, seconds: float) -> str:
         """Format one record; `seconds` is the time since the start of the run."""
@@ -35,13 +44,15 @@ class ProgressFormatter:
 
     def _format_training(self, record: Record) -> Iterator[str]:
         yield f"{record['step']}/{record['steps']} {record['stage']}"
+        if "epoch" in record:
+            yield f"epoch {record['epoch']:.2f}"
         yield "loss -" if record["loss"] is None else f"loss {record['loss']:.3f}"
         yield f"{record['tokens_per_second']:,.0f} tok/s"
         yield f"{record['images_per_second']:,.0f} img/s"
         if "mfu" in record:
             yield f"MFU {record['mfu']:.1%}"
         yield f"wait {record['data_wait']:.0%}"
-        if self._last_step is not None and record["step"] < record["steps"]:
+        if record["step"] < record["steps"]:
             step_seconds = record["seconds"] / (record["step"] - self._last_step)
             remaining = step_seconds * (record["steps"] - record["step"])
             yield f"ETA {terminal.format_duration(remaining)}"
@@ -51,6 +62,37 @@ class ProgressFormatter:
             f"{name} {family['loss']:.3f}/{family['exact_match']:.0%}"
             for name, family in record["families"].items()
         )
+
+
+class Heartbeat:
+    """Writes to stderr, every half a minute, what a run is doing until its first report.
+
+    A thread: loading a model, or the first step of a large one, may take minutes in one call. It
+    writes with os.write, which takes no lock that a forked data worker could inherit.
+    """
+
+    def __init__(self, interval: float = HEARTBEAT_SECONDS) -> None:
+        """Write every `interval` seconds."""
+        self.activity = ""  # written to, by the main thread; empty: nothing is shown
+        self._interval = interval
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the heartbeat; it may be called again."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while not self._stopped.wait(self._interval):
+            if self.activity:
+                duration = terminal.format_duration(time.monotonic() - start)
+                line = f"qwen2vl: {duration}: {self.activity}\n"
+                with suppress(OSError, ValueError, AttributeError):  # stderr closed, or no file
+                    os.write(sys.stderr.fileno(), line.encode())
 
 
 def _format_anomalies(record: Record) -> Iterator[str]:
@@ -71,7 +113,7 @@ def _format_anomalies(record: Record) -> Iterator[str]:
 
 
 def _format_evaluation(record: Record) -> Iterator[str]:
-    yield f"{record['step']} held out"
+    yield f"{record['step']} validation"
     if held_out := record.get("held_out"):
         yield f"loss {held_out['loss']:.3f}"
         if "vision_gain" in held_out:

@@ -11,13 +11,15 @@ import io
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 from rich.console import Console
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeltaWriter",
     "NoteHandler",
+    "TextConverter",
     "check_image_path",
     "check_parent_folder",
     "debug_option",
@@ -42,6 +45,7 @@ __all__ = [
     "format_bytes",
     "format_duration",
     "format_size",
+    "has_pasted_line",
     "note",
     "prepare_streams",
     "progress_bar",
@@ -52,7 +56,10 @@ __all__ = [
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
+LINE_BREAK = "\n"
+PASTE_SECONDS = 0.02  # far below the time between two lines that are typed
 PIPE_WIDTH = 120  # characters of a table where stdout is not a terminal
+SECONDS_PER_NOTE = 30.0  # of progress where stderr is not a terminal
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,16 +90,37 @@ def echo(text: str, *, end: str = "\n") -> None:
 
 
 def read_line(prompt: str) -> str | None:
-    """Read a line from stdin, with a prompt on a terminal; None at the end of the input."""
+    """Read a line from stdin, with a prompt on a terminal; None at the end of the input.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C with nothing typed. After a half-typed line it only clears that:
+            the line is empty.
+    """
     if not sys.stdin.isatty():
         return sys.stdin.readline() or None
-    with suppress(ImportError):
-        import readline  # noqa: F401 - enables line editing and history in input()
+    try:
+        import readline  # also enables line editing and history in input()
+    except ImportError:
+        readline = None
     try:
         return input(prompt)
+    except KeyboardInterrupt:
+        if readline is None or not readline.get_line_buffer():
+            raise
+        echo("")
+        return ""
     except EOFError:
         echo("")
         return None
+
+
+def has_pasted_line() -> bool:
+    """Return whether a terminal has another line already: several lines were pasted at once."""
+    if not sys.stdin.isatty():
+        return False
+    with suppress(OSError, ValueError):  # select takes no terminals on Windows
+        return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
+    return False
 
 
 def echo_json(value: object) -> None:
@@ -120,9 +148,9 @@ def echo_table(
 
 
 def note(text: str) -> None:
-    """Write one line to stderr, prefixed by the program name."""
+    """Write a text to stderr, prefixed by the program name; further lines are indented."""
     sys.stdout.flush()
-    sys.stderr.write(f"qwen2vl: {text}\n")
+    sys.stderr.write(f"qwen2vl: {text.replace(LINE_BREAK, LINE_BREAK + '  ')}\n")
     sys.stderr.flush()
 
 
@@ -139,7 +167,14 @@ def spinner(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar on stderr, if it is a terminal: `update(name, done, total)`."""
+    """Show a progress bar on stderr: `update(name, done, total)`.
+
+    Where stderr is not a terminal, a note is written every SECONDS_PER_NOTE.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _progress_notes()
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -148,16 +183,28 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+    with Progress(*columns, console=console, transient=True) as p:
         bar = p.add_task("", total=None)
         yield lambda name, done, total: p.update(bar, description=name, completed=done, total=total)
+
+
+def _progress_notes() -> Callable[[str, int, int], None]:
+    start = last = time.monotonic()
+
+    def update(name: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_PER_NOTE:
+            last = now
+            note(f"{done:,} of {total:,} after {format_duration(now - start)}: {name}")
+
+    return update
 
 
 def escape_control_characters(text: str, keep: str = "") -> str:
@@ -181,15 +228,15 @@ def check_image_path(output: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> N
     check_parent_folder(output)
 
 
-def check_parent_folder(output: str) -> None:
+def check_parent_folder(output: str, flag: str = "-o") -> None:
     """Check before a long computation that the folder of an output file exists.
 
     Raises:
-        InputError: it does not.
+        InputError: it does not; the message begins with `flag`.
     """
     folder = Path(output).absolute().parent
     if not folder.is_dir():
-        raise InputError(f"-o {output}: the folder {folder} does not exist; make it first")
+        raise InputError(f"{flag} {output}: the folder {folder} does not exist; make it first")
 
 
 def save_image(image: Image.Image, output: str) -> None:
@@ -239,23 +286,41 @@ def debug_option(command: F) -> F:
     )(command)
 
 
-class DeltaWriter:
-    """Streaming callback: writes the text deltas of a request to stdout and ends the last line."""
+class TextConverter(Protocol):
+    """Streaming conversion of the text of a completion for display."""
 
-    def __init__(self) -> None:
+    def feed(self, delta: str) -> str:
+        """Convert a piece of text; return what is complete."""
+        ...
+
+    def finish(self) -> str:
+        """Return what was held back, at the end of the text."""
+        ...
+
+
+class DeltaWriter:
+    """Streaming callback: writes the text deltas of a request to stdout and ends the last line.
+
+    `text` is the text as generated; what is written goes through the converter.
+    """
+
+    def __init__(self, converter: TextConverter | None = None) -> None:
         self.text = ""
+        self._converter = converter
+        self._shown = ""
         self._is_interrupted = False
 
     def __call__(self, delta: Delta) -> None:
         """Write one text delta."""
         self.text += delta.text
-        ends = delta.finish_reason is not None and not self.text.endswith("\n")
-        shown = (
-            escape_control_characters(delta.text, keep="\n\t")
-            if sys.stdout.isatty()
-            else delta.text
-        )
-        echo(shown, end="\n" if ends else "")
+        shown = self._converter.feed(delta.text) if self._converter else delta.text
+        is_last = delta.finish_reason is not None
+        if is_last and self._converter:
+            shown += self._converter.finish()
+        self._shown = (self._shown + shown)[-1:]
+        if sys.stdout.isatty():
+            shown = escape_control_characters(shown, keep="\n\t")
+        echo(shown, end="\n" if is_last and self._shown != "\n" else "")
 
     def raise_if_interrupted(self) -> None:
         """Raise KeyboardInterrupt after Ctrl-C within `interrupts_between_steps`."""

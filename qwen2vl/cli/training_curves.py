@@ -53,11 +53,12 @@ class RunMetrics(NamedTuple):
 # Title, unit of the y axis, and pattern of the paths of the scalars; values of "%" are shares.
 PANELS = (
     ("Loss", "nats per target token", FAMILY + "loss"),
-    ("Held-out loss", "nats per target token", f"held_out/{FAMILY}loss"),
+    ("Validation loss", "nats per target token", f"held_out/{FAMILY}loss"),
     ("Vision gain", "loss increase, mismatched images", f"held_out/{FAMILY}vision_gain"),
     ("Exact match", "% of conversations", "families/(?P<name>.+)/exact_match"),
     ("Mini suite", "% correct", "mini/(?P<name>.+)/accuracy"),
     ("Gradient norm", "before clipping", "grad_norm"),
+    ("Learning rate", "of the optimizer, at rule multiple 1", "lr"),
     ("Throughput", "tokens per second", "tokens_per_second"),
     ("MFU", "% of the hardware's peak", "mfu"),
     ("Waiting for data", "% of the time", "data_wait"),
@@ -101,7 +102,9 @@ def _read_records(file: Path) -> list[dict[str, Any]]:
                 records.popitem()
             records[step, "loss" in record] = record
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+        beside = file.parent.parent / file.name  # of a checkpoint or model inside a run
+        run = beside.parent if beside.is_file() else "the output_dir of `qwen2vl train`"
+        raise InputError(f"{file}: cannot be read: {error.strerror}; give {run}") from error
     except KeyError as error:
         raise InputError(f"{file}: line {number} has no {error}; reports need it") from error
     except (ValueError, TypeError) as error:
@@ -161,7 +164,15 @@ def _select_curves(runs: Sequence[RunMetrics], pattern: str) -> Curves:
                     curves[family or OVERALL] = points
                 elif family is None:
                     curves[run.name] = points
+    families = [name for name in curves if name != OVERALL]
+    if len(families) == 1 and _are_equal(curves[families[0]], curves.get(OVERALL, [])):
+        del curves[OVERALL]  # the only family is the whole: one of the two would hide the other
     return curves
+
+
+def _are_equal(one: Points, other: Points) -> bool:
+    """Return whether two curves have the same points, up to rounding."""
+    return len(one) == len(other) and np.allclose(one, other)
 
 
 def _draw_curves(axes: Axes, curves: Curves, colors: dict[str, str], *, percent: bool) -> None:

@@ -1,11 +1,17 @@
-"""Grounding shapes of a completion in pixels: as text and drawn."""
+"""Grounding shapes of a completion in pixels, as readable text."""
 
 from __future__ import annotations
 
-import pytest
-from PIL import Image, ImageChops
+from dataclasses import replace
 
-from qwen2vl.cli.boxes import PixelShape, draw_shapes, parse_shapes, strip_grounding_tokens
+import pytest
+
+from qwen2vl.cli.boxes import (
+    GroundingText,
+    parse_shapes,
+    readable_text,
+    strip_grounding_tokens,
+)
 from qwen2vl.engine.outputs import ItemReport
 
 ITEM = ItemReport(
@@ -47,32 +53,52 @@ def test_without_an_image_there_are_no_pixel_shapes() -> None:
     assert parse_shapes("<|box_start|>(0,0),(500,500)<|box_end|>", []) == []
 
 
-@pytest.mark.parametrize(
-    "corners",
-    [
-        ((50.0, 50.0),),
-        ((10.0, 10.0), (90.0, 60.0)),
-        ((10.0, 10.0), (90.0, 20.0), (80.0, 60.0), (15.0, 50.0)),
-    ],
-)
-def test_each_shape_is_drawn_at_its_corners(corners: tuple[tuple[float, float], ...]) -> None:
-    image = Image.new("RGB", (100, 100), "white")
-    blank = image.copy()
-    draw_shapes(image, [PixelShape(phrase="\u56fe", corners=corners)])
-    left, top, right, bottom = ImageChops.difference(image, blank).getbbox() or (0, 0, 0, 0)
-    xs, ys = zip(*corners, strict=True)
-    assert left <= min(xs) + 1
-    assert right >= max(xs) - 1
-    assert top <= min(ys) + 1
-    assert bottom >= max(ys) - 1
-
-
-def test_a_shape_at_the_border_is_drawn() -> None:
-    image = Image.new("RGB", (30, 30), "white")
-    draw_shapes(image, [PixelShape(phrase="x" * 50, corners=((0.0, 0.0), (29.97, 29.97)))])
-    assert image.getpixel((0, 15)) != (255, 255, 255)
-
-
 def test_grounding_tokens_are_removed() -> None:
     text = "<|object_ref_start|>cat<|object_ref_end|> <|box_start|>(1,2)<|box_end|>"
     assert strip_grounding_tokens(text) == "cat (1,2)"
+
+
+CAT = "<|object_ref_start|>cat<|object_ref_end|>"
+BOX = "<|box_start|>(0,0),(500,250)<|box_end|>"
+POINT = "<|box_start|>(100,100)<|box_end|>"
+WIDE = replace(ITEM, name="b.png", original_size=(400, 2000))
+
+
+@pytest.mark.parametrize(
+    ("text", "readable"),
+    [
+        ("no shapes <b> <| |>", "no shapes <b> <| |>"),
+        (f"The {CAT}{BOX} sleeps.", "The cat: (0, 0) to (100, 100) sleeps."),
+        (f"{CAT}{BOX}{CAT}{POINT}", "cat: (0, 0) to (100, 100)\ncat: (20, 40)"),
+        (f"{CAT}{BOX}\n{CAT}{POINT}", "cat: (0, 0) to (100, 100)\ncat: (20, 40)"),
+        (f"{CAT}{BOX}{POINT}", "cat: (0, 0) to (100, 100), (20, 40)"),
+        (BOX, "(0, 0) to (100, 100)"),
+        ("<|object_ref_start|>cat<|box_start|>(0,0),(500,250)", "cat: (0, 0) to (100, 100)"),
+        ("<|box_start|>(1,2),(3<|box_end|>.", "(1,2),(3."),
+        (f"{CAT} and<|box_en", "cat and<|box_en"),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 3, 1000])
+def test_streamed_text_is_readable(text: str, readable: str, length: int) -> None:
+    converter = GroundingText([ITEM])
+    pieces = [converter.feed(text[i : i + length]) for i in range(0, len(text), length)]
+    assert "".join([*pieces, converter.finish()]) == readable
+    if length == 1:
+        assert all(len(piece) < 40 for piece in pieces), "text is not held back"
+
+
+def test_text_before_a_span_is_not_held_back() -> None:
+    converter = GroundingText([ITEM])
+    assert converter.feed("The <|object_ref_start|>ca") == "The "
+    assert converter.feed("t<|object_ref_end|> is") == "cat is"
+
+
+def test_images_of_several_sizes_have_their_own_pixels() -> None:
+    same_size = replace(ITEM, name="c.png")
+    both = "cat: (0, 0) to (100, 100) in a.png, (0, 0) to (1000, 100) in b.png"
+    assert readable_text(CAT + BOX, [ITEM, WIDE, same_size]) == both
+    assert readable_text(CAT + BOX, [ITEM, same_size]) == "cat: (0, 0) to (100, 100)"
+
+
+def test_without_an_image_the_numbers_are_thousandths() -> None:
+    assert readable_text(CAT + BOX, []) == "cat: (0, 0) to (500, 250)"

@@ -46,10 +46,16 @@ def test_a_dry_run_reports_the_planned_run(run: Run) -> None:
     assert result.exit_code == 0, result.stderr
     text = result.stdout
     assert "stage see: 10 steps of synthetic data" in text
-    assert "stage read: 6 steps" in text
+    assert "run      tiny: 16 steps, muon, learning rate 0.002; output in here" in text
+    assert "stage    read: trains 350,336 parameters (100.0%) in 6 steps of 4 bins of up" in text
+    assert re.search(r"data     of stage read, in 6 steps: \d\.?\d* epochs", text)
     row = next(line for line in text.splitlines() if line.startswith("| rows"))
-    assert [cell.strip() for cell in row.split("|")[2:4]] == ["25", "25"]
-    assert "1 missing" in row
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[2:4] == ["25", "25"]
+    assert cells[-2] == "1"  # bad
+    assert "qwen2vl: rows: left out 1 with a missing media file: rows.jsonl:25: none.png is" in (
+        result.stderr
+    )
     assert "fill " in text and "% of 512 tokens" in text
     assert "on 2 ranks" in text
     # One rank in stage `read`, whose four bins eight ranks cannot share; both in stage `see`.
@@ -104,7 +110,8 @@ def test_unusable_data_is_a_one_line_error(run: Run) -> None:
     result = run("train", "own.py", *OVERRIDES, "data=set/rows.jsonl", "--dry-run")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert "1 of 25 samples are bad (1 missing), the limit is 1.00%; rows.jsonl:25" in line
+    assert "1 of 25 samples are bad (1 with a missing media file), the limit is 1.00%" in line
+    assert "rows.jsonl:25: none.png is missing in" in line
     result = run("train", "own.py", *OVERRIDES, "data=set/nothing.jsonl", "--dry-run")
     assert "set/nothing.jsonl: no such file" in result.stderr.splitlines()[0]
 
@@ -120,7 +127,8 @@ def test_unusable_data_is_a_one_line_error(run: Run) -> None:
         (['stages.0.rules=[[".*", 0]]'], "stage lora: its rules freeze every parameter"),
         (
             ["gradient_accumulation_steps=2"],
-            "data.global_batch_size is 1, which 1 ranks x 2 batches cannot share evenly",
+            "data.global_batch_size is 1, which 2 batches (1 rank x gradient_accumulation_steps=2) "
+            "cannot share evenly",
         ),
         (["stages.0.steps=0"], "its stages have no step to take; give stages.0.steps=N"),
         (["max_minutes=-1"], "max_minutes is -1, must be 0 or more"),
@@ -133,6 +141,58 @@ def test_invalid_configs_are_reported_before_data_is_read(
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "lora reads data: give data=FILE, since data.jsonl, which its recipe names, does not"),
+        (["epochs=3"], "lora reads data: give data=FILE"),
+        (["data=none.jsonl"], "none.jsonl: no such file; check the path"),
+        (["data=none/*.jsonl"], "none/*.jsonl: no such file; check the path"),
+        (["data=set/rows.jsonl", "validation=none.jsonl"], "validation=none.jsonl: no such file"),
+        (["data=set/rows.jsonl", "adapter.init=none"], "adapter 'none': no such folder"),
+        (["data=set/rows.jsonl", "report_to=wandb"], "the package wandb is not installed"),
+    ],
+)
+def test_what_is_missing_is_reported_first_and_alike_by_run_and_dry_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    prepare()
+    monkeypatch.setattr("qwen2vl.train.logging.loggers.find_spec", lambda _: None)
+    for option in ([], ["--dry-run"]):
+        result = run("train", "lora", "model=nano", "output_dir=here", *overrides, *option)
+        assert result.exit_code in (1, 2)
+        assert not result.stdout
+        (line,) = result.stderr.splitlines()
+        assert message in line
+    assert not Path("here").exists()
+
+
+def test_a_folder_of_another_run_is_refused_by_run_and_dry_run(run: Run) -> None:
+    short = ["tiny", "output_dir=here", "num_workers=0", "num_threads=1"]
+    short += ["evaluation.eval_steps=0", *(f"stages.{i}.steps=1" for i in range(4))]
+    assert run("train", *short).exit_code == 0
+    for option in ([], ["--dry-run"]):
+        result = run("train", *short, "stages.3.steps=2", *option)
+        assert (result.exit_code, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        assert "step-000004 was made with other values of stages.3.steps (1, now 2)" in line
+        assert f"(model={Path('here/model-000004')} starts it from this result)" in line
+
+
+def test_data_that_changed_since_the_run_began_are_refused(run: Run) -> None:
+    prepare()
+    rows = [conversation(f"question {i}", f"answer {i}") for i in range(24)]
+    path = write_rows(Path("set/text.jsonl"), rows)
+    overrides = [*OVERRIDES, f"data={path}", "stages.1.steps=0", "evaluation.eval_steps=0"]
+    overrides += ["num_threads=1", "data.global_batch_size=1", "stages.0.steps=1"]
+    result = run("train", "own.py", *overrides)
+    assert result.exit_code == 0, result.stderr
+    write_rows(path, rows[1:])
+    result = run("train", "own.py", *overrides, "--dry-run")
+    assert result.exit_code == 2
+    assert "here: the data of read are not those that this run began with" in result.stderr
 
 
 def test_a_data_override_without_a_data_stage_is_an_error(run: Run) -> None:

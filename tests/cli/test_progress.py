@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
 
-from qwen2vl.cli.progress import ProgressFormatter
+from qwen2vl.cli.progress import Heartbeat, ProgressFormatter
 
 RECORD: dict[str, Any] = {
     "step": 20,
@@ -34,13 +36,22 @@ def later(**values: Any) -> str:
 
 def test_training_record() -> None:
     assert ProgressFormatter()(RECORD, 90) == (
-        "   1.5 min  20/200 see  loss 1.234  12,346 tok/s  88 img/s  wait 1%"
+        "   1.5 min  20/200 see  loss 1.234  12,346 tok/s  88 img/s  wait 1%  ETA 4 min"
         "  | text 2.000/12%  shapes 0.500/100%"
     )
 
 
-def test_eta_is_shown_from_the_second_record_on() -> None:
+def test_the_eta_of_a_later_record_is_that_of_the_steps_since_the_one_before() -> None:
     assert "  ETA 4 min  |" in later()  # 160 steps of 1.5 s
+    assert "  ETA 2 min  |" in later(seconds=15.0)
+
+
+def test_the_first_eta_of_a_resumed_run_counts_its_own_steps() -> None:
+    assert "ETA 9 min" in ProgressFormatter(first_step=10)(RECORD, 90)  # 180 steps of 3 s
+
+
+def test_the_epoch_of_a_stage_with_data_is_shown() -> None:
+    assert "  20/200 see  epoch 1.50  loss" in ProgressFormatter()({**RECORD, "epoch": 1.5}, 90)
 
 
 def test_the_last_record_has_no_eta() -> None:
@@ -97,7 +108,7 @@ def test_evaluation_record() -> None:
         },
     }
     assert ProgressFormatter()(line, 60) == (
-        "   1.0 min  500 held out  loss 1.500  vision gain 0.250"
+        "   1.0 min  500 validation  loss 1.500  vision gain 0.250"
         "  | text 2.000 gain 0.500  text_only 1.000  | mini text 6.7% CER  shapes 80%"
     )
 
@@ -107,3 +118,21 @@ def test_evaluation_records_do_not_change_the_eta() -> None:
     progress(RECORD, 90)
     progress({"step": 30, "held_out": None}, 100)
     assert "ETA 4 min" in progress({**RECORD, "step": 40}, 120)
+
+
+def test_the_heartbeat_names_the_activity_until_it_is_stopped(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    heartbeat = Heartbeat(interval=0.02)
+    heartbeat.start()
+    time.sleep(0.1)  # without an activity nothing is shown
+    heartbeat.activity = "loading the model"
+    time.sleep(0.2)
+    heartbeat.stop()
+    time.sleep(0.1)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) > 1
+    assert all(re.fullmatch(r"qwen2vl: 0\.\d s: loading the model", line) for line in lines)
+    heartbeat.stop()
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""

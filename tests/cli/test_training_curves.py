@@ -35,6 +35,7 @@ def training(step: int, stage: str = "see", **values: Any) -> dict[str, Any]:
         "stage": stage,
         "loss": 3.0 / step,
         "grad_norm": 1.0,
+        "lr": 1e-3 / step,
         "tokens_per_second": 900.0,
         "data_wait": 0.01,
         "families": families,
@@ -162,11 +163,12 @@ def test_one_run_is_drawn_with_its_families_and_stages(read: Read) -> None:
     axes = panels(figure)
     assert list(axes) == [
         "Loss",
-        "Held-out loss",
+        "Validation loss",
         "Vision gain",
         "Exact match",
         "Mini suite",
         "Gradient norm",
+        "Learning rate",
         "Throughput",
         "MFU",
         "Waiting for data",
@@ -175,11 +177,21 @@ def test_one_run_is_drawn_with_its_families_and_stages(read: Read) -> None:
     assert set(loss) == {"all", "shapes", "text"}
     assert points(loss["all"]) == [(10, 0.3), (20, 0.15), (30, 0.1)]
     assert loss["all"].get_color() == INK
-    assert set(gain) == {"all", "text"}
+    assert set(gain) == {"text"}  # equal to that of all
     assert gain["text"].get_color() == loss["text"].get_color() != loss["shapes"].get_color()
     assert points(curves(axes["MFU"])["all"]) == [(20, 0.4)]
+    assert points(curves(axes["Learning rate"])["all"]) == [(10, 1e-4), (20, 5e-5), (30, 1e-3 / 30)]
     assert {"see", "world"} < set(texts(axes["Loss"]))
     assert all(panel.get_xlim() == (0, 30) for panel in axes.values())
+
+
+def test_the_only_family_of_a_run_is_drawn_once(read: Read) -> None:
+    mine = {"mine": {"loss": 0.3 + 1e-9, "exact_match": 0.5}}
+    axes = panels(build_figure([read("a", training(10, loss=0.3, families=mine))]))
+    assert set(curves(axes["Loss"])) == {"mine"}
+    other = {"mine": {"loss": 0.4, "exact_match": 0.5}}
+    axes = panels(build_figure([read("b", training(10, loss=0.3, families=other))]))
+    assert set(curves(axes["Loss"])) == {"all", "mine"}
 
 
 def test_curves_are_labeled_with_their_last_value(read: Read) -> None:
@@ -230,7 +242,7 @@ def test_a_constant_curve_stays_constant_when_smoothed() -> None:
 def test_few_points_get_markers(read: Read) -> None:
     records = [training(i) for i in range(1, 100)]
     axes = panels(build_figure([read("a", *records, evaluation(99, 0.5))]))
-    assert curves(axes["Held-out loss"])["all"].get_marker() == "o"
+    assert curves(axes["Validation loss"])["all"].get_marker() == "o"
     assert curves(axes["Loss"])["all"].get_marker() == ""
 
 

@@ -175,7 +175,11 @@ def run_command(words: list[str], place: str) -> str:
     if arguments[0] == "train":
         given = {word.partition("=")[0] for word in words}
         arguments += [setting for setting in TINY if setting.partition("=")[0] not in given]
-    result = CliRunner().invoke(main, arguments, input="")
+    stdin = b""
+    if "<" in arguments:  # a redirection, at the end
+        *arguments, _, name = arguments
+        stdin = Path(name).read_bytes()
+    result = CliRunner().invoke(main, arguments, input=stdin)
     assert result.exit_code == 0, f"{place}: {shlex.join(words)}: {result.stderr}"
     return result.stdout
 
@@ -301,7 +305,7 @@ def options_of(name: str) -> set[str]:
     command = main.get_command(click.Context(main), name)
     assert command is not None
     parameters = command.get_params(click.Context(command))
-    return {option for parameter in parameters for option in parameter.opts}
+    return {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -1,103 +1,142 @@
 """`qwen2vl ask`: generate the answer to one question about images and videos, streamed to stdout.
 
 Notes about the prompt (preprocessing, estimated time to first token) are written to stderr; --json
-prints one JSON object in place of the text. Bounding boxes of the answer are printed in pixels of
-the original image (key `boxes` of the object), and drawn on the image with --output.
+prints one JSON object in place of the text. Bounding boxes of the answer are written as phrases and
+pixels of the original image (`text` of the object; `raw_text` has the tokens of the model), and
+drawn with --output. With several adapters each answers in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2vl.cli import boxes, options, terminal
-from qwen2vl.cli.prompt_summary import print_prompt_summary
+from qwen2vl.cli import annotate, boxes, options, terminal
+from qwen2vl.cli.media_arguments import read_media_arguments, split_question
+from qwen2vl.cli.prompt_summary import note_nano_limits, print_prompt_summary
 
 if TYPE_CHECKING:
     from qwen2vl.cli.options import LoadedModel
     from qwen2vl.engine import Completion, SamplingParams
+    from qwen2vl.processor.inputs import ModelInput
 
 __all__ = ["ask"]
 
 
 @click.command()
-@click.argument("question")
+@click.argument("arguments", metavar="[FILE]... QUESTION", nargs=-1)
 @options.media_input_options
+@options.system_option
 @options.model_options
 @options.sampling_options
 @options.structured_output_options
 @options.media_preprocessing_options
 @click.option(
-    "-o", "--output", metavar="PNG", help="Draw the answer's boxes on the image, write it here."
+    "-o",
+    "--output",
+    metavar="PATH",
+    help="Draw the answer's boxes on a copy of the image, or on the frames of the video. Several "
+    "get -1, -2, ... before the extension; a folder takes them under their own names.",
+)
+@click.option(
+    "--skip-special-tokens/--no-skip-special-tokens",
+    default=True,
+    show_default=True,
+    help="Without special tokens, and boxes as pixels; or the text as the model wrote it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the text.")
 @terminal.debug_option
 def ask(
-    question: str,
-    images: tuple[str, ...],
-    videos: tuple[str, ...],
+    arguments: tuple[str, ...],
+    system: str | None,
     output: str | None,
+    skip_special_tokens: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Answer QUESTION about images and videos, or without any.
 
+    FILE is an image or a video, recognized by its content; an animated GIF is a video.
+
     \b
-    qwen2vl ask --image receipt.png "What is the total?"
-    qwen2vl ask --video goal.mp4 --fps 1 "Who scores?"
-    qwen2vl ask --image cat.jpg --choice yes --choice no "Is it asleep?"
+    qwen2vl ask receipt.png "What is the total?"
+    qwen2vl ask --fps 1 goal.mp4 "Who scores?"
+    qwen2vl ask cat.jpg --choice yes --choice no "Is it asleep?"
     """
-    if not question.strip():
-        raise click.UsageError("QUESTION is empty; give a text")
-    if output and len(images) != 1:
-        raise click.UsageError(f"-o draws on one image, got {len(images)}; give one --image")
+    names, question = split_question(arguments)
+    files = read_media_arguments(names)
     if output:
-        terminal.check_image_path(output)
+        annotate.check_output(output, len(files))
+    if output and len(given["adapters"]) > 1:
+        raise click.UsageError("-o draws the boxes of one answer; give one --adapter")
     params = replace(
-        options.sampling_params_from_options(given), grammar=options.grammar_from_options(given)
+        options.sampling_params_from_options(given),
+        grammar=options.grammar_from_options(given),
+        skip_special_tokens=skip_special_tokens,
     )
     loaded = options.load_model_from_options(given)
-    options.note_ignored_sampling_options(loaded.llm, params)
-    media = [options.content_part("image", path, None) for path in images]
-    media += [options.content_part("video", path, given["fps"]) for path in videos]
-    completion = _generate(loaded, media, question, params, streaming=not as_json)
-    shapes = boxes.parse_shapes(completion.text, completion.items)
-    if as_json:
-        terminal.echo_json(_completion_to_json(completion, shapes, loaded))
-    for shape in shapes if not as_json else ():
-        terminal.echo(shape.text)
-    if output:
-        boxes.save_annotated_image(images[0], shapes, output, loaded.llm.processor)
-    options.note_truncation(loaded.llm, params, completion)
-    if not as_json:
-        loaded.note_capabilities()
+    options.note_ineffective_media_options(files)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    content = [*(file.to_part(given["fps"]) for file in files), {"type": "text", "text": question}]
+    messages.append({"role": "user", "content": content})
+    for number, adapter in enumerate(loaded.adapter_names or (None,)):
+        if len(loaded.adapter_names) > 1 and not as_json:
+            terminal.echo(f"{adapter}:")
+        request_params = replace(params, adapter=adapter)
+        prompt, completion = _answer(
+            loaded, messages, request_params, streaming=not as_json, is_first=number == 0
+        )
+        if as_json:
+            text = (
+                boxes.readable_text(completion.text, completion.items)
+                if skip_special_tokens
+                else completion.text
+            )
+            terminal.echo_json(_completion_to_json(completion, text, adapter, loaded))
+        if output:
+            processor = loaded.llm.processor
+            annotate.save_annotated(completion.text, files, prompt.items, output, processor)
+        options.note_truncation(loaded.llm, params, completion)
+        if not as_json:  # with adapters there is no note, so at most one is written
+            note_nano_limits(loaded, prompt)
 
 
-def _generate(
+def _answer(
     loaded: LoadedModel,
-    media: list[dict[str, Any]],
-    question: str,
+    messages: list[dict[str, Any]],
     params: SamplingParams,
     *,
     streaming: bool,
-) -> Completion:
-    """Preprocess the prompt, print its summary, and generate the answer."""
-    content = [*media, {"type": "text", "text": question}]
-    prepared = loaded.llm.prepare([{"role": "user", "content": content}], params)
-    print_prompt_summary(loaded.llm, prepared.prompt)
-    writer = terminal.DeltaWriter() if streaming else None
+    is_first: bool,
+) -> tuple[ModelInput, Completion]:
+    """Preprocess the prompt, print its summary before the first answer, and generate."""
+    prepared = loaded.llm.prepare(messages, params)
+    prompt = prepared.prompt
+    if is_first:
+        print_prompt_summary(loaded.llm, prompt)
+    converter = boxes.GroundingText(prompt.items) if params.skip_special_tokens else None
+    writer = terminal.DeltaWriter(converter) if streaming else None
     (completion,) = loaded.llm.generate_prepared([prepared], on_delta=writer)
-    return completion
+    return prompt, completion
 
 
 def _completion_to_json(
-    completion: Completion, shapes: Sequence[boxes.PixelShape], loaded: LoadedModel
+    completion: Completion, text: str, adapter: str | None, loaded: LoadedModel
 ) -> dict[str, Any]:
     full = completion.to_dict()
-    names = "text token_ids finish_reason prompt_tokens image_tokens video_tokens items".split()
-    pixel_boxes = [{"phrase": shape.phrase, "pixels": shape.corners} for shape in shapes]
-    seconds = {"load": loaded.load_seconds, **full["seconds"]}
-    return {name: full[name] for name in names} | {"boxes": pixel_boxes, "seconds": seconds}
+    names = "token_ids finish_reason prompt_tokens image_tokens video_tokens items".split()
+    pixel_boxes = [
+        {"phrase": shape.phrase, "pixels": shape.corners, "item": number}
+        for number, item in enumerate(completion.items)
+        for shape in boxes.parse_shapes(completion.text, [item])
+    ]
+    return {
+        "text": text,
+        "raw_text": completion.text,
+        **{name: full[name] for name in names},
+        "boxes": pixel_boxes,
+        "adapter": adapter,
+        "seconds": {"load": loaded.load_seconds, **full["seconds"]},
+    }

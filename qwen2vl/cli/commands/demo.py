@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2vl.cli import boxes, options, terminal
+from qwen2vl.cli import annotate, boxes, options, terminal
 from qwen2vl.cli.options import LoadedModel
 from qwen2vl.errors import CheckpointError
 
@@ -48,6 +48,7 @@ FRAME_MILLISECONDS = 400
 @terminal.debug_option
 def demo(output: str, **given: Any) -> None:
     """Answer questions about synthetic images and videos, and compare with the truth."""
+    options.check_unnamed_adapter(given)
     folder = _make_folder(output)
     is_trained = given["model"] != "nano" or _has_nano()
     opened = options.load_model_from_options(given) if is_trained else _build_untrained_model()
@@ -59,8 +60,9 @@ def demo(output: str, **given: Any) -> None:
         terminal.echo(f"{right} of {len(shown)} answers are right.")
     else:
         terminal.echo("These answers mean nothing: the model was not trained.")
-    terminal.echo(f'Try your own: {_program_name()} ask --image photo.png "What does it say?"')
-    opened.note_capabilities()
+    terminal.echo(f'Try your own: {_program_name()} ask photo.png "What does it say?"')
+    if opened.is_default:
+        terminal.note(options.NANO_CAPABILITIES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +128,7 @@ def _answer_example(
     (completion,) = opened.llm.chat(example.prompt, params)
     found = boxes.parse_shapes(completion.text, completion.items)
     if found:
-        picture = _pictures(example)[0]
-        boxes.draw_shapes(picture, found)
+        picture = annotate.annotated_image(_pictures(example)[0], found)
         terminal.save_image(picture, str(folder / f"{name}_boxes.png"))
     return DemoRow(
         file=file,

@@ -7,6 +7,7 @@ Inf. The command writes and downloads nothing.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from importlib import metadata
 import click
 
 import qwen2vl
+from qwen2vl import threads
 from qwen2vl.cli import terminal
 from qwen2vl.errors import CheckpointError, Qwen2VLError
 
@@ -24,17 +26,21 @@ PACKAGES = "torch numpy pillow tokenizers safetensors huggingface_hub av transfo
 
 
 @click.command()
+@click.argument("folders", metavar="[FOLDER]...", nargs=-1)
 @click.option("--model", metavar="DIR", help="Validate the files of a model folder (headers only).")
 @click.option(
     "--check-weights", metavar="DIR", help="Read every tensor of DIR; list those with NaN or Inf."
 )
 @terminal.debug_option
-def doctor(model: str | None, check_weights: str | None) -> None:
-    """Check the installation, the device and a model folder."""
+def doctor(folders: tuple[str, ...], model: str | None, check_weights: str | None) -> None:
+    """Check the installation, the device and model folders.
+
+    FOLDER is a model folder, as for --model.
+    """
     for name, value in _environment():
         terminal.echo(f"{name:<12} {value}")
     terminal.echo(f"{'nano':<12} {_nano_status()}")
-    for folder in dict.fromkeys(name for name in (model, check_weights) if name):
+    for folder in dict.fromkeys(name for name in (*folders, model, check_weights) if name):
         terminal.echo(f"{'model':<12} {_check_folder(folder)}")
     if check_weights:
         _check_tensors(check_weights)
@@ -51,6 +57,7 @@ def _environment() -> Iterator[tuple[str, str]]:
     for package in PACKAGES:
         yield package, _version(package)
     yield "device", _device_name()
+    yield "threads", _threads()
     dtypes = [str(dtype).removeprefix("torch.") for dtype in preferred_dtypes(device)]
     yield "dtype auto", " if it fits, else ".join(dtypes)
     available = available_memory(device)
@@ -75,8 +82,19 @@ def _device_name() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} and {torch.get_num_threads()} CPU threads"
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _threads() -> str:
+    """Return the CPUs, torch's threads and how they wait, and whether other processes run."""
+    import torch
+
+    count = threads.available_cpus()
+    chosen = "set" if threads.is_num_threads_given() else "commands measure how many pay"
+    text = f"{torch.get_num_threads()} of torch ({chosen}), {count} CPUs; {threads.wait_policy()}"
+    load = os.getloadavg()[0]
+    return text + f"; load {load:.1f}: other processes run" if load > 0.5 else text
 
 
 def _decoders() -> str:

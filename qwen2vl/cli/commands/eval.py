@@ -66,6 +66,7 @@ def eval(
     from qwen2vl.eval.mini import check_thresholds
     from qwen2vl.eval.task import write_results
 
+    options.check_unnamed_adapter(given)
     if output:
         terminal.check_parent_folder(output)
     tasks = _build_tasks(patterns)
@@ -83,7 +84,6 @@ def eval(
         _print_table(runs, checks)
         count = sum(results.num_examples for results in runs.values())
         terminal.echo(f"{count:,} questions in {terminal.format_duration(seconds)}, greedy answers")
-    loaded.note_capabilities()
 
 
 def _build_tasks(patterns: tuple[str, ...]) -> list[SyntheticTask]:

@@ -7,6 +7,8 @@ the first divergence. The exit code is 0 if all steps agree, else 1. See `qwen2v
 
 from __future__ import annotations
 
+import os
+import shlex
 from importlib.util import find_spec
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -54,22 +56,41 @@ def parity(
 ) -> None:
     """Compare the activations of a model folder with transformers, from pixels to logits.
 
-    Without --image and --video, synthetic ones are used.
+    Without --image and --video, synthetic ones are used. Of a quantized folder both compute with
+    the dequantized weights.
     """
+    if question is not None:
+        _check_question(question)
     from qwen2vl.eval.parity import compare
 
     prompt = _build_prompt(question, images, videos)
     ours, reference = _build_tracers(model)
+    _note_quantization(model)
     with terminal.spinner("running this library"):
         our_trace = ours(prompt)
     with terminal.spinner("running transformers"):
         reference_trace = reference(prompt)
     report = compare(our_trace, reference_trace, tolerance)
     if as_json:
-        terminal.echo_json(_report_to_json(report, tolerance))
+        terminal.echo_json({"model": model, **_report_to_json(report, tolerance)})
     else:
+        terminal.echo(f"model: {model}")
         _print_report(report)
     ctx.exit(0 if report.first_divergence is None else 1)
+
+
+def _check_question(text: str) -> None:
+    """Check that the question is no folder, which would leave another model compared.
+
+    Raises:
+        UsageError: it is a folder, or looks like the path of one.
+    """
+    looks_like_path = "/" in text and not any(c.isspace() for c in text)
+    if looks_like_path or os.path.isdir(os.path.expanduser(text)):
+        raise click.UsageError(
+            f"{text!r} is a path, not a question; --model {shlex.quote(text)} compares the model "
+            "of a folder or repository"
+        )
 
 
 def _build_prompt(
@@ -101,6 +122,17 @@ def _build_tracers(name: str) -> tuple[Tracer, Tracer]:
     folder = resolve_model(name)
     processor = load_processor(folder)
     return model_tracer(folder, processor), reference_tracer(folder, processor)
+
+
+def _note_quantization(name: str) -> None:
+    from qwen2vl.weights import open_tensors, resolve_model
+
+    if quantization := open_tensors(resolve_model(name)).quantization_config:
+        terminal.note(
+            f"the weights are quantized ({quantization.bits} bits in "
+            f"{quantization.method.upper()}'s format): both compute with the dequantized weights "
+            "in float32; `qwen2vl eval` measures the quantized model"
+        )
 
 
 def _print_report(report: ParityReport) -> None:

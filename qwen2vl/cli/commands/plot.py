@@ -37,4 +37,4 @@ def plot(runs: tuple[str, ...], output: str) -> None:
         figure.savefig(output, dpi=140)
     except OSError as error:
         raise InputError(f"-o {output}: cannot be written: {error.strerror or error}") from error
-    terminal.echo(output)
+    terminal.note(f"wrote {output}")

@@ -7,6 +7,7 @@ conversations: synthetic ones, or those of a file. See `qwen2vl.convert`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +28,11 @@ __all__ = ["quantize"]
 SEED = 20240918
 MAX_QUESTIONS = 3  # about one image
 
-# Task families of the synthetic data that need no font.
-FAMILIES_WITHOUT_TEXT = ("shapes", "grounding", "motion", "text_only")
-
 
 @click.command()
 @click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
+@click.argument("target", metavar="DST", required=False)
+@click.option("-o", "--output", metavar="DST", help="The same as the argument DST.")
 @click.option(
     "--weight-format",
     type=click.Choice(["int8", "int4"]),
@@ -56,7 +55,8 @@ FAMILIES_WITHOUT_TEXT = ("shapes", "grounding", "motion", "text_only")
 @terminal.debug_option
 def quantize(
     source: str,
-    target: str,
+    target: str | None,
+    output: str | None,
     weight_format: CpuQuantizationMode,
     num_calibration_samples: int,
     calibration_data: str | None,
@@ -67,6 +67,9 @@ def quantize(
     qwen2vl quantize Qwen/Qwen2-VL-2B-Instruct 2b-int4
     qwen2vl ask --model 2b-int4 --image receipt.png "What is the total?"
     """
+    if (target is None) == (output is None):
+        raise click.UsageError("give the folder to write once: as DST or by -o DST")
+    target = target or output or ""
     if calibration_data and weight_format == "int8":
         raise click.UsageError("--calibration-data is for int4 only; leave it out for int8")
     # Imported here, so that usage errors do not wait for the import of torch.
@@ -80,23 +83,26 @@ def quantize(
     if weight_format == "int4" and num_calibration_samples:
         processor = load_processor(folder)
         samples = list(_calibration_samples(processor, calibration_data, num_calibration_samples))
+    start = time.monotonic()
     with terminal.progress_bar() as update:
         quantization_config = quantize_folder(
-            folder, target, weight_format, examples=samples, on_layer=update
+            folder, target, weight_format, examples=samples, on_progress=update
         )
+    seconds = terminal.format_duration(time.monotonic() - start)
     sizes = _format_folder_size(Path(target)), _format_folder_size(folder)
-    terminal.echo(f"model: {target} ({sizes[0]}; {source} has {sizes[1]})")
+    terminal.echo(f"model: {target} ({sizes[0]}; {source} has {sizes[1]}), written in {seconds}")
     group_size = quantization_config.group_size
     scales = "one scale per output channel" if group_size < 0 else f"group size {group_size}"
-    terminal.echo(
-        f"decoder: {quantization_config.bits} bits, {scales} "
-        f"({quantization_config.method.upper()}); lm_head and vision tower are quantized to 8 bits "
-        "at load time"
+    rounding = (
+        f"calibrated by GPTQ on {len(samples)} conversations"
+        if samples
+        else "rounded to nearest (RTN)"
     )
-    if weight_format == "int4":
-        terminal.echo(
-            f"calibrated on {len(samples)} conversations" if samples else "not calibrated"
-        )
+    terminal.echo(
+        f"decoder: {quantization_config.bits} bits, {scales}, {rounding}, stored in "
+        f"{quantization_config.method.upper()}'s format"
+    )
+    terminal.echo("lm_head and vision tower: quantized to 8 bits at load time")
     terminal.echo(f"try:   qwen2vl ask --model {target} --image IMAGE QUESTION")
 
 
@@ -118,8 +124,11 @@ def _synthetic_conversations(processor: Processor, count: int) -> Iterator[Model
     try:
         check_fonts(mixture)
     except FontError:
-        mixture = replace(mixture, weights=dict.fromkeys(FAMILIES_WITHOUT_TEXT, 1.0))
-        terminal.note("no fonts are installed: calibrating on images without text")
+        mixture = replace(mixture, fonts="bundled")
+        terminal.note(
+            "fonts of the training data are not installed: calibrating on text in the fonts of "
+            "this package"
+        )
     for index in range(count):
         example = render(sample(SEED, index, mixture))
         yield processor(example.messages, add_generation_prompt=False)

@@ -1,4 +1,4 @@
-"""`qwen2vl tokens`: preprocessing result of an image or video, without loading the model weights.
+"""`qwen2vl tokens`: preprocessing result of images and videos, without loading the model weights.
 
 Prints original and resized size, patch grid and number of vision tokens under the given limits.
 --output writes the exact pixels of the model input; for a video as a contact sheet with the
@@ -7,79 +7,79 @@ timestamp below each frame.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2vl.cli import options, terminal
+from qwen2vl.cli import annotate, options, terminal
+from qwen2vl.cli.media_arguments import expand_media
+from qwen2vl.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from qwen2vl.config import VisionConfig
+    from qwen2vl.processor.content import Modality
     from qwen2vl.processor.inputs import Item
 
-__all__ = ["contact_sheet", "tokens"]
-
-MAX_COLUMNS = 8
-CAPTION = 18  # pixels below each frame for its timestamp
+__all__ = ["tokens"]
 
 
 @click.command()
-@click.argument("file", metavar="FILE")
+@click.argument("names", metavar="FILE...", nargs=-1, required=True)
 @options.model_option
 @options.media_preprocessing_options
 @click.option(
     "--kind", type=click.Choice(["image", "video"]), help="Type of FILE; default: detected."
 )
-@click.option("-o", "--output", metavar="PNG", help="Write the resized pixels as an image.")
+@click.option(
+    "-o", "--output", metavar="PNG", help="Write the resized pixels of one FILE as an image."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the text.")
 @terminal.debug_option
 def tokens(
-    file: str, kind: Literal["image", "video"] | None, output: str | None, **given: Any
+    names: tuple[str, ...],
+    kind: Modality | None,
+    output: str | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
-    """Show the preprocessing of FILE, an image or video: size, patch grid, token count."""
+    """Show the preprocessing of each FILE, an image or video: size, patch grid, token count.
+
+    An animation (GIF, WebP, APNG) is a video unless --kind says otherwise; - reads stdin.
+    """
     if output:
         terminal.check_image_path(output)
+    flag = f"--kind {kind}" if kind else ""
+    files = [file for name in names for file in expand_media(kind, name, flag=flag)]
+    if output and len(files) > 1:
+        raise InputError(f"-o {output}: takes the pixels of one file, got {len(files)}; give one")
     processor = options.load_processor_from_options(given)
-    part = options.content_part(kind or _detect_kind(file), file, given["fps"])
-    item = processor([{"role": "user", "content": [part]}]).items[0]
-    for name, value in _describe_item(item):
-        terminal.echo(f"{name:<8} {value}")
+    options.note_ineffective_media_options(files)
+    parts = [file.to_part(given["fps"]) for file in files]
+    items = processor([{"role": "user", "content": parts}]).items
+    if as_json:
+        terminal.echo_json({"items": [_item_to_json(item) for item in items]})
+    else:
+        blocks = ["\n".join(_describe_item(item)) for item in items]
+        terminal.echo("\n\n".join(blocks))
     if output:
-        terminal.save_image(contact_sheet(item, processor.config.vision), output)
+        terminal.save_image(annotate.contact_sheet(items[0], processor.config.vision), output)
         terminal.note(f"wrote {output}")
 
 
-def contact_sheet(item: Item, vision: VisionConfig) -> Image.Image:
-    """Return the frames of the model input in a grid with timestamps; an image as it is."""
-    from PIL import Image, ImageDraw
-
-    from qwen2vl.processor.image import unpatchify
-
-    frames_FHWC = unpatchify(item.patches_NP, item.grid, vision).permute(0, 2, 3, 1).numpy()
-    if item.kind == "image":
-        return Image.fromarray(frames_FHWC[0])
-    height, width = item.resized_size
-    columns = min(MAX_COLUMNS, len(frames_FHWC))
-    rows = -(-len(frames_FHWC) // columns)
-    image = Image.new("RGB", (columns * width, rows * (height + CAPTION)), "white")
-    drawing = ImageDraw.Draw(image)
-    for number, frame_HWC in enumerate(frames_FHWC):
-        corner = (number % columns * width, number // columns * (height + CAPTION))
-        image.paste(Image.fromarray(frame_HWC), corner)
-        drawing.text(
-            (corner[0] + 2, corner[1] + height + 2), _frame_label(item, number), fill="black"
-        )
-    return image
+def _item_to_json(item: Item) -> dict[str, Any]:
+    """Return the fields of an item as in `ask --json`, and its patch grid."""
+    return {
+        "kind": item.kind,
+        "name": item.name,
+        "original_size": item.original_size,
+        "resized_size": item.resized_size,
+        "grid": (item.grid.t, item.grid.h, item.grid.w),
+        "tokens": item.num_tokens,
+        "frame_timestamps": item.frame_timestamps,
+        "notes": item.notes,
+    }
 
 
-def _frame_label(item: Item, number: int) -> str:
-    """Return the timestamp of a frame; frames beyond the last one are padding by repetition."""
-    times = item.frame_timestamps
-    return f"{times[number]:.2f} s" if number < len(times) else "repeated"
-
-
-def _describe_item(item: Item) -> list[tuple[str, str]]:
+def _describe_item(item: Item) -> list[str]:
     rows = [
         ("file", item.name),
         ("original", f"{terminal.format_size(item.original_size)} pixels"),
@@ -90,12 +90,5 @@ def _describe_item(item: Item) -> list[tuple[str, str]]:
     if item.frame_timestamps:
         times = ", ".join(f"{time:.2f}" for time in item.frame_timestamps)
         rows.insert(3, ("frames", f"{len(item.frame_timestamps)}, at {times} s"))
-    return rows + [("note", text) for text in item.notes]
-
-
-def _detect_kind(file: str) -> Literal["image", "video"]:
-    """Detect whether a file is an image or a video, by its first bytes."""
-    from qwen2vl.processor.media.source import MediaLimits, read_head, read_source, sniff_type
-
-    media = read_source(file, MediaLimits(), file)
-    return "video" if sniff_type(read_head(media)).startswith("video/") else "image"
+    rows += [("note", text) for text in item.notes]
+    return [f"{name:<8} {value}" for name, value in rows]

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 import qwen2vl
 from qwen2vl.cli import options, prompt_summary
 from qwen2vl.cli.options import LoadedModel
-from qwen2vl.engine import LLM, Completion
+from qwen2vl.engine import LLM, Completion, SamplingParams
 from qwen2vl.engine.ttft import Throughput
 from qwen2vl.weights import read_config
 from tests import media
+from tests.adapters import TEXT, write_adapter
 from tests.cli.conftest import Run
 
 KEYS = {
     "text",
+    "raw_text",
+    "adapter",
     "token_ids",
     "finish_reason",
     "prompt_tokens",
@@ -112,8 +118,9 @@ def test_structured_output(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     ask = ("ask", "--model", tiny_folder, "Well?")
     assert run(*ask, "--choice", "yes", "--choice", "no").stdout in ("yes\n", "no\n")
     assert re.fullmatch(r"[0-9]{3}\n", run(*ask, "--regex", "[0-9]{3}").stdout)
-    answer = json.loads(run(*ask, "--json-schema", "two.json").stdout)
-    assert [type(value) for value in answer] == [bool, bool]
+    for given in ("two.json", json.dumps(schema)):
+        answer = json.loads(run(*ask, "--json-schema", given).stdout)
+        assert [type(value) for value in answer] == [bool, bool]
 
 
 def test_structured_output_of_boxes(run: Run, tiny_folder: Path, image_file: Path) -> None:
@@ -126,7 +133,8 @@ def test_structured_output_of_boxes(run: Run, tiny_folder: Path, image_file: Pat
     point = r"\(\d{1,3},\d{1,3}\)"
     named = r"(<\|object_ref_start\|>.+?<\|object_ref_end\|>)?"
     item = rf"{named}<\|box_start\|>{point},{point}<\|box_end\|>\n?"
-    assert re.fullmatch(rf"({item})+", answer["text"])
+    assert re.fullmatch(rf"({item})+", answer["raw_text"])
+    assert "<|" not in answer["text"]
 
 
 @pytest.mark.parametrize(
@@ -134,8 +142,9 @@ def test_structured_output_of_boxes(run: Run, tiny_folder: Path, image_file: Pat
     [
         (["--boxes", "--regex", "a"], 2, "--regex and --boxes are mutually exclusive"),
         (["--json-schema", "none.json"], 2, "none.json: cannot be read: No such file or directory"),
+        (["--json-schema", '{"type":'], 2, "JSON schema"),
         (["--json-schema", "photo"], 2, "photo: is not text in UTF-8"),
-        (["--regex", "("], 2, "regex: at 1(8): invalid regex"),
+        (["--regex", "("], 2, "regex: unclosed group at character 1"),
         (["--choice", ""], 2, "choice: got '', must be a text"),
     ],
 )
@@ -151,7 +160,7 @@ def test_invalid_structured_output_options(
 
 def test_a_missing_adapter(run: Run, tiny_folder: Path) -> None:
     result = run("ask", "--model", tiny_folder, "--adapter", "nowhere", "Hi")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == (
         "qwen2vl: error: adapter 'nowhere': no such folder; give the folder that PEFT saved\n"
     )
@@ -210,6 +219,7 @@ def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, image_fil
         return json.loads(run(*base, "--json", *more).stdout)["image_tokens"]
 
     assert tokens("--max-pixels", 4 * 784) <= 4
+    assert tokens("--max-pixels", 784) == 1  # below the model's min_pixels
     assert tokens("--min-pixels", 100 * 784) >= 100
 
 
@@ -224,9 +234,11 @@ def test_pixel_limits_reach_the_processor(run: Run, tiny_folder: Path, image_fil
         (["--top-k", "-5"], 2, "top_k: got -5"),
         (["--top-p", "1.1"], 2, "top_p: got 1.1"),
         (["--device", "abacus"], 2, "device 'abacus' is unknown"),
+        (["--fps", "0"], 2, "--fps': got 0, must be from"),
+        (["--fps", "nan"], 2, "--fps': got nan, must be from"),
         (["--max-pixels", "-3"], 2, "max_pixels"),
         (["--min-pixels", "9999999", "--max-pixels", "3136"], 2, "min_pixels 9999999"),
-        (["-o", "boxes.png"], 2, "-o draws on one image, got 0"),
+        (["-o", "boxes.png"], 2, "draws boxes on the images and videos of the prompt, got none"),
     ],
 )
 def test_errors_are_one_line(
@@ -253,13 +265,32 @@ def test_errors_about_model_folders_name_the_remedy(
 ) -> None:
     make(tmp_path / "model")
     result = run("ask", "--model", tmp_path / "model", "Hi")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_one_token_is_singular(run: Run, tiny_folder: Path) -> None:
+    result = run("ask", "--model", tiny_folder, "Hi", "--max-tokens", 1)
+    assert "the answer was cut after 1 token; --max-tokens" in result.stderr
+
+
+def test_a_missing_file_is_reported_without_the_import_of_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from qwen2vl.cli.main import main; main(['ask', 'nope.png', 'What?'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "qwen2vl: error: file 'nope.png' not found; check the path\n"
+    assert done.returncode == 2
+
+
 def test_output_is_checked_before_the_model_is_loaded(run: Run, image_file: Path) -> None:
-    for output, message in (("boxes.txt", "ends in .png"), ("no/boxes.png", "does not exist")):
+    for output, message in (
+        ("boxes.txt", "ends in .png"),
+        ("no/boxes.png", "does not exist"),
+        ("no/a/", "/no does not exist"),
+    ):
         result = run("ask", "--model", "nowhere", "--image", image_file, "Hi", "-o", output)
         assert result.exit_code == 2
         assert message in result.stderr
@@ -272,9 +303,14 @@ class ScriptedLLM:
     real: LLM
     text: str
     asked: list[Any] = field(default_factory=list)
+    asked_params: list[SamplingParams] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
+
+    def prepare(self, messages: Any, params: SamplingParams) -> Any:
+        self.asked_params.append(params)
+        return self.real.prepare(messages, params)
 
     def generate_prepared(
         self, prepared: Any, *, on_delta: Any = None, on_step: Any = None
@@ -292,10 +328,10 @@ def _replace(completion: Completion, text: str) -> Completion:
 
 
 def scripted_llm(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, name: str = "x", **llm: Any
+    monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, name: str = "x", **given: Any
 ) -> ScriptedLLM:
-    llm = ScriptedLLM(qwen2vl.LLM(folder, **llm), text)
-    loaded = LoadedModel(llm=llm, name=name, load_seconds=0.1)  # type: ignore[arg-type]
+    llm = ScriptedLLM(qwen2vl.LLM(folder, **given), text)
+    loaded = LoadedModel(llm=llm, name=name, load_seconds=0.1, is_default=name == "nano")  # type: ignore[arg-type]
     monkeypatch.setattr(options, "load_model_from_options", lambda given: loaded)
     return llm
 
@@ -319,7 +355,7 @@ def test_boxes_are_printed_and_drawn_in_pixels_of_the_original_image(
     scripted_llm(monkeypatch, tiny_folder, BOX_TEXT)
     result = run("ask", "--image", white, "Where?", "-o", "boxes.png", "--max-pixels", 3136)
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == [BOX_TEXT, "the cat: (100, 100) to (500, 400)"]
+    assert result.stdout == "the cat: (100, 100) to (500, 400)\n"
     assert "wrote boxes.png" in result.stderr
     drawn = Image.open(tmp_path / "boxes.png")
     assert drawn.size == (1000, 500)
@@ -333,7 +369,19 @@ def test_json_output_has_boxes_in_pixels(
 ) -> None:
     scripted_llm(monkeypatch, tiny_folder, BOX_TEXT)
     answer = json.loads(run("ask", "--image", white, "Where?", "--json").stdout)
-    assert answer["boxes"] == [{"phrase": "the cat", "pixels": [[100, 100], [500, 400]]}]
+    assert answer["boxes"] == [{"phrase": "the cat", "pixels": [[100, 100], [500, 400]], "item": 0}]
+    assert answer["text"] == "the cat: (100, 100) to (500, 400)"
+    assert answer["raw_text"] == BOX_TEXT
+
+
+def test_special_tokens_may_be_kept(
+    run: Run, tiny_folder: Path, white: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = scripted_llm(monkeypatch, tiny_folder, BOX_TEXT)
+    command = ["ask", "--image", white, "Where?", "--no-skip-special-tokens"]
+    assert run(*command).stdout == f"{BOX_TEXT}\n"
+    assert llm.asked_params[-1].skip_special_tokens is False
+    assert json.loads(run(*command, "--json").stdout)["text"] == BOX_TEXT
 
 
 @pytest.mark.parametrize(
@@ -371,15 +419,22 @@ def test_without_boxes_no_image_is_written(
     assert not Path("boxes.png").exists()
 
 
-def test_the_output_of_nano_ends_with_its_capabilities(
-    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_limits_of_nano_are_noted_where_they_matter(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawing = Image.new("RGB", (120, 90), "white")
+    ImageDraw.Draw(drawing).ellipse((30, 20, 80, 70), fill="red")
+    drawing.save(tmp_path / "drawing.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
     scripted_llm(monkeypatch, tiny_folder, "Hello.", name="nano")
-    result = run("ask", "Hi")
-    assert result.stdout == "Hello.\n"
-    (line,) = result.stderr.splitlines()
-    assert "--model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)" in line
-    assert run("ask", "--json", "Hi").stderr == ""  # not with --json
+    for prompt in (("Hi",), ("photo.png", "Hi")):
+        (line,) = run("ask", *prompt).stderr.splitlines()
+        assert "--model Qwen/Qwen2-VL-2B-Instruct (downloads 4.4 GB once)" in line
+    assert run("ask", "drawing.png", "Hi").stderr == ""
+    assert run("ask", "--json", "photo.png", "Hi").stderr == ""
+    scripted_llm(monkeypatch, tiny_folder, "Hello.", name="a folder")
+    assert run("ask", "photo.png", "Hi").stderr == ""
 
 
 def test_a_long_ttft_is_reported_with_an_option_that_reduces_it(
@@ -457,21 +512,118 @@ def test_preprocessing_notes_are_reported(
     assert re.fullmatch(r"qwen2vl: two\.gif: .*first.*\n", result.stderr)
 
 
-def test_sampling_options_ignored_by_a_greedy_checkpoint_are_reported(
-    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_and_flags_become_one_prompt_in_order(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted_llm(monkeypatch, tiny_folder, "Hi.")
-    notes = run("ask", "Hi", "--top-k", 5, "--seed", 1).stderr
-    assert "--top-k, --seed without effect; add --temperature 1" in notes
-    for more in ((), ("--temperature", 0), ("--temperature", 1)):
-        assert run("ask", "Hi", *more, *(("--seed", 1) if more else ())).stderr == ""
-
-
-def test_a_default_top_k_of_one_is_reported(
-    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    frames = [Image.new("RGB", (60, 60), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    for name in ("a.png", "b.png"):
+        frames[0].save(tmp_path / name)
     llm = scripted_llm(monkeypatch, tiny_folder, "Hi.")
-    llm.real.generation_defaults = qwen2vl.weights.GenerationDefaults(do_sample=True, top_k=1)
-    assert "add --top-k 0" in run("ask", "Hi", "--temperature", 0.7).stderr
-    assert run("ask", "Hi", "--temperature", 0.7, "--top-k", 0).stderr == ""
-    assert run("ask", "Hi").stderr == ""
+    given = ("a.png", "--video", "clip.gif", "--image", "b.png", "clip.gif", "What is it?")
+    assert run("ask", *given, "--system", "Be brief.").exit_code == 0
+    (prompt,) = llm.asked
+    assert [(item.kind, item.name) for item in prompt.items] == [
+        ("image", "a.png"),
+        ("video", "clip.gif"),
+        ("image", "b.png"),
+        ("video", "clip.gif"),
+    ]
+    text = llm.processor.tokenizer.decode(prompt.input_ids, keep_special="all")
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    assert "What is it?<|im_end|>" in text
+
+
+def test_an_image_from_stdin(run: Run, tiny_folder: Path, image_file: Path) -> None:
+    ask = ("ask", "--model", tiny_folder, "Hi", "--max-tokens", 4, "--json")
+    piped = json.loads(run(*ask, "--image", "-", stdin=image_file.read_bytes()).stdout)
+    named = json.loads(run(*ask, "--image", image_file).stdout)
+    assert piped["token_ids"] == named["token_ids"]
+    assert piped["image_tokens"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "notes"),
+    [
+        (["--fps", "1"], ["--fps has no effect without a video"]),
+        (["--max-pixels", "9999"], ["--max-pixels has no effect without an image or video"]),
+        (
+            ["--choice", "red, green"],
+            ["--choice 'red, green' is one choice; for several, repeat it: --choice red --choice "],
+        ),
+        (["--choice", "red, green", "--choice", "blue"], []),
+    ],
+)
+def test_options_without_effect_are_named(
+    run: Run,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    notes: list[str],
+) -> None:
+    scripted_llm(monkeypatch, tiny_folder, "red")
+    lines = run("ask", "Hi", *arguments).stderr.splitlines()
+    assert len(lines) == len(notes)
+    for line, note in zip(lines, notes, strict=True):
+        assert line.startswith(f"qwen2vl: {note}")
+
+
+def test_boxes_are_drawn_on_each_of_several_files(
+    run: Run, tiny_folder: Path, tmp_path: Path, white: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grays = (255, 251, 247, 243)  # equal frames would be merged
+    frames = [Image.new("RGB", (560, 280), (gray,) * 3) for gray in grays]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=500)
+    scripted_llm(monkeypatch, tiny_folder, BOX_TEXT)
+    result = run("ask", white, "clip.gif", "Where?", "-o", "boxes.png")
+    assert result.stdout == (
+        "the cat: (100, 100) to (500, 400) in white.png, (56, 56) to (280, 224) in clip.gif\n"
+    )
+    assert "does not say in which of 2 images or videos its boxes are" in result.stderr
+    image, sheet = Image.open("boxes-1.png"), Image.open("boxes-2.png")
+    assert image.getpixel((100, 250)) != (255, 255, 255)
+    assert sheet.width == 4 * 560
+    pixels = np.asarray(sheet)
+    for frame, gray in enumerate(grays):  # the left border of the box
+        assert abs(int(pixels[250, frame * 560 + 300, 0]) - gray) < 4
+        assert pixels[140, frame * 560 + 56, 1] < 100
+    for output in ("drawn/", "drawn"):  # made by the first
+        assert run("ask", white, "clip.gif", "Where?", "-o", output).exit_code == 0
+    assert sorted(path.name for path in Path("drawn").iterdir()) == ["clip.png", "white.png"]
+
+
+def test_adapters_with_names_answer_in_turn(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / name, qwen2vl.load(tiny_folder)[0], TEXT, seed=seed)
+    ask = ("ask", "--model", tiny_folder, "Hi", "--max-tokens", 6)
+    named = ("--adapter", "first=one", "--adapter", "second=two")
+    lines = [json.loads(line) for line in run(*ask, *named, "--json").stdout.splitlines()]
+    assert [line["adapter"] for line in lines] == ["first", "second"]
+    merged = [
+        json.loads(run(*ask, "--adapter", name, "--json").stdout)["token_ids"]
+        for name in ("one", "two")
+    ]
+    assert [line["token_ids"] for line in lines] == merged
+    assert merged[0] != merged[1]
+    text = run(*ask, *named).stdout
+    assert text.startswith("first:\n") and "\nsecond:\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "a", "--adapter", "b"], "needs a name: --adapter NAME=a"),
+        (["--adapter", "x=a", "--adapter", "x=b"], "the name x is given twice"),
+        (["--adapter", "x=a", "--compile"], "cannot be compiled; give one without a name"),
+        (["--adapter", "run"], "is no adapter, but the folder of a run; give the adapter inside, "),
+        (["--adapter", "x=run"], "run/adapter-000020, the last of 2"),
+    ],
+)
+def test_unusable_adapters(run: Run, tiny_folder: Path, arguments: list[str], message: str) -> None:
+    for steps in (10, 20):
+        folder = Path("run") / f"adapter-{steps:06d}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").touch()
+    result = run("ask", "--model", tiny_folder, "Hi", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr

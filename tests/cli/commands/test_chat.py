@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +16,12 @@ from PIL import Image
 
 import qwen2vl
 from qwen2vl.cli import options, terminal
+from qwen2vl.cli.commands import chat as chat_module
+from qwen2vl.cli.commands.chat import ChatSession
+from qwen2vl.cli.media_arguments import MediaFile
 from qwen2vl.cli.options import LoadedModel
 from qwen2vl.engine import LLM, Delta, SamplingParams
+from tests.adapters import TEXT, write_adapter
 from tests.cli.commands.test_ask import scripted_llm
 from tests.cli.conftest import Run
 
@@ -28,7 +34,12 @@ def llm(tiny_folder: Path) -> LLM:
 
 
 @pytest.fixture
-def prompts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded(llm: LLM) -> LoadedModel:
+    return LoadedModel(llm=llm, name="tiny", load_seconds=0.0)
+
+
+@pytest.fixture
+def prompts(llm: LLM, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the prompts of the LLM as text while `chat` runs with it."""
     prompts: list[str] = []
     real = llm.generate_prepared
@@ -40,7 +51,6 @@ def prompts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return real(prepared, **named)
 
     monkeypatch.setattr(llm, "generate_prepared", record)
-    loaded = LoadedModel(llm=llm, name="tiny", load_seconds=0.0)
     monkeypatch.setattr(options, "load_model_from_options", lambda given: loaded)
     return prompts
 
@@ -74,15 +84,17 @@ def test_attached_images_join_the_next_message_and_stay(
 def test_image_options_are_attached_to_the_first_message(
     run: Run, prompts: list[str], image_file: Path
 ) -> None:
-    result = run("chat", "--image", image_file, "--max-tokens", 3, stdin="what?\n")
-    assert "a photo.png 150 x 100 -> 20 tokens; now ask about it" in result.stderr
-    assert "user\n<|vision_start|><|vision_end|>what?" in prompts[0]
+    for flag in (("--image",), ()):
+        result = run("chat", *flag, image_file, "--max-tokens", 3, stdin="what?\n")
+        assert "a photo.png 150 x 100 -> 20 tokens; now ask about it" in result.stderr
+        assert "user\n<|vision_start|><|vision_end|>what?" in prompts.pop()
 
 
 def test_a_missing_image_option_is_an_error(run: Run, prompts: list[str]) -> None:
     result = run("chat", "--image", "nowhere.png", stdin="what?\n")
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].startswith("qwen2vl: error: nowhere.png: file")
+    (line,) = result.stderr.splitlines()  # before the model is loaded
+    assert "file 'nowhere.png' not found" in line
     assert not prompts
 
 
@@ -92,8 +104,8 @@ def test_boxes_are_in_pixels_of_the_latest_image(
     scripted_llm(monkeypatch, tiny_folder, "<|box_start|>(0,0),(500,500)<|box_end|>")
     Image.new("RGB", (1000, 400)).save("large.png")
     result = chat(run, f"/image {image_file}", "where?", "/image large.png", "where?", "and now?")
-    lines = [line for line in result.stdout.splitlines() if line.startswith("box: ")]
-    assert lines == ["box: (0, 0) to (75, 50)"] + 2 * ["box: (0, 0) to (500, 200)"]
+    lines = result.stdout.splitlines()
+    assert lines == ["(0, 0) to (75, 50)"] + 2 * ["(0, 0) to (500, 200)"]
 
 
 def test_boxes_are_drawn_on_the_latest_image(
@@ -109,6 +121,177 @@ def test_boxes_are_drawn_on_the_latest_image(
     changed = drawn.convert("L").point(lambda v: 255 if v else 0).getbbox()
     assert changed is not None
     assert changed[0] in range(95, 105) and changed[2] in range(495, 506)
+
+
+def test_one_command_attaches_several_images(
+    run: Run, prompts: list[str], image_file: Path
+) -> None:
+    for name in ("f2.png", "f10.png", "other.png"):
+        Image.new("RGB", (60, 60)).save(name)
+    result = chat(run, f"/image f*.png '{image_file}' other.png", "what?")
+    names = re.findall(r"qwen2vl: (.*) \d+ x \d+ ->", result.stderr)
+    assert names == ["f2.png", "f10.png", "a photo.png", "other.png"]
+    assert prompts[0].count("<|vision_start|>") == 4
+    result = chat(run, f"/image *.png '{image_file}' other.png", "what?")
+    (line,) = (line for line in result.stderr.splitlines() if "now ask" in line)
+    assert re.fullmatch(r"qwen2vl: 6 files -> \d+ tokens; now ask about them", line)
+    assert prompts[1].count("<|vision_start|>") == 6
+    assert "/image f1*.jpg: no file matches" in chat(run, "/image f1*.jpg").stderr
+
+
+def test_images_are_attached_all_or_none(run: Run, prompts: list[str], image_file: Path) -> None:
+    Path("page.png").write_text("<!doctype html>")
+    chat(run, f"/image '{image_file}' page.png", f"/image '{image_file}' nope.png", "what?")
+    assert "vision_start" not in prompts[0]
+
+
+def test_a_system_prompt_is_set_and_reset(run: Run, prompts: list[str]) -> None:
+    result = run(
+        *("chat", "--system", "Be brief.", "--max-tokens", 2),
+        stdin="one\n/system Be kind.\ntwo\n/clear\nthree\n/system\nfour\n",
+    )
+    assert result.exit_code == 0
+    system = [prompt.split("<|im_end|>")[0].split("system\n")[1] for prompt in prompts]
+    assert system[:3] == ["Be brief.", "Be kind.", "Be kind."]
+    assert system[3] not in system[:3], "the default"
+    assert "user\none" in prompts[1] and "user\none" not in prompts[2]
+
+
+def test_undo_takes_back_a_message_and_attaches_its_images_again(
+    run: Run, prompts: list[str], image_file: Path
+) -> None:
+    result = chat(run, "one", f"/image {image_file}", "two", "/undo", "three", "/undo", "/undo")
+    assert "two" not in prompts[2]
+    assert "user\n<|vision_start|><|vision_end|>three" in prompts[2]
+    assert "user\none" in prompts[2]
+    assert result.stderr.count("the last message is taken back; what it showed is attached") == 2
+    assert "error: there is no message yet" in chat(run, "/undo").stderr
+
+
+def test_undo_detaches_what_was_not_sent(run: Run, prompts: list[str], image_file: Path) -> None:
+    result = chat(run, "one", f"/image {image_file}", "/undo", "two", "/undo", "three")
+    assert "the attached files are detached" in result.stderr
+    assert all("vision_start" not in prompt for prompt in prompts)
+    assert "user\none" in prompts[2] and "user\ntwo" not in prompts[2]
+
+
+def test_retry_answers_the_last_message_again(run: Run, prompts: list[str]) -> None:
+    result = chat(run, "one", "two", "/retry", "three", "/retry")
+    assert prompts[1] == prompts[2] and prompts[3] == prompts[4]
+    assert prompts[3].count("<|im_start|>user") == 3
+    assert len(result.stdout.splitlines()) == 5
+
+
+def test_retry_with_a_seed_draws_another_answer(run: Run, prompts: list[str]) -> None:
+    sampling = ("--temperature", 3, "--seed", 1, "--max-tokens", 8)
+    text = run("chat", *sampling, stdin="one\n/retry\n/retry\n").stdout
+    assert len(set(text.splitlines())) >= 3  # these answers may contain line breaks
+    assert run("chat", *sampling, stdin="one\n/retry\n/retry\n").stdout == text
+
+
+def test_a_saved_conversation_is_loaded_and_continued(
+    run: Run, prompts: list[str], llm: LLM, image_file: Path
+) -> None:
+    Path("away").mkdir()
+    chat(run, "/system Be brief.", f"/image '{image_file.name}'", "one", "/save away/c.json", "two")
+    messages = json.loads(Path("away/c.json").read_text())
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[1]["content"][0] == {"type": "image", "image": str(image_file)}
+    assert len(llm.chat(messages, SamplingParams(max_tokens=1))) == 1
+    result = chat(run, "other", "/load away/c.json", "two", "/save away/c.json")
+    assert prompts[3] == prompts[1]
+    assert f"{image_file.name} 150 x 100" in result.stderr
+    assert len(json.loads(Path("away/c.json").read_text())) == 5
+
+
+def test_an_image_from_stdin_is_saved_with_the_conversation(
+    loaded: LoadedModel, image_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session = ChatSession(loaded, SamplingParams(max_tokens=1), None)
+    session.attach([MediaFile(kind="image", source=image_file.read_bytes())])
+    session.handle_line("what?")
+    session.handle_line(f"/save {tmp_path / 'c.json'}")
+    (reloaded,) = loaded.llm.chat(json.loads((tmp_path / "c.json").read_text()))
+    assert reloaded.image_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "c.json: cannot be read: No such file"),
+        ("{", "c.json: is not JSON"),
+        ("[]", "c.json: is no conversation: messages is empty"),
+        ('{"a": 1}', "c.json: is no conversation"),
+        ('[{"role": "user"}]', "content is missing"),
+        ('[{"role": "user", "content": [{"image": "gone.png"}]}]', "'gone.png' not found"),
+    ],
+)
+def test_a_bad_file_leaves_the_conversation_unchanged(
+    run: Run, prompts: list[str], content: str | None, message: str
+) -> None:
+    if content is not None:
+        Path("c.json").write_text(content)
+    result = chat(run, "one", "/load c.json", "two")
+    assert "qwen2vl: error: " in result.stderr
+    assert message in result.stderr
+    assert "user\none" in prompts[1]
+
+
+def test_saving_overwrites_conversations_only(run: Run, prompts: list[str]) -> None:
+    Path("notes.txt").write_text("mine")
+    result = chat(
+        run, "/save c.json", "one", "/save notes.txt", "/save no/c.json", "/save", "/load"
+    )
+    assert Path("notes.txt").read_text() == "mine"
+    for message in (
+        "there is nothing to save yet",
+        "notes.txt: is not JSON",
+        "/save no/c.json: the folder",
+        "/save needs a file",
+        "/load needs a file",
+    ):
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["one \\", "two"], "one \ntwo"),
+        (['"""one', "  two\\", 'three"""'], "one\n  two\\\nthree"),
+        (['"""one"""'], "one"),
+        (['"""one'], "one"),
+        (["one\\"], "one"),
+    ],
+)
+def test_messages_of_several_lines(
+    run: Run, prompts: list[str], lines: list[str], message: str
+) -> None:
+    chat(run, *lines)
+    assert prompts[0].endswith(f"user\n{message}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_adapters_are_chosen_by_name(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    model = qwen2vl.load(tiny_folder)[0]
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / name, model, TEXT, seed=seed)
+    result = run(
+        *("chat", "--model", tiny_folder, "--adapter", "a=one", "--adapter", "b=two"),
+        *("--max-tokens", 6),
+        stdin="Hi\n/adapter b\n/retry\n/adapter c\n/adapter\n",
+    )
+    asked = ("ask", "--model", tiny_folder, "Hi", "--max-tokens", 6, "--adapter")
+    assert result.stdout == run(*asked, "one").stdout + run(*asked, "two").stdout
+    assert "/adapter c: no such adapter; known: a, b" in result.stderr
+    assert "qwen2vl: b answers; /adapter NAME chooses another of a\n" in result.stderr
+
+
+def test_lines_pasted_at_once_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal has the next line already when the first is read."""
+    simulate_input(monkeypatch, "one", "two", "three", "four")
+    pasted = iter([True, True, False, False])
+    monkeypatch.setattr(terminal, "has_pasted_line", lambda: next(pasted))
+    assert chat_module._read_message() == "one\ntwo\nthree"
+    assert chat_module._read_message() == "four"
 
 
 def test_clear_removes_turns_and_images(run: Run, prompts: list[str], image_file: Path) -> None:
@@ -145,9 +328,10 @@ def test_a_closed_stdin_ends_the_chat(tiny_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_and_quit(run: Run, prompts: list[str]) -> None:
-    result = chat(run, "/help", "/quit", "never")
-    assert "/clear        clear the conversation" in result.stdout
+@pytest.mark.parametrize("word", ["/quit", "/exit", "quit", "exit"])
+def test_help_and_quit(run: Run, prompts: list[str], word: str) -> None:
+    result = chat(run, "/help", word, "never")
+    assert "/clear          clear the conversation" in result.stdout
     assert prompts == []
     assert result.exit_code == 0
 
@@ -198,7 +382,7 @@ def test_ctrl_c_stops_generation_and_keeps_the_partial_answer(
     simulate_input(monkeypatch, "one", "two", None)
     result = run("chat", "--max-tokens", 50)
     assert result.exit_code == 0
-    assert "stopped; Ctrl-C again leaves" in result.stderr
+    assert "stopped; Ctrl-C again, Ctrl-D or /quit leaves" in result.stderr
     assert "user\none" in prompts[1]
     cut = prompts[1].split("assistant\n")[1]
     assert 1 <= len(cut.split("<|im_end|>")[0]) <= 4
@@ -216,7 +400,9 @@ def test_ctrl_c_twice_at_the_prompt_exits_with_130(
     run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulate_input(monkeypatch, KeyboardInterrupt, KeyboardInterrupt)
-    assert run("chat").exit_code == 130
+    result = run("chat")
+    assert result.exit_code == 130
+    assert "qwen2vl: Ctrl-C again, Ctrl-D or /quit leaves\n" in result.stderr
 
 
 def test_input_between_two_ctrl_c_keeps_the_chat_running(
@@ -256,7 +442,7 @@ def test_ctrl_c_during_prefill_stops_after_the_step_and_keeps_the_engine_core(
     monkeypatch.setattr(core.runner, "execute_model", interrupted)
     simulate_input(monkeypatch, "one", None)
     result = run("chat", "--max-tokens", 50)
-    assert result.exit_code == 0 and "stopped; Ctrl-C again leaves" in result.stderr
+    assert result.exit_code == 0 and "stopped; Ctrl-C again, " in result.stderr
     assert num_steps == 1
     assert llm.engine_core is core and not llm.has_unfinished_requests
     assert len(prompts) == 1

@@ -31,7 +31,7 @@ def test_the_demo_writes_images_and_prints_the_truth(
             assert min(image.size) > 1
     assert "truth" in result.stdout
     assert "answers are right." in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("Try your own: qwen2vl ask --image")
+    assert result.stdout.splitlines()[-1].startswith("Try your own: qwen2vl ask photo.png")
 
 
 def test_the_next_command_has_a_path_unless_the_shell_finds_the_program(
@@ -72,8 +72,15 @@ def test_a_damaged_nano_is_an_error_and_not_replaced(
 
 def test_a_missing_model_is_an_error(run: Run) -> None:
     result = run("demo", "--model", "nowhere")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no such folder" in result.stderr
+
+
+def test_an_adapter_with_a_name_is_refused(run: Run) -> None:
+    for arguments in (["demo"], ["eval"]):
+        result = run(*arguments, "--adapter", "a=folder")
+        assert result.exit_code == 2
+        assert "--adapter a=...: this command uses one adapter" in result.stderr
 
 
 def test_an_invalid_output_folder_is_an_error(run: Run, tmp_path: Path) -> None:

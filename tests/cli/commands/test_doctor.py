@@ -39,6 +39,14 @@ def test_a_valid_folder(run: Run, tiny_folder: Path) -> None:
     assert "all tensors are finite" in result.stdout
 
 
+def test_folders_are_positional_arguments_too(run: Run, tiny_folder: Path) -> None:
+    result = run("doctor", tiny_folder, "--model", tiny_folder)
+    assert result.stdout.count(f"{tiny_folder}: ") == 1
+    result = run("doctor", tiny_folder, "nowhere")
+    assert result.exit_code == 2
+    assert "nowhere" in result.stderr
+
+
 def test_nonfinite_tensors_are_listed(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_folder, broken)
@@ -47,7 +55,7 @@ def test_nonfinite_tensors_are_listed(run: Run, tiny_folder: Path, tmp_path: Pat
     tensors["visual.merger.ln_q.bias"][0] = float("inf")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     result = run("doctor", "--check-weights", broken)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert "2 tensors hold NaN or infinity" in line
     assert "model.norm.weight" in line
@@ -61,6 +69,6 @@ def test_a_truncated_weights_file(run: Run, tiny_folder: Path, tmp_path: Path) -
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     result = run("doctor", "--model", broken)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "model.safetensors" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -42,14 +42,23 @@ def test_any_checkpoint_is_exported_to_a_working_folder(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "-o", "new"], "nowhere: neither a checkpoint nor a run's folder with one"),
+        (
+            ["nowhere", "-o", "new"],
+            "nowhere: neither a checkpoint nor a run's folder with one; give",
+        ),
+        (
+            ["run/model-000020", "-o", "new"],
+            "model-000020: is no checkpoint; give its run, run, or",
+        ),
         (["here", "-o", "no/where"], "there is no folder"),
         (["here", "-o", "."], "exists already"),
     ],
 )
 def test_errors_are_one_line(run: Run, arguments: list[str], message: str) -> None:
     Path("file").touch()
+    for name in ("model-000020", "step-000020"):
+        (Path("run") / name).mkdir(parents=True)
     result = run("export", *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert message in line

@@ -27,7 +27,7 @@ def test_two_source_models_become_a_working_model(
 def test_a_language_model_is_no_vision_tower(run: Run, tmp_path: Path) -> None:
     write_qwen2(tmp_path / "text")
     result = run("init", "--text", "text", "--vision", "text", "-o", "start")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "model_type is 'qwen2', expected 'clip'" in result.stderr
     assert not (tmp_path / "start").exists()
 

@@ -21,8 +21,7 @@ def good(tmp_path: Path) -> Path:
 def test_a_run_is_plotted_to_an_image(run: Run, tmp_path: Path) -> None:
     result = run("plot", "good", "-o", "curves.png")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == "curves.png\n"
-    assert result.stderr == ""
+    assert (result.stdout, result.stderr) == ("", "qwen2vl: wrote curves.png\n")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 1000
         assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 50
@@ -40,7 +39,7 @@ def test_the_suffix_chooses_the_format(run: Run, tmp_path: Path, name: str, begi
 
 @pytest.mark.usefixtures("good")
 def test_the_default_file_is_run_png(run: Run, tmp_path: Path) -> None:
-    assert run("plot", "good").stdout == "run.png\n"
+    assert run("plot", "good").stderr == "qwen2vl: wrote run.png\n"
     assert (tmp_path / "run.png").is_file()
 
 
@@ -59,7 +58,8 @@ def test_the_extra_is_named_where_matplotlib_is_missing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: cannot be read: No such file"),
+        (["nowhere"], "nowhere: cannot be read: No such file or directory; give the output_dir of"),
+        (["good/model-000050"], "cannot be read: No such file or directory; give good"),
         (["empty"], "holds no report yet; a run writes one every logging_steps steps"),
         (["broken"], "broken/metrics.jsonl: line 2 is no line of metrics"),
         (["good", "-o", "x.jpg"], "-o x.jpg: give a name that ends in .png, .svg, .pdf"),
@@ -71,6 +71,7 @@ def test_the_extra_is_named_where_matplotlib_is_missing(
 def test_errors_are_one_line(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     write_run(tmp_path / "empty")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "good" / "model-000050").mkdir()
     broken = write_run(tmp_path / "broken", training(1)) / "metrics.jsonl"
     broken.write_text(broken.read_text() + "[1]\n")
     result = run("plot", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,26 @@ def test_an_image(run: Run, tiny_folder: Path, image_file: Path) -> None:
         "tokens": "20",
     }
     assert result.stderr == ""
+
+
+def test_several_files(run: Run, tiny_folder: Path, image_file: Path) -> None:
+    Image.new("RGB", (56, 56)).save("b.png")
+    result = run("tokens", "--model", tiny_folder, image_file, "b*.png")
+    first, second = result.stdout.split("\n\n")
+    assert (rows(first)["file"], rows(first)["tokens"]) == ("a photo.png", "20")
+    assert (rows(second)["file"], rows(second)["tokens"]) == ("b.png", "4")
+    result = run("tokens", "--model", tiny_folder, image_file, "b.png", "-o", "seen.png")
+    assert result.exit_code == 2
+    assert "-o seen.png: takes the pixels of one file, got 2; give one" in result.stderr
+
+
+def test_json_output(run: Run, tiny_folder: Path, image_file: Path) -> None:
+    result = run("tokens", "--model", tiny_folder, image_file, image_file, "--json")
+    first, second = json.loads(result.stdout)["items"]
+    assert first == second
+    assert first["name"] == "a photo.png"
+    assert (first["original_size"], first["resized_size"]) == ([100, 150], [112, 140])
+    assert (first["grid"], first["tokens"]) == ([1, 8, 10], 20)
 
 
 def test_limits_apply(run: Run, tiny_folder: Path, image_file: Path) -> None:
