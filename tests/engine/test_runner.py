@@ -455,12 +455,13 @@ def interrupt_after(lines: int) -> Any:
 
 
 def chat_until_interrupted(llm: LLM, rng: random.Random) -> None:
+    previous = sys.gettrace()  # of coverage, which would measure no later test of this process
     sys.settrace(interrupt_after(rng.randrange(200, 6000)))
     try:
         while True:
             llm.chat([CONVERSATIONS[i] for i in rng.sample(range(6), 3)], GREEDY)
     finally:
-        sys.settrace(None)
+        sys.settrace(previous)
 
 
 def test_the_llm_is_usable_after_an_interrupt_at_any_line() -> None:
