@@ -9,7 +9,7 @@ since they step this rank's shards. (torchtitan: `Trainer`, `TrainState`.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -137,13 +137,7 @@ def _wrap_model(config: TrainConfig, distributed: DistributedContext, model: Qwe
     """Apply activation checkpointing and torch.compile to the unsharded modules."""
     # Dropout of LoRA layers draws from this generator, on each rank its own; checkpoints store it.
     torch.manual_seed(config.seed + distributed.rank)
-    checkpointing = config.activation_checkpointing
-    apply_activation_checkpointing(
-        model,
-        visual=checkpointing.visual,
-        text=checkpointing.text,
-        every_n_blocks=checkpointing.every_n_blocks,
-    )
+    apply_activation_checkpointing(model, **asdict(config.activation_checkpointing))
     if config.compile:
         compile_regions(model)
 

@@ -91,7 +91,7 @@ def _threads() -> str:
     import torch
 
     count = threads.available_cpus()
-    chosen = "set" if threads.is_num_threads_given() else "commands measure how many pay"
+    chosen = "set" if threads.is_num_threads_given() else "commands that answer measure it"
     text = f"{torch.get_num_threads()} of torch ({chosen}), {count} CPUs; {threads.wait_policy()}"
     load = os.getloadavg()[0]
     return text + f"; load {load:.1f}: other processes run" if load > 0.5 else text

@@ -10,7 +10,7 @@ activations and logits come from the activation-memory estimator, which runs on 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -141,13 +141,7 @@ def wrapped_meta_model(config: TrainConfig, model_config: Qwen2VLConfig) -> Qwen
     model = meta_model(model_config)
     if config.adapter is not None:
         inject_adapter(model, replace(config.adapter, init=""), config.seed)
-    checkpointing = config.activation_checkpointing
-    apply_activation_checkpointing(
-        model,
-        visual=checkpointing.visual,
-        text=checkpointing.text,
-        every_n_blocks=checkpointing.every_n_blocks,
-    )
+    apply_activation_checkpointing(model, **asdict(config.activation_checkpointing))
     return model
 
 

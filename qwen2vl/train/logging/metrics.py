@@ -136,7 +136,7 @@ class Metrics:
 
         Nothing is written where nothing was evaluated, since a stage has no held-out data.
         """
-        with self.timers_paused():
+        with self._timers_paused():
             results = evaluate()
         record = {"step": step, **results}
         if results:
@@ -144,7 +144,7 @@ class Metrics:
         return record
 
     @contextmanager
-    def timers_paused(self) -> Iterator[None]:
+    def _timers_paused(self) -> Iterator[None]:
         """Exclude the time inside the context from throughput and from the phases of a step."""
         start = time.perf_counter()
         with self.timer.paused():
