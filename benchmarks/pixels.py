@@ -95,7 +95,7 @@ def measure_end_to_end(data: bytes, rounds: int) -> dict[str, float]:
 
 def measure_stages(data: bytes, rounds: int) -> dict[str, float]:
     """Time each stage of this library on the result of the previous one."""
-    rgb, _ = open_image(data, DEFAULT_LIMITS, "image")
+    rgb = open_image(data, DEFAULT_LIMITS, "image").image
     height, width = smart_resize(rgb.height, rgb.width, factor=VISION.factor, **LIMITS)
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
     frames_FCHW = torch.from_numpy(resize_image(resized, height, width)).unsqueeze(0)

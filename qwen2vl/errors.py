@@ -17,11 +17,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any, cast
 
 __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "EngineDeadError",
     "EngineError",
     "InputError",
     "Qwen2VLError",
@@ -30,11 +32,18 @@ __all__ = [
     "suggest",
 ]
 
+MAX_NAME = 200  # characters of a name for which a similar one is looked for
+
 
 class Qwen2VLError(Exception):
     """Base class of all errors that this library raises deliberately."""
 
     exit_code = 1  # exit status of the command line
+
+    def __init__(self, *args: object, param: str | None = None) -> None:
+        """Take the text; `param` is the path of what is wrong: "messages[2].content[1]"."""
+        super().__init__(*args)
+        self.param = param
 
 
 class ConfigError(Qwen2VLError, ValueError):
@@ -65,13 +74,18 @@ class EngineError(Qwen2VLError, RuntimeError):
     """The engine died, is in use, or was closed; if it died, `__cause__` is the first cause."""
 
 
+class EngineDeadError(EngineError):
+    """The engine died or was closed, and all its requests with it. (vLLM: EngineDeadError.)"""
+
+
 def copy_error(error: Qwen2VLError, prefix: str = "") -> Qwen2VLError:
-    """Return a new exception of the same class, cause and text, after a prefix.
+    """Return a new exception of the same class, cause, param and text, after a prefix.
 
     Several callers need one each: an object that is raised twice collects both tracebacks.
     """
     copied = type(error)(f"{prefix}{error}")
     copied.__cause__ = error.__cause__
+    copied.param = error.param
     return copied
 
 
@@ -80,6 +94,8 @@ def abbreviate(value: object, limit: int = 60) -> str:
     is_cut = False
     if isinstance(value, (str, bytes, bytearray)):  # may be a file of hundreds of megabytes
         value, is_cut = value[:limit], len(value) > limit
+    elif isinstance(value, (list, dict)):  # or a list of a million numbers
+        value = _head(value, [limit])
     try:
         # Without addresses of objects: they say nothing, and weaken address randomization.
         text = re.sub(" at 0x[0-9A-Fa-f]+", "", " ".join(repr(value).split()))
@@ -88,8 +104,25 @@ def abbreviate(value: object, limit: int = 60) -> str:
     return f"{text[: limit - 3]}..." if is_cut or len(text) > limit else text
 
 
+def _head(value: Any, budget: list[int]) -> Any:
+    """Return a JSON value without what its repr has after `budget[0]` characters."""
+    budget[0] -= 1 + len(value) if isinstance(value, str) else 1
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        return [_head(one, budget) for one in items if budget[0] > -1]
+    if isinstance(value, dict):
+        fields = cast("dict[Any, Any]", value)
+        return {
+            key[:MAX_NAME] if isinstance(key, str) else key: _head(one, budget)
+            for key, one in fields.items()
+            if budget[0] > -1
+        }
+    return value
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return the remedy for an unknown name: the closest known one, or all of them."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1)
+    # Comparing takes time in proportion to the length of a name that a client has chosen.
+    close = difflib.get_close_matches(name, names, 1) if len(name) <= MAX_NAME else []
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qwen2vl.cli import boxes, terminal
 from qwen2vl.errors import InputError
@@ -21,7 +21,7 @@ from qwen2vl.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
-    from qwen2vl.cli.boxes import PixelShape
+    from qwen2vl.cli.boxes import PixelShape, SizedItem
     from qwen2vl.cli.media_arguments import MediaFile
     from qwen2vl.config import VisionConfig
     from qwen2vl.processor.inputs import Item
@@ -88,9 +88,9 @@ def check_output(output: str, num_items: int) -> None:
 def save_annotated(
     text: str,
     files: Sequence[MediaFile],
-    items: Sequence[Item],
+    items: Sequence[SizedItem],
     output: str,
-    processor: Processor,
+    processor: Processor | None = None,
 ) -> None:
     """Draw the shapes of a completion on each of the files, and write them to `output`.
 
@@ -100,9 +100,10 @@ def save_annotated(
     Args:
         text: the completion, with its grounding tokens.
         files: the images and videos that the shapes may refer to.
-        items: the same, preprocessed.
+        items: the same, preprocessed; without a processor, their names and sizes.
         output: the value of -o, an image file or a folder.
-        processor: of the model, for the orientation in which it sees an image.
+        processor: of the model, for the orientation in which it sees an image, and the frames
+            of a video; None: a server has both, so that nothing is drawn on a video.
 
     Raises:
         InputError: a file cannot be written.
@@ -118,11 +119,13 @@ def save_annotated(
     if _is_folder(output):
         _make_folder(output)
     for file, item, path in zip(files, items, _output_paths(output, items), strict=True):
-        image = (
-            contact_sheet(item, processor.config.vision, text)
-            if item.kind == "video"
-            else _annotated_file(file, item, text, processor)
-        )
+        if file.kind == "video" and processor is None:
+            terminal.note(f"{item.name}: the server chose its frames; nothing is drawn on them")
+            continue
+        if file.kind == "video" and processor is not None:
+            image = contact_sheet(cast("Item", item), processor.config.vision, text)
+        else:
+            image = _annotated_file(file, item, text, processor)
         terminal.save_image(image, path)
         terminal.note(f"wrote {path}")
 
@@ -189,19 +192,23 @@ def draw_shapes(image: Image.Image, shapes: Sequence[PixelShape]) -> None:
         _draw_label(pen, text, label, COLORS[number % len(COLORS)], font)
 
 
-def _annotated_file(file: MediaFile, item: Item, text: str, processor: Processor) -> Image.Image:
+def _annotated_file(
+    file: MediaFile, item: SizedItem, text: str, processor: Processor | None
+) -> Image.Image:
     from qwen2vl.processor.media.rgb import open_image
-    from qwen2vl.processor.video import find_video_preset
+    from qwen2vl.processor.media.source import DEFAULT_LIMITS
 
-    # Boxes refer to the orientation in which the preset passes the image to the model.
-    preset = find_video_preset(processor.video_preset)
-    image, _ = open_image(
-        file.source,
-        processor.limits,
-        item.name,
-        apply_exif_orientation=preset.apply_exif_orientation,
+    limits, apply_exif_orientation = DEFAULT_LIMITS, True
+    if processor is not None:
+        from qwen2vl.processor.video import find_video_preset
+
+        # Boxes refer to the orientation in which the preset passes the image to the model.
+        limits = processor.limits
+        apply_exif_orientation = find_video_preset(processor.video_preset).apply_exif_orientation
+    opened = open_image(
+        file.source, limits, item.name, apply_exif_orientation=apply_exif_orientation
     )
-    return annotated_image(image, boxes.parse_shapes(text, [item]))
+    return annotated_image(opened.image, boxes.parse_shapes(text, [item]))
 
 
 def _is_folder(output: str) -> bool:
@@ -215,7 +222,7 @@ def _make_folder(output: str) -> None:
         raise InputError(f"-o {output}: cannot be made a folder: {error.strerror}") from error
 
 
-def _output_paths(output: str, items: Sequence[Item]) -> list[str]:
+def _output_paths(output: str, items: Sequence[SizedItem]) -> list[str]:
     if not _is_folder(output):
         path = Path(output)
         many = len(items) > 1

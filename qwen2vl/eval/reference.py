@@ -120,7 +120,7 @@ def prepare(folder: Path, processor: Processor, prompt: ParityPrompt) -> Referen
 def _process_image(
     image_processor: Qwen2VLImageProcessorPil, source: Any, limits: MediaLimits
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    rgb, _ = open_image(source, limits, "image")
+    rgb = open_image(source, limits, "image").image
     features = image_processor(rgb, return_tensors="pt")
     t, h, w = features["image_grid_thw"][0].tolist()
     return features["pixel_values"], (t, h, w)

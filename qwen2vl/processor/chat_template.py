@@ -169,7 +169,8 @@ class _TurnRenderer:
                     f"there is no image {number}, the conversation has {len(self.sizes)}"
                     if number
                     else 'put an image before it, or add "picture": N'
-                )
+                ),
+                param=part.path,
             )
         return _SHAPE_OF[part.kind].from_pixels(part.numbers, self.sizes[number - 1]).to_text()
 

@@ -9,12 +9,13 @@ other key is. No media are opened here. (qwen_vl_utils: extract_vision_info.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-from qwen2vl.errors import InputError, abbreviate, suggest
+from qwen2vl.errors import InputError, Qwen2VLError, abbreviate, suggest
 from qwen2vl.grounding import ObjectRef
 from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 
@@ -24,6 +25,7 @@ __all__ = [
     "Modality",
     "Part",
     "TextPart",
+    "add_param",
     "parse_content",
     "parse_media_item",
     "read_mapping",
@@ -109,6 +111,7 @@ _OPTIONS = {
     "video": _IMAGE_OPTIONS
     | {"fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end"},
 }
+_ALIASES = {"num_frames": "nframes"}  # vLLM's and transformers' name -> qwen-vl-utils' name
 _NUM_COORDINATES = {"box": 4, "point": 2, "quad": 8}
 _MAX_COORDINATE = 1e9  # pixels: larger than any image, and small enough never to overflow
 
@@ -125,14 +128,34 @@ def parse_content(content: Any, path: str) -> Iterable[Part]:
         raise InputError(
             f"{path} must be a string or a list of items, got {type(content).__name__}"
         )
-    return [_parse_part(item, f"{path}[{i}]") for i, item in enumerate(content)]
+    return [_parse_item(item, f"{path}[{i}]") for i, item in enumerate(content)]
 
 
 def parse_media_item(kind: Modality, source: Any, path: str) -> MediaPart:
-    """Parse one image or video: a bare source, or a content item with its options."""
+    """Parse one image or video: a bare source, or a content item with its options.
+
+    Raises:
+        InputError: the item is of another type, or something is missing, unknown or of the wrong
+            type; `param` is `path`.
+    """
     item = read_mapping(source)
     if item is None:
         return MediaPart(kind, source, NO_OPTIONS, path)
+    with add_param(path):
+        return _parse_media_of_kind(kind, item, path)
+
+
+@contextmanager
+def add_param(path: str) -> Iterator[None]:
+    """Set `param` of errors that leave the context to `path`, unless it is set already."""
+    try:
+        yield
+    except Qwen2VLError as error:
+        error.param = error.param or path
+        raise
+
+
+def _parse_media_of_kind(kind: Modality, item: dict[str, Any], path: str) -> MediaPart:
     item.setdefault("type", kind)
     if _item_type(item, path) != kind:
         raise InputError(
@@ -177,6 +200,11 @@ def _suggest(value: Any, known: Iterable[str]) -> str:
 # Items ----------------------------------------------------------------------------------------
 
 
+def _parse_item(raw: Any, path: str) -> Part:
+    with add_param(path):
+        return _parse_part(raw, path)
+
+
 def _parse_part(raw: Any, path: str) -> Part:
     item = read_mapping(raw)
     if item is None:
@@ -217,6 +245,7 @@ def _list_keys(item: Mapping[str, Any]) -> str:
 
 def _parse_media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
     names, options = _SOURCES[kind], _OPTIONS[kind]
+    item = _replace_aliases(item, options, path)
     refuse_unknown(item, {"type", *names} | options, path, _IGNORED_KEYS.get(kind, frozenset()))
     found = [name for name in names if name in item]
     if len(found) != 1:
@@ -238,6 +267,17 @@ def _parse_media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
         return MediaPart(kind, source, MediaOptions(**chosen), path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _replace_aliases(item: Mapping[str, Any], options: Set[str], path: str) -> Mapping[str, Any]:
+    found = [alias for alias, name in _ALIASES.items() if alias in item and name in options]
+    for alias in found:
+        if _ALIASES[alias] in item:
+            raise InputError(
+                f"{path}.{alias} and {path}.{_ALIASES[alias]} mean the same, and both are given; "
+                "give one"
+            )
+    return {_ALIASES[key] if key in found else key: value for key, value in item.items()}
 
 
 def _parse_image_url(fields: Mapping[str, Any], chosen: dict[str, Any], path: str) -> Any:

@@ -26,7 +26,7 @@ from qwen2vl.config import VisionConfig
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.geometry import Grid
 from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media.rgb import open_image
+from qwen2vl.processor.media.decoder import LOCAL_DECODER, MediaDecoder
 from qwen2vl.processor.media.source import (
     DEFAULT_LIMITS,
     LOW_DETAIL_PIXELS,
@@ -246,17 +246,25 @@ def preprocess_image(
     limits: MediaLimits = DEFAULT_LIMITS,
     name: str,
     apply_exif_orientation: bool = True,
+    decoder: MediaDecoder = LOCAL_DECODER,
 ) -> Item:
     """Preprocess one image.
 
     Raises:
         InputError: the image cannot be used, or an option is for videos only.
+        EngineError: the decoder is not available.
     """
     if misplaced := [key for key in _VIDEO_OPTIONS if getattr(options, key) is not None]:
         raise InputError(
             f"{name}: {', '.join(misplaced)} is for videos, this is an image; leave it out"
         )
-    rgb, notes = _load_rgb(source, limits, name, apply_exif_orientation)
+    if _is_rgb_array(source, limits):  # skips Pillow: training loads hundreds of them a second
+        assert isinstance(source, np.ndarray)
+        rgb, notes, orientation = source, (), 1
+    else:
+        rgb, notes, orientation = decoder.open_image(
+            source, limits, name, apply_exif_orientation=apply_exif_orientation
+        )
     size = rgb.shape[:2] if isinstance(rgb, np.ndarray) else (rgb.height, rgb.width)
     height, width = target_size(*size, vision=vision, pixels=pixels, options=options, name=name)
     frames_FCHW = torch.from_numpy(resize_image(rgb, height, width)).unsqueeze(0)
@@ -270,6 +278,7 @@ def preprocess_image(
         original_size=size,
         resized_size=(height, width),
         notes=notes,
+        orientation=orientation,
     )
 
 
@@ -305,16 +314,6 @@ def item_digest(frames_FCHW: Tensor, grid: Grid, vision: VisionConfig) -> bytes:
 @lru_cache(maxsize=1024)
 def _digest_header(grid: Grid, mean: tuple[float, ...], std: tuple[float, ...]) -> bytes:
     return struct.pack(f"<3q{len(mean) + len(std)}d", *grid, *mean, *std)
-
-
-def _load_rgb(
-    source: MediaSource, limits: MediaLimits, name: str, apply_exif_orientation: bool
-) -> tuple[np.ndarray | Image.Image, tuple[str, ...]]:
-    """Open `source`; RGB arrays skip Pillow, because training loads hundreds of them a second."""
-    if _is_rgb_array(source, limits):
-        assert isinstance(source, np.ndarray)
-        return source, ()
-    return open_image(source, limits, name, apply_exif_orientation=apply_exif_orientation)
 
 
 def _is_rgb_array(source: MediaSource, limits: MediaLimits) -> bool:

@@ -33,6 +33,7 @@ class Item:
     resized_size: tuple[int, int]  # (height, width) in pixels after resizing
     frame_timestamps: tuple[float, ...] = ()  # seconds of the sampled frames; empty for an image
     notes: tuple[str, ...] = ()  # what was adjusted during preprocessing, as readable text
+    orientation: int = 1  # EXIF orientation that was applied, 1 to 8: stored -> upright pixels
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +52,7 @@ class ModelInput:
     placeholder_index_M: Tensor  # (M,) int64; vision embeddings replace these tokens
     loss_mask: list[bool] | None = None  # supervised tokens, only when built for training
     notes: tuple[str, ...] = ()  # of all items, each prefixed with its item's name
+    cache_salt: bytes = b""  # prompts of different salts share no entry of the engine's caches
 
     @property
     def grids(self) -> list[Grid]:

@@ -68,14 +68,24 @@ def content_digest(source: Any, limits: MediaLimits, name: str) -> bytes | None:
         return sha256(prefix + np.ascontiguousarray(source).tobytes()).digest()
     if not isinstance(source, (str, bytes, Path)) or _is_remote(source):
         return None
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _data_url_digest(source)
     media = read_source(source, limits, name)
     if isinstance(media.content, Path):
         return _file_digest(media.content, name)
     assert isinstance(media.content, bytes)
-    prefix = f"{media.content_type} ".encode()
     return (
-        sha256(prefix + media.content).digest() if len(media.content) <= MAX_HASHED_BYTES else None
+        sha256(b"None " + media.content).digest()
+        if len(media.content) <= MAX_HASHED_BYTES
+        else None
     )
+
+
+def _data_url_digest(url: str) -> bytes | None:
+    """Hash the text of a data URL, which saves decoding its base64 when the item is cached."""
+    if len(url) > MAX_HASHED_BYTES:
+        return None
+    return sha256(b"URL " + url.encode("utf-8", "surrogatepass")).digest()
 
 
 def _file_digest(path: Path, name: str) -> bytes | None:

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen2vl.errors import InputError, abbreviate
-from qwen2vl.processor.content import Part, TextPart, parse_content, read_mapping, refuse_unknown
+from qwen2vl.processor.content import (
+    Part,
+    TextPart,
+    add_param,
+    parse_content,
+    read_mapping,
+    refuse_unknown,
+)
 
 __all__ = ["ROLES", "Message", "ToolCall", "parse_messages"]
 
@@ -45,17 +52,24 @@ class Message:
 def parse_messages(messages: Sequence[Any]) -> list[Message]:
     """Parse and validate a conversation in any of the three formats.
 
+    Messages that are parsed already are returned unchanged.
+
     Raises:
-        InputError: something is missing, unknown or of the wrong type; the text names its path.
+        InputError: something is missing, unknown or of the wrong type; the text names its path, and
+            `param` is the path of the message or of its content item.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise InputError(
+        raise _invalid_messages(
             'messages must be a list of {"role": ..., "content": ...}, got '
             f"{type(messages).__name__}"
         )
     if not messages:
-        raise InputError('messages is empty; give at least {"role": "user", "content": ...}')
+        raise _invalid_messages('messages is empty; give at least {"role": "user", "content": ...}')
     return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _invalid_messages(text: str) -> InputError:
+    return InputError(text, param="messages")
 
 
 _ROLE_OF = {"developer": "system", "function": "tool"}  # OpenAI's new and old names
@@ -74,6 +88,13 @@ _IGNORED_OF_FUNCTION = {"parsed_arguments"}
 
 
 def _parse_message(raw: Any, path: str) -> Message:
+    if isinstance(raw, Message):
+        return raw
+    with add_param(path):
+        return _parse_fields(raw, path)
+
+
+def _parse_fields(raw: Any, path: str) -> Message:
     message = read_mapping(raw)
     if message is None:
         raise InputError(f'{path} must be {{"role": ..., "content": ...}}, got {abbreviate(raw)}')

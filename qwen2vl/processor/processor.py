@@ -18,14 +18,16 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.geometry import mrope_positions, num_vision_tokens, placeholder_index
 from qwen2vl.processor.chat_template import MODALITY_OF, Segment, render, tokenize
-from qwen2vl.processor.content import MediaPart, Modality, parse_media_item
+from qwen2vl.processor.content import MediaPart, Modality, add_param, parse_media_item
 from qwen2vl.processor.image import PixelLimits, preprocess_image
 from qwen2vl.processor.inputs import Item, ModelInput
 from qwen2vl.processor.item_cache import ItemCache, content_digest
+from qwen2vl.processor.media.decoder import LOCAL_DECODER, MediaDecoder
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits, copy_to_memory
 from qwen2vl.processor.messages import parse_messages
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.processor.tokenizer_files import VISION_END, VISION_START
+from qwen2vl.processor.tokenizer_files import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from qwen2vl.processor.tools.tool_prompt import merge_turns
 from qwen2vl.processor.video import find_video_preset, preprocess_video
 
 __all__ = ["Processor"]
@@ -69,7 +71,21 @@ class Processor:
         self.pixels = pixels
         self.video_preset = video_preset
         self.limits = limits or DEFAULT_LIMITS
+        self.decoder: MediaDecoder = LOCAL_DECODER
         self._item_cache: ItemCache | None = None
+
+    def with_media(self, decoder: MediaDecoder, limits: MediaLimits) -> Processor:
+        """Return a copy that decodes media with `decoder`, within `limits`; its cache is empty."""
+        processor = copy(self)
+        processor.decoder, processor.limits = decoder, limits
+        if self._item_cache is not None:
+            processor._item_cache = ItemCache(self._item_cache.max_bytes)
+        return processor
+
+    @property
+    def item_cache_bytes(self) -> int:
+        """Bytes of the preprocessed images and videos that are cached."""
+        return 0 if self._item_cache is None else self._item_cache.num_bytes
 
     def with_item_cache(self, max_bytes: int) -> Processor:
         """Return a copy of this processor with an LRU cache of `max_bytes` of preprocessed items.
@@ -90,12 +106,14 @@ class Processor:
         continue_final_message: bool = False,
         for_training: bool = False,
         allow_special_tokens: bool = False,
+        cache_salt: bytes = b"",
     ) -> ModelInput:
         """Process one conversation.
 
         Args:
             messages: in Qwen's, Hugging Face's or OpenAI's format: mappings, or objects with
-                `model_dump`, such as those that OpenAI's client returns.
+                `model_dump`, such as those that OpenAI's client returns. What `parse_messages`
+                returned is taken as it is.
             tools: definitions of functions that the assistant may call, in OpenAI's or Qwen's
                 format.
             add_generation_prompt: end with the header of the assistant's next turn.
@@ -104,13 +122,16 @@ class Processor:
             for_training: add the loss mask, and no generation prompt.
             allow_special_tokens: recognize every special token in text, not only the grounding
                 tokens and those that a fine-tune has added; for trusted text only.
+            cache_salt: prompts of different salts share no entry of any cache (vLLM's name).
 
         Raises:
-            InputError: messages or media cannot be used; the text names them and the reason.
+            InputError: messages or media cannot be used; the text names them and the reason, and
+                `param` is the path of the message or item.
         """
         parsed = parse_messages(messages)
-        media = [p for message in parsed for p in message.parts if isinstance(p, MediaPart)]
-        items = self._build_items(media)
+        # Results of parallel tool calls are rendered in the order of the calls.
+        media = [p for turn in merge_turns(parsed) for p in turn.parts if isinstance(p, MediaPart)]
+        items = self._build_items(media, cache_salt)
         segments = render(
             parsed,
             sizes=[item.original_size for item in items if item.kind == "image"],
@@ -120,17 +141,29 @@ class Processor:
             continue_final_message=continue_final_message,
         )
         return self._assemble(
-            segments, items, for_training=for_training, allow_special_tokens=allow_special_tokens
+            segments,
+            items,
+            for_training=for_training,
+            allow_special_tokens=allow_special_tokens,
+            cache_salt=cache_salt,
         )
 
     def from_text(
-        self, text: str, media: Sequence[Any] = (), *, for_training: bool = False
+        self,
+        text: str,
+        media: Sequence[Any] = (),
+        *,
+        for_training: bool = False,
+        allow_special_tokens: bool = True,
+        cache_salt: bytes = b"",
     ) -> ModelInput:
         """Process raw text that holds its special tokens, as for pretraining or a custom prompt.
 
         Each <|image_pad|> or <|video_pad|> is the placeholder of the next of `media`: a source, or
         a content item such as {"image": ..., "max_pixels": ...}. With `for_training` every token
-        is supervised except the vision tokens with their start and end.
+        is supervised except the vision tokens with their start and end. With
+        `allow_special_tokens=False`, for text that is not trusted, control tokens stay text as in
+        messages, and there are no placeholders. `cache_salt` is as in `__call__`.
 
         Raises:
             InputError: the numbers of placeholders and of media differ, or one of the media cannot
@@ -138,7 +171,7 @@ class Processor:
         """
         _check_type("text", text, str, remedy="messages go to the processor itself")
         _check_type("media", media, list, tuple, remedy="put a single source into a list")
-        parts = self.tokenizer.split_special_tokens(text)
+        parts = self.tokenizer.split_special_tokens(text) if allow_special_tokens else [text]
         kinds: list[Modality] = [MODALITY_OF[part] for part in parts if part in MODALITY_OF]
         if len(kinds) != len(media):
             raise InputError(
@@ -157,34 +190,79 @@ class Processor:
         ]
         return self._assemble(
             segments,
-            self._build_items(parsed),
+            self._build_items(parsed, cache_salt),
             for_training=for_training,
-            allow_special_tokens=True,
+            allow_special_tokens=allow_special_tokens,
+            cache_salt=cache_salt,
         )
 
-    def _build_items(self, media: Sequence[MediaPart]) -> list[Item]:
+    def from_token_ids(self, ids: Sequence[int], *, cache_salt: bytes = b"") -> ModelInput:
+        """Return the prompt of token ids without media, as completions of token ids need it.
+
+        Raises:
+            InputError: no ids, or one that is not an id of the model, or of a vision token.
+        """
+        _check_type("ids", ids, list, tuple, remedy="text goes to from_text")
+        if not ids:
+            raise InputError("the list of token ids is empty; give at least one")
+        vision = {
+            self.tokenizer.token_to_id(token): token
+            for token in (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END)
+        }
+        size = self.config.text.vocab_size
+        for index, token in enumerate(ids):
+            if type(token) is not int or not 0 <= token < size:
+                raise InputError(
+                    f"token id {index} is {abbreviate(token)}, must be a whole number from 0 to "
+                    f"{size - 1}"
+                )
+            if token in vision:
+                raise InputError(
+                    f"token id {index} is {vision[token]}, which needs an image or a video; give "
+                    "them as messages"
+                )
+        position_ids_3T, rope_delta = mrope_positions(ids, [], self.config)
+        return ModelInput(
+            input_ids=list(ids),
+            items=(),
+            position_ids_3T=position_ids_3T,
+            rope_delta=rope_delta,
+            placeholder_index_M=placeholder_index(ids, self.config),
+            cache_salt=cache_salt,
+        )
+
+    def _build_items(self, media: Sequence[MediaPart], cache_salt: bytes) -> list[Item]:
         counts = {"image": 0, "video": 0}
         items = []
         for part in media:
             counts[part.kind] += 1
-            items.append(self._build_item(part, f"{part.kind} {counts[part.kind]}"))
+            name = f"{part.kind} {counts[part.kind]}"
+            with add_param(part.path):
+                items.append(
+                    self._build_item(part, name)
+                    if self._item_cache is None
+                    else self._cached_item(self._item_cache, part, name, cache_salt)
+                )
         return items
 
     def _build_item(self, part: MediaPart, default_name: str) -> Item:
-        """Return the item of one image or video, from the cache if there is one."""
+        name = _file_name(part.source) or default_name
+        return self._preprocess(part, name)
+
+    def _cached_item(
+        self, cache: ItemCache, part: MediaPart, default_name: str, cache_salt: bytes
+    ) -> Item:
         name = _file_name(part.source) or default_name
         # Once for the digest and the pixels: a pipe can be read only once.
         part = replace(part, source=copy_to_memory(part.source, self.limits, name))
-        if self._item_cache is None:
-            return self._preprocess(part, name)
         digest = content_digest(part.source, self.limits, name)
         if digest is None:
             return self._preprocess(part, name)
-        key = (part.kind, name, part.options, self.pixels, self.video_preset, digest)
-        item = self._item_cache.get(key)
+        key = (part.kind, name, part.options, self.pixels, self.video_preset, digest, cache_salt)
+        item = cache.get(key)
         if item is None:
             item = self._preprocess(part, name)
-            self._item_cache.put(key, item)
+            cache.put(key, item)
         return item
 
     def _preprocess(self, part: MediaPart, name: str) -> Item:
@@ -198,6 +276,7 @@ class Processor:
                 limits=self.limits,
                 name=name,
                 apply_exif_orientation=self._preset.apply_exif_orientation,
+                decoder=self.decoder,
             )
         return preprocess_video(
             part.source,
@@ -207,6 +286,7 @@ class Processor:
             options=options,
             limits=self.limits,
             name=name,
+            decoder=self.decoder,
         )
 
     def _assemble(
@@ -216,6 +296,7 @@ class Processor:
         *,
         for_training: bool,
         allow_special_tokens: bool,
+        cache_salt: bytes,
     ) -> ModelInput:
         grids = [item.grid for item in items]
         ids, mask = tokenize(
@@ -233,6 +314,7 @@ class Processor:
             placeholder_index_M=placeholder_index(ids, self.config),
             loss_mask=mask if for_training else None,
             notes=tuple(f"{item.name}: {note}" for item in items for note in item.notes),
+            cache_salt=cache_salt,
         )
 
 

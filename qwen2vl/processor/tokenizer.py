@@ -49,6 +49,9 @@ KeepSpecial = Literal["none", "grounding", "all"]  # which special tokens decodi
 
 _MAX_CACHED_CHARS = 256  # longer texts are not cached; turn headers and system prompts are short
 _MAX_CACHED_TEXTS = 4096
+# The backend's `encode` holds the interpreter's lock for 2 s a megabyte; `encode_batch` does not,
+# but starts threads.
+_MAX_LOCKED_CHARS = 8192
 
 
 class Tokenizer:
@@ -264,16 +267,20 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         ids = self._encode_cache.get(text)
         if ids is None:
-            ids = self._encode(text).ids
+            ids = self._encode(text, with_offsets=False).ids
             if len(text) <= _MAX_CACHED_CHARS:
                 if len(self._encode_cache) >= _MAX_CACHED_TEXTS:
                     self._encode_cache.clear()
                 self._encode_cache[text] = ids
         return list(ids)
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
+    def _encode(self, text: str, *, with_offsets: bool = True) -> tokenizers.Encoding:
+        backend = self._backend
         try:
-            return self._backend.encode(text, add_special_tokens=False)
+            if len(text) > _MAX_LOCKED_CHARS:
+                encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
+                return encode([text], add_special_tokens=False)[0]
+            return backend.encode(text, add_special_tokens=False)
         except TypeError as error:  # raised by the backend for a str that is not valid Unicode
             raise InputError(
                 "the text holds half of a surrogate pair (U+D800 to U+DFFF), which is not a "

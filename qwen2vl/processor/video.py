@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -34,9 +35,10 @@ from qwen2vl.processor.image import (
     target_size,
 )
 from qwen2vl.processor.inputs import Item
+from qwen2vl.processor.media.decoder import LOCAL_DECODER, MediaDecoder
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, NO_OPTIONS, MediaLimits, MediaOptions
 from qwen2vl.processor.media.video_metadata import VideoMetadata, VideoReader, video_duration
-from qwen2vl.processor.media.video_source import VideoSource, open_video
+from qwen2vl.processor.media.video_source import VideoSource
 
 __all__ = [
     "VIDEO_PRESETS",
@@ -122,6 +124,7 @@ def preprocess_video(
     options: MediaOptions = NO_OPTIONS,
     limits: MediaLimits = DEFAULT_LIMITS,
     name: str,
+    decoder: MediaDecoder = LOCAL_DECODER,
 ) -> Item:
     """Preprocess one video.
 
@@ -130,10 +133,11 @@ def preprocess_video(
 
     Raises:
         InputError: the video cannot be used, is a still image, or no frame fits into the budget.
+        EngineError: the decoder is not available.
     """
     rules = find_video_preset(preset)
     fps = options.fps or rules.fps
-    reader = open_video(
+    reader = decoder.open_video(
         source, limits, name, fps=fps, apply_exif_orientation=rules.apply_exif_orientation
     )
 
@@ -142,12 +146,13 @@ def preprocess_video(
             reader.metadata, preset=rules, vision=vision, pixels=pixels, options=options, name=name
         )
 
-    plan = plan_from_metadata()
-    frames_FCHW = _decode_frames(reader, plan, rules)
-    if frames_FCHW is None:  # the decoded frames differ from the packet timestamps
+    with closing(reader):
         plan = plan_from_metadata()
         frames_FCHW = _decode_frames(reader, plan, rules)
-        assert frames_FCHW is not None, "metadata of decoded frames is exact"
+        if frames_FCHW is None:  # the decoded frames differ from the packet timestamps
+            plan = plan_from_metadata()
+            frames_FCHW = _decode_frames(reader, plan, rules)
+            assert frames_FCHW is not None, "metadata of decoded frames is exact"
     patches_NP, grid = patchify(frames_FCHW, vision)
     return Item(
         kind="video",

@@ -287,3 +287,18 @@ def test_vocabulary_larger_than_the_embedding_is_rejected(tmp_path: Path) -> Non
         CheckpointError, match=r"\(the last is <\|new\|>\), config\.json has vocab_size \d+; after"
     ):
         tokenizer.check_config(tiny_config())
+
+
+@pytest.mark.parametrize("text", ["hello world " * 1000, "a" * 9000, "\u4f60e\u0301 \n" * 3000])
+def test_long_text_has_the_ids_of_the_backend(official: Tokenizer, text: str) -> None:
+    encoding = official._backend.encode(text, add_special_tokens=False)
+    assert official.encode_text(text) == encoding.ids
+    spans = [
+        (i, start, end) for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+    ]
+    assert official.encode_with_offsets(text) == spans
+
+
+def test_half_a_surrogate_in_long_text_is_refused(official: Tokenizer) -> None:
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        official.encode_text("a" * 10_000 + "\ud800")

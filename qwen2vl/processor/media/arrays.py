@@ -14,16 +14,18 @@ So PIL's and OpenCV's (height, width, 3) and torchvision's (3, height, width) ar
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
 
 from qwen2vl.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["frames_channels_last", "image_channels_last", "tensor_to_array", "to_uint8"]
 
 _COLORS = (3, 4)  # number of channels of RGB and RGBA
-_NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 def tensor_to_array(tensor: Tensor, name: str) -> np.ndarray:
@@ -34,13 +36,20 @@ def tensor_to_array(tensor: Tensor, name: str) -> np.ndarray:
     Raises:
         InputError: the tensor is sparse, quantized or on the meta device.
     """
+    # Not at the top: workers that decode media (media_worker) start without torch.
+    import torch
+
     if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
         raise InputError(
             f"{name}: a tensor on device {tensor.device} with layout {tensor.layout} and dtype "
             f"{tensor.dtype} has no plain pixels; give a dense uint8 tensor"
         )
     tensor = tensor.detach().cpu()
-    if tensor.is_floating_point() and tensor.dtype not in _NUMPY_FLOATS:
+    if tensor.is_floating_point() and tensor.dtype not in (
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    ):
         tensor = tensor.float()
     return tensor.resolve_conj().resolve_neg().numpy()
 

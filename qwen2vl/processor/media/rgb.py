@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,14 +27,17 @@ from qwen2vl.processor.media.source import (
     Media,
     MediaLimits,
     MediaSource,
+    out_of_memory,
     read_head,
     read_source,
 )
 
 __all__ = [
     "FORMATS",
+    "DecodedImage",
     "array_to_image",
     "check_image_size",
+    "decode_media",
     "decode_rgb",
     "is_animation",
     "open_encoded",
@@ -48,6 +52,11 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
 _ANIMATED_TYPES = ("image/gif", "image/webp", "image/png")
+
+MAX_JPEG_SCANS = 100  # encoders write about ten
+MAX_JPEG_SEGMENTS = 5000
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not stuffing or a restart
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSE_OF_ORIENTATION = {
@@ -64,10 +73,18 @@ _WIDE_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
 
+class DecodedImage(NamedTuple):
+    """An upright RGB image, notes on what was adjusted, and the EXIF orientation it had."""
+
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+    orientation: int = 1  # that was applied, 1 to 8: 1 changes nothing
+
+
 def open_image(
     source: MediaSource, limits: MediaLimits, name: str, *, apply_exif_orientation: bool = True
-) -> tuple[Image.Image, tuple[str, ...]]:
-    """Open any image as RGB; return it with notes on what was adjusted.
+) -> DecodedImage:
+    """Open any image as RGB.
 
     Arrays and tensors have 1, 3 (RGB) or 4 (RGBA) channels, last or first, or (height, width):
     arrays.py has the rules.
@@ -76,14 +93,25 @@ def open_image(
         InputError: not found, not a supported image, damaged, or larger than the limits.
     """
     media = read_source(source, limits, name)
+    return decode_media(media, limits, name, apply_exif_orientation=apply_exif_orientation)
+
+
+def decode_media(
+    media: Media, limits: MediaLimits, name: str, *, apply_exif_orientation: bool = True
+) -> DecodedImage:
+    """Decode an image that has been read.
+
+    Raises:
+        InputError: not a supported image, damaged, or larger than the limits.
+    """
     if isinstance(media.content, np.ndarray):
-        return array_to_image(media.content, limits, name)
+        return DecodedImage(*array_to_image(media.content, limits, name))
     if isinstance(media.content, Image.Image):
         check_image_size(media.content, limits, name)
         return decode_rgb(media.content, name, apply_exif_orientation=apply_exif_orientation)
     with open_encoded(media, limits, name) as (image, notes):
-        rgb, decode_notes = decode_rgb(image, name, apply_exif_orientation=apply_exif_orientation)
-    return rgb, notes + decode_notes
+        decoded = decode_rgb(image, name, apply_exif_orientation=apply_exif_orientation)
+    return decoded._replace(notes=notes + decoded.notes)
 
 
 @contextmanager
@@ -102,6 +130,11 @@ def open_encoded(
         and _types_differ(media.content_type, kind)
     ):
         notes = (f"declared as {media.content_type}, read as {kind}",)
+    if kind == "image/jpeg" and isinstance(media.content, bytes) and _has_many_scans(media.content):
+        raise InputError(
+            f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, which is the limit; save it "
+            "again"
+        )
     with _open_binary(media.content) as file, _ignore_pillow_warnings():
         try:
             image = Image.open(file, formats=FORMATS)
@@ -110,10 +143,28 @@ def open_encoded(
                 f"{name} has more than {limits.max_image_pixels:,} pixels, which is the limit; "
                 "resize it first"
             ) from error
+        except MemoryError as error:
+            raise out_of_memory(name) from error
         except Exception as error:  # plugins raise all kinds of errors for damaged headers
             raise InputError(f"{name} {_describe_unreadable(kind)}") from error
         check_image_size(image, limits, name)
         yield image, notes
+
+
+def _has_many_scans(content: bytes) -> bool:
+    """Return whether a JPEG has too many scans: each may cost a whole image in twenty bytes."""
+    position, num_scans, num_segments = 2, 0, 0
+    while marker := _JPEG_MARKER.search(content, position):
+        code = marker[0][-1]
+        if code == _END_OF_IMAGE:
+            return False
+        num_segments += 1
+        num_scans += code == _START_OF_SCAN
+        if num_scans > MAX_JPEG_SCANS or num_segments > MAX_JPEG_SEGMENTS:
+            return True
+        length = int.from_bytes(content[marker.end() : marker.end() + 2])
+        position = marker.end() + max(2, length)
+    return False
 
 
 def is_animation(media: Media, name: str) -> bool:
@@ -159,27 +210,38 @@ def oriented_size(image: Image.Image, *, apply_exif_orientation: bool = True) ->
 
 def decode_rgb(
     image: Image.Image, name: str, *, apply_exif_orientation: bool = True
-) -> tuple[Image.Image, tuple[str, ...]]:
+) -> DecodedImage:
     """Decode the current frame fully and convert it to upright RGB.
 
     Raises:
-        InputError: the data are damaged or end early, or the pixels cannot be shown as RGB.
+        InputError: the data are damaged or end early, the pixels cannot be shown as RGB, or there
+            is not enough memory.
     """
+    try:
+        return _decode_rgb(image, name, apply_exif_orientation)
+    except MemoryError as error:
+        raise out_of_memory(name) from error
+
+
+def _decode_rgb(image: Image.Image, name: str, apply_exif_orientation: bool) -> DecodedImage:
     notes: list[str] = []
     if frames := _num_frames(image):
         notes.append(f"first of {frames} frames")
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # decoders of damaged data raise many kinds of errors
         raise InputError(
             f"{name} is damaged: its pixels end early or cannot be decoded; save it again"
         ) from error
-    method = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image)) if apply_exif_orientation else None
+    orientation = _orientation(image) if apply_exif_orientation else 1
+    method = _TRANSPOSE_OF_ORIENTATION.get(orientation)
     if method is not None:
         image = image.transpose(method)
         notes.append("EXIF orientation applied")
     rgb, mode_notes = _to_rgb(image, name)
-    return rgb, (*notes, *mode_notes)
+    return DecodedImage(rgb, (*notes, *mode_notes), 1 if method is None else orientation)
 
 
 def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:

@@ -16,18 +16,20 @@ import math
 import os
 import re
 import stat
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, get_args
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from qwen2vl.errors import ConfigError, InputError, abbreviate
 from qwen2vl.processor.media.arrays import image_channels_last, tensor_to_array
-from qwen2vl.processor.media.download import download
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -39,21 +41,13 @@ __all__ = [
     "MediaOptions",
     "MediaSource",
     "copy_to_memory",
+    "out_of_memory",
     "read_head",
     "read_source",
 ]
 
-MediaSource: TypeAlias = (
-    str
-    | os.PathLike[str]
-    | bytes
-    | bytearray
-    | memoryview
-    | BinaryIO
-    | Image.Image
-    | np.ndarray
-    | Tensor
-)
+_Opened: TypeAlias = "BinaryIO | Image.Image | np.ndarray | Tensor"
+MediaSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | _Opened"
 Detail = Literal["low", "high", "auto", "original"]
 LOW_DETAIL_PIXELS = 512 * 512  # the size to which OpenAI shrinks an image with detail "low"
 
@@ -75,6 +69,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _PILLOW_MAX_PIXELS = 2 * 89_478_485  # above it Pillow raises DecompressionBombError
 _FRACTIONAL = frozenset({"fps", "video_start", "video_end"})
 _READ_CHUNK = 1 << 20
+_MEDIA_TYPE = re.compile(r"[a-z0-9.+-]{1,30}/[a-z0-9.+-]{1,60}")  # is shown in notes
 _EXCLUSIVE = (
     ("fps", "nframes"),
     ("resized_height", "min_pixels"),
@@ -216,7 +211,7 @@ def copy_to_memory(source: Any, limits: MediaLimits, name: str) -> Any:
     Raises:
         InputError: it cannot be read, holds text, or has more bytes than the limit.
     """
-    if isinstance(source, Tensor):
+    if _is_tensor(source):
         return tensor_to_array(source, name)
     if isinstance(source, (bytearray, memoryview)):
         return bytes(source)
@@ -234,6 +229,12 @@ def copy_to_memory(source: Any, limits: MediaLimits, name: str) -> Any:
     finally:
         if position is not None:
             source.seek(position)
+
+
+def _is_tensor(source: Any) -> bool:
+    """Return whether `source` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
 
 
 def _rewind(file: BinaryIO) -> int | None:
@@ -261,6 +262,11 @@ def _read_chunks(file: BinaryIO, limits: MediaLimits, name: str) -> bytes:
                 "smaller file"
             )
     return bytes(content)
+
+
+def out_of_memory(name: str) -> InputError:
+    """Return the error for media that cannot be decoded in the memory of this process."""
+    return InputError(f"{name} needs more memory to decode than there is; resize it first")
 
 
 def read_head(media: Media, count: int = 256) -> bytes:
@@ -296,6 +302,9 @@ def _resolve_string(source: str, limits: MediaLimits, name: str) -> Media:
         raise InputError(f"{name}: {kind}:// is not supported; use http, https, file or data")
     if not limits.allow_urls:
         raise InputError(f"{name}: URLs are not allowed here; send the bytes, as a data URL")
+    # Imports urllib and http, which take longer to load than this package.
+    from qwen2vl.processor.media.download import download
+
     content, content_type = download(
         source, max_bytes=limits.max_bytes, timeout=limits.download_timeout, name=name
     )
@@ -315,12 +324,20 @@ def _decode_data_url(source: str, limits: MediaLimits, name: str) -> Media:
     content_type, *parameters = (part.strip() for part in head.lower().split(";"))
     try:
         if "base64" in parameters:
-            content = base64.b64decode("".join(unquote(payload).split()), validate=True)
+            content = _decode_base64(payload)
         else:
             content = unquote_to_bytes(payload)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{name}: the data URL is not valid base64; encode it again") from error
-    return Media(content=_check_bytes(content, limits, name), content_type=content_type or None)
+    declared = content_type if _MEDIA_TYPE.fullmatch(content_type) else None
+    return Media(content=_check_bytes(content, limits, name), content_type=declared)
+
+
+def _decode_base64(payload: str) -> bytes:
+    try:
+        return base64.b64decode(payload, validate=True)
+    except ValueError:  # whitespace or percent-encoding, which are rare and slow to remove
+        return base64.b64decode("".join(unquote(payload).split()), validate=True)
 
 
 def _file_url_path(source: str, name: str) -> str:

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.media.source import MediaLimits
@@ -31,8 +30,9 @@ __all__ = [
     "video_duration",
 ]
 
-# (H, W, 3) uint8 -> the frame as it is returned, for example resized
-FrameTransform: TypeAlias = Callable[[np.ndarray], Tensor]
+T = TypeVar("T")
+# (H, W, 3) uint8 -> the frame as it is returned, for example a resized tensor
+FrameTransform: TypeAlias = Callable[[np.ndarray], T]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +49,23 @@ class VideoMetadata:
 
 
 class VideoReader(Protocol):
-    """Source of video frames: metadata first, then selected frames."""
+    """Source of video frames: metadata first, then selected frames; closed by its user."""
 
     metadata: VideoMetadata
 
-    def get_frames_at(
-        self, indices: Sequence[int], transform: FrameTransform
-    ) -> list[Tensor] | None:
+    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T] | None:
         """Decode the frames `indices` (ascending, distinct); return `transform` of each.
 
         Returns None where the decoded frames differ from the metadata: the metadata is then
         replaced by that of the decoded frames, and the caller has to choose indices again.
+
+        Raises:
+            InputError: a frame cannot be decoded, or decoding takes longer than the limit.
         """
+        ...
+
+    def close(self) -> None:
+        """Release what decodes the video; a second call does nothing."""
         ...
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import av
 import numpy as np
@@ -24,11 +24,10 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
-from torch import Tensor
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.media.sniff import sniff_type
-from qwen2vl.processor.media.source import Media, MediaLimits, read_head
+from qwen2vl.processor.media.source import Media, MediaLimits, out_of_memory, read_head
 from qwen2vl.processor.media.video_metadata import (
     Deadline,
     FrameTransform,
@@ -47,6 +46,7 @@ _DEMUXERS = (
 )
 _DEFAULT_FPS = 25.0  # where a file has neither timestamps nor a frame rate
 
+T = TypeVar("T")
 Timestamps = list[Fraction | None]  # one per frame, in display order
 
 
@@ -71,12 +71,10 @@ class PyAVVideoReader:
             self._timestamps = self._read_frame_timestamps()
         self.metadata = self._build_metadata()
 
-    def get_frames_at(
-        self, indices: Sequence[int], transform: FrameTransform
-    ) -> list[Tensor] | None:
+    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T] | None:
         """Decode up to the last of `indices`, comparing each timestamp with the metadata."""
         wanted = set(indices)
-        frames: list[Tensor] = []
+        frames: list[T] = []
         for index, (timestamp, frame) in enumerate(self._decode()):
             if self._timestamps[index : index + 1] != [timestamp]:
                 break
@@ -87,6 +85,9 @@ class PyAVVideoReader:
         self._timestamps = self._read_frame_timestamps()
         self.metadata = self._build_metadata()
         return None
+
+    def close(self) -> None:
+        """Do nothing: the file is open only while a method reads it."""
 
     def _probe_first_frame(self) -> tuple[int, int]:
         """Return (height, width) of the first decoded frame: the container's may be wrong."""
@@ -164,6 +165,8 @@ class PyAVVideoReader:
                     continue  # a recording may begin between key frames: no frame is lost yet
                 count += 1
                 check_frame_count(count, self._limits, self._name)
+                # A stream may change its size in the middle.
+                _check_frame_size(frame.width, frame.height, self._limits, self._name)
                 yield _timestamp_of(frame), frame
 
     def _decode_until_error(
@@ -172,6 +175,8 @@ class PyAVVideoReader:
         try:
             for packet in container.demux(stream):
                 yield from packet.decode()
+        except MemoryError as error:  # PyAV raises a subclass of FFmpegError, too
+            raise out_of_memory(self._name) from error
         except FFmpegError:
             self._damaged = True
 
@@ -220,12 +225,16 @@ class PyAVVideoReader:
             raise InputError(
                 f"{self._name}: video codec {label} is not supported; convert it to H.264 in MP4"
             )
-        if codec.width * codec.height > self._limits.max_image_pixels:
-            raise InputError(
-                f"{self._name} is {codec.width} x {codec.height}, limit is "
-                f"{self._limits.max_image_pixels:,} pixels a frame; resize it first"
-            )
+        _check_frame_size(codec.width, codec.height, self._limits, self._name)
         return streams[0]
+
+
+def _check_frame_size(width: int, height: int, limits: MediaLimits, name: str) -> None:
+    if width * height > limits.max_image_pixels:
+        raise InputError(
+            f"{name} is {width} x {height}, limit is {limits.max_image_pixels:,} pixels a frame; "
+            "resize it first"
+        )
 
 
 def _timestamp_of(frame: av.VideoFrame) -> Fraction | None:

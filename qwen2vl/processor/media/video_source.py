@@ -8,18 +8,19 @@ imported with PyAV when the first file is opened.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.media.arrays import frames_channels_last, to_uint8
 from qwen2vl.processor.media.rgb import (
+    DecodedImage,
     array_to_image,
     check_image_size,
     decode_rgb,
@@ -44,10 +45,18 @@ from qwen2vl.processor.media.video_metadata import (
     frame_rate,
 )
 
-__all__ = ["VideoSource", "open_video"]
+__all__ = [
+    "FrameListReader",
+    "ImageOpener",
+    "VideoSource",
+    "open_video",
+    "open_video_file",
+    "read_frames",
+]
 
 VideoSource: TypeAlias = "MediaSource | Sequence[MediaSource]"
 
+_JPEG_FRAMES = re.compile(r"data:video/jpe?g\s*;[^,]*base64\s*,", re.IGNORECASE)
 _IMAGE_KINDS = frozenset(
     {"image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "image/tiff"}
 )
@@ -55,6 +64,7 @@ _SUPPORTED = (
     "supported are MP4, MOV, MKV, WebM, AVI, FLV, MPEG, TS, WMV, OGG, and GIF, WebP, PNG or TIFF "
     "animations"
 )
+T = TypeVar("T")
 _DEFAULT_DELAY = 0.1  # seconds of a frame without a delay in the animation, as in browsers
 
 
@@ -80,12 +90,41 @@ def open_video(
         InputError: the source has no frames, is a still image, cannot be decoded, or exceeds the
             limits.
     """
+    source = read_frames(source, limits, name)
+    if isinstance(source, (list, tuple, np.ndarray)):
+        return FrameListReader(
+            source, limits, name, fps=fps, apply_exif_orientation=apply_exif_orientation
+        )
+    media = read_source(source, limits, name)  # pyright: ignore[reportArgumentType]
+    return open_video_file(media, limits, name, apply_exif_orientation)
+
+
+def read_frames(source: Any, limits: MediaLimits, name: str) -> Any:
+    """Return the frames of a source that lists them, as a list or array; else the source.
+
+    A data URL of JPEGs, "data:video/jpeg;base64,FRAME,FRAME", becomes a list (vLLM's format).
+
+    Raises:
+        InputError: a shape that is not that of a video, or more frames than the limit.
+    """
     source = copy_to_memory(source, limits, name)
     if isinstance(source, np.ndarray):
-        source = frames_channels_last(source, name)
-    if isinstance(source, (list, tuple, np.ndarray)):
-        return _FrameListReader(source, limits, name, fps, apply_exif_orientation)
-    media = read_source(source, limits, name)  # pyright: ignore[reportArgumentType]
+        return frames_channels_last(source, name)
+    if not isinstance(source, str) or not _JPEG_FRAMES.match(source):
+        return source
+    # Counted first: the list of an URL of commas alone takes a hundred times its size.
+    check_frame_count(source.count(","), limits, name)
+    return [f"data:image/jpeg;base64,{frame}" for frame in source.split(",")[1:]]
+
+
+def open_video_file(
+    media: Media, limits: MediaLimits, name: str, apply_exif_orientation: bool
+) -> VideoReader:
+    """Open a video file or an animation.
+
+    Raises:
+        InputError: a still image, a file that cannot be decoded, or one that exceeds the limits.
+    """
     if isinstance(media.content, Image.Image):
         check_image_size(media.content, limits, name)
         return _AnimationReader(media, limits, name, apply_exif_orientation)
@@ -101,23 +140,49 @@ def open_video(
     return PyAVVideoReader(media, limits, name)
 
 
-class _FrameListReader:
-    """Reads a list or array of frames: images of any kind, all of one size."""
+class ImageOpener(Protocol):
+    """Function that opens an image; `rgb.open_image` is the one of this process."""
+
+    def __call__(
+        self, source: Any, limits: MediaLimits, name: str, *, apply_exif_orientation: bool = True
+    ) -> DecodedImage:
+        """Open an image of any kind as RGB; raise InputError if it cannot be used."""
+        ...
+
+
+class FrameListReader:
+    """Reads a list or array of frames: images of any kind, all of one size. (Is a VideoReader.)"""
 
     def __init__(
         self,
         sources: Sequence[Any] | np.ndarray,
         limits: MediaLimits,
         name: str,
+        *,
         fps: float,
         apply_exif_orientation: bool,
+        open_image: ImageOpener = open_image,
     ) -> None:
+        """Open the first frame, which determines the size.
+
+        Args:
+            sources: images, or array (frames, height, width, channels).
+            limits: on the number of frames, their sizes, and the time in total.
+            name: for errors.
+            fps: frame rate.
+            apply_exif_orientation: of each frame.
+            open_image: opens a frame.
+
+        Raises:
+            InputError: no frames, too many, or the first cannot be used.
+        """
         count = len(sources)
         if count == 0:
             raise InputError(f"{name}: the list of frames is empty; give at least one")
         check_frame_count(count, limits, name)
         self._limits, self._name = limits, name
-        self._apply_exif_orientation = apply_exif_orientation
+        self._apply_exif_orientation, self._open_image = apply_exif_orientation, open_image
+        self._deadline = Deadline(limits, name)
         self._sources = sources if isinstance(sources, np.ndarray) else self._copy_all(sources)
         first = self._open_frame(0)
         notes: tuple[str, ...] = ()
@@ -135,8 +200,16 @@ class _FrameListReader:
             notes=notes,
         )
 
-    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform) -> list[Tensor]:
+    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T]:
+        """Open the frames `indices`, one at a time; return `transform` of each.
+
+        Raises:
+            InputError: a frame cannot be used, has another size, or the time limit has passed.
+        """
         return [transform(np.array(self._open_frame(i))) for i in indices]
+
+    def close(self) -> None:
+        """Do nothing: no frame is open between calls."""
 
     def _copy_all(self, sources: Sequence[Any]) -> list[Any] | np.ndarray:
         """Copy file objects and tensors to memory: a pipe can be read once, and frames are not.
@@ -156,13 +229,14 @@ class _FrameListReader:
         return frames_channels_last(np.stack(frames), self._where(0))
 
     def _open_frame(self, index: int) -> Image.Image:
+        self._deadline.check()
         where, source = self._where(index), self._sources[index]
         if isinstance(self._sources, np.ndarray):  # its axes are in order
             frame, _ = array_to_image(source, self._limits, where)
         else:
-            frame, _ = open_image(
+            frame = self._open_image(
                 source, self._limits, where, apply_exif_orientation=self._apply_exif_orientation
-            )
+            ).image
         if index and frame.size != (self.metadata.width, self.metadata.height):
             raise InputError(
                 f"{where} is {frame.width} x {frame.height}, but frames[0] is "
@@ -189,9 +263,12 @@ class _AnimationReader:
         check_frame_count(self._total, limits, name)
         self.metadata = self._read_metadata()
 
-    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform) -> list[Tensor]:
+    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T]:
         with self._open() as image:
             return [transform(np.array(self._decode_frame(image, index))) for index in indices]
+
+    def close(self) -> None:
+        pass
 
     def _read_metadata(self) -> VideoMetadata:
         """Decode every frame once, to get the delays and to find the first damaged frame."""
@@ -247,4 +324,6 @@ class _AnimationReader:
             image.seek(index)
         except Exception as error:  # as above
             raise InputError(f"{self._name}: frame {index} is damaged; save it again") from error
-        return decode_rgb(image, self._name, apply_exif_orientation=self._apply_exif_orientation)[0]
+        return decode_rgb(
+            image, self._name, apply_exif_orientation=self._apply_exif_orientation
+        ).image

@@ -25,7 +25,7 @@ GRAY = 128
 def open_rgb(source: Any, **options: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Pillow's warnings must not reach the user
-        image, notes = open_image(source, DEFAULT_LIMITS, "image 1", **options)
+        image, notes, _ = open_image(source, DEFAULT_LIMITS, "image 1", **options)
     assert image.mode == "RGB"
     return np.asarray(image), notes
 
@@ -288,3 +288,17 @@ def test_random_damage_is_decoded_or_rejected() -> None:
                 errors.append(str(error))
     assert 20 < len(errors) < 6 * 40
     assert all(text.startswith("image 1") for text in errors)
+
+
+def test_a_jpeg_of_many_scans_is_refused() -> None:
+    file = io.BytesIO()
+    IMAGE.save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    open_rgb(data[:-2] + scan * 50 + data[-2:])
+    with pytest.raises(InputError, match="more than 100 scans"):
+        open_rgb(data[:-2] + scan * 100 + data[-2:])
+    open_rgb(data + scan * 200)  # after the end of the image
+    comments = b"\xff\xfe\x00\x02" * 6000
+    with pytest.raises(InputError, match="scans"):
+        open_rgb(data[:2] + comments + data[2:])

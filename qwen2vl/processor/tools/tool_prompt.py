@@ -1,4 +1,4 @@
-"""Tool calling (function calling): system prompt, merging of calls and results, output parser.
+"""Prompt of tool calling (function calling): description of tools, merging of calls and results.
 
 Qwen2-VL was trained on one assistant turn that holds the whole tool loop, images included:
     ...thought...
@@ -25,13 +25,16 @@ from qwen2vl.processor.content import MediaPart, Part, TextPart
 from qwen2vl.processor.messages import Message, ToolCall
 
 __all__ = [
+    "ARGS",
+    "FUNCTION",
+    "RESULT",
+    "RETURN",
+    "STAR",
     "STOP_WORDS",
-    "ParsedReply",
     "Turn",
     "check_tools",
     "describe_tools",
     "merge_turns",
-    "parse_tool_calls",
 ]
 
 STAR = "\u273f"
@@ -49,14 +52,6 @@ class Turn:
     role: str
     parts: tuple[Part, ...]
     pending: bool = False  # ends with a tool result that the assistant has not replied to
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedReply:
-    """Assistant output split into text and tool calls."""
-
-    text: str
-    tool_calls: tuple[ToolCall, ...] = ()
 
 
 # Tool definitions in the system prompt ----------------------------------------------------------
@@ -200,36 +195,3 @@ def _sort_by_call(results: list[Message], tool_calls: Sequence[ToolCall]) -> lis
                 f"ids {', '.join(map(repr, order)) or 'none'}"
             )
     return sorted(results, key=lambda result: order.index(result.tool_call_id))
-
-
-# Parsing model output ---------------------------------------------------------------------------
-
-
-def parse_tool_calls(text: str) -> ParsedReply:
-    """Split assistant output into text and tool calls.
-
-    Text after the last brace of a call's JSON is dropped, and so is an incomplete keyword at the
-    end (while the output is streaming). Arguments are not decoded: models often write invalid JSON.
-    """
-    content, *calls = re.split(f"{FUNCTION}:?", _without_partial_keyword(text))
-    content = re.sub("^: ?", "", content)  # generation continued after RETURN
-    return ParsedReply(
-        content.rstrip() if calls else content, tuple(_parse_tool_call(call) for call in calls)
-    )
-
-
-def _parse_tool_call(text: str) -> ToolCall:
-    name, _, arguments = _STOPS.split(text)[0].partition(ARGS)
-    arguments = arguments.removeprefix(":").strip()
-    if arguments.startswith("{") and "}" in arguments:
-        arguments = arguments[: arguments.rindex("}") + 1]
-    return ToolCall(name.strip(), arguments)
-
-
-def _without_partial_keyword(text: str) -> str:
-    """Remove a possible beginning of a keyword from the end of the text."""
-    start = text.rfind(STAR)
-    tail = text[start:]
-    if start >= 0 and any(k.startswith(tail) for k in (FUNCTION, ARGS, RESULT, RETURN)):
-        return text[:start].rstrip("\n")
-    return text

@@ -1,24 +1,15 @@
-"""Tool calling: system prompt, merging of calls and results into one turn, output parser."""
+"""Tool calling: system prompt, merging of calls and results into one turn."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.content import MediaPart, Part, TextPart
-from qwen2vl.processor.messages import ToolCall, parse_messages
-from qwen2vl.processor.tools import (
-    ParsedReply,
-    Turn,
-    check_tools,
-    describe_tools,
-    merge_turns,
-    parse_tool_calls,
-)
+from qwen2vl.processor.messages import parse_messages
+from qwen2vl.processor.tools import Turn, check_tools, describe_tools, merge_turns
 
 STAR = "\u273f"
 FUNCTION, ARGS, RESULT, RETURN = (
@@ -197,64 +188,3 @@ def test_tool_loop_written_as_text_is_split_at_its_keywords() -> None:
 def test_keywords_in_other_roles_are_plain_text() -> None:
     turn = merged({"role": "user", "content": f"{RESULT} a {RETURN}"})
     assert turn.parts == (TextPart(f"{RESULT} a {RETURN}"),)
-
-
-# Parsing model output -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        ("Just words.", ParsedReply("Just words.")),
-        (": Going on.", ParsedReply("Going on.")),  # after RETURN, the output begins with the colon
-        (
-            f"I tap.\n{FUNCTION}: Tap\n{ARGS}: {{\"point\": (348,291)}}\n",
-            ParsedReply("I tap.", (ToolCall("Tap", '{"point": (348,291)}'),)),
-        ),
-        (f": \n{FUNCTION}: Home\n{ARGS}: {{}}", ParsedReply("", (ToolCall("Home", "{}"),))),
-        (
-            f"{FUNCTION}: f\n{ARGS}: {{\"a\": 1}}\n{FUNCTION}: g\n{ARGS}: {{}}\n{RESULT}",
-            ParsedReply("", (ToolCall("f", '{"a": 1}'), ToolCall("g", "{}"))),
-        ),
-        (f"{FUNCTION}: f\n{ARGS}: {{}} }} <!-- so -->", ParsedReply("", (ToolCall("f", "{} }"),))),
-        (
-            f"{FUNCTION}: f\n{ARGS}: {{}}\n{RESULT}: lie\n{RETURN}: x",
-            ParsedReply("", (ToolCall("f", "{}"),)),
-        ),
-        (f"{FUNCTION}: f", ParsedReply("", (ToolCall("f", ""),))),
-        (f"{FUNCTION}: f\n{ARGS}: not json", ParsedReply("", (ToolCall("f", "not json"),))),
-        (f"Words\n{STAR}FUNC", ParsedReply("Words")),
-        (f"Words\n{STAR}", ParsedReply("Words")),
-        (f"A flower {STAR} here", ParsedReply(f"A flower {STAR} here")),
-        ("", ParsedReply("")),
-    ],
-)  # fmt: skip
-def test_tool_calls_are_parsed(text: str, want: ParsedReply) -> None:
-    assert parse_tool_calls(text) == want
-
-
-names = st.text("abcXYZ_0189", min_size=1, max_size=9)
-arguments = st.dictionaries(st.text('ab{}"\\ ', max_size=4), st.integers(), max_size=3)
-
-
-@given(st.lists(st.tuples(names, arguments), max_size=3), st.text("abc .,:", max_size=12))
-def test_rendered_calls_are_parsed_back(
-    calls: list[tuple[str, dict[str, int]]], content: str
-) -> None:
-    content = content.strip().lstrip(":")
-    message = {
-        "role": "assistant",
-        "content": content.strip(),
-        "tool_calls": [{"name": n, "arguments": a} for n, a in calls],
-    }
-    (parsed,) = parse_messages([message])
-    text = "".join(part.text for part in merged(message).parts if isinstance(part, TextPart))
-    reply = parse_tool_calls(text)
-    assert reply.tool_calls == parsed.tool_calls
-    assert reply.text == content.strip()
-
-
-@given(st.text(f"ab:\n {STAR}", max_size=30) | st.text(max_size=30))
-def test_parser_accepts_any_text(text: str) -> None:
-    reply = parse_tool_calls(text)
-    assert len(reply.text) <= len(text)
