@@ -7,14 +7,16 @@ Inputs are prompts (ModelInput) and SamplingParams, outputs are Completions. Ent
 and messages are rendered by the processor, not here.
 """
 
+from qwen2vl.engine.async_engine.async_stream import AsyncDeltaStream
 from qwen2vl.engine.async_llm import AsyncLLM
-from qwen2vl.engine.async_stream import AsyncDeltaStream
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.llm import LLM
 from qwen2vl.engine.llm_engine import DeltaStream
-from qwen2vl.engine.outputs import Completion, Delta
+from qwen2vl.engine.outputs import Completion, Delta, ItemReport, TokenLogprob
 from qwen2vl.engine.sampling.grammar import Grammar
 from qwen2vl.engine.sampling.params import SamplingParams
+from qwen2vl.engine.stats import EngineStats
+from qwen2vl.engine.validation import PreparedRequest
 
 __all__ = [
     "LLM",
@@ -24,6 +26,10 @@ __all__ = [
     "Delta",
     "DeltaStream",
     "EngineConfig",
+    "EngineStats",
     "Grammar",
+    "ItemReport",
+    "PreparedRequest",
     "SamplingParams",
+    "TokenLogprob",
 ]

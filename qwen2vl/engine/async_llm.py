@@ -1,7 +1,7 @@
 """AsyncLLM: asyncio interface with streaming, for many concurrent callers of one engine.
 
     caller --messages--> processor (a worker thread) --requests--> input queue
-    engine thread: input queue -> engine step -> deltas --call_soon_threadsafe--> the caller's loop
+    engine thread: input queue -> engine step -> deltas --call_soon_threadsafe--> the callers' loop
 
 The engine thread owns the LLM: only it uses scheduler, caches and model. A caller that stops
 iterating or is canceled has its request aborted. If the engine dies, all callers get an EngineError
@@ -12,41 +12,45 @@ without running requests, is closed. One process, one device. (vLLM: AsyncLLM.)
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from traceback import clear_frames
-from typing import Any, Self
+from typing import Any, Self, get_args
+
+import torch
+from torch import Tensor
 
 from qwen2vl.engine.arguments.conversations import (
     NOT_GIVEN,
     ConversationForm,
     as_batch,
     as_conversation,
+    naming,
 )
 from qwen2vl.engine.arguments.keyword_hints import check_keywords
 from qwen2vl.engine.arguments.options import (
     as_params_list,
+    check_choice,
     check_sampling_keywords,
     refuse_load_options,
 )
-from qwen2vl.engine.async_stream import AsyncDeltaStream, PendingStream
-from qwen2vl.engine.engine_core import EngineSession
+from qwen2vl.engine.async_engine.async_stream import AsyncDeltaStream, PendingStream
+from qwen2vl.engine.async_engine.engine_thread import EngineThread
+from qwen2vl.engine.embed import Pooling, batch_prompts
 from qwen2vl.engine.llm import LLM, llm_argument_names
 from qwen2vl.engine.outputs import Completion
 from qwen2vl.engine.request import Request, collect_completions
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.scheduler.scheduler import RequestOutput
-from qwen2vl.errors import EngineError, Qwen2VLError
+from qwen2vl.engine.stats import EngineStats
+from qwen2vl.engine.validation import PreparedRequest
 from qwen2vl.model import Qwen2VL
+from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 
 __all__ = ["AsyncLLM"]
-
-logger = logging.getLogger(__name__)
 
 
 class AsyncLLM:
@@ -96,6 +100,14 @@ class AsyncLLM:
         """Whether the engine thread accepts requests."""
         return self._engine_thread.is_open
 
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the engine thread has been in its current step or operation; 0.0 when idle.
+
+        A step takes milliseconds to seconds; one that takes much longer hangs.
+        """
+        return self._engine_thread.seconds_in_step
+
     def stream(
         self,
         conversation: ConversationForm = NOT_GIVEN,
@@ -119,15 +131,31 @@ class AsyncLLM:
             self._engine_thread.check_open()
             check_sampling_keywords(sampling)
             messages = as_conversation(conversation, images, videos)
-            prompt, request_params, seconds = await asyncio.to_thread(
+            prepared = await asyncio.to_thread(
                 self.llm.prepare, messages, params, tools, **sampling
             )
-            requests = self.llm.create_requests(prompt, request_params)
-            stream = AsyncDeltaStream(self._request_abort, requests, seconds)
-            self._engine_thread.submit(stream)
-            return stream
+            return self.stream_prepared(prepared)
 
         return PendingStream(submit())
+
+    def stream_prepared(
+        self, prepared: PreparedRequest, *, final_only: bool = False
+    ) -> AsyncDeltaStream:
+        """Submit a request that `LLM.prepare` returned; call it where an event loop runs.
+
+        With `final_only` each sample has one delta, its last, with its whole text and all of its
+        tokens, and the loop is not woken before. (vLLM: RequestOutputKind.FINAL_ONLY.)
+
+        Raises:
+            EngineError: the engine has died, naming the first cause, or was closed.
+        """
+        self._engine_thread.check_open()
+        requests = self.llm.create_requests(prepared.prompt, prepared.params)
+        stream = AsyncDeltaStream(
+            self._request_abort, requests, prepared.process_seconds, final_only=final_only
+        )
+        self._engine_thread.submit(stream)
+        return stream
 
     async def chat(
         self,
@@ -165,6 +193,43 @@ class AsyncLLM:
             [stream.process_seconds for stream in streams for _ in stream.requests],
         )
 
+    async def embed(
+        self,
+        prompts: Sequence[ModelInput],
+        *,
+        pooling: Pooling = "last",
+        adapter: str | None = None,
+    ) -> Tensor:
+        """Return one L2-normalized embedding for each prompt: (S, D) float32, on the CPU.
+
+        As `LLM.embed`. Runs between the steps of other requests, a forward's worth of prompts at a
+        time; a caller that is canceled ends it after the current one.
+
+        Raises:
+            InputError, CapacityError: a prompt is not valid; the text names its index.
+            EngineError: the engine has died, or was closed; or the embeddings are not finite.
+        """
+        check_choice("pooling", pooling, get_args(Pooling))
+        self._engine_thread.check_open()
+        params = SamplingParams(max_tokens=1, adapter=adapter)
+        for index, prompt in enumerate(prompts):
+            with naming(f"prompts[{index}]"):
+                self.llm.validate(prompt, params)
+        vectors = [torch.empty(0, self.llm.config.text.hidden_size)]
+        for batch in batch_prompts(prompts, self.llm.engine_config.max_num_batched_tokens):
+            embed = partial(self.llm.embed_prompts, batch, pooling=pooling, adapter=adapter)
+            future = self._engine_thread.submit_operation(embed, "embedding")
+            vectors.append(await asyncio.wrap_future(future))
+        return torch.cat(vectors)
+
+    def stats(self) -> EngineStats:
+        """Return the engine's statistics at this moment, without waiting; thread-safe.
+
+        All are 0 while there is no engine, except totals, which never decrease.
+        """
+        stats = self.llm.stats()
+        return replace(stats, num_waiting=stats.num_waiting + self._engine_thread.num_queued)
+
     def close(self) -> None:
         """Stop the engine thread; running requests get an EngineError. Closing again does nothing.
 
@@ -191,137 +256,7 @@ class AsyncLLM:
     def _request_abort(self, requests: Sequence[Request]) -> None:
         self._engine_thread.request_abort(requests)
 
-    def _start_thread(self) -> _EngineThread:
-        thread = _EngineThread(self.llm.engine.acquire("AsyncLLM", is_async=True))
+    def _start_thread(self) -> EngineThread:
+        thread = EngineThread(self.llm.engine.acquire("AsyncLLM", is_async=True))
         weakref.finalize(self, thread.stop)  # else nobody could, and the LLM would stay in memory
         return thread
-
-
-class _Abort:
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = requests
-
-
-_InputQueue = SimpleQueue[AsyncDeltaStream | _Abort | None]  # None: stop
-
-
-class _EngineThread:
-    """Runs the engine from the start until it is stopped or dies, and owns the LLM meanwhile.
-
-    It refers to the AsyncLLM by running requests only. Methods are for other threads, private ones
-    for its own.
-    """
-
-    def __init__(self, session: EngineSession) -> None:
-        self.is_open = True
-        self.cause: BaseException | None = None  # the first, if the engine died
-        self._session = session
-        self._lock = threading.Lock()  # of the next two: nothing is queued after the last reading
-        self._input_queue: _InputQueue = SimpleQueue()
-        self._streams: dict[Request, AsyncDeltaStream] = {}  # used by this thread only
-        self._thread = threading.Thread(target=self._run_busy_loop, name="engine", daemon=True)
-        self._thread.start()
-
-    def check_open(self) -> None:
-        """Raise an EngineError if the engine has died or was closed."""
-        if not self.is_open:
-            raise self._stopped_error()
-
-    def submit(self, stream: AsyncDeltaStream) -> None:
-        """Run the requests of a stream; errors as for `check_open`."""
-        with self._lock:
-            self.check_open()
-            self._input_queue.put(stream)
-
-    def request_abort(self, requests: Sequence[Request]) -> None:
-        """Have requests aborted; a thread that has stopped has ended them already."""
-        self._input_queue.put(_Abort(requests))
-
-    def stop(self) -> None:
-        """Stop after the current step; without a lock, because finalizers may run anywhere."""
-        self._input_queue.put(None)
-
-    def join(self) -> None:
-        """Wait until the thread has ended all streams and released the LLM."""
-        self._thread.join()
-
-    def _stopped_error(self) -> EngineError:
-        """Build the error of one caller; the first cause is that of all of them."""
-        if self.cause is None:
-            return EngineError("the engine was closed; AsyncLLM.restart() starts it again")
-        error = EngineError(
-            f"the engine died, and all its requests with it: {type(self.cause).__name__}: "
-            f"{self.cause}; AsyncLLM.restart() starts it again"
-        )
-        error.__cause__ = self.cause
-        return error
-
-    def _run_busy_loop(self) -> None:
-        """Process the input queue, run a step, deliver its outputs; until stopped or failed."""
-        cause: BaseException | None = None
-        try:
-            while self._process_input_queue():
-                for output in self._session.step():
-                    self._deliver_output(output)
-        except BaseException as error:
-            logger.exception("the engine died")
-            clear_frames(error.__traceback__)  # they hold the tensors of the failed step
-            cause = error
-        finally:
-            self._shut_down(cause)
-
-    def _process_input_queue(self) -> bool:
-        """Read the input queue, blocking only when the engine is idle; False: stop."""
-        while not self._input_queue.empty() or not self._session.has_unfinished_requests:
-            if not self._process_message(self._input_queue.get()):
-                return False
-        return True
-
-    def _process_message(self, message: AsyncDeltaStream | _Abort | None) -> bool:
-        if isinstance(message, AsyncDeltaStream):
-            self._add(message)
-        elif message is not None:
-            self._abort(message.requests)
-        return message is not None
-
-    def _add(self, stream: AsyncDeltaStream) -> None:
-        """Add the requests of one caller; if that fails, it concerns this caller only."""
-        # Before any is added: if the engine dies here, the caller must hear of it.
-        self._streams.update(dict.fromkeys(stream.requests, stream))
-        try:
-            for request in stream.requests:
-                self._session.add_request(request)
-        except Qwen2VLError as error:
-            self._abort(stream.requests)
-            stream.deliver(error)
-
-    def _abort(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if self._streams.pop(request, None) is not None:
-                self._session.abort(request)
-
-    def _deliver_output(self, output: RequestOutput) -> None:
-        request = output.request
-        stream = self._streams.get(request)
-        if stream is None:
-            return  # queued by LLM.add_request before the AsyncLLM owned it
-        if request.finish_reason is not None:
-            del self._streams[request]
-        stream.deliver(output.delta)
-
-    def _shut_down(self, cause: BaseException | None) -> None:
-        """Release the LLM, and end all streams with an error of their own."""
-        try:
-            self._session.release()
-        finally:
-            with self._lock:
-                self.cause = cause
-                self.is_open = False
-                streams = set(self._streams.values())
-                while not self._input_queue.empty():
-                    message = self._input_queue.get()
-                    if isinstance(message, AsyncDeltaStream):
-                        streams.add(message)
-            self._streams.clear()
-            for stream in streams:
-                stream.deliver(self._stopped_error())

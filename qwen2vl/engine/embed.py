@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
 from qwen2vl.engine.scheduler.output import EncoderChunk, StepLimits
+from qwen2vl.errors import EngineError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.lora.multi import LoraAdapter, LoraManager
 from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.processor.inputs import Item, ModelInput
 
-__all__ = ["Embedder", "Pooling", "pool"]
+__all__ = ["Embedder", "Pooling", "batch_prompts", "pool"]
 
 Pooling = Literal["last", "mean"]
 
@@ -41,12 +42,22 @@ class Embedder:
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[ModelInput], pooling: Pooling) -> Tensor:
-        """Return one L2-normalized vector for each prompt: (S, D) float32 on the CPU."""
+        """Return one L2-normalized vector for each prompt: (S, D) float32 on the CPU.
+
+        Raises:
+            EngineError: the hidden states are not finite, because of damaged weights or overflow.
+        """
         vectors = [
             pool(self._hidden_states(batch), [len(p.input_ids) for p in batch], pooling)
-            for batch in _batches(prompts, self.limits.max_num_batched_tokens)
+            for batch in batch_prompts(prompts, self.limits.max_num_batched_tokens)
         ]
-        return torch.cat(vectors).cpu()
+        vectors_SD = torch.cat(vectors).cpu()
+        if not vectors_SD.isfinite().all():
+            raise EngineError(
+                "the model's hidden states are not finite; its weights may be damaged: qwen2vl "
+                "doctor --check-weights names such tensors; float16 overflows"
+            )
+        return vectors_SD
 
     def _hidden_states(self, prompts: Sequence[ModelInput]) -> Tensor:
         """Compute the hidden states of prompts, packed end to end: hidden_TD."""
@@ -129,7 +140,7 @@ class Embedder:
             self.encoder_cache.encode([EncoderChunk(item, num_encoded, stop, self.adapter)])
 
 
-def _batches(prompts: Sequence[ModelInput], max_tokens: int) -> Iterator[list[ModelInput]]:
+def batch_prompts(prompts: Sequence[ModelInput], max_tokens: int) -> Iterator[list[ModelInput]]:
     """Split prompts into batches of at most `max_tokens` tokens; a longer prompt is alone."""
     batch: list[ModelInput] = []
     total = 0

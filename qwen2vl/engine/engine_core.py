@@ -14,8 +14,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.decode.backend import DecodeBackend
@@ -33,9 +34,12 @@ from qwen2vl.engine.runner import ModelRunner, StepOutOfMemoryError
 from qwen2vl.engine.scheduler.output import StepLimits
 from qwen2vl.engine.scheduler.scheduler import RequestOutput, Scheduler
 from qwen2vl.engine.scheduler.speculative import NgramProposer
+from qwen2vl.engine.stats import EngineCounters
 from qwen2vl.errors import EngineError, Qwen2VLError
 from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import Qwen2VL
+
+T = TypeVar("T")
 
 __all__ = ["EngineCore", "EngineResources", "EngineSession", "ExclusiveEngine"]
 
@@ -48,6 +52,7 @@ class EngineResources:
     decode_backend: DecodeBackend | None
     disk_cache: DiskEmbeddingCache | None
     weights_digest: VisionWeightsDigest
+    counters: EngineCounters = field(default_factory=EngineCounters)
 
     @classmethod
     def create(
@@ -100,7 +105,7 @@ class EngineCore:
             device=model.device,
         )
         self.encoder_cache = EncoderCacheManager(
-            model, embedding_cache, resources.weights_digest, lora_manager
+            model, embedding_cache, resources.weights_digest, lora_manager, resources.counters
         )
         self.runner = ModelRunner(
             model,
@@ -118,6 +123,7 @@ class EngineCore:
                 max_num_seqs=config.max_num_seqs,
             ),
             NgramProposer(config.num_speculative_tokens) if config.num_speculative_tokens else None,
+            resources.counters,
         )
 
     def add_request(self, request: Request) -> None:
@@ -311,6 +317,7 @@ class EngineSession:
     def add_request(self, request: Request) -> None:
         """Queue a request for the next steps; `release` aborts it if it has not finished."""
         self._check_owner()
+        request.timer.mark_submitted()
         self._unfinished.add(request)
         with self._engine.using_core() as core:
             core.add_request(request)
@@ -327,6 +334,15 @@ class EngineSession:
             if output.request.finish_reason is not None:
                 self._unfinished.discard(output.request)
         return outputs
+
+    def run_operation(self, operation: Callable[[EngineCore], T]) -> T:
+        """Call a function with the core, between two steps, and return its result.
+
+        After an unexpected exception all requests are gone, as after one of a step.
+        """
+        self._check_owner()
+        with self._engine.using_core() as core:
+            return operation(core)
 
     def abort(self, request: Request) -> None:
         """Stop a request; does nothing if it has finished."""

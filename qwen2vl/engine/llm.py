@@ -46,14 +46,13 @@ from qwen2vl.engine.arguments.options import (
     refuse_load_options,
 )
 from qwen2vl.engine.config import EngineConfig
-from qwen2vl.engine.embed import Embedder, Pooling
+from qwen2vl.engine.embed import Pooling
 from qwen2vl.engine.engine_core import EngineSession
-from qwen2vl.engine.kv_cache.capacity import out_of_memory_as_capacity_error
 from qwen2vl.engine.llm_engine import DeltaStream, LLMEngine
 from qwen2vl.engine.outputs import Completion, Delta
 from qwen2vl.engine.request import Request, collect_completions
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.validation import PreparedRequest, with_adapter_digest
+from qwen2vl.engine.validation import PreparedRequest
 from qwen2vl.errors import InputError
 from qwen2vl.loading import load
 from qwen2vl.memory import DTypeName
@@ -246,18 +245,8 @@ class LLM(LLMEngine):
             prepared = self._prepare_batch(batch, [request_params] * len(batch.conversations))
             if not prepared:
                 return torch.empty(0, self.config.text.hidden_size)
-            lora_adapter = self._validator.get_adapter(adapter)
-            prompts = [with_adapter_digest(one.prompt, lora_adapter) for one in prepared]
-            embedder = Embedder(
-                model=self.model,
-                encoder_cache=core.encoder_cache,
-                lora_manager=self._lora_manager,
-                limits=core.scheduler.limits,
-                adapter=lora_adapter,
-            )
-            longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
-            with out_of_memory_as_capacity_error(longest):
-                return embedder.embed(prompts, pooling)
+            prompts = [one.prompt for one in prepared]
+            return self.embed_prompts(prompts, core, pooling=pooling, adapter=adapter)
 
     def prepare(
         self,

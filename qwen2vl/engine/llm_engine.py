@@ -8,6 +8,7 @@ output of one conversation, generated while it is read. (vLLM: LLMEngine.)
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,18 +17,26 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from qwen2vl.compile.regions import compile_for_inference
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.config import EngineConfig
+from qwen2vl.engine.embed import Embedder, Pooling
 from qwen2vl.engine.engine_core import EngineCore, EngineResources, ExclusiveEngine
 from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE
-from qwen2vl.engine.kv_cache.capacity import num_cache_blocks
+from qwen2vl.engine.kv_cache.capacity import (
+    check_text_fits,
+    fitting_max_pixels,
+    num_cache_blocks,
+    out_of_memory_as_capacity_error,
+)
 from qwen2vl.engine.outputs import Completion, Delta
 from qwen2vl.engine.request import Request, collect_completions
 from qwen2vl.engine.sampling.params import SamplingParams
 from qwen2vl.engine.scheduler.scheduler import RequestOutput
-from qwen2vl.engine.validation import RequestValidator
+from qwen2vl.engine.stats import EngineStats
+from qwen2vl.engine.validation import RequestValidator, with_cache_identity
 from qwen2vl.errors import EngineError
 from qwen2vl.loading import load_adapters, resolve_max_model_len
 from qwen2vl.lora.multi import LoraManager
@@ -161,6 +170,7 @@ class LLMEngine:
         self._resources = EngineResources.create(
             model, engine_config, self._num_blocks, is_compiled=is_compiled
         )
+        self._counters = self._resources.counters
         # None: not compiled
         self.compile_seconds = time.perf_counter() - began if is_compiled else None
         self.engine = ExclusiveEngine(
@@ -233,6 +243,43 @@ class LLMEngine:
         return self.engine.core
 
     @property
+    def kv_cache_tokens(self) -> int:
+        """The capacity of the KV cache, in tokens."""
+        return self._num_blocks * BLOCK_SIZE
+
+    def check_text_fits(self, texts: Sequence[str]) -> None:
+        """Refuse text that is certainly longer than the context, before all of it is tokenized.
+
+        Raises:
+            CapacityError: with the least number of its tokens.
+        """
+        check_text_fits(texts, self.processor.tokenizer, self.max_model_len)
+
+    def fitting_max_pixels(self, prompt: ModelInput, num_tokens: int) -> int | None:
+        """Return the largest max_pixels at which a prompt's images take at most `num_tokens`.
+
+        None if not even images of the smallest size do.
+        """
+        return fitting_max_pixels(prompt, self.config, num_tokens)
+
+    def stats(self) -> EngineStats:
+        """Return the statistics of this moment, without waiting; thread-safe."""
+        totals = dataclasses.asdict(self._counters)
+        core = self.engine.current_core
+        item_cache_bytes = self.processor.item_cache_bytes
+        if core is None:
+            return EngineStats(item_cache_bytes=item_cache_bytes, **totals)
+        scheduler = core.scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_cache_usage=scheduler.pool.num_used_blocks / scheduler.pool.num_blocks,
+            encoder_cache_bytes=core.encoder_cache.cache.stats.num_bytes,
+            item_cache_bytes=item_cache_bytes,
+            **totals,
+        )
+
+    @property
     def has_unfinished_requests(self) -> bool:
         """Whether any request is waiting or running."""
         core = self.engine.current_core
@@ -285,3 +332,30 @@ class LLMEngine:
         self.engine.check_open("LLM.create_requests")
         limit = min(self.max_model_len, self._num_blocks * BLOCK_SIZE)
         return self._validator.create_requests(prompt, params, max_total_tokens=limit, index=index)
+
+    def embed_prompts(
+        self,
+        prompts: Sequence[ModelInput],
+        core: EngineCore,
+        *,
+        pooling: Pooling = "last",
+        adapter: str | None = None,
+    ) -> Tensor:
+        """Embed at least one prompt that `validate` has accepted: (S, D) float32, on the CPU.
+
+        Raises:
+            CapacityError: out of memory.
+            EngineError: the hidden states are not finite.
+        """
+        lora_adapter = self._validator.get_adapter(adapter)
+        embedder = Embedder(
+            model=self.model,
+            encoder_cache=core.encoder_cache,
+            lora_manager=self._lora_manager,
+            limits=core.scheduler.limits,
+            adapter=lora_adapter,
+        )
+        with out_of_memory_as_capacity_error(max(prompts, key=lambda p: len(p.input_ids))):
+            return embedder.embed(
+                [with_cache_identity(prompt, lora_adapter) for prompt in prompts], pooling
+            )

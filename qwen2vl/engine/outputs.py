@@ -36,6 +36,7 @@ class ItemReport:
     tokens: int
     frame_timestamps: tuple[float, ...] = ()  # seconds of the sampled frames; empty for images
     notes: tuple[str, ...] = ()  # human-readable notes on adjustments of the input
+    orientation: int = 1  # EXIF orientation that was applied, 1 to 8: stored -> upright pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class Timings:
     """Time spent on one request, by phase, in seconds."""
 
     process: float = 0.0  # messages and media -> ModelInput
+    queue: float = 0.0  # submission -> first scheduled
     vision: float = 0.0  # patches -> vision tokens
     prefill: float = 0.0  # prompt -> its last hidden state, from which the first token is sampled
     decode: float = 0.0  # sampling of all tokens, and the forwards of all but the last
@@ -50,11 +52,18 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A piece of streamed output text; `text` never ends inside a character."""
+    """A piece of streamed output text; `text` never ends inside a character.
+
+    Token ids and log probabilities are those of all tokens sampled since the last delta of the same
+    completion, also of tokens whose text is still held back.
+    """
 
     index: int  # which completion of the call
     text: str  # what is new
     finish_reason: FinishReason | None = None  # set on the last one
+    stop_reason: str | int | None = None  # with it; as in Completion
+    token_ids: tuple[int, ...] = ()  # as sampled, including the end token
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the same tokens, if they were asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +71,13 @@ class Completion:
     """The output of one request: text, tokens and usage.
 
     `text` keeps the six grounding tokens and drops the other special tokens, unless
-    `SamplingParams.skip_special_tokens` is False.
+    `SamplingParams` say otherwise (skip_special_tokens, skip_grounding_tokens).
     """
 
     text: str  # without what a stop string cuts off
     token_ids: tuple[int, ...]  # as sampled, including the end token
     finish_reason: FinishReason  # stop: end token or stop string; length: a limit was reached
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it (vLLM)
     prompt_tokens: int  # those of images and videos included
     image_tokens: int  # placeholder tokens of images
     video_tokens: int  # placeholder tokens of videos

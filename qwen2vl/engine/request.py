@@ -59,21 +59,22 @@ class StopStringBuffer:
         self.stop_strings = tuple(stop_strings)
         self.pending = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Add text; return what can be released, and whether a stop string was found."""
+    def push(self, piece: str) -> tuple[str, str | None]:
+        """Add text; return what can be released, and the stop string that was found."""
         self.pending += piece
         found = [
-            (at + len(stop), at)
+            (at + len(stop), at, stop)
             for stop in self.stop_strings
             if (at := self.pending.find(stop)) >= 0
         ]
         if found:
-            text, self.pending = self.pending[: min(found)[1]], ""
-            return text, True
+            _, at, stop = min(found)
+            text, self.pending = self.pending[:at], ""
+            return text, stop
         num_held = self._num_held_characters()
         text = self.pending[: len(self.pending) - num_held]
         self.pending = self.pending[len(text) :]
-        return text, False
+        return text, None
 
     def flush(self) -> str:
         """Release the pending text: the output has ended without completing a stop string."""
@@ -113,6 +114,7 @@ class Request:
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None  # the stop string or token of `params`
         self.can_draft = True  # False after an error of the draft proposer
         self.error: Qwen2VLError | None = None
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt.input_ids))
@@ -121,9 +123,12 @@ class Request:
         self.allocation: CacheAllocation | None = None
         self.num_computed_tokens = 0  # tokens whose keys and values are in the KV cache
         self.num_cached_tokens = 0  # of them, found in the prefix cache at first admission
+        self.num_reused_tokens = 0  # the same, at the last admission
+        self.skip_reading_prefix_cache = False  # after reused blocks gave logits with NaN
         self.num_draft_tokens = self.num_accepted_tokens = 0  # of speculative decoding
         self.held_items: list[Item] = []  # whose vision embeddings are pinned for it
         self.timer = RequestTimer()
+        self._num_streamed_tokens = 0  # output tokens that deltas have reported
         self._stop_token_ids = stop_token_ids
         self._detokenizer = detokenizer
         self._stop_buffer = StopStringBuffer(params.stop)
@@ -168,14 +173,23 @@ class Request:
         if logprob is not None:
             self.logprobs.append(logprob)
         if token_id in self._stop_token_ids:
+            if token_id in self.params.stop_token_ids:
+                self.stop_reason = token_id
             return self._finish("stop", self._flush())
-        text, found = self._stop_buffer.push(self._detokenizer.push(token_id))
-        if found:
+        text, self.stop_reason = self._stop_buffer.push(self._detokenizer.push(token_id))
+        if self.stop_reason is not None:
             return self._finish("stop", text)
         if len(self.all_token_ids) == self.max_num_tokens:
             return self._finish("length", text + self._flush())
         self.text += text
         return text
+
+    def take_new_tokens(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """Return the output tokens since the last call, and their logprobs if asked for."""
+        start = self._num_streamed_tokens
+        token_ids = tuple(self.all_token_ids[len(self.prompt.input_ids) + start :])
+        self._num_streamed_tokens += len(token_ids)
+        return token_ids, tuple(self.logprobs[start:])
 
     def fail(self, error: Qwen2VLError) -> None:
         """Finish with an error; the output so far is kept."""
@@ -197,6 +211,7 @@ class Request:
             text=self.text,
             token_ids=tuple(self.output_token_ids),
             finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
             prompt_tokens=len(prompt.input_ids),
             image_tokens=prompt.image_tokens,
             video_tokens=prompt.video_tokens,
@@ -220,11 +235,15 @@ class Request:
 
 
 class RequestTimer:
-    """Timestamps of one request: first scheduled, prefilled, finished."""
+    """Timestamps of one request: submitted, first scheduled, prefilled, finished."""
 
     def __init__(self) -> None:
-        self.scheduled_at = self.prefilled_at = self.finished_at = 0.0
+        self.submitted_at = self.scheduled_at = self.prefilled_at = self.finished_at = 0.0
         self.vision_seconds = 0.0  # encoder time of all steps that encoded any of its items
+
+    def mark_submitted(self) -> None:
+        """Record when the request is submitted; later calls do nothing."""
+        self.submitted_at = self.submitted_at or time.perf_counter()
 
     def mark_scheduled(self) -> None:
         """Record when the request is first scheduled; later calls do nothing."""
@@ -235,10 +254,11 @@ class RequestTimer:
         self.prefilled_at = self.prefilled_at or time.perf_counter()
 
     def timings(self, process_seconds: float) -> Timings:
-        """Divide the time from first scheduled to finished into phases."""
+        """Divide the time from submitted to finished into phases."""
         prefilled_at = self.prefilled_at or self.finished_at
         return Timings(
             process=process_seconds,
+            queue=max(0.0, self.scheduled_at - (self.submitted_at or self.scheduled_at)),
             vision=self.vision_seconds,
             prefill=max(0.0, prefilled_at - self.scheduled_at - self.vision_seconds),
             decode=self.finished_at - prefilled_at,
@@ -280,4 +300,5 @@ def _item_report(item: Item) -> ItemReport:
         tokens=item.num_tokens,
         frame_timestamps=item.frame_timestamps,
         notes=item.notes,
+        orientation=item.orientation,
     )

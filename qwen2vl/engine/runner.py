@@ -157,7 +157,6 @@ class ModelRunner:
 
     def _forward(self, chunks: Sequence[TokenChunk]) -> Tensor:
         input_ids: list[int] = []
-        positions: list[Tensor] = []
         embeddings: list[Tensor] = []
         placeholders: list[int] = []
         for chunk in chunks:
@@ -166,13 +165,10 @@ class ModelRunner:
                 first = len(input_ids) + start - chunk.start
                 placeholders += range(first, first + len(part_MD))
             input_ids += chunk.input_ids
-            positions.append(
-                chunk.request.positions(chunk.start, chunk.stop + len(chunk.draft_tokens))
-            )
         ids_T, position_ids_3T, placeholder_index_M = copy_to_device(
             self.device,
             torch.tensor(input_ids),
-            torch.cat(positions, dim=1),
+            _position_ids(chunks),
             torch.tensor(placeholders, dtype=torch.int64),
         )
         meta = AttnMeta.build(
@@ -223,6 +219,26 @@ class ModelRunner:
         adapter_segments = [(chunk.request.adapter, chunk.num_logits) for chunk in chunks]
         with self.lora_manager.activate("lm_head", adapter_segments):
             return self.model.logits(hidden_TD)
+
+
+def _position_ids(chunks: Sequence[TokenChunk]) -> Tensor:
+    """Return the M-RoPE positions of all tokens of a step: (3, T)."""
+    parts: list[Tensor] = []
+    # Positions of output tokens are equal on all axes: one tensor for those of adjacent chunks
+    # saves creating and joining one for each.
+    output_positions: list[int] = []
+    for chunk in chunks:
+        prompt, stop = chunk.request.prompt, chunk.stop + len(chunk.draft_tokens)
+        if chunk.start >= len(prompt.input_ids):
+            output_positions += range(chunk.start + prompt.rope_delta, stop + prompt.rope_delta)
+            continue
+        if output_positions:
+            parts.append(torch.tensor(output_positions).expand(3, -1))
+            output_positions = []
+        parts.append(chunk.request.positions(chunk.start, stop))
+    if output_positions:
+        parts.append(torch.tensor(output_positions).expand(3, -1))
+    return torch.cat(parts, dim=1)
 
 
 def _sample(

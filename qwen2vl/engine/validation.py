@@ -12,12 +12,12 @@ import logging
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from hashlib import blake2b
 from typing import NamedTuple
 
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.engine.kv_cache.block_pool import salted_digest
 from qwen2vl.engine.kv_cache.capacity import check_context
 from qwen2vl.engine.request import Request
 from qwen2vl.engine.sampling.grammar_matcher import GrammarCompiler
@@ -27,7 +27,7 @@ from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
-from qwen2vl.processor.tokenizer import IncrementalDetokenizer, Tokenizer
+from qwen2vl.processor.tokenizer import IncrementalDetokenizer, KeepSpecial, Tokenizer
 from qwen2vl.weights import GenerationDefaults
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "check_model_input",
     "find_adapter",
     "ineffective_parameters",
-    "with_adapter_digest",
+    "with_cache_identity",
 ]
 
 logger = logging.getLogger(__name__)
@@ -144,14 +144,14 @@ class RequestValidator:
         """
         eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
         adapter = self.get_adapter(params.adapter)
-        prompt = with_adapter_digest(prompt, adapter)
+        prompt = with_cache_identity(prompt, adapter)
         return [
             Request(
                 prompt,
                 params,
                 IncrementalDetokenizer(
                     self._tokenizer,
-                    keep_special="grounding" if params.skip_special_tokens else "all",
+                    keep_special=_keep_special(params),
                 ),
                 self._sampler(prompt, params, sample),
                 stop_token_ids=eos_token_ids | frozenset(params.stop_token_ids),
@@ -174,6 +174,12 @@ class RequestValidator:
             if params.grammar is None
             else self._grammar_compiler.create_matcher(params.grammar),
         )
+
+
+def _keep_special(params: SamplingParams) -> KeepSpecial:
+    if not params.skip_special_tokens:
+        return "all"
+    return "none" if params.skip_grounding_tokens else "grounding"
 
 
 def check_model_input(prompt: ModelInput, config: Qwen2VLConfig) -> None:
@@ -203,6 +209,8 @@ def check_model_input(prompt: ModelInput, config: Qwen2VLConfig) -> None:
             f"position_ids_3T does not have the shape (3, {num_tokens}) that the "
             "input_ids need; use LLM.processor"
         )
+    if not isinstance(prompt.cache_salt, bytes):
+        raise InputError(f"cache_salt: got {abbreviate(prompt.cache_salt)}, must be bytes")
     num_placeholders = sum(item.num_tokens for item in prompt.items)
     if len(prompt.placeholder_index_M) != num_placeholders:
         raise InputError(
@@ -266,15 +274,17 @@ def find_adapter(adapters: Mapping[str, LoraAdapter], name: str | None) -> LoraA
     return adapters[name]
 
 
-def with_adapter_digest(prompt: ModelInput, adapter: LoraAdapter | None) -> ModelInput:
-    """Mix the adapter's digest into the item digests, if it changes the vision tower.
+def with_cache_identity(prompt: ModelInput, adapter: LoraAdapter | None) -> ModelInput:
+    """Mix into the item digests what else their embeddings belong to: adapter and cache salt.
 
-    So the encoder cache never shares embeddings between different vision weights.
+    So the encoder cache never shares embeddings between different vision weights, nor between
+    different salts.
     """
-    if adapter is None or not adapter.vision_digest or not prompt.items:
+    vision_digest = b"" if adapter is None else adapter.vision_digest
+    if not prompt.items or not (vision_digest or prompt.cache_salt):
         return prompt
     items = [
-        replace(item, digest=blake2b(item.digest + adapter.vision_digest, digest_size=32).digest())
+        replace(item, digest=salted_digest(item.digest + vision_digest, prompt.cache_salt))
         for item in prompt.items
     ]
     return replace(prompt, items=tuple(items))

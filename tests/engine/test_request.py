@@ -39,7 +39,7 @@ def make_request(params: SamplingParams, *, max_model_len: int = 1000) -> Reques
         params,
         IncrementalDetokenizer(tiny_tokenizer()),
         greedy_sampler(),
-        stop_token_ids=frozenset({EOS}),
+        stop_token_ids=frozenset({EOS, *params.stop_token_ids}),
         max_model_len=max_model_len,
     )
 
@@ -78,7 +78,7 @@ def test_stop_strings_do_not_depend_on_token_boundaries(
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     buffer = StopStringBuffer(stops)
-    released, stopped = "", False
+    released, stopped = "", None
     want = truncate_at_stop_string(text, stops)
     for piece in pieces:
         more, stopped = buffer.push(piece)
@@ -88,20 +88,21 @@ def test_stop_strings_do_not_depend_on_token_boundaries(
             break
     if not stopped:
         released += buffer.flush()
-    assert stopped == (want is not None)
+    assert (stopped is not None) == (want is not None)
+    assert stopped is None or text.startswith(released + stopped)
     assert released == (text if want is None else want)
 
 
 @given(text=texts)
 def test_without_stop_strings_nothing_is_held_back(text: str) -> None:
-    assert StopStringBuffer([]).push(text) == (text, False)
+    assert StopStringBuffer([]).push(text) == (text, None)
 
 
 def test_only_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
     buffer = StopStringBuffer(["\nUser:"])
-    assert buffer.push("Hello\nUs") == ("Hello", False)
-    assert buffer.push("ual") == ("\nUsual", False)
-    assert buffer.push("\nUser: more") == ("", True)
+    assert buffer.push("Hello\nUs") == ("Hello", None)
+    assert buffer.push("ual") == ("\nUsual", None)
+    assert buffer.push("\nUser: more") == ("", "\nUser:")
 
 
 def test_the_end_token_finishes_and_is_counted() -> None:
@@ -111,6 +112,20 @@ def test_the_end_token_finishes_and_is_counted() -> None:
     assert completion.text == "Hi"
     assert completion.finish_reason == "stop"
     assert completion.token_ids == (*ids_of("Hi"), EOS)
+    assert completion.stop_reason is None
+
+
+def test_the_stop_reason_is_the_stop_string_or_token() -> None:
+    by_string = make_request(SamplingParams(stop=["c", "bc"]))
+    feed(by_string, ids_of("abcd"))
+    assert by_string.completion().stop_reason == "bc"
+    (token,) = ids_of("b")
+    by_token = make_request(SamplingParams(stop_token_ids=[token]))
+    feed(by_token, ids_of("abcd"))
+    assert (by_token.completion().text, by_token.completion().stop_reason) == ("a", token)
+    cut = make_request(SamplingParams(stop=["x"], max_tokens=2))
+    feed(cut, ids_of("abcd"))
+    assert cut.completion().stop_reason is None
 
 
 def test_max_tokens_finishes_with_length() -> None:

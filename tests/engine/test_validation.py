@@ -38,6 +38,7 @@ def test_prompts_of_the_processor_are_accepted() -> None:
             {"placeholder_index_M": torch.arange(3)},
             "_M has 3 entries for images and videos of 6",
         ),
+        ({"cache_salt": "key"}, "cache_salt: got 'key', must be bytes"),
         ({"items": ()}, "placeholder_index_M has 6 entries for images and videos of 0"),
     ],
 )
@@ -91,3 +92,21 @@ def test_each_parameter_without_effect_is_logged_once(caplog: pytest.LogCaptureF
     names = [record.getMessage().partition("=")[0] for record in caplog.records]
     assert names == ["temperature", "seed", "n"]
     assert "generation_defaults sets top_k=1" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, "<|box_start|>(1,2)<|box_end|>"),
+        ({"skip_grounding_tokens": True}, "(1,2)"),
+        ({"skip_special_tokens": False}, "<|vision_start|><|box_start|>(1,2)<|box_end|>"),
+    ],
+)
+def test_which_special_tokens_the_text_of_a_request_keeps(given: dict[str, Any], text: str) -> None:
+    llm = LLM(tiny_model(), tiny_processor())
+    (request,) = llm.create_requests(llm.processor([user("Hi")]), SamplingParams(**given))
+    answer = "<|vision_start|><|box_start|>(1,2)<|box_end|>"
+    tokenizer = llm.processor.tokenizer
+    token_ids = tokenizer.encode_text(answer, allowed_special="all")
+    assert "".join(map(request.append, token_ids)) == request.text == text
+    assert tokenizer.decode(request.output_token_ids) == "<|box_start|>(1,2)<|box_end|>"

@@ -92,6 +92,10 @@ class DiskEmbeddingCache:
         except OSError as error:
             self._warn_once("written", error)
 
+    def remove(self, key: EmbeddingKey) -> None:
+        """Remove the file of `key`, if there is one."""
+        self._unlink(self._path_of(key))
+
     def _path_of(self, key: EmbeddingKey) -> Path:
         return self.path / f"{blake2b(b''.join(key), digest_size=32).hexdigest()}.safetensors"
 
@@ -118,6 +122,9 @@ class DiskEmbeddingCache:
     def _remove_damaged(self, path: Path) -> None:
         self.num_damaged += 1
         logger.warning("%s: damaged on disk; it is removed and encoded anew", path)
+        self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -18,6 +18,7 @@ from qwen2vl.engine.encoder_cache.disk_cache import EmbeddingKey
 from qwen2vl.engine.encoder_cache.memory_cache import EmbeddingCache
 from qwen2vl.engine.encoder_cache.weights_digest import VisionWeightsDigest
 from qwen2vl.engine.scheduler.output import EncoderChunk
+from qwen2vl.engine.stats import EngineCounters
 from qwen2vl.geometry import Grid, VisionMeta
 from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import Qwen2VL
@@ -35,11 +36,13 @@ class EncoderCacheManager:
         cache: EmbeddingCache,
         weights: VisionWeightsDigest,
         lora_manager: LoraManager,
+        counters: EngineCounters | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self._weights = weights
         self._lora_manager = lora_manager
+        self._counters = counters or EngineCounters()
         self._num_references: Counter[bytes] = Counter()
         self._keys: dict[bytes, EmbeddingKey] = {}  # of the weights at the first acquisition
         # By item digest; embeddings of frame pairs that are not yet encoded are uninitialized.
@@ -49,13 +52,16 @@ class EncoderCacheManager:
     def acquire(self, item: Item) -> None:
         """Add a reference to an item; its embeddings are kept until as many calls of `release`."""
         self._num_references[item.digest] += 1
+        self._counters.encoder_cache_queries += 1
         if self._num_references[item.digest] > 1:
+            self._counters.encoder_cache_hits += 1
             return
         key = EmbeddingKey(item.digest, self._weights.digest())
         self._keys[item.digest] = key
         self.cache.pin(key)
         vision_MD = self.cache.get(key)
         if vision_MD is not None:
+            self._counters.encoder_cache_hits += 1
             self._embeddings[item.digest], self._num_encoded[item.digest] = vision_MD, item.grid.t
 
     def release(self, item: Item) -> None:
@@ -67,6 +73,10 @@ class EncoderCacheManager:
             self.cache.unpin(self._keys.pop(item.digest))
             self._embeddings.pop(item.digest, None)
             self._num_encoded.pop(item.digest, None)
+
+    def discard(self, item: Item) -> None:
+        """Remove an item's embeddings from memory and disk; those in use stay until released."""
+        self.cache.remove(EmbeddingKey(item.digest, self._weights.digest()))
 
     def num_encoded_frame_pairs(self, item: Item) -> int:
         """Return the number of frame pairs whose embeddings are available."""

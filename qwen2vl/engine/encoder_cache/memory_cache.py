@@ -82,6 +82,13 @@ class EmbeddingCache:
         if self.disk_cache is not None:
             self.disk_cache.write(key, vision_MD)
 
+    def remove(self, key: EmbeddingKey) -> None:
+        """Remove the embeddings of `key` from memory and from disk, if they are there."""
+        if key in self._embeddings:
+            self.stats.num_bytes -= self._embeddings.pop(key).nbytes
+        if self.disk_cache is not None:
+            self.disk_cache.remove(key)
+
     def clear(self) -> None:
         """Remove all entries in memory that are not pinned."""
         for key in [key for key in self._embeddings if key not in self._pins]:

@@ -7,9 +7,9 @@ stays cached until it is evicted (LRU), and is found by its chained block hashes
     hash 0 = H(ids of block 0, items)    hash 1 = H(hash 0, ids of block 1, items)    ...
 
 Images of one size have the same placeholder ids, so a hash also covers the digests of the items in
-the block; hash 0 covers the adapter's digest. A request that extends a whole cached allocation
-reuses it in place; one that shares a prefix copies it. The memory work is returned as a queue of
-cache operations for the model runner. (vLLM v1: KVCacheManager, BlockPool.)
+the block; hash 0 covers the adapter's digest and the cache salt. A request that extends a whole
+cached allocation reuses it in place; one that shares a prefix copies it. The memory work is
+returned as a queue of cache operations for the model runner. (vLLM v1: KVCacheManager, BlockPool.)
 """
 
 from __future__ import annotations
@@ -32,18 +32,27 @@ __all__ = [
     "CopySlots",
     "FreeSlots",
     "ReserveSlots",
+    "salted_digest",
 ]
 
 BLOCK_SIZE = 32  # tokens
 
 
+def salted_digest(data: bytes, cache_salt: bytes) -> bytes:
+    """Return a digest of `data` that differs for each salt; b"" without data and salt."""
+    if not cache_salt:
+        return blake2b(data, digest_size=32).digest() if data else b""
+    key = blake2b(cache_salt, digest_size=32).digest()  # a salt may be longer than a key
+    return blake2b(data, digest_size=32, key=key).digest()
+
+
 class BlockHashes:
     """Chained hashes of the full blocks of one request, extended as its tokens arrive."""
 
-    def __init__(self, prompt: ModelInput, salt: bytes = b"") -> None:
-        """Start without hashes; requests of different `salt` never share a block."""
+    def __init__(self, prompt: ModelInput, adapter_digest: bytes = b"") -> None:
+        """Start without hashes; different adapters and cache salts never share a block."""
         self.hashes: list[bytes] = []
-        self._salt = salt
+        self._root = salted_digest(adapter_digest, prompt.cache_salt)
         self._spans = [
             (start, start + item.num_tokens, item.digest)
             for start, item in zip(prompt.item_starts, prompt.items, strict=True)
@@ -57,7 +66,7 @@ class BlockHashes:
         return self.hashes
 
     def _hash_block(self, start: int, ids: Sequence[int]) -> bytes:
-        hasher = blake2b(self.hashes[-1] if self.hashes else self._salt, digest_size=32)
+        hasher = blake2b(self.hashes[-1] if self.hashes else self._root, digest_size=32)
         hasher.update(array("q", ids).tobytes())
         for first, stop, digest in self._spans:
             if first < start + BLOCK_SIZE and start < stop:
@@ -198,6 +207,13 @@ class BlockPool:
         del self._in_use[allocation.id]
         self.num_used_blocks -= allocation.num_blocks
         self._free(allocation)
+
+    def evict_holders(self, block_hashes: Sequence[bytes]) -> None:
+        """Evict the cached allocations, not in use, that hold any of these blocks."""
+        for block_hash in block_hashes:
+            for allocation in list(self._allocations_by_hash.get(block_hash, {}).values()):
+                if allocation.id in self._evictable:
+                    self._evict(allocation)
 
     def reset_prefix_cache(self) -> None:
         """Evict every cached allocation that is not in use."""

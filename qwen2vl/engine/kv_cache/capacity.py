@@ -7,7 +7,7 @@ the message. `num_cache_blocks` sizes the KV cache from available memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,9 +18,11 @@ from qwen2vl.errors import CapacityError
 from qwen2vl.memory import available_memory
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
+from qwen2vl.processor.tokenizer import Tokenizer
 
 __all__ = [
     "check_context",
+    "check_text_fits",
     "fitting_max_pixels",
     "num_cache_blocks",
     "out_of_memory_as_capacity_error",
@@ -28,6 +30,9 @@ __all__ = [
 
 # An image can be shrunk to 56 x 56 (4 tokens, the official min_pixels) without lowering min_pixels.
 MIN_IMAGE_TOKENS = 4
+# The longest token of the official vocabulary, 128 spaces: text with more characters cannot fit.
+MAX_TOKEN_CHARACTERS = 128
+COUNTED_CHARACTERS = 65_536  # of a piece that is tokenized to find out whether long text can fit
 
 
 def check_context(
@@ -59,6 +64,38 @@ def check_context(
     )
     remedy = _remedy(prompt, config, limit, setting, max_tokens)
     raise CapacityError(f"prompt {total:,} = {breakdown} tokens {excess}; {remedy}")
+
+
+def check_text_fits(texts: Sequence[str], tokenizer: Tokenizer, max_model_len: int) -> None:
+    """Refuse text that cannot fit before all of it is tokenized, which takes seconds a megabyte.
+
+    Long text is counted in pieces, up to twice the context: where a piece ends, a word may have a
+    few more tokens than in the whole text, and what would have fitted must not be refused.
+
+    Raises:
+        CapacityError: the text has more tokens than the context.
+    """
+    num_characters = sum(map(len, texts))
+    if num_characters <= COUNTED_CHARACTERS:
+        return
+    if num_characters <= max_model_len * MAX_TOKEN_CHARACTERS:
+        num_tokens = 0
+        for piece in _pieces(texts):
+            num_tokens += len(tokenizer.encode_text(piece))
+            if num_tokens > 2 * max_model_len:
+                break
+        else:
+            return
+    raise CapacityError(
+        f"the prompt has {num_characters:,} characters of text, which are more than "
+        f"{max_model_len:,} tokens, the context (max_model_len); shorten the text"
+    )
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), COUNTED_CHARACTERS):
+            yield text[start : start + COUNTED_CHARACTERS]
 
 
 def num_cache_blocks(model: Qwen2VL, tokens: int | None, max_model_len: int | None = None) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.engine.kv_cache.storage import copy_to_device
-from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams, Sampler, non_finite_logits_error
+from qwen2vl.engine.sampling.sampler import NonFiniteLogitsError, ResolvedSamplingParams, Sampler
 from qwen2vl.errors import EngineError
 
 __all__ = ["sample_batch"]
@@ -42,7 +42,7 @@ def sample_batch(samplers: Sequence[Sampler], logits_RV: Tensor) -> list[int | E
             sampler.accept_token(int(token))
             sampled.append(int(token))
         else:
-            sampled.append(non_finite_logits_error(best))
+            sampled.append(NonFiniteLogitsError.of(best))
     return sampled
 
 

@@ -1,4 +1,4 @@
-"""Structured output: grammars from a JSON schema, regex, choice, Lark grammar, or boxes.
+"""Structured output: grammars from a JSON schema, regex, choice, Lark grammar, boxes, or tools.
 
 A `Grammar` is plain data. Its size and its schema keywords (json_schema.py) are checked on
 construction; other errors are found when grammar_matcher.py compiles it for a tokenizer. Schemas
@@ -11,12 +11,13 @@ JSON output is one line with ", " and ": ", as Python writes it, so that most pu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from qwen2vl.engine.sampling.json_schema import SchemaSource, parse_schema
 from qwen2vl.engine.sampling.schema_rewrites import normalize_schema
+from qwen2vl.engine.sampling.tool_grammar import tool_calls_lark
 from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.grounding import BOX_END, BOX_START, REF_END, REF_START
 
@@ -35,7 +36,7 @@ POINT: /\((0|[1-9][0-9]{{0,2}}),(0|[1-9][0-9]{{0,2}})\)/
 """
 
 
-_Kind = Literal["json_schema", "regex", "lark"]
+_Kind = Literal["json_schema", "regex", "lark", "tools"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Grammar:
         if self.kind not in get_args(_Kind) or not isinstance(self.text, str):
             raise InputError(
                 f"Grammar: got {abbreviate(self.kind)} and {abbreviate(self.text)}; create one "
-                "with Grammar.json_schema, regex, choice, lark or boxes"
+                "with Grammar.json_schema, regex, choice, lark, boxes or tool_calls"
             )
 
     @classmethod
@@ -120,6 +121,51 @@ class Grammar:
         phrase and a line break between two boxes are optional; coordinates are 0 to 999.
         """
         return cls("lark", _BOXES_GRAMMAR)
+
+    @classmethod
+    def tool_calls(
+        cls,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        names: Collection[str] | None = None,
+        parallel: bool = True,
+        after_result: bool = False,
+        allow_text: bool = False,
+        answer: Grammar | None = None,
+    ) -> Grammar:
+        """Allow tool calls in the model's format, whose arguments follow their JSON schemas.
+
+        (OpenAI: tool_choice "required" or a name, function.strict.)
+
+        Args:
+            tools: function definitions, in OpenAI's format or flat, with valid names.
+            names: tools that may be called; None: all.
+            parallel: several calls are allowed, at most 16.
+            after_result: the output follows a tool's result, so it begins with a colon.
+            allow_text: text may come before the calls, or in place of them; then only the
+                arguments of tools with `strict` follow their schema.
+            answer: from `json_schema`: an answer that may come in place of the calls.
+
+        Raises:
+            InputError: no tool of such a name, an answer that is no JSON schema, or a schema that
+                cannot be obeyed; names the tool, the keyword and its place.
+        """
+        if answer is not None and answer.kind != "json_schema":
+            raise InputError(
+                f"answer: got a grammar of kind {answer.kind!r}, must be one of a JSON schema; "
+                "only that can be combined with tool calls"
+            )
+        return cls(
+            "tools",
+            tool_calls_lark(
+                tools,
+                names=names,
+                parallel=parallel,
+                after_result=after_result,
+                allow_text=allow_text,
+                answer=None if answer is None else answer.text,
+            ),
+        )
 
 
 def _check_length(name: str, text: str, limit: int) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from qwen2vl.engine.sampling.grammar import Grammar
 from qwen2vl.engine.sampling.grammar_errors import explain_error, one_line
 from qwen2vl.engine.sampling.json_schema import patterns_of
+from qwen2vl.engine.sampling.tool_grammar import JSON_OPTIONS
 from qwen2vl.errors import InputError
 from qwen2vl.processor.tokenizer import Tokenizer
 
@@ -43,8 +44,7 @@ _LIMITS = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-_NAME_OF = {"json_schema": "JSON schema", "regex": "regex", "lark": "grammar"}
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_NAME_OF = {"json_schema": "JSON schema", "regex": "regex", "lark": "grammar", "tools": "tools"}
 
 
 class GrammarCompiler:
@@ -61,7 +61,8 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._ll_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the cache: never held for long
+        self._compile_lock = threading.Lock()
 
     def create_matcher(self, grammar: Grammar) -> GrammarMatcher:
         """Compile a grammar, or reuse it from the cache, and return a matcher for a new output.
@@ -70,13 +71,27 @@ class GrammarCompiler:
             InputError: the grammar is malformed, too costly, or allows nothing; or llguidance is
                 not installed.
         """
+        matcher = self._copy_compiled(grammar)
+        if matcher is not None:  # without waiting for another grammar that is compiled
+            return matcher
+        with self._compile_lock:
+            if (matcher := self._copy_compiled(grammar)) is not None:
+                return matcher
+            compiled = self._compile(grammar)
+            with self._lock:
+                self._compiled[grammar] = compiled
+                if len(self._compiled) > _MAX_COMPILED:
+                    self._compiled.popitem(last=False)
+                return GrammarMatcher(compiled.deep_copy(), self._vocab_size)
+
+    def _copy_compiled(self, grammar: Grammar) -> GrammarMatcher | None:
+        """Return a matcher of a grammar in the cache; None if it is not there."""
         with self._lock:
-            if grammar not in self._compiled:
-                self._compiled[grammar] = self._compile(grammar)
+            compiled = self._compiled.get(grammar)
+            if compiled is None:
+                return None
             self._compiled.move_to_end(grammar)
-            if len(self._compiled) > _MAX_COMPILED:
-                self._compiled.popitem(last=False)
-            return GrammarMatcher(self._compiled[grammar].deep_copy(), self._vocab_size)
+            return GrammarMatcher(compiled.deep_copy(), self._vocab_size)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         library = _import_llguidance()
@@ -201,7 +216,7 @@ def _import_llguidance() -> Any:
 def _llguidance_grammar(library: Any, grammar: Grammar) -> str:
     """Convert a grammar to llguidance's format."""
     if grammar.kind == "json_schema":
-        return library.LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
+        return library.LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_OPTIONS)
     if grammar.kind == "regex":
         return library.LLMatcher.grammar_from_regex(grammar.text)
     return library.LLMatcher.grammar_from_lark(grammar.text)

@@ -18,6 +18,7 @@ from qwen2vl.errors import InputError, abbreviate
 __all__ = [
     "ANNOTATION_KEYWORDS",
     "MAX_NUMBER",
+    "MAX_SCHEMA_DEPTH",
     "WITHOUT_EFFECT",
     "Schema",
     "SchemaPath",

@@ -24,7 +24,7 @@ MAX_TOKENS = 1_000_000  # far above every context length; catches typing errors
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_LOGIT_BIASES = 1024
-MAX_STOPS = 16
+MAX_STOPS = 32
 MAX_STOP_LENGTH = 256  # characters; also an upper bound of the text that streaming holds back
 
 
@@ -57,6 +57,7 @@ class SamplingParams:
     # Drop special tokens from the text, except the six grounding tokens, from which boxes are
     # parsed (HF and vLLM drop those as well). False keeps all but the end token.
     skip_special_tokens: bool = True
+    skip_grounding_tokens: bool = False  # drop the six grounding tokens, too, as HF and vLLM do
     logprobs: int | None = None  # number of most likely tokens to report at each step
 
     def __new__(cls, **given: Any) -> SamplingParams:
@@ -71,7 +72,8 @@ class SamplingParams:
                 f"temperature: got {self.temperature}, must be 0 (greedy) or from 0.001 to 10"
             )
         _check_number("top_p", self.top_p, 0, 1, "1 turns it off", open_below=True)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 10, "1 turns it off", True)
+        # Far smaller values would make logits infinite.
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-3, 10, "1 turns it off")
         _check_number("min_p", self.min_p, 0, 1, "0 turns it off", required=True)
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name), -2, 2, "0 turns it off", required=True)
@@ -80,9 +82,14 @@ class SamplingParams:
         _check_integer("seed", self.seed, 0, 2**64 - 1)
         _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, required=True)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, "None turns it off")
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in ("ignore_eos", "skip_special_tokens", "skip_grounding_tokens"):
             if not isinstance(value := getattr(self, name), bool):
                 raise InputError(f"{name}: got {abbreviate(value)}, must be True or False")
+        if self.skip_grounding_tokens and not self.skip_special_tokens:
+            raise InputError(
+                "skip_grounding_tokens: got True with skip_special_tokens=False, which keeps all "
+                "special tokens; set one of them only"
+            )
         _check_grammar(self.grammar, self.ignore_eos)
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise InputError(f"adapter: got {abbreviate(self.adapter)}, must be the name of one")

@@ -27,15 +27,27 @@ from qwen2vl.errors import EngineError, InputError
 from qwen2vl.weights import GenerationDefaults
 
 __all__ = [
+    "NonFiniteLogitsError",
     "ResolvedSamplingParams",
     "Sampler",
     "apply_occurrence_penalties",
     "apply_repetition_penalty",
-    "non_finite_logits_error",
     "top_k_top_p_filter",
 ]
 
 Number = TypeVar("Number", int, float)
+
+
+class NonFiniteLogitsError(EngineError):
+    """The logits of one request are NaN or infinite; nothing was sampled from them."""
+
+    @classmethod
+    def of(cls, best: float) -> NonFiniteLogitsError:
+        """Build the error, given the largest logit."""
+        return cls(
+            f"the model's logits are not finite (largest {best}); its weights may be damaged: "
+            "qwen2vl doctor --check-weights names such tensors; float16 overflows"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,12 +166,12 @@ class Sampler:
 
         Raises:
             InputError: the grammar exceeds its cost limits in this step.
-            EngineError: the logits are not finite, because of damaged weights or float16 overflow.
+            NonFiniteLogitsError: because of damaged weights or float16 overflow.
         """
         scores_V = self._process_logits(logits_V)
         token, best = _argmax(scores_V)
         if not math.isfinite(best):
-            raise non_finite_logits_error(best)
+            raise NonFiniteLogitsError.of(best)
         if not self.params.is_greedy:
             token = self._draw(*top_k_top_p_filter(scores_V, self.params))
         self.accept_token(token)
@@ -206,14 +218,6 @@ class Sampler:
             self._counts_V[token] += 1
         if self.matcher is not None:
             self.matcher.accept_token(token)
-
-
-def non_finite_logits_error(best: float) -> EngineError:
-    """Build the error for logits whose maximum, `best`, is NaN or infinite."""
-    return EngineError(
-        f"the model's logits are not finite (largest {best}); its weights may be damaged: "
-        "qwen2vl doctor --check-weights names such tensors; float16 overflows"
-    )
 
 
 def apply_repetition_penalty(scores_V: Tensor, occurred_V: Tensor, penalty: float) -> Tensor:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE, BlockPool, CacheAllocation
-from qwen2vl.engine.outputs import Delta
+from qwen2vl.engine.outputs import Delta, TokenLogprob
 from qwen2vl.engine.request import Request, unexpected_request_error
+from qwen2vl.engine.sampling.sampler import NonFiniteLogitsError
 from qwen2vl.engine.scheduler.output import (
     SampledTokens,
     SchedulerOutput,
@@ -28,6 +29,7 @@ from qwen2vl.engine.scheduler.output import (
     TokenChunk,
 )
 from qwen2vl.engine.scheduler.speculative import NgramProposer
+from qwen2vl.engine.stats import EngineCounters
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.inputs import Item
 
@@ -41,16 +43,29 @@ _NUM_LOOKAHEAD_TOKENS = 2 * BLOCK_SIZE
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """New text of one request; with the last one, `request.finish_reason` is set."""
+    """New text and tokens of one request; with the last, `request.finish_reason` is set."""
 
     request: Request
     text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+    @classmethod
+    def take(cls, request: Request, text: str) -> RequestOutput:
+        """Return text, and the tokens that were sampled since the last output of the request."""
+        return cls(request, text, *request.take_new_tokens())
 
     @property
     def delta(self) -> Delta:
         """What the caller of the request is given."""
-        request = self.request
-        return Delta(index=request.index, text=self.text, finish_reason=request.finish_reason)
+        return Delta(
+            index=self.request.index,
+            text=self.text,
+            finish_reason=self.request.finish_reason,
+            stop_reason=self.request.stop_reason,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+        )
 
 
 class EncoderCache(Protocol):
@@ -62,6 +77,10 @@ class EncoderCache(Protocol):
 
     def release(self, item: Item) -> None:
         """Drop one reference to an item."""
+        ...
+
+    def discard(self, item: Item) -> None:
+        """Remove the item's embeddings from all caches; those in use stay until released."""
         ...
 
     def num_encoded_frame_pairs(self, item: Item) -> int:
@@ -78,11 +97,13 @@ class Scheduler:
         encoder_cache: EncoderCache,
         limits: StepLimits,
         drafter: NgramProposer | None = None,
+        counters: EngineCounters | None = None,
     ) -> None:
         self.pool = pool
         self.encoder_cache = encoder_cache
         self.limits = limits
         self.drafter = drafter
+        self.counters = counters or EngineCounters()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
 
@@ -128,6 +149,8 @@ class Scheduler:
         """Apply the results of a step, one for each token chunk; return the new text."""
         outputs: list[RequestOutput] = []
         for chunk, result in zip(scheduler_output.token_chunks, results, strict=True):
+            if isinstance(result, NonFiniteLogitsError) and self._recompute(chunk.request):
+                continue
             if isinstance(result, Qwen2VLError):
                 outputs.append(self.fail(chunk.request, result))
             else:
@@ -137,20 +160,52 @@ class Scheduler:
     def fail(self, request: Request, error: Qwen2VLError, text: str = "") -> RequestOutput:
         """End a running request with an error and discard its KV cache; `text` is its last."""
         request.fail(error)
+        if isinstance(error, NonFiniteLogitsError):
+            self._evict_shared(request)
         self._stop_running(request, discard=True)
-        return RequestOutput(request, text)
+        return RequestOutput.take(request, text)
 
     def reset_prefix_cache(self) -> None:
         """Evict the cached blocks of finished requests."""
         self.pool.reset_prefix_cache()
+
+    def _recompute(self, request: Request) -> bool:
+        """Preempt a request whose logits are not finite, once, if it has reused cached blocks.
+
+        Blocks are cached before logits show that they are damaged, and NaN in one token's values
+        reaches earlier tokens, since kernels multiply them by a weight of zero. So the damage may
+        come from another request, for example in the blocks of a system prompt that they share.
+        """
+        if not request.num_reused_tokens or request.skip_reading_prefix_cache:
+            return False
+        self._evict_shared(request)
+        request.skip_reading_prefix_cache = True
+        self._preempt(request, discard=True)
+        return True
+
+    def _evict_shared(self, request: Request) -> None:
+        """Evict cached blocks and embeddings that the request shares: they may be damaged."""
+        assert request.allocation is not None
+        self.pool.evict_holders(request.allocation.block_hashes)
+        for item in request.prompt.items:
+            self.encoder_cache.discard(item)
+
+    def _preempt(self, request: Request, *, discard: bool = False) -> None:
+        self._stop_running(request, discard=discard)
+        request.num_computed_tokens = 0
+        self.waiting.appendleft(request)
+        self.counters.num_preemptions += 1
 
     def _update_request(self, chunk: TokenChunk, sampled: SampledTokens) -> list[RequestOutput]:
         request = chunk.request
         # The keys and values of accepted draft tokens were stored by this step's forward.
         num_accepted = max(0, len(sampled) - 1)
         request.num_computed_tokens = chunk.stop + num_accepted
-        request.num_draft_tokens += len(chunk.draft_tokens)
-        request.num_accepted_tokens += num_accepted
+        if chunk.draft_tokens:
+            request.num_draft_tokens += len(chunk.draft_tokens)
+            request.num_accepted_tokens += num_accepted
+            self.counters.num_draft_tokens += len(chunk.draft_tokens)
+            self.counters.num_accepted_tokens += num_accepted
         if not request.is_prefilling:
             self._release_items(request)
         texts: list[str] = []
@@ -172,7 +227,9 @@ class Scheduler:
             if self.drafter is not None:
                 self.drafter.add_finished(request)
         text = "".join(texts)
-        return [RequestOutput(request, text)] if text or request.finish_reason is not None else []
+        if not text and request.finish_reason is None:
+            return []
+        return [RequestOutput.take(request, text)]
 
     def _schedule_chunk(self, budget: StepBudget, request: Request) -> None:
         """Schedule as many tokens of a running request as the budget allows."""
@@ -233,9 +290,7 @@ class Scheduler:
             return True
         while not self.pool.grow(request.allocation, _num_blocks(num_tokens)):
             preempted = self.running[-1]
-            self._stop_running(preempted)
-            preempted.num_computed_tokens = 0
-            self.waiting.appendleft(preempted)
+            self._preempt(preempted)
             if preempted is request:
                 return False
         return True
@@ -249,6 +304,8 @@ class Scheduler:
             block_hashes = request.block_hashes.extend(request.all_token_ids)[
                 : (len(request.all_token_ids) - 1) // BLOCK_SIZE
             ]
+            if request.skip_reading_prefix_cache:
+                block_hashes = []
             if self._is_being_computed(block_hashes):
                 continue  # wait: its prefix can soon be copied
             num_slots = min(
@@ -278,12 +335,15 @@ class Scheduler:
         self, request: Request, allocation: CacheAllocation, num_cached_blocks: int
     ) -> None:
         request.allocation = allocation
-        request.num_computed_tokens = num_cached_blocks * BLOCK_SIZE
+        request.num_computed_tokens = request.num_reused_tokens = num_cached_blocks * BLOCK_SIZE
         if not request.output_token_ids:
             request.num_cached_tokens = num_cached_blocks * BLOCK_SIZE
         request.held_items = [item for _, item in request.items_after(request.num_computed_tokens)]
         for item in request.held_items:
             self.encoder_cache.acquire(item)
+        if not request.timer.scheduled_at:  # else it was preempted before
+            self.counters.prefix_cache_queries += len(request.prompt.input_ids)
+            self.counters.prefix_cache_hits += request.num_cached_tokens
         request.timer.mark_scheduled()
         self.running.append(request)
 

@@ -185,3 +185,15 @@ class EmbeddingCacheMachine(RuleBasedStateMachine):
 
 
 TestEmbeddingCacheMachine = EmbeddingCacheMachine.TestCase
+
+
+def test_removed_embeddings_are_gone_from_memory_and_disk(tmp_path: Path) -> None:
+    cache = EmbeddingCache(disk_cache=disk_cache(tmp_path))
+    for name in ("a", "b"):
+        cache.put(key(name), embeddings(2))
+    cache.remove(key("a"))
+    cache.remove(key("never stored"))
+    assert cache.get(key("a")) is None and cache.get(key("b")) is not None
+    assert cache.stats.num_bytes == 64
+    other = EmbeddingCache(disk_cache=disk_cache(tmp_path))
+    assert other.get(key("a")) is None and other.get(key("b")) is not None

@@ -292,3 +292,17 @@ def test_only_allocations_in_use_can_grow() -> None:
     pool.release(allocation)
     with pytest.raises(AssertionError, match="in use"):
         pool.grow(allocation, 2)
+
+
+def test_holders_of_a_block_are_evicted_unless_in_use() -> None:
+    pool = BlockPool(16)
+    hashes = [bytes([number]) * 32 for number in range(4)]
+    for block_hashes in (hashes[:2], [hashes[0], hashes[3]], [hashes[2]], hashes[:1]):
+        allocated = pool.allocate([], 2)
+        assert allocated is not None
+        pool.cache_full_blocks(allocated[0], block_hashes)
+        if block_hashes != hashes[:1]:  # the last one stays in use
+            pool.release(allocated[0])
+    pool.evict_holders(hashes[:2])
+    assert [pool.match_prefix([one]) for one in hashes] == [1, 0, 1, 0]
+    assert (pool.num_used_blocks, pool.num_evictable_blocks) == (2, 2)

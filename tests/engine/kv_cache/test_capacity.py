@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qwen2vl.engine import LLM
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.kv_cache import capacity
-from qwen2vl.engine.kv_cache.capacity import check_context, fitting_max_pixels
+from qwen2vl.engine.kv_cache.capacity import check_context, check_text_fits, fitting_max_pixels
 from qwen2vl.errors import CapacityError
 from qwen2vl.processor.inputs import ModelInput
 from tests.tiny import tiny_config, tiny_model, tiny_processor
@@ -155,3 +155,13 @@ def test_fitting_max_pixels_is_enough_and_not_wasteful(sides: list[Size], limit:
     max_tokens_per_image = pixels // 28**2
     assert sum(min(count, max_tokens_per_image) for count in counts) <= limit
     assert sum(min(count, max_tokens_per_image + 1) for count in counts) > limit
+
+
+def test_long_text_is_refused_before_it_is_tokenized() -> None:
+    tokenizer = tiny_processor().tokenizer
+    check_text_fits(["a" * 65_536], tokenizer, 16)  # short: the exact count is left to others
+    check_text_fits(["ab " * 40_000], tokenizer, 120_000)
+    with pytest.raises(CapacityError, match=r"150,001 characters of text.* than 16 tokens"):
+        check_text_fits(["a" * 150_000, "b"], tokenizer, 16)
+    with pytest.raises(CapacityError, match="150,000 characters"):
+        check_text_fits(["ab " * 50_000], tokenizer, 30_000)

@@ -393,3 +393,11 @@ def test_logprobs_are_the_models_own_under_a_grammar_too() -> None:
     assert report is not None
     assert report.logprob == pytest.approx(logits_V.log_softmax(-1)[token].item())
     assert report.top[0][0] == logits_V.argmax().item()
+
+
+def test_a_compiled_grammar_does_not_wait_for_another() -> None:
+    compiler = GrammarCompiler(nano(), end_ids=[nano().token_to_id(IM_END)], vocab_size=len(nano()))
+    known = Grammar.regex("[ab]+")
+    compiler.create_matcher(known)
+    with compiler._compile_lock:  # as while another thread compiles
+        assert compiler.create_matcher(known).token_mask().any()

@@ -30,7 +30,8 @@ from qwen2vl.errors import InputError
         ("top_k", -5, "got -5, must be a whole number at least 0 (0 turns it off)"),
         ("top_k", 0.01, "got 0.01"),
         ("top_k", "many", "got 'many'"),
-        ("repetition_penalty", 0, "got 0, must be a number above 0"),
+        ("repetition_penalty", 0, "got 0, must be a number from 0.001"),
+        ("repetition_penalty", 5e-324, "got 5e-324, must be a number from 0.001"),
         ("repetition_penalty", -1.0, "got -1.0"),
         ("min_p", 1.1, "got 1.1, must be a number from 0 to 1 (0 turns it off)"),
         ("min_p", None, "got None"),
@@ -56,12 +57,13 @@ from qwen2vl.errors import InputError
         ("logprobs", -1, "got -1"),
         ("ignore_eos", "no", "got 'no', must be True or False"),
         ("skip_special_tokens", None, "got None, must be True or False"),
+        ("skip_grounding_tokens", 1, "got 1, must be True or False"),
         ("seed", 2**64, "got 18446744073709551616, must be a whole number from 0 to"),
         ("seed", -1, "got -1"),
         ("seed", 1.5, "got 1.5"),
         ("stop", "", "text 1 is empty and would end every answer"),
         ("stop", ["a", ""], "text 2 is empty"),
-        ("stop", ["x"] * 1000, "got 1000 texts, at most 16"),
+        ("stop", ["x"] * 1000, "got 1000 texts, at most 32"),
         ("stop", ["x" * 257], "has 257 characters, at most 256"),
         ("stop", [3], "text 1 is 3, must be a string"),
         ("stop", 3, "got 3, must be a text or a list of texts"),
@@ -81,6 +83,11 @@ def test_invalid_values_are_rejected_with_the_field_name(
     assert text.startswith(f"{field}: ")
     assert message in text
     assert "\n" not in text
+
+
+def test_grounding_tokens_are_skipped_with_the_other_special_tokens_only() -> None:
+    with pytest.raises(InputError, match="skip_grounding_tokens: got True with skip_special_tok"):
+        SamplingParams(skip_grounding_tokens=True, skip_special_tokens=False)
 
 
 def test_a_huge_invalid_value_is_abbreviated_in_the_message() -> None:
@@ -140,7 +147,7 @@ def test_a_completion_is_json_serializable() -> None:
     as_dict = json.loads(json.dumps(completion.to_dict()))
     assert as_dict["items"][0]["original_size"] == [30, 40]
     assert as_dict["logprobs"][0]["top"][1] == [6, -1.0]
-    assert set(as_dict["seconds"]) == {"process", "vision", "prefill", "decode"}
+    assert set(as_dict["seconds"]) == {"process", "queue", "vision", "prefill", "decode"}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,9 @@ class FakeEncoderCache:
         if not self.num_references[item.digest]:
             self.num_encoded.pop(item.digest, None)
 
+    def discard(self, item: Item) -> None:
+        pass
+
     def num_encoded_frame_pairs(self, item: Item) -> int:
         return self.num_encoded.get(item.digest, 0)
 

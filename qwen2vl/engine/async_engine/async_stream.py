@@ -15,7 +15,7 @@ from qwen2vl.engine.outputs import Completion, Delta
 from qwen2vl.engine.request import Request, collect_completions
 from qwen2vl.errors import EngineError, Qwen2VLError, copy_error
 
-__all__ = ["AsyncDeltaStream", "PendingStream"]
+__all__ = ["AsyncDeltaStream", "PendingStream", "deliver_deltas", "final_delta"]
 
 
 class AsyncDeltaStream:
@@ -26,12 +26,15 @@ class AsyncDeltaStream:
         request_abort: Callable[[Sequence[Request]], None],
         requests: list[Request],
         process_seconds: float,
+        *,
+        final_only: bool = False,
     ) -> None:
         # A method of the AsyncLLM, which is not closed while a stream refers to it.
         self._request_abort = request_abort
         self.requests = requests
         self.process_seconds = process_seconds
-        self._loop = asyncio.get_running_loop()
+        self.final_only = final_only  # deliver only the last delta of each sample
+        self.loop = asyncio.get_running_loop()
         # None: the end, for other iterators that wait.
         self._deltas: asyncio.Queue[Delta | Qwen2VLError | None] = asyncio.Queue()
         self._num_unfinished = len(requests)  # samples
@@ -74,12 +77,48 @@ class AsyncDeltaStream:
             self._request_abort(self.requests)
             self._deltas.put_nowait(self._error)
 
+    def put(self, delta: Delta | Qwen2VLError) -> None:
+        """Queue a delta, or the error that ends the stream; in the caller's loop."""
+        self._deltas.put_nowait(delta)
+
     def deliver(self, delta: Delta | Qwen2VLError) -> None:
         """Pass a delta from the engine thread to the caller's loop; abort if the loop is closed."""
         try:
-            self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+            self.loop.call_soon_threadsafe(self.put, delta)
         except RuntimeError:
-            self._request_abort(self.requests)
+            self.end()
+
+    def end(self) -> None:
+        """Have the engine drop the request, because its event loop is closed."""
+        self._request_abort(self.requests)
+
+
+def deliver_deltas(
+    loop: asyncio.AbstractEventLoop, deltas: Sequence[tuple[AsyncDeltaStream, Delta]]
+) -> None:
+    """Pass deltas of streams of one event loop to it, waking it once; abort if it is closed."""
+    try:
+        loop.call_soon_threadsafe(_put_all, deltas)
+    except RuntimeError:
+        for stream, _ in deltas:
+            stream.end()
+
+
+def final_delta(request: Request) -> Delta:
+    """Return the only delta of a finished request whose stream delivers the final one only."""
+    return Delta(
+        index=request.index,
+        text=request.text,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        token_ids=tuple(request.output_token_ids),
+        logprobs=tuple(request.logprobs),
+    )
+
+
+def _put_all(deltas: Sequence[tuple[AsyncDeltaStream, Delta]]) -> None:
+    for stream, delta in deltas:
+        stream.put(delta)
 
 
 class PendingStream(Coroutine[Any, Any, AsyncDeltaStream]):
