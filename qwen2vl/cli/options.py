@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -264,8 +264,10 @@ class LoadedModel:
     is_default: bool = False  # nano, because no model was named, and without an adapter
 
 
-def load_model_from_options(given: dict[str, Any]) -> LoadedModel:
-    """Load the model of the parsed options, with a spinner on a terminal."""
+def load_model_from_options(
+    given: dict[str, Any], *, adapters: Mapping[str, str] | None = None, **llm_arguments: Any
+) -> LoadedModel:
+    """Load the model of the options, with a spinner; `adapters` (name -> folder) stay unmerged."""
     from qwen2vl.weights import resolve_model
 
     start = time.perf_counter()
@@ -273,9 +275,10 @@ def load_model_from_options(given: dict[str, Any]) -> LoadedModel:
     names = ("device", "dtype", "quantize", "compile", "min_pixels", "max_pixels", "video_preset")
     overrides = {name: given[name] for name in names if name in given}
     merged, named = _split_adapters(given.get("adapters", ()), bool(given.get("compile")))
+    named |= adapters or {}
     folder = resolve_model(given["model"])  # shows its own progress bar for downloads
     with terminal.spinner(f"loading {given['model']}"):
-        llm = qwen2vl.LLM(folder, adapter=merged, adapters=named, **overrides)
+        llm = qwen2vl.LLM(folder, adapter=merged, adapters=named, **overrides, **llm_arguments)
         _choose_num_threads(llm)
     if llm.compile_seconds is not None:
         terminal.note(f"compiled in {llm.compile_seconds:.0f} s; the next start reuses most of it")
