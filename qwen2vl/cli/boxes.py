@@ -12,18 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qwen2vl import grounding
 from qwen2vl.cli import terminal
 
-if TYPE_CHECKING:
-    from qwen2vl.engine.outputs import ItemReport
-    from qwen2vl.processor.inputs import Item
-
 __all__ = [
     "GroundingText",
     "PixelShape",
+    "SizedItem",
     "parse_shapes",
     "readable_text",
     "shapes_in_size",
@@ -33,6 +30,20 @@ __all__ = [
 THOUSANDTHS = (1000, 1000)  # the size in which coordinates of a prompt without images are given
 SPECIAL = "<|"  # begins every special token
 STARTS = (grounding.REF_START, grounding.BOX_START, grounding.QUAD_START)
+
+
+class SizedItem(Protocol):
+    """An image or video that boxes may refer to: an Item, an ItemReport, or a file's header."""
+
+    @property
+    def name(self) -> str:
+        """For messages: a file name, or "image 2"."""
+        ...
+
+    @property
+    def original_size(self) -> grounding.Size:
+        """(height, width) in pixels, with the EXIF orientation applied."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +60,7 @@ class PixelShape:
         return f"{phrase}: {_format_corners(self.corners)}"
 
 
-def parse_shapes(text: str, items: Sequence[Item | ItemReport]) -> list[PixelShape]:
+def parse_shapes(text: str, items: Sequence[SizedItem]) -> list[PixelShape]:
     """Parse the shapes of a completion, in pixels of the first item at its original size."""
     return shapes_in_size(text, items[0].original_size) if items else []
 
@@ -65,7 +76,7 @@ def shapes_in_size(text: str, size: grounding.Size) -> list[PixelShape]:
     return shapes
 
 
-def readable_text(text: str, items: Sequence[Item | ItemReport]) -> str:
+def readable_text(text: str, items: Sequence[SizedItem]) -> str:
     """Return a completion with its grounding spans as phrases and pixels."""
     converter = GroundingText(items)
     return converter.feed(text) + converter.finish()
@@ -85,7 +96,7 @@ class GroundingText:
     without a line break are separated by one, or by a comma if they share a phrase.
     """
 
-    def __init__(self, items: Sequence[Item | ItemReport]) -> None:
+    def __init__(self, items: Sequence[SizedItem]) -> None:
         """Convert coordinates to pixels of `items`, the images and videos that may be meant."""
         # One of each size: boxes have the same pixels in images of the same size.
         sizes = {item.original_size: item.name for item in reversed(items)}

@@ -29,11 +29,10 @@ from qwen2vl.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from qwen2vl.engine import Delta
-
 __all__ = [
     "DeltaWriter",
     "NoteHandler",
+    "StreamedText",
     "TextConverter",
     "check_image_path",
     "check_parent_folder",
@@ -286,6 +285,20 @@ def debug_option(command: F) -> F:
     )(command)
 
 
+class StreamedText(Protocol):
+    """A piece of a streamed completion: a Delta of the engine, or of a server."""
+
+    @property
+    def text(self) -> str:
+        """What is new."""
+        ...
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the completion ended; set on the last piece."""
+        ...
+
+
 class TextConverter(Protocol):
     """Streaming conversion of the text of a completion for display."""
 
@@ -310,7 +323,7 @@ class DeltaWriter:
         self._shown = ""
         self._is_interrupted = False
 
-    def __call__(self, delta: Delta) -> None:
+    def __call__(self, delta: StreamedText) -> None:
         """Write one text delta."""
         self.text += delta.text
         shown = self._converter.feed(delta.text) if self._converter else delta.text

@@ -57,7 +57,7 @@ def test_json_output_has_exactly_these_keys(run: Run, tiny_folder: Path, image_f
     )
     answer = json.loads(result.stdout)
     assert set(answer) == KEYS
-    assert set(answer["seconds"]) == {"load", "process", "vision", "prefill", "decode"}
+    assert set(answer["seconds"]) == {"load", "process", "queue", "vision", "prefill", "decode"}
     assert all(seconds > 0 for seconds in answer["seconds"].values())
     (item,) = answer["items"]
     assert item["name"] == "a photo.png"

@@ -16,8 +16,8 @@ from PIL import Image
 
 import qwen2vl
 from qwen2vl.cli import options, terminal
-from qwen2vl.cli.commands import chat as chat_module
-from qwen2vl.cli.commands.chat import ChatSession
+from qwen2vl.cli.chat.local_backend import LocalBackend
+from qwen2vl.cli.chat.session import ChatSession, read_message
 from qwen2vl.cli.media_arguments import MediaFile
 from qwen2vl.cli.options import LoadedModel
 from qwen2vl.engine import LLM, Delta, SamplingParams
@@ -207,7 +207,7 @@ def test_a_saved_conversation_is_loaded_and_continued(
 def test_an_image_from_stdin_is_saved_with_the_conversation(
     loaded: LoadedModel, image_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    session = ChatSession(loaded, SamplingParams(max_tokens=1), None)
+    session = ChatSession(LocalBackend(loaded, SamplingParams(max_tokens=1)))
     session.attach([MediaFile(kind="image", source=image_file.read_bytes())])
     session.handle_line("what?")
     session.handle_line(f"/save {tmp_path / 'c.json'}")
@@ -290,8 +290,8 @@ def test_lines_pasted_at_once_are_one_message(monkeypatch: pytest.MonkeyPatch) -
     simulate_input(monkeypatch, "one", "two", "three", "four")
     pasted = iter([True, True, False, False])
     monkeypatch.setattr(terminal, "has_pasted_line", lambda: next(pasted))
-    assert chat_module._read_message() == "one\ntwo\nthree"
-    assert chat_module._read_message() == "four"
+    assert read_message() == "one\ntwo\nthree"
+    assert read_message() == "four"
 
 
 def test_clear_removes_turns_and_images(run: Run, prompts: list[str], image_file: Path) -> None:
@@ -366,7 +366,7 @@ def interrupting(times: int) -> Callable[..., Any]:
     left = [times]
 
     class DeltaWriter(terminal.DeltaWriter):
-        def __call__(self, delta: Delta) -> None:
+        def __call__(self, delta: terminal.StreamedText) -> None:
             super().__call__(delta)
             if left[0] and len(self.text) > 1:
                 left[0] -= 1
