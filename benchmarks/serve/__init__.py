@@ -1,0 +1,1 @@
+"""Parts of the server benchmarks: HTTP client, load generator, requests, servers, processes."""
