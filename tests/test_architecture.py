@@ -44,7 +44,7 @@ def test_the_package_table_has_every_module() -> None:
             assert set(re.findall(r"`(\w+)`", text)) == expected[folder], folder
 
 
-@pytest.mark.parametrize("section", ["A question", "A training sample"])
+@pytest.mark.parametrize("section", ["A question", "An HTTP request", "A training sample"])
 def test_rows_of_a_path_are_numbered_and_name_objects(section: str) -> None:
     rows = rows_of(section)
     assert [row[0] for row in rows] == [str(number) for number in range(1, len(rows) + 1)]

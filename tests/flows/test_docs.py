@@ -5,7 +5,10 @@ A page is one session: its blocks run in order, in a folder that holds what a re
 one without a language) each `qwen2vl` command runs in this process, and `train` takes one step
 unless the page says how many; a `make` target must be one that .ci/run runs. A `text` block
 directly after is the output of the last command ("..." stands for any text); elsewhere it shows
-something that is not code.
+something that is not code. A `toml` block is a file, which its first line names.
+
+Where a page names http://127.0.0.1:8000, a server of nano listens: `qwen2vl serve` itself only
+parses its options, and `curl` is the program of that name.
 
 Marks, in the line before a block:
 
@@ -21,6 +24,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +34,17 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from qwen2vl import load
+from qwen2vl import LLM, AsyncLLM, load
 from qwen2vl.cli.main import COMMANDS, main
 from qwen2vl.errors import ConfigError
+from qwen2vl.processor.media.decoder import LOCAL_DECODER
 from qwen2vl.recipes import list_recipes, load_recipe
+from qwen2vl.server import ServerConfig
+from qwen2vl.server.launch import build_state, prepare_llm
 from qwen2vl.train.config import override
 from qwen2vl.weights import resolve_model
 from tests.adapters import TEXT, write_adapter
+from tests.server.conftest import running_server
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -48,6 +56,7 @@ FENCE = re.compile(
 PROMISE = re.compile(r"^ *print\(.*\)  # (.+)$", re.M)
 WRITES = re.compile(r"^qwen2vl train (?P<arguments>[^#\n]+?) *# writes (?P<path>\S+)$", re.M)
 MAKE = re.compile(r"^\s*(?:step )?(?:bare )?make ([\w-]+)", re.M)  # of a command of .ci/run
+SERVER = "http://127.0.0.1:8000"  # of the pages; the tests' own listens at another port
 TINY = ("stages.0.steps=1", "num_workers=0", "num_threads=1")  # of training commands
 
 
@@ -143,6 +152,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """Serve nano with the defaults of `qwen2vl serve`, media workers aside."""
+    with LLM("nano", dtype="float32", device="cpu") as llm:
+        config = ServerConfig()
+        prepare_llm(llm, config, LOCAL_DECODER)
+        engine = AsyncLLM(llm)
+        with running_server(build_state(engine, config)) as live:
+            yield live.base_url
+        engine.close()
+
+
 @pytest.fixture
 def session(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Enter a fresh copy of the reader's folder; return the namespace of a page's programs."""
@@ -160,10 +181,15 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
             exec(compile(block.code, block.place, "exec"), namespace)  # our own text
         if promised := PROMISE.findall(block.code):
             assert stdout.getvalue().splitlines() == promised, block.place
+    elif block.language == "toml":
+        Path(block.code.split("\n", 1)[0].lstrip("# ")).write_text(block.code, encoding="utf-8")
     elif block.language == "sh":
         output = ""
         for words in block.commands:
-            output = run_command(words, block.place) if words[0] == "qwen2vl" else ""
+            if words[0] == "curl":
+                output = run_curl(words, block.place)
+            else:
+                output = run_command(words, block.place) if words[0] == "qwen2vl" else ""
         if block.output is not None:
             pattern = re.escape(block.output.strip()).replace(re.escape("..."), ".*")
             assert re.fullmatch(pattern, output.strip(), re.S), f"{block.place}: printed {output}"
@@ -172,6 +198,12 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
 def run_command(words: list[str], place: str) -> str:
     """Run one `qwen2vl` command in this process; return what it printed to stdout."""
     arguments = words[1:]
+    if arguments[0] == "serve":  # it would not end
+        assert isinstance(main, click.Group)
+        command = main.get_command(click.Context(main), "serve")
+        assert command is not None
+        command.make_context("serve", arguments[1:])  # raises if an option is unknown
+        return ""
     if arguments[0] == "train":
         given = {word.partition("=")[0] for word in words}
         arguments += [setting for setting in TINY if setting.partition("=")[0] not in given]
@@ -184,11 +216,30 @@ def run_command(words: list[str], place: str) -> str:
     return result.stdout
 
 
+def run_curl(words: list[str], place: str) -> str:
+    """Run curl; a response that is an error fails. Return what it printed."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    done = subprocess.run(
+        ["curl", "-sS", "--fail-with-body", "--noproxy", "*", *words[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{place}: {done.stdout} {done.stderr}"
+    return done.stdout
+
+
 @pytest.mark.parametrize("page", pages_with_blocks(slow=False), ids=name_of)
-def test_the_blocks_of_a_page_run(page: Path, session: dict[str, Any]) -> None:
-    for block in blocks_of(page):
-        if not block.missing and not block.is_slow:
-            run(block, session)
+def test_the_blocks_of_a_page_run(
+    page: Path, session: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    blocks = [b for b in blocks_of(page) if not b.missing and not b.is_slow]
+    if any(SERVER in block.code for block in blocks):
+        url = request.getfixturevalue("server_url")
+        blocks = [replace(block, code=block.code.replace(SERVER, url)) for block in blocks]
+    for block in blocks:
+        run(block, session)
 
 
 @pytest.mark.slow
@@ -213,13 +264,13 @@ def problems_of(block: Block) -> Iterator[str]:
         yield f"{block.place}: unknown mark {block.mark!r}; needs one of {', '.join(sorted(NEEDS))}"
     if block.missing:
         return
-    if block.language not in ("python", "sh", "text"):
-        yield f"{block.place}: {block.language} does not run; use python, sh or text"
+    if block.language not in ("python", "sh", "text", "toml"):
+        yield f"{block.place}: {block.language} does not run; use python, sh, text or toml"
     for words in block.commands if block.language == "sh" else ():
         if words[0] == "make":
             if words[1] not in targets_of_ci():
                 yield f"{block.place}: .ci/run does not run make {words[1]}; mark the block"
-        elif words[0] != "qwen2vl":
+        elif words[0] not in ("qwen2vl", "curl"):
             yield f"{block.place}: {words[0]} is not run; mark the block"
 
 
