@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from record import ROOT
+
 from serve.prompts import chat_body, jpeg
 
 __all__ = ["BadRequest", "bad_requests", "bomb_png", "leaks_internals"]
 
 # None of them belongs into an error for a client: text of Python, paths, object addresses.
-FORBIDDEN = ("Traceback", 'File "', "/work/", "/usr/", "/tmp/", " at 0x", ".py", "pydantic.dev")
+PARENT = ROOT.parent if ROOT.parent.name else ROOT  # not the root folder, which begins every path
+PATHS = (f"{PARENT}/", "/usr/", "/tmp/")
+FORBIDDEN = ("Traceback", 'File "', *PATHS, " at 0x", ".py", "pydantic.dev")
 
 
 @dataclass(frozen=True)
