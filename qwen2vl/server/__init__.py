@@ -1,11 +1,11 @@
-"""The HTTP server: the OpenAI API, in the dialect of vLLM, for one model on one device.
+"""The HTTP server: OpenAI's API with vLLM's extensions, for one model on one device.
 
-    create_app(state)     FastAPI application with middleware and routes (app.py)
+    create_app(state)     ASGI application with middleware and routes (app.py)
     ServerConfig          limits, names, keys and allow-lists (config.py)
     run_server(...)       loads, listens, serves, drains (launch.py)
 
 Public names are imported lazily (PEP 562): `import qwen2vl.server` imports neither torch nor
-fastapi, so that the command line checks its options before anything is loaded.
+starlette, so that the command line checks its options before anything is loaded.
 """
 
 from __future__ import annotations

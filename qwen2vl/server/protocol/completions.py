@@ -27,15 +27,14 @@ from qwen2vl.server.protocol.structured_output import StructuredOutputFields
 from qwen2vl.server.protocol.usage import Usage, is_none
 
 __all__ = [
-    "IDS_SCHEMA",
     "MAX_PROMPTS",
-    "TEXT_SCHEMA",
     "CompletionChoice",
     "CompletionRequest",
     "CompletionResponse",
     "PromptList",
     "as_prompts",
     "check_prompt",
+    "prompt_list_schema",
 ]
 
 MAX_PROMPTS = 64
@@ -67,30 +66,28 @@ def check_prompt(value: Any) -> Any:
     raise InputError("must be a text, or a list of token ids that is not empty")
 
 
-TEXT_SCHEMA = {"type": "string", "maxLength": MAX_PROMPT_CHARS}
-IDS_SCHEMA = {
-    "type": "array",
-    "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID},
-    "minItems": 1,
-}
+def prompt_list_schema(max_items: int) -> WithJsonSchema:
+    """Return the JSON schema of one prompt, or a list of at most `max_items`."""
+    text = {"type": "string", "maxLength": MAX_PROMPT_CHARS}
+    ids = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID},
+        "minItems": 1,
+    }
+    prompts = {
+        "type": "array",
+        "items": {"anyOf": [text, ids]},
+        "minItems": 1,
+        "maxItems": max_items,
+    }
+    return WithJsonSchema({"anyOf": [text, ids, prompts]})
+
+
 PromptList = Annotated[
     list[Annotated[Any, BeforeValidator(check_prompt)]],
     Field(min_length=1, max_length=MAX_PROMPTS),
     BeforeValidator(as_prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                TEXT_SCHEMA,
-                IDS_SCHEMA,
-                {
-                    "type": "array",
-                    "items": {"anyOf": [TEXT_SCHEMA, IDS_SCHEMA]},
-                    "minItems": 1,
-                    "maxItems": MAX_PROMPTS,
-                },
-            ]
-        }
-    ),
+    prompt_list_schema(MAX_PROMPTS),
 ]
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field
 
 from qwen2vl.server.protocol.completions import (
-    IDS_SCHEMA,
-    TEXT_SCHEMA,
     as_prompts,
     check_prompt,
+    prompt_list_schema,
 )
 from qwen2vl.server.protocol.content import ChatTemplateFields, MessageList
 from qwen2vl.server.protocol.sampling import (
@@ -42,20 +41,7 @@ InputList = Annotated[
     list[Annotated[Any, BeforeValidator(check_prompt)]],
     Field(min_length=1, max_length=MAX_INPUTS),
     BeforeValidator(as_prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                TEXT_SCHEMA,
-                IDS_SCHEMA,
-                {
-                    "type": "array",
-                    "items": {"anyOf": [TEXT_SCHEMA, IDS_SCHEMA]},
-                    "minItems": 1,
-                    "maxItems": MAX_INPUTS,
-                },
-            ]
-        }
-    ),
+    prompt_list_schema(MAX_INPUTS),
 ]
 
 
