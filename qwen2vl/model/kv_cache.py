@@ -10,9 +10,9 @@ kernels need; engine/kv_cache/arena.py implements it for GPU kernels. (HF: Dynam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class BatchKVCache(Protocol):
         ...
 
 
+# Slots of new keys and of new values, (T, K, C); all keys and all values, (K, Z, C).
+LayerSlots: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 @dataclass(slots=True)
 class KVCache:
     """KV cache of one sequence, contiguous in memory, which is what CPU kernels need.
@@ -79,17 +83,20 @@ class KVCache:
         self.v_LKZC[:, :, :num_tokens] = other.v_LKZC[:, :, :num_tokens]
         self.length = num_tokens
 
-    def append(self, layer: int, k_TKC: Tensor, v_TKC: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values behind the stored ones; return all of a layer as (K, T, C) views.
+    def layers(self, num_new: int) -> Iterator[LayerSlots]:
+        """Return, layer by layer, the slots of `num_new` new tokens and all slots up to them.
 
-        `length` stays as it is until all layers are written.
+        `length` stays as it is until the new tokens of all layers are written.
         """
-        end = self.length + k_TKC.shape[0]
+        end = self.length + num_new
         assert end <= self.capacity, f"cache holds {self.capacity} tokens, got {end}"
-        k_KZC, v_KZC = self.k_LKZC[layer], self.v_LKZC[layer]
-        k_KZC[:, self.length : end] = k_TKC.transpose(0, 1)
-        v_KZC[:, self.length : end] = v_TKC.transpose(0, 1)
-        return k_KZC[:, :end], v_KZC[:, :end]
+        return zip(
+            self.k_LKZC[:, :, self.length : end].transpose(1, 2).unbind(),
+            self.v_LKZC[:, :, self.length : end].transpose(1, 2).unbind(),
+            self.k_LKZC[:, :, :end].unbind(),
+            self.v_LKZC[:, :, :end].unbind(),
+            strict=True,
+        )
 
 
 def advance_caches(caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
@@ -98,37 +105,41 @@ def advance_caches(caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
         cache.length += length
 
 
-@dataclass(frozen=True, slots=True)
 class SequenceKVCaches:
     """A `KVCache` for each segment of `meta`, attended to one by one."""
 
-    caches: Sequence[KVCache]
-    meta: AttnMeta
+    def __init__(self, caches: Sequence[KVCache], meta: AttnMeta) -> None:
+        self._caches = caches
+        self._meta = meta
+        # Once for all layers: at 16 sequences, views layer by layer take as long as attention.
+        parts = [cache.layers(n) for cache, n in zip(caches, meta.lengths_q, strict=True)]
+        self._layers = [SequenceLayer(slots, meta) for slots in zip(*parts, strict=True)]
 
-    def layer(self, index: int) -> LayerKVCache:
+    def layer(self, index: int) -> SequenceLayer:
         """Return the caches of one layer."""
-        return _SequenceLayer(self.caches, self.meta, index)
+        return self._layers[index]
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Add the number of new tokens of each sequence to the length of its cache."""
-        advance_caches(self.caches, lengths)
+        advance_caches(self._caches, lengths)
 
 
 @dataclass(frozen=True, slots=True)
-class _SequenceLayer:
-    caches: Sequence[KVCache]
+class SequenceLayer:
+    """One layer of the caches of `SequenceKVCaches`."""
+
+    slots: Sequence[LayerSlots]  # of each sequence
     meta: AttnMeta
-    index: int
 
     def attend(self, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
-        """Append and attend, sequence by sequence, since each has tensors of its own."""
+        """Write all new keys and values, then attend sequence by sequence."""
         sizes = list(self.meta.lengths_q)
-        outs: list[Tensor] = []
-        parts = zip(q_THC.split(sizes), k_TKC.split(sizes), v_TKC.split(sizes), strict=True)
-        for (q, k, v), cache in zip(parts, self.caches, strict=True):
-            keys, values = cache.append(self.index, k, v)
-            if len(q) == 1:
-                outs.append(decode_attention(q, keys, values))
-            else:
-                outs.append(chunked_prefill_attention(q, keys, values, self.meta))
+        new_k, new_v, keys, values = zip(*self.slots, strict=True)
+        torch._foreach_copy_([*new_k, *new_v], [*k_TKC.split(sizes), *v_TKC.split(sizes)])
+        outs = [
+            decode_attention(q, k, v)
+            if len(q) == 1
+            else chunked_prefill_attention(q, k, v, self.meta)
+            for q, k, v in zip(q_THC.split(sizes), keys, values, strict=True)
+        ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
+from qwen2vl.model.activations import swiglu
 from qwen2vl.model.attention import attention
 from qwen2vl.model.kv_cache import BatchKVCache, LayerKVCache
 from qwen2vl.model.rope import CosSin, apply_rotary_emb, mrope_cos_sin
@@ -77,7 +77,7 @@ class TextMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD))
+        return self.down_proj(swiglu(self.gate_proj(hidden_TD), self.up_proj(hidden_TD)))
 
 
 class TextBlock(nn.Module):

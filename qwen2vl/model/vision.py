@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qwen2vl.config import VisionConfig
 from qwen2vl.geometry import AttnMeta, VisionMeta
+from qwen2vl.model.activations import quick_gelu
 from qwen2vl.model.attention import attention
 from qwen2vl.model.rope import CosSin, apply_rotary_emb, vision_cos_sin
 
@@ -65,7 +66,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Two layers with quick GELU, the sigmoid approximation of GELU used in CLIP."""
+    """Two layers with quick GELU."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -74,8 +75,7 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(width, config.embed_dim)
 
     def forward(self, hidden_NE: Tensor) -> Tensor:
-        up = self.fc1(hidden_NE)
-        return self.fc2(up * torch.sigmoid(1.702 * up))
+        return self.fc2(quick_gelu(self.fc1(hidden_NE)))
 
 
 class VisionBlock(nn.Module):

@@ -102,6 +102,14 @@ def make_cache(capacity: int) -> KVCache:
     return KVCache.allocate(config, capacity, torch.float32, "cpu")
 
 
+def append(cache: KVCache, layer: int, k_TKC: Tensor, v_TKC: Tensor) -> tuple[Tensor, Tensor]:
+    """Write new keys and values of one layer; return all of it up to them, (K, Z, C)."""
+    new_k, new_v, keys, values = list(cache.layers(len(k_TKC)))[layer]
+    new_k.copy_(k_TKC)
+    new_v.copy_(v_TKC)
+    return keys, values
+
+
 @settings(max_examples=25)
 @given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_chunked_prefill_equals_prefill_at_once(chunks: list[int]) -> None:
@@ -126,7 +134,7 @@ def test_the_additive_mask_is_built_once_and_equals_a_boolean_mask() -> None:
     masks: list[Tensor] = []
     for layer in (0, 1):
         cache.length = 0
-        cache.append(layer, k_TKC[:4], v_TKC[:4])
+        append(cache, layer, k_TKC[:4], v_TKC[:4])
         cache.length = 4
         parts = q_THC[4:], k_TKC[4:], v_TKC[4:]
         got = SequenceKVCaches([cache], meta).layer(layer).attend(*parts)
@@ -157,7 +165,7 @@ def test_batched_sequences_with_caches_equal_single_sequences(
         for cached, new in zip(num_cached, num_new, strict=True)
     ]
     for cached, cache, (_, k_TKC, v_TKC) in zip(num_cached, caches, sequences, strict=True):
-        cache.append(1, k_TKC[:cached], v_TKC[:cached])
+        append(cache, 1, k_TKC[:cached], v_TKC[:cached])
         cache.length = cached
     new_qkv = [
         torch.cat(
@@ -183,11 +191,11 @@ def test_batched_sequences_with_caches_equal_single_sequences(
 def test_a_copied_cache_is_independent() -> None:
     source, copy = make_cache(4), make_cache(3)
     k_TKC = torch.arange(64.0).view(4, 2, 8)
-    source.append(0, k_TKC, -k_TKC)
+    append(source, 0, k_TKC, -k_TKC)
     source.length = 4
     copy.copy_from(source, 2)
     assert (copy.length, copy.capacity) == (2, 3)
-    keys, values = copy.append(0, k_TKC[:1] + 100, k_TKC[:1])
+    keys, values = append(copy, 0, k_TKC[:1] + 100, k_TKC[:1])
     assert torch.equal(keys.transpose(0, 1), torch.cat([k_TKC[:2], k_TKC[:1] + 100]))
     assert torch.equal(values.transpose(0, 1), torch.cat([-k_TKC[:2], k_TKC[:1]]))
     assert torch.equal(source.k_LKZC[0, :, 2].flatten(), k_TKC[2].flatten())
@@ -197,7 +205,7 @@ def test_layers_of_a_cache_do_not_share_slots() -> None:
     cache = make_cache(3)
     for layer in range(2):
         k_TKC = torch.full((2, 2, 8), float(layer + 1))
-        keys, values = cache.append(layer, k_TKC, -k_TKC)
+        keys, values = append(cache, layer, k_TKC, -k_TKC)
         assert torch.equal(keys, k_TKC.transpose(0, 1))
         assert torch.equal(values, -k_TKC.transpose(0, 1))
     assert cache.length == 0  # the forward advances it, once for all layers
@@ -210,7 +218,7 @@ def test_appending_to_a_full_cache_is_an_error() -> None:
     cache.length = 2
     new_kv = torch.zeros(2, 2, 8)
     with pytest.raises(AssertionError, match="cache holds 3 tokens, got 4"):
-        cache.append(0, new_kv, new_kv)
+        append(cache, 0, new_kv, new_kv)
 
 
 def test_gradients_equal_one_segment_at_a_time() -> None:

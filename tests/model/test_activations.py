@@ -1,0 +1,48 @@
+"""qwen2vl.model.activations: the in-place forms equal the expressions, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from qwen2vl.model.activations import ROWS, quick_gelu, swiglu
+
+
+@given(
+    rows=st.sampled_from([0, 1, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 3]),
+    width=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_in_place_equals_the_expression_bit_for_bit(
+    rows: int, width: int, dtype: torch.dtype
+) -> None:
+    x, gate = (torch.randn(rows, width).mul_(4).to(dtype) for _ in range(2))
+    expected = x * torch.sigmoid(1.702 * x), F.silu(gate) * x
+    with torch.inference_mode():
+        got_swiglu = swiglu(gate, x)
+        got_gelu = quick_gelu(x)
+    assert torch.equal(got_gelu, expected[0]) and got_gelu is x
+    assert torch.equal(got_swiglu, expected[1]) and got_swiglu is gate
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_survive_where_gradients_or_graphs_need_them(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, gate = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    saved = x.detach().clone(), gate.clone()
+    if compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.set_grad_enabled(not compiled):
+        quick_gelu(x)
+        swiglu(gate, x)
+    assert torch.equal(x, saved[0]) and torch.equal(gate, saved[1])
+
+
+def test_gradients_are_those_of_the_expressions() -> None:
+    x, gate = (torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(quick_gelu, x)
+    assert torch.autograd.gradcheck(swiglu, (gate, x))
