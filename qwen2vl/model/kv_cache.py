@@ -132,14 +132,15 @@ class SequenceLayer:
     meta: AttnMeta
 
     def attend(self, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
-        """Write all new keys and values, then attend sequence by sequence."""
+        """Write and attend, sequence by sequence, since each has tensors of its own."""
         sizes = list(self.meta.lengths_q)
-        new_k, new_v, keys, values = zip(*self.slots, strict=True)
-        torch._foreach_copy_([*new_k, *new_v], [*k_TKC.split(sizes), *v_TKC.split(sizes)])
-        outs = [
-            decode_attention(q, k, v)
-            if len(q) == 1
-            else chunked_prefill_attention(q, k, v, self.meta)
-            for q, k, v in zip(q_THC.split(sizes), keys, values, strict=True)
-        ]
+        parts = zip(q_THC.split(sizes), k_TKC.split(sizes), v_TKC.split(sizes), strict=True)
+        outs: list[Tensor] = []
+        for (q, k, v), (new_k, new_v, keys, values) in zip(parts, self.slots, strict=True):
+            new_k.copy_(k)
+            new_v.copy_(v)
+            if len(q) == 1:
+                outs.append(decode_attention(q, keys, values))
+            else:
+                outs.append(chunked_prefill_attention(q, keys, values, self.meta))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

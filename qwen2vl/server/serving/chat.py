@@ -33,7 +33,6 @@ from qwen2vl.server.serving.chat_stream import (
 from qwen2vl.server.serving.generation import (
     check_output_fits,
     check_samples,
-    collect,
     generate,
     prepare,
     whole_delta,
@@ -60,8 +59,10 @@ async def create_chat_completion(
         events = stream_chat(state, caller, chat)
         await anext(events)  # submits the request, so that a refusal has a status
         return events
-    async with generate(state, caller, chat.prepared, final_only=True) as stream:
-        completions = await collect(state, caller, stream, began=chat.began)
+    async with generate(
+        state, caller, chat.prepared, began=chat.began, final_only=True
+    ) as generation:
+        completions = await generation.completions()
     return ChatCompletionResponse(
         id=chat.id,
         created=chat.created,

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen2vl.engine import Delta, PreparedRequest
-from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tools import ArgumentsDelta, TextDelta, ToolCallParser, ToolEvent
 from qwen2vl.server.protocol.chat import (
@@ -31,7 +30,7 @@ from qwen2vl.server.protocol.chat import (
 )
 from qwen2vl.server.protocol.logprobs import ChatLogprobs, chat_logprobs, without_end_token
 from qwen2vl.server.protocol.usage import Usage
-from qwen2vl.server.serving.generation import collect, engine_failure, generate
+from qwen2vl.server.serving.generation import generate
 from qwen2vl.server.serving.grounding import find_groundings
 from qwen2vl.server.serving.tool_choice import ToolPlan
 from qwen2vl.server.serving.usage import build_usage, partial_usage
@@ -94,22 +93,13 @@ async def stream_chat(
     Raises:
         APIError: the engine has stopped, or a sample failed.
     """
-    first_token_at: float | None = None
-    async with generate(state, caller, chat.prepared) as stream:
+    async with generate(state, caller, chat.prepared, began=chat.began) as generation:
         yield ""
         writer = ChunkWriter(chat)
-        try:
-            async for delta in stream:
-                if delta.finish_reason == "error":
-                    break
-                first_token_at = first_token_at or time.perf_counter()
-                for chunk in writer.write(delta):
-                    yield chunk
-        except Qwen2VLError as error:
-            raise engine_failure(caller, error) from error
-        completions = await collect(
-            state, caller, stream, began=chat.began, first_token_at=first_token_at
-        )
+        async for delta in generation.deltas():
+            for chunk in writer.write(delta):
+                yield chunk
+        completions = await generation.completions()
         if writer.includes_usage:
             yield writer.dump([], build_usage(completions, chat.paths))
 

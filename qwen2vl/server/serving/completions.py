@@ -14,9 +14,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from qwen2vl.engine import AsyncDeltaStream, Delta, PreparedRequest, SamplingParams
-from qwen2vl.errors import Qwen2VLError
+from qwen2vl.engine import Delta, PreparedRequest, SamplingParams
 from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.server.errors import APIError
 from qwen2vl.server.protocol.completions import (
     CompletionChoice,
     CompletionRequest,
@@ -31,11 +31,10 @@ from qwen2vl.server.protocol.logprobs import (
 from qwen2vl.server.protocol.sampling import build_sampling_params
 from qwen2vl.server.protocol.usage import Usage
 from qwen2vl.server.serving.generation import (
+    Generation,
     PromptSource,
     check_output_fits,
     check_samples,
-    collect,
-    engine_failure,
     generate,
     prepare_prompt,
     whole_delta,
@@ -62,11 +61,8 @@ async def create_completion(
         await anext(events)  # submits the prompts, so that a refusal has a status
         return events
     async with AsyncExitStack() as stack:
-        streams = [
-            await stack.enter_async_context(generate(state, caller, prepared, final_only=True))
-            for prepared in work.prepared
-        ]
-        results = [await collect(state, caller, one, began=work.began) for one in streams]
+        generations = await _generate_all(stack, state, caller, work, final_only=True)
+        results = [await one.completions() for one in generations]
     choices = [
         work.choice(i * len(completions) + j, whole_delta(one))
         for i, completions in enumerate(results)
@@ -189,58 +185,60 @@ async def _prepare_prompt(
 
 async def _stream(state: ServerState, caller: Caller, work: _Work) -> AsyncGenerator[str, None]:
     """Yield an empty string once all prompts are submitted, then the JSON of each chunk."""
-    first_token_at: float | None = None
     async with AsyncExitStack() as stack:
-        streams = [
-            await stack.enter_async_context(generate(state, caller, prepared))
-            for prepared in work.prepared
-        ]
+        generations = await _generate_all(stack, state, caller, work)
         yield ""
         writer = _ChunkWriter(work)
-        merged = _merge(streams)
+        merged = _merge(generations)
         stack.push_async_callback(merged.aclose)
-        try:
-            async for index, delta in merged:
-                if delta.finish_reason == "error":
-                    break
-                first_token_at = first_token_at or time.perf_counter()
-                if chunk := writer.write(index, delta):
-                    yield chunk
-        except Qwen2VLError as error:
-            raise engine_failure(caller, error) from error
-        results = [
-            await collect(state, caller, one, began=work.began, first_token_at=first_token_at)
-            for one in streams
-        ]
+        async for index, delta in merged:
+            if chunk := writer.write(index, delta):
+                yield chunk
+        results = [await one.completions() for one in generations]
         if writer.includes_usage:
             usage = add_usages([build_usage(one) for one in results])
             yield work.response([], usage).model_dump_json()
 
 
-async def _merge(
-    streams: Sequence[AsyncDeltaStream],
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Yield (index of the stream, delta) of several streams as they come."""
-    if len(streams) == 1:
-        async for delta in streams[0]:
+async def _generate_all(
+    stack: AsyncExitStack,
+    state: ServerState,
+    caller: Caller,
+    work: _Work,
+    *,
+    final_only: bool = False,
+) -> list[Generation]:
+    """Submit all prompts; `stack` aborts them."""
+    return [
+        await stack.enter_async_context(
+            generate(state, caller, prepared, began=work.began, final_only=final_only)
+        )
+        for prepared in work.prepared
+    ]
+
+
+async def _merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Yield (index of the prompt, delta) of several prompts as they come, until one fails."""
+    if len(generations) == 1:
+        async for delta in generations[0].deltas():
             yield 0, delta
         return
-    queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Delta | APIError | None]] = asyncio.Queue()
 
-    async def read(index: int, stream: AsyncDeltaStream) -> None:
+    async def read(index: int, generation: Generation) -> None:
         try:
-            async for delta in stream:
+            async for delta in generation.deltas():
                 queue.put_nowait((index, delta))
             queue.put_nowait((index, None))
-        except Qwen2VLError as error:
+        except APIError as error:
             queue.put_nowait((index, error))
 
-    tasks = [asyncio.ensure_future(read(i, one)) for i, one in enumerate(streams)]
+    tasks = [asyncio.ensure_future(read(i, one)) for i, one in enumerate(generations)]
     try:
         num_open = len(tasks)
         while num_open:
             index, delta = await queue.get()
-            if isinstance(delta, BaseException):
+            if isinstance(delta, APIError):
                 raise delta
             if delta is None:
                 num_open -= 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -39,10 +39,10 @@ from qwen2vl.server.state import Caller, ServerState
 
 __all__ = [
     "MAX_INLINE_CHARACTERS",
+    "Generation",
     "PromptSource",
     "check_output_fits",
     "check_samples",
-    "collect",
     "engine_failure",
     "generate",
     "prepare",
@@ -270,14 +270,20 @@ def check_output_fits(
 
 @asynccontextmanager
 async def generate(
-    state: ServerState, caller: Caller, prepared: PreparedRequest, *, final_only: bool = False
-) -> AsyncIterator[AsyncDeltaStream]:
+    state: ServerState,
+    caller: Caller,
+    prepared: PreparedRequest,
+    *,
+    began: float,
+    final_only: bool = False,
+) -> AsyncIterator[Generation]:
     """Run a prepared request while the context lasts; what is unfinished then is aborted.
 
     Args:
         state: of the server.
         caller: the sender.
         prepared: from `prepare`.
+        began: when the request arrived, by `time.perf_counter`.
         final_only: only the last delta of each sample is needed.
 
     Raises:
@@ -288,44 +294,61 @@ async def generate(
     except EngineError as error:
         raise engine_failure(caller, error) from error
     try:
-        yield stream
+        yield Generation(state, caller, stream, began)
     finally:
         stream.abort()
 
 
-async def collect(
-    state: ServerState,
-    caller: Caller,
-    stream: AsyncDeltaStream,
-    *,
-    began: float,
-    first_token_at: float | None = None,
-) -> list[Completion]:
-    """Wait for all samples of a stream, and count them in the metrics.
+class Generation:
+    """A request that the engine runs; its times and tokens are counted in the metrics."""
 
-    Args:
-        state: of the server.
-        caller: the sender.
-        stream: from `generate`.
-        began: when the request arrived, by `time.perf_counter`.
-        first_token_at: when its first token was seen; None: unknown.
+    def __init__(
+        self, state: ServerState, caller: Caller, stream: AsyncDeltaStream, began: float
+    ) -> None:
+        self._state = state
+        self._caller = caller
+        self._stream = stream
+        self._began = began
+        self._first_token_at: float | None = None  # None: not seen
 
-    Raises:
-        APIError: a sample failed; the others of the request are lost with it, as in vLLM.
-    """
-    try:
-        completions = await stream.completions()
-    except Qwen2VLError as error:
-        raise engine_failure(caller, error) from error
-    state.metrics.observe_completions(
-        completions,
-        e2e_seconds=time.perf_counter() - began,
-        first_token_seconds=None if first_token_at is None else first_token_at - began,
-    )
-    for request in stream.requests:
-        if request.error is not None:
-            raise engine_failure(caller, request.error)
-    return completions
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Yield the new output of all samples.
+
+        Raises:
+            APIError: a sample failed, and the others with it, as in vLLM; or the engine has stopped.
+        """
+        try:
+            async for delta in self._stream:
+                if delta.finish_reason == "error":
+                    self._check_samples()
+                self._first_token_at = self._first_token_at or time.perf_counter()
+                yield delta
+        except Qwen2VLError as error:
+            raise engine_failure(self._caller, error) from error
+
+    async def completions(self) -> list[Completion]:
+        """Wait for all samples, and count them in the metrics.
+
+        Raises:
+            APIError: as of `deltas`.
+        """
+        try:
+            completions = await self._stream.completions()
+        except Qwen2VLError as error:
+            raise engine_failure(self._caller, error) from error
+        first = self._first_token_at
+        self._state.metrics.observe_completions(
+            completions,
+            e2e_seconds=time.perf_counter() - self._began,
+            first_token_seconds=None if first is None else first - self._began,
+        )
+        self._check_samples()
+        return completions
+
+    def _check_samples(self) -> None:
+        for request in self._stream.requests:
+            if request.error is not None:
+                raise engine_failure(self._caller, request.error)
 
 
 def whole_delta(completion: Completion, index: int = 0) -> Delta:

@@ -30,7 +30,6 @@ from qwen2vl.server.protocol.responses import (
 from qwen2vl.server.protocol.sampling import build_sampling_params, invalid_field
 from qwen2vl.server.serving.generation import (
     check_output_fits,
-    collect,
     generate,
     prepare,
     whole_delta,
@@ -63,8 +62,10 @@ async def create_response(
         events = stream_response(state, caller, work)
         await anext(events)  # submits the request, so that a refusal has a status
         return events
-    async with generate(state, caller, work.prepared, final_only=True) as stream:
-        (completion,) = await collect(state, caller, stream, began=work.began)
+    async with generate(
+        state, caller, work.prepared, began=work.began, final_only=True
+    ) as generation:
+        (completion,) = await generation.completions()
     writer = ResponseWriter(work)
     writer.write(whole_delta(completion))
     writer.end(completion)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen2vl.engine import Completion, Delta, PreparedRequest
-from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tools import ArgumentsDelta, TextDelta, ToolCallStart, ToolEvent
 from qwen2vl.server.errors import APIError
@@ -40,7 +39,7 @@ from qwen2vl.server.protocol.responses import (
     ResponsesResponse,
     ResponsesUsage,
 )
-from qwen2vl.server.serving.generation import collect, engine_failure, generate
+from qwen2vl.server.serving.generation import generate
 from qwen2vl.server.serving.grounding import find_groundings
 from qwen2vl.server.serving.tool_choice import ToolPlan
 from qwen2vl.server.serving.usage import build_usage
@@ -70,26 +69,17 @@ async def stream_response(
 ) -> AsyncGenerator[NamedEvent, None]:
     """Yield a pair of empty strings once the request is submitted, then the events."""
     writer = ResponseWriter(work)
-    async with generate(state, caller, work.prepared) as stream:
+    async with generate(state, caller, work.prepared, began=work.began) as generation:
         yield "", ""
         for event in writer.begin():
             yield event
-        first_token_at: float | None = None
         try:
-            async for delta in stream:
-                if delta.finish_reason == "error":
-                    break
-                first_token_at = first_token_at or time.perf_counter()
+            async for delta in generation.deltas():
                 for event in writer.write(delta):
                     yield event
-            (completion,) = await collect(
-                state, caller, stream, began=work.began, first_token_at=first_token_at
-            )
-        except (APIError, Qwen2VLError) as error:
-            failure = error
-            if not isinstance(failure, APIError):
-                failure = engine_failure(caller, error)
-            for event in writer.fail(failure):
+            (completion,) = await generation.completions()
+        except APIError as error:
+            for event in writer.fail(error):
                 yield event
             return
     for event in writer.end(completion):

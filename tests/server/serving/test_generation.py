@@ -87,7 +87,7 @@ def test_a_closed_engine_refuses(server_state: ServerState, monkeypatch: Any) ->
 
     async def run() -> None:
         prepared = await prepare(state, Caller(), parse_messages(question("?")), GREEDY)
-        async with generate(state, Caller(), prepared):
+        async with generate(state, Caller(), prepared, began=0.0):
             pass
 
     with pytest.raises(APIError) as info:
@@ -99,8 +99,8 @@ def test_a_request_is_aborted_when_its_user_leaves(server_state: ServerState) ->
     async def run() -> None:
         params = SamplingParams(max_tokens=2000, ignore_eos=True)
         prepared = await prepare(server_state, Caller(), parse_messages(question("?")), params)
-        async with generate(server_state, Caller(), prepared) as stream:
-            async for _ in stream:
+        async with generate(server_state, Caller(), prepared, began=0.0) as generation:
+            async for _ in generation.deltas():
                 break
         deadline = asyncio.get_running_loop().time() + 10
         while server_state.engine.stats().num_running:
