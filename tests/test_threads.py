@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from qwen2vl import threads
+from qwen2vl import LLM, threads
+from tests.tiny import tiny_model, tiny_processor
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +198,59 @@ def test_preemptions_of_spinning_threads_are_told_once(
     assert len(caplog.records) == is_told
     if is_told:
         assert "preempted 200 times in 1.0 s" in caplog.text
+
+
+@pytest.fixture
+def _batch_setting() -> Iterator[None]:
+    torch.set_num_threads(1)
+    threads.set_num_threads_batch(3)
+    yield
+    threads.set_num_threads_batch(None)
+
+
+@pytest.mark.usefixtures("_batch_setting")
+def test_forwards_of_many_rows_run_on_the_threads_for_batches() -> None:
+    with threads.batch_threads(threads.MIN_BATCH_ROWS - 1):
+        assert torch.get_num_threads() == 1
+    found: list[int] = []
+
+    def fail() -> None:
+        with threads.batch_threads(threads.MIN_BATCH_ROWS):
+            found.append(torch.get_num_threads())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert found == [3]
+    assert torch.get_num_threads() == 1
+    threads.set_num_threads_batch(None)
+    with threads.batch_threads(threads.MIN_BATCH_ROWS):
+        assert torch.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("_batch_setting")
+def test_the_engine_prefills_and_encodes_on_the_threads_for_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "MIN_BATCH_ROWS", 40)
+    llm = LLM(tiny_model(), tiny_processor())
+    found: dict[str, list[tuple[int, int]]] = {"encode": [], "forward": []}
+    for name, calls in found.items():
+        monkeypatch.setattr(type(llm.model), name, _noting_threads(type(llm.model), name, calls))
+    image = np.zeros((140, 112, 3), np.uint8)  # 80 patches, 20 tokens
+    text = "What is this? " * 5
+    llm.chat(text, images=[image], max_tokens=3, temperature=0, ignore_eos=True)
+    llm.embed(text)
+    assert found["encode"] == [(80, 3)]
+    assert [count for rows, count in found["forward"] if rows == 1] == [1, 1]
+    assert [count for rows, count in found["forward"] if rows >= 40] == [3, 3]
+
+
+def _noting_threads(owner: type, name: str, calls: list[tuple[int, int]]) -> Callable[..., Any]:
+    method = getattr(owner, name)
+
+    def noting(model: Any, rows: torch.Tensor, *args: Any, **keywords: Any) -> Any:
+        calls.append((len(rows), torch.get_num_threads()))
+        return method(model, rows, *args, **keywords)
+
+    return noting

@@ -292,7 +292,7 @@ def load_model_from_options(
 
 
 def _choose_num_threads(llm: LLM) -> None:
-    """Set the number of CPU threads at which a decode step is fastest, for this process."""
+    """Set the number of CPU threads at which a decode step is fastest; prefill takes all CPUs."""
     import torch
 
     if llm.device.type != "cpu" or threads.is_num_threads_given():
@@ -301,6 +301,7 @@ def _choose_num_threads(llm: LLM) -> None:
     count = threads.measure_num_threads(
         lambda: llm.generate("\n", params), max_seconds=0.1, slow_seconds=0.03
     )
+    threads.set_num_threads_batch(threads.default_num_threads())
     torch.set_num_threads(count)
     llm.reset_caches()
 

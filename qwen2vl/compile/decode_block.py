@@ -115,7 +115,8 @@ class _LastSlot(NamedTuple):
     def attend(self, q_1HC: Tensor, k_1KC: Tensor, v_1KC: Tensor) -> Tensor:
         self.k_KTC[:, -1:] = k_1KC.transpose(0, 1)
         self.v_KTC[:, -1:] = v_1KC.transpose(0, 1)
-        return decode_attention(q_1HC, self.k_KTC, self.v_KTC)
+        q_1KGC = q_1HC.unflatten(1, (self.k_KTC.shape[0], -1))
+        return decode_attention(q_1KGC, self.k_KTC[None], self.v_KTC[None]).flatten(1, 2)
 
 
 def _functional_forward(layer: nn.Module, names: Sequence[str]) -> Callable[..., tuple[Tensor]]:

@@ -24,6 +24,7 @@ from qwen2vl.geometry import AttnMeta
 from qwen2vl.lora.multi import LoraAdapter, LoraManager
 from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.processor.inputs import Item, ModelInput
+from qwen2vl.threads import batch_threads
 
 __all__ = ["Embedder", "Pooling", "batch_prompts", "pool"]
 
@@ -108,7 +109,8 @@ class Embedder:
     ) -> Tensor:
         device = self.model.device
         meta = meta.to(device)
-        with self.lora_manager.activate("model", [(self.adapter, len(input_ids_T))]):
+        segments = [(self.adapter, len(input_ids_T))]
+        with self.lora_manager.activate("model", segments), batch_threads(len(input_ids_T)):
             return self.model(
                 input_ids_T.to(device),
                 position_ids_3T.to(device),

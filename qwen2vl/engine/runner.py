@@ -32,6 +32,7 @@ from qwen2vl.errors import CapacityError, Qwen2VLError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.threads import batch_threads
 
 __all__ = ["ModelRunner", "StepOutOfMemoryError"]
 
@@ -178,9 +179,8 @@ class ModelRunner:
         caches = [self._kv_cache(chunk) for chunk in chunks]
         for chunk, cache in zip(chunks, caches, strict=True):
             cache.length = chunk.start
-        with self.lora_manager.activate(
-            "model", [(c.request.adapter, c.num_tokens) for c in chunks]
-        ):
+        segments = [(chunk.request.adapter, chunk.num_tokens) for chunk in chunks]
+        with self.lora_manager.activate("model", segments), batch_threads(len(input_ids)):
             return self.model(
                 ids_T,
                 position_ids_3T,

@@ -9,6 +9,7 @@ implementation of both. (HF: ALL_ATTENTION_FUNCTIONS["sdpa"].) Axis letters of t
     D  text width         E  vision width        P  numbers a patch   V  vocabulary
     H  query heads        K  key/value heads     C  channels a head   Z  KV slots of a sequence
     L  layers             3  (time, height, width)
+    G  query heads that share a key/value head (H / K)
 """
 
 from __future__ import annotations
@@ -67,31 +68,36 @@ def attention_by_segment(
     return _attention_by_run(q_THC, k_TKC, v_TKC, meta, segment_runs, causal)
 
 
-def decode_attention(q_1HC: Tensor, k_KTC: Tensor, v_KTC: Tensor) -> Tensor:
-    """Attend from one new token to all cached keys (decode).
+def decode_attention(q_1KGC: Tensor, k_1KZC: Tensor, v_1KZC: Tensor) -> Tensor:
+    """Attend from one new token to all cached keys (decode): out_1KGC, G query heads a group.
 
-    The query heads of a GQA group share their keys, so they are passed as the queries of one SDPA
-    call: bitwise the same result, in 29 instead of 51 us (12 heads, 2 groups, 1,000 keys, 2 cores).
+    The query heads of a GQA group share their keys, so they are the queries of one SDPA call:
+    bitwise the same result, in 29 instead of 51 us (12 heads, 2 groups, 1,000 keys, 2 cores).
     """
-    queries = q_1HC.unflatten(1, (k_KTC.shape[0], -1))
-    return F.scaled_dot_product_attention(queries, k_KTC[None], v_KTC[None]).flatten(1, 2)
+    return F.scaled_dot_product_attention(q_1KGC, k_1KZC, v_1KZC)
 
 
 def chunked_prefill_attention(
-    q_THC: Tensor, k_KTC: Tensor, v_KTC: Tensor, meta: AttnMeta
+    q_TKGC: Tensor, k_1KZC: Tensor, v_1KZC: Tensor, meta: AttnMeta
 ) -> Tensor:
-    """Attend causally from the last tokens of a sequence to all cached keys (chunked prefill)."""
-    is_whole = len(q_THC) == k_KTC.shape[1]
-    mask = None if is_whole else _causal_mask(meta, len(q_THC), k_KTC.shape[1], q_THC.dtype)
+    """Attend causally from the last tokens of a sequence to all cached keys (chunked prefill).
+
+    Returns:
+        out_TKGC.
+    """
+    q_THC = q_TKGC.flatten(1, 2)
+    length, num_keys = len(q_THC), k_1KZC.shape[2]
+    is_whole = length == num_keys
+    mask = None if is_whole else _causal_mask(meta, length, num_keys, q_THC.dtype)
     out = F.scaled_dot_product_attention(
         q_THC.transpose(0, 1)[None],
-        k_KTC[None],
-        v_KTC[None],
+        k_1KZC,
+        v_1KZC,
         attn_mask=mask,
         is_causal=is_whole,
-        enable_gqa=q_THC.shape[1] != k_KTC.shape[0],
+        enable_gqa=q_THC.shape[1] != k_1KZC.shape[1],
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1).unflatten(1, q_TKGC.shape[1:3])
 
 
 def _causal_mask(meta: AttnMeta, length_q: int, length_k: int, dtype: torch.dtype) -> Tensor:

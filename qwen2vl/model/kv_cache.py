@@ -47,7 +47,7 @@ class BatchKVCache(Protocol):
         ...
 
 
-# Slots of new keys and of new values, (T, K, C); all keys and all values, (K, Z, C).
+# Slots of new keys and of new values, (T, K, C); all keys and all values, (1, K, Z, C).
 LayerSlots: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -93,8 +93,8 @@ class KVCache:
         return zip(
             self.k_LKZC[:, :, self.length : end].transpose(1, 2).unbind(),
             self.v_LKZC[:, :, self.length : end].transpose(1, 2).unbind(),
-            self.k_LKZC[:, :, :end].unbind(),
-            self.v_LKZC[:, :, :end].unbind(),
+            self.k_LKZC[:, None, :, :end].unbind(),
+            self.v_LKZC[:, None, :, :end].unbind(),
             strict=True,
         )
 
@@ -134,7 +134,9 @@ class SequenceLayer:
     def attend(self, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> Tensor:
         """Write and attend, sequence by sequence, since each has tensors of its own."""
         sizes = list(self.meta.lengths_q)
-        parts = zip(q_THC.split(sizes), k_TKC.split(sizes), v_TKC.split(sizes), strict=True)
+        # Heads of a GQA group together, as `decode_attention` needs them: once for all sequences.
+        q_TKGC = q_THC.unflatten(1, (k_TKC.shape[1], -1))
+        parts = zip(q_TKGC.split(sizes), k_TKC.split(sizes), v_TKC.split(sizes), strict=True)
         outs: list[Tensor] = []
         for (q, k, v), (new_k, new_v, keys, values) in zip(parts, self.slots, strict=True):
             new_k.copy_(k)
@@ -143,4 +145,4 @@ class SequenceLayer:
                 outs.append(decode_attention(q, keys, values))
             else:
                 outs.append(chunked_prefill_attention(q, keys, values, self.meta))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1, 2)

@@ -107,7 +107,7 @@ def append(cache: KVCache, layer: int, k_TKC: Tensor, v_TKC: Tensor) -> tuple[Te
     new_k, new_v, keys, values = list(cache.layers(len(k_TKC)))[layer]
     new_k.copy_(k_TKC)
     new_v.copy_(v_TKC)
-    return keys, values
+    return keys[0], values[0]
 
 
 @settings(max_examples=25)

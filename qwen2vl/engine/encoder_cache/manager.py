@@ -23,6 +23,7 @@ from qwen2vl.geometry import Grid, VisionMeta
 from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import Item
+from qwen2vl.threads import batch_threads
 
 __all__ = ["EncoderCacheManager"]
 
@@ -92,7 +93,8 @@ class EncoderCacheManager:
         grids = [Grid(c.stop - c.start, c.item.grid.h, c.item.grid.w) for c in chunks]
         patches_NP = torch.cat([_patches(c) for c in chunks]).to(device)
         meta = VisionMeta.build(grids).to(device)
-        with self._lora_manager.activate("visual", [(c.adapter, c.num_patches) for c in chunks]):
+        segments = [(chunk.adapter, chunk.num_patches) for chunk in chunks]
+        with self._lora_manager.activate("visual", segments), batch_threads(len(patches_NP)):
             vision_MD = self.model.encode(patches_NP, meta)
         sizes = [c.item.num_tokens // c.item.grid.t * (c.stop - c.start) for c in chunks]
         for chunk, chunk_MD in zip(chunks, vision_MD.split(sizes), strict=True):
