@@ -45,10 +45,11 @@ def server(name: str, given: argparse.Namespace) -> ServerProcess:
     if name == "trivial":
         ready, command = "/", [sys.executable, "-m", "serve.trivial_server", str(port)]
     elif name == "ours":
-        environment, command = {}, qwen2vl_command(port, *given.server_options.split())
+        options = ["--dtype", given.dtype, *given.server_options.split()]
+        environment, command = {}, qwen2vl_command(port, *options)
     elif name == "plain":
         module = [sys.executable, "-m", "serve.plain_server"]
-        command = [*module, "--model", str(MODEL), "--port", str(port)]
+        command = [*module, "--model", str(MODEL), "--port", str(port), "--dtype", given.dtype]
     else:
         llama = LlamaServer(given.cache, MODEL)
         ready, command = (
@@ -141,13 +142,20 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:2])
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of ours and plain"
+    )
     parser.add_argument("--server-options", default="", help="of qwen2vl serve")
     parser.add_argument("--llama-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--logs", type=Path, default=CACHE)
     given = parser.parse_args()
     given.logs.mkdir(parents=True, exist_ok=True)
-    numbers: dict[str, Any] = {"concurrency": given.concurrency, "max_tokens": given.max_tokens}
+    numbers: dict[str, Any] = {
+        "dtype": given.dtype,
+        "concurrency": given.concurrency,
+        "max_tokens": given.max_tokens,
+    }
     unmeasured: dict[str, str] = {}
     with ExitStack() as stack:
         load = stack.enter_context(LoadProcess())

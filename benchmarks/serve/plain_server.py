@@ -1,6 +1,6 @@
 """Plain benchmark server: FastAPI, one lock, transformers' `generate`, an OpenAI-like route.
 
-    python -m serve.plain_server --model DIR --port PORT        (with benchmarks/ on PYTHONPATH)
+    PYTHONPATH=benchmarks python -m serve.plain_server --model DIR --port PORT [--dtype bfloat16]
 
 What a user writes in an afternoon: requests are answered one after another. Images are processed by
 the processor of transformers, before the lock is taken. The number of threads of torch is the one
@@ -31,8 +31,10 @@ PAD = "<|image_pad|>"
 class PlainModel:
     """Model, tokenizer and image processor of transformers behind one lock."""
 
-    def __init__(self, folder: str) -> None:
-        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    def __init__(self, folder: str, dtype: str) -> None:
+        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
         self.model = model.eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -116,9 +118,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
-    model = PlainModel(given.model)
+    model = PlainModel(given.model, given.dtype)
     torch.set_num_threads(given.threads or model.choose_num_threads())
     uvicorn.run(create_app(model), host="127.0.0.1", port=given.port, access_log=False)
 
