@@ -28,6 +28,7 @@ __all__ = ["COMMANDS", "LazyGroup", "main"]
 COMMANDS = {
     "ask": "Answer one question about images and videos.",
     "chat": "Chat about images and videos in several turns.",
+    "batch": "Answer a file of requests, or one question about many images.",
     "serve": "Serve a model by the OpenAI API, over HTTP.",
     "tokens": "Show the preprocessing of an image or video: size, grid, tokens.",
     "demo": "Ask questions about synthetic images and compare the answers.",

@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from qwen2vl.processor.media.source import Media
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "MediaFile",
     "MediaOption",
     "expand_media",
     "folder_remedy",
     "is_url",
     "latest_media",
+    "natural_key",
     "read_media_arguments",
     "split_file_names",
     "split_question",
@@ -174,7 +176,7 @@ def expand_media(kind: Modality | None, path: str, *, flag: str = "") -> list[Me
         matches = [name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name)]
         if not matches:
             raise InputError(f"{where}: no file matches this pattern; check the folder and name")
-        return [_open_file(kind, name, flag) for name in sorted(matches, key=_natural_key)]
+        return [_open_file(kind, name, flag) for name in sorted(matches, key=natural_key)]
     return [_open_file(kind, path, flag)]
 
 
@@ -330,7 +332,7 @@ def _is_given_file(name: str) -> bool:
     return name in ("", STDIN) or bool(_URL.match(name)) or os.path.exists(os.path.expanduser(name))
 
 
-def _natural_key(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key by which frame2.png comes before frame10.png."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part)

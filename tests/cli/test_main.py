@@ -85,7 +85,7 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bogus"], "No such command 'bogus'; known: ask, chat, "),
+        (["bogus"], "No such command 'bogus'; known: ask, batch, chat, "),
         (["ak", "hi"], "No such command 'ak'; did you mean ask?"),
         (["ask"], "Missing argument 'QUESTION'"),
         (["ask", "hi", "--bogus"], "No such option '--bogus'"),

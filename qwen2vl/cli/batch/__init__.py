@@ -1,0 +1,8 @@
+"""Parts of `qwen2vl batch`: its two inputs, and what it prints.
+
+answer_requests   a file of requests in OpenAI's batch form (request_batch.py)
+answer_images     one question about each of many images (image_batch.py)
+BatchReport       progress bar, summary and exit code (report.py)
+"""
+
+from __future__ import annotations

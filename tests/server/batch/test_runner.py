@@ -1,0 +1,153 @@
+"""run_jobs: how many jobs run at a time, what is written, and an engine that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from qwen2vl.engine import AsyncLLM
+from qwen2vl.errors import EngineError, InputError
+from qwen2vl.server.batch import runner
+from qwen2vl.server.batch.record_file import RecordFile, to_json_line
+from qwen2vl.server.batch.runner import MAX_ATTEMPTS, Answer, BatchCounts, run_jobs
+
+
+class FakeEngine:
+    """Is restarted as an AsyncLLM is."""
+
+    def __init__(self) -> None:
+        self.llm = SimpleNamespace(engine_config=SimpleNamespace(max_num_seqs=2))
+        self.is_alive = True
+        self.num_restarts = 0
+
+    def restart(self) -> None:
+        self.is_alive = True
+        self.num_restarts += 1
+
+
+class FakeOperator:
+    """Answers a number by itself; `kills` kill the engine, with all that run."""
+
+    def __init__(self, engine: FakeEngine, kills: tuple[int, ...] = ()) -> None:
+        self.engine = engine
+        self.kills = kills
+        self.running: set[int] = set()
+        self.max_running = 0
+        self.calls: list[int] = []
+
+    async def answer(self, job: int) -> Answer:
+        self.calls.append(job)
+        self.running.add(job)
+        self.max_running = max(self.max_running, len(self.running))
+        number = self.engine.num_restarts
+        try:
+            if job in self.kills:
+                self.engine.is_alive = False
+            for _ in range(3):
+                await asyncio.sleep(0)
+                if not self.engine.is_alive or number != self.engine.num_restarts:
+                    raise EngineError("died")
+        finally:
+            self.running.remove(job)
+        return Answer(row=to_json_line({"id": job}))
+
+    def failure(self, job: int, error: EngineError) -> Answer:
+        return Answer(row=to_json_line({"id": job, "error": str(error)}), is_failed=True)
+
+
+def run(
+    path: Path,
+    jobs: Iterator[int],
+    operator: Any,
+    on_answer: Callable[[BatchCounts], None] = lambda counts: None,
+) -> BatchCounts:
+    counts = BatchCounts()
+    engine = cast(AsyncLLM, operator.engine)
+    with RecordFile(path) as file:
+        asyncio.run(run_jobs(jobs, operator, file, engine, counts, on_answer=on_answer))
+    return counts
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(one) for one in path.read_text().splitlines()]
+
+
+def test_twice_as_many_jobs_as_the_engine_runs_are_in_flight(tmp_path: Path) -> None:
+    operator = FakeOperator(FakeEngine())
+    num_read = 0
+
+    def jobs() -> Iterator[int]:
+        nonlocal num_read
+        while num_read < 100:
+            num_read += 1
+            yield num_read
+
+    def check(counts: BatchCounts) -> None:
+        assert num_read <= counts.answered + 4, "the jobs are read lazily"
+
+    counts = run(tmp_path / "out", jobs(), operator, check)
+    assert operator.max_running == 4
+    assert (counts.answered, counts.failed) == (100, 0)
+    assert sorted(one["id"] for one in records(tmp_path / "out")) == list(range(1, 101))
+
+
+def test_an_engine_that_dies_is_restarted_and_its_jobs_run_again(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    operator = FakeOperator(engine, kills=(13, 57))
+    counts = run(tmp_path / "out", iter(range(100)), operator)
+    found = {one["id"]: one for one in records(tmp_path / "out")}
+    assert len(found) == len(records(tmp_path / "out")) == 100
+    assert {one for one in found if "error" in found[one]} == {13, 57}
+    assert (counts.answered, counts.failed) == (98, 2)
+    assert operator.calls.count(13) == MAX_ATTEMPTS
+    assert engine.is_alive
+    assert engine.num_restarts == 2 * MAX_ATTEMPTS
+
+
+def test_an_engine_that_cannot_be_restarted_ends_the_run(tmp_path: Path) -> None:
+    engine = FakeEngine()
+
+    def restart() -> None:
+        raise EngineError("cannot")
+
+    engine.restart = restart
+    with pytest.raises(EngineError, match="cannot"):
+        run(tmp_path / "out", iter(range(100)), FakeOperator(engine, kills=(13,)))
+    assert all("error" not in one for one in records(tmp_path / "out"))
+
+
+def test_an_error_of_the_jobs_ends_the_run(tmp_path: Path) -> None:
+    def jobs() -> Iterator[int]:
+        yield 1
+        raise InputError("changed")
+
+    with pytest.raises(InputError, match="changed"):
+        run(tmp_path / "out", jobs(), FakeOperator(FakeEngine()))
+
+
+def test_what_was_written_is_forced_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SYNC_SECONDS", 0.001)
+    num_syncs = 0
+
+    def sync(file: RecordFile) -> None:
+        nonlocal num_syncs
+        num_syncs += 1
+
+    monkeypatch.setattr(RecordFile, "sync", sync)
+    operator = FakeOperator(FakeEngine())
+
+    async def answer(job: int) -> Answer:
+        await asyncio.sleep(0.005)
+        return Answer(row=to_json_line({"id": job}))
+
+    operator.answer = answer
+    run(tmp_path / "out", iter(range(20)), operator)
+    assert num_syncs > 1
