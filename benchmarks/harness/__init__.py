@@ -1,0 +1,1 @@
+"""Parts of the benchmarks of evaluation harnesses: tasks, samples, the suite without one."""
