@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,6 +73,12 @@ def _missing_tesseract() -> str:
     return "" if shutil.which("tesseract") else "tesseract is absent: apt-get install tesseract-ocr"
 
 
+def _missing_chromium() -> str:
+    if shutil.which("chromium") is None:
+        return "chromium is absent: apt-get install chromium"
+    return "" if find_spec("playwright") else "playwright is absent: pip install playwright"
+
+
 def missing_tokenizer() -> str:
     """Return why the official tokenizer cannot be used, or nothing."""
     is_there = (TOKENIZER / "tokenizer.json").is_file()
@@ -82,3 +89,4 @@ needs_training_fonts = _requires("fonts", partial(_missing_fonts, "all"))
 needs_validation_fonts = _requires("fonts", partial(_missing_fonts, "validation"))
 needs_judge_fonts = _requires("fonts", partial(_missing_fonts, "judge"))
 needs_tesseract = _requires("tesseract", _missing_tesseract)
+needs_chromium = _requires("chromium", _missing_chromium)
