@@ -80,8 +80,7 @@ def estimate_memory(
     )
     num_patches = max_pixels // config.vision.patch_size**2
     in_tower = num_patches * _bytes_per_patch(config.vision, dtype.itemsize)
-    is_fused = bool(schemes) or (prepack and dtype == torch.bfloat16)
-    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize, is_fused=is_fused)
+    in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize)
     return MemoryEstimate(weights, kv_bytes * max_model_len, max(in_tower, in_decoder))
 
 
@@ -113,8 +112,9 @@ def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
     """Return the bytes allocated for one patch at the vision tower's peak.
 
     Embedding: the patch in uint8, float32 and bfloat16. A block: uint8 and float32 patch, then
-    either the MLP (input, residual, normed; its width before, within and after the activation) or
-    the rotation (six vectors, and a query in float32 being split).
+    either the MLP (input, residual, normed; its width before, within and after the activation,
+    which overwrites them on a CPU only) or the rotation (six vectors, and a query in float32 being
+    split).
     """
     mlp = size * (3 + 3 * vision.mlp_ratio)
     rotation = 6 * size + 12
@@ -123,14 +123,12 @@ def _bytes_per_patch(vision: VisionConfig, size: int) -> int:
     return int(max(embedding, in_block + 4 * vision.head_dim)) + 96
 
 
-def _bytes_per_token(text: TextConfig, size: int, *, is_fused: bool) -> int:
+def _bytes_per_token(text: TextConfig, size: int) -> int:
     """Return the bytes allocated for one token at the decoder's peak, inside SwiGLU.
 
-    Five vectors; gate, up and their product; the rotation. Of a fused gate-up layer
-    (linear/fused.py) both outputs stay allocated until the product is computed.
+    Five vectors; gate, up and their product; the rotation.
     """
-    parts = 4 if is_fused else 3
-    vectors = size * (5 * text.hidden_size + parts * text.intermediate_size)
+    vectors = size * (5 * text.hidden_size + 3 * text.intermediate_size)
     return vectors + 4 * text.head_dim + 64
 
 

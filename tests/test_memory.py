@@ -18,7 +18,7 @@ from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.linear import prepacked
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.memory import available_memory, estimate_memory
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import Qwen2VL, activations
 from qwen2vl.quantization.int8 import has_int8_dot_product
 from qwen2vl.quantization.scheme import CPU_MODES, CpuQuantizationMode, layer_schemes, quantize
 from tests.tiny import tiny_config, tiny_model
@@ -86,16 +86,25 @@ def test_activation_estimate_is_a_tight_upper_bound(
         prepack_layers(model)
     is_decoder = part.endswith("decoder")
     length, grid = (512, Grid(1, 2, 2)) if is_decoder else (2, Grid(1, 40, 40))
-    with torch.inference_mode(), PeakAllocationMode(model) as allocation:
-        if not is_decoder:
-            patches_NP = torch.zeros(grid.h * grid.w, 1176, dtype=torch.uint8)
-            model.encode(patches_NP, VisionMeta.build([grid]))
-        else:
-            ids = torch.zeros(length, dtype=torch.int64)
-            model(ids, ids.expand(3, -1), AttnMeta.build([length]))
     max_pixels = 0 if is_decoder else grid.h * grid.w * 196
     need = estimate_memory(config, dtype, length, max_pixels, prepack=is_fused)
-    assert 0.9 * need.activation <= allocation.peak <= need.activation
+    assert peak_allocation(model, length if is_decoder else 0, grid) <= need.activation
+    # A GPU and torch.compile do not overwrite the inputs of activation functions.
+    monkeypatch.setattr(activations, "_overwrites", lambda x_TI: False)
+    peak = peak_allocation(model, length if is_decoder else 0, grid)
+    assert 0.9 * need.activation <= peak <= need.activation
+
+
+def peak_allocation(model: Qwen2VL, num_tokens: int, grid: Grid) -> int:
+    """Return the peak of a prompt of tokens in the decoder, or of an image in the vision tower."""
+    with torch.inference_mode(), PeakAllocationMode(model) as allocation:
+        if num_tokens:
+            ids = torch.zeros(num_tokens, dtype=torch.int64)
+            model(ids, ids.expand(3, -1), AttnMeta.build([num_tokens]))
+        else:
+            patches_NP = torch.zeros(grid.h * grid.w, 1176, dtype=torch.uint8)
+            model.encode(patches_NP, VisionMeta.build([grid]))
+    return allocation.peak
 
 
 @pytest.mark.parametrize("tied", [True, False])

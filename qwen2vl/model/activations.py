@@ -29,16 +29,16 @@ def quick_gelu(x_TI: Tensor) -> Tensor:
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-    """Return silu(gate) * up. The inputs must not be used afterwards, as in `quick_gelu`."""
+    """Return silu(gate) * up. The gate must not be used afterwards: inference overwrites it."""
     if not _overwrites(gate_TI):
-        return F.silu(gate_TI) * up_TI
+        return F.silu(gate_TI, inplace=not torch.is_grad_enabled()) * up_TI
     for gate, up in zip(gate_TI.split(ROWS), up_TI.split(ROWS), strict=True):
         F.silu(gate, inplace=True).mul_(up)
     return gate_TI
 
 
 def _overwrites(x_TI: Tensor) -> bool:
-    """Whether the input is overwritten: not in training, under torch.compile, or on a GPU."""
+    """Whether rows are overwritten: not in training, under torch.compile, or on a GPU."""
     return (
         x_TI.device.type == "cpu"
         and not torch.is_grad_enabled()
