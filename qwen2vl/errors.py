@@ -26,7 +26,11 @@ __all__ = [
     "EngineDeadError",
     "EngineError",
     "InputError",
+    "MediaTooLargeError",
+    "MediaWorkerError",
+    "MediaWorkersBusyError",
     "Qwen2VLError",
+    "UnknownKeyError",
     "abbreviate",
     "copy_error",
     "suggest",
@@ -56,6 +60,19 @@ class InputError(Qwen2VLError, ValueError):
     """Messages, media or parameters are invalid."""
 
     exit_code = 2
+    code = "invalid_value"  # reason for programs, sent by the server (OpenAI: error.code)
+
+
+class MediaTooLargeError(InputError):
+    """An image or video is over a limit: bytes, pixels, frames, seconds or memory."""
+
+    code = "media_too_large"
+
+
+class UnknownKeyError(InputError):
+    """A message or content item has a key that does not exist."""
+
+    code = "unknown_parameter"
 
 
 class CapacityError(Qwen2VLError, ValueError):
@@ -76,6 +93,14 @@ class EngineError(Qwen2VLError, RuntimeError):
 
 class EngineDeadError(EngineError):
     """The engine died or was closed, and all its requests with it. (vLLM: EngineDeadError.)"""
+
+
+class MediaWorkerError(EngineError):
+    """A process that decodes images and videos has stopped, or cannot be started."""
+
+
+class MediaWorkersBusyError(MediaWorkerError):
+    """All processes that decode images and videos are busy for longer than a request may wait."""
 
 
 def copy_error(error: Qwen2VLError, prefix: str = "") -> Qwen2VLError:

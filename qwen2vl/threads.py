@@ -205,8 +205,8 @@ def measure_num_threads(
 
 
 _num_threads_batch: int | None = None  # None: the setting of torch
-# Rows of a forward (tokens or patches) from which it runs on these threads: of nano, 256 patches took
-# 6 to 7 ms on two threads and 8 to 9 on one, but 181 tokens 15 and 5.5, most of it waking threads.
+# Rows of a forward (tokens or patches) from which it runs on these threads. With nano 256 patches
+# took 6 to 7 ms on two threads and 8 to 9 on one, but 181 tokens 15 and 5.5: threads are woken.
 MIN_BATCH_ROWS = 256
 
 

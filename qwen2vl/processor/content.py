@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-from qwen2vl.errors import InputError, Qwen2VLError, abbreviate, suggest
+from qwen2vl.errors import InputError, Qwen2VLError, UnknownKeyError, abbreviate, suggest
 from qwen2vl.grounding import ObjectRef
 from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 
@@ -97,14 +97,18 @@ _REFUSED_KEYS = {
     "reasoning": "the chat template has no place for reasoning; remove it",
     "reasoning_content": "the chat template has no place for reasoning; remove it",
 }
+# Hints for caches of other servers, and what OpenAI's client adds to an answer.
+_CACHE_KEYS = {"prompt_cache_breakpoint", "cache_control"}
 _IGNORED_KEYS: Mapping[str, Set[str]] = {
-    "text": {"annotations", "logprobs", "prompt_cache_breakpoint"},
-    "image": {"prompt_cache_breakpoint"},
+    "text": {"annotations", "logprobs", "parsed", *_CACHE_KEYS},
+    "image": {"uuid", *_CACHE_KEYS},
+    "video": {"uuid", *_CACHE_KEYS},
 }
 _SOURCES = {
     "image": ("image", "image_url", "url", "path", "base64"),
     "video": ("video", "video_url", "url", "path"),
 }
+_LOCAL_SOURCES = {"path"}  # not named in errors, which clients of a server get, too
 _IMAGE_OPTIONS = {"min_pixels", "max_pixels", "resized_height", "resized_width", "detail"}
 _OPTIONS = {
     "image": _IMAGE_OPTIONS,
@@ -190,7 +194,10 @@ def refuse_unknown(
             continue
         if key in _REFUSED_KEYS:
             raise InputError(f"{path}.{key} cannot be used: {_REFUSED_KEYS[key]}")
-        raise InputError(f"{path} has an unknown key {abbreviate(key)}; {_suggest(key, known)}")
+        known = known - _LOCAL_SOURCES
+        raise UnknownKeyError(
+            f"{path} has an unknown key {abbreviate(key)}; {_suggest(key, known)}"
+        )
 
 
 def _suggest(value: Any, known: Iterable[str]) -> str:
@@ -245,13 +252,12 @@ def _list_keys(item: Mapping[str, Any]) -> str:
 
 def _parse_media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
     names, options = _SOURCES[kind], _OPTIONS[kind]
-    item = _replace_aliases(item, options, path)
+    given, item = item, _replace_aliases(item, options, path)
     refuse_unknown(item, {"type", *names} | options, path, _IGNORED_KEYS.get(kind, frozenset()))
     found = [name for name in names if name in item]
     if len(found) != 1:
-        raise InputError(
-            f"{path} needs one source ({', '.join(names)}), got {' and '.join(found) or 'none'}"
-        )
+        shown = ", ".join(name for name in names if name not in _LOCAL_SOURCES)
+        raise InputError(f"{path} needs one source ({shown}), got {' and '.join(found) or 'none'}")
     source = item[found[0]]
     chosen = {name: item[name] for name in options if name in item}
     fields = read_mapping(source)
@@ -266,7 +272,10 @@ def _parse_media(kind: Any, item: Mapping[str, Any], path: str) -> MediaPart:
     try:
         return MediaPart(kind, source, MediaOptions(**chosen), path)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        text = str(error)
+        for alias, name in _ALIASES.items():
+            text = text.replace(name, alias) if alias in given else text
+        raise InputError(f"{path}: {text}") from error
 
 
 def _replace_aliases(item: Mapping[str, Any], options: Set[str], path: str) -> Mapping[str, Any]:

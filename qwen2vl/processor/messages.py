@@ -73,14 +73,14 @@ def _invalid_messages(text: str) -> InputError:
 
 
 _ROLE_OF = {"developer": "system", "function": "tool"}  # OpenAI's new and old names
-_KEYS = {"role", "content"}
+_KEYS = {"role", "content", "name"}  # the template has no place for names
 _KEYS_OF_ROLE = {
     "assistant": {"tool_calls", "function_call", "refusal"},
     "tool": {"tool_call_id"},
 }
-# The template has no place for names, and the rest is about the message, or repeats its content.
-_IGNORED = {"name", "id", "type", "status"}
-_IGNORED_OF_ROLE = {"assistant": {"annotations", "parsed", "phase"}}
+# These are about the message, or repeat its content; `grounding` is what a server of ours adds.
+_IGNORED = {"id", "type", "status"}
+_IGNORED_OF_ROLE = {"assistant": {"annotations", "grounding", "parsed", "phase"}}
 _KEYS_OF_CALL = {"id", "type"}  # and "function", or the keys of the function itself
 _KEYS_OF_FUNCTION = {"name", "arguments"}
 _IGNORED_OF_CALL = {"index"}  # calls are in the order of their list

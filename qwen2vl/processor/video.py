@@ -202,7 +202,9 @@ def plan_frames(
         tokens = settings.budget / vision.factor**2
         notes.append(f"{requested} frames lowered to {count}, within {tokens:,.0f} tokens")
     elif count < (options.nframes or 0) // 2 * 2:
-        notes.append(f"nframes {options.nframes} lowered to the {count} frames there are")
+        notes.append(
+            f"num_frames (nframes) {options.nframes} lowered to the {count} frames there are"
+        )
     return FramePlan(indices=indices, height=height, width=width, notes=tuple(notes))
 
 

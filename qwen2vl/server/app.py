@@ -2,7 +2,8 @@
 
     RequestContextMiddleware    request id, access log, HTTP metrics
     AccessControlMiddleware     Host, Origin, API key
-    routes                      operations (POST, routing.py), models, health, metrics, description
+    routes                      operations (POST, routing.py), models, health, metrics, description,
+                                page (page/)
 
 Unknown paths get 404 and wrong methods 405, in OpenAI's form, behind the same access control.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 
 from starlette.applications import Starlette
@@ -21,14 +22,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+import qwen2vl
 from qwen2vl.errors import abbreviate
 from qwen2vl.server.errors import APIError
 from qwen2vl.server.health import health, ready, restart_dead_engine
 from qwen2vl.server.metrics import CONTENT_TYPE
-from qwen2vl.server.middleware.access_control import AccessControlMiddleware, ApiKeys
+from qwen2vl.server.middleware.access_control import (
+    PUBLIC_PATHS,
+    AccessControlMiddleware,
+    ApiKeys,
+)
 from qwen2vl.server.middleware.request_body import BodyReader
 from qwen2vl.server.middleware.request_context import RequestContextMiddleware
 from qwen2vl.server.middleware.responses import error_response
+from qwen2vl.server.page.routes import PAGE_PATHS, page_routes
 from qwen2vl.server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from qwen2vl.server.protocol.completions import CompletionRequest, CompletionResponse
 from qwen2vl.server.protocol.embeddings import EmbeddingRequest, EmbeddingResponse
@@ -112,14 +119,18 @@ def create_app(state: ServerState) -> Starlette:
         *(operation_route(operation, reader) for operation in operations),
         *_model_routes(),
         CountedRoute("/openapi.json", _Description(operations), methods=["GET"]),
+        CountedRoute("/version", version),
         CountedRoute("/health", health),
+        CountedRoute("/ping", health, methods=["GET", "POST"]),
         CountedRoute("/ready", ready),
     ]
     if config.metrics_port is None:
         routes.append(CountedRoute("/metrics", metrics))
+    if config.page:
+        routes += page_routes()
     app = Starlette(
         routes=routes,
-        middleware=_middleware(state),
+        middleware=_middleware(state, PAGE_PATHS if config.page else ()),
         exception_handlers={HTTPException: _http_error},
         lifespan=_lifespan,
     )
@@ -171,7 +182,7 @@ def create_metrics_app(state: ServerState) -> Starlette:
     return app
 
 
-def _middleware(state: ServerState) -> list[Middleware]:
+def _middleware(state: ServerState, page_paths: Iterable[str] = ()) -> list[Middleware]:
     config = state.config
     return [
         Middleware(
@@ -186,6 +197,7 @@ def _middleware(state: ServerState) -> list[Middleware]:
             bound_host=config.host,
             allowed_hosts=config.allowed_hosts,
             allowed_origins=config.allowed_origins,
+            public_paths={*PUBLIC_PATHS, *page_paths},
             max_header_bytes=config.max_header_bytes,
         ),
     ]
@@ -206,6 +218,12 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
 async def metrics(request: Request) -> Response:
     """Return the metrics in the text format of Prometheus."""
     return Response(request.app.state.server.metrics.expose(), media_type=CONTENT_TYPE)
+
+
+async def version(request: Request) -> Response:
+    """Return the version of this package, as vLLM does; like other routes it needs the key."""
+    body = json.dumps({"version": qwen2vl.__version__})
+    return Response(body, media_type="application/json")
 
 
 def _model_routes() -> list[CountedRoute]:
@@ -232,7 +250,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method[:20]} {abbreviate(request.url.path)}"
     if error.status_code == 404:
-        converted = APIError(404, f"{where}: there is no such route", code="not_found")
+        similar = _similar_path(request)
+        remedy = f"; did you mean {similar}?" if similar else ""
+        converted = APIError(404, f"{where}: there is no such route{remedy}", code="not_found")
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         converted = APIError(
@@ -243,3 +263,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     response = error_response(converted)
     response.headers.update(error.headers or {})
     return response
+
+
+def _similar_path(request: Request) -> str | None:
+    """Return the route of a path with a missing or doubled /v1, or a slash at the end."""
+    path = request.url.path.rstrip("/")
+    known = {getattr(route, "path", "") for route in request.app.routes}
+    candidates = (path, f"/v1{path}", path.removeprefix("/v1"))
+    return next((one for one in candidates if one in known), None)

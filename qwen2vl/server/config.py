@@ -80,6 +80,7 @@ class ServerConfig:
     metrics_port: int | None = None  # None: /metrics is on the main port
     log_format: LogFormat = "plain"
     access_log: bool = True
+    page: bool = True  # the page at /, which needs no key
 
     # Where media may come from; data: URLs are always allowed.
     allowed_local_media_path: Path | None = None  # root of file:// URLs; None: refused
@@ -100,7 +101,8 @@ class ServerConfig:
     num_media_workers: int = 2  # processes that decode
 
     # HTTP.
-    max_body_bytes: int = 32 * MIB
+    # An image of max_image_bytes fits as base64. A refused body costs less memory than 32 MB.
+    max_body_bytes: int = 30 * MB
     max_held_body_bytes: int = 512 * MIB  # bodies of all requests that run or wait
     body_timeout: float = 30.0  # seconds from the first to the last byte of a body
     max_header_bytes: int = 16 * KIB

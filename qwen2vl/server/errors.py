@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen2vl.errors import CapacityError, EngineError, InputError
+from qwen2vl.errors import (
+    CapacityError,
+    EngineDeadError,
+    EngineError,
+    InputError,
+    MediaWorkerError,
+    MediaWorkersBusyError,
+)
 
 __all__ = ["SERVER_ERROR", "APIError", "to_api_error"]
 
@@ -61,30 +68,50 @@ class APIError(Exception):
         }
 
 
-def to_api_error(error: BaseException, request_id: str = "") -> APIError:
+def to_api_error(
+    error: BaseException, request_id: str = "", *, is_draining: bool = False
+) -> APIError:
     """Convert any exception to the APIError that the client receives.
 
     Args:
         error: what a handler raised.
         request_id: named in the text of an internal error, so that the log can be searched.
+        is_draining: whether the server shuts down, which ends the requests that still run.
     """
     if isinstance(error, APIError):
         return error
     if isinstance(error, CapacityError):
         return APIError(400, str(error), param=error.param, code="context_length_exceeded")
     if isinstance(error, InputError):
-        return APIError(400, str(error), param=error.param, code="invalid_value")
+        return APIError(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, EngineError) and is_draining:
+        return APIError(
+            503,
+            "the server shut down before the request was finished; send it to another one, or "
+            "again after the restart",
+            type=SERVER_ERROR,
+            code="shutting_down",
+        )
     if isinstance(error, EngineError):
         return APIError(
             503,
-            "the engine, or a process that decodes media, stopped or was busy; send the request "
-            "again",
+            f"{_describe(error)}; send the request again",
             type=SERVER_ERROR,
             code="engine_error",
             retry_after=1,
         )
     where = f"; the log has it under request id {request_id}" if request_id else ""
     return APIError(500, f"internal error{where}", type=SERVER_ERROR, code="internal_error")
+
+
+def _describe(error: EngineError) -> str:
+    if isinstance(error, MediaWorkersBusyError):
+        return "all processes that decode images and videos are busy"
+    if isinstance(error, MediaWorkerError):
+        return "a process that decodes images and videos has stopped"
+    if isinstance(error, EngineDeadError):
+        return "the engine stopped before the request was finished"
+    return "the engine cannot run the request now"
 
 
 def _one_line(text: str, limit: int) -> str:

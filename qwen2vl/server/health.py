@@ -1,8 +1,9 @@
-"""Health of the server: /health, /ready, and the restart of an engine that died.
+"""Health of the server: /health, /ping, /ready, and the restart of an engine that died.
 
 /health is 200 while the engine thread lives and its current step is not longer than
-`engine_timeout`; /ready also needs that the server is not draining. Both need no key and tell
-nothing else. `restart_dead_engine` runs as long as the application does.
+`engine_timeout`; /ping is the same (SageMaker's route); /ready also needs that the server is not
+draining. All need no key and tell nothing else. `restart_dead_engine` runs as long as the
+application does.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from qwen2vl.server.listener.http_server import HTTPServer
     from qwen2vl.server.state import ServerState
 
-__all__ = ["build_server", "build_state", "prepare_llm", "run_server"]
+__all__ = ["build_server", "build_state", "forced_exit_status", "prepare_llm", "run_server"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,11 @@ _IMPORTS_WITHOUT_TORCH = (
     "qwen2vl.server.listener.http_server",
 )
 MAX_CONTAINER_FRAMES = 500_000  # of a video file; how many of them are decoded is another limit
-FORCED_EXIT = 1  # exit status after a second signal
 ABORT_EXIT_SECONDS = 3.5
+# oneDNN, which computes in bfloat16, keeps a compiled kernel for each number of rows that it has
+# seen, 1,024 by default. With nano that took 370 MB, reached after thousands of requests; the
+# kernels of decode steps, which come again, are some 100.
+ONEDNN_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def prepare_llm(llm: LLM, config: ServerConfig, decoder: MediaDecoder) -> None:
@@ -128,7 +132,9 @@ def run_server(
     *,
     on_ready: Callable[[ServerState, int], None] = lambda state, port: None,
 ) -> int:
-    """Load a model and serve it until SIGTERM or Ctrl-C; return the exit status.
+    """Load a model and serve it until SIGTERM or Ctrl-C; return the exit status, which is 0.
+
+    A second signal ends the process at once, with the status of `forced_exit_status`.
 
     Args:
         config: of the server.
@@ -140,6 +146,7 @@ def run_server(
         EngineError: the media workers do not start.
         Qwen2VLError: as `load` does.
     """
+    os.environ.setdefault(*ONEDNN_CACHE)  # read at its first use
     gc.disable()  # imports create very many objects that stay: collecting among them takes time
     with ExitStack() as stack:
         sock = stack.enter_context(open_socket(config.host, config.port))
@@ -161,15 +168,20 @@ def run_server(
             state,
             metrics_socket=metrics_socket,
             on_started=lambda: on_ready(state, port),
-            on_abort=_limit_exit,
+            on_abort=lambda: _limit_exit(server),
         )
         decoder.wait_until_ready()  # they have had the time of `import torch`
         gc.enable()
         gc.freeze()  # later collections do not visit what was imported and loaded
         server.run([sock])
         if server.force_exit:
-            _exit_now()
+            _exit_now(forced_exit_status(server.forcing_signal))
     return 0
+
+
+def forced_exit_status(signal_number: int | None) -> int:
+    """Return the exit status after a second signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (signal.SIGTERM if signal_number is None else signal_number)
 
 
 def _load_libtorch() -> None:
@@ -203,16 +215,20 @@ def _start_decoder(config: ServerConfig, stack: ExitStack) -> MediaWorkerPool:
     return pool
 
 
-def _limit_exit() -> None:
+def _limit_exit(server: HTTPServer) -> None:
     """End the process in some seconds, even if a thread is in a long step."""
-    timer = threading.Timer(ABORT_EXIT_SECONDS, _exit_now)
+
+    def end() -> None:
+        _exit_now(forced_exit_status(server.forcing_signal) if server.force_exit else 0)
+
+    timer = threading.Timer(ABORT_EXIT_SECONDS, end)
     timer.daemon = True
     timer.start()
 
 
-def _exit_now() -> None:
+def _exit_now(status: int) -> None:
     """End the process without waiting for threads, which may be in a long step."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(FORCED_EXIT)
+    os._exit(status)

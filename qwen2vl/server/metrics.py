@@ -76,8 +76,9 @@ class ServerMetrics:
         self._time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "Time from the request to its first token."
         )
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Time between two tokens of a sample."
+        self._time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time between two tokens of a sample, its first token aside.",
         )
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "Time from the request to its last token."
@@ -146,7 +147,7 @@ class ServerMetrics:
             self._output_size.observe(count)
             self._success.labels(finished_reason=completion.finish_reason).inc()
             if count > 1:
-                self._inter_token.observe(completion.seconds.decode / (count - 1))
+                self._time_per_output_token.observe(completion.seconds.decode / (count - 1))
 
     def observe_prompts(self, prompt_tokens: Sequence[int]) -> None:
         """Count the prompts of a request that generates nothing, by their numbers of tokens."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 import qwen2vl
 from qwen2vl.server.routing import Operation
 
-__all__ = ["ErrorBody", "ErrorResponse", "describe"]
+__all__ = ["ErrorBody", "ErrorResponse", "Version", "describe"]
 
 # Status -> when; all have the body of ErrorResponse.
 _REFUSALS = {
@@ -35,6 +35,18 @@ _REFUSALS = {
 }
 _PUBLIC_REFUSALS = (400, 403)
 _GET_REFUSALS = (400, 401, 403, 404)
+# Routes without a body, which need no key.
+_PROBES = {
+    "/health": "Whether the engine works",
+    "/ping": "Whether the engine works; POST is allowed, too",
+    "/ready": "Whether new requests are taken",
+}
+
+
+class Version(BaseModel):
+    """The body of /version."""
+
+    version: str
 
 
 class ErrorBody(BaseModel):
@@ -97,8 +109,14 @@ def describe(
             operation_id="get_model" if "{" in path else "list_models",
             responses=_responses(_GET_REFUSALS),
         )
-    texts = {"/health": "Whether the engine works", "/ready": "Whether new requests are taken"}
-    for path, summary in texts.items():
+    app.add_api_route(
+        "/version",
+        _endpoint(None, Version),
+        summary="Return the version of the server",
+        operation_id="version",
+        responses=_responses(_GET_REFUSALS[:-1]),
+    )
+    for path, summary in _PROBES.items():
         app.add_api_route(path, _endpoint(None, None), summary=summary, operation_id=path[1:])
     if has_metrics:
         app.add_api_route("/metrics", _endpoint(None, None), operation_id="metrics")
@@ -147,7 +165,7 @@ def _corrected(description: dict[str, Any], has_keys: bool) -> dict[str, Any]:
         for operation in methods.values():
             responses = operation["responses"]
             responses.pop("422", None)
-            if path in ("/health", "/ready"):
+            if path in _PROBES:
                 responses["200"] = {"description": "Yes; the body is empty."}
                 responses["503"] = {"description": "No; the body is empty."}
             if path == "/metrics":
@@ -156,7 +174,7 @@ def _corrected(description: dict[str, Any], has_keys: bool) -> dict[str, Any]:
             for status in _PUBLIC_REFUSALS:
                 shown = {"description": _REFUSALS[status], "content": error}
                 responses.setdefault(str(status), shown)
-            if has_keys and path not in ("/health", "/ready"):
+            if has_keys and path not in _PROBES:
                 operation["security"] = [{"bearer": []}]
                 shown = {"description": _REFUSALS[401], "content": error}
                 responses.setdefault("401", shown)

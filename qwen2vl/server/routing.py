@@ -157,7 +157,9 @@ class _Exchange:
     def _to_api_error(self, error: BaseException) -> APIError:
         if isinstance(error, TimeoutError):
             return self._timeout_error()
-        converted = to_api_error(error, self._caller.request_id)
+        converted = to_api_error(
+            error, self._caller.request_id, is_draining=self._state.is_draining
+        )
         if converted.status == 500:
             logger.error("request %s failed", self._caller.request_id, exc_info=error)
         elif isinstance(error, EngineError):  # the client does not get its text

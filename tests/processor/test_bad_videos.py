@@ -197,7 +197,7 @@ ACCEPTED: list[tuple[str, Callable[[], Any], dict[str, Any], Callable[[Item], bo
         "nframes larger than video, nframes=0, negative, float",
         lambda: encoded_video(6),
         {"nframes": 100},
-        lambda item: num_frames(item) == 6 and "nframes 100 lowered to the 6" in item.notes[-1],
+        lambda item: num_frames(item) == 6 and "100 lowered to the 6 frames" in item.notes[-1],
     ),
     (
         "huge source fps 1000 / requested fps 1000",

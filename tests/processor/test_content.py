@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, UnknownKeyError
 from qwen2vl.processor.content import GroundingPart, MediaPart, Part, TextPart, parse_media_item
 from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
 from qwen2vl.processor.messages import parse_messages
@@ -114,6 +114,13 @@ def test_an_array_is_a_source() -> None:
             TextPart("hi"),
         ),
         ({"type": "refusal", "refusal": "I cannot."}, TextPart("I cannot.")),
+        ({"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}, TextPart("hi")),
+        ({"type": "output_text", "text": "hi", "parsed": {"a": 1}}, TextPart("hi")),
+        (
+            {"type": "image", "image": "a.png", "uuid": "x", "cache_control": {}},
+            image(),
+        ),
+        ({"type": "video", "video": "a.mp4", "uuid": "x", "cache_control": {}}, video()),
         (
             {"type": "input_image", "image_url": URL, "detail": "auto", "file_id": None},
             image(URL, MediaOptions(detail="auto")),
@@ -177,7 +184,7 @@ def test_media_item_is_a_bare_source_or_a_mapping() -> None:
         ({"type": "text", "text": 3}, r"\.text must be a string, got int"),
         ({"type": "text"}, r"\.text must be a string, got NoneType"),
         ({"type": "ref", "ref": ["a"]}, r"\.ref must be a string, got list"),
-        ({"type": "image"}, r"needs one source \(image, image_url, url, path, base64\), got"),
+        ({"type": "image"}, r"needs one source \(image, image_url, url, base64\), got"),
         ({"image": "a.png", "url": "b.png", "type": "image"}, "got image and url"),
         ({"image": "a.png", "fps": 2}, r"unknown key 'fps'; known: base64, detail"),
         ({"image": "a.png", "max_pixel": 2}, r"'max_pixel'; did you mean max_pixels\?"),
@@ -222,3 +229,35 @@ def test_item_errors_name_the_path(item: dict[str, Any], text: str) -> None:
         parse_item(item)
     assert str(caught.value).startswith(PATH)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ({"video": "a", "fps": 2, "num_frames": 4}, "fps 2 and num_frames 4 exclude each other"),
+        ({"video": "a", "fps": 2, "nframes": 4}, "fps 2 and nframes 4 exclude each other"),
+        ({"video": "a", "num_frames": 0}, "num_frames is 0, must lie between"),
+    ],
+)
+def test_errors_name_the_key_that_was_written(item: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_item(item)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "text", "text": "hi", "txet": 1},
+        {"type": "image", "image": "a.png", "pth": 1},
+        {"type": "image_url", "image_url": {"url": "a.png", "sizes": "low"}},
+        {"type": "text", "text": "hi", "uuid": "x"},
+        {"type": "box", "box": [1, 2, 3, 4], "pictur": 1},
+    ],
+)
+def test_unknown_keys_have_their_own_class(item: dict[str, Any]) -> None:
+    """A server sends another code for them; local paths are not suggested to its clients."""
+    with pytest.raises(UnknownKeyError) as caught:
+        parse_item(item)
+    assert caught.value.code == "unknown_parameter"
+    assert "path" not in str(caught.value)

@@ -168,7 +168,7 @@ def test_objects_inside_a_message() -> None:
         ),
         (
             [{"role": "user", "content": "hi", "tool_calls": []}],
-            r"unknown key 'tool_calls'; known: content, role",
+            r"unknown key 'tool_calls'; known: content, name, role",
         ),
         ([{"role": "assistant", "tool_calls": "f()"}], r"tool_calls must be a list, got str"),
         ([{"role": "assistant", "tool_calls": [{}]}], r"messages\[0\]\.tool_calls\[0\] must be"),

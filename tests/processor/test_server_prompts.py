@@ -136,7 +136,7 @@ def test_num_frames_is_nframes() -> None:
     both = {"type": "video", "video": frames, "num_frames": 4, "nframes": 4}
     with pytest.raises(InputError, match=r"num_frames and .*nframes mean the same"):
         tiny_processor()(user(both))
-    with pytest.raises(InputError, match=r"content\[0\]: nframes is 0, must lie between"):
+    with pytest.raises(InputError, match=r"content\[0\]: num_frames is 0, must lie between"):
         tiny_processor()(user({"type": "video", "video": frames, "num_frames": 0}))
     with pytest.raises(InputError, match="unknown key 'num_frames'"):
         tiny_processor()(user({"type": "image", "image": random_image(), "num_frames": 4}))

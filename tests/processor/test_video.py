@@ -142,7 +142,7 @@ def test_impossible_nframes_is_noted() -> None:
     notes = plan(uniform_metadata(30), nframes=100).notes
     assert notes == (
         "30 of 30 frames, 10 fps, 308 x 252",
-        "nframes 100 lowered to the 30 frames there are",
+        "num_frames (nframes) 100 lowered to the 30 frames there are",
     )
 
 

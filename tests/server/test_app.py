@@ -10,6 +10,7 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
+import qwen2vl
 from qwen2vl.server.admission import Admission
 from qwen2vl.server.app import create_app, create_metrics_app, load_operations
 from qwen2vl.server.routing import Operation
@@ -54,12 +55,46 @@ def test_the_answer_can_be_streamed(app_client: TestClient) -> None:
     assert "".join(deltas) == plain
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/%00"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/%00"])
 def test_unknown_routes(app_client: TestClient, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
         response = app_client.request(method, path)
         assert response.status_code == 404
         assert error_of(response)["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        ("/chat/completions", CHAT),
+        ("/completions", "/v1/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/v1/chat/completions", CHAT),
+        ("/v1/chat/completions/", CHAT),
+        ("/v1/tokenize", "/tokenize"),
+        ("/nothing", None),
+    ],
+)
+def test_a_route_without_its_prefix(app_client: TestClient, path: str, other: str | None) -> None:
+    response = app_client.post(path, json=HI)
+    error = error_of(response)
+    assert (response.status_code, error["code"]) == (404, "not_found")
+    remedy = f"; did you mean {other}?" if other else "there is no such route"
+    assert error["message"].endswith(remedy)
+
+
+def test_version_and_ping(make_state: StateMaker) -> None:
+    """The version needs the key; /ping is /health, also by POST."""
+    client = TestClient(create_app(make_state(api_keys=("key",))), base_url=URL)
+    response = client.get("/version", headers={"Authorization": "Bearer key"})
+    assert response.json() == {"version": qwen2vl.__version__}
+    refused = client.get("/version")
+    assert refused.status_code == 401 and qwen2vl.__version__ not in refused.text
+    for method in ("GET", "POST"):
+        response = client.request(method, "/ping")
+        assert (response.status_code, response.content) == (200, b"")
+    assert client.delete("/ping").status_code == 405
+    assert client.post("/version", headers={"Authorization": "Bearer key"}).status_code == 405
 
 
 @pytest.mark.parametrize(

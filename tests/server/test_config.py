@@ -17,7 +17,9 @@ def test_the_defaults_are_those_of_a_closed_server() -> None:
     assert (config.host, config.port) == ("127.0.0.1", 8000)
     assert config.allowed_local_media_path is None
     assert not (config.allowed_media_domains or config.allowed_origins or config.allowed_hosts)
-    assert config.max_body_bytes == 32 * 1024**2
+    assert config.max_body_bytes == 30_000_000
+    base64_bytes = -(-config.max_image_bytes // 3) * 4
+    assert base64_bytes + 1_000_000 < config.max_body_bytes < 32_000_000
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,14 @@ def test_the_server_starts_without_importing_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("second", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_a_second_signal_ends_the_process_at_once(
+    tmp_path: Path, second: signal.Signals, status: int
+) -> None:
     errors = tmp_path / "stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen(
@@ -82,9 +89,11 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         while httpx2.get(f"{match[1]}/ready").status_code != 503:
             assert time.monotonic() < deadline
         began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == launch.FORCED_EXIT
+        process.send_signal(second)
+        assert process.wait(60) == status == launch.forced_exit_status(second)
         assert time.monotonic() - began < 10  # less than 4 s on a machine that is not busy
         thread.join(20)
+        assert "Traceback" not in errors.read_text()
+        assert "error" not in errors.read_text()
     finally:
         process.kill()

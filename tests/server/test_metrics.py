@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qwen2vl.engine.outputs import Completion, Timings
@@ -47,7 +48,10 @@ def test_a_request_is_counted() -> None:
     assert found["qwen2vl:request_success_total{finished_reason=length}"] == 1
     assert found["qwen2vl:time_to_first_token_seconds_sum"] == 0.5
     assert found["qwen2vl:e2e_request_latency_seconds_sum"] == 2.0
-    assert found["qwen2vl:inter_token_latency_seconds_count"] == 2
+    per_token = "qwen2vl:request_time_per_output_token_seconds"  # one mean a sample, as in vLLM
+    assert found[f"{per_token}_count"] == 2
+    assert found[f"{per_token}_sum"] == pytest.approx(0.9 / 9 + 0.9 / 3)
+    assert "qwen2vl:inter_token_latency_seconds_count" not in found  # vLLM's has each gap
     for phase, seconds in {"preprocess": 0.01, "encoder": 0.02, "prefill": 0.03}.items():
         assert found[f"qwen2vl:request_{phase}_time_seconds_sum"] == seconds
 

@@ -27,7 +27,7 @@ def test_all_routes_are_described(description: dict[str, Any]) -> None:
     assert set(description["paths"]) == {
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"),
         *("/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize"),
-        *("/health", "/ready", "/metrics"),
+        *("/health", "/ping", "/ready", "/metrics", "/version"),
     }
     operations = [one for path in description["paths"].values() for one in path.values()]
     assert len({one["operationId"] for one in operations}) == len(operations)
@@ -60,7 +60,9 @@ def test_the_key_is_described_if_one_is_needed(
     locked = client.get("/openapi.json").json()
     assert locked["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
     assert locked["paths"]["/tokenize"]["post"]["security"] == [{"bearer": []}]
-    assert "security" not in locked["paths"]["/health"]["get"]
+    assert locked["paths"]["/version"]["get"]["security"] == [{"bearer": []}]
+    for path in ("/health", "/ping", "/ready"):
+        assert "security" not in locked["paths"][path]["get"]
     assert "/metrics" not in locked["paths"]
 
 

@@ -57,13 +57,14 @@ def check_context(
     kinds = {"image": prompt.image_tokens, "video": prompt.video_tokens}
     parts = {"text": total - sum(kinds.values()), **{k: n for k, n in kinds.items() if n}}
     breakdown = " + ".join(f"{count:,} {kind}" for kind, count in parts.items())
+    tokens = f"{total:,} = {breakdown} tokens" if len(parts) > 1 else f"{total:,} tokens"
     excess = (
-        f"> {limit:,}, the {limit_name} ({setting})"
+        f"more than {limit:,}, the {limit_name} ({setting})"
         if total > limit
-        else f"fill the {limit_name} ({setting} {limit:,}) and leave no token for the output"
+        else f"which fill the {limit_name} ({setting} {limit:,}) and leave none for the output"
     )
     remedy = _remedy(prompt, config, limit, setting, max_tokens)
-    raise CapacityError(f"prompt {total:,} = {breakdown} tokens {excess}; {remedy}")
+    raise CapacityError(f"the prompt has {tokens}, {excess}; {remedy}")
 
 
 def check_text_fits(texts: Sequence[str], tokenizer: Tokenizer, max_model_len: int) -> None:

@@ -6,14 +6,23 @@ names options and internal forms of its own. `explain_error` finds the position 
 
 from __future__ import annotations
 
+import json
 import re
 
 __all__ = ["explain_error", "one_line"]
 
 MAX_REASON_CHARS = 200
+MAX_RULE_CHARS = 80
 
 _REGEX_ERROR = re.compile(r"regex parse error:\n {4}.*\n {4}( *)\^[\^ ]*\nerror: ([^\n]+)")
 _LARK_POSITION = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
+_EBNF_RULE = re.compile(
+    r"^[ \t]*<?([A-Za-z_][\w-]*)>?[ \t]*::=[ \t]*(.*(?:\n[ \t]*\|.*)*)", re.MULTILINE
+)
+_EBNF_TOKEN = re.compile(
+    r"""(?P<text>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')|(?P<chars>\[(?:[^]\\]|\\.)+\])|<[A-Za-z_][\w-]*>"""
+    r"""|[A-Za-z_][\w-]*"""
+)
 _ANCHOR = re.compile(r"lookarounds not supported yet; (\w+)")
 _ANCHORS = {"Start": "^", "End": "$", "WordUnicode": r"\b", "WordUnicodeNegate": r"\B"}
 
@@ -61,11 +70,37 @@ def explain_error(kind: str, text: str, source: str) -> str:
     """
     reason = _regex_reason(text, source if kind == "regex" else None)
     position = _LARK_POSITION.fullmatch(text)
+    if kind == "lark" and (rule := _EBNF_RULE.search(source)):
+        return _ebnf_reason(rule)
     if reason is None:
         reason = _known_reason(position[3] if position else text)
     if position is not None and kind == "lark":
         reason = f"line {position[1]}, column {position[2]}: {reason}"
     return one_line(reason)
+
+
+def _ebnf_reason(rule: re.Match[str]) -> str:
+    name = "start" if rule[1] == "root" else _lark_name(rule[1])
+    body = _EBNF_TOKEN.sub(_lark_token, " ".join(rule[2].split()))
+    if len(body) > MAX_RULE_CHARS:
+        body = f"{body[:MAX_RULE_CHARS]}..."
+    return (
+        f"the grammar is read in Lark syntax, and EBNF with ::= is not; write {name}: {body} and "
+        "the other rules alike"
+    )
+
+
+def _lark_token(token: re.Match[str]) -> str:
+    """Return a token of EBNF in Lark's syntax: "text", /[chars]/ or a name of a rule."""
+    if token["chars"]:
+        return f"/{token[0]}/"
+    if token["text"]:
+        return token[0] if token[0][0] == '"' else json.dumps(token[0][1:-1], ensure_ascii=False)
+    return _lark_name(token[0].strip("<>"))
+
+
+def _lark_name(name: str) -> str:
+    return name.replace("-", "_").lower()
 
 
 def one_line(text: str) -> str:

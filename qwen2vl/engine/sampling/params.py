@@ -71,7 +71,7 @@ class SamplingParams:
             raise InputError(
                 f"temperature: got {self.temperature}, must be 0 (greedy) or from 0.001 to 10"
             )
-        _check_number("top_p", self.top_p, 0, 1, "1 turns it off", open_below=True)
+        _check_number("top_p", self.top_p, 0, 1, "1 turns it off, 0 is greedy")
         # Far smaller values would make logits infinite.
         _check_number("repetition_penalty", self.repetition_penalty, 1e-3, 10, "1 turns it off")
         _check_number("min_p", self.min_p, 0, 1, "0 turns it off", required=True)
@@ -104,16 +104,14 @@ def _check_number(
     low: float,
     high: float,
     remark: str,
-    open_below: bool = False,
     required: bool = False,
 ) -> None:
     if value is None and not required:
         return
-    rule = f"a number {'above' if open_below else 'from'} {low} to {high} ({remark})"
+    rule = f"a number from {low} to {high} ({remark})"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{name}: got {abbreviate(value)}, must be {rule}")
-    below = value <= low if open_below else value < low
-    if not math.isfinite(value) or below or value > high:
+    if not math.isfinite(value) or not low <= value <= high:
         raise InputError(f"{name}: got {value}, must be {rule}")
 
 

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, MediaTooLargeError
 
 __all__ = ["download"]
 
@@ -40,7 +40,7 @@ def download(url: str, *, max_bytes: int, timeout: float, name: str) -> tuple[by
         raise InputError(f"{name}: {text} for {shown}; check the URL") from error
     except _TooLargeError as error:
         text = f"{shown} has more than {max_bytes:,} bytes"
-        raise InputError(f"{name}: {text}; send a smaller file") from error
+        raise MediaTooLargeError(f"{name}: {text}; send a smaller file") from error
     except TimeoutError as error:
         raise InputError(f"{name}: {shown} did not arrive in {timeout:g} s; try again") from error
     except urllib.error.URLError as error:

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, MediaTooLargeError
 from qwen2vl.processor.media.arrays import to_uint8
 from qwen2vl.processor.media.sniff import sniff_type
 from qwen2vl.processor.media.source import (
@@ -139,7 +139,7 @@ def open_encoded(
         try:
             image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise InputError(
+            raise MediaTooLargeError(
                 f"{name} has more than {limits.max_image_pixels:,} pixels, which is the limit; "
                 "resize it first"
             ) from error
@@ -192,7 +192,7 @@ def check_image_size(image: Image.Image, limits: MediaLimits, name: str) -> None
             f"{name} is {width} x {height} pixels; an image needs at least 1 x 1, so save it again"
         )
     if width * height > limits.max_image_pixels:
-        raise InputError(
+        raise MediaTooLargeError(
             f"{name} is {width} x {height} = {width * height:,} pixels, limit is "
             f"{limits.max_image_pixels:,}; resize it first"
         )
@@ -274,7 +274,7 @@ def array_to_image(
         InputError: a dtype or values that are not colors, or more pixels than the limit.
     """
     if array.shape[0] * array.shape[1] > limits.max_image_pixels:
-        raise InputError(
+        raise MediaTooLargeError(
             f"{name} is {array.shape[1]} x {array.shape[0]} pixels, limit is "
             f"{limits.max_image_pixels:,} in all; resize it first"
         )

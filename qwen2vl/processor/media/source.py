@@ -25,7 +25,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image
 
-from qwen2vl.errors import ConfigError, InputError, abbreviate
+from qwen2vl.errors import ConfigError, InputError, MediaTooLargeError, abbreviate
 from qwen2vl.processor.media.arrays import image_channels_last, tensor_to_array
 
 if TYPE_CHECKING:
@@ -257,16 +257,16 @@ def _read_chunks(file: BinaryIO, limits: MediaLimits, name: str) -> bytes:
             )
         content += chunk
         if len(content) > limits.max_bytes:
-            raise InputError(
+            raise MediaTooLargeError(
                 f"{name} has more than {limits.max_bytes:,} bytes, which is the limit; send a "
                 "smaller file"
             )
     return bytes(content)
 
 
-def out_of_memory(name: str) -> InputError:
+def out_of_memory(name: str) -> MediaTooLargeError:
     """Return the error for media that cannot be decoded in the memory of this process."""
-    return InputError(f"{name} needs more memory to decode than there is; resize it first")
+    return MediaTooLargeError(f"{name} needs more memory to decode than there is; resize it first")
 
 
 def read_head(media: Media, count: int = 256) -> bytes:
@@ -317,7 +317,7 @@ def _decode_data_url(source: str, limits: MediaLimits, name: str) -> Media:
     if not comma:
         raise InputError(f"{name}: data URL without a comma; write data:image/png;base64,...")
     if len(payload) > limits.max_bytes / 3 * 4 + 4:
-        raise InputError(
+        raise MediaTooLargeError(
             f"{name}: data URL of {len(payload):,} characters, limit is {limits.max_bytes:,} "
             "bytes; send a smaller file"
         )
@@ -390,6 +390,6 @@ def _check_size(size: int, limits: MediaLimits, name: str) -> None:
     if size == 0:
         raise InputError(f"{name} is empty (0 bytes); save or download it again")
     if size > limits.max_bytes:
-        raise InputError(
+        raise MediaTooLargeError(
             f"{name} has {size:,} bytes, limit is {limits.max_bytes:,}; send a smaller file"
         )

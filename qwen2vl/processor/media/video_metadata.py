@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from qwen2vl.errors import InputError
+from qwen2vl.errors import MediaTooLargeError
 from qwen2vl.processor.media.source import MediaLimits
 
 __all__ = [
@@ -79,7 +79,7 @@ class Deadline:
     def check(self) -> None:
         """Raise InputError after the deadline."""
         if time.monotonic() > self._end:
-            raise InputError(
+            raise MediaTooLargeError(
                 f"{self._name} took more than {self._seconds:g} s to decode; cut it or make it "
                 "smaller first"
             )
@@ -88,7 +88,7 @@ class Deadline:
 def check_frame_count(count: int, limits: MediaLimits, name: str) -> None:
     """Raise InputError if a video has more frames than the limit."""
     if count > limits.max_frames:
-        raise InputError(
+        raise MediaTooLargeError(
             f"{name} has more than {limits.max_frames:,} frames, which is the limit; cut it first"
         )
 

@@ -25,7 +25,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, MediaTooLargeError
 from qwen2vl.processor.media.sniff import sniff_type
 from qwen2vl.processor.media.source import Media, MediaLimits, out_of_memory, read_head
 from qwen2vl.processor.media.video_metadata import (
@@ -135,7 +135,7 @@ class PyAVVideoReader:
             notes.append(f"timestamps missing or decreasing, {fps:g} fps assumed")
         duration = video_duration(timestamps, fps)
         if duration > self._limits.max_seconds:
-            raise InputError(
+            raise MediaTooLargeError(
                 f"{self._name} lasts {duration:,.0f} s, limit is "
                 f"{self._limits.max_seconds:,.0f} s; cut it first"
             )
@@ -231,7 +231,7 @@ class PyAVVideoReader:
 
 def _check_frame_size(width: int, height: int, limits: MediaLimits, name: str) -> None:
     if width * height > limits.max_image_pixels:
-        raise InputError(
+        raise MediaTooLargeError(
             f"{name} is {width} x {height}, limit is {limits.max_image_pixels:,} pixels a frame; "
             "resize it first"
         )

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
-from qwen2vl.errors import ConfigError, InputError
+from qwen2vl.errors import ConfigError, InputError, MediaTooLargeError
 from qwen2vl.processor.media.rgb import DecodedImage, decode_media
 from qwen2vl.processor.media.source import Media, MediaLimits, MediaSource, read_source
 from qwen2vl.processor.media.video_metadata import VideoReader
@@ -175,7 +175,7 @@ class MediaWorkerPool:
             return media
         # The worker has it twice, beside what it decodes.
         if len(content) > self.limits.memory_bytes // 4:
-            raise InputError(
+            raise MediaTooLargeError(
                 f"{name} has {len(content):,} bytes, limit is {self.limits.memory_bytes // 4:,}; "
                 "send a smaller file"
             )

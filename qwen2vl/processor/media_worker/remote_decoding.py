@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from qwen2vl.errors import EngineError, InputError
+from qwen2vl.errors import InputError, MediaTooLargeError, MediaWorkerError
 from qwen2vl.processor.media.rgb import DecodedImage
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.media.video_metadata import FrameTransform, VideoMetadata
@@ -131,11 +131,13 @@ class WorkerLease:
             return header, size
         if size:
             raise ProtocolError("an error with a payload")
+        if reason == "too_large":
+            raise MediaTooLargeError(read_text(header.get("error")))
         if reason == "input":
             raise InputError(read_text(header.get("error")))
         if reason == "memory":
             limit = self._supervisor.limits.memory_bytes
-            raise InputError(
+            raise MediaTooLargeError(
                 f"{self.name} needs more than {limit >> 20:,} MB of memory to decode, which is the "
                 "limit; resize it first"
             )
@@ -153,7 +155,7 @@ class WorkerLease:
         reason = worker.end()
         self._supervisor.discard(worker)
         if self._supervisor.is_closed:
-            raise EngineError("the media workers are closed")
+            raise MediaWorkerError("the media workers are closed")
         if reason == "time":
             raise self._too_slow()
         if reason == "crash":
@@ -166,8 +168,8 @@ class WorkerLease:
             )
         self._num_retries += 1
 
-    def _too_slow(self) -> InputError:
-        return InputError(
+    def _too_slow(self) -> MediaTooLargeError:
+        return MediaTooLargeError(
             f"{self.name} took more than {self.seconds:g} s to decode; cut it or make it smaller "
             "first"
         )

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 
-from qwen2vl.errors import EngineError
+from qwen2vl.errors import EngineError, MediaWorkerError, MediaWorkersBusyError
 from qwen2vl.processor.media_worker.worker_process import WorkerLimits, WorkerProcess
 
 __all__ = ["WorkerSupervisor"]
@@ -79,7 +79,7 @@ class WorkerSupervisor:
             while True:
                 self._check_open()
                 if self._thread is None:
-                    raise EngineError("the media workers are not started; call start() first")
+                    raise MediaWorkerError("the media workers are not started; call start() first")
                 while self._idle:
                     worker = self._idle.pop()  # the last one: its caches are warm
                     if not worker.has_ended():
@@ -87,9 +87,9 @@ class WorkerSupervisor:
                     worker.kill()
                     self._remove(worker)
                 if self._start_error is not None and not self._workers:
-                    raise EngineError(str(self._start_error)) from self._start_error
+                    raise MediaWorkerError(str(self._start_error)) from self._start_error
                 if not self._changed.wait(deadline - time.monotonic()):
-                    raise EngineError(
+                    raise MediaWorkersBusyError(
                         f"all {self._num_workers} media workers are busy for "
                         f"{seconds:g} s; try again later"
                     )
@@ -128,7 +128,7 @@ class WorkerSupervisor:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise EngineError("the media workers are closed")
+            raise MediaWorkerError("the media workers are closed")
 
     def _remove(self, worker: WorkerProcess) -> None:
         self._workers.discard(worker)
@@ -192,7 +192,7 @@ class WorkerSupervisor:
 
     def _set_start_error(self, error: Exception) -> None:
         with self._changed:
-            self._start_error = EngineError(f"the media workers do not start: {error}")
+            self._start_error = MediaWorkerError(f"the media workers do not start: {error}")
             self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, MediaTooLargeError
 from qwen2vl.processor.media.rgb import FORMATS, decode_media
 from qwen2vl.processor.media.source import Media, MediaLimits
 from qwen2vl.processor.media.video_metadata import VideoReader
@@ -67,6 +67,12 @@ def _load_decoders() -> None:
         decode_media(Media(content=file.getvalue()), MediaLimits(), kind)
 
 
+def _reason(error: InputError) -> str:
+    if isinstance(error.__cause__, MemoryError):
+        return "memory"
+    return "too_large" if isinstance(error, MediaTooLargeError) else "input"
+
+
 class _Jobs:
     """Serves the jobs of one channel; holds the video that is open between two of them."""
 
@@ -90,8 +96,7 @@ class _Jobs:
             try:
                 handlers[header["job"]](header, payload)
             except InputError as error:
-                is_memory = isinstance(error.__cause__, MemoryError)
-                self._fail("memory" if is_memory else "input", str(error))
+                self._fail(_reason(error), str(error))
             except MemoryError:
                 self._fail("memory", "")
 

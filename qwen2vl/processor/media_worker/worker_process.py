@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qwen2vl.errors import ConfigError, EngineError
+from qwen2vl.errors import ConfigError, MediaWorkerError
 from qwen2vl.processor.media_worker.protocol import (
     Channel,
     ChannelClosedError,
@@ -110,7 +110,7 @@ class WorkerProcess:
             )
         except OSError as error:
             own.close()
-            raise EngineError(f"a media worker cannot be started: {error.strerror}") from error
+            raise MediaWorkerError(f"a media worker cannot be started: {error.strerror}") from error
         finally:
             other.close()
 
@@ -137,11 +137,11 @@ class WorkerProcess:
             if self.end() == "outside":
                 return None
             text = f"exit status {self._process.returncode}"
-            raise EngineError(f"a media worker did not start: {text}") from error
+            raise MediaWorkerError(f"a media worker did not start: {text}") from error
         except (ProtocolError, TimeoutError) as error:
             self.kill()
             text = str(error) or f"no answer in {seconds:g} s"
-            raise EngineError(f"a media worker did not start: {text}") from error
+            raise MediaWorkerError(f"a media worker did not start: {text}") from error
 
     def begin_job(
         self, header: dict[str, Any], payload: Any, deadline: float, cpu_seconds: float

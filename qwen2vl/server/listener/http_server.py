@@ -2,7 +2,8 @@
 
 After the first SIGTERM or Ctrl-C, /ready answers 503 and new requests are refused with 503, while
 running ones finish until `shutdown_timeout`; then the engine is closed, and they end with an error.
-A second signal ends everything at once. Requests that had arrived before the signal are accepted.
+A second signal ends everything at once, and `forcing_signal` tells which one it was. Requests that
+had arrived before the first signal are accepted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ BACKLOG = 2048
 ACCEPT_SECONDS = 0.1  # requests that the kernel held when the signal came are read meanwhile
 POLL_SECONDS = 0.02
 ABORT_SECONDS = 2.0  # for the error events of requests that were aborted
+LIFESPAN_SECONDS = 0.5  # for the end of the application's lifespan after a second signal
 
 
 class HTTPServer(uvicorn.Server):
@@ -63,6 +65,7 @@ class HTTPServer(uvicorn.Server):
         self._companion = companion
         self._companion_task: asyncio.Task[None] | None = None
         self._on_started = on_started
+        self.forcing_signal: int | None = None  # the second signal, which ends at once
         limits = state.config
         super().__init__(
             uvicorn.Config(
@@ -95,12 +98,17 @@ class HTTPServer(uvicorn.Server):
         """Begin to drain at the first signal; end at once at the second."""
         if self.should_exit:
             self.force_exit = True
+            self.forcing_signal = sig
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then close the listener and what is left of the connections."""
         await self._drain()
         await super().shutdown(sockets)
+        if self.force_exit:
+            # uvicorn skips this then; the lifespan's task would be canceled and log a traceback.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), LIFESPAN_SECONDS)
         if self._companion is not None and self._companion_task is not None:
             self._companion[0].should_exit = True
             await self._companion_task
@@ -112,13 +120,13 @@ class HTTPServer(uvicorn.Server):
         num_running = state.admission.num_requests
         if num_running:
             logger.warning(
-                "draining: %d running requests have %g s to finish",
-                num_running,
+                "draining: %s running, with %g s to finish",
+                _count_requests(num_running),
                 state.config.shutdown_timeout,
             )
         if await self._wait_for(self._is_idle, state.config.shutdown_timeout):
             return
-        logger.warning("aborting %d requests", state.admission.num_requests)
+        logger.warning("aborting %s", _count_requests(state.admission.num_requests))
         self._on_abort()
         # In a thread, because it waits for the step that runs; not awaited, because that may hang.
         threading.Thread(target=state.engine.close, name="close-engine", daemon=True).start()
@@ -147,3 +155,7 @@ class HTTPServer(uvicorn.Server):
                 yield
             finally:
                 self._captured_signals.clear()
+
+
+def _count_requests(count: int) -> str:
+    return f"{count} request" if count == 1 else f"{count} requests"

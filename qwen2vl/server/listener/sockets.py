@@ -26,7 +26,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
-        raise ConfigError(f"--host {host}: is no name or address of this machine") from None
+        raise ConfigError(f"--host {host}: is not a name or an address of this machine") from None
     family, kind, protocol, _, address = info[0]
     sock = socket.socket(family, kind, protocol)
     try:

@@ -16,7 +16,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
+from qwen2vl.errors import abbreviate
 from qwen2vl.processor.content import MediaPart
 from qwen2vl.processor.messages import Message
 from qwen2vl.server.errors import APIError
@@ -31,6 +33,8 @@ __all__ = ["MediaConnector"]
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _MAX_DATA_HEAD = 256  # characters before the comma of a data URL
 _DATA_HEAD = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^,;\s]*)*;base64", re.ASCII)
+_MIN_BASE64 = 64  # characters: shorter text of the alphabet may be a path
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+", re.ASCII)
 _Kind = Literal["data", "http", "file"]
 
 
@@ -145,12 +149,29 @@ class MediaConnector:
                 )
                 raise _refusal(name, text, "media_not_allowed")
             return _Source(url, "file", name, max_bytes)
-        raise _refusal(
-            name,
-            "the source is not a data:, http://, https:// or file:// URL; write "
-            "data:image/png;base64,... before base64",
-            "invalid_url",
-        )
+        raise _refusal(name, self._describe_other(url, scheme), "invalid_url")
+
+    def _describe_other(self, url: str, scheme: str) -> str:
+        """Return what is wrong with a source that is no URL, or one of another scheme."""
+        if len(url) > _MIN_BASE64 and _BASE64.fullmatch(url[:_MAX_DATA_HEAD]):
+            return "the source is base64 without a head; write data:image/png;base64,... before it"
+        if not url:
+            what = "the URL is empty"
+        elif scheme == "file":
+            what = "the file URL has fewer than three slashes"
+        elif scheme:
+            what = f"{abbreviate(scheme)} URLs are not read"
+        elif url.startswith("/") and self._files is not None:
+            file_url = f"file://{quote(url[:_MAX_DATA_HEAD], errors='replace')}"
+            return f"the source is a path, not a URL; write {abbreviate(file_url, 300)}"
+        else:
+            what = "the source is not a URL"
+        forms = ["data:image/png;base64,..."]
+        if self._fetcher is not None:
+            forms.append("an http(s) URL of an allowed host")
+        if self._files is not None:
+            forms.append("file:///PATH in the allowed folder")
+        return f"{what}; give {' or '.join(forms)}"
 
     def _check_data_url(self, source: _Source) -> _Source:
         # Stricter than the processor: what some decoders read and others do not is refused. (vLLM)

@@ -61,15 +61,16 @@ class LocalFiles:
             with self._open(path) as file:
                 return _read(file, name, max_bytes)
         except FileNotFoundError as error:
-            raise _refusal(name, "the file does not exist; check the path") from error
+            raise _not_found(name) from error
         except OSError as error:
             logger.info("%s: the file cannot be read: %s", name, type(error).__name__)
             text = "the file cannot be read; check that it is a file and its permissions"
-            raise _refusal(name, text) from error
+            raise _refusal(name, text, "invalid_value") from error
 
     def _resolve(self, path: str, name: str) -> str:
         """Return the real path, relative to the root."""
-        refusal = _refusal(name, "the path is not under --allowed-local-media-path")
+        text = "the path is not under --allowed-local-media-path"
+        refusal = _refusal(name, text, "media_not_allowed")
         # Before the file system is asked: nothing outside the root is looked at.
         if ".." in path.split("/") or not any(
             _is_below(path, r) for r in (self._given, self._root)
@@ -117,9 +118,9 @@ def _decode_path(url: str, name: str) -> str:
     try:
         decoded = unquote_to_bytes(f"/{path}")
     except UnicodeEncodeError as error:  # a lone surrogate
-        raise _refusal(name, "the file does not exist; check the path") from error
+        raise _not_found(name) from error
     if b"\0" in decoded:
-        raise _refusal(name, "the file does not exist; check the path")
+        raise _not_found(name)
     return os.fsdecode(decoded)
 
 
@@ -147,5 +148,11 @@ def _read(file: int, name: str, max_bytes: int) -> bytes:
     return bytes(content)
 
 
-def _refusal(name: str, text: str) -> APIError:
-    return APIError(400, f"{name}: {text}", param=name, code="media_not_allowed")
+def _not_found(name: str) -> APIError:
+    """Return the error of a file under the root, or of a path that no file can have."""
+    text = f"{name}: the file does not exist; check the path"
+    return APIError(400, text, param=name, code="media_not_found")
+
+
+def _refusal(name: str, text: str, code: str) -> APIError:
+    return APIError(400, f"{name}: {text}", param=name, code=code)

@@ -9,6 +9,7 @@ Key: compared in constant time on every path but the public ones, unknown paths 
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Iterable
 from hashlib import blake2b, sha256
@@ -24,7 +25,7 @@ from qwen2vl.server.state import Caller
 
 __all__ = ["PUBLIC_PATHS", "AccessControlMiddleware", "ApiKeys", "is_loopback"]
 
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
+PUBLIC_PATHS = frozenset({"/health", "/ping", "/ready"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 UNSPECIFIED = frozenset({"0.0.0.0", "::", ""})
 MAX_KEY_BYTES = 4096
@@ -32,7 +33,8 @@ UNSAFE_FRAMING = "invalid_http"
 MAX_HEADERS = 100
 
 CORS_METHODS = b"GET, POST, OPTIONS"
-CORS_HEADERS = b"authorization, content-type, x-request-id, x-api-key"
+CORS_HEADERS = b"authorization, content-type, x-request-id, x-api-key"  # if none are asked for
+HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 CORS_MAX_AGE = b"600"
 
 
@@ -122,7 +124,7 @@ class AccessControlMiddleware:
             await response(scope, receive, send)
             return
         if origin is not None:
-            send = _with_cors(send, origin)
+            send = _with_cors(send, origin, _allowed_headers(headers))
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
                 await Response(status_code=204)(scope, receive, send)
                 return
@@ -239,14 +241,26 @@ def _single_headers(scope: Scope) -> dict[bytes, bytes]:
     return headers
 
 
-def _with_cors(send: Send, origin: bytes) -> Send:
+def _allowed_headers(headers: dict[bytes, bytes]) -> bytes:
+    """Return the header names that a preflight asks for; CORS_HEADERS if it asks for none.
+
+    Clients have headers of their own, as OpenAI's in a browser has x-stainless-*. The origin is
+    what is checked: a page of an allowed one may send any header.
+    """
+    names = [
+        name.strip() for name in headers.get(b"access-control-request-headers", b"").split(b",")
+    ]
+    return b", ".join(names) if all(map(HEADER_NAME.fullmatch, names)) else CORS_HEADERS
+
+
+def _with_cors(send: Send, origin: bytes, allowed_headers: bytes) -> Send:
     extra = [
         (b"access-control-allow-origin", origin),
         (b"access-control-allow-methods", CORS_METHODS),
-        (b"access-control-allow-headers", CORS_HEADERS),
+        (b"access-control-allow-headers", allowed_headers),
         (b"access-control-expose-headers", b"x-request-id, retry-after"),
         (b"access-control-max-age", CORS_MAX_AGE),
-        (b"vary", b"origin"),
+        (b"vary", b"origin, access-control-request-headers"),
     ]
 
     async def send_with_cors(message: Message) -> None:

@@ -142,7 +142,8 @@ class ChatCompletionRequest(SamplingFields, StructuredOutputFields, ChatTemplate
         Any, Unsupported("the chat template has all special tokens", False)
     ] = None
 
-    # Of OpenAI, without a meaning here.
+    # Of vLLM and OpenAI, without a meaning here.
+    include_reasoning: Ignored = None
     store: Ignored = None
     service_tier: Ignored = None
     safety_identifier: Ignored = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from qwen2vl.errors import InputError
 from qwen2vl.server.protocol.chat import StopReason
@@ -43,6 +44,8 @@ MAX_PROMPT_CHARS = 4_000_000
 
 def as_prompts(value: Any) -> Any:
     """Return a list of prompts: a text or a list of ids becomes a list of one."""
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("prompt_type", "a text, token ids, or a list of them")
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value and all(type(one) is int for one in value):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.media.source import MediaOptions
@@ -31,6 +31,8 @@ MAX_CONTENT_ITEMS = 2048  # content items and tool calls of a request: each cost
 _MAX_PIXELS = 100_000_000
 _MAX_FRAMES = 100_000
 _MAX_FPS = 1_000_000
+
+_TEMPLATE_SWITCHES = ("enable_thinking", "thinking", "add_vision_id")
 
 _PIXELS = {"type": "integer", "minimum": 1, "maximum": _MAX_PIXELS}
 _SECONDS = {"type": "number", "minimum": 0}
@@ -173,7 +175,11 @@ class VideoOptions(RequestModel):
     """Options of reading videos."""
 
     fps: _FrameRate | None = None
-    num_frames: _FrameCount | None = None
+    num_frames: Annotated[
+        _FrameCount | None,
+        BeforeValidator(lambda value: None if type(value) is int and value == -1 else value),
+        WithJsonSchema({"anyOf": [_FRAMES, {"enum": [-1, None]}]}),
+    ] = Field(default=None, description="-1: as without it, by the frame rate.")
 
 
 class NoOptions(RequestModel):
@@ -228,6 +234,28 @@ class MediaFields(RequestModel):
             raise InputError(text, param=text.partition(" ")[0]) from error
 
 
+class TemplateArguments(Unsupported):
+    """Annotation of the arguments of a chat template: only those that turn something off."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the chat template has no arguments but enable_thinking, thinking and add_vision_id, "
+            "which must be false; leave it out",
+            {},
+            {"enable_thinking": False},
+        )
+
+    def check(self, value: Any) -> Any:
+        """Return arguments that have no effect; refuse others."""
+        is_neutral = isinstance(value, dict) and all(
+            name in _TEMPLATE_SWITCHES and (one is False or one is None)
+            for name, one in value.items()
+        )
+        if value is None or is_neutral:
+            return value
+        raise InputError(self.reason)
+
+
 class ChatTemplateFields(MediaFields):
     """How the prompt of a conversation ends; templates are those of the model."""
 
@@ -240,9 +268,7 @@ class ChatTemplateFields(MediaFields):
     chat_template: Annotated[Any, Unsupported("templates of clients are not run; leave it out")] = (
         None
     )
-    chat_template_kwargs: Annotated[
-        Any, Unsupported("the chat template has no arguments; leave it out", {})
-    ] = None
+    chat_template_kwargs: Annotated[Any, TemplateArguments()] = None
 
     @property
     def adds_generation_prompt(self) -> bool:

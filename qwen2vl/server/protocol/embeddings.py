@@ -85,7 +85,8 @@ class EmbeddingRequest(ChatTemplateFields):
     ] = None
     priority: Annotated[Any, Unsupported("requests are served in order; leave it out", 0)] = None
 
-    # Of OpenAI, without a meaning here.
+    # Of vLLM and OpenAI, without a meaning here.
+    request_id: Ignored = None
     user: Ignored = None
 
     def check_combinations(self, hidden_size: int) -> None:

@@ -34,6 +34,8 @@ class ModelLimits(BaseModel):
     max_image_pixels: int = Field(description="Of an image as sent.")
     min_pixels: int = Field(description="Default of an image as the model sees it.")
     max_pixels: int
+    resize_factor: int = Field(description="Sides of a resized image are multiples of it.")
+    max_body_bytes: int = Field(description="Of a request, as sent.")
     max_completions: int = Field(description="n")
 
 

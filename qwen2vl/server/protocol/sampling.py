@@ -21,7 +21,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     WithJsonSchema,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from qwen2vl.engine import Grammar, SamplingParams
 from qwen2vl.errors import InputError
@@ -103,11 +103,18 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
-# A single string becomes a list of one before validation: a union would report both its branches.
+
+def _as_stops(value: Any) -> Any:
+    """Return a list of stop strings: a union of both forms would report both its branches."""
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("string_or_list_type", "a string or a list of strings")
+    return [value] if isinstance(value, str) else value
+
+
 StopList = Annotated[
     list[_StopString],
     Field(max_length=MAX_STOPS),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    BeforeValidator(_as_stops),
     WithJsonSchema(
         {
             "anyOf": [
@@ -135,7 +142,7 @@ class SamplingFields(RequestModel):
     temperature: float | None = Field(
         default=None, ge=0, le=10, description="0 is greedy; from 0.001 to 10 otherwise."
     )
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(
         default=None, ge=-1, le=MAX_TOKEN_ID, description="0 or -1 turns it off."
     )
@@ -197,8 +204,24 @@ class SamplingFields(RequestModel):
         Any, Unsupported("requests cannot bring code; give logit_bias", [])
     ] = None
     priority: Annotated[Any, Unsupported("requests are served in order; leave it out", 0)] = None
+    return_tokens_as_token_ids: Annotated[
+        Any, Unsupported("tokens are returned as text; set return_token_ids for their ids", False)
+    ] = None
+    repetition_detection: Annotated[
+        Any, Unsupported("repetitions do not end an output; set repetition_penalty")
+    ] = None
+    thinking_token_budget: Annotated[Any, Unsupported("the model does not think; leave it out")] = (
+        None
+    )
+    kv_transfer_params: Annotated[
+        Any, Unsupported("the KV cache is not transferred between servers; leave it out")
+    ] = None
+    vllm_xargs: Annotated[
+        Any, Unsupported("there are no extensions that take arguments; leave it out", {})
+    ] = None
 
-    # Of OpenAI, without a meaning here.
+    # Of vLLM and OpenAI, without a meaning here.
+    request_id: Ignored = None
     user: Ignored = None
     metadata: Ignored = None
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from qwen2vl.engine import Grammar
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.server.protocol.sampling import RequestModel, Unsupported
 
 __all__ = [
@@ -81,6 +81,13 @@ class StructuredOutputs(RequestModel):
     disable_any_whitespace: Annotated[
         Any, Unsupported("JSON is one line; leave disable_any_whitespace out", False)
     ] = None
+    disable_additional_properties: Annotated[
+        Any,
+        Unsupported("give additionalProperties false in the schema", False),
+    ] = None
+    whitespace_pattern: Annotated[
+        Any, Unsupported("JSON is one line; leave whitespace_pattern out")
+    ] = None
     structural_tag: Annotated[
         Any, Unsupported("structural tags are not supported; give a grammar")
     ] = None
@@ -94,7 +101,12 @@ class StructuredOutputFields(RequestModel):
     guided_json: Annotated[Any, Field(description="As structured_outputs.json.")] = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(max_length=MAX_CHOICES)] | None = None
-    guided_grammar: str | None = None
+    guided_grammar: str | None = Field(
+        default=None, description="As structured_outputs.grammar, in Lark's syntax."
+    )
+    guided_whitespace_pattern: Annotated[
+        Any, Unsupported("JSON is one line; leave guided_whitespace_pattern out")
+    ] = None
     guided_decoding_backend: Annotated[Any, Field(description="Accepted and ignored.")] = None
 
     @property
@@ -154,6 +166,10 @@ def _build_grammar(path: str, kind: str, value: Any) -> Grammar:
         "choice": Grammar.choice,
         "grammar": Grammar.lark,
     }
+    if kind == "json" and not isinstance(value, dict | str):
+        raise InputError(
+            f"{path}: got {abbreviate(value)}, must be an object or JSON text", param=path
+        )
     try:
         return builders[kind](value)
     except InputError as error:

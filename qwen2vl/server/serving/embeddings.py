@@ -60,7 +60,7 @@ async def create_embedding(state: ServerState, body: EmbeddingRequest, caller: C
             prompts, pooling=body.pooling or "last", adapter=adapter
         )
     except Qwen2VLError as error:
-        raise engine_failure(caller, error) from error
+        raise engine_failure(state, caller, error) from error
     state.metrics.observe_prompts([len(prompt.input_ids) for prompt in prompts])
     return await asyncio.to_thread(
         _encode_response,

@@ -207,9 +207,13 @@ def _validate(
         with name_parameter():
             state.engine.llm.validate(prompt, params)
     except InputError as error:
-        if error.param is None and params.grammar is not None:  # that it cannot be compiled
-            error.param = grammar_param
-        raise
+        # That the grammar cannot be compiled; `grammar` is the engine's name for it.
+        if params.grammar is None or error.param not in (None, "grammar"):
+            raise
+        text = str(error)
+        if text.startswith("grammar: "):
+            text = f"{grammar_param}{text.removeprefix('grammar')}"
+        raise InputError(text, param=grammar_param) from error
 
 
 def with_cache_salt(caller: Caller, salt: str | None) -> Caller:
@@ -292,7 +296,7 @@ async def generate(
     try:
         stream = state.engine.stream_prepared(prepared, final_only=final_only)
     except EngineError as error:
-        raise engine_failure(caller, error) from error
+        raise engine_failure(state, caller, error) from error
     try:
         yield Generation(state, caller, stream, began)
     finally:
@@ -315,7 +319,7 @@ class Generation:
         """Yield the new output of all samples.
 
         Raises:
-            APIError: a sample failed, and the others with it, as in vLLM; or the engine has stopped.
+            APIError: a sample failed, and the others with it, as in vLLM; or the engine stopped.
         """
         try:
             async for delta in self._stream:
@@ -324,7 +328,7 @@ class Generation:
                 self._first_token_at = self._first_token_at or time.perf_counter()
                 yield delta
         except Qwen2VLError as error:
-            raise engine_failure(self._caller, error) from error
+            raise engine_failure(self._state, self._caller, error) from error
 
     async def completions(self) -> list[Completion]:
         """Wait for all samples, and count them in the metrics.
@@ -335,7 +339,7 @@ class Generation:
         try:
             completions = await self._stream.completions()
         except Qwen2VLError as error:
-            raise engine_failure(self._caller, error) from error
+            raise engine_failure(self._state, self._caller, error) from error
         first = self._first_token_at
         self._state.metrics.observe_completions(
             completions,
@@ -348,7 +352,7 @@ class Generation:
     def _check_samples(self) -> None:
         for request in self._stream.requests:
             if request.error is not None:
-                raise engine_failure(self._caller, request.error)
+                raise engine_failure(self._state, self._caller, request.error)
 
 
 def whole_delta(completion: Completion, index: int = 0) -> Delta:
@@ -363,13 +367,14 @@ def whole_delta(completion: Completion, index: int = 0) -> Delta:
     )
 
 
-def engine_failure(caller: Caller, error: BaseException) -> APIError:
+def engine_failure(state: ServerState, caller: Caller, error: BaseException) -> APIError:
     """Return the APIError of a request that failed while it ran.
 
     An EngineError of one request, such as logits that are not finite, is an internal error (500);
-    if the engine has died with all its requests, the client may send it again (503).
+    if the engine has died with all its requests, or the server has shut down, the client may send
+    it again (503).
     """
     if isinstance(error, EngineError) and not isinstance(error, EngineDeadError):
         logger.error("request %s failed in the engine: %s", caller.request_id, error)
         return to_api_error(RuntimeError(), caller.request_id)
-    return to_api_error(error, caller.request_id)
+    return to_api_error(error, caller.request_id, is_draining=state.is_draining)

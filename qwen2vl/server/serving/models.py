@@ -48,6 +48,8 @@ def _card(state: ServerState, name: str) -> ModelCard:
             max_image_pixels=config.max_image_pixels,
             min_pixels=llm.processor.pixels.min_pixels,
             max_pixels=llm.processor.pixels.max_pixels,
+            resize_factor=llm.config.vision.factor,
+            max_body_bytes=config.max_body_bytes,
             max_completions=min(MAX_N, llm.engine_config.max_num_seqs),
         ),
     )

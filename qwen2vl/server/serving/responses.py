@@ -194,7 +194,9 @@ def _list_items(given: object) -> Sequence[object]:
     if not isinstance(given, list):
         raise invalid_field("input", f"got {abbreviate(given)}, must be a text or a list of items")
     if len(given) > MAX_INPUT_ITEMS:
-        raise invalid_field("input", f"got {len(given)} items, at most {MAX_INPUT_ITEMS} allowed")
+        raise invalid_field(
+            "input", f"got {len(given):,} items, at most {MAX_INPUT_ITEMS:,} are allowed"
+        )
     return check_num_items(given)
 
 
@@ -219,7 +221,7 @@ def _parse_item(item: object, path: str) -> Message | None:
 
 
 def _function_call(raw: Mapping[str, Any], path: str) -> dict[str, Any]:
-    refuse_unknown(raw, {"call_id", "name", "arguments"}, path, _STATUS_KEYS)
+    refuse_unknown(raw, {"call_id", "name", "arguments"}, path, _STATUS_KEYS | {"parsed_arguments"})
     function = {key: raw[key] for key in ("name", "arguments") if key in raw}
     call = {"id": _call_id(raw, path), "type": "function", "function": function}
     return {"role": "assistant", "tool_calls": [call]}
@@ -270,7 +272,7 @@ def _parse_message(raw: dict[str, Any], path: str, renamed: Mapping[str, str]) -
     try:
         (message,) = parse_messages([raw])
     except InputError as error:
-        copied = InputError(convert(str(error)))
+        copied = type(error)(convert(str(error)))
         copied.param = convert(error.param or path)
         raise copied from error
     parts = tuple(_with_path(part, convert) for part in message.parts)

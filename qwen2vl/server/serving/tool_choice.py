@@ -234,6 +234,15 @@ def _read_choice(
     """Return the mode, and the names of the functions that may be called."""
     if choice is None or choice == "auto" or choice == "none":
         return ("auto" if known and choice != "none" else "none"), None
+    given = read_mapping(choice)
+    kind = None if given is None else given.get("type")
+    if choice != "required" and (given is None or kind not in ("function", "allowed_tools")):
+        _refuse(
+            "tool_choice",
+            f'tool_choice: got {abbreviate(choice)}, must be "auto", "none", "required", '
+            '{"type": "function", ...} or {"type": "allowed_tools", ...}'
+            + ("" if known else "; and there are no tools, which all but the first two need"),
+        )
     if not known:
         _refuse(
             "tool_choice",
@@ -241,14 +250,7 @@ def _read_choice(
         )
     if choice == "required":
         return "required", None
-    given = read_mapping(choice)
-    kind = None if given is None else given.get("type")
-    if given is None or kind not in ("function", "allowed_tools"):
-        _refuse(
-            "tool_choice",
-            f'tool_choice: got {abbreviate(choice)}, must be "auto", "none", "required", '
-            '{"type": "function", ...} or {"type": "allowed_tools", ...}',
-        )
+    assert given is not None, "checked above"
     if kind == "function":
         return "required", (_read_name(given, "tool_choice", known, is_flat),)
     return _read_allowed_tools(given, known, is_flat)

@@ -480,7 +480,7 @@ def test_a_prompt_that_exceeds_the_context_is_an_error_before_the_ttft_estimate(
     assert result.exit_code == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert "text + 20 image tokens > 50, the context" in line
+    assert "text + 20 image tokens, more than 50, the context" in line
 
 
 def test_a_short_ttft_is_not_reported(

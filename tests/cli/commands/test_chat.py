@@ -341,7 +341,7 @@ def test_a_prompt_that_exceeds_the_context_is_reported_and_the_chat_continues(
 ) -> None:
     monkeypatch.setattr(llm, "max_model_len", 80)
     result = chat(run, "x" * 100, "short")
-    assert "qwen2vl: error: prompt 1" in result.stderr
+    assert "qwen2vl: error: the prompt has 1" in result.stderr
     assert len(result.stdout.splitlines()) >= 1
     (prompt,) = prompts
     assert "xxx" not in prompt

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -51,6 +50,7 @@ def test_options(run: Run, configs: list[ServerConfig], tmp_path: Path) -> None:
         *("--metrics-port", "9100", "--max-queue", "5", "--max-requests-per-key", "2"),
         *("--request-timeout", "5", "--shutdown-timeout", "0", "--log-format", "json"),
         *("--disable-access-log", "--max-body-bytes", "1000", "--num-media-workers", "1"),
+        "--no-page",
     ]
     result = run("serve", *options)
     assert result.exit_code == 0, result.stderr
@@ -74,6 +74,7 @@ def test_options(run: Run, configs: list[ServerConfig], tmp_path: Path) -> None:
         shutdown_timeout=0.0,
         log_format="json",
         access_log=False,
+        page=False,
         max_body_bytes=1000,
         num_media_workers=1,
     )
@@ -120,6 +121,7 @@ def test_a_config_file(run: Run, configs: list[ServerConfig], tmp_path: Path) ->
         max_model_len = 512
         allowed-hosts = "gpu"
         disable-access-log = true
+        no-page = true
         limit-mm-per-prompt = {image = 4}
         lora-modules = {colors = "one", shapes = "two"}
         """
@@ -133,6 +135,7 @@ def test_a_config_file(run: Run, configs: list[ServerConfig], tmp_path: Path) ->
         max_model_len=512,
         allowed_hosts=("gpu",),
         access_log=False,
+        page=False,
         limit_mm_per_prompt={"image": 4, "video": 2},
         lora_modules={"colors": "one", "shapes": "two"},
     )
@@ -143,6 +146,8 @@ def test_a_config_file(run: Run, configs: list[ServerConfig], tmp_path: Path) ->
     [
         ("prot = 1", "prot is not an option; did you mean port?"),
         ("config = 'a'", "config is not an option"),
+        ("tensor-parallel-size = 2", "tensor-parallel-size: not supported: a server uses one"),
+        ("lora-modules = ['x']", "lora-modules of --config server.toml: got 'x', must be NAME=DIR"),
         ("port = [1]", "port: got [1], must be a string or a number"),
         ("port = true", "port: got True, must be a string or a number"),
         ("disable-access-log = 1", "must be true or false"),
@@ -161,6 +166,93 @@ def test_a_wrong_config_file(
     assert not configs
 
 
+def test_paths_in_a_config_file_are_relative_to_it(
+    run: Run, configs: list[ServerConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "sub" / "media").mkdir(parents=True)
+    (tmp_path / "sub" / "of-a-model").mkdir()
+    (tmp_path / "sub" / "server.toml").write_text(
+        """
+        model = "of-a-model"
+        allowed-local-media-path = "media"
+        lora-modules = {colors = "one"}
+        """
+    )
+    result = run("serve", "--config", "sub/server.toml")
+    assert result.exit_code == 0, result.stderr
+    (config,) = configs
+    assert config.served_model_names == ("of-a-model",)
+    assert config.allowed_local_media_path == Path("sub/media")
+    assert config.lora_modules == {"colors": "sub/one"}
+
+
+def test_errors_name_where_a_value_came_from(
+    run: Run, configs: list[ServerConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server.toml").write_text("port = 70000")
+    result = run("serve", "--config", "server.toml")
+    assert "port of --config server.toml: got 70000" in result.stderr
+    monkeypatch.setenv("QWEN2VL_API_KEY", "k\u00e9y")
+    result = run("serve")
+    assert "QWEN2VL_API_KEY: a key is empty" in result.stderr
+    assert not configs
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--lora-modules", "a=one", "b=two", "--port", "8000"],
+        ["--lora-modules=a=one", "b=two"],
+        ["--lora-modules", "a=one", "--lora-modules", "b=two"],
+        ["--lora-modules", '{"name": "a", "path": "one"}', '{"name": "b", "path": "two"}'],
+        ["--lora-modules", '{"name": "a", "path": "one", "base_model_name": "x"}', "b=two", "nano"],
+        ["nano", "--lora-modules", "a=one", "b=two"],
+    ],
+)
+def test_the_forms_of_lora_modules(
+    run: Run, configs: list[ServerConfig], arguments: list[str]
+) -> None:
+    result = run("serve", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert configs == [ServerConfig(lora_modules={"a": "one", "b": "two"})]
+
+
+def test_help_shows_the_defaults_of_the_configuration(run: Run) -> None:
+    from qwen2vl.cli.commands.serve import MAX_NUM_SEQS
+    from qwen2vl.engine import EngineConfig
+
+    text = " ".join(run("serve", "--help").stdout.split())
+    assert EngineConfig().max_num_seqs == MAX_NUM_SEQS
+    for name in ("max_queue", "max_body_bytes", "request_timeout", "num_media_workers"):
+        option = text.partition(f" --{name.replace('_', '-')} ")[2]
+        assert option.partition("[default: ")[2].startswith(f"{getattr(ServerConfig(), name)}]")
+    assert "[default: image=16,video=2]" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"), [([], "$QWEN2VL_API_KEY"), (["--api-key", "hunter2"], "KEY")]
+)
+def test_the_command_to_try_names_the_variable_only_if_it_is_set(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], shown: str
+) -> None:
+    keys: list[str] = []
+
+    def describe_server(*_: Any, key: str, **__: Any) -> list[str]:
+        keys.append(key)
+        return []
+
+    def run_server(*_: Any, on_ready: Any, **__: Any) -> int:
+        on_ready(None, 8000)
+        return 0
+
+    monkeypatch.setattr("qwen2vl.cli.commands.serve.describe_server", describe_server)
+    monkeypatch.setattr("qwen2vl.server.launch.run_server", run_server)
+    monkeypatch.setattr("qwen2vl.server.listener.logs.configure_logs", lambda _: None)
+    monkeypatch.setenv("QWEN2VL_API_KEY", "from-environment")
+    assert run("serve", *arguments).exit_code == 0
+    assert keys == [shown]
+
+
 def test_a_missing_config_file(run: Run) -> None:
     result = run("serve", "--config", "missing.toml")
     assert (result.exit_code, "cannot be read" in result.stderr) == (2, True)
@@ -171,14 +263,22 @@ def test_a_missing_config_file(run: Run) -> None:
     [
         (["--limit-mm-per-prompt", "image"], "must be as image=16,video=2"),
         (["--limit-mm-per-prompt", "imgae=1"], "did you mean image?"),
-        (["--lora-modules", "folder"], "must be NAME=DIR"),
+        (["--lora-modules", "folder"], "--lora-modules: got 'folder', must be NAME=DIR"),
+        (["--lora-modules", '{"name": "a"}'], 'or {"name": "NAME", "path": "DIR"}'),
+        (["--port", "1", "a=folder"], "give an adapter as --lora-modules a=folder"),
+        (["--served-model-name", "a", "b", "c"], "MODEL: got 2 arguments, must be one"),
+        (["--allowed-local-media-path", "no"], "--allowed-local-media-path: got 'no', must be"),
+        (["--max-body-bytes", "0"], "--max-body-bytes: got 0"),
+        (["--served-model-name", "a,a"], "--served-model-name, --lora-modules: 'a' is given twice"),
         (["--lora-modules", "a=b", "--lora-modules", "a=c"], "the name a is given twice"),
         (["--lora-modules", "a=b", "--compile"], "cannot be compiled"),
         (["--allowed-origins", "[1]"], "is not a JSON list of strings"),
-        (["--port", "70000"], "port: got 70000"),
+        (["--port", "70000"], "--port: got 70000"),
         (["a/b", "--model", "c/d"], "give one"),
-        (["--api-key", ""], "api_keys"),
+        (["--api-key", ""], "--api-key: a key is empty"),
         (["--prot", "1"], "No such option"),
+        (["--max-num-seqs=2", "--tensor-parallel-size=2"], "not supported: a server uses one"),
+        (["--no-enable-prefix-caching"], "--no-enable-prefix-caching: not needed: chunked"),
     ],
 )
 def test_wrong_options(
@@ -219,8 +319,8 @@ def test_a_server_from_start_to_end(tmp_path: Path) -> None:
     assert process.returncode == 0, errors.read_text()
     assert re.search(r"GET '/v1/models' 200 [0-9.]+ ms request_id=abc", output)
     banner = errors.read_text()
-    assert "serving nano on cpu, float32" in banner
-    assert "KV cache" in banner and "16 images, 2 videos a request" in banner
+    assert re.search("serving nano on cpu, (float32|bfloat16)\n", banner)  # by the processor
+    assert "KV cache" in banner and "16 images, 2 videos per request" in banner
     assert f"curl {url}/chat/completions" in banner and "$QWEN2VL_API_KEY" in banner
     assert "hunter2" not in banner
 
@@ -233,26 +333,3 @@ def _wait_for_url(errors: Path, process: subprocess.Popen[str]) -> str:
             return match[1]
         time.sleep(0.05)
     raise AssertionError("the server did not start")
-
-
-def test_the_banner_warns_of_an_open_server() -> None:
-    from qwen2vl.cli.commands.serve import _banner
-
-    llm = SimpleNamespace(
-        model=SimpleNamespace(dtype="torch.bfloat16"),
-        device="cuda",
-        max_model_len=4096,
-        kv_cache_tokens=8192,
-        engine_config=SimpleNamespace(max_num_seqs=16),
-    )
-
-    def banner(**config: Any) -> str:
-        state: Any = SimpleNamespace(
-            engine=SimpleNamespace(llm=llm), config=ServerConfig(**config), connector=None
-        )
-        return "\n".join(_banner(state, 8000, {"quantize": "int8"}, 1.0))
-
-    assert "serving nano on cuda, bfloat16, int8 weights" in banner()
-    assert "warning" not in banner()
-    assert "warning: everyone who reaches 0.0.0.0" in banner(host="0.0.0.0")
-    assert "warning" not in banner(host="0.0.0.0", api_keys=("key",))

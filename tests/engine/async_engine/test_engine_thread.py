@@ -103,7 +103,7 @@ def test_wrong_prompts_and_options_of_embed_are_named(engine: AsyncLLM) -> None:
     good = prompts(engine, 0)[0]
     long = engine.llm.processor.from_text("a" * 40_000)
     cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
-        ([good, long], {}, CapacityError, r"^prompts\[1\]: prompt 40,000"),
+        ([good, long], {}, CapacityError, r"^prompts\[1\]: the prompt has 40,000"),
         ([good], {"adapter": "x"}, InputError, r"^prompts\[0\]: adapter 'x'"),
         ([good], {"pooling": "max"}, InputError, "pooling: got 'max'"),
     ]

@@ -52,8 +52,8 @@ def test_a_prompt_that_fills_the_context_is_rejected() -> None:
     prompt_input = prompt("Hello")
     total = len(prompt_input.input_ids)
     text = error_message(prompt_input, total)
-    assert text.startswith(f"prompt {total} = {total} text tokens fill the context")
-    assert "no token for the output" in text
+    assert text.startswith(f"the prompt has {total} tokens, which fill the context")
+    assert "leave none for the output" in text
     assert "raise max_model_len (this model: up to 32,768)" in text
 
 
@@ -61,10 +61,10 @@ def test_a_cache_smaller_than_the_context_is_named() -> None:
     prompt_input = prompt("Hello " * 20)
     total = len(prompt_input.input_ids)
     for limit, expected in (
-        (64, f"prompt {total} = {total} text tokens > 64, the cache (kv_cache_tokens); "),
+        (64, f"the prompt has {total} tokens, more than 64, the cache (kv_cache_tokens); "),
         (
             total,
-            f"prompt {total} = {total} text tokens fill the cache (kv_cache_tokens {total}) and ",
+            f"the prompt has {total} tokens, which fill the cache (kv_cache_tokens {total}) and ",
         ),
     ):
         with pytest.raises(CapacityError) as caught:
@@ -101,7 +101,7 @@ def test_default_kv_cache_size_is_a_quarter_of_memory_within_bounds(
 def test_text_above_the_models_own_context() -> None:
     prompt_input = prompt("x" * 40_000)
     text = error_message(prompt_input, 32_768)
-    assert re.match(r"prompt 40,\d+ = 40,\d+ text tokens > 32,768, the context", text)
+    assert re.match(r"the prompt has 40,\d+ tokens, more than 32,768, the context", text)
     assert text.endswith("; shorten the text")
 
 
@@ -111,8 +111,8 @@ def test_image_tokens_are_listed_and_the_remedy_works() -> None:
     num_text_tokens = len(prompt_input.input_ids) - image_tokens
     text = error_message(prompt_input, 1000, max_tokens=100)
     assert text.startswith(
-        f"prompt {len(prompt_input.input_ids):,} = {num_text_tokens} text + "
-        f"{image_tokens:,} image tokens > 1,000"
+        f"the prompt has {len(prompt_input.input_ids):,} = {num_text_tokens} text + "
+        f"{image_tokens:,} image tokens, more than 1,000"
     )
     match = re.search(r"lower max_pixels to ([\d,]+), which leaves (\d+) for the output", text)
     assert match

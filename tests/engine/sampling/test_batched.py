@@ -27,7 +27,7 @@ PARAMS = st.builds(
     ResolvedSamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
     top_k=st.sampled_from([0, 1, 2, 7, VOCAB_SIZE - 1, VOCAB_SIZE, 500]),
-    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01, 0.0]),
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
 )
 

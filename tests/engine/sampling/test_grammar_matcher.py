@@ -283,6 +283,17 @@ def test_compiled_grammars_are_cached_lru() -> None:
         (Grammar.lark("start: x"), 'grammar: line 1, column 8: "x" is not defined; add a rule'),
         (Grammar.lark("start: a\na: /[/"), "grammar: line 2, column 4: unclosed character class"),
         (Grammar.lark('start: "a'), "grammar: line 1, column 10: not a token of Lark's syntax"),
+        (
+            Grammar.lark('# GBNF\nroot ::= item+ | \'x\'\n  | [a-z] "::="\nitem ::= "a"'),
+            "grammar: the grammar is read in Lark syntax, and EBNF with ::= is not; write "
+            'start: item+ | "x" | /[a-z]/ "::=" and the other rules alike',
+        ),
+        (
+            Grammar.lark("<select-statement> ::= " + "<column> " * 50),
+            "grammar: the grammar is read in Lark syntax, and EBNF with ::= is not; write "
+            "select_statement: column column",
+        ),
+        (Grammar.lark('start: "a ::= b" b'), 'grammar: line 1, column 8: "b" is not defined'),
         (Grammar.lark("start"), "grammar: line 1, column 6: expected ':', found"),
         (Grammar.lark('foo: "a"'), "grammar: no rule is named start; rename the rule"),
         (

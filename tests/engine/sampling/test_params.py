@@ -24,7 +24,7 @@ from qwen2vl.errors import InputError
         ("temperature", True, "got True"),
         ("temperature", 1e9, "got 1000000000.0"),
         ("temperature", 1e-5, "must be 0 (greedy) or from 0.001 to 10"),
-        ("top_p", 0, "got 0, must be a number above 0 to 1 (1 turns it off)"),
+        ("top_p", -0.1, "got -0.1, must be a number from 0 to 1 (1 turns it off, 0 is greedy)"),
         ("top_p", 1.1, "got 1.1"),
         ("top_p", math.nan, "got nan"),
         ("top_k", -5, "got -5, must be a whole number at least 0 (0 turns it off)"),
@@ -100,7 +100,7 @@ def test_a_huge_invalid_value_is_abbreviated_in_the_message() -> None:
     "params",
     [
         {"temperature": 0},
-        {"temperature": 10, "top_p": 1e-9, "top_k": 10**9, "repetition_penalty": 10},
+        {"temperature": 10, "top_p": 0, "top_k": 10**9, "repetition_penalty": 10},
         {"seed": 2**64 - 1, "max_tokens": 1, "logprobs": 0},
         {"seed": 0, "max_tokens": 1_000_000, "logprobs": 20},
         {"stop": ["x" * 256] * 16, "stop_token_ids": [0]},

@@ -57,7 +57,7 @@ def probs(under_test: Sampler, logits_V: Tensor) -> Tensor:
     seed=st.integers(0, 10_000),
     temperature=st.floats(0.01, 5),
     top_k=st.integers(1, 70),
-    top_p=st.floats(0.001, 0.999),
+    top_p=st.one_of(st.just(0.0), st.floats(0.001, 0.999)),
     min_p=st.floats(0.001, 1),
     penalty=st.floats(0.3, 3),
     bias=st.dictionaries(st.integers(0, 49), st.floats(-100, 100), min_size=1, max_size=5),

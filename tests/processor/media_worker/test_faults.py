@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2vl.errors import ConfigError, EngineError, InputError
+from qwen2vl.errors import (
+    ConfigError,
+    EngineError,
+    InputError,
+    MediaWorkerError,
+    MediaWorkersBusyError,
+)
 from qwen2vl.processor.media.decoder import LOCAL_DECODER
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.media_worker import remote_decoding, worker_process
@@ -368,7 +374,7 @@ def test_closing_ends_jobs(behaving: Callable[[str], None]) -> None:
         thread.start()
         wait_for(lambda: not pool._supervisor._idle)
     thread.join(10)
-    assert [type(error) for error in errors] == [EngineError] and "closed" in str(errors[0])
+    assert [type(error) for error in errors] == [MediaWorkerError] and "closed" in str(errors[0])
 
 
 def decode_until_closed(pool: MediaWorkerPool) -> None:
@@ -382,7 +388,7 @@ def test_busy_workers(behaving: Callable[[str], None]) -> None:
         thread = threading.Thread(target=lambda: decode_until_closed(pool))
         thread.start()
         wait_for(lambda: not pool._supervisor._idle)
-        with pytest.raises(EngineError, match=r"all 1 media workers are busy for 0\.2 s"):
+        with pytest.raises(MediaWorkersBusyError, match=r"all 1 media workers are busy for 0\.2 s"):
             decode(pool)
         pool.close()
         thread.join(10)

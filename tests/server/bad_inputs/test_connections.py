@@ -15,6 +15,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from qwen2vl.server.app import create_app
+from qwen2vl.server.middleware.access_control import PUBLIC_PATHS
+from qwen2vl.server.page.routes import PAGE_PATHS
 from tests.media import encoded, encoded_video, noise, smooth
 from tests.server.bad_inputs.suite import (
     CANARY,
@@ -91,7 +93,7 @@ def test_every_route_needs_the_key(make_state: Callable[..., Any]) -> None:
             for headers in wrong:
                 for method in ("GET", "POST"):
                     response = client.request(method, path, headers=headers, json=None)
-                    public = path in ("/health", "/ready") or response.url.path == "/health"
+                    public = response.url.path in PUBLIC_PATHS | PAGE_PATHS
                     assert (response.status_code == 401) != public, (path, method)
                     assert "secret-key" not in response.text
         for name in ("secret-key", "other-key"):

@@ -65,7 +65,8 @@ REFUSED: list[tuple[str, str, Callable[[], bytes], str]] = [
 )
 def test_refused(suite: Suite, make: Callable[[], bytes], text: str) -> None:
     items = [QUESTION, video_item(make())]
-    suite.refused(items, text=text, param="messages[0].content[1]")
+    error = suite.refused(items, text=text, param="messages[0].content[1]")
+    assert error["code"] == ("media_too_large" if "limit" in text else "invalid_value")
 
 
 @covers("hour-long or 4K video")

@@ -15,6 +15,7 @@ from qwen2vl.engine import AsyncLLM
 from tests.server.conftest import LiveServer, ServerStarter, wait_until
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "ignore_eos": True}
+NUM_TOKENS = 600  # of a request that still runs while others are refused
 
 
 class Call:
@@ -44,7 +45,7 @@ def test_running_requests_finish_and_new_ones_are_refused(start_server: ServerSt
     server = start_server()
     with httpx2.Client(base_url=server.base_url) as client:
         assert client.get("/ready").status_code == 200
-        calls = [Call(server, max_tokens=100, stream=stream) for stream in (False, True)]
+        calls = [Call(server, max_tokens=NUM_TOKENS, stream=stream) for stream in (False, True)]
         wait_until(is_running(server, 2))
         server.server.handle_exit(15, None)
         wait_until(lambda: server.state.is_draining)
@@ -55,7 +56,7 @@ def test_running_requests_finish_and_new_ones_are_refused(start_server: ServerSt
         assert refused.json()["error"]["code"] == "shutting_down"
     plain, streamed = (call.result() for call in calls)
     assert plain.status_code == streamed.status_code == 200
-    assert plain.json()["usage"]["completion_tokens"] == 100
+    assert plain.json()["usage"]["completion_tokens"] == NUM_TOKENS
     assert streamed.text.endswith("data: [DONE]\n\n")
     assert "error" not in streamed.text
     wait_until(lambda: not server.server.servers[0].is_serving())
@@ -77,9 +78,12 @@ def test_what_arrived_before_the_signal_is_accepted(start_server: ServerStarter)
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_the_rest_is_aborted(
-    start_server: ServerStarter, async_llm: AsyncLLM, signals: int
+    start_server: ServerStarter,
+    async_llm: AsyncLLM,
+    signals: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """After the time limit, or at once with a second signal."""
+    """After the time limit, or at once with a second signal; neither logs a traceback."""
     server = start_server(shutdown_timeout=0.2 if signals == 1 else 1000.0)
     try:
         calls = [Call(server, max_tokens=4000, stream=stream) for stream in (False, True)]
@@ -87,12 +91,17 @@ def test_the_rest_is_aborted(
         for _ in range(signals):
             server.server.handle_exit(15, None)
         plain, streamed = (call.result() for call in calls)
+        wait_until(server.server.lifespan.shutdown_event.is_set)
     finally:
         # The engine is closed before the calls end; another server of this process may have
         # restarted it meanwhile.
         async_llm.restart()
+    assert server.server.forcing_signal == (15 if signals == 2 else None)
+    assert "Traceback" not in caplog.text
     assert plain.status_code == 503
-    assert plain.json()["error"]["type"] == "server_error"
+    assert plain.json()["error"]["code"] == "shutting_down"
     events = streamed.text.strip().split("\n\n")
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["type"] == "server_error"
+    error = json.loads(events[-2].removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "shutting_down")
+    assert "the server shut down before the request was finished" in error["message"]
     assert events[-1] == "data: [DONE]"

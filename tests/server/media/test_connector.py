@@ -194,6 +194,38 @@ def test_files_are_off_by_default_and_read_below_the_root(tmp_path: Path) -> Non
     assert error.code == "media_not_allowed" and str(tmp_path) not in error.message
 
 
+FORMS = "give data:image/png;base64,..."
+
+
+@pytest.mark.parametrize(
+    ("url", "closed", "with_files"),
+    [
+        ("/data/x 1.png", f"is not a URL; {FORMS}", "write 'file:///data/x%201.png'"),
+        ("x.png", f"is not a URL; {FORMS}", f"{FORMS} or file:///PATH in the allowed folder"),
+        ("", f"the URL is empty; {FORMS}", f"the URL is empty; {FORMS} or file:///PATH"),
+        ("ftp://h/x", f"'ftp' URLs are not read; {FORMS}", f"{FORMS} or file:///PATH"),
+        ("file:/x.png", "fewer than three slashes", "fewer than three slashes"),
+        ("/9j/4AAQ" + "A" * 99, "base64 without a head; write", "base64 without a head; write"),
+        ("iVBORw0K\n" * 9, "base64 without a head; write", "base64 without a head; write"),
+        ("/" + "x" * 70 + ".png", f"is not a URL; {FORMS}", "write 'file:///xxx"),
+        ("/\udc80", f"is not a URL; {FORMS}", "write 'file:///"),
+    ],
+)
+def test_what_is_no_url_has_a_remedy(
+    tmp_path: Path, url: str, closed: str, with_files: str
+) -> None:
+    for text, options in ((closed, {}), (with_files, {"allowed_local_media_path": tmp_path})):
+        for items in ([image(url)], [video([url])]):
+            error = refusal(items, **options)
+            assert (error.status, error.code) == (400, "invalid_url")
+            assert text in error.message
+
+
+def test_remote_urls_are_named_where_they_are_allowed() -> None:
+    error = refusal([image("x.png")], allowed_media_domains=("example.com",))
+    assert error.message.endswith(f"{FORMS} or an http(s) URL of an allowed host")
+
+
 def test_counts_of_images_and_videos() -> None:
     limits = {"image": 2, "video": 0}
     assert len(resolve([image(DATA)] * 2, limit_mm_per_prompt=limits)) == 2

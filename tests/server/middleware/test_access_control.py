@@ -16,8 +16,9 @@ from tests.server.conftest import StateMaker
 URL = "http://127.0.0.1:8000"
 KEYS = ("first-key", "second-key")
 PATHS = [
-    *("/v1/models", "/v1/models/nano", "/metrics", "/openapi.json", "/docs", "/none", "/", "/v1"),
-    *("/health/", "//health", "/HEALTH", "/ready/..%2fv1/models", "/health%2f..", "/v1/./models"),
+    *("/v1/models", "/v1/models/nano", "/metrics", "/openapi.json", "/docs", "/none", "/v1"),
+    *("/health/", f"{URL}//health", "/HEALTH", "/ready/..%2fv1/models", "/health%2f.."),
+    "/v1/./models",
 ]
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/none"]
 
@@ -56,7 +57,7 @@ def test_every_operation_needs_a_key(locked: TestClient, path: str) -> None:
 
 
 def test_health_needs_no_key_and_tells_nothing(locked: TestClient) -> None:
-    for path in ("/health", "/ready"):
+    for path in ("/health", "/ping", "/ready"):
         response = locked.get(path)
         assert (response.status_code, response.content) == (200, b"")
 
@@ -224,7 +225,7 @@ def test_an_allowed_origin_gets_cors_headers(open_client: TestClient) -> None:
     response = open_client.get("/v1/models", headers=headers)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://app.example"
-    assert response.headers["vary"] == "origin"
+    assert response.headers["vary"] == "origin, access-control-request-headers"
     refused = open_client.get("/v1/models", headers={"Origin": "https://app.example"})
     assert refused.status_code == 401  # readable by the page
     assert refused.headers["access-control-allow-origin"] == "https://app.example"
@@ -241,6 +242,47 @@ def test_a_preflight_needs_no_key(open_client: TestClient) -> None:
     assert "POST" in response.headers["access-control-allow-methods"]
     assert "content-type" in response.headers["access-control-allow-headers"]
     assert "access-control-allow-credentials" not in response.headers
+
+
+FIXED_HEADERS = "authorization, content-type, x-request-id, x-api-key"
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        (  # OpenAI's JavaScript client in a browser
+            "authorization,content-type,x-stainless-arch,x-stainless-retry-count",
+            "authorization, content-type, x-stainless-arch, x-stainless-retry-count",
+        ),
+        ("X-Custom", "X-Custom"),
+        (None, FIXED_HEADERS),
+        ("", FIXED_HEADERS),
+        ("a,,b", FIXED_HEADERS),
+        ("a b", FIXED_HEADERS),
+        ("a\xe9", FIXED_HEADERS),
+        ("a: b", FIXED_HEADERS),
+    ],
+)
+def test_a_preflight_may_ask_for_any_header(
+    open_client: TestClient, asked: str | None, allowed: str
+) -> None:
+    headers: dict[str, str | bytes] = {
+        "Origin": "https://app.example",
+        "Access-Control-Request-Method": "POST",
+    }
+    if asked is not None:
+        headers["Access-Control-Request-Headers"] = asked.encode("latin-1")
+    response = open_client.options("/v1/chat/completions", headers=headers)  # type: ignore[arg-type]
+    assert (response.status_code, response.headers["access-control-allow-headers"]) == (
+        204,
+        allowed,
+    )
+    foreign = open_client.options(
+        "/v1/chat/completions",
+        headers={**headers, "Origin": "https://evil.example"},  # type: ignore[arg-type]
+    )
+    assert foreign.status_code == 403
+    assert "access-control-allow-headers" not in foreign.headers
 
 
 def test_any_origin_can_be_allowed(make_state: StateMaker) -> None:

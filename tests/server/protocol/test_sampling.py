@@ -27,7 +27,7 @@ def loc_of(info: pytest.ExceptionInfo[ValidationError]) -> tuple[Any, ...]:
         ("temperature", float("inf")),
         ("temperature", 1e9),
         ("temperature", 10**400),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_k", -5),
         ("top_k", 0.01),

@@ -41,6 +41,19 @@ __all__ = ["client"]  # a fixture
         ({"stop_token_ids": [999_999]}, "stop_token_ids", ["999999"]),
         ({"logit_bias": {"999999": 1}}, "logit_bias", ["999999"]),
         ({"guided_regex": "("}, "guided_regex", []),
+        ({"guided_grammar": "start: nothing"}, "guided_grammar", ["guided_grammar: ", "nothing"]),
+        (
+            {"guided_grammar": 'root ::= "a" | [0-9] b-c\nb-c ::= "d"'},
+            "guided_grammar",
+            ["guided_grammar: the grammar is read in Lark", 'start: "a" | /[0-9]/ b_c and'],
+        ),
+        (
+            {"structured_outputs": {"grammar": "root ::= 'a'"}},
+            "structured_outputs.grammar",
+            ["structured_outputs.grammar: ", 'start: "a" and'],
+        ),
+        ({"guided_json": 5}, "guided_json", ["got 5, must be an object or JSON text"]),
+        ({"structured_outputs": {"json": []}}, "structured_outputs.json", ["an object or JSON"]),
         (
             {"guided_regex": "a", "response_format": {"type": "json_object"}},
             "guided_regex",
@@ -54,7 +67,8 @@ __all__ = ["client"]  # a fixture
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0]", ["known roles"]),
         ({"audio": {"voice": "a"}}, "audio", ["not supported"]),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", []),
-        ({"tool_choice": "required"}, "tool_choice", []),
+        ({"tool_choice": "required"}, "tool_choice", ["no tools; give tools"]),
+        ({"tool_choice": "foo"}, "tool_choice", ["got 'foo', must be \"auto\"", "no tools"]),
     ],
 )
 def test_refusals_name_the_field(
@@ -98,7 +112,7 @@ def test_the_context_is_explained(app_client: TestClient) -> None:
     messages = question("?", *[picture(size=336)] * 3)  # 144 tokens each
     error = refused(app_client, messages=messages)
     assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
-    assert "432 image tokens > 400, the context" in error["message"]
+    assert "432 image tokens, more than 400, the context" in error["message"]
     body = {"messages": messages, "max_pixels": fitting_pixels(error), "max_tokens": 1}
     assert app_client.post("/v1/chat/completions", json=body).status_code == 200
 

@@ -67,7 +67,7 @@ def test_videos_have_a_type_of_their_own() -> None:
         ([], "input", "is empty"),
         ([{"type": "reasoning", "summary": []}], "input", "is empty"),
         (3, "input", "got 3, must be a text or a list"),
-        ([{"role": "user", "content": "x"}] * 1025, "input", "got 1025 items, at most 1024"),
+        ([{"role": "user", "content": "x"}] * 1025, "input", "got 1,025 items, at most 1,024"),
         (["x"], "input[0]", "got 'x', must be an object"),
         ([{"type": "item_reference", "id": "m"}], "input[0].type", "nothing is stored"),
         ([{"type": "web_search_call"}], "input[0].type", "is 'web_search_call'; known: "),

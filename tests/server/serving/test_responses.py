@@ -312,7 +312,7 @@ def test_grounding_in_pixels(server_state: ServerState) -> None:
         ("max_output_tokens", 0, "1 or more"),
         ("max_output_tokens", 5000, "lower max_output_tokens to"),
         ("max_tokens", 5, "did you mean"),
-        ("messages", [], "is not a known field"),
+        ("messages", [], "did you mean input"),
         ("tools", [{"type": "web_search"}], "only functions"),
         ("tool_choice", "required", "give tools"),
         ("stream_options", {"include_usage": True}, "needs stream true"),
