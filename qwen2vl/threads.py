@@ -214,10 +214,11 @@ def set_num_threads_batch(count: int | None) -> None:
     """Set the torch threads of forwards of many rows: prefill and the vision encoder.
 
     Their operations gain from more threads than those of a decode step, which run on
-    `torch.get_num_threads()`. Like that number, it is a setting of the whole process; None undoes
-    it. (llama.cpp: --threads-batch.)
+    `torch.get_num_threads()`. The setting holds for all engines of the process; None undoes it.
+    (llama.cpp: --threads-batch.)
     """
     global _num_threads_batch
+    assert count is None or count >= 1, f"{count} threads"
     _num_threads_batch = count
 
 

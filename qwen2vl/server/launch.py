@@ -46,10 +46,10 @@ _IMPORTS_WITHOUT_TORCH = (
 )
 MAX_CONTAINER_FRAMES = 500_000  # of a video file; how many of them are decoded is another limit
 ABORT_EXIT_SECONDS = 3.5
-# oneDNN, which computes in bfloat16, keeps a compiled kernel for each number of rows that it has
-# seen, 1,024 by default. With nano that took 370 MB, reached after thousands of requests; the
-# kernels of decode steps, which come again, are some 100.
-ONEDNN_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+# Computing in bfloat16, torch keeps a oneDNN matrix product for each shape that it has seen, 1,024
+# by default: with nano 300 MB, reached after thousands of requests. Those of decode steps, which
+# come again, are some 100.
+ONEDNN_CACHE = ("LRU_CACHE_CAPACITY", "128")
 
 
 def prepare_llm(llm: LLM, config: ServerConfig, decoder: MediaDecoder) -> None:

@@ -19,10 +19,14 @@ from qwen2vl.model.activations import ROWS, quick_gelu, swiglu
 def test_in_place_equals_the_expression_bit_for_bit(
     rows: int, width: int, dtype: torch.dtype
 ) -> None:
-    x, gate = (torch.randn(rows, width).mul_(4).to(dtype) for _ in range(2))
+    generator = torch.Generator().manual_seed(rows + width)
+    fused = torch.randn(rows, 2 * width, generator=generator).mul_(4).to(dtype)
+    gate, x = fused[:, :width], fused[:, width:]  # slices, as of a fused layer (linear/fused.py)
     expected = x * torch.sigmoid(1.702 * x), F.silu(gate) * x
+    saved = x.clone()
     with torch.inference_mode():
         got_swiglu = swiglu(gate, x)
+        assert torch.equal(x, saved)
         got_gelu = quick_gelu(x)
     assert torch.equal(got_gelu, expected[0]) and got_gelu is x
     assert torch.equal(got_swiglu, expected[1]) and got_swiglu is gate

@@ -7,6 +7,7 @@ its host names.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,8 @@ def describe_server(
 def _curl_command(url: str, model: str, key: str | None) -> str:
     header = "" if key is None else f' -H "Authorization: Bearer {key}"'
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hi"}]})
-    return f"curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'"
+    data = shlex.quote(body)
+    return f"curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d {data}"
 
 
 def _count(number: int, noun: str) -> str:
