@@ -40,20 +40,21 @@ def _count_values(body: bytes) -> int:
     return sum(body.count(separator) for separator in SEPARATORS)
 
 
-def parse_json(body: bytes, *, max_depth: int) -> Any:
-    """Parse a JSON request body.
+def parse_json(body: bytes, *, max_depth: int, where: str | None = None) -> Any:
+    """Parse a JSON request body, or a line of a file.
 
     Args:
         body: the bytes as sent.
         max_depth: how deep lists and objects may be nested.
+        where: names the line in errors, such as "line 7"; None: it is a request body.
 
     Raises:
         APIError: 400: not JSON in UTF-8, a key given twice, NaN or Infinity, a lone surrogate,
             nested too deeply, or too many values.
     """
-    if len(body) > SCANNED_BYTES and _count_values(body) > MAX_VALUES:
-        raise _error(f"holds more than {MAX_VALUES:,} values; send fewer")
     try:
+        if len(body) > SCANNED_BYTES and _count_values(body) > MAX_VALUES:
+            raise _RefusalError(f"holds more than {MAX_VALUES:,} values; send fewer")
         value = json.loads(
             body.decode("utf-8"),
             object_pairs_hook=_object,
@@ -61,25 +62,23 @@ def parse_json(body: bytes, *, max_depth: int) -> Any:
             parse_float=_float,
             parse_int=_int,
         )
+        _check_values(value, max_depth)
     except UnicodeDecodeError as error:
-        raise _error(f"is not UTF-8: byte {error.start} is invalid") from None
+        what = f"is not UTF-8: byte {error.start} is invalid"
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise _error(f"is not JSON: error at {where}") from None
+        line = f"line {error.lineno}, " if where is None else ""
+        what = f"is not JSON: error at {line}column {error.colno}"
     except _RefusalError as error:
-        raise _error(str(error)) from None
+        what = str(error)
     except RecursionError:
-        raise _too_deep(max_depth) from None
-    _check_values(value, max_depth)
-    return value
+        what = _too_deep(max_depth)
+    else:
+        return value
+    raise APIError(400, f"{where or 'the request body'} {what}", code="invalid_json")
 
 
-def _error(what: str) -> APIError:
-    return APIError(400, f"the request body {what}", code="invalid_json")
-
-
-def _too_deep(max_depth: int) -> APIError:
-    return _error(f"nests lists and objects more than {max_depth} deep; make it flatter")
+def _too_deep(max_depth: int) -> str:
+    return f"nests lists and objects more than {max_depth} deep; make it flatter"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def _check_values(root: Any, max_depth: int) -> None:
                 inner += value
         depth += is_nested
         if depth > max_depth:
-            raise _too_deep(max_depth)
+            raise _RefusalError(_too_deep(max_depth))
         level = inner
 
 
@@ -139,7 +138,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()  # ten times as fast as a search
     except UnicodeEncodeError as error:
-        raise _error(
+        raise _RefusalError(
             f"holds a lone surrogate (\\u{ord(text[error.start]):x}), which is no character; send "
             "a pair or the character itself"
         ) from None

@@ -1,7 +1,8 @@
 """Request bodies: content type, size while streaming, total time, and bytes of all requests.
 
 The size is refused from Content-Length before anything is read, or as soon as the bytes received
-exceed it. The deadline is that of the whole body: a client that sends one byte a second is refused.
+exceed it. The deadline is that of the whole body, and earlier for one that comes slower than
+MIN_BYTES_PER_SECOND. (Apache: RequestReadTimeout body=10,MinRate=1000.)
 routing.py reads the body of a known route after access control, so that strangers cannot fill
 memory.
 """
@@ -9,7 +10,7 @@ memory.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import Request
 from starlette.types import Receive
@@ -25,6 +26,8 @@ JSON_TYPE = "application/json"
 # A body up to this size is read however much others hold: clients that are slow to send theirs
 # keep no text out.
 FREE_BYTES = 65_536
+FIRST_SECONDS = 10.0  # that a body has in any case; more as its bytes come
+MIN_BYTES_PER_SECOND = 1000
 
 
 class BodyReader:
@@ -66,15 +69,17 @@ class BodyReader:
         _check_content_type(request)
         self._check_length(request.headers.get("content-length"))
         body = bytearray()
+        began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self.timeout):
-                await self._receive_into(body, request.receive)
+            async with asyncio.timeout(self._seconds_for(0)) as timer:
+                async for _ in self._receive_into(body, request.receive):
+                    timer.reschedule(began + self._seconds_for(len(body)))
         except TimeoutError:
             self.release(len(body))
             raise APIError(
                 408,
-                f"the request body was not complete after {self.timeout:g} s, {len(body):,} bytes "
-                "had arrived; send it faster",
+                f"the request body was not complete after {self._seconds_for(len(body)):.3g} s, "
+                f"{len(body):,} bytes had arrived; send it faster",
                 code="request_timeout",
             ) from None
         except BaseException:
@@ -86,7 +91,12 @@ class BodyReader:
         """Stop counting the bytes of a body whose request has ended."""
         self.held_bytes -= num_bytes
 
-    async def _receive_into(self, body: bytearray, receive: Receive) -> None:
+    def _seconds_for(self, num_bytes: int) -> float:
+        """Return the seconds in which a body must be complete of which so much has arrived."""
+        return min(self.timeout, FIRST_SECONDS + num_bytes / MIN_BYTES_PER_SECOND)
+
+    async def _receive_into(self, body: bytearray, receive: Receive) -> AsyncIterator[None]:
+        """Append what arrives, until the body is complete; yields after each chunk."""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -108,6 +118,7 @@ class BodyReader:
                 )
             if not message.get("more_body", False):
                 return
+            yield
 
     def _check_length(self, length: str | None) -> None:
         # h11 has checked that it is a number of at most twenty digits.

@@ -120,3 +120,20 @@ def test_costly_bodies_are_told_from_images() -> None:
     assert not is_costly(b'{"messages": []}')
     assert is_costly(json.dumps([0] * 10_000).encode())
     assert is_costly(b" " * 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "line 7 is not JSON: error at column 2"),
+        (b'{"a": "the request body" error at line 1, column 1}', "line 7 is not JSON: error at"),
+        (b'{"a": 1, "a": 2}', "line 7 gives the key 'a' twice in one object; give it once"),
+        (b"[[[1]]]", "line 7 nests lists and objects more than 2 deep; make it flatter"),
+        (b'"\\ud800"', "line 7 holds a lone surrogate"),
+        (b"\xff", "line 7 is not UTF-8: byte 0 is invalid"),
+    ],
+)
+def test_errors_name_the_line_of_a_file(body: bytes, message: str) -> None:
+    with pytest.raises(APIError) as caught:
+        parse_json(body, max_depth=2, where="line 7")
+    assert caught.value.message.startswith(message)

@@ -10,19 +10,21 @@ import pytest
 from starlette.requests import Request
 
 from qwen2vl.server.errors import APIError
+from qwen2vl.server.middleware import request_body
 from qwen2vl.server.middleware.request_body import BodyReader
 from qwen2vl.server.sse import ClientDisconnectedError
 
 JSON = {"content-type": "application/json"}
 
 
-def request_of(chunks: Iterable[bytes | None], headers: dict[str, str]) -> Request:
-    """Build a request; a chunk of None waits forever, the end is a disconnect."""
+def request_of(chunks: Iterable[bytes | float | None], headers: dict[str, str]) -> Request:
+    """Build a request; None waits forever, a number so many seconds, the end is a disconnect."""
     iterator = iter(chunks)
 
     async def receive() -> dict[str, Any]:
         try:
-            chunk = next(iterator)
+            while isinstance(chunk := next(iterator), float):
+                await asyncio.sleep(chunk)
         except StopIteration:
             return {"type": "http.disconnect"}
         if chunk is None:
@@ -43,7 +45,7 @@ def reader(**limits: Any) -> BodyReader:
     return BodyReader(**(defaults | limits))
 
 
-def read(body_reader: BodyReader, chunks: Iterable[bytes | None], **headers: str) -> bytes:
+def read(body_reader: BodyReader, chunks: Iterable[bytes | float | None], **headers: str) -> bytes:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return asyncio.run(body_reader.read(request_of(chunks, JSON | named)))
 
@@ -88,6 +90,24 @@ def test_the_deadline_is_that_of_the_whole_body() -> None:
         read(one, [b"a", b"b", None])
     assert (caught.value.status, caught.value.code) == (408, "request_timeout")
     assert one.held_bytes == 0
+
+
+def test_a_body_that_comes_too_slowly_is_refused_before_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(request_body, "FIRST_SECONDS", 0.05)
+    monkeypatch.setattr(request_body, "MIN_BYTES_PER_SECOND", 1000)
+
+    def chunks(size: int, number: int) -> Iterable[bytes | float]:
+        for _ in range(number):
+            yield from (0.01, b"x" * size)
+        yield b""
+
+    one = reader(max_bytes=10_000, max_total_bytes=10_000)
+    assert len(read(one, chunks(100, 12))) == 1200  # 0.12 s, at ten times the least rate
+    with pytest.raises(APIError) as caught:
+        read(one, chunks(1, 30))
+    assert caught.value.status == 408 and "after 0.0" in caught.value.message
 
 
 def test_a_client_that_leaves_is_no_error() -> None:
