@@ -2,6 +2,7 @@
 
 answer_requests   a file of requests in OpenAI's batch form (request_batch.py)
 answer_images     one question about each of many images (image_batch.py)
+batch_identity    what decides the answers; a resumed batch must have the same (identity.py)
 BatchReport       progress bar, summary and exit code (report.py)
 """
 

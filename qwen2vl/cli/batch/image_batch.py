@@ -3,14 +3,15 @@
     image -> LLM.prepare (a thread) -> AsyncLLM -> {"image", "answer", "finish_reason", "error"}
 
 The images are the user's own files and are decoded in this process; one that cannot be read has an
-error for its answer. The id is a digest of the image's name and of all that decides on the answer,
-by which a batch is resumed, and answers of another question are recognized.
+error for its answer. The id is a digest of the image's name and of everything that decides the
+answer (identity.py), by which a batch is resumed and answers of another question are recognized.
 """
 
 from __future__ import annotations
 
 import asyncio
 import glob
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2vl.cli import boxes, options
+from qwen2vl.cli.batch.identity import batch_identity
 from qwen2vl.cli.batch.report import BatchReport
 from qwen2vl.cli.media_arguments import IMAGE_SUFFIXES, natural_key
 from qwen2vl.cli.serve.lora_modules import is_named_adapter, parse_lora_modules
@@ -39,12 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_images", "list_images"]
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("image", "answer", "finish_reason", "error")
-# Options that decide on the answers, besides the model, its adapters and the question.
-DECIDING = (
-    *("max_tokens", "temperature", "top_k", "top_p", "seed", "json_schema", "regex", "choice"),
-    *("boxes", "quantize", "min_pixels", "max_pixels", "max_model_len"),
-)
 NUM_THREADS = 4  # that read, decode and resize images
 
 
@@ -70,7 +69,8 @@ def answer_images(
     grammar = options.grammar_from_options(given)
     params = replace(options.sampling_params_from_options(given), grammar=grammar)
     adapters = _adapter_names(given["adapters"])
-    key = _options_key(question, system, given)
+    identity = batch_identity(given, question=question, system=system)
+    key = blake2b(identity.encode("utf-8", "backslashreplace"), digest_size=16).digest()
     jobs = [
         _ImageJob(image=image, adapter=adapter, id=_job_id(image, adapter, key))
         for image in images
@@ -80,17 +80,29 @@ def answer_images(
     answered = _Answered(jobs)
     report = BatchReport(output, "image" if len(adapters) < 2 else "question")
 
+    failed: set[int] = set()  # records of the output that are to be repeated
+
     def on_record(number: int, record: dict[str, Any]) -> None:
-        answered.add(number, record)
-        report.count_done(record)
+        is_repeated = answered.add(number, record, given["retry_failed"])
+        if is_repeated:
+            failed.add(number)
+        else:
+            report.count_done(record)
 
     with ExitStack() as stack:
         from qwen2vl.server.batch.record_file import RecordFile
         from qwen2vl.server.batch.runner import BatchCounts, run_jobs
 
         file = stack.enter_context(
-            RecordFile(output, columns=columns if suffix == ".csv" else (), on_record=on_record)
+            RecordFile(
+                output,
+                row_start=b'{"image": ',
+                columns=columns if suffix == ".csv" else (),
+                on_record=on_record,
+            )
         )
+        if failed:
+            file.remove(failed)
         if next(answered.remaining(), None) is None:  # without loading the model
             return report.finish(BatchCounts())
         from qwen2vl.engine import AsyncLLM, EngineConfig
@@ -133,8 +145,10 @@ class _Answered:
         self._shown = {(_shown(job.image), job.adapter or ""): job.id for job in jobs}
         self._ids: set[str] = set()
 
-    def add(self, number: int, record: Mapping[str, Any]) -> None:
-        """Take one answer of the file; of an image that is not among the jobs it stays there.
+    def add(self, number: int, record: Mapping[str, Any], retry_failed: bool) -> bool:
+        """Take one answer of the file, and return whether it is an error that will be replaced.
+
+        An answer about an image that is not among the jobs stays in the file.
 
         Raises:
             InputError: it is of another question, or was not written by this command.
@@ -144,13 +158,16 @@ class _Answered:
             raise InputError(
                 f"line {number} of the output was not written by this command; give another file"
             )
-        expected = self._shown.get((image, record.get("adapter") or ""), answer_id)
-        if expected != answer_id:
+        expected = self._shown.get((image, record.get("adapter") or ""))
+        if expected not in (None, answer_id):
             raise InputError(
                 f"line {number} of the output answers another question about {abbreviate(image)}, "
                 "or one of another model or other options; give another file to -o"
             )
+        if retry_failed and expected is not None and record.get("error"):
+            return True
         self._ids.add(answer_id)
+        return False
 
     def remaining(self) -> Iterator[_ImageJob]:
         return (job for job in self._jobs if job.id not in self._ids)
@@ -180,7 +197,7 @@ class _ImageOperator:
         self._counts = counts
 
     async def answer(self, job: _ImageJob) -> Answer:
-        """Answer one job; an image that cannot be read has an error for its answer.
+        """Answer one job; whatever fails with its image becomes its answer.
 
         Raises:
             EngineError: the engine died.
@@ -198,12 +215,16 @@ class _ImageOperator:
                 (completion,) = await stream.completions()
             finally:
                 stream.abort()
+            answer = self._answer(job, **_fields(completion))
+            self._counts.output_tokens += len(completion.token_ids)
         except EngineDeadError:
             raise
         except (InputError, CapacityError, EngineError) as error:
             return self.failure(job, error)
-        self._counts.output_tokens += len(completion.token_ids)
-        return self._answer(job, **_fields(completion))
+        except Exception as error:
+            logger.error("%s failed", job.image, exc_info=error)
+            return self._answer(job, error=f"internal error: {type(error).__name__}")
+        return answer
 
     def failure(self, job: _ImageJob, error: Qwen2VLError) -> Answer:
         """Return the answer of a job that failed."""
@@ -257,15 +278,6 @@ def _walk(folder: str) -> Iterator[str]:
 def _adapter_names(values: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the adapters that stay unmerged; each of them answers."""
     return tuple(parse_lora_modules(filter(is_named_adapter, values)))
-
-
-def _options_key(question: str, system: str | None, given: Mapping[str, Any]) -> bytes:
-    model = Path(given["model"]).expanduser()
-    model_name = model.resolve().name if model.is_dir() else given["model"]
-    merged = [Path(one).name for one in given["adapters"]]
-    deciding = [question, system, model_name, merged, *(given[name] for name in DECIDING)]
-    text = repr(deciding).encode("utf-8", "backslashreplace")
-    return blake2b(text, digest_size=16).digest()
 
 
 def _job_id(image: str, adapter: str | None, key: bytes) -> str:

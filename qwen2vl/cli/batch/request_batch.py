@@ -6,7 +6,6 @@ unless --allowed-local-media-path or --allowed-media-domains allows them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2vl.cli import options
+from qwen2vl.cli.batch.identity import batch_identity
 from qwen2vl.cli.batch.report import BatchReport, LineCounter
 from qwen2vl.cli.serve.lora_modules import is_named_adapter, parse_lora_modules
-from qwen2vl.errors import ConfigError, InputError
+from qwen2vl.cli.serve.option_names import errors_name_options
+from qwen2vl.cli.serve.server_options import parse_media_limits, served_model_name
+from qwen2vl.errors import InputError
 from qwen2vl.server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_requests"]
 
-# Options that change answers; what a resumed batch must have as before.
-DECIDING = ("quantize", "min_pixels", "max_pixels", "max_model_len")
+# For a media worker to become free: nobody waits for one answer, and all requests come at once.
+WAIT_SECONDS = 7 * 86_400.0
 
 
 def answer_requests(source: Path, output: Path, given: Mapping[str, Any]) -> int:
@@ -44,40 +46,53 @@ def answer_requests(source: Path, output: Path, given: Mapping[str, Any]) -> int
         raise InputError(f"-o {output}: answers to requests are JSON lines; name it .jsonl")
     if output.exists() and source.exists() and os.path.samefile(source, output):
         raise InputError(f"-o {output}: is the file of the requests; give another one")
-    adapters = parse_lora_modules(
-        (*given["lora_modules"], *filter(is_named_adapter, given["adapters"]))
-    )
+    context = click.get_current_context()
+    with errors_name_options(context):
+        adapters = parse_lora_modules(
+            (*given["lora_modules"], *filter(is_named_adapter, given["adapters"]))
+        )
+        config = _server_config(given, adapters)
+        identity = batch_identity(given)
     merged = [one for one in given["adapters"] if not is_named_adapter(one)]
     if adapters and given["compile"]:
         raise click.UsageError(
             "--compile: adapters with names stay unmerged and cannot be compiled; merge one by "
             "--adapter DIR, or leave --compile out"
         )
-    config = _server_config(given, adapters)
-    identity = [*config.served_model_names, sorted(adapters), [Path(one).name for one in merged]]
-    batch_input = _open_input(source, config, [*identity, *(given[name] for name in DECIDING)])
+    batch_input = _open_input(source, config, identity)
     report = BatchReport(output, "request")
     counter = LineCounter(source)
+    failed: set[int] = set()  # lines of the output that are to be repeated
 
     def on_record(number: int, record: dict[str, Any]) -> None:
-        batch_input.mark_answered(number, record)
-        report.count_done(record)
+        is_repeated = given["retry_failed"] and bool(record.get("error"))
+        batch_input.mark_answered(number, record, is_repeated=is_repeated)
+        if is_repeated:
+            failed.add(number)
+        else:
+            report.count_done(record)
 
     with ExitStack() as stack:
         from qwen2vl.server.batch.record_file import RecordFile
         from qwen2vl.server.batch.runner import BatchCounts
 
-        file = stack.enter_context(RecordFile(output, on_record=on_record))
+        file = stack.enter_context(
+            RecordFile(output, row_start=b'{"id": "batch_req_', on_record=on_record)
+        )
+        if failed:
+            batch_input.check()  # before anything is removed
+            file.remove(failed)
         requests = iter(batch_input)
         first = next(requests, None)
         if first is None:  # without loading the model
             return report.finish(BatchCounts())
-        loaded = options.load_model_from_options(
-            {**given, "adapters": merged},
-            adapters=adapters,
-            max_model_len=config.max_model_len,
-            engine=_engine_config(given),
-        )
+        with errors_name_options(context):
+            loaded = options.load_model_from_options(
+                {**given, "adapters": merged},
+                adapters=adapters,
+                max_model_len=config.max_model_len,
+                engine=_engine_config(given),
+            )
         from qwen2vl.server.batch.operations import run_requests
 
         state = _build_state(loaded, config, stack)
@@ -91,49 +106,29 @@ def answer_requests(source: Path, output: Path, given: Mapping[str, Any]) -> int
         )
 
 
-def _open_input(source: Path, config: ServerConfig, identity: list[Any]) -> BatchInput:
+def _open_input(source: Path, config: ServerConfig, identity: str) -> BatchInput:
     from qwen2vl.server.batch.requests import BatchInput
 
     return BatchInput(
         source,
         max_bytes=config.max_body_bytes,
         max_depth=config.max_json_depth,
-        options=json.dumps(identity),
+        options=identity,
     )
 
 
 def _server_config(given: Mapping[str, Any], adapters: Mapping[str, str]) -> ServerConfig:
     root = given["allowed_local_media_path"]
+    limits = given["limit_mm_per_prompt"]
     return ServerConfig(
-        served_model_names=given["served_model_name"] or (_model_name(given["model"]),),
+        served_model_names=given["served_model_name"] or (served_model_name(given["model"]),),
         lora_modules=adapters,
         max_model_len=given["max_model_len"],
         allowed_local_media_path=None if root is None else Path(root),
         allowed_media_domains=given["allowed_media_domains"],
-        limit_mm_per_prompt=_media_limits(given["limit_mm_per_prompt"]),
+        limit_mm_per_prompt={} if limits is None else parse_media_limits(limits),
         num_media_workers=given["num_media_workers"],
     )
-
-
-def _media_limits(text: str | None) -> dict[str, Any]:
-    """Parse image=16,video=2, or JSON; ServerConfig validates the values."""
-    if text is None:
-        return {}
-    try:
-        if text.lstrip().startswith("{"):
-            return json.loads(text)
-        pairs = [part.split("=") for part in text.split(",")]
-        return {kind.strip(): int(count) for kind, count in pairs}
-    except ValueError:
-        raise ConfigError(
-            f'--limit-mm-per-prompt: got {text}, must be as image=16,video=2 or {{"image": 16}}'
-        ) from None
-
-
-def _model_name(model: str) -> str:
-    """Return the name under which a model is served: the name of its folder, not its path."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
 
 
 def _engine_config(given: Mapping[str, Any]) -> Any:
@@ -150,7 +145,7 @@ def _build_state(loaded: LoadedModel, config: ServerConfig, stack: ExitStack) ->
     from qwen2vl.server.batch.operations import LazyDecoder
     from qwen2vl.server.launch import build_state, prepare_llm
 
-    limits = WorkerLimits(image_seconds=config.media_decode_timeout)
+    limits = WorkerLimits(image_seconds=config.media_decode_timeout, wait_seconds=WAIT_SECONDS)
     pool = MediaWorkerPool(config.num_media_workers, limits)
     stack.callback(pool.close)
     prepare_llm(stack.enter_context(loaded.llm), config, LazyDecoder(pool))

@@ -8,7 +8,7 @@ continues where it stopped. The exit code is 1 if any answer is an error. Parts:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from click.core import ParameterSource
 from qwen2vl.cli import options, terminal
 from qwen2vl.cli.batch.image_batch import answer_images
 from qwen2vl.cli.batch.request_batch import answer_requests
+from qwen2vl.cli.serve.server_options import MAX_NUM_SEQS, split_values
 from qwen2vl.server.config import ServerConfig
 
 __all__ = ["batch"]
 
 DEFAULTS = ServerConfig()
-MAX_NUM_SEQS = 16  # of EngineConfig, which cannot be imported without torch
 # Options that hold for one of the two inputs only.
 OF_IMAGES = (
     *("system", "max_tokens", "temperature", "top_k", "top_p", "seed"),
@@ -33,11 +33,6 @@ OF_REQUESTS = (
     *("input_file", "served_model_name", "lora_modules", "allowed_local_media_path"),
     *("allowed_media_domains", "limit_mm_per_prompt", "num_media_workers"),
 )
-
-
-def _split(_: click.Context, __: click.Parameter, values: Iterable[str]) -> tuple[str, ...]:
-    """Return the values of a repeatable option that also takes a,b."""
-    return tuple(part.strip() for one in values for part in one.split(",") if part.strip())
 
 
 @click.command()
@@ -59,13 +54,18 @@ def _split(_: click.Context, __: click.Parameter, values: Iterable[str]) -> tupl
     help="Images that QUESTION is asked about: a folder with its subfolders, a pattern, or a file; "
     "repeatable.",
 )
+@click.option(
+    "--retry-failed",
+    is_flag=True,
+    help="Repeat what has an error in the file of answers, from which the errors are removed.",
+)
 @options.system_option
 @options.model_options
 @click.option(
     "--served-model-name",
     multiple=True,
     metavar="NAME",
-    callback=_split,
+    callback=split_values,
     help="Model name in the requests, in place of the repo id or the folder's name; repeatable.",
 )
 @click.option(
@@ -105,7 +105,7 @@ def _split(_: click.Context, __: click.Parameter, values: Iterable[str]) -> tupl
     "--allowed-media-domains",
     multiple=True,
     metavar="HOST",
-    callback=_split,
+    callback=split_values,
     help="Allow http and https URLs of images and videos of this host; repeatable.",
 )
 @click.option(

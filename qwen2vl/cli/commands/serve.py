@@ -7,10 +7,9 @@ clients are refused until it is. Ctrl-C and SIGTERM let running requests finish.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,13 @@ from qwen2vl.cli.serve.banner import describe_server
 from qwen2vl.cli.serve.command import ServeCommand
 from qwen2vl.cli.serve.config_file import read_config_file
 from qwen2vl.cli.serve.lora_modules import is_named_adapter, parse_lora_modules
-from qwen2vl.cli.serve.option_names import name_options
-from qwen2vl.errors import ConfigError, InputError
+from qwen2vl.cli.serve.option_names import errors_name_options
+from qwen2vl.cli.serve.server_options import (
+    MAX_NUM_SEQS,
+    parse_media_limits,
+    served_model_name,
+    split_values,
+)
 from qwen2vl.server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -35,7 +39,6 @@ __all__ = ["serve"]
 API_KEY_VARIABLE = "QWEN2VL_API_KEY"
 CONFIG_PATH = "qwen2vl.serve.config"  # key of the context's meta
 DEFAULTS = ServerConfig()
-MAX_NUM_SEQS = 16  # of EngineConfig, which cannot be imported without torch
 MEDIA_LIMITS = ",".join(f"{kind}={count}" for kind, count in DEFAULTS.limit_mm_per_prompt.items())
 
 
@@ -47,25 +50,8 @@ def _load_config(context: click.Context, _: click.Parameter, path: str | None) -
         context.default_map = read_config_file(path, context.command)
 
 
-def _split(_: click.Context, option: click.Parameter, values: Iterable[str]) -> tuple[str, ...]:
-    """Return the values of a repeatable option that also takes a,b and vLLM's JSON list."""
-    result: list[str] = []
-    for value in values:
-        if value.lstrip().startswith("["):
-            try:
-                parsed = json.loads(value)
-            except ValueError:
-                parsed = None
-            if not isinstance(parsed, list) or not all(isinstance(one, str) for one in parsed):
-                raise click.BadParameter(f"{value!r} is not a JSON list of strings", param=option)
-            result += parsed
-        else:
-            result += [part.strip() for part in value.split(",") if part.strip()]
-    return tuple(result)
-
-
 def _list_option(flag: str, metavar: str, help: str) -> Any:
-    return click.option(flag, multiple=True, callback=_split, metavar=metavar, help=help)
+    return click.option(flag, multiple=True, callback=split_values, metavar=metavar, help=help)
 
 
 def _config_option(flag: str, help: str, **options: Any) -> Any:
@@ -229,14 +215,8 @@ def serve(context: click.Context, models: tuple[str, ...], **given: Any) -> None
     context.exit(run_server(config, load, on_ready=on_ready))
 
 
-@contextmanager
-def _errors_name_options(context: click.Context) -> Iterator[None]:
-    """Let errors name the options that were given, not the fields of the configuration."""
-    try:
-        yield
-    except (ConfigError, InputError) as error:
-        error.args = (name_options(str(error), context, context.meta.get(CONFIG_PATH)),)
-        raise
+def _errors_name_options(context: click.Context) -> AbstractContextManager[None]:
+    return errors_name_options(context, context.meta.get(CONFIG_PATH))
 
 
 def _positional_model(context: click.Context, models: tuple[str, ...]) -> str:
@@ -268,40 +248,22 @@ def _shown_key(context: click.Context) -> str:
 
 def _config_arguments(given: Mapping[str, Any], lora_modules: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of ServerConfig."""
-    names = (
+    same = (
         *("host", "port", "api_keys", "max_model_len", "metrics_port", "max_queue"),
         *("max_requests_per_key", "max_body_bytes", "request_timeout", "shutdown_timeout"),
         *("num_media_workers", "log_format", "allowed_media_domains", "allowed_origins"),
         "allowed_hosts",
     )
-    fields = {name: given[name] for name in names}
+    fields = {name: given[name] for name in same}
     fields["access_log"] = not given["disable_access_log"]
     fields["page"] = not given["no_page"]
     fields["lora_modules"] = lora_modules
-    fields["served_model_names"] = given["served_model_name"] or (_model_name(given["model"]),)
-    fields["limit_mm_per_prompt"] = _media_limits(given["limit_mm_per_prompt"])
+    names = given["served_model_name"]
+    fields["served_model_names"] = names or (served_model_name(given["model"]),)
+    fields["limit_mm_per_prompt"] = parse_media_limits(given["limit_mm_per_prompt"])
     if given["allowed_local_media_path"] is not None:
         fields["allowed_local_media_path"] = Path(given["allowed_local_media_path"])
     return fields
-
-
-def _model_name(model: str) -> str:
-    """Return the name under which a model is served: never a path of this machine."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
-
-
-def _media_limits(text: str) -> dict[str, Any]:
-    """Parse image=16,video=2, or JSON; ServerConfig validates the values."""
-    try:
-        if text.lstrip().startswith("{"):
-            return json.loads(text)
-        pairs = [part.split("=") for part in text.split(",")]
-        return {kind.strip(): int(count) for kind, count in pairs}
-    except ValueError:
-        raise ConfigError(
-            f'limit_mm_per_prompt: got {text}, must be as image=16,video=2 or {{"image": 16}}'
-        ) from None
 
 
 def _load(given: Mapping[str, Any], config: ServerConfig) -> LLM:

@@ -9,13 +9,16 @@ the command has given an option, and reads its name:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 from click.core import ParameterSource
 
 from qwen2vl.cli.serve.config_file import option_key
+from qwen2vl.errors import ConfigError, InputError
 
-__all__ = ["name_options"]
+__all__ = ["errors_name_options", "name_options"]
 
 FIELD = re.compile(r"\b[a-z]\w*\b")
 # Fields of ServerConfig and LLM -> parameters of the command with another name.
@@ -23,6 +26,16 @@ PARAMETER_OF = {
     "served_model_names": "served_model_name",
     "access_log": "disable_access_log",
 }
+
+
+@contextmanager
+def errors_name_options(context: click.Context, config_path: str | None = None) -> Iterator[None]:
+    """Let errors name the options that were given, not the fields of the configuration."""
+    try:
+        yield
+    except (ConfigError, InputError) as error:
+        error.args = (name_options(str(error), context, config_path),)
+        raise
 
 
 def name_options(message: str, context: click.Context, config_path: str | None) -> str:

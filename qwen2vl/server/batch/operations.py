@@ -4,11 +4,13 @@
 
 Validation, limits, media and errors are those of HTTP, and `response` has the status and the body
 that a client of the server would get; a failed request also has `error`, as requests that never ran
-have it. (OpenAI: the Batch API's output; vLLM: BatchRequestOutput.)
+have it. What may succeed a moment later, such as the fetch of an image, is tried again. (OpenAI:
+the Batch API's output; vLLM: run_batch, BatchRequestOutput.)
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -18,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from qwen2vl.errors import EngineError
+from qwen2vl.errors import EngineError, MediaWorkerError
 from qwen2vl.processor.media.rgb import DecodedImage
 from qwen2vl.processor.media.source import MediaLimits, MediaSource
 from qwen2vl.processor.media.video_metadata import VideoReader
@@ -38,7 +40,9 @@ __all__ = ["BatchOperator", "LazyDecoder", "run_requests"]
 
 logger = logging.getLogger(__name__)
 
-UNAVAILABLE = 503  # the status of what may succeed when it is sent again
+UNAVAILABLE = 503  # the engine has stopped, or the media workers have
+TRANSIENT = frozenset({408, 429, 502, UNAVAILABLE})  # statuses of what may succeed a moment later
+RETRY_SECONDS = (1.0, 4.0, 16.0)  # before each further attempt
 
 
 async def run_requests(
@@ -79,21 +83,32 @@ class BatchOperator:
         """Answer one request; what is wrong with it becomes its answer.
 
         Raises:
-            EngineError: the engine or the media workers have failed, not the request.
+            EngineError: the engine has failed, not the request.
         """
         if request.error is not None:
             return _failed(request, request.error)
+        for seconds in RETRY_SECONDS:
+            answer = await self._try(request)
+            if isinstance(answer, Answer):
+                return answer
+            if answer.status not in TRANSIENT:
+                return _failed(request, answer)
+            await asyncio.sleep(seconds)
+        answer = await self._try(request)
+        return answer if isinstance(answer, Answer) else _failed(request, answer)
+
+    async def _try(self, request: BatchRequest) -> Answer | APIError:
         caller = Caller(request.request_id)
         try:
             body = self._validate(self._operations[request.url], request.body)
             result = await self._operations[request.url].handler(self._state, body, caller)
         except Exception as error:
             converted = to_api_error(error, caller.request_id)
-            if converted.status == UNAVAILABLE:
+            if converted.status == UNAVAILABLE and not _is_of_media_workers(error):
                 raise EngineError(converted.message) from error
             if converted.status == 500 and not isinstance(error, APIError):
                 logger.error("request %s failed", caller.request_id, exc_info=error)
-            return _failed(request, converted)
+            return converted
         return Answer(row=_row(request, 200, _body(result), b"null"))
 
     def failure(self, request: BatchRequest, error: EngineError) -> Answer:
@@ -149,6 +164,10 @@ class LazyDecoder:
                 self._pool.wait_until_ready()
                 self._is_started = True
         return self._pool
+
+
+def _is_of_media_workers(error: BaseException) -> bool:
+    return any(isinstance(one, MediaWorkerError) for one in (error, error.__cause__))
 
 
 def _body(result: Any) -> bytes:

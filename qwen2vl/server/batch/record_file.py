@@ -2,8 +2,9 @@
 
 A record is appended by one write, so that a killed process leaves complete records and at most one
 that is incomplete, which is cut off when the file is opened again. Records that were written stay:
-`kill -9` loses none, and they are forced to disk every few seconds, for a power failure. A lock
-refuses a second process.
+`kill -9` loses none, and they are forced to disk every few seconds, for a power failure, after
+which a file may have zeros in place of its last blocks: no record has them, and a file is cut at
+the first one that does. A lock refuses a second process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ from qwen2vl.errors import InputError, Qwen2VLError
 __all__ = ["RecordFile", "to_json_line"]
 
 Record = dict[str, Any]
+READ_CHUNK = 1 << 20
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def to_json_line(record: Mapping[str, Any]) -> bytes:
@@ -38,6 +41,8 @@ class RecordFile:
 
     Args:
         path: of the file; created if it does not exist.
+        row_start: with what every record begins, if it is JSON; a file without a complete record
+            that begins otherwise is another program's, and is kept.
         columns: of a CSV file, which begins with them; empty: JSON lines.
         flag: option that names the file, for errors.
         on_record: called with line number (or number of the row) and content of each record that
@@ -48,16 +53,19 @@ class RecordFile:
         self,
         path: Path,
         *,
+        row_start: bytes,
         columns: Sequence[str] = (),
         flag: str = "-o",
         on_record: Callable[[int, Record], None] = lambda number, record: None,
     ) -> None:
         self.path = path
         self.columns = tuple(columns)
+        self._file_start = _csv_row(columns) if columns else row_start
         self._where = f"{flag} {path}"
         self._on_record = on_record
         self._descriptor = -1
         self._size = 0  # of the complete records
+        self._sync_error: OSError | None = None
 
     def __enter__(self) -> Self:
         """Open the file, read its records and cut off an incomplete one.
@@ -79,9 +87,13 @@ class RecordFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with suppress(OSError):  # a disk that fails here has failed in `append` or `sync`, too
-            os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        try:
+            self.sync()
+        except InputError:
+            if error is None:  # else it is the error that counts
+                raise
+        finally:
+            os.close(self._descriptor)
 
     def to_row(self, record: Mapping[str, Any]) -> bytes:
         """Return a record as the bytes that `append` takes; CSV has JSON for lists."""
@@ -109,17 +121,58 @@ class RecordFile:
         """Force what was written to disk; blocks.
 
         Raises:
-            InputError: the disk fails.
+            InputError: the disk fails, or has failed before.
         """
+        if self._sync_error is None:  # the system reports a failure once, and forgets it
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self._sync_error = error
+        if self._sync_error is not None:
+            raise self._cannot_be_written(self._sync_error) from self._sync_error
+
+    def remove(self, numbers: Container[int]) -> None:
+        """Remove records: a new file without them takes the place of the old one, at once.
+
+        Args:
+            numbers: of the records, as `on_record` had them.
+
+        Raises:
+            InputError: the new file cannot be written; the old one stays.
+        """
+        path = self.path.resolve()  # a link stays one
+        new_path = path.with_name(f".{path.name}.{os.getpid()}.new")
         try:
-            os.fsync(self._descriptor)
+            descriptor = os.open(new_path, _FLAGS | os.O_EXCL, 0o600)
         except OSError as error:
             raise self._cannot_be_written(error) from error
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            size = self._copy_rows(descriptor, numbers)
+            os.fchmod(descriptor, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+            os.fsync(descriptor)
+            os.replace(new_path, path)
+        except OSError as error:
+            os.close(descriptor)
+            new_path.unlink(missing_ok=True)
+            raise self._cannot_be_written(error) from error
+        os.close(self._descriptor)
+        self._descriptor, self._size = descriptor, size
+        self._sync_folder()
+
+    def _copy_rows(self, descriptor: int, numbers: Container[int]) -> int:
+        """Write the rows but those of `numbers` into a file, and return their size."""
+        size = 0
+        with open(descriptor, "wb", closefd=False) as new:
+            for number, row in enumerate(self._read_rows(), 1):
+                if number not in numbers:
+                    size += new.write(row)
+        return size
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
         try:
-            self._descriptor = os.open(self.path, flags, 0o666)
+            self._descriptor = os.open(self.path, _FLAGS, 0o666)
         except FileNotFoundError as error:
             folder = self.path.absolute().parent
             raise InputError(
@@ -129,6 +182,7 @@ class RecordFile:
             raise self._cannot_be_written(error) from error
         try:
             self._check_and_lock()
+            self._sync_folder()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -139,42 +193,78 @@ class RecordFile:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
-                f"{self._where}: another process writes this file; wait for its end, or give "
-                "another file"
-            ) from error
+            raise self._in_use() from error
         except OSError:  # a file system without locks
             pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
+                return
+        raise self._in_use()  # a process has replaced the file between opening and locking
+
+    def _in_use(self) -> InputError:
+        return InputError(
+            f"{self._where}: another process writes this file; wait for its end, or give "
+            "another file"
+        )
+
+    def _sync_folder(self) -> None:
+        """Force the file's name to disk."""
+        with suppress(OSError):  # a folder that cannot be read, or a file system without it
+            folder = os.open(self.path.resolve().parent, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _recover(self) -> None:
-        rows = self._read_rows()
         first = 1  # line of the first record
-        if self.columns:
-            header = next(rows, None)
-            first += header is not None
-            if header is not None and header != _csv_row(self.columns):
-                raise InputError(
-                    f"{self._where}: its first line is not {','.join(self.columns)}: it was "
-                    "written by something else, or with other options; give another file"
-                )
-        for number, row in enumerate(rows, first):
-            self._on_record(number, self._parse(number, row))
+        for number, row in enumerate(self._read_rows(), 1):
+            if self.columns and number == 1:
+                if row != self._file_start:
+                    raise InputError(
+                        f"{self._where}: its first line is not {','.join(self.columns)}: it was "
+                        "written by something else, or with other options; give another file"
+                    )
+                first = 2
+            else:
+                self._on_record(number, self._parse(number, row))
+            self._size += len(row)
+        if self._size == 0:
+            self._check_own()
         if self._size < os.fstat(self._descriptor).st_size:
             os.ftruncate(self._descriptor, self._size)
         if self.columns and first == 1:
-            self.append(_csv_row(self.columns))
+            self.append(self._file_start)
 
     def _read_rows(self) -> Iterator[bytes]:
-        """Yield the complete rows, and count their bytes in `_size`."""
+        """Yield the complete rows, up to one with zeros."""
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
         with open(self._descriptor, "rb", closefd=False) as file:
             row = b""
             for line in file:
+                if b"\0" in line:
+                    return
                 row += line
                 # Quotes within a CSV field are doubled: a row ends where their number is even.
                 if row.endswith(b"\n") and not (self.columns and row.count(b'"') % 2):
-                    self._size += len(row)
                     yield row
                     row = b""
+
+    def _check_own(self) -> None:
+        """Check that a file without a complete record is what this command has left of one."""
+        head = os.pread(self._descriptor, len(self._file_start), 0)
+        if not self._file_start.startswith(head) and not self._has_only_zeros():
+            raise InputError(
+                f"{self._where}: was not written by this command; give another file, or remove it"
+            )
+
+    def _has_only_zeros(self) -> bool:
+        offset = 0
+        while chunk := os.pread(self._descriptor, READ_CHUNK, offset):
+            if chunk.count(0) < len(chunk):
+                return False
+            offset += len(chunk)
+        return True
 
     def _parse(self, number: int, row: bytes) -> Record:
         try:
@@ -200,9 +290,10 @@ class RecordFile:
 
 
 def _csv_row(values: Sequence[str]) -> bytes:
+    """Return a row; zeros, which a JSON line escapes, become U+FFFD."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    return text.getvalue().replace("\0", "\ufffd").encode("utf-8", "backslashreplace")
 
 
 def _csv_value(value: Any) -> str:

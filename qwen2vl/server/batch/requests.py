@@ -4,7 +4,7 @@
 
 Every line has one answer, also one that is no request. The `id` of an answer has the number of its
 line and a digest of it, by which a batch is resumed: what is answered is skipped, lines may be
-appended, and answers of another input are recognized. (OpenAI: BatchRequestInput.)
+appended, and answers of another input are recognized. (vLLM: BatchRequestInput.)
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BatchRequest:
 
 
 class BatchInput:
-    """The requests of a file that have no answer; iterate over them once.
+    """The requests of a file that have no answer; iterate over them.
 
     Memory grows by some 100 bytes a line, for the ids that were seen.
 
@@ -57,8 +57,8 @@ class BatchInput:
         path: of the file.
         max_bytes: of a line.
         max_depth: how deep lists and objects of a line may be nested.
-        options: all that decides on the answers besides the lines, such as the model: answers of
-            other options are refused.
+        options: everything that decides the answers besides the lines, such as the model: answers
+            of other options are refused.
         flag: option that names the file, for errors.
 
     Raises:
@@ -82,17 +82,21 @@ class BatchInput:
         self._digests = array("Q")  # by line number - 1, of the lines that are answered; 0: is not
         self._done_ids = array("Q")  # digests of their custom ids
         self._seen: set[int] = set()  # digests of custom ids
+        self._repeated: set[int] = set()  # lines that are answered, and to be answered again
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
             raise InputError(f"{self._where}: {what}; give a file of JSON lines")
         self._size = path.stat().st_size
 
-    def mark_answered(self, number: int, record: Mapping[str, Any]) -> None:
+    def mark_answered(
+        self, number: int, record: Mapping[str, Any], *, is_repeated: bool = False
+    ) -> None:
         """Skip the line of an answer.
 
         Args:
             number: of the answer's line, for errors.
             record: the answer.
+            is_repeated: do not skip the line: the answer will be replaced.
 
         Raises:
             InputError: it is none of this command, answers another input, or is there twice.
@@ -114,8 +118,19 @@ class BatchInput:
                 f"line {number} of the output answers line {line} of the input again; delete it"
             )
         self._digests[line - 1] = digest
+        if is_repeated:
+            self._repeated.add(line)
         custom_id = record.get("custom_id")
         self._done_ids[line - 1] = _digest_of(custom_id) if isinstance(custom_id, str) else 0
+
+    def check(self) -> None:
+        """Read the whole file, and compare its lines with those that are answered.
+
+        Raises:
+            InputError: as iterating does.
+        """
+        for _ in self:
+            pass
 
     def __iter__(self) -> Iterator[BatchRequest]:
         """Yield the requests without an answer.
@@ -124,13 +139,14 @@ class BatchInput:
             InputError: a line differs from the one that was answered, or the file cannot be read.
         """
         number = 0
+        self._seen.clear()
         try:
             with self.path.open("rb") as file:
                 for number, (line, digest) in enumerate(self._read_lines(file), 1):
                     done = self._digests[number - 1] if number <= len(self._digests) else 0
-                    if done:
-                        if done != digest:
-                            raise self._other_input(number)
+                    if done and done != digest:
+                        raise self._other_input(number)
+                    if done and number not in self._repeated:
                         self._seen.add(self._done_ids[number - 1])
                     elif line != b"":
                         yield self._parse(number, line, digest)
@@ -179,12 +195,7 @@ class BatchInput:
                 "media as file:// URLs, with --allowed-local-media-path",
                 code="body_too_large",
             )
-        try:
-            fields = parse_json(line, max_depth=self._max_depth + 1)
-        except APIError as error:
-            text = error.message.replace("the request body", f"line {number}", 1)
-            text = text.replace("error at line 1, column", "error at column", 1)
-            raise APIError(error.status, text, code=error.code) from None
+        fields = parse_json(line, max_depth=self._max_depth + 1, where=f"line {number}")
         if not isinstance(fields, dict):
             text = f"got {abbreviate(fields)}, must be an object with custom_id, url and body"
             raise _refusal(number, text, None)

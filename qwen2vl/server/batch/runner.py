@@ -3,14 +3,16 @@
     jobs (an iterator, read lazily) -> `answer`, for max_in_flight of them -> RecordFile
 
 More jobs are in flight than the engine runs, so that its batch is full while answers are written
-and the next prompts are prepared. If the engine dies, it is restarted and its jobs run again, one
-at a time, so that the one that has killed it is found. Whatever ends a run, the same run continues.
+and the next prompts are prepared. If the engine dies, it is restarted and the jobs that ran are
+repeated one at a time, while no other job runs, so that the one that has killed it is found.
+Whatever ends a run, the next run of the same command continues it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -91,10 +93,11 @@ async def run_jobs(
         on_answer: called after each answer.
 
     Raises:
-        InputError: of `jobs`, or the file cannot be written.
+        InputError: of `jobs`, or the file cannot be written or forced to disk.
         EngineError: the engine died and could not be restarted.
     """
     restart = _Restart(engine)
+    is_finished = asyncio.Event()
 
     async def work() -> None:
         for job in jobs:
@@ -104,35 +107,72 @@ async def run_jobs(
             on_answer(counts)
             await asyncio.sleep(0)  # lines that are no requests are answered without a wait
 
-    syncing = asyncio.create_task(_sync_repeatedly(file))
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(max_in_flight or 2 * engine.llm.engine_config.max_num_seqs):
-                group.create_task(work())
+            group.create_task(_sync_until(is_finished, file))
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(max_in_flight or 2 * engine.llm.engine_config.max_num_seqs):
+                    workers.create_task(work())
+            is_finished.set()
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None  # the others were canceled because of it
-    finally:
-        syncing.cancel()
+        raise _first(failures) from None  # the others were canceled because of it
+
+
+def _first(failure: BaseException) -> BaseException:
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
 
 
 class _Restart:
-    """Restarts an engine that died, and lets jobs be repeated one at a time."""
+    """Restarts an engine that died, and lets jobs be repeated one at a time, and nothing else."""
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
-        self.lock = asyncio.Lock()
+        self._num_first = 0  # first attempts that run
+        self._num_repeated = 0  # jobs that wait for their repeat, or are repeated
+        self._changed = asyncio.Condition()
 
     async def ensure_alive(self) -> None:
         if not self._engine.is_alive:
             await asyncio.to_thread(self._engine.restart)
 
+    @asynccontextmanager
+    async def first_attempt(self) -> AsyncIterator[None]:
+        """Wait until no job is repeated, and count a first attempt while it runs."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._num_repeated)
+            self._num_first += 1
+        try:
+            yield
+        except EngineError:
+            self._num_repeated += 1  # before others can begin
+            raise
+        finally:
+            self._num_first -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    @asynccontextmanager
+    async def repeat(self) -> AsyncIterator[None]:
+        """Wait until nothing else runs; for a job whose first attempt has failed."""
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._num_first)
+                yield  # the others wait for the lock
+        finally:
+            self._num_repeated -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
 
 async def _answer(job: Job, operator: Operator[Job], restart: _Restart) -> Answer:
     try:
-        return await operator.answer(job)
+        async with restart.first_attempt():
+            return await operator.answer(job)
     except EngineError as error:
         failure = error
-    async with restart.lock:
+    async with restart.repeat():
         for _ in range(MAX_ATTEMPTS - 1):
             await restart.ensure_alive()
             try:
@@ -143,7 +183,9 @@ async def _answer(job: Job, operator: Operator[Job], restart: _Restart) -> Answe
     return operator.failure(job, failure)
 
 
-async def _sync_repeatedly(file: RecordFile) -> None:
-    while True:
-        await asyncio.sleep(SYNC_SECONDS)
+async def _sync_until(is_finished: asyncio.Event, file: RecordFile) -> None:
+    """Force what was written to disk every few seconds, and once more at the end."""
+    while not is_finished.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(is_finished.wait(), SYNC_SECONDS)
         await asyncio.to_thread(file.sync)

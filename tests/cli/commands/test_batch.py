@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from PIL import Image
 
 from qwen2vl.cli import options
 from qwen2vl.engine import LLM, SamplingParams
+from qwen2vl.processor.media_worker.pool import MediaWorkerPool
+from qwen2vl.processor.media_worker.worker_process import WorkerLimits
 from tests.adapters import TEXT, write_adapter
 from tests.cli.conftest import Run
 
@@ -112,6 +116,36 @@ def test_bad_lines_are_reported_and_skipped(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_failed_requests_are_repeated_by_an_option(run: Run, tmp_path: Path) -> None:
+    path = write_requests(tmp_path / "in.jsonl", ["a", "b", "c"])
+    run("batch", path, "-o", "out.jsonl")
+    output = tmp_path / "out.jsonl"
+    good = records(output)
+    failed = [{**one, "error": {"code": "media_timeout"}} for one in good[:2]]
+    output.write_text("".join(json.dumps(one) + "\n" for one in [*failed, good[2]]))
+    before = output.read_bytes()
+    assert run("batch", path, "-o", "out.jsonl").exit_code == 1
+    # Answers to another input are not removed.
+    write_requests(tmp_path / "other.jsonl", ["a", "b", "C"])
+    result = run("batch", "other.jsonl", "-o", "out.jsonl", "--retry-failed")
+    assert "line 3 is not the one that the output has an answer to" in result.stderr
+    assert output.read_bytes() == before
+    result = run("batch", path, "-o", "out.jsonl", "--retry-failed")
+    assert "2 requests answered, 0 failed, 1 already done, in" in result.stderr
+    assert result.exit_code == 0
+    assert records(output)[0]["id"] == good[2]["id"]
+    assert sorted(one["id"] for one in records(output)) == sorted(one["id"] for one in good)
+
+
+def test_an_output_of_another_program_is_kept(run: Run, tmp_path: Path) -> None:
+    path = write_requests(tmp_path / "in.jsonl", ["a"])
+    (tmp_path / "out.jsonl").write_text('{"a": 1}')
+    result = run("batch", path, "-o", "out.jsonl")
+    assert result.exit_code == 2
+    assert "-o out.jsonl: was not written by this command" in result.stderr
+    assert (tmp_path / "out.jsonl").read_text() == '{"a": 1}'
+
+
 def test_an_output_that_was_cut_is_continued(run: Run, tmp_path: Path) -> None:
     texts = questions(12)
     path = write_requests(tmp_path / "in.jsonl", texts)
@@ -155,11 +189,23 @@ def test_adapters_are_models_of_the_requests(
         arguments = ("--model", tiny_folder, option, f"mine={tiny_adapter}")
         assert run("batch", path, *arguments, "-o", output).exit_code == 0
         assert records(tmp_path / output)[0]["response"]["body"]["model"] == "mine"
-    result = run("batch", path, "--served-model-name", "a,mine", "-o", "named.jsonl")
-    assert result.exit_code == 0
+    for names in ("a,mine", '["a", "mine"]'):
+        (tmp_path / "named.jsonl").unlink(missing_ok=True)
+        result = run("batch", path, "--served-model-name", names, "-o", "named.jsonl")
+        assert result.exit_code == 0
 
 
-def test_local_media_are_allowed_by_an_option(run: Run, tmp_path: Path) -> None:
+def test_local_media_are_allowed_by_an_option(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[WorkerLimits] = []
+    real = MediaWorkerPool.__init__
+
+    def init(pool: MediaWorkerPool, count: int, given: WorkerLimits) -> None:
+        limits.append(given)
+        real(pool, count, given)
+
+    monkeypatch.setattr(MediaWorkerPool, "__init__", init)
     Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
     url = {"url": f"file://{tmp_path}/a.png"}
     content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What is it?"}]
@@ -176,26 +222,30 @@ def test_local_media_are_allowed_by_an_option(run: Run, tmp_path: Path) -> None:
     )
     assert limited.exit_code == 1
     assert records(tmp_path / "no.jsonl")[0]["error"]["code"] == "too_many_media"
+    assert len(limits) == 3
+    assert min(one.wait_seconds for one in limits) > 86_400, "busy workers are waited for"
 
 
 # kill -9 ----------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a batch, which does not outlive the test."""
     command = [sys.executable, "-m", "qwen2vl", "batch", *arguments, "--dtype", "float32"]
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def kill_at(process: subprocess.Popen[bytes], path: Path, size: int, seconds: float) -> None:
-    """Kill a batch some time after its output has a size."""
+def wait_for_size(process: subprocess.Popen[bytes], path: Path, size: int) -> None:
+    """Wait until the output of a batch is larger than a size, or the batch has ended."""
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and path.stat().st_size > size:
-            break
+    while process.poll() is None and not (path.exists() and path.stat().st_size > size):
+        assert time.monotonic() < deadline, "the batch writes nothing"
         time.sleep(0.001)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -207,14 +257,18 @@ def test_every_line_is_answered_once_after_kill_9(tmp_path: Path, num_kills: int
     num_interrupted = 0
     for _ in range(num_kills):
         before = output.read_bytes() if output.exists() else b""
-        process = start(tmp_path, "in.jsonl", "-o", "out.jsonl")
-        kill_at(process, output, len(before), rng.uniform(0, 0.1))
+        with started(tmp_path, "in.jsonl", "-o", "out.jsonl") as process:
+            wait_for_size(process, output, len(before))
+            time.sleep(rng.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
         num_interrupted += process.returncode == -signal.SIGKILL
         assert output.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    process = start(tmp_path, "in.jsonl", "-o", "out.jsonl")
-    _, error = process.communicate(timeout=120)
+    assert num_interrupted >= max(1, num_kills // 2)
+    assert output.read_bytes().count(b"\n") < len(texts), "the last kill left something to do"
+    with started(tmp_path, "in.jsonl", "-o", "out.jsonl") as process:
+        _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert num_interrupted >= num_kills // 2
     assert contents(output) == chat(texts)
 
 
@@ -222,12 +276,10 @@ def test_ctrl_c_keeps_what_is_written(tmp_path: Path) -> None:
     texts = questions(2000)
     write_requests(tmp_path / "in.jsonl", texts)
     output = tmp_path / "out.jsonl"
-    process = start(tmp_path, "in.jsonl", "-o", "out.jsonl")
-    while not output.exists() or output.stat().st_size == 0:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    with started(tmp_path, "in.jsonl", "-o", "out.jsonl") as process:
+        wait_for_size(process, output, 0)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.decode().endswith("qwen2vl: interrupted; the same command continues\n")
     assert 0 < len(records(output)) < 2000
@@ -297,6 +349,39 @@ def test_a_csv_that_was_cut_is_continued(run: Run, tmp_path: Path, images: Path)
         assert rows("cut.csv") == expected, size
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_failed_images_are_repeated_by_an_option(
+    run: Run, tmp_path: Path, images: Path, name: str
+) -> None:
+    arguments = ("batch", "--images", "images", "What?", "--max-tokens", 4, "-o", name)
+    assert run(*arguments).exit_code == 1
+    Image.new("RGB", (56, 56), "red").save(images / "bad.png")
+    again = run(*arguments)
+    assert "0 images answered, 0 failed, 4 already done (1 failed)" in again.stderr
+    again = run(*arguments, "--retry-failed")
+    assert again.exit_code == 0
+    assert "1 image answered, 0 failed, 3 already done, " in again.stderr
+    assert (tmp_path / name).read_text().count("images/bad.png") == 1
+
+
+def test_any_failure_of_an_image_is_its_answer(
+    run: Run, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LLM.prepare
+
+    def prepare(llm: LLM, messages: Any, *arguments: Any, **options: Any) -> Any:
+        if "10.jpg" in str(messages):
+            raise ZeroDivisionError("secret")
+        return real(llm, messages, *arguments, **options)
+
+    monkeypatch.setattr(LLM, "prepare", prepare)
+    result = run("batch", "--images", "images", "What?", "--max-tokens", 4, "-o", "out.jsonl")
+    assert result.exit_code == 1
+    assert "2 images answered, 2 failed, in" in result.stderr
+    found = {one["image"]: one["error"] for one in records(tmp_path / "out.jsonl")}
+    assert found["images/10.jpg"] == "internal error: ZeroDivisionError"
+
+
 def test_answers_to_another_question_are_refused(run: Run, images: Path) -> None:
     arguments = ("batch", "--images", images / "2.png", "-o", "out.jsonl", "--max-tokens", 4)
     assert run(*arguments, "What is it?").exit_code == 0
@@ -348,8 +433,16 @@ def tiny_adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (["in.jsonl", "-o", "out.csv"], "answers to requests are JSON lines; name it .jsonl"),
         (["in.jsonl", "-o", "none/out.jsonl"], "the folder"),
         (["in.jsonl", "-o", "out.jsonl", "--temperature", 0], "each request has its own"),
-        (["in.jsonl", "-o", "out.jsonl", "--limit-mm-per-prompt", "x"], "must be as image=16"),
-        (["in.jsonl", "-o", "out.jsonl", "--lora-modules", "x"], "lora_modules"),
+        (
+            ["in.jsonl", "-o", "out.jsonl", "--limit-mm-per-prompt", "x"],
+            "--limit-mm-per-prompt: got",
+        ),
+        (["in.jsonl", "-o", "out.jsonl", "--lora-modules", "x"], "--lora-modules: got"),
+        (
+            ["in.jsonl", "-o", "out.jsonl", "--allowed-local-media-path", "none"],
+            "--allowed-local-media-path: ",
+        ),
+        (["in.jsonl", "-o", "out.jsonl", "--allowed-media-domains", "[1]"], "is not a JSON list"),
         (["--images", "a.png", "-o", "out.jsonl"], "QUESTION is missing"),
         (["--images", "a.png", " ", "-o", "out.jsonl"], "QUESTION is missing"),
         (["--images", "a.png", "in.jsonl", "-o", "out.jsonl"], "in.jsonl: is a file, but the last"),

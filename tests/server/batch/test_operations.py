@@ -12,14 +12,17 @@ import pytest
 from PIL import Image
 
 from qwen2vl.engine import AsyncLLM
-from qwen2vl.errors import EngineDeadError
+from qwen2vl.errors import EngineDeadError, MediaWorkersBusyError
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.media_worker.pool import MediaWorkerPool
 from qwen2vl.server.app import load_operations
+from qwen2vl.server.batch import operations
 from qwen2vl.server.batch.operations import LazyDecoder, run_requests
 from qwen2vl.server.batch.record_file import RecordFile
 from qwen2vl.server.batch.requests import BATCH_URLS, BatchInput
 from qwen2vl.server.batch.runner import BatchCounts
+from qwen2vl.server.errors import APIError
+from qwen2vl.server.serving import chat as serving_chat
 from qwen2vl.server.state import ServerState
 from tests.server.conftest import StateMaker
 
@@ -46,7 +49,7 @@ def run(
     (folder / "in").write_text("\n".join(lines))
     batch = BatchInput(folder / "in", max_bytes=10**6, max_depth=64)
     counts = BatchCounts()
-    with RecordFile(folder / "out") as file:
+    with RecordFile(folder / "out", row_start=b'{"id": "batch_req_') as file:
         asyncio.run(run_requests(state, batch, file, counts))
     records = [json.loads(one) for one in (folder / "out").read_text().splitlines()]
     return sorted(records, key=lambda one: int(one["custom_id"])), counts
@@ -147,6 +150,41 @@ def test_a_request_runs_again_after_the_engine_died(
     assert record["response"]["status_code"] == 503
     assert record["error"]["code"] == "engine_error"
     assert counts.failed == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MediaWorkersBusyError("busy"), 503),
+        (APIError(502, "no connection"), 502),
+        (APIError(408, "too slow"), 408),
+    ],
+)
+def test_what_may_succeed_later_is_tried_again(
+    tmp_path: Path,
+    make_state: StateMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    status: int,
+) -> None:
+    state = make_state()
+    real, num_failures = serving_chat.prepare, 3
+
+    async def prepare(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_failures
+        num_failures -= 1
+        if num_failures >= 0:
+            raise error
+        return await real(*arguments, **options)
+
+    monkeypatch.setattr(operations, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(serving_chat, "prepare", prepare)
+    (record,), _ = run(tmp_path, state, (CHAT, chat(text("Hi"))))
+    assert (record["error"], num_failures) == (None, -1)
+    (tmp_path / "out").unlink()
+    num_failures = 4
+    (record,), _ = run(tmp_path, state, (CHAT, chat(text("Hi"))))
+    assert (record["response"]["status_code"], num_failures) == (status, 0)
 
 
 def test_an_internal_error_does_not_show_its_text(

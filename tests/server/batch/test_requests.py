@@ -135,6 +135,21 @@ def test_lines_may_be_appended_but_not_changed(path: Path) -> None:
         list(batch)
 
 
+def test_failed_requests_are_read_again(path: Path) -> None:
+    requests = read(path, line(), line(custom_id="b"), line(custom_id="c"), line())
+    batch = open_input(path)
+    for number, record in enumerate(answers(requests), 1):
+        batch.mark_answered(number, record, is_repeated=number in (1, 4))
+    batch.check()  # and it is not read up
+    first, last = list(batch)
+    assert (first.id, first.error) == (requests[0].id, None)
+    assert (last.id, last.custom_id) == (requests[3].id, "a")
+    assert last.error is not None and "is also that of an earlier line" in last.error.message
+    path.write_text(path.read_text().replace('"b"', '"B"'))
+    with pytest.raises(InputError, match="line 2 is not the one"):
+        batch.check()
+
+
 def test_answers_of_other_options_are_refused(path: Path) -> None:
     (request,) = read(path, line())
     batch = open_input(path, options="another model")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,10 +49,12 @@ class FakeOperator:
         self.running.add(job)
         self.max_running = max(self.max_running, len(self.running))
         number = self.engine.num_restarts
+        is_repeat = self.calls.count(job) > 1
         try:
             if job in self.kills:
                 self.engine.is_alive = False
             for _ in range(3):
+                assert not is_repeat or self.running == {job}, "nothing runs beside a repeat"
                 await asyncio.sleep(0)
                 if not self.engine.is_alive or number != self.engine.num_restarts:
                     raise EngineError("died")
@@ -69,7 +74,7 @@ def run(
 ) -> BatchCounts:
     counts = BatchCounts()
     engine = cast(AsyncLLM, operator.engine)
-    with RecordFile(path) as file:
+    with RecordFile(path, row_start=b'{"id"') as file:
         asyncio.run(run_jobs(jobs, operator, file, engine, counts, on_answer=on_answer))
     return counts
 
@@ -135,19 +140,44 @@ def test_what_was_written_is_forced_to_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "SYNC_SECONDS", 0.001)
-    num_syncs = 0
+    sizes: list[int] = []
+    is_synced = threading.Event()
 
     def sync(file: RecordFile) -> None:
-        nonlocal num_syncs
-        num_syncs += 1
+        sizes.append(file.path.stat().st_size)
+        is_synced.set()
 
     monkeypatch.setattr(RecordFile, "sync", sync)
     operator = FakeOperator(FakeEngine())
 
     async def answer(job: int) -> Answer:
-        await asyncio.sleep(0.005)
+        if job == 2:
+            is_synced.clear()  # after that, the timer of the run
+            assert await asyncio.to_thread(is_synced.wait, 60)
         return Answer(row=to_json_line({"id": job}))
 
     operator.answer = answer
-    run(tmp_path / "out", iter(range(20)), operator)
-    assert num_syncs > 1
+    run(tmp_path / "out", iter(range(3)), operator)
+    size = (tmp_path / "out").stat().st_size
+    assert sizes[0] < size
+    assert sizes[-2:] == [size, size]  # at the end of the run, and of the file
+
+
+def test_a_disk_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SYNC_SECONDS", 0.001)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    operator = FakeOperator(FakeEngine())
+
+    async def answer(job: int) -> Answer:
+        monkeypatch.setattr(os, "fsync", fail)
+        await asyncio.sleep(60 if job == 3 else 0)
+        return Answer(row=to_json_line({"id": job}))
+
+    operator.answer = answer
+    for count in (3, 4):  # at the end, and while a job runs
+        with pytest.raises(InputError, match="cannot be written: Input/output error"):
+            run(tmp_path / str(count), iter(range(count)), operator)
+        assert [one["id"] for one in records(tmp_path / str(count))] == [0, 1, 2]
