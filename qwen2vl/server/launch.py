@@ -46,10 +46,10 @@ _IMPORTS_WITHOUT_TORCH = (
 )
 MAX_CONTAINER_FRAMES = 500_000  # of a video file; how many of them are decoded is another limit
 ABORT_EXIT_SECONDS = 3.5
-# Computing in bfloat16, torch keeps a oneDNN matrix product for each shape that it has seen, 1,024
-# by default: with nano 300 MB, reached after thousands of requests. Those of decode steps, which
+# Computing in bfloat16, torch and oneDNN each keep 1,024 matrix products by the shapes that they
+# have seen: with nano 300 MB, reached after thousands of requests. Those of decode steps, which
 # come again, are some 100.
-ONEDNN_CACHE = ("LRU_CACHE_CAPACITY", "128")
+ONEDNN_CACHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 
 
 def prepare_llm(llm: LLM, config: ServerConfig, decoder: MediaDecoder) -> None:
@@ -146,7 +146,8 @@ def run_server(
         EngineError: the media workers do not start.
         Qwen2VLError: as `load` does.
     """
-    os.environ.setdefault(*ONEDNN_CACHE)  # read at its first use
+    for name, capacity in ONEDNN_CACHES.items():  # read at their first use
+        os.environ.setdefault(name, capacity)
     gc.disable()  # imports create very many objects that stay: collecting among them takes time
     with ExitStack() as stack:
         sock = stack.enter_context(open_socket(config.host, config.port))
