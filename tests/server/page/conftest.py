@@ -6,11 +6,14 @@ that: `page.problems` has what was logged. Playwright's browser is Debian's, at 
 
 from __future__ import annotations
 
+import base64
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 import pytest
 from PIL import Image
 
@@ -23,6 +26,8 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touc
 OPTIONS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 EXAMPLES = Path(__file__).parents[3] / "qwen2vl" / "server" / "page" / "examples"
 TIMEOUT = 15_000  # milliseconds
+CHAT = "**/v1/chat/completions"
+LOCATE = "Show me where the blue cross is."
 
 PageOpener = Callable[..., "Page"]
 
@@ -101,3 +106,31 @@ def write_picture(path: Path, size: tuple[int, int], color: str = "white") -> Pa
     """Write a picture of one color."""
     Image.new("RGB", size, color).save(path)
     return path
+
+
+def last_answer(page: Page) -> Any:
+    """Find the last answer."""
+    return page.locator(".answer").last
+
+
+def event(delta: dict[str, Any], finish_reason: str | None = None) -> str:
+    """Return one event of a streamed answer."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+
+def ask_api(server: LiveServer, question: str, *files: Path) -> dict[str, Any]:
+    """Return the server's answer to the request that the page should send."""
+    images = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode(file)}"}}
+        for file in files
+    ]
+    content = [*images, {"type": "text", "text": question}]
+    body = {"messages": [{"role": "user", "content": content}], "return_grounding": True}
+    url = f"{server.base_url}/v1/chat/completions"
+    return httpx2.post(url, json=body, timeout=30).json()["choices"][0]["message"]
+
+
+def encode(file: Path) -> str:
+    """Return the content of a file as base64."""
+    return base64.b64encode(file.read_bytes()).decode()

@@ -19,6 +19,8 @@ import { isStorageAvailable, listConversations } from "./client/store.js";
 
 const NEAR_END = 80; // pixels: nearer than this, the page follows a growing answer
 const LAST = "qwen2vl.conversation"; // of this tab
+const FULL =
+  "The browser's storage for this page is full: what is new is lost when the page is closed. Delete conversations, or free space on the disk.";
 const NOT_STORED =
   "This browser stores nothing for this page: conversations end when it is closed.";
 
@@ -67,14 +69,39 @@ function prepareExamples() {
   for (const button of /** @type {NodeListOf<HTMLElement>} */ (
     document.querySelectorAll(".example")
   )) {
-    button.addEventListener("click", async () => {
-      const { file = "", question = "" } = button.dataset;
-      const blob = await (await fetch(file)).blob();
-      const name = file.slice(file.lastIndexOf("/") + 1);
-      await composer.addFiles([new File([blob], name, { type: blob.type })]);
-      composer.write(question);
+    let isLoading = false;
+    button.addEventListener("click", async (event) => {
+      if (isLoading || event.detail > 1) return; // the second click of a double click
+      isLoading = true;
+      await takeExample(button.dataset).catch(() =>
+        composer.showProblem("The example cannot be loaded. Check the server, then try again."),
+      );
+      isLoading = false;
     });
   }
+}
+
+/** @param {DOMStringMap} example */
+async function takeExample({ file = "", question = "" }) {
+  const { conversation } = session;
+  const response = await fetch(file);
+  if (!response.ok) throw new Error(`status ${response.status}`);
+  const blob = await response.blob();
+  if (conversation !== session.conversation) return;
+  const name = file.slice(file.lastIndexOf("/") + 1);
+  if (await composer.addFiles([new File([blob], name, { type: blob.type })]))
+    composer.write(question);
+}
+
+let isUnsavedTold = false;
+
+/** @param {unknown} error */
+function showUnsaved(error) {
+  if (isUnsavedTold) return;
+  isUnsavedTold = true;
+  const isFull = error instanceof DOMException && error.name === "QuotaExceededError";
+  composer.showProblem(isFull ? FULL : NOT_STORED);
+  byId("sidebar-note").replaceChildren(element("p", { text: isFull ? FULL : NOT_STORED }));
 }
 
 function prepareKeys() {
@@ -109,6 +136,9 @@ async function openLast() {
 
 session.addEventListener("change", show);
 session.addEventListener("text", showGrowing);
+session.addEventListener("unsaved", (event) =>
+  showUnsaved(/** @type {CustomEvent} */ (event).detail),
+);
 byId("new").addEventListener("click", () => composer.focus());
 prepareSettings(() => session.removeAll());
 prepareExamples();

@@ -1,27 +1,68 @@
 /** Shows the messages of a conversation. */
 
 import { answerItem, answerText } from "./answer.js";
-import { questionItem } from "./question.js";
+import { questionItem, showUsages } from "./question.js";
 
 /** @typedef {import("../client/session.js").Session} Session */
 /** @typedef {import("../client/conversation.js").Answer} Answer */
 /** @typedef {import("../client/api.js").MediaUsage} MediaUsage */
 
 /**
- * Shows all messages of the session.
+ * What is shown of each message: its element, and of what it was made.
+ * @type {WeakMap<import("../client/conversation.js").Message, {item: HTMLElement, made: string}>}
+ */
+const shown = new WeakMap();
+
+/**
+ * Shows all messages of the session. The element of a message that has not changed stays, with
+ * what the user does in it: a video that plays, an edit, the focus.
  * @param {Session} session
  * @param {HTMLElement} list
  */
 export function renderMessages(session, list) {
   const { messages } = session.conversation;
   const seen = mediaUsages(session);
-  list.replaceChildren(
-    ...messages.map((message, index) =>
+  messages.forEach((message, index) => {
+    const item =
       message.role === "user"
-        ? questionItem(session, message, index, seen)
-        : answerItem(session, message, index),
-    ),
-  );
+        ? currentQuestion(session, message, index, seen)
+        : currentAnswer(session, message, index);
+    const there = list.children[index];
+    if (!there) list.append(item);
+    else if (there !== item) there.replaceWith(item);
+  });
+  while (list.children.length > messages.length) list.lastElementChild?.remove();
+}
+
+/**
+ * @param {Session} session
+ * @param {import("../client/conversation.js").UserMessage} message
+ * @param {number} index
+ * @param {Map<string, MediaUsage>} seen
+ */
+function currentQuestion(session, message, index, seen) {
+  const made = JSON.stringify(message.media.map((id) => seen.get(id) ?? null));
+  const known = shown.get(message);
+  const item = known?.item ?? questionItem(session, message, index);
+  if (known?.made !== made) showUsages(item, session, message, seen);
+  shown.set(message, { item, made });
+  return item;
+}
+
+/**
+ * @param {Session} session
+ * @param {Answer} answer
+ * @param {number} index
+ */
+function currentAnswer(session, answer, index) {
+  const isLast = index === session.conversation.messages.length - 1;
+  const { state, text, error, model, grounding, usage } = answer;
+  const made = JSON.stringify([isLast, state, text, error, model, grounding, usage]);
+  const known = shown.get(answer);
+  if (known?.made === made) return known.item;
+  const item = answerItem(session, answer, index);
+  shown.set(answer, { item, made });
+  return item;
 }
 
 /**

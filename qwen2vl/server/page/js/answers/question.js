@@ -11,23 +11,21 @@ import { showPicture } from "../viewer.js";
 /** @typedef {import("../client/api.js").MediaUsage} MediaUsage */
 
 /**
- * Returns the element of a question.
+ * Returns the element of a question; `showUsages` adds what the server says about its files.
  * @param {Session} session
  * @param {UserMessage} message
  * @param {number} index
- * @param {Map<string, MediaUsage>} seen
  */
-export function questionItem(session, message, index, seen) {
-  const all = message.media.map((id) => session.media.get(id));
-  const media = all.filter((one) => one !== undefined);
-  const lost = all.length - media.length;
+export function questionItem(session, message, index) {
+  const media = mediaOf(session, message);
+  const lost = message.media.length - media.length;
   const text = element("p", { class: "text", text: message.text });
   const item = element(
     "li",
     { class: "question" },
     element("h2", { class: "visually-hidden", text: "You" }),
     media.length > 0 &&
-      element("ul", { class: "media" }, ...media.map((m, i) => tile(m, i, media, seen.get(m.id)))),
+      element("ul", { class: "media" }, ...media.map((one, i) => tile(one, i, media))),
     lost > 0 &&
       element("p", {
         class: "note",
@@ -47,15 +45,47 @@ export function questionItem(session, message, index, seen) {
 }
 
 /**
+ * @param {Session} session
+ * @param {UserMessage} message
+ */
+function mediaOf(session, message) {
+  return message.media.map((id) => session.media.get(id)).filter((one) => one !== undefined);
+}
+
+/**
+ * Shows beside each picture and video of a question how the server has seen it.
+ * @param {HTMLElement} item  of the question
+ * @param {Session} session
+ * @param {UserMessage} message
+ * @param {Map<string, MediaUsage>} seen
+ */
+export function showUsages(item, session, message, seen) {
+  const tiles = item.querySelectorAll(".media > li");
+  mediaOf(session, message).forEach((media, index) => {
+    const usage = seen.get(media.id);
+    tiles[index].querySelector(":scope > .note, :scope > .strip")?.remove();
+    if (usage) tiles[index].append(...usageParts(media, usage));
+  });
+}
+
+/**
+ * @param {Media} media
+ * @param {MediaUsage} usage
+ */
+function usageParts(media, usage) {
+  if (media.kind === "video") return usage.frame_timestamps ? [frameStrip(media, usage)] : [];
+  const size = `${usage.resized_size.width} × ${usage.resized_size.height}`;
+  return [element("span", { class: "note", text: `${size} · ${count(usage.tokens, "token")}` })];
+}
+
+/**
  * @param {Media} media
  * @param {number} index
  * @param {Media[]} all
- * @param {MediaUsage | undefined} usage  what the server has said about it
  */
-function tile(media, index, all, usage) {
+function tile(media, index, all) {
   const number = all.length > 1 && element("span", { class: "number", text: String(index + 1) });
-  if (media.kind === "video") return videoTile(media, number, usage);
-  const size = usage && `${usage.resized_size.width} × ${usage.resized_size.height}`;
+  if (media.kind === "video") return videoTile(media, number);
   const button = element(
     "button",
     { type: "button", class: "picture", "aria-label": `Enlarge ${media.name}` },
@@ -63,20 +93,14 @@ function tile(media, index, all, usage) {
     number,
   );
   button.addEventListener("click", () => showPicture(media));
-  return element(
-    "li",
-    { title: media.name },
-    button,
-    usage && element("span", { class: "note", text: `${size} · ${count(usage.tokens, "token")}` }),
-  );
+  return element("li", { title: media.name }, button);
 }
 
 /**
  * @param {Media} media
  * @param {HTMLElement | false} number
- * @param {MediaUsage | undefined} usage
  */
-function videoTile(media, number, usage) {
+function videoTile(media, number) {
   const isAnimation = media.type.startsWith("image/");
   const player = isAnimation
     ? element("img", { src: objectUrl(media), alt: `Animation ${media.name}` })
@@ -90,7 +114,6 @@ function videoTile(media, number, usage) {
     "li",
     { class: "video", title: media.name },
     element("div", { class: "player" }, player, number),
-    usage?.frame_timestamps && frameStrip(media, usage),
   );
 }
 
@@ -106,7 +129,10 @@ function editQuestion(session, index, text, actions) {
     element("textarea", { "aria-label": "Question", rows: "3" })
   );
   area.value = message.text;
-  const close = () => form.replaceWith(text, actions);
+  const close = () => {
+    form.replaceWith(text, actions);
+    /** @type {HTMLElement | null} */ (actions.lastElementChild)?.focus();
+  };
   const form = element(
     "form",
     { class: "edit" },
@@ -119,8 +145,12 @@ function editQuestion(session, index, text, actions) {
     event.preventDefault();
     send();
   });
+  form.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing) return;
+    event.preventDefault(); // an answer that runs goes on
+    close();
+  });
   area.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") close();
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     send();

@@ -30,11 +30,11 @@ export function showRequestCode(messages, media, answer) {
       .body;
   const texts = {
     curl: curlCommand(
-      body((one) => shellDataUrl(one.name, one.type)),
+      body((one) => shellDataUrl(fileName(one), mediaType(one))),
       Boolean(apiKey()),
     ),
     python: pythonProgram(
-      body((one) => pythonDataUrl(one.name, one.type)),
+      body((one) => pythonDataUrl(fileName(one), mediaType(one))),
       Boolean(apiKey()),
     ),
   };
@@ -65,7 +65,7 @@ export function curlCommand(body, hasKey) {
     .map((part, index) => (index % 2 ? JSON.parse(`"${part}"`) : part.replace(/[\\$`]/g, "\\$&")))
     .join("");
   const lines = [
-    `curl ${serverUrl("v1/chat/completions")}`,
+    `curl ${quoted(serverUrl("v1/chat/completions"))}`,
     ...(hasKey ? ['-H "Authorization: Bearer $QWEN2VL_API_KEY"'] : []),
     "-H 'Content-Type: application/json'",
     "-d @- <<END",
@@ -74,12 +74,34 @@ export function curlCommand(body, hasKey) {
 }
 
 /**
+ * Returns the name of a file for the code: a line of its own would end the here-document, and
+ * characters that order the direction of writing would show another name than the shell reads.
+ * @param {Media} media
+ */
+function fileName({ name }) {
+  return name.replace(/[\p{Cc}\p{Zl}\p{Zp}\u200e\u200f\u202a-\u202e\u2066-\u2069/]/gu, "_");
+}
+
+/** @param {Media} media */
+function mediaType({ type, kind }) {
+  const isPlain = /^[\w.+-]+\/[\w.+-]+$/.test(type);
+  return isPlain ? type : kind === "video" ? "video/mp4" : "image/png";
+}
+
+/**
+ * Quotes a word for the shell, where that is needed.
+ * @param {string} word
+ */
+function quoted(word) {
+  return /^[\w.:/-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
+}
+
+/**
  * @param {string} name  of a file
  * @param {string} type
  */
 function shellDataUrl(name, type) {
-  const quoted = `'${name.replaceAll("'", "'\\''")}'`;
-  return `data:${type};base64,$(base64 < ${quoted} | tr -d '\\n')`;
+  return `data:${type};base64,$(base64 < ${quoted(name)} | tr -d '\\n')`;
 }
 
 /**

@@ -6,11 +6,17 @@ import { apiKey, changeSettings, setApiKey, settings } from "./settings.js";
 
 /** @typedef {import("./api.js").Model} Model */
 
+const UNREADABLE = "The response to /v1/models is not a list of models. Check the address.";
+
 /** Says that the models are known, by its event "load". */
 export const modelEvents = new EventTarget();
 
 /** @type {Model[]} */
 let models = [];
+/** @type {Promise<boolean> | null} */
+let loading = null;
+/** @type {Promise<boolean> | null} */
+let asking = null;
 
 /**
  * Returns the chosen model, or null before the models are known.
@@ -21,20 +27,29 @@ export function currentModel() {
 }
 
 /**
- * Loads the models; shows in the bar which one answers, or why there is none.
+ * Loads the models; shows in the bar which one answers, or why there is none. Calls at the same
+ * time wait for the same response.
  * @returns {Promise<boolean>}  whether it has succeeded
  */
-export async function loadModels() {
+export function loadModels() {
+  loading ??= load().finally(() => {
+    loading = null;
+  });
+  return loading;
+}
+
+/** @returns {Promise<boolean>} */
+async function load() {
   const problem = byId("problem");
   try {
     models = await getModels();
   } catch (error) {
-    if (!(error instanceof RequestError)) throw error;
-    if (error.status === 401) {
-      if (await askForKey()) return loadModels();
+    if (error instanceof RequestError && error.status === 401) {
+      if (await askForKey()) return load();
       showProblem(problem, "This server needs an API key.", "Enter the key");
     } else {
-      showProblem(problem, error.message, "Try again");
+      const isRefused = error instanceof RequestError;
+      showProblem(problem, isRefused ? error.message : UNREADABLE, "Try again");
     }
     return false;
   }
@@ -72,10 +87,18 @@ function showModels() {
 }
 
 /**
- * Asks for the API key.
+ * Asks for the API key. Calls while the dialog is open wait for the same answer.
  * @returns {Promise<boolean>}  whether one was given
  */
 export function askForKey() {
+  asking ??= showKeyDialog().finally(() => {
+    asking = null;
+  });
+  return asking;
+}
+
+/** @returns {Promise<boolean>} */
+function showKeyDialog() {
   const dialog = /** @type {HTMLDialogElement} */ (byId("key-dialog"));
   const input = /** @type {HTMLInputElement} */ (byId("key"));
   byId("key-wrong").hidden = !apiKey();

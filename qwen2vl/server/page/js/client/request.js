@@ -71,14 +71,13 @@ function toItem(media, settings, toUrl) {
  * @returns {Promise<ChatRequest>}
  */
 export async function prepareRequest(messages, media, settings, model) {
+  const ids = messages.flatMap((one) => (one.role === "user" ? one.media : []));
+  const files = ids.map((id) => media.get(id)).filter((found) => !!found);
+  const size = files.reduce((sum, { blob }) => sum + 4 * Math.ceil(blob.size / 3), 0); // as base64
+  if (size > model.limits.max_body_bytes) throw new RequestError(tooLarge(size, model));
   /** @type {Map<string, string>} */
   const urls = new Map();
-  for (const id of messages.flatMap((one) => (one.role === "user" ? one.media : []))) {
-    const found = media.get(id);
-    if (found) urls.set(id, await dataUrl(found));
-  }
-  const size = [...urls.values()].reduce((sum, url) => sum + url.length, 0);
-  if (size > model.limits.max_body_bytes) throw new RequestError(tooLarge(size, model));
+  for (const one of files) urls.set(one.id, await dataUrl(one));
   return buildRequest(messages, media, settings, model.id, (one) => urls.get(one.id));
 }
 

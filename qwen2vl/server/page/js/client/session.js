@@ -2,10 +2,10 @@
  * The conversation on the page: its messages, the request that runs, and what is stored.
  *
  * Events: "change" (messages were added, removed or finished), "text" (the answer has grown),
- * "list" (the stored conversations have changed).
+ * "list" (the stored conversations have changed), "unsaved" (not stored; `detail` is the error).
  */
 
-import { RequestError, isAbort, streamChat } from "./api.js";
+import { RequestError, isAbort, streamChat, untilAborted } from "./api.js";
 import { endInterrupted, newAnswer, newConversation } from "./conversation.js";
 import { announce } from "../dom.js";
 import { releaseStrips } from "../compose/frames.js";
@@ -16,6 +16,7 @@ import { settings } from "./settings.js";
 import {
   deleteConversation,
   deleteEverything,
+  deleteMedia,
   listMedia,
   saveConversation,
   saveMedia,
@@ -33,7 +34,7 @@ export class Session extends EventTarget {
   conversation = newConversation();
   /** @type {Map<string, Media>} */
   media = new Map();
-  /** @type {AbortController | null} */
+  /** @type {{controller: AbortController, answer: Answer} | null} */
   #running = null;
   #savedAt = 0;
   /** @type {Set<string>} */
@@ -99,7 +100,7 @@ export class Session extends EventTarget {
   async ask(text, media) {
     const { conversation } = this;
     for (const one of media) this.media.set(one.id, one);
-    saveMedia(conversation.id, media).catch(() => {});
+    saveMedia(conversation.id, media).catch((error) => this.#tell("unsaved", error));
     conversation.messages.push({ role: "user", text, media: media.map((one) => one.id) });
     conversation.title ||= (text || media.map((one) => one.name).join(", ")).slice(0, MAX_TITLE);
     await this.#answer();
@@ -115,10 +116,17 @@ export class Session extends EventTarget {
     const { messages } = this.conversation;
     const message = messages[index];
     if (message?.role !== "user") return;
-    messages.splice(index + 1);
+    this.#forgetMedia(messages.splice(index + 1));
     messages[index] = { ...message, text };
     if (index === 0) this.conversation.title = text.slice(0, MAX_TITLE);
     await this.#answer();
+  }
+
+  /** @param {Message[]} dropped  messages, whose pictures and videos nothing else shows */
+  #forgetMedia(dropped) {
+    const ids = dropped.flatMap((one) => (one.role === "user" ? one.media : []));
+    for (const id of ids) this.media.delete(id);
+    if (ids.length > 0) deleteMedia(ids).catch(() => {});
   }
 
   /** Replaces the last answer by a new one. */
@@ -131,40 +139,49 @@ export class Session extends EventTarget {
 
   /** Ends the running request; what has arrived of the answer stays. */
   stop() {
-    this.#running?.abort();
+    const running = this.#running;
+    if (!running) return;
     this.#running = null;
+    running.answer.state = "stopped";
+    running.controller.abort();
+    this.#tell("change");
   }
 
   async #answer() {
     const { conversation } = this;
     const controller = new AbortController();
-    this.#running = controller;
     const answer = newAnswer(settings());
+    this.#running = { controller, answer };
     const before = [...conversation.messages];
     conversation.messages.push(answer);
     this.#save(conversation);
     this.#tell("change");
     announce("Waiting for the answer.");
     try {
-      await this.#receive(before, answer, controller.signal);
+      await this.#receive(conversation, before, answer, controller.signal);
     } catch (error) {
-      answer.state = isAbort(error) ? "stopped" : "failed";
-      if (!isAbort(error)) answer.error = describe(error);
-      if (error instanceof RequestError && error.status === 401) this.#retryWithKey(controller);
+      const isStopped = isAbort(error) || controller.signal.aborted;
+      answer.state = isStopped ? "stopped" : "failed";
+      if (!isStopped) answer.error = describe(error);
+      if (error instanceof RequestError && error.status === 401) this.#retryWithKey(answer);
     }
     this.#finish(conversation, answer, controller);
   }
 
   /**
+   * @param {Conversation} conversation
    * @param {Message[]} before  the messages that are sent
    * @param {Answer} answer
    * @param {AbortSignal} signal
    */
-  async #receive(before, answer, signal) {
-    const model = currentModel() ?? ((await loadModels()) ? currentModel() : null);
+  async #receive(conversation, before, answer, signal) {
+    const { media } = this; // another conversation may be shown before all is read
+    if (!currentModel()) await untilAborted(loadModels(), signal);
+    const model = currentModel();
     if (!model) throw new RequestError("The server has not said which models it has. Try again.");
     answer.model = model.id;
-    const request = await prepareRequest(before, this.media, answer.settings, model);
+    const prepared = prepareRequest(before, media, answer.settings, model);
+    const request = await untilAborted(prepared, signal);
     answer.paths = request.paths;
     const body = { ...request.body, stream: true, stream_options: { include_usage: true } };
     for await (const part of streamChat(body, signal)) {
@@ -175,15 +192,16 @@ export class Session extends EventTarget {
       else if (part.event === "usage") answer.usage = part.usage;
       else answer.state = part.reason === "length" ? "cut" : "done";
       this.#tell("text");
-      if (performance.now() - this.#savedAt > SAVE_INTERVAL) this.#save(this.conversation);
+      if (performance.now() - this.#savedAt > SAVE_INTERVAL) this.#save(conversation, true);
     }
     if (answer.state === "running") answer.state = "done";
   }
 
-  /** @param {AbortController} controller */
-  #retryWithKey(controller) {
+  /** @param {Answer} answer */
+  #retryWithKey(answer) {
     askForKey().then((isGiven) => {
-      if (isGiven && !this.isRunning && !controller.signal.aborted) this.regenerate();
+      const isLast = this.conversation.messages.at(-1) === answer;
+      if (isGiven && isLast && answer.state === "failed") this.regenerate();
     });
   }
 
@@ -193,28 +211,32 @@ export class Session extends EventTarget {
    * @param {AbortController} controller
    */
   #finish(conversation, answer, controller) {
-    if (this.#running === controller) this.#running = null;
-    if (conversation.messages.includes(answer)) this.#save(conversation);
+    if (this.#running?.controller === controller) this.#running = null;
+    if (!conversation.messages.includes(answer)) return;
+    this.#save(conversation);
     if (conversation !== this.conversation) return;
     if (answer.state === "stopped") announce("Stopped.");
     else announce(answer.error || `Answer: ${answer.text}`);
     this.#tell("change");
   }
 
-  /** @param {Conversation} conversation */
-  #save(conversation) {
+  /**
+   * @param {Conversation} conversation
+   * @param {boolean} isGrowing  whether only the text of its last answer has changed
+   */
+  #save(conversation, isGrowing = false) {
     if (this.#deleted.has(conversation.id)) return;
     this.#savedAt = performance.now();
     conversation.updated = Date.now();
     saveConversation(conversation).then(
-      () => this.#tell("list"),
-      () => {}, // the browser refuses storage; main.js has said so
+      () => isGrowing || this.#tell("list"),
+      (error) => this.#tell("unsaved", error),
     );
   }
 
-  /** @param {string} type */
-  #tell(type) {
-    this.dispatchEvent(new Event(type));
+  /** @type {(type: string, detail?: unknown) => void} */
+  #tell(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 }
 

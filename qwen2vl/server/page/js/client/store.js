@@ -21,10 +21,23 @@ function open() {
       const media = request.result.createObjectStore("media", { keyPath: "id" });
       media.createIndex("conversation", "conversation");
     };
-    request.onsuccess = () => resolve(request.result);
+    request.onsuccess = () => {
+      request.result.onclose = forget;
+      request.result.onversionchange = () => {
+        request.result.close();
+        forget();
+      };
+      resolve(request.result);
+    };
     request.onerror = () => reject(request.error);
   });
+  opened.catch(forget);
   return opened;
+}
+
+/** The next transaction opens the database again. */
+function forget() {
+  opened = null;
 }
 
 /**
@@ -40,7 +53,7 @@ async function transact(stores, mode, run) {
     const transaction = database.transaction(stores, mode);
     const request = run(transaction);
     transaction.oncomplete = () => resolve(request ? request.result : undefined);
-    transaction.onerror = transaction.onabort = () => reject(transaction.error);
+    transaction.onabort = () => reject(transaction.error); // also after the error of a request
   });
 }
 
@@ -92,6 +105,13 @@ export function listMedia(conversation) {
   return transact(["media"], "readonly", (transaction) =>
     transaction.objectStore("media").index("conversation").getAll(conversation),
   );
+}
+
+/** @param {string[]} ids */
+export function deleteMedia(ids) {
+  return transact(["media"], "readwrite", (transaction) => {
+    for (const id of ids) transaction.objectStore("media").delete(id);
+  });
 }
 
 /** @param {string} id */

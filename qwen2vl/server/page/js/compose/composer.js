@@ -16,6 +16,8 @@ export class Composer {
   #form = /** @type {HTMLFormElement} */ (byId("composer"));
   #text = /** @type {HTMLTextAreaElement} */ (byId("question"));
   #problem = byId("composer-problem");
+  #opening = 0; // files that are being opened
+  #isSendWanted = false; // Enter was pressed meanwhile
 
   /** @param {Session} session */
   constructor(session) {
@@ -29,14 +31,17 @@ export class Composer {
       event.preventDefault();
       this.#send();
     });
-    this.#text.addEventListener("input", () => this.update());
+    this.#text.addEventListener("input", () => {
+      this.#isSendWanted = false;
+      this.update();
+    });
     this.#attachments.addEventListener("change", () => this.update());
     byId("stop").addEventListener("click", () => session.stop());
     byId("attach").addEventListener("click", () => byId("file").click());
     byId("camera").addEventListener("click", () =>
       openCamera(
         (file) => this.addFiles([file]),
-        (sentence) => this.#showProblem(sentence),
+        (sentence) => this.showProblem(sentence),
       ),
     );
     for (const id of ["file", "camera-file"]) this.#takeFrom(byId(id));
@@ -54,12 +59,30 @@ export class Composer {
   }
 
   /**
-   * Adds files to the question, in their order.
+   * Adds files to the question, in their order. The question is not sent before they are open, and
+   * nothing is added if another conversation is shown by then.
    * @param {File[]} files
+   * @returns {Promise<boolean>}  whether all were added
    */
   async addFiles(files) {
-    this.#showProblem("");
+    this.showProblem("");
+    const { conversation } = this.#session;
+    this.#opening += files.length;
+    this.update();
     const opened = await Promise.allSettled(files.map(readMedia));
+    this.#opening -= files.length;
+    const isAdded = conversation === this.#session.conversation && this.#add(opened);
+    if (!isAdded) this.#isSendWanted = false;
+    this.update();
+    if (this.#isSendWanted && this.#opening === 0) this.#send();
+    return isAdded;
+  }
+
+  /**
+   * @param {PromiseSettledResult<Media>[]} opened
+   * @returns {boolean}  whether nothing is wrong with them
+   */
+  #add(opened) {
     /** @type {Media[]} */
     const media = [];
     /** @type {string[]} */
@@ -71,9 +94,10 @@ export class Composer {
     this.#attachments.add(media);
     const tooMany = this.#overLimit();
     if (tooMany) problems.push(tooMany);
-    this.#showProblem(problems.join(" "));
+    this.showProblem(problems.join(" "));
     if (media.length > 0) announce(`Added ${media.map((one) => one.name).join(", ")}.`);
     this.#text.focus();
+    return problems.length === 0;
   }
 
   /** Returns what is wrong with the number of pictures and videos, or an empty string. */
@@ -90,7 +114,7 @@ export class Composer {
   }
 
   /** @param {string} sentence  empty: none */
-  #showProblem(sentence) {
+  showProblem(sentence) {
     this.#problem.textContent = sentence;
     this.#problem.hidden = sentence === "";
   }
@@ -112,9 +136,14 @@ export class Composer {
   #send() {
     const text = this.#text.value.trim();
     if (!text || this.#session.isRunning) return;
-    this.#showProblem("");
+    this.#isSendWanted = this.#opening > 0;
+    if (this.#isSendWanted) return;
+    this.showProblem("");
     this.#text.value = "";
-    this.#session.ask(text, this.#attachments.take());
+    this.#session.ask(text, this.#attachments.take()).catch((error) => {
+      console.error(error);
+      this.showProblem(`The question could not be sent: ${error.message}`);
+    });
     this.update();
   }
 
@@ -123,7 +152,8 @@ export class Composer {
     const { isRunning } = this.#session;
     byId("send").hidden = isRunning;
     byId("stop").hidden = !isRunning;
-    /** @type {HTMLButtonElement} */ (byId("send")).disabled = this.#text.value.trim() === "";
+    const isReady = this.#opening === 0 && this.#text.value.trim() !== "";
+    /** @type {HTMLButtonElement} */ (byId("send")).disabled = !isReady;
     this.#text.style.height = "auto";
     this.#text.style.height = `${this.#text.scrollHeight}px`;
   }

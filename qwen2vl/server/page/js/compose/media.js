@@ -15,6 +15,8 @@ import { newId } from "../dom.js";
 
 const ANIMATED_TYPES = ["image/gif", "image/webp", "image/png", "image/avif"];
 
+const MEASURE_TIMEOUT = 5000; // milliseconds, for a video
+
 /** @type {Map<string, string>} */
 const objectUrls = new Map();
 /** @type {Map<string, Promise<string>>} */
@@ -78,9 +80,11 @@ function measureVideo(blob) {
   video.src = URL.createObjectURL(blob);
   return new Promise((resolve) => {
     const finish = () => {
+      clearTimeout(timer);
       resolve({ width: video.videoWidth, height: video.videoHeight });
       URL.revokeObjectURL(video.src);
     };
+    const timer = setTimeout(finish, MEASURE_TIMEOUT);
     video.onloadedmetadata = finish;
     video.onerror = finish;
   });
@@ -121,6 +125,7 @@ export function objectUrl(media) {
 export function dataUrl(media) {
   const known = dataUrls.get(media.id) ?? readAsDataUrl(media);
   dataUrls.set(media.id, known);
+  known.catch(() => dataUrls.delete(media.id)); // "Try again" reads it again
   return known;
 }
 

@@ -1,0 +1,114 @@
+"""What the page says when a request fails, the server cannot be reached, or wants a key."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.requirements import needs_chromium
+from tests.server.conftest import ServerStarter
+from tests.server.page.conftest import (
+    CHAT,
+    EXAMPLES,
+    PageOpener,
+    ask,
+    attach,
+    event,
+    last_answer,
+    problems_of,
+)
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = needs_chromium
+
+
+def refuse(page: Page, status: int, message: str) -> None:
+    body = json.dumps({"error": {"message": message, "type": "t", "param": None, "code": "c"}})
+    page.route(CHAT, lambda r: r.fulfill(status=status, content_type="application/json", body=body))
+
+
+def failure(page: Page) -> str:
+    return last_answer(page).locator(".failure p").inner_text()
+
+
+def test_errors_are_sentences_and_can_be_retried(page: Page) -> None:
+    refuse(page, 429, "too many requests wait; try again in 2 s")
+    ask(page, "What does it say?", EXAMPLES / "text.png")
+    assert failure(page) == "Too many requests wait; try again in 2 s."
+    page.unroute(CHAT)
+    page.route(CHAT, lambda r: r.fulfill(status=502, content_type="text/html", body="<h1>Bad"))
+    page.get_by_role("button", name="Try again").click()
+    page.locator(".failure p", has_text="The server answered with the status 502.").wait_for()
+    page.unroute(CHAT)
+    page.route(CHAT, lambda r: r.abort())
+    page.get_by_role("button", name="Try again").click()
+    page.locator(".failure p", has_text="The server cannot be reached.").wait_for()
+    page.unroute(CHAT)
+    page.route(CHAT, lambda r: r.fulfill(status=200, body=event({"content": "half"})))
+    page.get_by_role("button", name="Try again").click()
+    page.locator(
+        ".failure p", has_text="The connection ended before the answer was complete."
+    ).wait_for()
+    assert last_answer(page).locator(".text").inner_text().strip() == "half"
+    page.unroute(CHAT)
+    failed = 'data: {"error": {"message": "the engine has stopped"}}\n\n'
+    page.route(CHAT, lambda r: r.fulfill(status=200, body=event({"content": "half"}) + failed))
+    page.get_by_role("button", name="Try again").click()
+    page.locator(".failure p", has_text="The engine has stopped.").wait_for()
+    page.unroute(CHAT)
+    page.get_by_role("button", name="Try again").click()
+    page.locator(".answer:not(:has(.failure)) .actions").wait_for()
+    assert last_answer(page).locator(".text").inner_text().strip() == "Tea 3.50"
+    assert all("Failed to load resource" in problem for problem in problems_of(page))
+
+
+def test_refusals_of_the_server_are_shown(page: Page, tmp_path: Path) -> None:
+    broken = tmp_path / "cut.mp4"
+    broken.write_bytes(b"\0\0\0\x18ftypmp42" + bytes(40))
+    attach(page, broken)
+    ask(page, "What happens?")
+    assert re.fullmatch(r"[A-Z].*\.", failure(page))
+    assert "video" in failure(page).lower()
+    assert len(problems_of(page)) == 1
+
+
+def test_an_unreachable_server_is_said_when_the_page_opens(open_page: PageOpener) -> None:
+    page = open_page()
+    page.route("**/v1/models", lambda r: r.abort())
+    page.reload()
+    page.locator("#problem", has_text="The server cannot be reached.").wait_for()
+    page.unroute("**/v1/models")
+    page.locator("#problem button").click()
+    page.locator("#problem").wait_for(state="hidden")
+    assert page.locator("#model-name").inner_text() == "nano"
+    problems_of(page)
+
+
+def test_the_key_is_asked_for_and_kept_in_the_tab(
+    open_page: PageOpener, start_server: ServerStarter
+) -> None:
+    server = start_server(api_keys=("right-key",))
+    page = open_page(server.base_url)
+    page.locator("#key-dialog[open]").wait_for()
+    page.fill("#key", "wrong-key")
+    page.keyboard.press("Enter")
+    page.get_by_text("The server does not accept this key.").wait_for()
+    page.fill("#key", "right-key")
+    page.keyboard.press("Enter")
+    page.locator("#model-name", has_text="nano").wait_for()
+    assert ask(page, "What does it say?", EXAMPLES / "text.png") == "Tea 3.50"
+    stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    local, session = json.loads(stored)
+    assert "right-key" not in json.dumps(local)
+    assert session["qwen2vl.key"] == "right-key"
+    page.get_by_label("Show the request").click()
+    code = page.locator("#code-text").inner_text()
+    assert "right-key" not in code and "$QWEN2VL_API_KEY" in code
+    page.reload()
+    page.locator(".answer").wait_for()
+    page.locator("#model-name", has_text="nano").wait_for()
+    problems_of(page)
