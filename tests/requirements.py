@@ -22,6 +22,7 @@ from qwen2vl.synth.fonts import FontError, files_of
 
 VARIABLE = "QWEN2VL_REQUIRE"
 RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium")
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
 # Beside the repository, because it is too large to be a part of it.
 TOKENIZER = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tokenizer"
@@ -76,6 +77,8 @@ def _missing_tesseract() -> str:
 def _missing_chromium() -> str:
     if shutil.which("chromium") is None:
         return "chromium is absent: apt-get install chromium"
+    if not any(True for folder in FONT_FOLDERS for _ in Path(folder).expanduser().rglob("*.?tf")):
+        return "chromium would show no text, there is no font: apt-get install fonts-dejavu-core"
     return "" if find_spec("playwright") else "playwright is absent: pip install playwright"
 
 
