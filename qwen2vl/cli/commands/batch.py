@@ -18,12 +18,20 @@ from click.core import ParameterSource
 from qwen2vl.cli import options, terminal
 from qwen2vl.cli.batch.image_batch import answer_images
 from qwen2vl.cli.batch.request_batch import answer_requests
-from qwen2vl.cli.serve.server_options import MAX_NUM_SEQS, split_values
-from qwen2vl.server.config import ServerConfig
+from qwen2vl.cli.serve.server_options import (
+    DEFAULTS,
+    list_option,
+    local_media_option,
+    max_model_len_option,
+    max_num_seqs_option,
+    max_pixels_option,
+    media_domains_option,
+    media_limits_option,
+    min_pixels_option,
+)
 
 __all__ = ["batch"]
 
-DEFAULTS = ServerConfig()
 # Options that hold for one of the two inputs only.
 OF_IMAGES = (
     *("system", "max_tokens", "temperature", "top_k", "top_p", "seed"),
@@ -61,12 +69,10 @@ OF_REQUESTS = (
 )
 @options.system_option
 @options.model_options
-@click.option(
+@list_option(
     "--served-model-name",
-    multiple=True,
-    metavar="NAME",
-    callback=split_values,
-    help="Model name in the requests, in place of the repo id or the folder's name; repeatable.",
+    "NAME",
+    "Model name in the requests, in place of the repo id or the folder's name; repeatable.",
 )
 @click.option(
     "--lora-modules",
@@ -74,40 +80,15 @@ OF_REQUESTS = (
     metavar="NAME=DIR",
     help="LoRA adapter, which requests name as their model; repeatable. The same as --adapter.",
 )
-@click.option(
-    "--max-model-len",
-    type=int,
-    show_default="of the model",
-    help="Context length in tokens: prompt and output.",
-)
-@click.option(
-    "--max-num-seqs",
-    type=int,
-    default=MAX_NUM_SEQS,
-    show_default=True,
-    help="Sequences that run at the same time.",
-)
+@max_model_len_option
+@max_num_seqs_option
 @options.sampling_options
 @options.structured_output_options
-@click.option("--min-pixels", type=int, help="Upscale images with fewer pixels than this.")
-@click.option("--max-pixels", type=int, help="Downscale images with more pixels than this.")
-@click.option(
-    "--limit-mm-per-prompt",
-    metavar="image=N,video=N",
-    help="Largest number of images and videos of one request; also as JSON.",
-)
-@click.option(
-    "--allowed-local-media-path",
-    metavar="DIR",
-    help="Allow file:// URLs of images and videos in this folder.",
-)
-@click.option(
-    "--allowed-media-domains",
-    multiple=True,
-    metavar="HOST",
-    callback=split_values,
-    help="Allow http and https URLs of images and videos of this host; repeatable.",
-)
+@min_pixels_option
+@max_pixels_option
+@media_limits_option
+@local_media_option
+@media_domains_option
 @click.option(
     "--num-media-workers",
     default=DEFAULTS.num_media_workers,

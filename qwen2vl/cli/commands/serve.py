@@ -23,10 +23,17 @@ from qwen2vl.cli.serve.config_file import read_config_file
 from qwen2vl.cli.serve.lora_modules import is_named_adapter, parse_lora_modules
 from qwen2vl.cli.serve.option_names import errors_name_options
 from qwen2vl.cli.serve.server_options import (
-    MAX_NUM_SEQS,
+    DEFAULTS,
+    list_option,
+    local_media_option,
+    max_model_len_option,
+    max_num_seqs_option,
+    max_pixels_option,
+    media_domains_option,
+    media_limits_option,
+    min_pixels_option,
     parse_media_limits,
     served_model_name,
-    split_values,
 )
 from qwen2vl.server.config import ServerConfig
 
@@ -38,8 +45,6 @@ __all__ = ["serve"]
 
 API_KEY_VARIABLE = "QWEN2VL_API_KEY"
 CONFIG_PATH = "qwen2vl.serve.config"  # key of the context's meta
-DEFAULTS = ServerConfig()
-MEDIA_LIMITS = ",".join(f"{kind}={count}" for kind, count in DEFAULTS.limit_mm_per_prompt.items())
 
 
 def _load_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
@@ -48,10 +53,6 @@ def _load_config(context: click.Context, _: click.Parameter, path: str | None) -
     context.meta[CONFIG_PATH] = path
     with _errors_name_options(context):
         context.default_map = read_config_file(path, context.command)
-
-
-def _list_option(flag: str, metavar: str, help: str) -> Any:
-    return click.option(flag, multiple=True, callback=split_values, metavar=metavar, help=help)
 
 
 def _config_option(flag: str, help: str, **options: Any) -> Any:
@@ -74,47 +75,28 @@ def _config_option(flag: str, help: str, **options: Any) -> Any:
     help="API key that clients must send; repeatable. Other users of this machine see the command "
     f"line: better set {API_KEY_VARIABLE}, or write it into the file of --config.",
 )
-@_list_option(
+@list_option(
     "--served-model-name",
     "NAME",
     "Model name in the API, in place of the repo id or the folder's name; repeatable.",
 )
-@click.option(
-    "--max-model-len",
-    type=int,
-    show_default="of the model",
-    help="Context length in tokens: prompt and output.",
-)
-@click.option(
-    "--limit-mm-per-prompt",
-    metavar="image=N,video=N",
-    default=MEDIA_LIMITS,
-    show_default=True,
-    help="Largest number of images and videos of one request; also as JSON.",
-)
+@max_model_len_option
+@media_limits_option
 @click.option(
     "--lora-modules",
     multiple=True,
     metavar="NAME=DIR",
     help='LoRA adapter, served as the model NAME; repeatable. Also {"name": NAME, "path": DIR}.',
 )
-@click.option(
-    "--allowed-local-media-path",
-    metavar="DIR",
-    help="Allow file:// URLs of images and videos in this folder.",
-)
-@_list_option(
-    "--allowed-media-domains",
-    "HOST",
-    "Allow http and https URLs of images and videos of this host; repeatable.",
-)
-@_list_option(
+@local_media_option
+@media_domains_option
+@list_option(
     "--allowed-origins",
     "ORIGIN",
     "Allow cross-origin requests of web pages of this origin (CORS), such as "
     "https://app.example, or * for any; repeatable.",
 )
-@_list_option(
+@list_option(
     "--allowed-hosts",
     "HOST",
     "Allow requests whose Host header has this name of the server, besides localhost and the "
@@ -126,13 +108,7 @@ def _config_option(flag: str, help: str, **options: Any) -> Any:
     show_default="the port of the API",
     help="Serve /metrics at 127.0.0.1 on this port instead.",
 )
-@click.option(
-    "--max-num-seqs",
-    type=int,
-    default=MAX_NUM_SEQS,
-    show_default=True,
-    help="Sequences that run at the same time.",
-)
+@max_num_seqs_option
 @_config_option("--max-queue", "Requests that may wait; more get 429.")
 @click.option(
     "--max-requests-per-key",
@@ -144,18 +120,8 @@ def _config_option(flag: str, help: str, **options: Any) -> Any:
 @_config_option("--request-timeout", "Seconds that a request may take.")
 @_config_option("--shutdown-timeout", "Seconds that running requests have after Ctrl-C or SIGTERM.")
 @_config_option("--num-media-workers", "Processes that decode images and videos.")
-@click.option(
-    "--min-pixels",
-    type=int,
-    show_default="of the model",
-    help="Upscale images with fewer pixels than this.",
-)
-@click.option(
-    "--max-pixels",
-    type=int,
-    show_default="of the model",
-    help="Downscale images with more pixels than this.",
-)
+@min_pixels_option
+@max_pixels_option
 @_config_option(
     "--log-format",
     "Format of the access log (stdout) and of errors (stderr).",

@@ -1,4 +1,4 @@
-"""Options that `serve` and `batch` share: their values, converted to fields of ServerConfig.
+"""Options that `serve` and `batch` share, and their values as fields of ServerConfig.
 
 A value that cannot be converted is reported by the name of the field, which `errors_name_options`
 replaces by that of the option.
@@ -14,10 +14,27 @@ from typing import Any
 import click
 
 from qwen2vl.errors import ConfigError
+from qwen2vl.server.config import ServerConfig
 
-__all__ = ["MAX_NUM_SEQS", "parse_media_limits", "served_model_name", "split_values"]
+__all__ = [
+    "DEFAULTS",
+    "MAX_NUM_SEQS",
+    "list_option",
+    "local_media_option",
+    "max_model_len_option",
+    "max_num_seqs_option",
+    "max_pixels_option",
+    "media_domains_option",
+    "media_limits_option",
+    "min_pixels_option",
+    "parse_media_limits",
+    "served_model_name",
+    "split_values",
+]
 
+DEFAULTS = ServerConfig()
 MAX_NUM_SEQS = 16  # of EngineConfig, which cannot be imported without torch
+MEDIA_LIMITS = ",".join(f"{kind}={count}" for kind, count in DEFAULTS.limit_mm_per_prompt.items())
 
 
 def split_values(
@@ -64,3 +81,52 @@ def served_model_name(model: str) -> str:
     """Return the name under which a model is served: never a path of this machine."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def list_option(flag: str, metavar: str, help: str) -> Any:
+    """Return a repeatable option that also takes several values in one, as `split_values` does."""
+    return click.option(flag, multiple=True, callback=split_values, metavar=metavar, help=help)
+
+
+max_model_len_option = click.option(
+    "--max-model-len",
+    type=int,
+    show_default="of the model",
+    help="Context length in tokens: prompt and output.",
+)
+max_num_seqs_option = click.option(
+    "--max-num-seqs",
+    type=int,
+    default=MAX_NUM_SEQS,
+    show_default=True,
+    help="Sequences that run at the same time.",
+)
+media_limits_option = click.option(
+    "--limit-mm-per-prompt",
+    metavar="image=N,video=N",
+    default=MEDIA_LIMITS,
+    show_default=True,
+    help="Largest number of images and videos of one request; also as JSON.",
+)
+local_media_option = click.option(
+    "--allowed-local-media-path",
+    metavar="DIR",
+    help="Allow file:// URLs of images and videos in this folder.",
+)
+media_domains_option = list_option(
+    "--allowed-media-domains",
+    "HOST",
+    "Allow http and https URLs of images and videos of this host; repeatable.",
+)
+min_pixels_option = click.option(
+    "--min-pixels",
+    type=int,
+    show_default="of the model",
+    help="Upscale images with fewer pixels than this.",
+)
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=int,
+    show_default="of the model",
+    help="Downscale images with more pixels than this.",
+)

@@ -218,7 +218,7 @@ def test_the_forms_of_lora_modules(
 
 
 def test_help_shows_the_defaults_of_the_configuration(run: Run) -> None:
-    from qwen2vl.cli.commands.serve import MAX_NUM_SEQS
+    from qwen2vl.cli.serve.server_options import MAX_NUM_SEQS
     from qwen2vl.engine import EngineConfig
 
     text = " ".join(run("serve", "--help").stdout.split())
