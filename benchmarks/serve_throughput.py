@@ -1,6 +1,6 @@
 """Requests a second of our server, of a plain one, and of llama.cpp's, interleaved in one run.
 
-    python benchmarks/serve_throughput.py [--rounds 8] [--requests 48] [--peers plain llama-f32]
+    python benchmarks/serve_throughput.py [--rounds 8] [--requests 96] [--peers plain llama-f32]
 
 All servers run at the same time on nano; in each round each one answers the same requests at the
 given concurrency, in alternating order. Every request has its own picture (224 x 224 JPEG) and
@@ -137,7 +137,7 @@ def main() -> None:
     """Start the servers, measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=48, help="in a round, of each server")
+    parser.add_argument("--requests", type=int, default=96, help="in a round, of each server")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
