@@ -111,7 +111,7 @@ class SequenceKVCaches:
     def __init__(self, caches: Sequence[KVCache], meta: AttnMeta) -> None:
         self._caches = caches
         self._meta = meta
-        # Once for all layers: at 16 sequences, views layer by layer take as long as attention.
+        # Once for all layers: views in each layer took a fifth of the time of 16 sequences of nano.
         parts = [cache.layers(n) for cache, n in zip(caches, meta.lengths_q, strict=True)]
         self._layers = [SequenceLayer(slots, meta) for slots in zip(*parts, strict=True)]
 

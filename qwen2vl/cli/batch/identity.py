@@ -36,7 +36,6 @@ def batch_identity(
     named = filter(is_named_adapter, given["adapters"])
     adapters = parse_lora_modules((*given["lora_modules"], *named))
     merged = [one for one in given["adapters"] if not is_named_adapter(one)]
-    limits = given["limit_mm_per_prompt"]
     fields = {
         "question": question,
         "system": system,
@@ -44,7 +43,7 @@ def batch_identity(
         "served_model_names": given["served_model_name"] or [served_model_name(given["model"])],
         "adapters": sorted((name, _resolve(folder)) for name, folder in adapters.items()),
         "merged": [_resolve(folder) for folder in merged],
-        "limit_mm_per_prompt": limits and parse_media_limits(limits),
+        "limit_mm_per_prompt": parse_media_limits(given["limit_mm_per_prompt"]),
         "json_schema": _schema(given["json_schema"]),
         **{name: given[name] for name in OPTIONS},
     }

@@ -119,14 +119,13 @@ def _open_input(source: Path, config: ServerConfig, identity: str) -> BatchInput
 
 def _server_config(given: Mapping[str, Any], adapters: Mapping[str, str]) -> ServerConfig:
     root = given["allowed_local_media_path"]
-    limits = given["limit_mm_per_prompt"]
     return ServerConfig(
         served_model_names=given["served_model_name"] or (served_model_name(given["model"]),),
         lora_modules=adapters,
         max_model_len=given["max_model_len"],
         allowed_local_media_path=None if root is None else Path(root),
         allowed_media_domains=given["allowed_media_domains"],
-        limit_mm_per_prompt={} if limits is None else parse_media_limits(limits),
+        limit_mm_per_prompt=parse_media_limits(given["limit_mm_per_prompt"]),
         num_media_workers=given["num_media_workers"],
     )
 
