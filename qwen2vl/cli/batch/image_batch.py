@@ -118,13 +118,13 @@ def answer_images(
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
         counts = BatchCounts()
         messages = [{"role": "system", "content": system}] if system else []
-        operator = _ImageOperator(
+        handler = _ImageHandler(
             engine, threads, messages, question, params, file.to_row, columns, counts
         )
         return report.run(
             lambda on_answer: run_jobs(
                 answered.remaining(),
-                operator,
+                handler,
                 file,
                 engine,
                 counts,
@@ -173,7 +173,7 @@ class _Answered:
         return (job for job in self._jobs if job.id not in self._ids)
 
 
-class _ImageOperator:
+class _ImageHandler:
     """Asks the question about one image."""
 
     def __init__(

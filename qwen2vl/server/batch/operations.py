@@ -36,7 +36,7 @@ from qwen2vl.server.middleware.validation_errors import validation_error
 from qwen2vl.server.routing import Operation
 from qwen2vl.server.state import Caller, ServerState
 
-__all__ = ["BatchOperator", "LazyDecoder", "run_requests"]
+__all__ = ["BatchRequestHandler", "LazyDecoder", "run_requests"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,14 @@ async def run_requests(
         counts.output_tokens = tokens.get("completion_tokens", 0)
         on_answer(counts)
 
-    operator = BatchOperator(state)
+    handler = BatchRequestHandler(state)
     try:
-        await run_jobs(iter(requests), operator, file, state.engine, counts, on_answer=count)
+        await run_jobs(iter(requests), handler, file, state.engine, counts, on_answer=count)
     finally:
         await state.connector.close()
 
 
-class BatchOperator:
+class BatchRequestHandler:
     """Answers requests by the handlers of a server's state.
 
     Args:

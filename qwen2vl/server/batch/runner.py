@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qwen2vl.engine import AsyncLLM
     from qwen2vl.server.batch.record_file import RecordFile
 
-__all__ = ["MAX_ATTEMPTS", "Answer", "BatchCounts", "Operator", "run_jobs"]
+__all__ = ["MAX_ATTEMPTS", "Answer", "BatchCounts", "JobHandler", "run_jobs"]
 
 MAX_ATTEMPTS = 3  # of a job with which the engine dies
 SYNC_SECONDS = 5.0  # between two times at which what was written is forced to disk
@@ -55,7 +55,7 @@ class BatchCounts:
             self.answered += 1
 
 
-class Operator(Protocol[Job_contra]):
+class JobHandler(Protocol[Job_contra]):
     """How one job is answered."""
 
     async def answer(self, job: Job_contra, /) -> Answer:
@@ -73,7 +73,7 @@ class Operator(Protocol[Job_contra]):
 
 async def run_jobs(
     jobs: Iterator[Job],
-    operator: Operator[Job],
+    handler: JobHandler[Job],
     file: RecordFile,
     engine: AsyncLLM,
     counts: BatchCounts,
@@ -85,9 +85,9 @@ async def run_jobs(
 
     Args:
         jobs: read one by one, when there is a place.
-        operator: answers them.
+        handler: answers them.
         file: of the answers, open.
-        engine: that the operator uses; restarted if it dies.
+        engine: that the handler uses; restarted if it dies.
         counts: of the run, counted up; also what was done if the run is canceled.
         max_in_flight: jobs; None: twice as many as the engine runs.
         on_answer: called after each answer.
@@ -101,7 +101,7 @@ async def run_jobs(
 
     async def work() -> None:
         for job in jobs:
-            answer = await _answer(job, operator, restart)
+            answer = await _answer(job, handler, restart)
             file.append(answer.row)
             counts.add(answer)
             on_answer(counts)
@@ -166,21 +166,21 @@ class _Restart:
                 self._changed.notify_all()
 
 
-async def _answer(job: Job, operator: Operator[Job], restart: _Restart) -> Answer:
+async def _answer(job: Job, handler: JobHandler[Job], restart: _Restart) -> Answer:
     try:
         async with restart.first_attempt():
-            return await operator.answer(job)
+            return await handler.answer(job)
     except EngineError as error:
         failure = error
     async with restart.repeat():
         for _ in range(MAX_ATTEMPTS - 1):
             await restart.ensure_alive()
             try:
-                return await operator.answer(job)
+                return await handler.answer(job)
             except EngineError as error:
                 failure = error
         await restart.ensure_alive()
-    return operator.failure(job, failure)
+    return handler.failure(job, failure)
 
 
 async def _sync_until(is_finished: asyncio.Event, file: RecordFile) -> None:

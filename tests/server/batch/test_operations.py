@@ -1,4 +1,4 @@
-"""BatchOperator: every route, failures as the server's, media, an engine that dies."""
+"""BatchRequestHandler: every route, failures as the server's, media, an engine that dies."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class FakeEngine:
         self.num_restarts += 1
 
 
-class FakeOperator:
+class FakeHandler:
     """Answers a number by itself; `kills` kill the engine, with all that run."""
 
     def __init__(self, engine: FakeEngine, kills: tuple[int, ...] = ()) -> None:
@@ -69,13 +69,13 @@ class FakeOperator:
 def run(
     path: Path,
     jobs: Iterator[int],
-    operator: Any,
+    handler: Any,
     on_answer: Callable[[BatchCounts], None] = lambda counts: None,
 ) -> BatchCounts:
     counts = BatchCounts()
-    engine = cast(AsyncLLM, operator.engine)
+    engine = cast(AsyncLLM, handler.engine)
     with RecordFile(path, row_start=b'{"id"') as file:
-        asyncio.run(run_jobs(jobs, operator, file, engine, counts, on_answer=on_answer))
+        asyncio.run(run_jobs(jobs, handler, file, engine, counts, on_answer=on_answer))
     return counts
 
 
@@ -84,7 +84,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def test_twice_as_many_jobs_as_the_engine_runs_are_in_flight(tmp_path: Path) -> None:
-    operator = FakeOperator(FakeEngine())
+    handler = FakeHandler(FakeEngine())
     num_read = 0
 
     def jobs() -> Iterator[int]:
@@ -96,21 +96,21 @@ def test_twice_as_many_jobs_as_the_engine_runs_are_in_flight(tmp_path: Path) -> 
     def check(counts: BatchCounts) -> None:
         assert num_read <= counts.answered + 4, "the jobs are read lazily"
 
-    counts = run(tmp_path / "out", jobs(), operator, check)
-    assert operator.max_running == 4
+    counts = run(tmp_path / "out", jobs(), handler, check)
+    assert handler.max_running == 4
     assert (counts.answered, counts.failed) == (100, 0)
     assert sorted(one["id"] for one in records(tmp_path / "out")) == list(range(1, 101))
 
 
 def test_an_engine_that_dies_is_restarted_and_its_jobs_run_again(tmp_path: Path) -> None:
     engine = FakeEngine()
-    operator = FakeOperator(engine, kills=(13, 57))
-    counts = run(tmp_path / "out", iter(range(100)), operator)
+    handler = FakeHandler(engine, kills=(13, 57))
+    counts = run(tmp_path / "out", iter(range(100)), handler)
     found = {one["id"]: one for one in records(tmp_path / "out")}
     assert len(found) == len(records(tmp_path / "out")) == 100
     assert {one for one in found if "error" in found[one]} == {13, 57}
     assert (counts.answered, counts.failed) == (98, 2)
-    assert operator.calls.count(13) == MAX_ATTEMPTS
+    assert handler.calls.count(13) == MAX_ATTEMPTS
     assert engine.is_alive
     assert engine.num_restarts == 2 * MAX_ATTEMPTS
 
@@ -123,7 +123,7 @@ def test_an_engine_that_cannot_be_restarted_ends_the_run(tmp_path: Path) -> None
 
     engine.restart = restart
     with pytest.raises(EngineError, match="cannot"):
-        run(tmp_path / "out", iter(range(100)), FakeOperator(engine, kills=(13,)))
+        run(tmp_path / "out", iter(range(100)), FakeHandler(engine, kills=(13,)))
     assert all("error" not in one for one in records(tmp_path / "out"))
 
 
@@ -133,7 +133,7 @@ def test_an_error_of_the_jobs_ends_the_run(tmp_path: Path) -> None:
         raise InputError("changed")
 
     with pytest.raises(InputError, match="changed"):
-        run(tmp_path / "out", jobs(), FakeOperator(FakeEngine()))
+        run(tmp_path / "out", jobs(), FakeHandler(FakeEngine()))
 
 
 def test_what_was_written_is_forced_to_disk(
@@ -148,7 +148,7 @@ def test_what_was_written_is_forced_to_disk(
         is_synced.set()
 
     monkeypatch.setattr(RecordFile, "sync", sync)
-    operator = FakeOperator(FakeEngine())
+    handler = FakeHandler(FakeEngine())
 
     async def answer(job: int) -> Answer:
         if job == 2:
@@ -156,8 +156,8 @@ def test_what_was_written_is_forced_to_disk(
             assert await asyncio.to_thread(is_synced.wait, 60)
         return Answer(row=to_json_line({"id": job}))
 
-    operator.answer = answer
-    run(tmp_path / "out", iter(range(3)), operator)
+    handler.answer = answer
+    run(tmp_path / "out", iter(range(3)), handler)
     size = (tmp_path / "out").stat().st_size
     assert sizes[0] < size
     assert sizes[-2:] == [size, size]  # at the end of the run, and of the file
@@ -169,15 +169,15 @@ def test_a_disk_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    operator = FakeOperator(FakeEngine())
+    handler = FakeHandler(FakeEngine())
 
     async def answer(job: int) -> Answer:
         monkeypatch.setattr(os, "fsync", fail)
         await asyncio.sleep(60 if job == 3 else 0)
         return Answer(row=to_json_line({"id": job}))
 
-    operator.answer = answer
+    handler.answer = answer
     for count in (3, 4):  # at the end, and while a job runs
         with pytest.raises(InputError, match="cannot be written: Input/output error"):
-            run(tmp_path / str(count), iter(range(count)), operator)
+            run(tmp_path / str(count), iter(range(count)), handler)
         assert [one["id"] for one in records(tmp_path / str(count))] == [0, 1, 2]
