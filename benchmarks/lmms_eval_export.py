@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from harness.suite import MAX_TOKENS
 from PIL import Image
 
-from qwen2vl.errors import ConfigError
 from qwen2vl.eval.mini import PARTS, build_task, select_parts
 from qwen2vl.eval.synthetic import EvalCase, SyntheticTask
+from qwen2vl.synth.fonts import FontError
 
 __all__ = ["DEFAULT_PARTS", "GROUP", "export", "task_name"]
 
@@ -81,7 +81,8 @@ CHARACTER_ERROR_YAML = """\
 def export(folder: Path, parts: Sequence[str], limit: int | None = None) -> dict[str, int]:
     """Write the task folder; return part -> number of its questions.
 
-    Questions whose fonts are not installed are left out, with a note on stderr.
+    Questions whose fonts are not installed are left out, with a note on stderr that names the
+    packages of all fonts: with them, an export has the same questions everywhere.
     """
     (folder / "media").mkdir(parents=True, exist_ok=True)
     copyfile(UTILS, folder / "utils.py")
@@ -113,11 +114,20 @@ def _rows(folder: Path, task: SyntheticTask, limit: int | None) -> Iterator[dict
     for case in cases:
         try:
             yield _row(folder, task, case)
-        except ConfigError as error:  # of fonts
+        except FontError as error:
             failures.append(error)
     if failures:
         left_out = f"{len(failures)} of {len(cases)} questions are left out"
-        print(f"{task.name}: {left_out}: {failures[0]}", file=sys.stderr)
+        print(f"{task.name}: {left_out}: {_all_missing(task, failures[0])}", file=sys.stderr)
+
+
+def _all_missing(task: SyntheticTask, failure: FontError) -> FontError:
+    """Return the error that names all fonts that a task lacks, not only those of one question."""
+    try:
+        task.check_fonts()
+    except FontError as error:
+        return error
+    return failure
 
 
 def _row(folder: Path, task: SyntheticTask, case: EvalCase) -> dict[str, Any]:

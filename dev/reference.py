@@ -6,7 +6,8 @@ A line `<!-- generated: KIND ARGUMENTS -->` of a page is replaced, when the site
     fields CLASS [PREFIX]         a table of a dataclass's fields: key, type, default, comment
     results                       the runs of benchmarks/results.md, one section each
 
-A citation of a run, `[rN]`, becomes a link to its section, and the mark of a block that no test
+A line that ends in `<!-- in a checkout -->` is for readers of the source, and left out. A citation
+of a run, `[rN]`, becomes a link to its section, and the mark of a block that no test
 runs, `<!-- not tested: needs ... -->` (tests/flows/test_docs.py), becomes visible.
 """
 
@@ -39,6 +40,7 @@ __all__ = ["FieldRow", "ReferenceExtension", "expand", "field_rows", "makeExtens
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^<!-- generated: (\w+)((?: \S+)*) -->$")
 RESULT = re.compile(r"^- \*\*(r\d+)\*\* `(\{.*\})`$", re.MULTILINE)
+CHECKOUT_ONLY = "<!-- in a checkout -->"
 MIN_BROKEN_NAME = 24  # characters; shorter names stay in one line
 CITATION = re.compile(r"\[(r\d+)\]")
 UNTESTED = re.compile(r"^<!-- not tested: (needs [\w ]+) -->$")
@@ -247,6 +249,8 @@ def expand(lines: list[str]) -> list[str]:
         is_code ^= line.lstrip().startswith("```")
         if is_code:
             expanded.append(line)
+        elif line.endswith(CHECKOUT_ONLY):
+            continue
         elif directive := DIRECTIVE.match(line):
             expanded += ["", *KINDS[directive[1]](*directive[2].split()), ""]
         elif mark := UNTESTED.match(line):

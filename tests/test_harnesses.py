@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module, util
@@ -19,6 +20,7 @@ import yaml
 from PIL import Image
 
 from qwen2vl.eval.mini import build_task
+from qwen2vl.synth import fonts
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -109,6 +111,25 @@ def test_right_answers_score_one(folder: Path, part: str) -> None:
         assert utils.process_results(doc, [""]) == {"accuracy": 0.0}
 
 
+def test_all_packages_of_missing_fonts_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundled = {file for files in fonts.files_of("bundled") for file in files}
+    installed = {file: path for file, path in fonts._installed().items() if file in bundled}
+    monkeypatch.setattr(fonts, "_installed", lambda: installed)
+    for cached in (fonts.files_of, fonts.glyphs):
+        cached.cache_clear()
+    export = import_module("lmms_eval_export")
+    counts = export.export(tmp_path, ["text"], 40)
+    fonts.files_of.cache_clear()
+    assert 0 < counts["text"] < 40, "those in bundled fonts are kept"
+    error = capsys.readouterr().err
+    assert error.startswith(f"text: {40 - counts['text']} of 40 questions are left out: fonts: ")
+    bundled_packages = {package for package, _ in fonts.BUNDLED_FAMILIES.values()}
+    packages = [one for one in fonts.JUDGE_PACKAGES if one not in bundled_packages]
+    assert f"apt-get install {' '.join(packages)}\n" in error
+
+
 def test_text_has_character_errors(tmp_path: Path) -> None:
     export = import_module("lmms_eval_export")
     if not export.export(tmp_path, ["text"], 20):
@@ -177,6 +198,24 @@ def test_exclusions_name_pins_that_exist() -> None:
     for harness in module.HARNESSES.values():
         for package in harness.exclusions:
             assert module.find_pin(package, lines).startswith(f"{package}==")
+
+
+def test_the_check_of_the_guide_finds_both_layouts(tmp_path: Path) -> None:
+    """lmms-eval writes into a folder named after the model, or into OUT itself without a name."""
+    text = (ROOT / "docs/guides/lmms-eval.md").read_text(encoding="utf-8")
+    (command,) = re.findall("^grep .*$", text, re.M)
+    out = tmp_path / "out"
+    failed = "[LMMS_EVAL_REQUEST_FAILED after 3 retries] refused"
+    write_samples(out, (0, "a", 1, 1.0))
+    write_samples(
+        out / "qwen2-vl", (0, failed, None, 0.0), (1, "b", 1, 1.0), (2, failed, None, 0.0)
+    )
+    (out / "1_results.json").write_text(failed)
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == [
+        "out/1_samples_task.jsonl:0",
+        "out/qwen2-vl/1_samples_task.jsonl:2",
+    ]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from lmms_eval.protocol import ChatMessages  # pyright: ignore[reportMissingImpo
 from tqdm import tqdm
 
 from qwen2vl.engine import LLM, Completion, SamplingParams
+from qwen2vl.engine.arguments.keyword_hints import check_keywords
 from qwen2vl.engine.validation import PreparedRequest
 from qwen2vl.errors import ConfigError, InputError, Qwen2VLError
 from qwen2vl.eval.lmms_plugin import FAILED
@@ -35,6 +36,11 @@ __all__ = []
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 1024  # of lmms-eval's client, where a task has no max_new_tokens
+# Of --model_args. The others of `LLM` are objects, which a command line cannot give.
+MODEL_ARGUMENTS = (
+    *("pretrained", "model", "dtype", "device", "quantize", "adapter", "compile"),
+    *("max_model_len", "min_pixels", "max_pixels", "video_preset", "max_num_frames", "fps"),
+)
 FORWARDED = ("top_p", "seed", "presence_penalty", "frequency_penalty")  # by that client
 
 
@@ -49,7 +55,7 @@ class Qwen2VLModel(lmms):
         max_num_frames: frames sampled from each video, instead of 2 a second; with `fps` the most
             frames.
         fps: frames sampled per second of a video.
-        options: arguments of `LLM`: dtype, device, min_pixels, max_pixels, max_model_len, ...
+        options: arguments of `LLM`, those of MODEL_ARGUMENTS.
 
     Raises:
         InputError: an argument is unknown or invalid.
@@ -74,6 +80,7 @@ class Qwen2VLModel(lmms):
             raise InputError(
                 f"pretrained {pretrained} and model {model} are two names of one argument; give one"
             )
+        check_keywords(options, MODEL_ARGUMENTS, "model argument")
         _check_one_process()
         self.batch_size = _read_batch_size(batch_size)
         self.video_options = _video_options(max_num_frames, fps)

@@ -3,17 +3,18 @@
     image -> LLM.prepare (a thread) -> AsyncLLM -> {"image", "answer", "finish_reason", "error"}
 
 The images are the user's own files and are decoded in this process; one that cannot be read has an
-error for its answer. The id is a digest of the image's name and of everything that decides the
-answer (identity.py), by which a batch is resumed and answers of another question are recognized.
+error for its answer. The id has digests of the image's name, of the question, and of the options
+that decide the answer (identity.py), by which a batch is resumed and answers to another question or
+of other options are recognized.
 """
 
 from __future__ import annotations
 
 import asyncio
-import glob
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,10 +22,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2vl.cli import boxes, options
+import click
+
+from qwen2vl.cli import boxes, options, terminal
+from qwen2vl.cli.batch.answers import check_is_file, open_answers
 from qwen2vl.cli.batch.identity import batch_identity
+from qwen2vl.cli.batch.image_files import describe_skipped, list_images
 from qwen2vl.cli.batch.report import BatchReport
-from qwen2vl.cli.media_arguments import IMAGE_SUFFIXES, natural_key
 from qwen2vl.cli.serve.lora_modules import is_named_adapter, parse_lora_modules
 from qwen2vl.errors import (
     CapacityError,
@@ -39,12 +43,13 @@ if TYPE_CHECKING:
     from qwen2vl.engine import AsyncLLM, Completion, SamplingParams
     from qwen2vl.server.batch.runner import Answer, BatchCounts
 
-__all__ = ["answer_images", "list_images"]
+__all__ = ["answer_images"]
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("image", "answer", "finish_reason", "error")
 NUM_THREADS = 4  # that read, decode and resize images
+_ID = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,47 +67,40 @@ def answer_images(
     Raises:
         Qwen2VLError: a file, an option or the model cannot be used.
     """
+    check_is_file(output, "-o")
     suffix = output.suffix.lower()
     if suffix not in (".csv", ".jsonl"):
         raise InputError(f"-o {output}: give a name that ends in .jsonl or .csv")
-    images = list_images(sources)
+    skipped: dict[str, None] = {}
+    images = list_images(sources, on_skipped=skipped.setdefault)
+    if skipped:
+        terminal.note(
+            f"{describe_skipped(list(skipped))}; convert them to PNG or JPEG to ask about them"
+        )
     grammar = options.grammar_from_options(given)
     params = replace(options.sampling_params_from_options(given), grammar=grammar)
     adapters = _adapter_names(given["adapters"])
-    identity = batch_identity(given, question=question, system=system)
-    key = blake2b(identity.encode("utf-8", "backslashreplace"), digest_size=16).digest()
+    identity = batch_identity(given, click.get_current_context().command, system=system)
+    id_end = _digest(question.encode("utf-8", "backslashreplace"), 4) + identity.digest
     jobs = [
-        _ImageJob(image=image, adapter=adapter, id=_job_id(image, adapter, key))
+        _ImageJob(image=image, adapter=adapter, id=_job_id(image, adapter) + id_end)
         for image in images
         for adapter in adapters or (None,)
     ]
     columns = (*COLUMNS, *(("adapter",) if adapters else ()), *(("boxes",) * given["boxes"]), "id")
-    answered = _Answered(jobs)
+    answered = _Answered(jobs, columns, id_end, identity.describe)
     report = BatchReport(output, "image" if len(adapters) < 2 else "question")
 
-    failed: set[int] = set()  # records of the output that are to be repeated
-
-    def on_record(number: int, record: dict[str, Any]) -> None:
-        is_repeated = answered.add(number, record, given["retry_failed"])
-        if is_repeated:
-            failed.add(number)
-        else:
-            report.count_done(record)
-
     with ExitStack() as stack:
-        from qwen2vl.server.batch.record_file import RecordFile
         from qwen2vl.server.batch.runner import BatchCounts, run_jobs
 
-        file = stack.enter_context(
-            RecordFile(
-                output,
-                row_start=b'{"image": ',
-                columns=columns if suffix == ".csv" else (),
-                on_record=on_record,
-            )
+        file = open_answers(
+            stack,
+            report,
+            row_start=b'{"image": ',
+            columns=columns if suffix == ".csv" else (),
+            is_repeated=lambda number, record: answered.add(number, record, given["retry_failed"]),
         )
-        if failed:
-            file.remove(failed)
         if next(answered.remaining(), None) is None:  # without loading the model
             return report.finish(BatchCounts())
         from qwen2vl.engine import AsyncLLM, EngineConfig
@@ -138,11 +136,27 @@ def answer_images(
 
 
 class _Answered:
-    """Which jobs a file has answers to."""
+    """Which jobs a file has answers to.
 
-    def __init__(self, jobs: Sequence[_ImageJob]) -> None:
+    Args:
+        jobs: of this run.
+        columns: of a record.
+        id_end: how the ids of all jobs end: with the digests of the question and of the options.
+        describe_options: says which options another digest of them stands for.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[_ImageJob],
+        columns: Sequence[str],
+        id_end: str,
+        describe_options: Callable[[str], str],
+    ) -> None:
         self._jobs = jobs
-        self._shown = {(_shown(job.image), job.adapter or ""): job.id for job in jobs}
+        self._columns = set(columns)
+        self._id_end = id_end
+        self._describe_options = describe_options
+        self._asked = {(_shown(job.image), job.adapter or "") for job in jobs}
         self._ids: set[str] = set()
 
     def add(self, number: int, record: Mapping[str, Any], retry_failed: bool) -> bool:
@@ -151,23 +165,43 @@ class _Answered:
         An answer about an image that is not among the jobs stays in the file.
 
         Raises:
-            InputError: it is of another question, or was not written by this command.
+            InputError: it is of another question or other options, or was not written by this
+                command.
         """
-        image, answer_id = record.get("image"), record.get("id")
-        if not isinstance(image, str) or not isinstance(answer_id, str):
+        image, answer_id = record.get("image"), str(record.get("id"))
+        if not isinstance(image, str) or _ID.fullmatch(answer_id) is None:
             raise InputError(
-                f"line {number} of the output was not written by this command; give another file"
+                f"line {number} of the output was not written by this command, or by another "
+                "version of it; give another file"
             )
-        expected = self._shown.get((image, record.get("adapter") or ""))
-        if expected not in (None, answer_id):
-            raise InputError(
-                f"line {number} of the output answers another question about {abbreviate(image)}, "
-                "or one of another model or other options; give another file to -o"
-            )
-        if retry_failed and expected is not None and record.get("error"):
+        self._check_columns(number, record)
+        is_asked = (image, record.get("adapter") or "") in self._asked
+        if retry_failed and is_asked and record.get("error"):
             return True
+        prompt, options = self._id_end[:8], self._id_end[8:]
+        if answer_id[16:24] != prompt:
+            raise InputError(
+                f"line {number} of the output answers another question about {abbreviate(image)}; "
+                "give another file to -o"
+            )
+        if answer_id[24:] != options:
+            raise InputError(
+                f"line {number} of the output was written {self._describe_options(answer_id[24:])}"
+                "; give the same options, or another file to -o"
+            )
         self._ids.add(answer_id)
         return False
+
+    def _check_columns(self, number: int, record: Mapping[str, Any]) -> None:
+        """Check the keys of a JSON line; RecordFile has checked those of CSV."""
+        other = sorted(self._columns.symmetric_difference(record))
+        if other:
+            names = " and ".join(other)
+            has = "has" if other[0] in record else "lacks"
+            raise InputError(
+                f"line {number} of the output {has} the key {names}: it was written with other "
+                "options, such as --adapter NAME=DIR or --boxes; give another file to -o"
+            )
 
     def remaining(self) -> Iterator[_ImageJob]:
         return (job for job in self._jobs if job.id not in self._ids)
@@ -236,43 +270,7 @@ class _ImageHandler:
         record = dict.fromkeys(self._columns) | {"image": _shown(job.image), "id": job.id}
         known = {"adapter": job.adapter, **fields}
         record |= {name: value for name, value in known.items() if name in record}
-        return Answer(row=self._to_row(record), is_failed=record["error"] is not None)
-
-
-def list_images(sources: Sequence[str]) -> list[str]:
-    """Return the images of folders (with subfolders, by extension), patterns and paths, sorted.
-
-    Numbers in names are compared as numbers. Hidden files of a folder are left out.
-
-    Raises:
-        InputError: a source has no image.
-    """
-    found: dict[str, None] = {}
-    for source in sources:
-        path = os.path.expanduser(source)
-        if os.path.isdir(path):
-            names = sorted(_walk(path), key=natural_key)
-            what = f"the folder has no image ({', '.join(IMAGE_SUFFIXES)})"
-        elif os.path.lexists(path):
-            names, what = [path], ""
-        elif glob.has_magic(path):
-            matches = glob.glob(path, recursive=True)
-            names = sorted((one for one in matches if os.path.isfile(one)), key=natural_key)
-            what = "no file matches this pattern; check the folder and name"
-        else:
-            names, what = [], "does not exist; give a folder, a pattern or an image"
-        if not names:
-            raise InputError(f"--images {source}: {what}")
-        found.update(dict.fromkeys(names))
-    return list(found)
-
-
-def _walk(folder: str) -> Iterator[str]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield os.path.join(parent, name)
+        return Answer(row=self._to_row(record), error=record["error"])
 
 
 def _adapter_names(values: Sequence[str]) -> tuple[str, ...]:
@@ -280,9 +278,13 @@ def _adapter_names(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(parse_lora_modules(filter(is_named_adapter, values)))
 
 
-def _job_id(image: str, adapter: str | None, key: bytes) -> str:
-    text = os.fsencode(image) + b"\0" + (adapter or "").encode()
-    return blake2b(text, digest_size=8, key=key).hexdigest()
+def _job_id(image: str, adapter: str | None) -> str:
+    """Return the beginning of a job's id."""
+    return _digest(os.fsencode(image) + b"\0" + (adapter or "").encode(), 8)
+
+
+def _digest(content: bytes, size: int) -> str:
+    return blake2b(content, digest_size=size).hexdigest()
 
 
 def _shown(image: str) -> str:

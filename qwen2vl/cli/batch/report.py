@@ -1,7 +1,7 @@
-"""What `batch` prints: a progress bar while it runs, one line at the end; and its exit code.
+"""What `batch` prints: a progress bar while it runs, a summary at the end; and its exit code.
 
-The exit code depends on all answers of the file, those of earlier runs included, so that a resumed
-batch ends as one that was not interrupted.
+The exit code and the commonest error are those of all answers of the file, those of earlier runs
+included, so that a resumed batch ends as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2vl.cli import terminal
+from qwen2vl.server.batch.runner import ErrorCounts
 
 if TYPE_CHECKING:
     from qwen2vl.server.batch.runner import BatchCounts
@@ -24,6 +25,7 @@ __all__ = ["BatchReport", "LineCounter"]
 
 INTERRUPTED = 130
 SECONDS_PER_UPDATE = 0.1
+MAX_ERROR = 500  # characters that are shown
 READ_CHUNK = 1 << 20
 
 
@@ -36,15 +38,18 @@ class BatchReport:
     """
 
     def __init__(self, output: Path, noun: str) -> None:
-        self._output = output
+        self.output = output
         self._noun = noun
-        self.num_done = 0  # answers of earlier runs
-        self.num_done_failed = 0  # of them, errors
+        self._num_done = 0  # answers of earlier runs
+        self._done_errors = ErrorCounts()  # of them
 
     def count_done(self, record: Mapping[str, Any]) -> None:
-        """Count an answer that the file has already; an error has a text or an object."""
-        self.num_done += 1
-        self.num_done_failed += bool(record.get("error"))
+        """Count an answer that the file has already; an error is a text, or has a message."""
+        self._num_done += 1
+        error = record.get("error")
+        if error:
+            message = error.get("message") if isinstance(error, dict) else error
+            self._done_errors.add(str(message))
 
     def run(
         self,
@@ -70,8 +75,8 @@ class BatchReport:
                 if now - last < SECONDS_PER_UPDATE:
                     return
                 last = now
-                done = self.num_done + counts.answered + counts.failed
-                failed = self.num_done_failed + counts.failed
+                done = self._num_done + counts.answered + counts.failed
+                failed = self._done_errors.total + counts.failed
                 name = f"{failed:,} failed" if failed else "answering"
                 update(name, done, max(done, total()))
 
@@ -87,22 +92,36 @@ class BatchReport:
             return INTERRUPTED
         return code
 
-    def finish(self, counts: BatchCounts, seconds: float = 0.0) -> int:
-        """Print the summary of a run, and return the exit code."""
-        terminal.note(self._summary(counts, seconds))
-        return 1 if counts.failed or self.num_done_failed else 0
+    def finish(self, counts: BatchCounts, seconds: float | None = None) -> int:
+        """Print the summary of a run, and return the exit code.
 
-    def _summary(self, counts: BatchCounts, seconds: float) -> str:
-        before = ""
-        if self.num_done:
-            failed = f" ({self.num_done_failed:,} failed)" if self.num_done_failed else ""
-            before = f", {self.num_done:,} already done{failed}"
-        rate = counts.output_tokens / max(seconds, 1e-9)
-        noun = self._noun if counts.answered == 1 else f"{self._noun}s"
-        return (
-            f"{counts.answered:,} {noun} answered, {counts.failed:,} failed{before}, in "
-            f"{seconds:.1f} s ({rate:,.0f} output tokens/s): {self._output}"
-        )
+        Args:
+            counts: of the run.
+            seconds: that it took; None: nothing was left to answer.
+        """
+        terminal.note(self._summary(counts, seconds))
+        errors = ErrorCounts()
+        errors.add_all(self._done_errors)
+        errors.add_all(counts.errors)
+        if not errors.total:
+            return 0
+        text = errors.describe_commonest()
+        shown = text if len(text) <= MAX_ERROR else f"{text[: MAX_ERROR - 3]}..."
+        terminal.note(f"{shown} (--retry-failed repeats what failed)")
+        return 1
+
+    def _summary(self, counts: BatchCounts, seconds: float | None) -> str:
+        text = f"{counts.answered:,} {self._noun}{'' if counts.answered == 1 else 's'} answered"
+        text += f", {counts.failed:,} failed"
+        if self._num_done:
+            text += f", {self._num_done:,} already done"
+        if self._done_errors.total:
+            text += f" ({self._done_errors.total:,} failed)"
+        if seconds is not None:
+            text += f", in {seconds:.1f} s"
+        if seconds and counts.output_tokens:
+            text += f" ({counts.output_tokens / seconds:,.0f} output tokens/s)"
+        return f"{text}: {self.output}"
 
 
 @contextmanager

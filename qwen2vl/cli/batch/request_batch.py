@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2vl.cli import options
-from qwen2vl.cli.batch.identity import batch_identity
+from qwen2vl.cli.batch.answers import check_is_file, open_answers
+from qwen2vl.cli.batch.identity import BatchIdentity, batch_identity
 from qwen2vl.cli.batch.report import BatchReport, LineCounter
 from qwen2vl.cli.serve.lora_modules import is_named_adapter, parse_lora_modules
 from qwen2vl.cli.serve.option_names import errors_name_options
@@ -42,6 +43,8 @@ def answer_requests(source: Path, output: Path, given: Mapping[str, Any]) -> int
         Qwen2VLError: a file, an option or the model cannot be used.
         UsageError: --compile with adapters that stay unmerged.
     """
+    check_is_file(source, "-i")
+    check_is_file(output, "-o")
     if output.suffix.lower() == ".csv":
         raise InputError(f"-o {output}: answers to requests are JSON lines; name it .jsonl")
     if output.exists() and source.exists() and os.path.samefile(source, output):
@@ -52,7 +55,7 @@ def answer_requests(source: Path, output: Path, given: Mapping[str, Any]) -> int
             (*given["lora_modules"], *filter(is_named_adapter, given["adapters"]))
         )
         config = _server_config(given, adapters)
-        identity = batch_identity(given)
+        identity = batch_identity(given, context.command)
     merged = [one for one in given["adapters"] if not is_named_adapter(one)]
     if adapters and given["compile"]:
         raise click.UsageError(
@@ -62,26 +65,22 @@ def answer_requests(source: Path, output: Path, given: Mapping[str, Any]) -> int
     batch_input = _open_input(source, config, identity)
     report = BatchReport(output, "request")
     counter = LineCounter(source)
-    failed: set[int] = set()  # lines of the output that are to be repeated
 
-    def on_record(number: int, record: dict[str, Any]) -> None:
+    def is_repeated(number: int, record: dict[str, Any]) -> bool:
         is_repeated = given["retry_failed"] and bool(record.get("error"))
         batch_input.mark_answered(number, record, is_repeated=is_repeated)
-        if is_repeated:
-            failed.add(number)
-        else:
-            report.count_done(record)
+        return is_repeated
 
     with ExitStack() as stack:
-        from qwen2vl.server.batch.record_file import RecordFile
         from qwen2vl.server.batch.runner import BatchCounts
 
-        file = stack.enter_context(
-            RecordFile(output, row_start=b'{"id": "batch_req_', on_record=on_record)
+        file = open_answers(
+            stack,
+            report,
+            row_start=b'{"id": "batch_req_',
+            is_repeated=is_repeated,
+            before_removal=batch_input.check,
         )
-        if failed:
-            batch_input.check()  # before anything is removed
-            file.remove(failed)
         requests = iter(batch_input)
         first = next(requests, None)
         if first is None:  # without loading the model
@@ -106,14 +105,15 @@ def answer_requests(source: Path, output: Path, given: Mapping[str, Any]) -> int
         )
 
 
-def _open_input(source: Path, config: ServerConfig, identity: str) -> BatchInput:
+def _open_input(source: Path, config: ServerConfig, identity: BatchIdentity) -> BatchInput:
     from qwen2vl.server.batch.requests import BatchInput
 
     return BatchInput(
         source,
         max_bytes=config.max_body_bytes,
         max_depth=config.max_json_depth,
-        options=identity,
+        options=identity.digest,
+        describe_options=identity.describe,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from qwen2vl.errors import EngineError, MediaWorkerError
+from qwen2vl.errors import EngineError, MediaWorkerError, abbreviate
 from qwen2vl.processor.media.rgb import DecodedImage
 from qwen2vl.processor.media.source import MediaLimits, MediaSource
 from qwen2vl.processor.media.video_metadata import VideoReader
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 UNAVAILABLE = 503  # the engine has stopped, or the media workers have
 TRANSIENT = frozenset({408, 429, 502, UNAVAILABLE})  # statuses of what may succeed a moment later
+_PATH = re.compile(r"([a-z_]+)|\[(\d+)\]")  # parts of messages[0].content[1]
 RETRY_SECONDS = (1.0, 4.0, 16.0)  # before each further attempt
 
 
@@ -106,6 +108,8 @@ class BatchRequestHandler:
             converted = to_api_error(error, caller.request_id)
             if converted.status == UNAVAILABLE and not _is_of_media_workers(error):
                 raise EngineError(converted.message) from error
+            if converted.code == "media_not_found":
+                return _with_source(converted, request.body)
             if converted.status == 500 and not isinstance(error, APIError):
                 logger.error("request %s failed", caller.request_id, exc_info=error)
             return converted
@@ -178,11 +182,34 @@ def _body(result: Any) -> bytes:
     return result.model_dump_json().encode()
 
 
+def _with_source(error: APIError, body: Any) -> APIError:
+    """Add the URL of a file that does not exist; a server does not repeat paths, a batch may."""
+    for name, index in _PATH.findall(error.param or ""):
+        try:
+            body = body[name] if name else body[int(index)]
+        except (LookupError, TypeError):  # the param is no path of this body
+            return error
+    url = _find_url(body)
+    if url is None:
+        return error
+    return APIError(
+        error.status, f"{error.message} {abbreviate(url, 300)}", param=error.param, code=error.code
+    )
+
+
+def _find_url(value: Any) -> str | None:
+    """Return the first file:// URL of a value."""
+    if isinstance(value, str):
+        return value if value[:7].lower() == "file://" else None
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((url for url in map(_find_url, values) if url is not None), None)
+
+
 def _failed(request: BatchRequest, error: APIError) -> Answer:
     summary = {"code": error.code or error.type, "message": error.message}
     body = json.dumps(error.to_body(), ensure_ascii=False).encode()
     row = _row(request, error.status, body, json.dumps(summary, ensure_ascii=False).encode())
-    return Answer(row=row, is_failed=True)
+    return Answer(row=row, error=error.message)
 
 
 def _row(request: BatchRequest, status: int, body: bytes, error: bytes) -> bytes:

@@ -178,6 +178,8 @@ class RecordFile:
             raise InputError(
                 f"{self._where}: the folder {folder} does not exist; make it first"
             ) from error
+        except IsADirectoryError as error:
+            raise InputError(f"{self._where}: is a folder; give a file") from error
         except OSError as error:
             raise self._cannot_be_written(error) from error
         try:

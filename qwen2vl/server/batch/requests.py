@@ -3,21 +3,24 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
 
 Every line has one answer, also one that is no request. The `id` of an answer has the number of its
-line and a digest of it, by which a batch is resumed: what is answered is skipped, lines may be
-appended, and answers of another input are recognized. (vLLM: BatchRequestInput.)
+line, a digest of it, and one of the options, by which a batch is resumed: what is answered is
+skipped, lines may be appended, and answers of another input or other options are recognized. The
+answer to a line that repeats a custom_id has none, so that each custom_id has one answer.
+(vLLM: BatchRequestInput.)
 """
 
 from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen2vl.errors import InputError, abbreviate, suggest
+from qwen2vl.server.batch.input_format import check_format
 from qwen2vl.server.errors import APIError
 from qwen2vl.server.middleware.json_parsing import parse_json
 
@@ -25,7 +28,7 @@ __all__ = ["BATCH_URLS", "BatchInput", "BatchRequest"]
 
 # Routes that a batch has, as OpenAI's.
 BATCH_URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
-_ID = re.compile(r"batch_req_([1-9][0-9]{0,17})_([0-9a-f]{16})")
+_ID = re.compile(r"batch_req_([1-9][0-9]{0,17})_([0-9a-f]{16})([0-9a-f]{8})")
 _READ_CHUNK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANKS = b" \t\r\n"
@@ -57,12 +60,13 @@ class BatchInput:
         path: of the file.
         max_bytes: of a line.
         max_depth: how deep lists and objects of a line may be nested.
-        options: everything that decides the answers besides the lines, such as the model: answers
-            of other options are refused.
+        options: eight hexadecimal digits of everything that decides the answers besides the lines,
+            such as the model: answers of other options are refused.
+        describe_options: says which options other digits stand for, as "with --compile".
         flag: option that names the file, for errors.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or has another format.
     """
 
     def __init__(
@@ -71,14 +75,16 @@ class BatchInput:
         *,
         max_bytes: int,
         max_depth: int,
-        options: str = "",
+        options: str = "00000000",
+        describe_options: Callable[[str], str] = lambda digits: "with other options",
         flag: str = "-i",
     ) -> None:
         self.path = path
         self._max_bytes = max_bytes
         self._max_depth = max_depth
         self._where = f"{flag} {path}"
-        self._key = blake2b(options.encode("utf-8", "backslashreplace"), digest_size=16).digest()
+        self._options = options
+        self._describe_options = describe_options
         self._digests = array("Q")  # by line number - 1, of the lines that are answered; 0: is not
         self._done_ids = array("Q")  # digests of their custom ids
         self._seen: set[int] = set()  # digests of custom ids
@@ -86,7 +92,11 @@ class BatchInput:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
             raise InputError(f"{self._where}: {what}; give a file of JSON lines")
-        self._size = path.stat().st_size
+        try:
+            self._size = path.stat().st_size
+            check_format(path, self._where)
+        except OSError as error:
+            raise self._cannot_be_read(error) from error
 
     def mark_answered(
         self, number: int, record: Mapping[str, Any], *, is_repeated: bool = False
@@ -96,17 +106,25 @@ class BatchInput:
         Args:
             number: of the answer's line, for errors.
             record: the answer.
-            is_repeated: do not skip the line: the answer will be replaced.
+            is_repeated: do not skip the line: the answer will be replaced. The line may have been
+                corrected, and the options may be others.
 
         Raises:
-            InputError: it is none of this command, answers another input, or is there twice.
+            InputError: it is none of this command, answers another input, is of other options, or
+                is there twice.
         """
         match = _ID.fullmatch(str(record.get("id")))
         if match is None:
             raise InputError(
-                f"line {number} of the output was not written by this command; give another file"
+                f"line {number} of the output was not written by this command, or by another "
+                "version of it; give another file"
             )
         line, digest = int(match[1]), int(match[2], 16)
+        if match[3] != self._options and not is_repeated:
+            raise InputError(
+                f"line {number} of the output was written {self._describe_options(match[3])}; give "
+                "the same options, or another file to -o"
+            )
         if line > self._size:
             raise self._other_input(line)
         missing = line - len(self._digests)
@@ -137,6 +155,7 @@ class BatchInput:
 
         Raises:
             InputError: a line differs from the one that was answered, or the file cannot be read.
+                A line whose answer is replaced may differ, but not in its custom_id.
         """
         number = 0
         self._seen.clear()
@@ -144,16 +163,24 @@ class BatchInput:
             with self.path.open("rb") as file:
                 for number, (line, digest) in enumerate(self._read_lines(file), 1):
                     done = self._digests[number - 1] if number <= len(self._digests) else 0
-                    if done and done != digest:
-                        raise self._other_input(number)
                     if done and number not in self._repeated:
+                        if done != digest:
+                            raise self._other_input(number)
                         self._seen.add(self._done_ids[number - 1])
                     elif line != b"":
-                        yield self._parse(number, line, digest)
+                        yield self._check_same_id(self._parse(number, line, digest))
         except OSError as error:
-            raise InputError(f"{self._where}: cannot be read: {error.strerror}") from error
+            raise self._cannot_be_read(error) from error
         if number < len(self._digests):
             raise self._other_input(len(self._digests))
+
+    def _check_same_id(self, request: BatchRequest) -> BatchRequest:
+        """Check that a line whose answer is replaced is still the one that was answered."""
+        if request.number in self._repeated and request.custom_id is not None:
+            done_id = self._done_ids[request.number - 1]
+            if done_id not in (0, _digest_of(request.custom_id)):
+                raise self._other_input(request.number)
+        return request
 
     def _read_lines(self, file: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
         """Yield content and digest of each line; the content of a too long one is None."""
@@ -162,7 +189,7 @@ class BatchInput:
             is_long = not head.endswith(b"\n") and len(head) > self._max_bytes
             line = head.removeprefix(_BOM).strip(_BLANKS) if is_first else head.strip(_BLANKS)
             is_first = False
-            digest = blake2b(line, digest_size=8, key=self._key)
+            digest = blake2b(line, digest_size=8)
             is_cut = is_long or len(line) > self._max_bytes
             while is_long and (part := file.readline(_READ_CHUNK)):
                 digest.update(part.rstrip(b"\r\n"))
@@ -170,7 +197,7 @@ class BatchInput:
             yield None if is_cut else line, int.from_bytes(digest.digest()) or 1
 
     def _parse(self, number: int, line: bytes | None, digest: int) -> BatchRequest:
-        answer_id = f"batch_req_{number}_{digest:016x}"
+        answer_id = f"batch_req_{number}_{digest:016x}{self._options}"
         custom_id = None
         try:
             fields = self._parse_fields(number, line)
@@ -182,8 +209,6 @@ class BatchInput:
                 url=self._check_url(number, fields),
                 body=_check_body(number, fields),
             )
-        except _RepeatedIdError as error:
-            return BatchRequest(number=number, id=answer_id, custom_id=error.custom_id, error=error)
         except APIError as error:
             return BatchRequest(number=number, id=answer_id, custom_id=custom_id, error=error)
 
@@ -208,7 +233,8 @@ class BatchInput:
             raise _refusal(number, f"custom_id: {got}, must be a text", "custom_id")
         digest = _digest_of(value)
         if digest in self._seen:
-            raise _RepeatedIdError(number, value)
+            text = f"custom_id: {abbreviate(value)} is also that of an earlier line; give another"
+            raise _refusal(number, text, "custom_id")
         self._seen.add(digest)
         return value
 
@@ -228,15 +254,11 @@ class BatchInput:
     def _other_input(self, line: int) -> InputError:
         return InputError(
             f"{self._where}: line {line} is not the one that the output has an answer to: the "
-            "output is of another input, model or options; give another file to -o"
+            "output is of another input; give another file to -o"
         )
 
-
-class _RepeatedIdError(APIError):
-    def __init__(self, number: int, custom_id: str) -> None:
-        text = f"custom_id: {abbreviate(custom_id)} is also that of an earlier line; give another"
-        super().__init__(400, f"line {number}: {text}", param="custom_id", code="invalid_value")
-        self.custom_id = custom_id
+    def _cannot_be_read(self, error: OSError) -> InputError:
+        return InputError(f"{self._where}: cannot be read: {error.strerror}")
 
 
 def _zeros(count: int) -> array[int]:

@@ -11,9 +11,10 @@ Whatever ends a run, the next run of the same command continues it.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from qwen2vl.errors import EngineError
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
     from qwen2vl.engine import AsyncLLM
     from qwen2vl.server.batch.record_file import RecordFile
 
-__all__ = ["MAX_ATTEMPTS", "Answer", "BatchCounts", "JobHandler", "run_jobs"]
+__all__ = ["MAX_ATTEMPTS", "Answer", "BatchCounts", "ErrorCounts", "JobHandler", "run_jobs"]
 
 MAX_ATTEMPTS = 3  # of a job with which the engine dies
 SYNC_SECONDS = 5.0  # between two times at which what was written is forced to disk
+MAX_KINDS = 1000  # of errors that are counted
+# Texts in quotes, and words with a digit, or a period within: line numbers, fields, paths.
+_NAMES = re.compile(r"""'[^']*'|"[^"]*"|\S*\d\S*|\S+\.\S+""")
 
 Job_contra = TypeVar("Job_contra", contravariant=True)
 Job = TypeVar("Job")
@@ -36,7 +40,50 @@ class Answer:
     """The answer to a job: a row of the file."""
 
     row: bytes
-    is_failed: bool = False
+    error: str | None = None  # why it is an error
+
+
+@dataclass(slots=True)
+class _ErrorKind:
+    example: str  # the first text
+    count: int = 0
+    is_uniform: bool = True  # all texts are equal
+
+
+class ErrorCounts:
+    """Counts errors by kind: texts of one kind differ in names and numbers only."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._kinds: dict[str, _ErrorKind] = {}
+
+    def add(self, text: str) -> None:
+        """Count an error."""
+        self.total += 1
+        name = _NAMES.sub("", text)
+        if name in self._kinds or len(self._kinds) < MAX_KINDS:
+            kind = self._kinds.setdefault(name, _ErrorKind(text))
+            kind.count += 1
+            kind.is_uniform &= kind.example == text
+
+    def add_all(self, other: ErrorCounts) -> None:
+        """Count the errors of another one, too."""
+        self.total += other.total
+        for name, added in other._kinds.items():
+            kind = self._kinds.setdefault(name, _ErrorKind(added.example))
+            kind.count += added.count
+            kind.is_uniform &= added.is_uniform and kind.example == added.example
+
+    def describe_commonest(self) -> str:
+        """Say how many errors are of the commonest kind, with the first text; "" without errors."""
+        if not self._kinds:
+            return ""
+        kind = max(self._kinds.values(), key=lambda one: one.count)
+        if self.total == 1:
+            return f"the error: {kind.example}"
+        number = "all" if kind.count == self.total else f"{kind.count:,} of"
+        such_as = "" if kind.is_uniform else "such as "
+        return f"{number} {self.total:,} errors: {such_as}{kind.example}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,15 +91,20 @@ class BatchCounts:
     """Numbers of one run."""
 
     answered: int = 0
-    failed: int = 0  # jobs whose answer is an error
     output_tokens: int = 0
+    errors: ErrorCounts = field(default_factory=ErrorCounts)
+
+    @property
+    def failed(self) -> int:
+        """Number of jobs whose answer is an error."""
+        return self.errors.total
 
     def add(self, answer: Answer) -> None:
         """Count an answer."""
-        if answer.is_failed:
-            self.failed += 1
-        else:
+        if answer.error is None:
             self.answered += 1
+        else:
+            self.errors.add(answer.error)
 
 
 class JobHandler(Protocol[Job_contra]):

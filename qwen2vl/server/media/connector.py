@@ -136,16 +136,16 @@ class MediaConnector:
         if scheme in ("http", "https"):
             if self._fetcher is None:
                 text = (
-                    "this server fetches no http(s) URLs; send the bytes as a data URL, or start "
-                    "it with --allowed-media-domains HOST"
+                    "http(s) URLs are not fetched unless --allowed-media-domains HOST allows their "
+                    "host; or give the bytes as a data URL"
                 )
                 raise _refusal(name, text, "media_not_allowed")
             return _Source(url, "http", name, max_bytes)
         if url[:7].lower() == "file://":
             if self._files is None:
                 text = (
-                    "this server reads no local files; send the bytes as a data URL, or start it "
-                    "with --allowed-local-media-path FOLDER"
+                    "local files are not read unless --allowed-local-media-path DIR allows their "
+                    "folder; or give the bytes as a data URL"
                 )
                 raise _refusal(name, text, "media_not_allowed")
             return _Source(url, "file", name, max_bytes)

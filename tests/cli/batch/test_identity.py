@@ -30,7 +30,7 @@ def parse(*arguments: str) -> dict[str, Any]:
 
 
 def identity(*arguments: str) -> str:
-    return batch_identity(parse(*arguments))
+    return batch_identity(parse(*arguments), batch).digest
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,10 @@ def identity(*arguments: str) -> str:
         *(
             ("", option)
             for option in (
-                *("--served-model-name x", "--dtype float32", "--device cpu", "--compile"),
+                *("--dtype float32", "--device cpu", "--compile"),
                 *("--quantize int8", "--min-pixels 9999", "--max-pixels 9999"),
-                *("--max-model-len 99", "--limit-mm-per-prompt image=1", "--max-tokens 5"),
-                *("--temperature 0", "--top-k 1", "--top-p 0.5", "--seed 1", "--regex a"),
+                *("--max-tokens 5", "--temperature 0", "--top-k 1", "--top-p 0.5", "--seed 1"),
+                "--regex a",
                 *("--choice a", "--boxes", "--json-schema schema.json"),
             )
         ),
@@ -65,8 +65,7 @@ def test_what_decides_the_answers(one: str, other: str) -> None:
         ("--model a/model", "--model link"),
         ("--lora-modules mine=v1", "--adapter mine=./v1"),
         ("--adapter a=v1 --adapter b=v2", "--adapter b=v2 --adapter a=v1"),
-        ("--limit-mm-per-prompt image=1,video=2", '--limit-mm-per-prompt {"video":2,"image":1}'),
-        ("--served-model-name a,b", '--served-model-name ["a","b"]'),
+        ("", "--limit-mm-per-prompt image=1 --max-model-len 99 --served-model-name x"),
         ("", "--max-num-seqs 99 --num-media-workers 9 --retry-failed"),
         ("", "--allowed-local-media-path v1 --allowed-media-domains example.com"),
     ],
@@ -82,11 +81,33 @@ def test_a_schema_is_that_of_its_file(folder: Path) -> None:
     assert identity("--json-schema", "schema.json") != before
 
 
-def test_question_and_system_prompt() -> None:
-    given = parse()
-    found = {
-        batch_identity(given, question=question, system=system)
-        for question in ("a", "b")
-        for system in (None, "a", "b")
-    }
-    assert len(found) == 6
+def test_the_system_prompt_decides() -> None:
+    found = {batch_identity(parse(), batch, system=one).digest for one in (None, "a", "b")}
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "text"),
+    [
+        ("--max-pixels 9999", "", "without --max-pixels"),
+        ("--model a/model", "", "without --model"),
+        ("", "--dtype float32", "with --dtype float32"),
+        ("--dtype bfloat16", "--dtype float32", "with --dtype float32"),
+        ("", "--compile --quantize int8", "with --quantize int8 and with --compile"),
+        ("--seed 1", "--temperature 0 --seed 1", "with --temperature 0"),
+        ("--adapter mine=v1 --adapter v2", "--adapter v2", "without --adapter mine"),
+        (
+            *("--seed 1 --adapter mine=v1", "--seed 2 --adapter mine=v1"),
+            "with another value of --seed, --adapter mine, or an option that is not given here",
+        ),
+        ("", "--max-pixels 9999", "with an option that is not given here, such as --model"),
+    ],
+)
+def test_the_option_that_differs_is_named(now: str, before: str, text: str) -> None:
+    here = batch_identity(parse(*now.split()), batch)
+    assert here.describe(identity(*before.split())) == text
+
+
+def test_the_system_prompt_is_named() -> None:
+    here = batch_identity(parse(), batch, system="x")
+    assert here.describe(batch_identity(parse(), batch).digest) == "without --system"

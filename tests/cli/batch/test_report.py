@@ -18,9 +18,11 @@ from qwen2vl.server.batch.runner import Answer, BatchCounts
 @pytest.mark.parametrize(
     ("done", "failed", "code", "text"),
     [
-        (0, 0, 0, "1 image answered, 0 failed, in 2.0 s (5 output tokens/s): out"),
+        (0, 0, 0, "1 image answered, 0 failed, in 2.0 s (5 output tokens/s): out\n"),
         (0, 1, 1, "1 image answered, 1 failed, in"),
         (1, 0, 1, "1 image answered, 0 failed, 2 already done (1 failed), in"),
+        (0, 1, 1, "the error: line 1: no (--retry-failed repeats what failed)\n"),
+        (1, 2, 1, "all 3 errors: such as line 0: no (--retry-failed repeats what failed)\n"),
     ],
 )
 def test_summary_and_exit_code(
@@ -29,16 +31,29 @@ def test_summary_and_exit_code(
     report = BatchReport(Path("out"), "image")
     if done:
         report.count_done({"error": None})
-        report.count_done({"error": {"code": "x"}})
-    counts = BatchCounts(answered=1, failed=failed, output_tokens=10)
+        report.count_done({"error": {"code": "x", "message": "line 0: no"}})
+    counts = BatchCounts(answered=1, output_tokens=10)
+    for number in range(failed):
+        counts.errors.add(f"line {number + 1}: no")
     assert report.finish(counts, 2.0) == code
     assert text in capsys.readouterr().err
 
 
-def test_an_empty_error_of_a_csv_is_none() -> None:
+def test_an_empty_error_of_a_csv_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     report = BatchReport(Path("out"), "image")
     report.count_done({"error": ""})
-    assert (report.num_done, report.num_done_failed) == (1, 0)
+    assert report.finish(BatchCounts()) == 0
+    summary = "qwen2vl: 0 images answered, 0 failed, 1 already done: out\n"
+    assert capsys.readouterr().err == summary
+
+
+def test_a_run_without_output_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = BatchCounts()
+    counts.errors.add("x" * 10_000)
+    BatchReport(Path("out"), "image").finish(counts, 2.0)
+    summary, error, _ = capsys.readouterr().err.split("\n")
+    assert summary == "qwen2vl: 0 images answered, 1 failed, in 2.0 s: out"
+    assert len(error) < 600
 
 
 def test_progress_counts_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +71,7 @@ def test_progress_counts_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def work(on_answer: Callable[[BatchCounts], None]) -> None:
         for is_failed in (False, True):
-            counts.add(Answer(row=b"", is_failed=is_failed))
+            counts.add(Answer(row=b"", error="no" if is_failed else None))
             on_answer(counts)
 
     assert report.run(work, counts, lambda: 2) == 1

@@ -121,11 +121,22 @@ def test_media_are_refused_unless_allowed(tmp_path: Path, make_state: StateMaker
     request = (CHAT, chat(image, text("What is it?")))
     (closed,), _ = run(tmp_path, make_state(), request)
     assert closed["error"]["code"] == "media_not_allowed"
+    assert "unless --allowed-local-media-path DIR" in closed["error"]["message"]
     (tmp_path / "out").unlink()
     (opened,), _ = run(tmp_path, make_state(allowed_local_media_path=tmp_path), request)
     assert opened["error"] is None
     (seen,) = opened["response"]["body"]["usage"]["media"]
     assert seen["original_size"] == {"width": 56, "height": 56}
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path: Path, make_state: StateMaker) -> None:
+    url = f"file://{tmp_path}/none.png"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    state = make_state(allowed_local_media_path=tmp_path)
+    (record,), _ = run(tmp_path, state, (CHAT, chat(text("Hi"), image)))
+    message = f"messages[0].content[1]: the file does not exist; check the path {url!r}"
+    assert record["error"] == {"code": "media_not_found", "message": message}
+    assert record["response"]["body"]["error"]["message"] == message
 
 
 def test_a_request_runs_again_after_the_engine_died(

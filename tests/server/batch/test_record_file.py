@@ -156,7 +156,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the folder .* does not exist; make it first"):
         write(tmp_path / "none" / "records", (), [])
-    with pytest.raises(InputError, match="cannot be written: Is a directory"):
+    with pytest.raises(InputError, match="is a folder; give a file"):
         write(tmp_path, (), [])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is a pipe or a device"):

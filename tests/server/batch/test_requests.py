@@ -20,8 +20,14 @@ def line(**fields: Any) -> str:
     return json.dumps({"custom_id": "a", "method": "POST", "url": URLS[0], "body": BODY} | fields)
 
 
-def open_input(path: Path, options: str = "") -> BatchInput:
-    return BatchInput(path, max_bytes=1000, max_depth=8, options=options)
+def open_input(path: Path, options: str = "00000000") -> BatchInput:
+    return BatchInput(
+        path,
+        max_bytes=1000,
+        max_depth=8,
+        options=options,
+        describe_options=lambda digits: f"with {digits}",
+    )
 
 
 def read(path: Path, *lines: str | bytes, end: bytes = b"\n") -> list[BatchRequest]:
@@ -44,7 +50,7 @@ def test_requests_of_a_file(path: Path) -> None:
     )
     assert (first.number, first.custom_id, first.url, first.body) == (1, "a", URLS[0], BODY)
     assert (second.number, second.custom_id) == (4, "b")
-    assert re.fullmatch(r"batch_req_4_[0-9a-f]{16}", second.id)
+    assert re.fullmatch(r"batch_req_4_[0-9a-f]{16}00000000", second.id)
     assert f"batch_{second.request_id}" == second.id
     assert first.error is second.error is None
 
@@ -104,6 +110,7 @@ def test_the_first_of_equal_ids_is_the_request(path: Path) -> None:
     assert first.error is None and second.error is None
     for one in repeated:
         assert one.error is not None and "is also that of an earlier line" in one.error.message
+        assert one.custom_id is None, "the id is that of one answer only"
     assert len({one.id for one in requests}) == 4
     # And also if any of them has an answer.
     for mask in range(16):
@@ -143,7 +150,7 @@ def test_failed_requests_are_read_again(path: Path) -> None:
     batch.check()  # and it is not read up
     first, last = list(batch)
     assert (first.id, first.error) == (requests[0].id, None)
-    assert (last.id, last.custom_id) == (requests[3].id, "a")
+    assert (last.id, last.custom_id) == (requests[3].id, None)
     assert last.error is not None and "is also that of an earlier line" in last.error.message
     path.write_text(path.read_text().replace('"b"', '"B"'))
     with pytest.raises(InputError, match="line 2 is not the one"):
@@ -152,13 +159,34 @@ def test_failed_requests_are_read_again(path: Path) -> None:
 
 def test_answers_of_other_options_are_refused(path: Path) -> None:
     (request,) = read(path, line())
-    batch = open_input(path, options="another model")
-    batch.mark_answered(1, answers([request])[0])
-    with pytest.raises(InputError, match="the output is of another input, model or options"):
-        list(batch)
+    batch = open_input(path, options="0000000a")
+    with pytest.raises(InputError, match="line 7 of the output was written with 00000000; give"):
+        batch.mark_answered(7, answers([request])[0])
 
 
-@pytest.mark.parametrize("answer_id", [None, "", "vllm-1", "batch_req_0_" + "0" * 16])
+def test_failed_requests_are_repeated_with_other_options_and_corrected_lines(path: Path) -> None:
+    lines = [line(url="x"), "{", line(custom_id="b")]
+    requests = read(path, *lines)
+    path.write_text("\n".join([line(), line(custom_id="c"), lines[2]]))
+
+    def open_marked(*repeated: int) -> BatchInput:
+        batch = open_input(path, options="0000000a")
+        for number in repeated:
+            batch.mark_answered(number, answers(requests)[number - 1], is_repeated=True)
+        return batch
+
+    batch = open_marked(1, 2, 3)
+    batch.check()
+    found = list(batch)
+    assert [(one.custom_id, one.error) for one in found] == [("a", None), ("c", None), ("b", None)]
+    assert all(one.id.endswith("0000000a") for one in found)
+    path.write_text("\n".join([line(custom_id="other"), "{", lines[2]]))
+    with pytest.raises(InputError, match="line 1 is not the one that the output has an answer to"):
+        open_marked(1, 2, 3).check()
+    open_marked(2, 3).check()
+
+
+@pytest.mark.parametrize("answer_id", [None, "", "vllm-1", "batch_req_0_" + "0" * 24])
 def test_answers_of_others_are_refused(path: Path, answer_id: str | None) -> None:
     read(path, line())
     with pytest.raises(InputError, match="line 7 of the output was not written by this command"):
@@ -169,7 +197,7 @@ def test_answers_of_no_line_or_twice_are_refused(path: Path) -> None:
     (request,) = read(path, line())
     batch = open_input(path)
     with pytest.raises(InputError, match="line 99999999999 is not the one"):
-        batch.mark_answered(1, {"id": f"batch_req_99999999999_{'1' * 16}"})
+        batch.mark_answered(1, {"id": f"batch_req_99999999999_{'1' * 16}00000000"})
     batch.mark_answered(1, answers([request])[0])
     with pytest.raises(InputError, match="line 2 of the output answers line 1 of the input again"):
         batch.mark_answered(2, answers([request])[0])

@@ -18,7 +18,13 @@ from qwen2vl.engine import AsyncLLM
 from qwen2vl.errors import EngineError, InputError
 from qwen2vl.server.batch import runner
 from qwen2vl.server.batch.record_file import RecordFile, to_json_line
-from qwen2vl.server.batch.runner import MAX_ATTEMPTS, Answer, BatchCounts, run_jobs
+from qwen2vl.server.batch.runner import (
+    MAX_ATTEMPTS,
+    Answer,
+    BatchCounts,
+    ErrorCounts,
+    run_jobs,
+)
 
 
 class FakeEngine:
@@ -63,7 +69,7 @@ class FakeHandler:
         return Answer(row=to_json_line({"id": job}))
 
     def failure(self, job: int, error: EngineError) -> Answer:
-        return Answer(row=to_json_line({"id": job, "error": str(error)}), is_failed=True)
+        return Answer(row=to_json_line({"id": job, "error": str(error)}), error=str(error))
 
 
 def run(
@@ -181,3 +187,32 @@ def test_a_disk_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(InputError, match="cannot be written: Input/output error"):
             run(tmp_path / str(count), iter(range(count)), handler)
         assert [one["id"] for one in records(tmp_path / str(count))] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([], ""),
+        (["no"], "the error: no"),
+        (["no", "no"], "all 2 errors: no"),
+        (["x", "model 'a' is unknown", "model 'b' is unknown"], "2 of 3 errors: such as model 'a'"),
+        (["line 1 is not JSON", "line 22 is not JSON", "x"], "2 of 3 errors: such as line 1 is"),
+        (["b", "a.png is text/plain", "sub/c.png is text/plain"], "2 of 3 errors: such as a.png"),
+    ],
+)
+def test_the_commonest_kind_of_error(texts: list[str], expected: str) -> None:
+    counts, later, both = ErrorCounts(), ErrorCounts(), ErrorCounts()
+    for number, text in enumerate(texts):
+        (later if number else counts).add(text)
+    both.add_all(counts)
+    both.add_all(later)
+    assert both.total == len(texts)
+    assert both.describe_commonest().startswith(expected) and (texts or not expected)
+
+
+def test_kinds_of_errors_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MAX_KINDS", 2)
+    counts = ErrorCounts()
+    for text in ("a", "b", "c", "c", "b"):
+        counts.add(text)
+    assert counts.describe_commonest() == "2 of 5 errors: b"
