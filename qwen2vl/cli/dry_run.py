@@ -1,8 +1,8 @@
 """`qwen2vl train RECIPE --dry-run`: validate configuration and data, and report the planned run.
 
-For each stage: sources and bad samples, sequence packing (bins), estimated memory, and rendered
-samples with the supervised text in [[double brackets]]. Measured lengths and bins are cached, so
-that the run itself starts without this delay.
+For each stage: sources and bad samples, sequence packing (bins), estimated memory, and samples that
+were decoded, with the supervised text in [[double brackets]]. Measured lengths and bins are cached,
+so that the run itself starts without this delay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwen2vl.train.config import TrainConfig
     from qwen2vl.train.dry_run.memory import StepMemory
     from qwen2vl.train.dry_run.report import StageReport
+    from qwen2vl.train.dry_run.sample_check import SampleCheck
 
 __all__ = ["dry_run"]
 
@@ -29,6 +30,9 @@ def dry_run(config: TrainConfig, recipe: TrainConfig) -> None:
     Args:
         config: of the run.
         recipe: the same before any override.
+
+    Raises:
+        InputError: more samples are bad when they are decoded than the data config allows.
     """
     from qwen2vl.train.checkpoint import read_resume_step
     from qwen2vl.train.dry_run.preconditions import check_preconditions
@@ -38,6 +42,7 @@ def dry_run(config: TrainConfig, recipe: TrainConfig) -> None:
         estimate_synthetic_stage_memory,
         report_stages,
     )
+    from qwen2vl.train.dry_run.sample_check import raise_if_bad
     from qwen2vl.train.init import build_processor
     from qwen2vl.train.optim.lr_schedule import describe_warmup
 
@@ -61,9 +66,7 @@ def dry_run(config: TrainConfig, recipe: TrainConfig) -> None:
         terminal.echo("")
         print_data(config, report.data)
         _print_packing(report)
-        for name, sample in report.samples:
-            terminal.echo(f"\n{name}")
-            terminal.echo(_render_sample(sample, processor))
+        _print_check(report.check, processor)
     terminal.echo("")
     print_evaluation(config, processor)
     seconds = estimate_duration(config, tokens)
@@ -72,6 +75,8 @@ def dry_run(config: TrainConfig, recipe: TrainConfig) -> None:
         terminal.echo(
             f"{tokens:,.0f} tokens take {duration}, at the throughput of this run's last report"
         )
+    for report in reports:
+        raise_if_bad(report.check)
 
 
 def _print_packing(report: StageReport) -> None:
@@ -98,6 +103,20 @@ def _print_memory(memory: Mapping[int, StepMemory]) -> None:
     if rows:
         terminal.echo("estimated memory of each rank")
         terminal.echo_table(("ranks", *categories), rows, left_aligned=())
+
+
+def _print_check(check: SampleCheck, processor: Processor) -> None:
+    """Print what came of the samples that were decoded, and some of them."""
+    num_good = check.num_checked - len(check.bad)
+    terminal.echo(
+        f"decoded  {check.num_checked:,} samples: {num_good:,} are as their headers say; what is "
+        "learned is in [[ ]]"
+    )
+    for sample in check.bad:
+        terminal.note(f"{sample.source}: bad when decoded: {sample.id}: {sample.text}")
+    for name, model_input in check.shown:
+        terminal.echo(f"\n{name}")
+        terminal.echo(_render_sample(model_input, processor))
 
 
 def _render_sample(sample: ModelInput, processor: Processor) -> str:

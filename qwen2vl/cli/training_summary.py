@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,7 @@ def print_data(config: TrainConfig, data: DataSummary) -> None:
         terminal.echo(f"resized  {data.num_resized:,} samples whose images exceeded a bin")
     _print_held_out(config, data)
     _print_bad_samples(data)
+    _print_unused_columns(data)
     if data.epochs > MAX_EPOCHS:
         steps = data.steps_of(MAX_EPOCHS)
         terminal.note(
@@ -112,6 +114,10 @@ def print_evaluation(config: TrainConfig, processor: Processor) -> None:
             samples = _count(len(entries), "sample")
             if evaluation.path:
                 samples += f" of {evaluation.path}"
+                (table,) = dataset.lengths
+                if table.unused and samples not in lines:
+                    columns = _describe_columns(table.unused, len(table))
+                    terminal.note(f"{evaluation.path}: nothing is made of the columns {columns}")
             elif len(entries) == len(dataset.held_out):
                 samples = f"the {samples} held out of stage {stage.name}"
             else:
@@ -150,6 +156,20 @@ def _print_bad_samples(data: DataSummary) -> None:
                 f"{source.name}: left out {describe_reasons(source.bad)}: "
                 f"{'; '.join(source.bad_samples)}{more}"
             )
+
+
+def _print_unused_columns(data: DataSummary) -> None:
+    for source in data.sources:
+        if source.unused:
+            columns = _describe_columns(source.unused, source.num_samples)
+            terminal.note(f"{source.name}: nothing is made of the columns {columns}")
+
+
+def _describe_columns(unused: Mapping[str, int], num_samples: int) -> str:
+    return ", ".join(
+        name if count == num_samples else f"{name} (of {count:,} samples)"
+        for name, count in unused.items()
+    )
 
 
 def _describe_batch(stage: Stage) -> str:

@@ -5,28 +5,30 @@
     1           102       80       0
     2             0        0       0   bad: missing
 
-Bins are packed by these numbers before any media are decoded. A table is cached on disk under a key
-of the source's content and of all settings that decide sizes (tokenizer, pixel limits, preset), but
-not of the media files: bad samples are measured again whenever a source is opened, and a good
-sample whose media change later is detected when it is prepared.
+Bins are packed by these numbers before any media are decoded; columns of the rows that nothing is
+made of are counted by name. A table is cached on disk under a key of the source's content and of
+all settings that decide sizes (tokenizer, pixel limits, preset), but not of the media files: bad
+samples are measured again whenever a source is opened, and a good sample whose media change later
+is detected when it is prepared.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from qwen2vl.config import VisionConfig
 from qwen2vl.data.array_cache import Arrays, load_or_create
-from qwen2vl.data.formats import Sample, SampleError
+from qwen2vl.data.formats import Sample, SampleError, TextTokens
 from qwen2vl.data.preprocess import HeaderPreprocessor
 from qwen2vl.data.sources.packed_text import TokenStore
 from qwen2vl.data.sources.source import SampleSource
@@ -46,7 +48,10 @@ logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, int, int], None]  # label, number done, total
 
-TABLE_VERSION = 1  # part of the cache key; increment to invalidate cached tables
+# Versions of what a table is computed from and of its file: the first is part of the key, and so of
+# the fingerprint of a run's data; the second invalidates cached tables only.
+KEY_VERSION = 1
+TABLE_VERSION = 2
 CHUNK_SIZE = 128  # samples per item of the DataLoader that measures
 
 
@@ -60,6 +65,7 @@ class LengthTable:
     grids_K3: np.ndarray  # int32, of all items, in the order of the samples
     starts: np.ndarray  # int64, index of each sample's first grid, and the number of all grids
     bad: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # index -> (reason, text)
+    unused: Mapping[str, int] = field(default_factory=dict)  # column -> good samples that have it
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,6 +85,7 @@ class SampleSize(NamedTuple):
     targets: int
     grids: tuple[Grid, ...]
     bad: tuple[str, str] | None = None  # reason, text
+    unused: tuple[str, ...] = ()  # columns
 
     def vision_cost(self, vision: VisionConfig) -> float:
         """Return the cost of the sample in the vision tower, in patches."""
@@ -122,16 +129,17 @@ def measure_lengths(
         bad = [index for index, *_ in _bad_samples(stored)]
         return (lambda: _merge_remeasured(stored, bad, measure(bad))) if bad else None
 
-    path = cache_dir / "lengths" / f"{key}.npz"
+    path = cache_dir / "lengths" / f"{key}-{TABLE_VERSION}.npz"
     arrays = dict(load_or_create(path, lambda: measure(range(len(source))), refresh=refresh))
-    bad_samples = _bad_samples(arrays)
-    del arrays["bad"]
-    return LengthTable(**arrays, bad={i: (reason, text) for i, reason, text in bad_samples}), key
+    bad_samples, unused = _bad_samples(arrays), _unused_columns(arrays)
+    del arrays["bad"], arrays["unused"]
+    bad = {i: (reason, text) for i, reason, text in bad_samples}
+    return LengthTable(**arrays, bad=bad, unused=unused), key
 
 
 def _table_key(source: SampleSource, preprocessor: HeaderPreprocessor) -> str:
     settings = [
-        TABLE_VERSION,
+        KEY_VERSION,
         source.fingerprint(),
         source.media_root,
         preprocessor.tokenizer.digest(),
@@ -177,7 +185,10 @@ def measure_sample(sample: Sample | SampleError, preprocessor: HeaderPreprocesso
         return SampleSize(0, 0, (), (error.reason, str(error)))
     assert processed.loss_mask is not None
     return SampleSize(
-        len(processed.input_ids), sum(processed.loss_mask[1:]), tuple(processed.grids)
+        len(processed.input_ids),
+        sum(processed.loss_mask[1:]),
+        tuple(processed.grids),
+        unused=() if isinstance(sample, TextTokens) else sample.unused,
     )
 
 
@@ -212,7 +223,8 @@ def _to_arrays(sizes: Sequence[SampleSize], vision: VisionConfig) -> Arrays:
         "vision": np.bincount(sample_of_grid, vision_cost(grids_K3, vision), minlength=len(sizes)),
         "grids_K3": grids_K3,
         "starts": starts,
-        "bad": _encode_bad(bad),
+        "bad": _encode_json(bad),
+        "unused": _encode_json(Counter(name for size in sizes for name in size.unused)),
     }
 
 
@@ -228,12 +240,18 @@ def _merge_remeasured(stored: Arrays, bad: Sequence[int], fresh: Arrays) -> Arra
         **merged,
         "grids_K3": np.insert(stored["grids_K3"], positions, fresh["grids_K3"], axis=0),
         "starts": np.cumsum([0, *counts]),
-        "bad": _encode_bad([[bad[i], *why] for i, *why in _bad_samples(fresh)]),
+        "bad": _encode_json([[bad[i], *why] for i, *why in _bad_samples(fresh)]),
+        "unused": _encode_json(_unused_columns(stored) + _unused_columns(fresh)),
     }
 
 
-def _encode_bad(bad: Sequence[Sequence[int | str]]) -> np.ndarray:
-    return np.frombuffer(json.dumps(bad).encode(), np.uint8)
+def _encode_json(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _unused_columns(arrays: Arrays) -> Counter[str]:
+    """Return how many good samples have each column that nothing was made of."""
+    return Counter(json.loads(arrays["unused"].tobytes()))
 
 
 def _bad_samples(arrays: Arrays) -> list[tuple[int, str, str]]:

@@ -145,15 +145,20 @@ class SamplePreprocessor(Processor):
 
     def _process_sample(self, sample: Sample) -> ModelInput:
         if isinstance(sample, Conversation):
-            return self(sample.messages, tools=sample.tools, for_training=True)
+            messages = parse_messages(sample.messages)
+            for i in sample.unsupervised:
+                messages[i] = replace(messages[i], is_supervised=False)
+            return self(messages, tools=sample.tools, for_training=True)
         if isinstance(sample, Document):
             media = [part for part in sample.parts if not isinstance(part, str)]
-            return self.from_text(self._document_text(sample), media, for_training=True)
+            prompt = self._document_text(sample.parts[: sample.num_prompt_parts])
+            text = self._document_text(sample.parts) + END_OF_TEXT
+            return self.from_text(text, media, for_training=True, prompt_length=len(prompt))
         return _from_text_tokens(sample)
 
-    def _document_text(self, document: Document) -> str:
+    def _document_text(self, parts: Iterable[str | Mapping[str, Any]]) -> str:
         text = ""
-        for part in document.parts:
+        for part in parts:
             if not isinstance(part, str):
                 text += VISION_START + _PLACEHOLDER_OF[part["type"]] + VISION_END
                 continue
@@ -161,7 +166,7 @@ class SamplePreprocessor(Processor):
             if special:
                 raise SampleError("text", f"the document has the special token {min(special)}")
             text += part
-        return text + END_OF_TEXT
+        return text
 
     def _build_item(self, part: MediaPart, default_name: str) -> Item:
         try:

@@ -116,9 +116,14 @@ def interleave(groups: Sequence[np.ndarray]) -> np.ndarray:
 def sample_digest(sample: Sample) -> bytes:
     """Return a digest of what a sample teaches, without its id; equal ones have equal content."""
     if isinstance(sample, Conversation):
-        content: Any = [sample.messages, sample.tools]
+        # Without such messages, the digest is that of versions that had none.
+        context = [sample.unsupervised] if sample.unsupervised else []
+        content: Any = [sample.messages, sample.tools, *context]
+    elif isinstance(sample, Document):
+        prompt = [sample.num_prompt_parts] if sample.num_prompt_parts else []
+        content = [*sample.parts, *prompt]
     else:
-        content = sample.parts if isinstance(sample, Document) else sample.ids.tolist()
+        content = sample.ids.tolist()
     text = json.dumps(content, sort_keys=True, default=_digest_media)
     return blake2b(text.encode(), digest_size=16).digest()
 

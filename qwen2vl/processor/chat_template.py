@@ -146,11 +146,12 @@ class _TurnRenderer:
                 yield from self._render_media(part)
             elif isinstance(part, GroundingPart):
                 yield Segment(
-                    self._render_grounding(part), supervised=is_assistant and not part.from_tool
+                    self._render_grounding(part), supervised=is_assistant and not part.is_context
                 )
             else:
-                yield Segment(part.text, supervised=is_assistant and not part.from_tool)
-        yield Segment(IM_END, is_token=True, supervised=is_assistant and not turn.pending)
+                yield Segment(part.text, supervised=is_assistant and not part.is_context)
+        is_end_supervised = is_assistant and turn.is_supervised and not turn.pending
+        yield Segment(IM_END, is_token=True, supervised=is_end_supervised)
         yield Segment("\n")
 
     def _render_media(self, part: MediaPart) -> Iterator[Segment]:

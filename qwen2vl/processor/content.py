@@ -37,10 +37,10 @@ Modality = Literal["image", "video"]
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Text. `from_tool` marks tool output inside an assistant's turn, which is not supervised."""
+    """Text. `is_context` marks what is not supervised in an assistant's turn, as tool output."""
 
     text: str
-    from_tool: bool = False
+    is_context: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class GroundingPart:
     numbers: tuple[float, ...]
     image_number: int | None  # 1-based, as in "Picture 1: "; None: the latest image before it
     path: str
-    from_tool: bool = False
+    is_context: bool = False  # not supervised in an assistant's turn, as tool output
 
 
 Part = TextPart | MediaPart | GroundingPart
@@ -96,6 +96,7 @@ _REFUSED_KEYS = {
     "file_id": "files uploaded to OpenAI cannot be read here; give the image as image_url",
     "reasoning": "the chat template has no place for reasoning; remove it",
     "reasoning_content": "the chat template has no place for reasoning; remove it",
+    "thinking": "the chat template has no place for reasoning; remove it",
 }
 # Hints for caches of other servers, and what OpenAI's client adds to an answer.
 _CACHE_KEYS = {"prompt_cache_breakpoint", "cache_control"}

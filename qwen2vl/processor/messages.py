@@ -47,6 +47,7 @@ class Message:
     path: str
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
     tool_call_id: str | None = None  # of a tool's result
+    is_supervised: bool = True  # of an assistant: whether training learns it (set by data/)
 
 
 def parse_messages(messages: Sequence[Any]) -> list[Message]:

@@ -154,6 +154,7 @@ class Processor:
         media: Sequence[Any] = (),
         *,
         for_training: bool = False,
+        prompt_length: int = 0,
         allow_special_tokens: bool = True,
         cache_salt: bytes = b"",
     ) -> ModelInput:
@@ -161,7 +162,8 @@ class Processor:
 
         Each <|image_pad|> or <|video_pad|> is the placeholder of the next of `media`: a source, or
         a content item such as {"image": ..., "max_pixels": ...}. With `for_training` every token
-        is supervised except the vision tokens with their start and end. With
+        is supervised except the vision tokens with their start and end, and the first
+        `prompt_length` characters of the text. With
         `allow_special_tokens=False`, for text that is not trusted, control tokens stay text as in
         messages, and there are no placeholders. `cache_salt` is as in `__call__`.
 
@@ -184,10 +186,15 @@ class Processor:
             for i, (kind, source) in enumerate(zip(kinds, media, strict=True))
         ]
         unsupervised = {VISION_START, VISION_END, *MODALITY_OF}
-        segments = [
-            Segment(part, is_token=i % 2 == 1, supervised=part not in unsupervised)
-            for i, part in enumerate(parts)
-        ]
+        segments: list[Segment] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                is_supervised = prompt_length <= 0 and part not in unsupervised
+                segments.append(Segment(part, is_token=True, supervised=is_supervised))
+            else:
+                length = max(0, prompt_length)
+                segments += [Segment(part[:length]), Segment(part[length:], supervised=True)]
+            prompt_length -= len(part)
         return self._assemble(
             segments,
             self._build_items(parsed, cache_salt),

@@ -73,7 +73,8 @@ def test_a_dry_run_reports_the_planned_run(run: Run) -> None:
     assert [[cell.strip() for cell in h.strip("|").split("|")] for h in headers] == [titles] * 2
     assert re.findall(r"^\| +([18]) \| +\d+\.\d MB \|", text, re.MULTILINE) == ["1", "8", "1"]
     assert "rows.jsonl:1" in text
-    assert "<|vision_start|><|image_pad|> x 12 <|vision_end|>what?<|im_end|>" in text
+    assert re.search(r"decoded  (10|9) samples: \1 are as their headers say", text)
+    assert "<|vision_start|><|image_pad|> x 8 <|vision_end|>what?<|im_end|>" in text
     assert "assistant\n[[answer 0<|im_end|>]]\n" in text
     assert "tokens take" not in text  # there is no throughput measurement yet
     assert not Path("here").exists()
@@ -114,6 +115,21 @@ def test_unusable_data_is_a_one_line_error(run: Run) -> None:
     assert "rows.jsonl:25: none.png is missing in" in line
     result = run("train", "own.py", *OVERRIDES, "data=set/nothing.jsonl", "--dry-run")
     assert "set/nothing.jsonl: no such file" in result.stderr.splitlines()[0]
+
+
+def test_what_the_headers_do_not_show_is_found_by_decoding(run: Run) -> None:
+    prepare()
+    whole = Path("set/4.png").read_bytes()
+    Path("set/4.png").write_bytes(whole[: len(whole) // 2])
+    rows = [conversation("<image>what?", f"a {i}", image=f"{i % 5}.png", tag=i) for i in range(24)]
+    write_rows(Path("set/rows.jsonl"), rows)
+    result = run("train", "own.py", *OVERRIDES, "data=set/rows.jsonl", "--dry-run")
+    assert result.exit_code == 2
+    assert "[[a 0<|im_end|>]]" in result.stdout  # the report is complete
+    *notes, line = result.stderr.splitlines()
+    assert "rows: nothing is made of the columns tag" in result.stderr
+    assert any("rows: bad when decoded: rows.jsonl:5: 4.png" in note for note in notes)
+    assert re.search(r"\d of \d+ samples that were decoded are bad, the limit is 1.00%", line)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,15 @@ def test_bad_samples_are_named_and_described(capsys: Capture) -> None:
     )
 
 
+def test_unused_columns_are_named_once_for_each_source(capsys: Capture) -> None:
+    data = summary()
+    source = replace(data.sources[0], bad={}, unused={"channel": 1000, "objects.width": 7})
+    print_data(tiny.recipe(), replace(data, sources=[source]))
+    assert capsys.readouterr().err == (
+        "qwen2vl: rows: nothing is made of the columns channel, objects.width (of 7 samples)\n"
+    )
+
+
 def test_held_out_samples_are_named(capsys: Capture) -> None:
     print_data(replace(tiny.recipe(), output_dir="here"), summary())
     assert (
@@ -162,10 +171,10 @@ def test_the_evaluation_is_printed(
 def test_stages_that_share_a_file_are_evaluated_in_one_line(
     tmp_path: Path, capsys: Capture
 ) -> None:
-    path = write_rows(tmp_path / "others.jsonl", [conversation("a", "b")])
+    path = write_rows(tmp_path / "others.jsonl", [conversation("a", "b", tag=1)])
     config = config_with_split(tmp_path, eval_steps=4, path=str(path))
     config = replace(config, stages=(*config.stages, *tiny.recipe().stages))
     print_evaluation(config, build_processor(config))
-    assert capsys.readouterr().out == (
-        f"evaluate every 4 steps and after the last, on 1 sample of {path}\n"
-    )
+    captured = capsys.readouterr()
+    assert captured.out == f"evaluate every 4 steps and after the last, on 1 sample of {path}\n"
+    assert captured.err == f"qwen2vl: {path}: nothing is made of the columns tag\n"

@@ -78,6 +78,20 @@ def test_a_cached_table_is_loaded_and_bad_samples_are_measured_again(
         assert np.array_equal(getattr(first, field), getattr(again, field))
 
 
+def test_unused_columns_are_counted_and_cached(tmp_path: Path) -> None:
+    write_media(tmp_path)
+    rows = [conversation("q", "a", source="web", tag=i % 2 or None) for i in range(4)]
+    rows.append(conversation("<image>q", "a", image="late.png", source="web", note="x"))
+    source = JsonLinesSource([write_rows(tmp_path / "rows.jsonl", rows)], str(tmp_path))
+    for _ in range(2):  # measured, then from the cache
+        table, _name = measure_rows(source, tmp_path)
+        assert table.unused == {"source": 4, "tag": 2}  # a bad sample's are not counted
+    (tmp_path / "late.png").write_bytes((tmp_path / "3.png").read_bytes())
+    for _ in range(2):
+        table, _name = measure_rows(source, tmp_path)
+        assert table.unused == {"source": 5, "tag": 2, "note": 1}
+
+
 def test_a_fixed_sample_is_used_from_then_on(tmp_path: Path) -> None:
     write_media(tmp_path)
     missing_rows = [
@@ -117,7 +131,7 @@ def test_the_table_key_depends_on_pixel_limits_and_content(tmp_path: Path) -> No
 def test_a_damaged_table_is_measured_again(tmp_path: Path) -> None:
     source = create_source(tmp_path)
     first, name = measure_rows(source, tmp_path)
-    path = tmp_path / "cache" / "lengths" / f"{name}.npz"
+    (path,) = (tmp_path / "cache" / "lengths").glob(f"{name}*.npz")
     path.write_bytes(path.read_bytes()[:100])
     again, _ = measure_rows(source, tmp_path)
     assert np.array_equal(first.tokens, again.tokens)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from qwen2vl.data.formats import Sample, SampleError, parse_row
 from qwen2vl.data.sources.packed_text import STORE_FILE, TokenStore
 from qwen2vl.data.sources.parquet import ParquetSource
 from qwen2vl.data.sources.synthetic import SyntheticSource
+from qwen2vl.data.sources.text_files import index_lines, list_to_lines
 from qwen2vl.data.storage import Storage, is_remote
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.files import atomic_file, touch
@@ -80,7 +81,7 @@ class JsonLinesSource:
         self._line_spans: list[np.ndarray] = []
         digest = blake2b(digest_size=16)
         for path in self.paths:
-            self._line_spans.append(_index_lines(path, digest))
+            self._line_spans.append(index_lines(path, digest))
         self._digest = digest.hexdigest()
         self._offsets = np.cumsum([0, *map(len, self._line_spans)])
         if not len(self):
@@ -160,7 +161,7 @@ def open_source(
         return ParquetSource(paths, storage, media_root)
     if paths and all(name.endswith(JSON_SUFFIXES) for name in paths):
         return JsonLinesSource(
-            [_list_to_lines(_fetch_text(name, storage, cache_dir), cache_dir) for name in paths],
+            [list_to_lines(_fetch_text(name, storage, cache_dir), cache_dir) for name in paths],
             media_root,
             paths,
         )
@@ -187,43 +188,3 @@ def _fetch_text(name: str, storage: Storage, cache_dir: Path) -> Path:
         with storage.open(name) as source, atomic_file(path) as partial, partial.open("wb") as file:
             shutil.copyfileobj(source, file, READ_CHUNK)
     return path
-
-
-def _list_to_lines(path: Path, cache_dir: Path) -> Path:
-    """Convert a .json file that is one list, as LLaVA's are, to lines; return others as is."""
-    if path.suffix != ".json":
-        return path
-    try:
-        info = path.stat()
-        with path.open("rb") as file:
-            if file.read(64).lstrip()[:1] != b"[":
-                return path
-        key = blake2b(f"{path.resolve()} {info.st_size} {info.st_mtime_ns}".encode(), digest_size=8)
-        target = cache_dir / "text" / f"{key.hexdigest()}-{path.stem}.jsonl"
-        if not touch(target):
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            with atomic_file(target) as partial, partial.open("wb") as file:
-                file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
-    except OSError as error:
-        raise InputError(f"{path}: no such file; check the path") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}; is it cut short?") from error
-    return target
-
-
-def _index_lines(path: Path, digest: Any) -> np.ndarray:
-    """Return (line number, start, end) in bytes of all non-empty lines; update `digest`."""
-    ends: list[np.ndarray] = []
-    size = 0
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(READ_CHUNK):
-                digest.update(chunk)
-                newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-                ends.append(newlines + size + 1)
-                size += len(chunk)
-    except OSError as error:
-        raise InputError(f"{path}: no such file, or no permission; check the path") from error
-    bounds = np.unique(np.concatenate([np.zeros(1), *ends, np.array([size])]).astype(np.int64))
-    spans = np.stack((np.arange(1, len(bounds)), bounds[:-1], bounds[1:]), axis=1)
-    return spans[spans[:, 2] - spans[:, 1] > 2]

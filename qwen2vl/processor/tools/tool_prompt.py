@@ -52,6 +52,7 @@ class Turn:
     role: str
     parts: tuple[Part, ...]
     pending: bool = False  # ends with a tool result that the assistant has not replied to
+    is_supervised: bool = True  # whether training learns the assistant's last message, and its end
 
 
 # Tool definitions in the system prompt ----------------------------------------------------------
@@ -127,15 +128,18 @@ def merge_turns(messages: Sequence[Message]) -> list[Turn]:
                 raise InputError(
                     f"{results[0].path}: a tool's result must follow the assistant's call"
                 )
-            parts = (*turns[-1].parts, *_result_parts(_sort_by_call(results, tool_calls)))
-            turns[-1] = Turn("assistant", parts, pending=True)
+            last = turns[-1]
+            result_parts = _result_parts(_sort_by_call(results, tool_calls), last.is_supervised)
+            turns[-1] = replace(last, parts=(*last.parts, *result_parts), pending=True)
             continue
         for message in group:
             if turns and turns[-1].pending and message.role == "assistant":
-                before = (*turns[-1].parts, TextPart(": "))
-                turns[-1] = Turn("assistant", (*before, *_message_parts(message, is_reply=True)))
+                before = (*turns[-1].parts, TextPart(": ", not message.is_supervised))
+                parts = (*before, *_message_parts(message, is_reply=True))
+                turns[-1] = Turn("assistant", parts, is_supervised=message.is_supervised)
             else:
-                turns.append(Turn(message.role, tuple(_message_parts(message, is_reply=False))))
+                parts = tuple(_message_parts(message, is_reply=False))
+                turns.append(Turn(message.role, parts, is_supervised=message.is_supervised))
             tool_calls = message.tool_calls
     return turns
 
@@ -145,10 +149,12 @@ def _message_parts(message: Message, *, is_reply: bool) -> Iterator[Part]:
     if message.role != "assistant":
         yield from message.parts
         return
-    yield from _mark_tool_output(message.parts)
+    is_context = not message.is_supervised
+    for part in _mark_tool_output(message.parts):
+        yield _as_context(part) if is_context else part
     for i, call in enumerate(message.tool_calls):
         newline = "\n" if is_reply or message.parts or i else ""
-        yield TextPart(f"{newline}{FUNCTION}: {call.name}\n{ARGS}: {call.arguments}")
+        yield TextPart(f"{newline}{FUNCTION}: {call.name}\n{ARGS}: {call.arguments}", is_context)
 
 
 def _mark_tool_output(parts: Iterable[Part]) -> Iterator[Part]:
@@ -166,21 +172,22 @@ def _mark_tool_output(parts: Iterable[Part]) -> Iterator[Part]:
                 elif piece:
                     yield TextPart(piece, in_result)
         else:
-            yield (
-                part
-                if isinstance(part, MediaPart) or not in_result
-                else replace(part, from_tool=True)
-            )
+            yield _as_context(part) if in_result else part
 
 
-def _result_parts(results: Iterable[Message]) -> Iterator[Part]:
+def _as_context(part: Part) -> Part:
+    """Mark a part of an assistant's turn as not supervised; media never are."""
+    return part if isinstance(part, MediaPart) else replace(part, is_context=True)
+
+
+def _result_parts(results: Iterable[Message], is_call_supervised: bool) -> Iterator[Part]:
     for i, result in enumerate(results):
-        yield TextPart(f"\n{RESULT}", from_tool=i > 0)  # the model generates the first, and stops
-        yield TextPart(": ", from_tool=True)
-        for part in result.parts:
-            yield part if isinstance(part, MediaPart) else replace(part, from_tool=True)
+        # The model generates the first RESULT, and stops.
+        yield TextPart(f"\n{RESULT}", is_context=i > 0 or not is_call_supervised)
+        yield TextPart(": ", is_context=True)
+        yield from map(_as_context, result.parts)
     # ": " is added with the reply only: the tokenizer could merge it with the text after it.
-    yield TextPart(f"\n{RETURN}", from_tool=True)
+    yield TextPart(f"\n{RETURN}", is_context=True)
 
 
 def _sort_by_call(results: list[Message], tool_calls: Sequence[ToolCall]) -> list[Message]:

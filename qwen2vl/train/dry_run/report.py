@@ -2,8 +2,9 @@
 
 Data are opened, measured and packed as for the run itself, so a dry run also fills the caches of a
 real one. Per stage it reports how often each source is read, bad samples, packing efficiency, load
-balance, the length of an epoch and the estimated memory of a step; it also returns a few samples,
-whose supervised tokens `text_spans` marks. Printed by `cli/dry_run.py`.
+balance, the length of an epoch and the estimated memory of a step; it also decodes samples of each
+source (`sample_check.py`), of which `text_spans` marks the supervised tokens. Printed by
+`cli/dry_run.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qwen2vl.train.checkpoint import read_resume_step
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.dry_run.activation_memory import BatchShape
 from qwen2vl.train.dry_run.memory import StepMemory, estimate_step_memory, wrapped_meta_model
+from qwen2vl.train.dry_run.sample_check import SampleCheck, check_samples
 from qwen2vl.train.loader.data_order import check_global_batch_sizes
 from qwen2vl.train.loader.data_summary import DataSummary, summarize_data
 from qwen2vl.train.loader.dataloader import BatchDataset, check_fingerprints, open_dataset
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 IMBALANCE_WORLD_SIZES = (2, 4, 8)  # for which load balance is reported
+SHOWN_PER_SOURCE = 2  # samples that are returned, of those that were prepared
 MEMORY_WORLD_SIZES = (1, 8)  # for which memory is estimated
 
 
@@ -61,7 +64,7 @@ class StageReport:
     data: DataSummary
     imbalance: Mapping[int, float]  # world size -> vision tower time relative to equal shares
     memory: Mapping[int, StepMemory]  # world size -> memory of a step on a rank
-    samples: Sequence[tuple[str, ModelInput]]  # a few of each source, by name
+    check: SampleCheck  # of samples of each source
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def report_stages(
     config: TrainConfig,
     processor: Processor,
     *,
-    samples_per_source: int = 2,
+    samples_per_source: int = SHOWN_PER_SOURCE,
     progress: ProgressCallback = lambda what, done, total: None,
 ) -> Iterator[StageReport]:
     """Prepare the data of each stage that reads from files, and yield its report.
@@ -113,7 +116,7 @@ def report_stages(
             data=summarize_data(config, stage_index, dataset),
             imbalance=_imbalance(dataset),
             memory=_stage_memory(config, processor, stage, dataset),
-            samples=_sample_inputs(dataset, samples_per_source),
+            check=check_samples(dataset, samples_per_source),
         )
 
 
@@ -218,15 +221,3 @@ def _imbalance(dataset: PackedDataset) -> dict[int, float]:
         for n in IMBALANCE_WORLD_SIZES
         if num_bins_per_step % n == 0 and n <= len(plan)
     }
-
-
-def _sample_inputs(dataset: PackedDataset, samples_per_source: int) -> list[tuple[str, ModelInput]]:
-    """Prepare the first usable samples of each source."""
-    inputs: list[tuple[str, ModelInput]] = []
-    for source_index, first in enumerate(dataset.offsets[:-1].tolist()):
-        good = (i for i in range(len(dataset.lengths[source_index])) if dataset.tokens[first + i])
-        for index, _ in zip(good, range(samples_per_source), strict=False):
-            examples, _bad = dataset.read([first + index])
-            name = dataset.sources[source_index].name(index)
-            inputs += [(name, example.input) for example in examples]
-    return inputs

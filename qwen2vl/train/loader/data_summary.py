@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ class SourceSummary:
     bad_samples: Sequence[str]  # the first of them: file, line, what is wrong
     num_held_out: int  # samples of the validation split
     held_out_samples: Sequence[str]  # the first of them: file, line
+    unused: Mapping[str, int] = field(default_factory=dict)  # column -> samples that have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,4 +129,5 @@ def _summarize_source(source_index: int, dataset: PackedDataset) -> SourceSummar
         held_out_samples=[
             source.name(entry - first) for entry in np.sort(held_out)[:MAX_NAMED_SAMPLES].tolist()
         ],
+        unused=table.unused,
     )

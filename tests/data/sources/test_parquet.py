@@ -14,6 +14,8 @@ import pytest
 from qwen2vl.data.sources.parquet import MAX_CACHED_GROUPS, ParquetSource
 from qwen2vl.data.storage import Storage
 from qwen2vl.errors import ConfigError, InputError
+from tests.data.formats.prepared import learned, prepare
+from tests.media import encoded, smooth
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -103,3 +105,34 @@ def test_no_row_is_lost_when_a_connection_is_reset(
     source = ParquetSource([f"memory:/{address}"], Storage(backoff_scale=0, max_retries=1), "")
     assert texts(source, *range(10)) == [f"page {i}" for i in range(10)]
     assert max(requests.values()) >= 2
+
+
+def test_chats_as_datasets_writes_them_are_read(tmp_path: Path) -> None:
+    """Embedded images, items without a source, and null members of structs."""
+    picture = encoded(smooth(56, 84))
+    item = {"index": None, "text": None, "type": "image"}
+    question = {"index": None, "text": "Color?", "type": "text"}
+    answer = {**question, "text": "red"}
+    rows = [
+        {
+            "images": images,
+            "messages": [
+                {"content": content, "role": "user", "weight": None},
+                {"content": [answer], "role": "assistant", "weight": None},
+            ],
+            "note": None,
+        }
+        for images, content in (
+            ([{"bytes": picture, "path": None}], [item, question]),
+            ([{"bytes": picture, "path": None}], [{**item, "index": 0}, question]),
+            ([{"bytes": None, "path": None}], [question]),
+            (None, [question]),
+        )
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = ParquetSource([str(tmp_path / "a.parquet")], HERE, "")
+    first, second, third, fourth = (prepare(source.read(i)) for i in range(4))
+    assert first.input_ids == second.input_ids and len(first.items) == 1
+    assert third.input_ids == fourth.input_ids and not third.items
+    assert all(learned(x) == ["red<|im_end|>"] for x in (first, second, third, fourth))
+    assert all(source.read(i).unused == () for i in range(4))  # type: ignore[union-attr]

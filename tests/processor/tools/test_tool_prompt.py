@@ -56,7 +56,7 @@ def text_of(parts: tuple[Part, ...]) -> str:
             text += "{IMAGE}"
         else:
             assert isinstance(part, TextPart)
-            text += f"{{{part.text}}}" if part.from_tool else part.text
+            text += f"{{{part.text}}}" if part.is_context else part.text
     return text.replace("}{", "")
 
 
@@ -150,7 +150,7 @@ def test_empty_result() -> None:
 
 def test_grounding_inside_a_result_is_tool_output() -> None:
     turn = merged(tool_call_message(("f", "{}")), result([{"image": "1.png"}, {"point": [1, 2]}]))
-    assert [getattr(part, "from_tool", None) for part in turn.parts[-4:]] == [
+    assert [getattr(part, "is_context", None) for part in turn.parts[-4:]] == [
         True,
         None,
         True,

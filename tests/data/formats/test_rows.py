@@ -1,31 +1,19 @@
-"""Data formats: the same conversation from each, matching of tags and media, media options."""
+"""Rows: the same conversation from each layout, the order of columns, and rows of no layout."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen2vl.data import formats
-from qwen2vl.data.formats import (
-    Conversation,
-    Document,
-    SampleError,
-    describe_reasons,
-    parse_row,
-)
+from qwen2vl.data.formats import Conversation, Document, SampleError
+from tests.data.formats.prepared import parse
 
 TEXT = {"type": "text", "text": "what?"}
 EXPECTED = [
     {"role": "user", "content": [{"type": "image", "image": "a.png"}, TEXT]},
     {"role": "assistant", "content": "a cat"},
 ]
-
-
-def parse(row: Any) -> Any:
-    return parse_row(row, "rows.jsonl:1")
 
 
 @pytest.mark.parametrize(
@@ -150,14 +138,19 @@ def test_malformed_rows_are_refused(row: dict[str, Any], text: str) -> None:
     assert caught.value.reason == "messages"
 
 
-def test_every_reason_of_a_bad_sample_has_a_description() -> None:
-    """Find the reasons in the code that raises SampleError."""
-    folder = Path(formats.__file__).parent
-    code = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
-    reasons = set(re.findall(r'SampleError\(\s*"(\w+)"', code)) | {"image", "video"}
-    assert reasons == set(formats._DESCRIPTIONS)
+def test_the_first_column_decides_and_the_others_are_unused() -> None:
+    turns = [{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]
+    row = {"text": "a", "prompt": "a", "messages": EXPECTED, "conversations": turns, "meta": {}}
+    sample = parse(row)
+    assert list(sample.messages) == EXPECTED
+    assert sample.unused == ("text", "prompt", "conversations")
+    assert parse({"text": "a", "prompt": "b"}).unused == ("prompt",)
+    assert parse({"caption": "a", "text": None, "url": "b", "id": 3}).unused == ("url",)
 
 
-def test_reasons_are_described_most_frequent_first() -> None:
-    text = describe_reasons({"answer": 1, "missing": 1200})
-    assert text == "1,200 with a missing media file, 1 without an answer to learn from"
+def test_a_row_that_is_nested_too_deeply_is_refused() -> None:
+    value: Any = "x"
+    for _ in range(5000):
+        value = [value]
+    with pytest.raises(SampleError, match="nested too deeply"):
+        parse({"messages": EXPECTED, "meta": value})

@@ -1,0 +1,71 @@
+"""Columns: nulls count as absent, columns of other trainings are refused, unused ones are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qwen2vl.data.formats.columns import drop_nulls
+from tests.data.formats.prepared import error_of, parse
+
+ROW: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        ({"rejected_response": "no"}, "rejected_response"),
+        ({"rejected_messages": [{"role": "assistant", "content": "no"}]}, "rejected_messages"),
+        ({"rejected_images": ["a.png"]}, "rejected_images"),
+        ({"chosen": "a", "rejected": "b"}, "chosen"),
+        ({"kto_tag": False}, "kto_tag"),
+        ({"label": False}, "label"),
+        ({"audios": ["a.wav"]}, "audios"),
+        ({"audio": {"path": "a.wav", "array": [0.0]}}, "audio"),
+        ({"completions": ["a"], "labels": [True]}, "completions"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+    ],
+)
+def test_columns_that_change_the_meaning_are_refused_by_name(
+    columns: dict[str, Any], name: str
+) -> None:
+    text = error_of({**ROW, **columns})
+    assert text.startswith(f"task: the column {name} ")
+    assert "remove the column to train on the rest" in text
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_empty_columns_of_that_kind_are_nothing(value: Any) -> None:
+    row = {**ROW, "rejected_response": value, "audios": value, "label": None}
+    assert parse(row).unused == ()
+
+
+def test_what_nothing_is_made_of_is_named() -> None:
+    row = {**ROW, "id": 7, "label": 3, "source": "web", "score": 0, "empty": "", "null": None}
+    assert parse(row).unused == ("label", "source", "score")
+
+
+def test_keys_inside_a_column_are_named_too() -> None:
+    turns = [
+        {"from": "human", "value": "q", "markdown": None, "lang": "en"},
+        {"from": "gpt", "value": "a", "model": "x"},
+    ]
+    assert parse({"conversations": turns}).unused == ("conversations.lang", "conversations.model")
+    pair = {"user": "q", "assistant": "a", "source": "web"}
+    assert parse({"texts": [pair, pair]}).unused == ("texts.source",)
+
+
+def test_a_system_message_overrides_the_column_which_is_then_unused() -> None:
+    own = {"messages": [{"role": "system", "content": "own"}, *ROW["messages"]], "system": "other"}
+    assert parse(own).messages[0]["content"] == "own"
+    assert parse(own).unused == ("system",)
+    given = parse({**ROW, "system": "other"})
+    assert (given.messages[0], given.unused) == ({"role": "system", "content": "other"}, ())
+
+
+def test_nulls_are_dropped_at_every_depth_but_in_lists() -> None:
+    value = {"a": None, "b": [{"c": None, "d": 0}, None], "e": {"f": {"g": None}}}
+    assert drop_nulls(value) == {"b": [{"d": 0}, None], "e": {"f": {}}}
