@@ -11,6 +11,7 @@ checked after the first weight is read. (HF: from_pretrained.)
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -24,9 +25,9 @@ from qwen2vl.errors import CheckpointError, InputError, abbreviate
 from qwen2vl.fill import fill_model, online_schemes, prequantized_schemes, release_layers
 from qwen2vl.linear.gemv import use_gemv
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
-from qwen2vl.lora.layers import LoraFactors
+from qwen2vl.lora.full_weights import describe_parameters
 from qwen2vl.lora.multi import LoraAdapter
-from qwen2vl.lora.peft import parse_peft_adapter
+from qwen2vl.lora.peft import PeftAdapter, parse_mergeable_adapter, parse_peft_adapter
 from qwen2vl.memory import DTypeName, choose_dtype
 from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.processor.image import PixelLimits
@@ -35,6 +36,7 @@ from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.quantization.scheme import GPU_MODES, QuantizationMode
 from qwen2vl.weights import (
+    TensorFolder,
     check_state_dict,
     log_foreign_chat_template,
     open_tensors,
@@ -45,6 +47,8 @@ from qwen2vl.weights import (
 )
 
 __all__ = ["load", "load_adapters", "load_model", "load_processor", "resolve_max_model_len"]
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -69,7 +73,8 @@ def load(
             if that fits into memory, else bfloat16.
         quantize: quantize the linear layers to int8 or int4 while loading (online quantization);
             on a GPU also fp8, by torchao.
-        adapter: a folder with a PEFT LoRA adapter, which is merged into the weights.
+        adapter: a folder with a PEFT LoRA adapter, which is merged into the weights; weights that
+            the folder holds in full replace the model's.
         max_model_len: prompt and output tokens to reserve memory for; None: the model's maximum.
         min_pixels: smallest size images are resized to; None: the folder's, or less if max_pixels
             is below it.
@@ -193,7 +198,10 @@ def load_model(
     online = online_schemes(model, quantize, tensors, prequantized, target_device)
     schemes = prequantized | online
     resolved_dtype = choose_dtype(config, target_device, dtype, model_len, max_pixels, schemes)
-    factors = {} if adapter is None else _read_merged_adapter(adapter, model, prequantized)
+    merged = PeftAdapter(factors={}, full_weights={})
+    if adapter is not None:
+        merged, adapter_tensors = _read_merged_adapter(adapter, model, tensors, prequantized)
+        tensors = tensors.with_replaced(adapter_tensors, merged.full_weights)
     fill_model(
         model,
         tensors,
@@ -201,7 +209,7 @@ def load_model(
         resolved_dtype,
         prequantized=prequantized,
         online=online,
-        factors=factors,
+        factors=merged.factors,
     )
     if target_device.type == "cpu" and resolved_dtype == torch.bfloat16:
         if can_prepack():
@@ -228,16 +236,25 @@ def load_adapters(model: Qwen2VL, folders: Mapping[str, str | Path]) -> dict[str
 
 
 def _read_merged_adapter(
-    adapter: str | Path, model: Qwen2VL, prequantized: Collection[str]
-) -> dict[str, LoraFactors]:
-    settings, tensors = read_adapter(adapter)
-    factors = parse_peft_adapter(settings, tensors, model, where=str(tensors.folder))
-    if refused := [name for name in factors if name in prequantized]:
+    folder: str | Path, model: Qwen2VL, base: TensorFolder, prequantized: Collection[str]
+) -> tuple[PeftAdapter, TensorFolder]:
+    """Read an adapter to merge into the weights `base`; logs which ones it replaces."""
+    settings, tensors = read_adapter(folder)
+    adapter = parse_mergeable_adapter(settings, tensors, model, where=str(tensors.folder))
+    stored_weights = (f"{layer}.weight" for layer in base.packed_layers)
+    refused = [name for name in adapter.factors if name in prequantized]
+    refused += [name for name in stored_weights if name in adapter.full_weights]
+    if refused:
         raise CheckpointError(
             f"{tensors.folder}: cannot be merged into {refused[0]}, which the model's folder "
             "stores quantized; merge it into the unquantized model, and quantize that"
         )
-    return factors
+    by_file: dict[str, list[str]] = {}
+    for name, key in adapter.full_weights.items():
+        by_file.setdefault(tensors.path(key).name, []).append(name)
+    for file, names in by_file.items():
+        logger.warning("%s: %s replaced by %s", tensors.folder, describe_parameters(names), file)
+    return adapter, tensors
 
 
 def _pixel_limits(folder: Path, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:

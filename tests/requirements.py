@@ -1,7 +1,8 @@
 """What tests need beyond `make setup`: they skip where it is absent, unless it is required.
 
 QWEN2VL_REQUIRE names what must be there, separated by commas: fonts (the Debian packages of
-qwen2vl/synth/fonts.py), tesseract, tokenizer (the official one, beside the repository), chromium.
+qwen2vl/synth/fonts.py), tesseract, tokenizer (the official one, beside the repository), chromium,
+imagemagick.
 A test that needs a required resource which is absent fails and gives the reason. Nothing is looked
 for before such a test runs.
 """
@@ -21,7 +22,7 @@ import pytest
 from qwen2vl.synth.fonts import FontError, files_of
 
 VARIABLE = "QWEN2VL_REQUIRE"
-RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium")
+RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium", "imagemagick")
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
 # Beside the repository, because it is too large to be a part of it.
@@ -82,6 +83,10 @@ def _missing_chromium() -> str:
     return "" if find_spec("playwright") else "playwright is absent: pip install playwright"
 
 
+def _missing_imagemagick() -> str:
+    return "" if shutil.which("convert") else "ImageMagick is absent: apt-get install imagemagick"
+
+
 def missing_tokenizer() -> str:
     """Return why the official tokenizer cannot be used, or nothing."""
     is_there = (TOKENIZER / "tokenizer.json").is_file()
@@ -93,3 +98,4 @@ needs_validation_fonts = _requires("fonts", partial(_missing_fonts, "validation"
 needs_judge_fonts = _requires("fonts", partial(_missing_fonts, "judge"))
 needs_tesseract = _requires("tesseract", _missing_tesseract)
 needs_chromium = _requires("chromium", _missing_chromium)
+needs_imagemagick = _requires("imagemagick", _missing_imagemagick)

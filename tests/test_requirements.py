@@ -37,14 +37,23 @@ def test_an_absent_resource_skips_or_fails(monkeypatch: pytest.MonkeyPatch) -> N
         skip_or_fail("tesseract", "no OCR")
 
 
-def test_marked_tests_are_checked_when_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    item = item_needing(requirements.needs_tesseract)
+@pytest.mark.parametrize(
+    ("mark", "resource", "package"),
+    [
+        (requirements.needs_tesseract, "tesseract", "tesseract-ocr"),
+        (requirements.needs_imagemagick, "imagemagick", "imagemagick"),
+    ],
+)
+def test_marked_tests_are_checked_when_they_run(
+    monkeypatch: pytest.MonkeyPatch, mark: pytest.MarkDecorator, resource: str, package: str
+) -> None:
+    item = item_needing(mark)
     monkeypatch.setenv("QWEN2VL_REQUIRE", "")
-    monkeypatch.setattr(requirements.shutil, "which", lambda _: "/bin/tesseract")
+    monkeypatch.setattr(requirements.shutil, "which", lambda name: f"/bin/{name}")
     check_requirements(item)
     monkeypatch.setattr(requirements.shutil, "which", lambda _: None)
-    with pytest.raises(pytest.skip.Exception, match="apt-get install tesseract-ocr"):
+    with pytest.raises(pytest.skip.Exception, match=f"apt-get install {package}"):
         check_requirements(item)
-    monkeypatch.setenv("QWEN2VL_REQUIRE", "tesseract")
-    with pytest.raises(pytest.fail.Exception, match="apt-get install tesseract-ocr"):
+    monkeypatch.setenv("QWEN2VL_REQUIRE", resource)
+    with pytest.raises(pytest.fail.Exception, match=f"apt-get install {package}"):
         check_requirements(item)

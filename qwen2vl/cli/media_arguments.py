@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2vl.errors import InputError, abbreviate
+from qwen2vl.processor.image_formats.formats import IMAGE_FORMATS, IMAGE_SUFFIXES, list_formats
 
 if TYPE_CHECKING:
     from qwen2vl.processor.content import Modality
     from qwen2vl.processor.media.source import Media
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "MediaFile",
     "MediaOption",
     "expand_media",
@@ -46,7 +46,6 @@ STDIN = "-"
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)", re.IGNORECASE)
 # Extensions decide only for URLs, for names of files that do not exist, and for MPEG-TS, which has
 # no magic bytes. The table of `mimetypes` differs between machines.
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".mpg", ".mpeg")
 VIDEO_SUFFIXES += (".ts", ".m2ts", ".wmv", ".ogv")
 _GIVEN = "qwen2vl.media"  # key of the click context: the occurrences of --image and --video
@@ -280,8 +279,8 @@ def _resolve_kind(kind: Modality | None, media: Media, path: str, name: str, fla
         return kind
     if family not in ("image", "video"):
         raise InputError(
-            f"{name} is neither an image nor a video, but {found}; give a PNG, JPEG, GIF, WebP, "
-            "BMP or TIFF image or a video such as MP4"
+            f"{name} is neither an image nor a video, but {found}; images are "
+            f"{list_formats(IMAGE_FORMATS)}, a video is such as MP4"
         )
     return "video" if family == "video" or is_animation(media, name) else "image"
 

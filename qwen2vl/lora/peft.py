@@ -1,18 +1,21 @@
 """PEFT's adapter format: adapter_config.json and tensor names, parsed and written.
 
 Strict where PEFT warns: an option or a tensor that would change the output and is not supported is
-refused by name, so that the adapter computes what was trained. Written files name modules as
-transformers does since 4.52, and list as target_modules the shortest name suffixes that match the
-adapted layers and no others. The files themselves are read and written by weights/adapter.py.
-(PEFT: LoraConfig, LoraLayer.) Used by loading.py and train/.
+refused by name, so that the adapter computes what was trained. Weights that the folder holds in
+full are parsed by full_weights.py. Written files name modules as transformers does since 4.52, and
+list as target_modules the shortest name suffixes that match the adapted layers and no others. The
+files themselves are read and written by weights/adapter.py. (PEFT: LoraConfig, LoraLayer.) Used by
+loading.py and train/.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -21,78 +24,124 @@ from torch import Tensor, nn
 
 from qwen2vl.config import MERGED_ADAPTERS, Qwen2VLConfig
 from qwen2vl.errors import CheckpointError
+from qwen2vl.lora.full_weights import (
+    describe_parameters,
+    parse_full_weights,
+    to_nested_name,
+    to_official_name,
+)
 from qwen2vl.lora.layers import LoraConfig, LoraFactors
 from qwen2vl.model import Qwen2VL
 
 __all__ = [
+    "PeftAdapter",
     "adapter_digest",
     "merged_adapters",
+    "parse_mergeable_adapter",
     "parse_peft_adapter",
     "to_peft_config",
     "to_peft_state_dict",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Options that only record how the adapter was trained, found or shipped.
 _INERT = frozenset(
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "lora_dropout target_modules exclude_modules layers_to_transform layers_pattern megatron_core "
     "loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config "
-    "ensure_weight_tying".split()
+    "ensure_weight_tying modules_to_save".split()  # the last two are for full_weights.py
 )
 # Options that `_scale` applies, and the type of the adapter.
 _SUPPORTED = frozenset("peft_type r lora_alpha use_rslora rank_pattern alpha_pattern".split())
 # Values that are allowed besides "off". The initializations that are not listed (pissa, olora,
 # corda, loftq, ...) subtract a part from the base weights, which a merge would have to undo.
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
+    "bias": ("none", "lora_only", "all"),  # trained biases are weights in full
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
 _OFF = (None, False, {}, [])
+_EXCLUSIONS = ("exclude_modules", "layers_to_transform")  # take modules out of target_modules
 
 # A name in a file is PEFT's prefix, then the module in one of the layouts of transformers.
-_LAYOUTS = (("model.visual.", "visual."), ("model.language_model.", "model."))
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftAdapter:
+    """A parsed adapter: LoRA factors by layer, and the parameters that it replaces in full."""
+
+    factors: Mapping[str, LoraFactors]
+    full_weights: Mapping[str, str]  # official name of a parameter -> its key in the files
 
 
 def parse_peft_adapter(
     settings: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Qwen2VL, *, where: str
 ) -> dict[str, LoraFactors]:
-    """Parse an adapter: official name of each adapted linear layer -> its factors.
+    """Parse an adapter that is applied without merging: linear layer -> its factors.
 
     Args:
         settings: the content of adapter_config.json.
-        tensors: the content of adapter_model.safetensors, names as in the file.
+        tensors: the content of the adapter's files, names as in the files.
         model: the base model; may be on the meta device.
         where: the adapter's folder, for errors.
 
     Raises:
-        CheckpointError: an option or a tensor is not supported, does not fit, or is missing, or the
-            model contains this adapter already.
+        CheckpointError: an option or a tensor is not supported, does not fit, or is missing, the
+            folder holds weights in full, or the model contains this adapter already.
+    """
+    adapter = parse_mergeable_adapter(settings, tensors, model, where=where)
+    if adapter.full_weights:
+        raise CheckpointError(
+            f"{where}: holds weights in full ({describe_parameters(adapter.full_weights)}), which "
+            "replace those of the model, so it can only be merged: give it as --adapter DIR "
+            "without a name or LLM(adapter=DIR), not per request and not as adapter.init"
+        )
+    return dict(adapter.factors)
+
+
+def parse_mergeable_adapter(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Qwen2VL, *, where: str
+) -> PeftAdapter:
+    """Parse an adapter to merge, with the weights that its folder holds in full.
+
+    Arguments and errors are those of `parse_peft_adapter`.
     """
     _check_options(settings, where)
+    others = {key: tensors[key] for key in tensors if _FACTOR.fullmatch(key) is None}
+    full_weights = parse_full_weights(others, settings, model, where=where)
     pairs = _group_by_module(tensors, where)
-    _check_targets(settings.get("target_modules"), list(pairs), where)
+    _check_targets(settings, list(pairs), model, where)
     factors: dict[str, LoraFactors] = {}
     for path, pair in pairs.items():
-        name = _to_official_name(path)
+        name = to_official_name(path)
         if name in factors:
             raise CheckpointError(f"{where}: {name} is there twice, in both key layouts")
         _check_layer(model, name, pair, where)
         scale = _scale(settings, path, len(pair["A"]), where)
         factors[name] = LoraFactors(a_RX=pair["A"], b_YR=pair["B"], scale=scale)
-    _check_not_merged(factors, settings, model, where)
-    return factors
+    in_full = {name: others[key] for name, key in full_weights.items()}
+    _check_not_merged(factors, in_full, settings, model, where)
+    return PeftAdapter(factors=factors, full_weights=full_weights)
 
 
-def adapter_digest(factors: Mapping[str, LoraFactors]) -> str:
-    """Return a hash of an adapter's factors; a model records those that are merged into it."""
+def adapter_digest(
+    factors: Mapping[str, LoraFactors], full_weights: Mapping[str, Tensor] | None = None
+) -> str:
+    """Return a hash of an adapter's factors and full weights; a model records those merged into it.
+
+    Args:
+        factors: by the official name of the layer.
+        full_weights: by the official name of the parameter that they replace.
+    """
     hasher = sha256()
-    for name in sorted(factors):
-        for factor in (factors[name].a_RX, factors[name].b_YR):
-            content = factor.detach().to("cpu", torch.float32).contiguous()
-            hasher.update(f"{name} {tuple(content.shape)}\n".encode())
-            hasher.update(content.numpy().data)
+    contents = [(n, f) for n in sorted(factors) for f in (factors[n].a_RX, factors[n].b_YR)]
+    contents += sorted((full_weights or {}).items(), key=lambda item: item[0])
+    for name, tensor in contents:
+        content = tensor.detach().to("cpu", torch.float32).contiguous()
+        hasher.update(f"{name} {tuple(content.shape)}\n".encode())
+        hasher.update(content.numpy().data)
     return hasher.hexdigest()
 
 
@@ -133,7 +182,7 @@ def to_peft_state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     """Return the factors under the names of adapter_model.safetensors."""
     tensors: dict[str, Tensor] = {}
     for name, layer_factors in factors.items():
-        key = f"base_model.model.{_to_nested_name(name)}"
+        key = f"base_model.model.{to_nested_name(name)}"
         tensors[f"{key}.lora_A.weight"] = layer_factors.a_RX.detach()
         tensors[f"{key}.lora_B.weight"] = layer_factors.b_YR.detach()
     return tensors
@@ -146,10 +195,15 @@ def merged_adapters(config: Qwen2VLConfig) -> tuple[str, ...]:
 
 
 def _check_not_merged(
-    factors: Mapping[str, LoraFactors], settings: Mapping[str, Any], model: Qwen2VL, where: str
+    factors: Mapping[str, LoraFactors],
+    full_weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    model: Qwen2VL,
+    where: str,
 ) -> None:
+    """Refuse what is merged into the model; the factors alone would be applied twice, too."""
     merged = merged_adapters(model.config)
-    if merged and adapter_digest(factors) in merged:
+    if merged and {adapter_digest(factors), adapter_digest(factors, full_weights)} & set(merged):
         base = settings.get("base_model_name_or_path") or "its name is not recorded"
         raise CheckpointError(
             f"{where}: is merged into this model already, and would be applied twice; leave the "
@@ -185,21 +239,11 @@ def _group_by_module(tensors: Mapping[str, Tensor], where: str) -> dict[str, dic
     """Group the tensors by module, named as in the file: path -> {"A": ..., "B": ...}."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key)
-        if match is None and (key.endswith(("embed_tokens.weight", "lm_head.weight"))):
-            raise CheckpointError(
-                f"{where}: {key} holds embeddings of {list(tensor.shape)}, as PEFT saves them "
-                "after tokens were added, which is not supported; merge the adapter into its base "
-                "model with PEFT and load the result"
-            )
-        if match is None:
-            raise CheckpointError(
-                f"{where}: {key} is no LoRA factor of a linear layer "
-                "(base_model.model.MODULE.lora_A.weight or lora_B); only those can be merged"
-            )
-        pairs.setdefault(match[1], {})[match[2]] = tensor
+        if match := _FACTOR.fullmatch(key):
+            pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
-        raise CheckpointError(f"{where}: the adapter holds no tensors")
+        what = "LoRA factors" if tensors else "tensors"
+        raise CheckpointError(f"{where}: the adapter holds no {what}; fetch it again")
     if halves := sorted(path for path, pair in pairs.items() if len(pair) < 2):
         (letter,) = pairs[halves[0]]
         raise CheckpointError(
@@ -209,44 +253,45 @@ def _group_by_module(tensors: Mapping[str, Tensor], where: str) -> dict[str, dic
     return pairs
 
 
-def _check_targets(targets: Any, paths: list[str], where: str) -> None:
+def _check_targets(
+    settings: Mapping[str, Any], paths: list[str], model: Qwen2VL, where: str
+) -> None:
     """Check that exactly the modules of target_modules have tensors: PEFT ignores other tensors.
 
-    Only a list can be checked. A regular expression from an untrusted file is not evaluated, and
-    "all-linear" adds nothing to the names of the tensors.
+    A name that no module of the model has is ignored, as by PEFT, and so is one without tensors
+    where an option excludes modules. Only a list can be checked. A regular expression from an
+    untrusted file is not evaluated, and "all-linear" adds nothing to the names of the tensors.
     """
+    targets = settings.get("target_modules")
     if isinstance(targets, str):
         return
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"{where}: target_modules is {targets!r}, expected names of modules")
     if unused := [t for t in targets if not any(_matches(path, t) for path in paths)]:
-        raise CheckpointError(
-            f"{where}: target_modules names {', '.join(unused)}, of which the file holds no "
-            "tensors; fetch the adapter again"
-        )
+        _check_unused_targets(unused, settings, model, where)
     if unexpected := [path for path in paths if not any(_matches(path, t) for t in targets)]:
         raise CheckpointError(
             f"{where}: the file adapts {unexpected[0]}, which target_modules does not name"
         )
 
 
+def _check_unused_targets(
+    unused: list[str], settings: Mapping[str, Any], model: Qwen2VL, where: str
+) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    names = [*modules, *map(to_nested_name, modules)]
+    missing = [t for t in unused if any(_matches(name, t) for name in names)]
+    if missing and all(settings.get(option) in _OFF for option in _EXCLUSIONS):
+        raise CheckpointError(
+            f"{where}: target_modules names {', '.join(missing)}, of which the file holds no "
+            "tensors; fetch the adapter again"
+        )
+    logger.info("%s: no module is adapted as %s of target_modules", where, ", ".join(unused))
+
+
 def _matches(path: str, name: str) -> bool:
     """Match as PEFT does: the whole path, or a suffix of it that begins after a dot."""
     return path == name or path.endswith("." + name)
-
-
-def _to_official_name(path: str) -> str:
-    for nested, flat in _LAYOUTS:
-        if path.startswith(nested):
-            return flat + path.removeprefix(nested)
-    return path
-
-
-def _to_nested_name(name: str) -> str:
-    for nested, flat in _LAYOUTS:
-        if name.startswith(flat):
-            return nested + name.removeprefix(flat)
-    return name
 
 
 def _shortest_suffixes(adapted: set[str], modules: Iterable[str]) -> list[str]:

@@ -4,7 +4,8 @@
 
 A preset sets everything in which implementations differ (the paper, versions of qwen_vl_utils);
 `plan_frames` is pure arithmetic on the timestamps. Frames are resized by torch's bicubic with
-antialias on uint8, as transformers does. docs/pixels.md has the table of presets.
+antialias on uint8, as transformers does: once, also where pixels are not square. docs/pixels.md has
+the table of presets.
 (Qwen2-VL sec. 2.1, 3.2; HF: Qwen2VLVideoProcessor; qwen_vl_utils: fetch_video, smart_nframes.)
 """
 
@@ -67,7 +68,8 @@ class VideoPreset:
     # What max_pixels in a message does:
     max_pixels_policy: Literal["override", "lower_only", "within_budget"]
     frame_lists_as_images: bool = False  # frame lists take the limits and the resize of images
-    apply_exif_orientation: bool = False  # of images and of frames in lists
+    # Of images and frames in lists; and of video files, the sample aspect ratio and transparency.
+    apply_exif_orientation: bool = False
 
 
 VIDEO_PRESETS: Mapping[str, VideoPreset] = MappingProxyType(

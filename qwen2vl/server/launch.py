@@ -60,6 +60,7 @@ def prepare_llm(llm: LLM, config: ServerConfig, decoder: MediaDecoder) -> None:
         config: limits of media.
         decoder: a MediaWorkerPool, or LOCAL_DECODER to decode in this process.
     """
+    from qwen2vl.processor.image_formats.formats import SERVER_IMAGE_FORMATS
     from qwen2vl.processor.media.source import MediaLimits
 
     limits = MediaLimits(
@@ -70,6 +71,7 @@ def prepare_llm(llm: LLM, config: ServerConfig, decoder: MediaDecoder) -> None:
         decode_timeout=config.media_decode_timeout,
         allow_urls=False,
         allow_files=False,
+        image_formats=SERVER_IMAGE_FORMATS,
     )
     llm.processor = llm.processor.with_media(decoder, limits)
 

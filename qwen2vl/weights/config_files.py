@@ -147,14 +147,17 @@ _OFFICIAL_TEMPLATE_SHA256 = "a0bc6f6fc7a29a80017a433e8f03a1cc1236e838a944a2d0342
 
 
 def log_foreign_chat_template(folder: Path) -> None:
-    """Log at debug level if a folder's chat template is not the official one.
+    """Log at debug level if the chat template of a model or adapter is not the official one.
 
     Templates are untrusted code and are never run: chats are rendered by
     processor/chat_template.py.
     """
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
         path = folder / name
-        template = read_json(path).get("chat_template") if path.is_file() else None
+        if not path.is_file():
+            continue
+        is_json = path.suffix == ".json"
+        template = read_json(path).get("chat_template") if is_json else _read_text(path)
         if isinstance(template, str) and not _is_known_template(template):
             logger.debug("%s: its chat template is not the official one; not used", path)
 
@@ -179,6 +182,13 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: holds a {type(content).__name__}, expected a JSON object; fetch it again"
         )
     return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def pickle_remedy(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +104,23 @@ class TensorFolder(Mapping[str, Tensor]):
         if layer in self.packed_layers:
             return TensorInfo("packed", self.packed_layers[layer], 0, 0)
         return self._locations[name][2]
+
+    def path(self, name: str) -> Path:
+        """Return the file that holds a tensor, which is not packed."""
+        return self._locations[name][0]
+
+    def with_replaced(self, other: TensorFolder, names: Mapping[str, str]) -> TensorFolder:
+        """Return a view of this folder in which tensors of another one replace some.
+
+        Args:
+            other: the folder that holds the new tensors.
+            names: name here, of a tensor that is not packed -> name in `other`.
+        """
+        view = copy(self)
+        view._locations = self._locations | {
+            name: other._locations[key] for name, key in names.items()
+        }
+        return view
 
     def quantized_matrix(self, layer: str) -> QuantizedMatrix:
         """Read and unpack the integers of a packed layer.

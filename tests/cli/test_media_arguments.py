@@ -43,6 +43,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
     frames[0].save("pages.tiff", save_all=True, append_images=frames[1:])
+    frames[0].save("photo.avif")
+    frames[0].save("scan.pgm", "PPM")
+    Path("photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     return tmp_path
 
 
@@ -101,6 +104,10 @@ def test_files_are_in_the_order_of_the_command_line(arguments: list[str], files:
         ("clip.png", "video"),
         ("clip.webp", "video"),
         ("pages.tiff", "image"),
+        ("photo.avif", "image"),
+        ("photo.heic", "image"),  # the processor says what to do
+        ("scan.pgm", "image"),
+        ("https://example.org/a.avif", "image"),
         ("stream.ts", "video"),
         ("https://example.org/a.jpg?size=1", "image"),
         ("https://example.org/a.mp4", "video"),
@@ -123,7 +130,11 @@ def test_the_kind_of_a_file_is_recognized(path: str, kind: str) -> None:
         ("image", "x*.png", r"--image x\*\.png: no file matches"),
         ("image", "clip.mp4", r"is a video \(video/mp4\); --video clip\.mp4"),
         ("video", "a.png", r"is an image \(image/png\); --image a\.png"),
-        (None, "page.png", "neither an image nor a video, but text/html"),
+        (
+            None,
+            "page.png",
+            r"neither .*, but text/html; images are JPEG, .*, AVIF and PPM, a video",
+        ),
         (None, "https://example.org/x", "give it by --image or --video"),
     ],
 )

@@ -93,7 +93,11 @@ def test_merge_equals_the_formula(use_rslora: bool, scale: float) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("model.visual.", "visual."), ("model.language_model.", "model.")],
+    [
+        ("model.visual.", "visual."),
+        ("model.language_model.", "model."),
+        ("language_model.", "model."),  # of Qwen2VLModel, without the head
+    ],
 )
 def test_both_key_layouts_give_the_same(old: str, new: str) -> None:
     nested = {
@@ -168,10 +172,15 @@ def test_adapter_is_parsed_with_a_meta_model() -> None:
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA adapters"),
         ({"peft_type": None}, "peft_type is None"),
         ({"use_dora": True}, "uses use_dora True, which is not supported; merge it"),
-        ({"bias": "all"}, "uses bias 'all'"),
-        ({"bias": "lora_only"}, "uses bias 'lora_only'"),
+        ({"bias": "all"}, "says bias 'all', but the folder holds no biases"),
+        ({"bias": "some"}, "uses bias 'some'"),
         ({"lora_bias": True}, "uses lora_bias True"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save ['lm_head']"),
+        ({"modules_to_save": ["score"]}, "modules_to_save names 'score', which is no module of"),
+        ({"modules_to_save": "norm"}, "modules_to_save is 'norm', expected a list of names"),
+        (
+            {"modules_to_save": ["merger"]},
+            "modules_to_save names 'merger', but the folder lacks 6 tensors of visual.merger.*",
+        ),
         ({"fan_in_fan_out": True}, "uses fan_in_fan_out True"),
         ({"init_lora_weights": "pissa"}, "uses init_lora_weights 'pissa'"),
         ({"init_lora_weights": "loftq"}, "uses init_lora_weights 'loftq'"),
@@ -180,7 +189,7 @@ def test_adapter_is_parsed_with_a_meta_model() -> None:
         ({"alora_invocation_tokens": [1, 2]}, "uses alora_invocation_tokens [1, 2]"),
         ({"kasa_config": {"beta": 1}}, "uses kasa_config {'beta': 1}"),
         ({"invented_in_2031": 0}, "uses invented_in_2031 0"),
-        ({"use_dora": True, "bias": "all"}, "uses bias 'all', use_dora True"),
+        ({"use_dora": True, "lora_bias": True}, "uses lora_bias True, use_dora True"),
         ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
         ({"lora_alpha": math.inf}, "lora_alpha is inf"),
         ({"r": 8}, "has factors of rank 4, adapter_config.json says 8"),
@@ -191,6 +200,13 @@ def test_adapter_is_parsed_with_a_meta_model() -> None:
         (
             {"target_modules": ["q_proj", "up_proj", "qkv", "o_proj", "fc1"]},
             "target_modules names o_proj, fc1, of which the file holds no tensors",
+        ),
+        (
+            {
+                "target_modules": ["q_proj", "up_proj", "qkv", "o_proj", "query_key_value"],
+                "exclude_modules": [],
+            },
+            "target_modules names o_proj, of which the file holds no tensors",
         ),
         ({"target_modules": None}, "target_modules is None, expected names"),
     ],
@@ -224,6 +240,28 @@ def test_inert_options_are_accepted(changes: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("unused", "options"),
+    [
+        (["query_key_value", "c_attn"], {}),
+        (["o_proj", "fc1"], {"exclude_modules": r".*(o_proj|fc1)"}),
+        (["v_proj", "mlp.0"], {"layers_to_transform": [1]}),
+    ],
+)
+def test_targets_without_modules_are_logged(
+    unused: list[str], options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT records the names that were asked for, also those of no module or of excluded ones."""
+    caplog.set_level("INFO", "qwen2vl")
+    options |= {"target_modules": ["q_proj", "up_proj", "qkv", *unused]}
+    assert set(parse_peft_adapter(settings(**options), flat_tensors(), model(), where="a")) == {
+        Q,
+        UP,
+        QKV,
+    }
+    assert f"a: no module is adapted as {', '.join(unused)} of target_modules" in caplog.text
+
+
 def renamed_tensors(old: str, new: str) -> dict[str, Tensor]:
     return {key.replace(old, new): tensor for key, tensor in flat_tensors().items()}
 
@@ -243,15 +281,15 @@ def renamed_tensors(old: str, new: str) -> dict[str, Tensor]:
         ),
         (
             renamed_tensors("q_proj.lora_B.weight", "q_proj.base_layer.weight"),
-            "base_layer.weight is no",
+            "base_layer.weight is [64, 4], this model asks for [64, 64]; it belongs to another",
         ),
         (
             flat_tensors() | {"base_model.model.lm_head.weight": torch.ones(1)},
-            "lm_head.weight holds embeddings of [1], as PEFT saves them after tokens were added",
+            "lm_head.weight was trained apart from the other of embed_tokens and lm_head",
         ),
         (
             flat_tensors() | {"base_model.model.model.embed_tokens.weight": torch.ones(9, 64)},
-            "embed_tokens.weight holds embeddings of [9, 64], as PEFT saves them",
+            "embed_tokens.weight is [9, 64], this model asks for [286, 64]; tokens were added to",
         ),
         (
             {k: t for k, t in flat_tensors().items() if "q_proj.lora_B" not in k},

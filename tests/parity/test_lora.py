@@ -67,6 +67,9 @@ def merge_with_peft(model: Qwen2VL, folder: Path, **options: Any) -> dict[str, T
             "rank_pattern": {"layers.0.self_attn.q_proj": 7},
             "alpha_pattern": {"qkv": 3},
         },
+        {"target_modules": [*ADAPTED, "query_key_value"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*visual.*"},
+        {"target_modules": ["q_proj", "qkv"], "layers_to_transform": [1]},
     ],
 )
 def test_merged_weights_equal_those_of_peft(
@@ -133,12 +136,11 @@ def test_llm_merges_an_adapter(base: tuple[Path, Qwen2VL], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "save_embeddings", "message"),
     [
-        ({"modules_to_save": ["embed_tokens"]}, False, "uses modules_to_save ['embed_tokens']"),
         ({"trainable_token_indices": [5]}, False, "uses trainable_token_indices [5]"),
-        ({}, True, ".weight holds embeddings of ["),
+        ({"use_dora": True}, True, "uses use_dora True"),
     ],
 )
-def test_adapters_with_embeddings_of_their_own_are_refused_with_the_remedy(
+def test_adapters_that_are_not_supported_are_refused_with_the_remedy(
     base: tuple[Path, Qwen2VL],
     tmp_path: Path,
     options: dict[str, Any],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -34,7 +36,7 @@ def rendered_text(messages: list[dict[str, Any]], **options: Any) -> str:
     return "".join(segment.text for segment in render(parse_messages(messages), **options))
 
 
-def supervised(messages: list[dict[str, Any]], **options: Any) -> list[str]:
+def supervised(messages: Sequence[Any], **options: Any) -> list[str]:
     """Decode each run of supervised tokens."""
     options = {"add_generation_prompt": False, **options}
     segments = render(parse_messages(messages), **options)
@@ -180,6 +182,28 @@ def test_end_token_after_a_result_without_a_reply_is_not_supervised() -> None:
 
 pieces = st.sampled_from(["\n", "\n\n", " ", "\t", "a", "B c", "1", "?", "e\u0301", "\u0301", STAR])
 texts = st.lists(pieces | st.text(max_size=4), max_size=4).map("".join)
+
+
+def test_messages_that_are_context_are_not_supervised_nor_are_their_ends() -> None:
+    messages = parse_messages(
+        [
+            user("one"),
+            assistant([{"text": "1"}, {"ref": "x"}], tool_calls=[{"name": "f"}]),
+            {"role": "tool", "content": "r"},
+            assistant("2"),
+            user("two"),
+            assistant("3"),
+        ]
+    )
+    calls = "1<|object_ref_start|>x<|object_ref_end|>\n*FUNCTION*: f\n*ARGS*: {}\n*RESULT*"
+    replies = [calls.replace("*", STAR), ": 2<|im_end|>", "3<|im_end|>"]
+    assert supervised(messages) == replies
+    for i, reply in ((1, 0), (3, 1), (5, 2)):
+        context = [*messages]
+        context[i] = replace(messages[i], is_supervised=False)
+        assert supervised(context) == [text for j, text in enumerate(replies) if j != reply]
+        texts = ["".join(segment.text for segment in render(m)) for m in (context, messages)]
+        assert texts[0] == texts[1]
 
 
 def text_segments(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[Segment]]:

@@ -30,6 +30,7 @@ def test_the_processor_reads_no_files_and_no_urls(async_llm: AsyncLLM, tmp_path:
     limits = async_llm.llm.processor.limits
     assert limits.max_image_pixels == ServerConfig().max_image_pixels
     assert not (limits.allow_files or limits.allow_urls)
+    assert limits.image_formats == ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
 
 def test_the_state_has_the_limits_of_its_config(async_llm: AsyncLLM) -> None:

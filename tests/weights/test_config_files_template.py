@@ -66,5 +66,6 @@ def test_own_and_official_template_are_not_logged(
     for template in (CHAT_TEMPLATE, OFFICIAL):
         text = json.dumps({"chat_template": template})
         (tmp_path / "chat_template.json").write_text(text, encoding="utf-8")
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
         log_foreign_chat_template(tmp_path)
     assert not caplog.text

@@ -119,10 +119,11 @@ def _wrong_shape(shape: tuple[int, ...], name: str) -> str:
 
 
 def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    """Scale 16-bit, 32-bit and float values to uint8; return them with a note on the scale.
+    """Scale bool, 16 to 64-bit and float values to uint8; return them with a note on the scale.
 
-    16-bit values are divided by 257, so that 65535 becomes 255. 32-bit integers are read as 8-bit
-    when all fit, else as 16-bit. Floats are read as [0, 1], or as [0, 255] when a value exceeds 1.
+    16-bit values are divided by 257, so that 65535 becomes 255. Signed integers, which numpy makes
+    of lists, and those of more bits are read as 8-bit when all fit, else as 16-bit; false and true
+    are 0 and 255. Floats are read as [0, 1], or as [0, 255] when a value exceeds 1.
 
     Raises:
         InputError: values of another dtype, out of range, or not finite.
@@ -133,13 +134,16 @@ def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
     if not np.all(np.isfinite(values)):
         raise InputError(f"{name} holds NaN or infinite values; clean and scale it to 0..255")
     low, high = values.min(), values.max()
+    if kind == "b":
+        return values.astype(np.uint8) * np.uint8(255), "false and true read as 0 and 255"
     if kind == "f" and low >= 0 and high <= 255:
         scale = 255.0 if high <= 1 else 1.0
         note = f"float values scaled from [0, {255 / scale:g}]"
         return np.rint(values.astype(np.float64) * scale).astype(np.uint8), note
-    if kind == "i" and size == 4 and low >= 0 and high <= 255:
-        return values.astype(np.uint8), "32-bit values read as 8-bit"
-    if (kind, size) in (("u", 2), ("i", 4)) and low >= 0 and high <= 65535:
+    is_wide = kind in "iu" and size >= 4
+    if (is_wide or (kind, size) == ("i", 2)) and low >= 0 and high <= 255:
+        return values.astype(np.uint8), f"{8 * size}-bit values read as 8-bit"
+    if (is_wide or (kind, size) == ("u", 2)) and low >= 0 and high <= 65535:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), "16-bit scaled to 8-bit"
     undo = ", after undoing their normalization" if kind == "f" and low < 0 else ""
     raise InputError(

@@ -47,7 +47,8 @@ class MediaDecoder(Protocol):
             limits: on size, length and decoding time.
             name: for errors.
             fps: frame rate of lists and arrays.
-            apply_exif_orientation: of images and of frames in lists.
+            apply_exif_orientation: of images and of frames in lists; and of video files, the sample
+                aspect ratio and transparency.
         """
         ...
 

@@ -2,7 +2,8 @@
 
 Redirects stay on http and https: no other handler is installed, so that the URL of an image can
 never open a local file (no SSRF to file://). Hosts are not filtered here: a server that must not
-fetch URLs disables them (`MediaLimits.allow_urls`).
+fetch URLs disables them (`MediaLimits.allow_urls`). Content-Encoding gzip and deflate are decoded:
+they are not asked for, but storage sends objects as they were stored. (requests: Response.content.)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import http.client
 import time
 import urllib.error
 import urllib.request
+import zlib
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from qwen2vl.errors import InputError, MediaTooLargeError
@@ -18,6 +20,7 @@ from qwen2vl.errors import InputError, MediaTooLargeError
 __all__ = ["download"]
 
 _CHUNK = 1 << 18
+_GZIP_OR_ZLIB, _RAW_DEFLATE = 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
 _SAFE = "%/:=&?~+!$,;'@()*[]"  # characters left as they are when a URL is percent-encoded
 
 
@@ -25,8 +28,8 @@ def download(url: str, *, max_bytes: int, timeout: float, name: str) -> tuple[by
     """Fetch `url`; return its bytes and the media type that the server declared.
 
     Raises:
-        InputError: no response, an error status, more than `max_bytes`, or `timeout` seconds
-            exceeded.
+        InputError: no response, an error status, more than `max_bytes` as sent or decoded, an
+            unknown or damaged Content-Encoding, or `timeout` seconds exceeded.
     """
     deadline = time.monotonic() + timeout
     shown = url if len(url) <= 120 else url[:117] + "..."
@@ -34,6 +37,8 @@ def download(url: str, *, max_bytes: int, timeout: float, name: str) -> tuple[by
         request = urllib.request.Request(_quoted(url), headers={"User-Agent": "qwen2vl"})
         with _http_opener().open(request, timeout=timeout) as response:
             content = _read_all(response, max_bytes, deadline)
+            encoding = response.headers.get("Content-Encoding", "").strip().lower()
+            content = _decode_content(content, encoding, max_bytes)
             return content, response.headers.get_content_type()
     except urllib.error.HTTPError as error:
         text = f"the server answered {error.code} ({error.reason})"
@@ -41,6 +46,9 @@ def download(url: str, *, max_bytes: int, timeout: float, name: str) -> tuple[by
     except _TooLargeError as error:
         text = f"{shown} has more than {max_bytes:,} bytes"
         raise MediaTooLargeError(f"{name}: {text}; send a smaller file") from error
+    except _EncodingError as error:
+        text = f"{name}: {shown} was sent with Content-Encoding {error}"
+        raise InputError(f"{text}; save it to a file first") from error
     except TimeoutError as error:
         raise InputError(f"{name}: {shown} did not arrive in {timeout:g} s; try again") from error
     except urllib.error.URLError as error:
@@ -56,6 +64,10 @@ class _TooLargeError(Exception):
     pass
 
 
+class _EncodingError(Exception):
+    """A Content-Encoding that cannot be decoded."""
+
+
 def _read_all(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
     """Read all, checking the deadline after each chunk: a socket timeout restarts with each one."""
     content = bytearray()
@@ -68,6 +80,29 @@ def _read_all(response: http.client.HTTPResponse, max_bytes: int, deadline: floa
     if response.length:  # bytes of Content-Length that were not received
         raise http.client.IncompleteRead(bytes(content), response.length)
     return bytes(content)
+
+
+def _decode_content(content: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Decode a Content-Encoding, never to more than a byte above `max_bytes`."""
+    if encoding in ("", "identity"):
+        return content
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise _EncodingError(f"{encoding[:40]!r}, not gzip or deflate")
+    # Some servers send deflate without the header of zlib; that of zlib is a multiple of 31.
+    is_raw = encoding == "deflate" and int.from_bytes(content[:2], "big") % 31 != 0
+    decoded = bytearray()
+    while content:  # gzip may have several members
+        decoder = zlib.decompressobj(_RAW_DEFLATE if is_raw else _GZIP_OR_ZLIB)
+        try:
+            decoded += decoder.decompress(content, max_bytes + 1 - len(decoded))
+        except zlib.error as error:
+            raise _EncodingError(f"{encoding!r}, but is not") from error
+        if len(decoded) > max_bytes:
+            raise _TooLargeError
+        if not decoder.eof:
+            raise _EncodingError(f"{encoding!r}, and ends early")
+        content = decoder.unused_data.lstrip(b"\0")
+    return bytes(decoded)
 
 
 def _http_opener() -> urllib.request.OpenerDirector:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +17,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from qwen2vl.errors import InputError, MediaTooLargeError
+from qwen2vl.processor.image_formats.formats import UnsupportedImageError, describe_unreadable
+from qwen2vl.processor.image_formats.jpeg import MAX_JPEG_SCANS, has_many_scans
+from qwen2vl.processor.image_formats.plugins import load_pixels, open_format
+from qwen2vl.processor.image_formats.samples import COMPOSITED, composite_image
 from qwen2vl.processor.media.arrays import to_uint8
 from qwen2vl.processor.media.sniff import sniff_type
 from qwen2vl.processor.media.source import (
@@ -33,7 +36,6 @@ from qwen2vl.processor.media.source import (
 )
 
 __all__ = [
-    "FORMATS",
     "DecodedImage",
     "array_to_image",
     "check_image_size",
@@ -48,17 +50,9 @@ __all__ = [
 # Pillow logs damaged files; without any handler its records would be printed to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# The only decoders that are used for untrusted bytes.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+_ANIMATED_TYPES = ("image/gif", "image/webp", "image/png", "image/avif")
 
-_ANIMATED_TYPES = ("image/gif", "image/webp", "image/png")
-
-MAX_JPEG_SCANS = 100  # encoders write about ten
-MAX_JPEG_SEGMENTS = 5000
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not stuffing or a restart
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-
-_ORIENTATION = 0x0112  # EXIF tag
+_IMAGE_WIDTH, _IMAGE_LENGTH, _ORIENTATION = 0x0100, 0x0101, 0x0112  # tags of TIFF and EXIF
 _TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,9 +62,10 @@ _TRANSPOSE_OF_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # the others are their own
 _SWAPPED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap height and width
+_COMPOSITED_NOTE = "transparency composited on white"
 _WIDE_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
-_ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
 
 class DecodedImage(NamedTuple):
@@ -130,14 +125,16 @@ def open_encoded(
         and _types_differ(media.content_type, kind)
     ):
         notes = (f"declared as {media.content_type}, read as {kind}",)
-    if kind == "image/jpeg" and isinstance(media.content, bytes) and _has_many_scans(media.content):
+    if kind == "image/jpeg" and isinstance(media.content, bytes) and has_many_scans(media.content):
         raise InputError(
             f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, which is the limit; save it "
             "again"
         )
     with _open_binary(media.content) as file, _ignore_pillow_warnings():
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = open_format(file, kind, limits.image_formats)
+        except UnsupportedImageError as error:
+            raise InputError(f"{name} is {error}") from error
         except Image.DecompressionBombError as error:
             raise MediaTooLargeError(
                 f"{name} has more than {limits.max_image_pixels:,} pixels, which is the limit; "
@@ -146,29 +143,13 @@ def open_encoded(
         except MemoryError as error:
             raise out_of_memory(name) from error
         except Exception as error:  # plugins raise all kinds of errors for damaged headers
-            raise InputError(f"{name} {_describe_unreadable(kind)}") from error
+            raise InputError(f"{name} {describe_unreadable(kind, limits.image_formats)}") from error
         check_image_size(image, limits, name)
         yield image, notes
 
 
-def _has_many_scans(content: bytes) -> bool:
-    """Return whether a JPEG has too many scans: each may cost a whole image in twenty bytes."""
-    position, num_scans, num_segments = 2, 0, 0
-    while marker := _JPEG_MARKER.search(content, position):
-        code = marker[0][-1]
-        if code == _END_OF_IMAGE:
-            return False
-        num_segments += 1
-        num_scans += code == _START_OF_SCAN
-        if num_scans > MAX_JPEG_SCANS or num_segments > MAX_JPEG_SEGMENTS:
-            return True
-        length = int.from_bytes(content[marker.end() : marker.end() + 2])
-        position = marker.end() + max(2, length)
-    return False
-
-
 def is_animation(media: Media, name: str) -> bool:
-    """Return whether an encoded GIF, WebP or PNG has several frames.
+    """Return whether an encoded GIF, WebP, PNG or AVIF has several frames.
 
     The pages of a TIFF are no frames. False also for a file that is damaged or too large, as
     decoding reports.
@@ -201,11 +182,12 @@ def check_image_size(image: Image.Image, limits: MediaLimits, name: str) -> None
 def oriented_size(image: Image.Image, *, apply_exif_orientation: bool = True) -> tuple[int, int]:
     """Return (height, width) of the image that `decode_rgb` returns, by its header alone."""
     width, height = image.size
-    return (
-        (width, height)
-        if apply_exif_orientation and _orientation(image) in _SWAPPED_ORIENTATIONS
-        else (height, width)
-    )
+    orientation = _orientation(image)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and orientation > 1:
+        # Pillow's size of a TIFF is that of the upright image, since 11.2, by the tag alone.
+        width, height = image.tag_v2[_IMAGE_WIDTH], image.tag_v2[_IMAGE_LENGTH]
+    swaps = apply_exif_orientation and orientation in _SWAPPED_ORIENTATIONS
+    return (width, height) if swaps else (height, width)
 
 
 def decode_rgb(
@@ -227,21 +209,40 @@ def _decode_rgb(image: Image.Image, name: str, apply_exif_orientation: bool) -> 
     notes: list[str] = []
     if frames := _num_frames(image):
         notes.append(f"first of {frames} frames")
+    orientation = _orientation(image)
+    # Pillow turns a TIFF upright when it loads it.
+    is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and orientation > 1
+    image = _load(image, name)
+    if orientation > 1 and apply_exif_orientation:
+        if not is_turned:
+            image = _transpose(image, orientation)
+        notes.append("EXIF orientation applied")
+    elif is_turned:
+        image = _transpose(image, _INVERSE_ORIENTATIONS.get(orientation, orientation))
+    if COMPOSITED in image.info:
+        notes.append(_COMPOSITED_NOTE)
+    rgb, mode_notes = _to_rgb(image, name)
+    return DecodedImage(rgb, (*notes, *mode_notes), orientation if apply_exif_orientation else 1)
+
+
+def _load(image: Image.Image, name: str) -> Image.Image:
     try:
-        image.load()
+        return load_pixels(image)
     except MemoryError:
         raise
+    except UnsupportedImageError as error:
+        raise InputError(f"{name} is {error}") from error
     except Exception as error:  # decoders of damaged data raise many kinds of errors
         raise InputError(
             f"{name} is damaged: its pixels end early or cannot be decoded; save it again"
         ) from error
-    orientation = _orientation(image) if apply_exif_orientation else 1
-    method = _TRANSPOSE_OF_ORIENTATION.get(orientation)
-    if method is not None:
-        image = image.transpose(method)
-        notes.append("EXIF orientation applied")
-    rgb, mode_notes = _to_rgb(image, name)
-    return DecodedImage(rgb, (*notes, *mode_notes), 1 if method is None else orientation)
+
+
+def _transpose(image: Image.Image, orientation: int) -> Image.Image:
+    """Return an image as an EXIF orientation says that it is to be shown."""
+    turned = image.transpose(_TRANSPOSE_OF_ORIENTATION[orientation])
+    turned.info |= image.info
+    return turned
 
 
 def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
@@ -253,12 +254,11 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
     if image.mode in _WIDE_MODES:
         gray, note = to_uint8(np.asarray(image), name)
         return Image.fromarray(gray).convert("RGB"), (note,)
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        return _composite_on_white(image, name)
-    if image.mode == "RGB":
-        return image, ()
     try:
-        return image.convert("RGB"), ()
+        if image.has_transparency_data or image.mode == "La":
+            rgb, is_transparent = composite_image(image)
+            return rgb, (_COMPOSITED_NOTE,) if is_transparent else ()
+        return image if image.mode == "RGB" else image.convert("RGB"), ()
     except ValueError as error:
         raise InputError(
             f"{name}: color mode {image.mode!r} cannot become RGB; convert it first"
@@ -288,24 +288,14 @@ def array_to_image(
     return rgb, notes + mode_notes
 
 
-def _composite_on_white(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
-    if image.mode == "La":
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    alpha_low, _ = rgba.getchannel("A").getextrema()
-    if alpha_low == 255:
-        return rgba.convert("RGB"), ()
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB"), ("transparency composited on white",)
-
-
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1 for missing or damaged EXIF data, as image viewers do."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        # Not `getexif` of PNG, which decodes the pixels to find what may stand after them.
+        value = Image.Image.getexif(image).get(_ORIENTATION)
     except Exception:  # the parser raises many kinds of errors on garbage
         return 1
-    return value if isinstance(value, int) else 1
+    return value if isinstance(value, int) and value in _TRANSPOSE_OF_ORIENTATION else 1
 
 
 def _num_frames(image: Image.Image) -> int:
@@ -314,15 +304,6 @@ def _num_frames(image: Image.Image) -> int:
         return getattr(image, "n_frames", 1) if getattr(image, "is_animated", False) else 0
     except Exception:  # a later frame is damaged, and only the first is used
         return 0
-
-
-def _describe_unreadable(kind: str) -> str:
-    supported = "supported are JPEG, PNG, GIF, WebP, BMP and TIFF"
-    if kind.startswith("image/") and kind.removeprefix("image/").upper() in FORMATS:
-        return f"is a damaged {kind.removeprefix('image/').upper()} file; save it again"
-    if kind == "application/octet-stream":
-        return f"is not an image in a known format; {supported}"
-    return f"is {kind}, not a supported image; {supported}"
 
 
 def _types_differ(declared: str, kind: str) -> bool:

@@ -8,6 +8,8 @@ word, so that an HTML error page in place of an image is named in the error.
 
 from __future__ import annotations
 
+import re
+
 __all__ = ["sniff_type"]
 
 _MAGIC: tuple[tuple[bytes, int, str], ...] = (
@@ -30,8 +32,12 @@ _MAGIC: tuple[tuple[bytes, int, str], ...] = (
     (b"ftypheix", 4, "image/heic"),
     (b"ftypheim", 4, "image/heic"),
     (b"ftypheis", 4, "image/heic"),
-    (b"ftypmif1", 4, "image/heic"),
+    (b"ftypmif1", 4, "image/heic"),  # unless a compatible brand says AVIF
+    (b"ftypmsf1", 4, "image/heic"),
+    (b"ftyphevc", 4, "image/heic"),
+    (b"ftyphevx", 4, "image/heic"),
     (b"ftypavif", 4, "image/avif"),
+    (b"ftypavis", 4, "image/avif"),
     (b"ftyp", 4, "video/mp4"),
     (b"moov", 4, "video/quicktime"),
     (b"mdat", 4, "video/quicktime"),
@@ -49,6 +55,20 @@ _MAGIC: tuple[tuple[bytes, int, str], ...] = (
     (b"PK\x03\x04", 0, "application/zip"),
     (b"\x1f\x8b", 0, "application/gzip"),
 )
+_AVIF_BRANDS = (b"avif", b"avis")
+# The magic of Netpbm is two letters, as of a text: a comment or a number has to follow.
+_NETPBM = re.compile(rb"P([1-7Ff])(?:[ \t\r\n]+|#[^\n]*\n)+(?:\d|[WHDMT][A-Z]{4})")
+_NETPBM_NAMES = {
+    "1": "bitmap",
+    "2": "graymap",
+    "3": "pixmap",
+    "4": "bitmap",
+    "5": "graymap",
+    "6": "pixmap",
+    "7": "arbitrarymap",
+    "F": "floatmap",
+    "f": "floatmap",
+}
 _TEXT_STARTS = (
     (("<!doctype html", "<html", "<head", "<body"), "text/html"),
     (("<svg",), "image/svg+xml"),
@@ -61,7 +81,9 @@ def sniff_type(head: bytes) -> str:
     """Return the media type by magic bytes; for error texts and dispatch, not for security."""
     for magic, offset, kind in _MAGIC:
         if head[offset : offset + len(magic)] == magic:
-            return kind
+            return "image/avif" if kind == "image/heic" and _has_avif_brand(head) else kind
+    if netpbm := _NETPBM.match(head):
+        return f"image/x-portable-{_NETPBM_NAMES[netpbm[1].decode()]}"
     text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n").lower()
     for starts, kind in _TEXT_STARTS:
         if text.startswith(starts):
@@ -70,3 +92,11 @@ def sniff_type(head: bytes) -> str:
     if binary and head[:1] == head[188:189] == b"G":  # the sync byte of each packet of 188 bytes
         return "video/mp2t"
     return "text/plain" if text and not binary else "application/octet-stream"
+
+
+def _has_avif_brand(head: bytes) -> bool:
+    """Return whether the compatible brands of an ISO base media file have one of AVIF."""
+    size = int.from_bytes(head[:4], "big")
+    return any(
+        head[start : start + 4] in _AVIF_BRANDS for start in range(16, min(size, len(head)), 4)
+    )

@@ -10,8 +10,6 @@ user's options of one image or video. Decoding: rgb.py (images), video_source.py
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 import os
 import re
@@ -20,13 +18,15 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, get_args
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
 from qwen2vl.errors import ConfigError, InputError, MediaTooLargeError, abbreviate
+from qwen2vl.processor.image_formats.formats import IMAGE_FORMATS
 from qwen2vl.processor.media.arrays import image_channels_last, tensor_to_array
+from qwen2vl.processor.media.data_url import decode_data_url, looks_like_base64
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 _PILLOW_MAX_PIXELS = 2 * 89_478_485  # above it Pillow raises DecompressionBombError
 _FRACTIONAL = frozenset({"fps", "video_start", "video_end"})
 _READ_CHUNK = 1 << 20
-_MEDIA_TYPE = re.compile(r"[a-z0-9.+-]{1,30}/[a-z0-9.+-]{1,60}")  # is shown in notes
 _EXCLUSIVE = (
     ("fps", "nframes"),
     ("resized_height", "min_pixels"),
@@ -156,12 +155,17 @@ class MediaLimits:
     decode_timeout: float = 900.0  # seconds for one video
     allow_urls: bool = True
     allow_files: bool = True
+    image_formats: tuple[str, ...] = IMAGE_FORMATS  # Pillow's names of those that are decoded
 
     def __post_init__(self) -> None:
         if self.max_image_pixels > _PILLOW_MAX_PIXELS:
             raise ConfigError(
                 f"max_image_pixels {self.max_image_pixels:,} exceeds {_PILLOW_MAX_PIXELS:,}, above "
                 "which Pillow refuses to open a file"
+            )
+        if unknown := [name for name in self.image_formats if name not in IMAGE_FORMATS]:
+            raise ConfigError(
+                f"image_formats has {unknown[0]!r}, must be of {', '.join(IMAGE_FORMATS)}"
             )
 
 
@@ -295,7 +299,8 @@ def _resolve_string(source: str, limits: MediaLimits, name: str) -> Media:
         return Media(content=_resolve_file(source, limits, name))
     kind = (scheme[1] or scheme[2]).lower()
     if kind == "data":
-        return _decode_data_url(source, limits, name)
+        content, content_type = decode_data_url(source, limits.max_bytes, name)
+        return Media(content=_check_bytes(content, limits, name), content_type=content_type)
     if kind == "file":
         return Media(content=_resolve_file(_file_url_path(source, name), limits, name))
     if kind not in ("http", "https"):
@@ -309,35 +314,6 @@ def _resolve_string(source: str, limits: MediaLimits, name: str) -> Media:
         source, max_bytes=limits.max_bytes, timeout=limits.download_timeout, name=name
     )
     return Media(content=_check_bytes(content, limits, name), content_type=content_type)
-
-
-def _decode_data_url(source: str, limits: MediaLimits, name: str) -> Media:
-    """Decode "data:image/png;base64,...": base64, or percent-encoded without ";base64"."""
-    head, comma, payload = source[5:].partition(",")
-    if not comma:
-        raise InputError(f"{name}: data URL without a comma; write data:image/png;base64,...")
-    if len(payload) > limits.max_bytes / 3 * 4 + 4:
-        raise MediaTooLargeError(
-            f"{name}: data URL of {len(payload):,} characters, limit is {limits.max_bytes:,} "
-            "bytes; send a smaller file"
-        )
-    content_type, *parameters = (part.strip() for part in head.lower().split(";"))
-    try:
-        if "base64" in parameters:
-            content = _decode_base64(payload)
-        else:
-            content = unquote_to_bytes(payload)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(f"{name}: the data URL is not valid base64; encode it again") from error
-    declared = content_type if _MEDIA_TYPE.fullmatch(content_type) else None
-    return Media(content=_check_bytes(content, limits, name), content_type=declared)
-
-
-def _decode_base64(payload: str) -> bytes:
-    try:
-        return base64.b64decode(payload, validate=True)
-    except ValueError:  # whitespace or percent-encoding, which are rare and slow to remove
-        return base64.b64decode("".join(unquote(payload).split()), validate=True)
 
 
 def _file_url_path(source: str, name: str) -> str:
@@ -360,7 +336,10 @@ def _resolve_file(file_name: str, limits: MediaLimits, name: str) -> Path:
         path = Path(os.path.expanduser(file_name))  # Path.expanduser would expand ./~x, too
         info = path.stat()
     except FileNotFoundError as error:
-        raise InputError(f"{prefix}file {shown} not found; check the path") from error
+        text = f"file {shown} not found; check the path"
+        if looks_like_base64(file_name):
+            text = f"{shown} {_describe_non_file(file_name)}"
+        raise InputError(f"{prefix}{text}") from error
     except PermissionError as error:
         raise InputError(f"{prefix}no permission to read {shown}; change it") from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -376,7 +355,7 @@ def _resolve_file(file_name: str, limits: MediaLimits, name: str) -> Path:
 
 
 def _describe_non_file(source: str) -> str:
-    if len(source) > 255 and re.fullmatch(r"[A-Za-z0-9+/=\s]+", source):
+    if looks_like_base64(source):
         return "looks like base64, not a path; write data:image/png;base64,... before it"
     return "cannot be a file name; check the path"
 

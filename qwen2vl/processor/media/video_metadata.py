@@ -42,7 +42,7 @@ class VideoMetadata:
     timestamps: tuple[float, ...]  # seconds from the first frame, never decreasing
     fps: float | None  # frames per second where the timestamps are uniform, else None
     duration: float  # seconds, the last frame's own duration included
-    height: int  # pixels of an upright frame
+    height: int  # upright, in square pixels: a frame may have fewer pixels than this
     width: int
     is_frame_list: bool = False  # frames listed by the user, all of which are sampled by default
     notes: tuple[str, ...] = ()
@@ -55,6 +55,9 @@ class VideoReader(Protocol):
 
     def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T] | None:
         """Decode the frames `indices` (ascending, distinct); return `transform` of each.
+
+        Frames are upright, of the size that is stored: where pixels are not square, `transform`
+        resizes them to the aspect ratio of the metadata.
 
         Returns None where the decoded frames differ from the metadata: the metadata is then
         replaced by that of the decoded frames, and the caller has to choose indices again.

@@ -1,4 +1,4 @@
-"""Opening of videos from any source: file, URL, animation (GIF, WebP, APNG), frame list or array.
+"""Opening of videos from any source: file, URL, animation (GIF, APNG, ...), frame list or array.
 
 A video is read in two steps, so that an hour of it fits in memory: first the metadata, then the
 few frames that video.py sampled, each resized as soon as it is decoded. Frames of animations and
@@ -58,14 +58,23 @@ VideoSource: TypeAlias = "MediaSource | Sequence[MediaSource]"
 
 _JPEG_FRAMES = re.compile(r"data:video/jpe?g\s*;[^,]*base64\s*,", re.IGNORECASE)
 _IMAGE_KINDS = frozenset(
-    {"image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "image/tiff"}
+    {
+        "image/png",
+        "image/jpeg",
+        "image/gif",
+        "image/webp",
+        "image/bmp",
+        "image/tiff",
+        "image/avif",
+    }
 )
 _SUPPORTED = (
-    "supported are MP4, MOV, MKV, WebM, AVI, FLV, MPEG, TS, WMV, OGG, and GIF, WebP, PNG or TIFF "
-    "animations"
+    "supported are MP4, MOV, MKV, WebM, AVI, FLV, MPEG, TS, WMV, OGG, and GIF, WebP, PNG, AVIF or "
+    "TIFF animations"
 )
 T = TypeVar("T")
-_DEFAULT_DELAY = 0.1  # seconds of a frame without a delay in the animation, as in browsers
+# Seconds of a frame of an animation. Browsers take a delay of up to 10 ms, or none, for 100 ms.
+_SHORT_DELAY, _DEFAULT_DELAY = 0.010, 0.1
 
 
 def open_video(
@@ -84,7 +93,8 @@ def open_video(
         limits: on size, length and decoding time.
         name: for errors.
         fps: frame rate of lists and arrays.
-        apply_exif_orientation: of images and of frames in lists.
+        apply_exif_orientation: of images and of frames in lists; and of video files, the sample
+            aspect ratio and transparency.
 
     Raises:
         InputError: the source has no frames, is a still image, cannot be decoded, or exceeds the
@@ -137,7 +147,7 @@ def open_video_file(
     # Imports PyAV, and most prompts hold no video.
     from qwen2vl.processor.media.video_reader import PyAVVideoReader
 
-    return PyAVVideoReader(media, limits, name)
+    return PyAVVideoReader(media, limits, name, as_displayed=apply_exif_orientation)
 
 
 class ImageOpener(Protocol):
@@ -249,7 +259,7 @@ class FrameListReader:
 
 
 class _AnimationReader:
-    """Reads GIF, WebP, APNG or the pages of a TIFF, with Pillow."""
+    """Reads GIF, WebP, APNG, AVIF or the pages of a TIFF, with Pillow."""
 
     def __init__(
         self, media: Media, limits: MediaLimits, name: str, apply_exif_orientation: bool
@@ -257,6 +267,7 @@ class _AnimationReader:
         self._media, self._limits, self._name = media, limits, name
         self._apply_exif_orientation = apply_exif_orientation
         self._deadline = Deadline(limits, name)
+        self._first = 0  # index of the first frame in the file
         self._total = self._count_frames()
         if self._total == 1:
             raise InputError(f"{name} is {self._describe_still()}; give it as image, not video")
@@ -296,12 +307,17 @@ class _AnimationReader:
                     if index == 0:
                         raise
                     return
-                yield frame.size, image.info.get("duration", 0) / 1000 or _DEFAULT_DELAY
+                delay = image.info.get("duration", 0) / 1000
+                yield frame.size, delay if delay > _SHORT_DELAY else _DEFAULT_DELAY
 
     def _count_frames(self) -> int:
         with self._open() as image:
             try:
-                return getattr(image, "n_frames", 1)
+                count = getattr(image, "n_frames", 1)
+                if getattr(image, "default_image", False):
+                    # Of an APNG, for viewers that do not animate: it is counted, but no frame.
+                    self._first, count = 1, count - 1
+                return count
             except Exception as error:  # Pillow reads the whole file, and may raise anything
                 raise InputError(f"{self._name} is damaged; save it again") from error
 
@@ -321,7 +337,7 @@ class _AnimationReader:
     def _decode_frame(self, image: Image.Image, index: int) -> Image.Image:
         self._deadline.check()
         try:
-            image.seek(index)
+            image.seek(self._first + index)
         except Exception as error:  # as above
             raise InputError(f"{self._name}: frame {index} is damaged; save it again") from error
         return decode_rgb(

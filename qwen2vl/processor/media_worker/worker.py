@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from qwen2vl.errors import InputError, MediaTooLargeError
-from qwen2vl.processor.media.rgb import FORMATS, decode_media
+from qwen2vl.processor.image_formats.formats import SERVER_IMAGE_FORMATS
+from qwen2vl.processor.media.rgb import decode_media
 from qwen2vl.processor.media.source import Media, MediaLimits
 from qwen2vl.processor.media.video_metadata import VideoReader
 from qwen2vl.processor.media.video_source import open_video_file
@@ -61,10 +62,16 @@ def _load_decoders() -> None:
     """Decode one small image of each format: much is imported when it is first used."""
     from qwen2vl.processor.media import video_reader  # noqa: F401 - imports PyAV
 
-    for kind in FORMATS:
+    for kind in SERVER_IMAGE_FORMATS:
         file = BytesIO()
         Image.new("RGB", (8, 8)).save(file, kind)
         decode_media(Media(content=file.getvalue()), MediaLimits(), kind)
+
+
+def _read_limits(header: Mapping[str, Any]) -> MediaLimits:
+    """Return the limits of a job, whose tuples JSON made lists."""
+    limits = header["limits"]
+    return MediaLimits(**{**limits, "image_formats": tuple(limits["image_formats"])})
 
 
 def _reason(error: InputError) -> str:
@@ -107,7 +114,7 @@ class _Jobs:
         self._video = None
         image, notes, orientation = decode_media(
             Media(content=content, content_type=header["content_type"]),
-            MediaLimits(**header["limits"]),
+            _read_limits(header),
             header["name"],
             apply_exif_orientation=header["apply_exif_orientation"],
         )
@@ -116,7 +123,7 @@ class _Jobs:
         self._channel.send(reply, image.tobytes())
 
     def _open_video(self, header: dict[str, Any], content: bytes) -> None:
-        self._video, self._limits = None, MediaLimits(**header["limits"])
+        self._video, self._limits = None, _read_limits(header)
         self._video = open_video_file(
             Media(content=content, content_type=header["content_type"]),
             self._limits,

@@ -91,3 +91,27 @@ def test_normalized_tensors_are_rejected_with_the_remedy() -> None:
     text = r"float32 values from -2.0 to 2.0 are not colors; .* after undoing their normalization"
     with pytest.raises(InputError, match=text):
         to_uint8(np.array([-2, 2], np.float32), "x")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32, np.uint64])
+def test_wide_integers_that_fit_are_read_as_8_bit(dtype: type[np.generic]) -> None:
+    values, note = to_uint8(np.array([[0, 200, 255]]).astype(dtype), "x")
+    assert values.tolist() == [[0, 200, 255]]
+    assert note == f"{8 * np.dtype(dtype).itemsize}-bit values read as 8-bit"
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint32])
+def test_wider_values_are_16_bit(dtype: type[np.generic]) -> None:
+    values, note = to_uint8(np.array([0, 257, 65535]).astype(dtype), "x")
+    assert (values.tolist(), note) == ([0, 1, 255], "16-bit scaled to 8-bit")
+
+
+def test_booleans_are_black_and_white() -> None:
+    values, note = to_uint8(np.array([[False, True]]), "x")
+    assert (values.tolist(), note) == ([[0, 255]], "false and true read as 0 and 255")
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.int64, 65536), (np.int16, 300), (np.uint32, 1e6)])
+def test_integers_that_are_no_colors(dtype: type[np.generic], value: float) -> None:
+    with pytest.raises(InputError, match=rf"values from 0 to {value:.0f} are not colors"):
+        to_uint8(np.array([0, value]).astype(dtype), "x")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -17,6 +19,19 @@ from qwen2vl.processor.media.source import DEFAULT_LIMITS, Media, read_source
 from tests.media import encoded, smooth
 
 PNG = encoded(smooth(20, 30))
+GZIP, ZLIB = gzip.compress(PNG), zlib.compress(PNG)
+ENCODED = {
+    "/gzip": (GZIP, "gzip"),
+    "/x-gzip": (GZIP, "X-GZip"),
+    "/members": (gzip.compress(PNG[:50]) + gzip.compress(PNG[50:]), "gzip"),
+    "/deflate": (ZLIB, "deflate"),
+    "/raw": (ZLIB[2:-4], "deflate"),
+    "/identity": (PNG, "identity"),
+    "/bomb": (gzip.compress(bytes(10**7)), "gzip"),
+    "/cut": (GZIP[:-20], "gzip"),
+    "/false": (PNG, "gzip"),
+    "/zstd": (PNG, "zstd"),
+}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -35,6 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path in ("/image", "/caf%C3%A9%20x?q=%C3%A9"):
             self._answer([PNG])
+        elif self.path in ENCODED:
+            content, encoding = ENCODED[self.path]
+            self._answer([content], encoding=encoding)
         elif self.path == "/endless":
             self._answer([bytes(65536)] * 1000)
         elif self.path == "/slow":
@@ -44,9 +62,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
-    def _answer(self, parts: list[bytes], pause: float = 0.0, length: int | None = None) -> None:
+    def _answer(
+        self,
+        parts: list[bytes],
+        pause: float = 0.0,
+        length: int | None = None,
+        encoding: str | None = None,
+    ) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "image/png")
+        if encoding is not None:
+            self.send_header("Content-Encoding", encoding)
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
@@ -82,6 +108,13 @@ def test_downloaded_content_and_type(server_url: str, page: str) -> None:
     assert got == (PNG, "image/png")
 
 
+@pytest.mark.parametrize("page", ["gzip", "x-gzip", "members", "deflate", "raw", "identity"])
+def test_content_encodings_are_decoded(server_url: str, page: str) -> None:
+    """Storage sends an object as it was stored, though identity is asked for."""
+    got = download(f"{server_url}/{page}", max_bytes=2 * len(PNG), timeout=10, name="image 1")
+    assert got == (PNG, "image/png")
+
+
 def test_a_url_is_a_source(server_url: str) -> None:
     media = read_source(f"{server_url}/image", DEFAULT_LIMITS, "image 1")
     assert media == Media(content=PNG, content_type="image/png")
@@ -96,6 +129,10 @@ def test_a_url_is_a_source(server_url: str) -> None:
         ("endless", "has more than 100,000 bytes; send a smaller file"),
         ("slow", "did not arrive in 0.5 s"),
         ("short", "cannot read"),
+        ("bomb", "has more than 100,000 bytes; send a smaller file"),
+        ("cut", "was sent with Content-Encoding 'gzip', and ends early; save it to a file first"),
+        ("false", "was sent with Content-Encoding 'gzip', but is not; save it to"),
+        ("zstd", "was sent with Content-Encoding 'zstd', not gzip or deflate; save"),
     ],
 )
 def test_failing_downloads(server_url: str, page: str, text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.media.source import Media, MediaLimits
 from qwen2vl.processor.media.video_reader import PyAVVideoReader
-from tests.media import audio_only, encoded_video, video, wiped, with_matrix
+from tests.media import audio_only, encoded, encoded_video, noise, video, wiped, with_matrix
 
 
 def open_reader(content: bytes | Path, **limits: Any) -> PyAVVideoReader:
@@ -141,6 +144,91 @@ def test_album_cover_is_no_video_stream() -> None:
         output.mux(cover.encode(None))
     with pytest.raises(InputError, match="has no video stream"):
         open_reader(buffer.getvalue())
+
+
+def two_tracks(defaults: Sequence[bool]) -> bytes:
+    """Encode a track of 32 x 24 black pixels and one of 64 x 48 white ones."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as output:
+        streams = [output.add_stream("libx264", rate=4) for _ in defaults]
+        for i, (stream, is_default) in enumerate(zip(streams, defaults, strict=True)):
+            stream.width, stream.height, stream.pix_fmt = 32 * (i + 1), 24 * (i + 1), "yuv420p"
+            stream.disposition = Disposition.default if is_default else Disposition(0)
+        for i, stream in enumerate(streams):
+            for _ in range(4):
+                pixels = np.full((stream.height, stream.width, 3), 255 * i, np.uint8)
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("defaults", "height", "level"), [((False, True), 48, 255), ((True, False), 24, 0)]
+)
+def test_the_default_track_is_read(defaults: Sequence[bool], height: int, level: int) -> None:
+    """As FFmpeg chooses: a preview may come first."""
+    reader = open_reader(two_tracks(defaults))
+    assert (reader.metadata.height, reader.metadata.width) == (height, height // 3 * 4)
+    assert int(decoded(reader, [3])[0][10, 10, 0]) == pytest.approx(level, abs=3)
+
+
+def test_change_of_the_frame_size_is_noted() -> None:
+    first = encoded_video(8, width=64, height=48, container="mpegts")
+    second = encoded_video(8, width=48, height=64, container="mpegts")
+    item = video(first + second)
+    assert "some frames are 48 x 64; all are resized like the first" in item.notes
+    assert item.original_size == (48, 64)
+    assert len(video(first).notes) == 1
+
+
+def test_change_of_the_frame_size_under_exact_timestamps() -> None:
+    """Packets alone do not tell it; it is noted once a frame of another size is decoded."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as output:
+        stream = output.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for i in range(8):
+            jpeg = encoded(noise(48, 64) if i < 4 else noise(64, 48), "JPEG", subsampling=2)
+            packet = av.Packet(jpeg)
+            packet.stream, packet.pts, packet.dts = stream, i, i
+            packet.time_base, packet.is_keyframe = Fraction(1, 4), True
+            output.mux(packet)
+    reader = open_reader(buffer.getvalue())
+    assert reader.get_frames_at([0, 7], np.array) is None
+    assert reader.metadata.notes == ("some frames are 48 x 64; all are resized like the first",)
+    assert [frame.shape for frame in decoded(reader, [0, 7])] == [(48, 64, 3), (64, 48, 3)]
+
+
+@pytest.mark.parametrize(
+    ("transfer", "notes"),
+    [
+        (1, ()),
+        (16, ("HDR (PQ), not tone-mapped: darker and paler than displayed",)),
+        (18, ("HDR (HLG), not tone-mapped: darker and paler than displayed",)),
+    ],
+)
+def test_hdr_is_noted(transfer: int, notes: tuple[str, ...]) -> None:
+    assert open_reader(tagged(color_trc=transfer)).metadata.notes == notes
+
+
+def test_colors_that_cannot_be_converted() -> None:
+    reader = open_reader(tagged(colorspace=8))
+    with pytest.raises(InputError, match=r"its colors \(yuv420p, matrix 8 of ITU-T H.273\) cannot"):
+        decoded(reader, [0])
+
+
+def tagged(**tags: int) -> bytes:
+    """Encode a video with color tags, which do not fit its pixels."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for _ in range(4):
+            output.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        output.mux(stream.encode(None))
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
+from qwen2vl.processor.media.rgb import is_animation
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, Media, MediaLimits
 from qwen2vl.processor.media.video_metadata import VideoReader
 from qwen2vl.processor.media.video_source import open_video
 from tests.media import animation, encoded, encoded_video, png_header, smooth
@@ -42,6 +43,42 @@ def test_animations_are_videos(kind: str) -> None:
     assert (metadata.height, metadata.width, metadata.is_frame_list) == (40, 60, False)
     assert gray_levels(reader, [0, 2, 3]) == pytest.approx([0, 100, 150], abs=3)
     assert gray_levels(reader, [1]) == pytest.approx([50], abs=3)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+@pytest.mark.parametrize(("milliseconds", "seconds"), [(0, 0.1), (10, 0.1), (20, 0.02)])
+def test_very_short_delays_are_those_of_browsers(
+    kind: str, milliseconds: int, seconds: float
+) -> None:
+    metadata = open_reader(animation(kind, duration=milliseconds)).metadata
+    assert metadata.timestamps == pytest.approx([i * seconds for i in range(4)])
+    assert metadata.duration == pytest.approx(4 * seconds)
+
+
+def test_the_default_image_of_an_apng_is_no_frame() -> None:
+    """Viewers that do not animate show it; it may be a poster of other content."""
+    frames = [Image.new("RGB", (60, 40), (level,) * 3) for level in (50, 100, 150)]
+    poster = Image.new("RGB", (60, 40), (255,) * 3)
+    options: dict[str, Any] = {"save_all": True, "default_image": True, "duration": 500}
+    data = encoded(poster, append_images=frames, **options)
+    for source in (data, Image.open(io.BytesIO(data))):
+        reader = open_reader(source)
+        assert reader.metadata.timestamps == pytest.approx((0, 0.5, 1))
+        assert reader.metadata.duration == pytest.approx(1.5)
+        assert gray_levels(reader, [0, 1, 2]) == [50, 100, 150]
+    with pytest.raises(InputError, match="give it as image, not video"):
+        open_reader(encoded(poster, append_images=frames[:1], **options))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_animated_avif() -> None:
+    data = animation("AVIF", duration=200)
+    reader = open_reader(data)
+    assert reader.metadata.timestamps == pytest.approx((0, 0.2, 0.4, 0.6))
+    assert gray_levels(reader, [0, 1, 2, 3]) == pytest.approx([0, 50, 100, 150], abs=3)
+    assert is_animation(Media(content=data), "image 1")
+    with pytest.raises(InputError, match=r"an image \(image/avif\); give it as image, not video"):
+        open_reader(encoded(smooth(30, 40), "AVIF"))
 
 
 def test_uneven_delays() -> None:

@@ -76,6 +76,8 @@ IMAGES: dict[str, Any] = {
     "RGBA": with_alpha("RGB"),
     "LA": with_alpha("L"),
     "16 bit": encoded(Image.fromarray(SIXTEEN_BIT)),
+    "AVIF": in_mode("RGB", "AVIF"),
+    "PGM": in_mode("L", "PPM"),
     "float TIFF": encoded(Image.fromarray(np.full((8, 9), 0.5, np.float32)), "TIFF"),
     "NaN TIFF": encoded(Image.fromarray(np.full((8, 9), np.nan, np.float32)), "TIFF"),
     **{kind: animation(kind) for kind in ("GIF", "WEBP", "PNG", "TIFF")},
@@ -103,6 +105,7 @@ IMAGES: dict[str, Any] = {
     "file object": io.BytesIO(JPEG),
     "list": [JPEG],
 }
+CLIPS = Path(__file__).parents[1] / "media" / "clips"
 MP4 = encoded_video(30)
 JPEG_URL = base64.b64encode(JPEG).decode()
 VIDEOS: dict[str, Any] = {
@@ -112,6 +115,9 @@ VIDEOS: dict[str, Any] = {
     "variable rate": encoded_video(6, container="matroska", stamps=[0, 1, 2, 50, 51, 100]),
     "odd size": encoded_video(5, width=66, height=50, codec="mpeg4"),
     "rotated": with_matrix(MP4, (0, 1, -1, 0)),
+    "narrow pixels": CLIPS / "sar2.mp4",
+    "transparent": CLIPS / "al_qtrle.mov",
+    "transparent WebM": CLIPS / "al_vp9.webm",
     "half": MP4[: len(MP4) // 2],
     "half MKV": (mkv := encoded_video(60, container="matroska"))[: len(mkv) // 2],
     "wiped": wiped(encoded_video(60, width=320, height=240), 0.5, 400),

@@ -1,0 +1,79 @@
+"""Opening and loading of images by Pillow's plugins and by those of this package.
+
+`open_format` reads the header alone. `load_pixels` decodes the current frame, with what Pillow
+leaves out of it; PNG, GIF and BMP images that a user opened by Pillow are corrected in the same way
+where they are not loaded yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from PIL import BmpImagePlugin, GifImagePlugin, Image, PngImagePlugin
+
+from qwen2vl.processor.image_formats.bmp import BmpFile, without_empty_alpha
+from qwen2vl.processor.image_formats.formats import UnsupportedImageError, format_of
+from qwen2vl.processor.image_formats.jpeg import unsupported_kind
+from qwen2vl.processor.image_formats.png import load_png
+from qwen2vl.processor.image_formats.pnm import PnmFile
+from qwen2vl.processor.image_formats.tiff import TiffFile
+
+__all__ = ["load_pixels", "open_format"]
+
+_OWN_PLUGINS = {"TIFF": TiffFile, "BMP": BmpFile, "PPM": PnmFile}
+_JPEG_HEAD = 1 << 18  # bytes that are searched for the frame header: profiles may come first
+
+
+def open_format(file: BinaryIO, media_type: str, formats: Sequence[str]) -> Image.Image:
+    """Read the header of an image; pixels are decoded by `load_pixels`.
+
+    Args:
+        file: at its beginning; stays open until the pixels are loaded.
+        media_type: as `sniff_type` finds it.
+        formats: those that are read, by Pillow's names.
+
+    Raises:
+        UnsupportedImageError: of a kind that is not read; the text names it.
+        OSError, SyntaxError, ValueError, ...: not an image of these formats, or a damaged header.
+    """
+    name = format_of(media_type)
+    if name in _OWN_PLUGINS and name in formats:
+        return _OWN_PLUGINS[name](file)
+    if name == "JPEG" and name in formats:
+        kind = unsupported_kind(file.read(_JPEG_HEAD))
+        file.seek(0)
+        if kind:
+            raise UnsupportedImageError(f"{kind}, which is not read; save it as baseline JPEG")
+    # Others need magic bytes that are sure: Netpbm, and AVIF, which older Pillow does not know.
+    others = [one for one in formats if one not in ("PPM", "AVIF")]
+    return Image.open(file, formats=["AVIF"] if name == "AVIF" and name in formats else others)
+
+
+def load_pixels(image: Image.Image) -> Image.Image:
+    """Decode the current frame; return it, or another image with its pixels.
+
+    Raises:
+        UnsupportedImageError: of a kind that is not read; the text names it.
+        OSError, SyntaxError, ValueError, ...: the data are damaged.
+    """
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        return load_png(image)
+    if isinstance(image, GifImagePlugin.GifImageFile):
+        return _load_gif(image)
+    image.load()
+    return without_empty_alpha(image) if isinstance(image, BmpImagePlugin.BmpImageFile) else image
+
+
+def _load_gif(image: GifImagePlugin.GifImageFile) -> Image.Image:
+    """Decode the current frame; what a small first frame leaves free of the canvas is transparent.
+
+    As in browsers. Pillow fills it with color 0 where the frame has no transparent color.
+    """
+    box = image.tile[0][1] if image.tile and image.tell() == 0 else None
+    image.load()
+    if box is None or box == (0, 0, *image.size) or "transparency" in image.info:
+        return image
+    canvas = Image.new("RGBA", image.size)
+    canvas.paste(image.convert("RGB").crop(box), box[:2])
+    return canvas

@@ -1,0 +1,69 @@
+"""PBM, PGM and PPM: Pillow's plugin, with samples of every largest value scaled to 8 bit.
+
+Pillow reads a PGM of more than 8 bit as 32-bit integers, whose range would be guessed, and binary
+files whose largest value is not 255 a sample at a time, which takes seconds a megapixel.
+(Netpbm: pgm(5), ppm(5).)
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import ImageFile, PpmImagePlugin
+
+from qwen2vl.processor.image_formats.formats import UnsupportedImageError
+
+__all__ = ["PnmFile"]
+
+
+class PnmFile(PpmImagePlugin.PpmImageFile):
+    """A PBM, PGM or PPM file, plain or binary: modes 1, L and RGB.
+
+    Raises (when it is opened):
+        UnsupportedImageError: one of the other formats that Pillow's plugin reads.
+    """
+
+    def _open(self) -> None:
+        super()._open()
+        if self.mode not in ("1", "L", "RGB", "I"):
+            raise UnsupportedImageError("a Portable FloatMap, which is not read; save it as PPM")
+        codec, extents, offset, args = self.tile[0]
+        if self.mode == "I" or codec == "ppm":
+            most = 65535 if codec == "raw" else int(args[-1])  # type: ignore[index]
+            mode = "L" if self.mode == "I" else self.mode
+            self._samples: tuple[str, int, int] | None = (codec, offset, most)
+            self._mode = mode
+            # Replaced by the samples when they are loaded.
+            self.tile = [ImageFile._Tile("raw", extents, 0, (mode, 0, 1))]
+        else:
+            self._samples = None
+
+    def load(self) -> Any:
+        """Decode the pixels."""
+        if self._samples is not None and self.tile:
+            codec, offset, most = self._samples
+            assert self.fp is not None, "the file is open until the pixels are loaded"
+            self.fp.seek(offset)
+            count = self.width * self.height * len(self.getbands())
+            if codec == "ppm_plain":
+                values = _plain_samples(self.fp.read(), count)
+            else:
+                dtype = np.dtype(">u2" if most > 255 else "u1")
+                data = self.fp.read(count * dtype.itemsize)
+                if len(data) < count * dtype.itemsize:
+                    raise OSError("the samples end early")
+                values = np.frombuffer(data, dtype)
+            wide = np.minimum(values, most).astype(np.uint32)
+            self.fp = io.BytesIO(((wide * 255 + most // 2) // most).astype(np.uint8).tobytes())
+        return super().load()
+
+
+def _plain_samples(text: bytes, count: int) -> np.ndarray:
+    """Return the first `count` numbers of a text; a comment goes from # to the end of its line."""
+    lines = (line.partition(b"#")[0] for line in text.splitlines())
+    values = np.array(b" ".join(lines).split()[:count], dtype="S10")
+    if len(values) < count:
+        raise OSError("the samples end early")
+    return values.astype(np.uint32)
