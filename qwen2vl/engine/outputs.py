@@ -85,6 +85,7 @@ class Completion:
     items: tuple[ItemReport, ...] = ()  # how each image and video was preprocessed
     seconds: Timings = Timings()  # by phase
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, if they were asked for
+    cumulative_logprob: float | None = None  # their sum, of the end token too (vLLM)
     error: str | None = None  # the reason, if finish_reason is "error"
 
     def __repr__(self) -> str:

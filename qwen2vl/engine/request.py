@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from math import fsum
 from traceback import clear_frames
 from typing import Protocol
 
@@ -207,6 +208,7 @@ class Request:
         """Build the completion; `process_seconds` is the time that preprocessing took."""
         assert self.finish_reason is not None, "the request has not finished"
         prompt = self.prompt
+        logprobs = None if self.params.logprobs is None else tuple(self.logprobs)
         return Completion(
             text=self.text,
             token_ids=tuple(self.output_token_ids),
@@ -218,7 +220,8 @@ class Request:
             items=tuple(_item_report(item) for item in prompt.items),
             cached_tokens=self.num_cached_tokens,
             seconds=self.timer.timings(process_seconds),
-            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            logprobs=logprobs,
+            cumulative_logprob=None if logprobs is None else fsum(one.logprob for one in logprobs),
             error=None if self.error is None else str(self.error),
         )
 

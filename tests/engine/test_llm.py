@@ -238,6 +238,20 @@ def test_logprobs_of_a_greedy_output_list_the_selected_token_first(llm: LLM) -> 
     assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in completion.logprobs)
 
 
+@torch.inference_mode()
+def test_cumulative_logprob_is_that_of_one_forward_over_the_output(llm: LLM) -> None:
+    messages, params = [user("Hi")], SamplingParams(temperature=0, max_tokens=5, logprobs=0)
+    (completion,) = llm.chat(messages, params)
+    prompt_ids = llm.prepare(messages, params).prompt.input_ids
+    ids = torch.tensor([*prompt_ids, *completion.token_ids])
+    positions_3T, _ = mrope_positions(ids.tolist(), [], llm.config)
+    hidden_TD = llm.model(ids, positions_3T, AttnMeta.build([len(ids)]))
+    logprobs_TV = llm.model.logits(hidden_TD[len(prompt_ids) - 1 : -1]).float().log_softmax(-1)
+    expected = logprobs_TV.gather(1, ids[len(prompt_ids) :, None]).sum().item()
+    assert completion.cumulative_logprob == pytest.approx(expected, abs=1e-4)
+    assert llm.chat(messages, temperature=0, max_tokens=5)[0].cumulative_logprob is None
+
+
 def llm_with_context(max_model_len: int) -> LLM:
     llm = LLM(random_model(tiny_config()), tiny_processor())
     llm.max_model_len = max_model_len
