@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from qwen2vl import LLM, SamplingParams
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.eval import lmms_plugin
 
+ROOT = Path(__file__).resolve().parents[2]
 MODULE = "qwen2vl.eval.lmms_model"
 
 
@@ -146,7 +148,7 @@ def test_manifest_names_the_class(build: Callable[..., Any]) -> None:
 def test_entry_point_is_declared() -> None:
     import tomllib
 
-    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     points = tomllib.loads(text)["project"]["entry-points"]["lmms_eval.models"]
     assert points == {"qwen2vl": f"{lmms_plugin.__name__}:{lmms_plugin.manifest.__name__}"}
 
@@ -261,8 +263,19 @@ def test_batch_size_is_a_number(build: Callable[..., Any], value: Any) -> None:
 
 
 def test_unknown_arguments_are_refused(build: Callable[..., Any]) -> None:
-    with pytest.raises(InputError, match="device_map"):
+    with pytest.raises(InputError, match="device_map: there is no such model argument"):
         build(device_map="auto")
+    with pytest.raises(InputError, match="engine: there is no such model argument"):
+        build(engine="x")
+
+
+def test_the_guide_lists_the_arguments(build: Callable[..., Any]) -> None:
+    text = (ROOT / "docs/guides/lmms-eval.md").read_text(encoding="utf-8")
+    table = text.partition("| model argument | |\n|---|---|\n")[2].partition("\n\n")[0]
+    names = [
+        name for row in table.splitlines() for name in re.findall("`(\\w+)`", row.split("|")[1])
+    ]
+    assert sorted(names) == sorted(import_module(MODULE).MODEL_ARGUMENTS)
 
 
 def test_several_processes_are_refused(
