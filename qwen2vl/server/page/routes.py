@@ -30,13 +30,17 @@ PAGE_FILES = (
     *(
         f"js/{name}.js"
         for name in (
-            *("main", "dom", "settings_dialog", "sidebar", "theme", "viewer"),
-            *("client/api", "client/conversation", "client/models", "client/request"),
-            *("client/session", "client/settings", "client/store"),
-            *("compose/attachments", "compose/camera", "compose/composer", "compose/drop"),
-            *("compose/frames", "compose/media", "compose/resize"),
+            *("main", "dom", "notice", "settings_dialog", "theme", "viewer"),
+            *("client/answering", "client/api", "client/conversation", "client/database"),
+            *("client/explain", "client/models", "client/request", "client/saving"),
+            *("client/session", "client/settings", "client/store", "client/tabs"),
+            *("compose/attachments", "compose/camera", "compose/composer", "compose/drafts"),
+            *("compose/drop", "compose/frames", "compose/limits", "compose/media"),
+            *("compose/resize",),
+            *("list/conversation_menu", "list/export", "list/library", "list/sidebar"),
             *("answers/answer", "answers/boxes", "answers/markdown", "answers/messages"),
-            *("answers/phrases", "answers/question", "answers/request_code"),
+            *("answers/phrases", "answers/plain_text", "answers/question"),
+            *("answers/request_code",),
         )
     ),
     *(f"vendor/{name}" for name in ("marked.esm.js", "purify.es.mjs", "eventsource-parser.js")),

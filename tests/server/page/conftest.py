@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ from PIL import Image
 from tests.server.conftest import LiveServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 OPTIONS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 EXAMPLES = Path(__file__).parents[3] / "qwen2vl" / "server" / "page" / "examples"
 TIMEOUT = 15_000  # milliseconds
 CHAT = "**/v1/chat/completions"
+MODELS = "**/v1/models"
 LOCATE = "Show me where the blue cross is."
 
 PageOpener = Callable[..., "Page"]
@@ -108,6 +110,70 @@ def write_picture(path: Path, size: tuple[int, int], color: str = "white") -> Pa
     return path
 
 
+def choose(page: Page, title: str, choice: str) -> None:
+    """Choose from the menu of a conversation in the list."""
+    page.get_by_label(f"Options of the conversation {title}").click()
+    page.locator("#conversation-menu").get_by_text(choice).click()
+
+
+def edit(page: Page, number: int = 0) -> None:
+    """Begin to edit a question."""
+    page.locator(".question").nth(number).hover()
+    page.get_by_label("Edit the question").nth(number).click()
+    page.locator("#editing").wait_for()
+
+
+def set_limits(page: Page, **limits: int) -> None:
+    """Let the page, which is loaded again, hear of other limits of the server."""
+    models = page.request.get(f"{page.url}v1/models").json()
+    models["data"][0]["limits"].update(limits)
+    page.route(MODELS, lambda r: r.fulfill(json=models))
+    page.reload()
+    page.locator("#model-name", has_text="nano").wait_for()
+
+
+def refuse(page: Page, status: int, message: str, **details: str) -> None:
+    """Let the server refuse questions, with an error of OpenAI's form."""
+    error = {"message": message, "type": "t", "param": None, "code": "c", **details}
+    page.unroute(CHAT)
+    page.route(CHAT, lambda r: r.fulfill(status=status, json={"error": error}))
+
+
+def hold(page: Page, path: str) -> list[Route]:
+    """Keep requests waiting, and return their list."""
+    held: list[Route] = []
+    page.route(path, lambda route: held.append(route))
+    return held
+
+
+def first_held(page: Page, held: list[Route]) -> Route:
+    """Wait until a request is held: the page may still be reading the files of its question."""
+    deadline = time.monotonic() + TIMEOUT / 1000
+    while not held:
+        assert time.monotonic() < deadline, "no request was sent"
+        page.wait_for_timeout(10)  # the browser's events arrive meanwhile
+    return held[0]
+
+
+def finish(route: Route) -> None:
+    """Answer a question with "ok"."""
+    route.fulfill(status=200, content_type="text/event-stream", body=DONE)
+
+
+def send(page: Page, question: str) -> None:
+    """Ask a question, and do not wait for the answer."""
+    page.fill("#question", question)
+    page.keyboard.press("Enter")
+    page.locator("#stop").wait_for()
+
+
+def requests_of(page: Page) -> list[Any]:
+    """Return the list of bodies that the page sends from now on."""
+    bodies: list[Any] = []
+    page.on("request", lambda r: bodies.append(r.post_data_json) if r.method == "POST" else None)
+    return bodies
+
+
 def last_answer(page: Page) -> Any:
     """Find the last answer."""
     return page.locator(".answer").last
@@ -117,6 +183,9 @@ def event(delta: dict[str, Any], finish_reason: str | None = None) -> str:
     """Return one event of a streamed answer."""
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+
+DONE = event({"content": "ok"}) + event({}, "stop") + "data: [DONE]\n\n"
 
 
 def ask_api(server: LiveServer, question: str, *files: Path) -> dict[str, Any]:

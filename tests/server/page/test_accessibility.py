@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.requirements import needs_chromium
-from tests.server.page.conftest import EXAMPLES, PHONE, PageOpener, ask, attach, problems_of
+from tests.server.page.conftest import (
+    EXAMPLES,
+    LOCATE,
+    PHONE,
+    PageOpener,
+    ask,
+    attach,
+    last_answer,
+    problems_of,
+)
 from tests.server.page.test_media import write_animation
 
 if TYPE_CHECKING:
@@ -49,6 +58,16 @@ def test_axe(open_page: PageOpener, tmp_path: Path, screen: str, scheme: str) ->
     page.get_by_label("Edit the question").first.click()
     found["edit"] = violations(page)
     page.keyboard.press("Escape")
+    if screen == "phone":
+        page.click("#menu")
+    page.get_by_label("Options of the conversation").first.click()
+    found["options"] = violations(page)
+    page.get_by_text("Rename").click()
+    found["rename"] = violations(page)
+    page.keyboard.press("Escape")
+    if screen == "phone":
+        page.keyboard.press("Escape")
+        page.locator("#sidebar").wait_for(state="hidden")
     for button, dialog in [("#settings", "settings-dialog"), (CODE, "code-dialog")]:
         page.locator(button).first.click()
         found[dialog] = violations(page)
@@ -56,6 +75,10 @@ def test_axe(open_page: PageOpener, tmp_path: Path, screen: str, scheme: str) ->
     if screen == "phone":
         page.click("#menu")
         found["menu"] = violations(page)
+    page.get_by_label("Options of the conversation").first.click()
+    page.get_by_text("Delete", exact=True).click()
+    page.locator("#notice").wait_for()
+    found["notice"] = violations(page)
     assert found == {name: [] for name in found}
     problems_of(page)
 
@@ -132,5 +155,10 @@ def test_events_are_told_to_screen_readers(page: Page) -> None:
     ask(page, "What does it say?", EXAMPLES / "text.png")
     assert page.locator("#announcer").inner_text() == "Answer: Tea 3.50"
     assert page.locator("#announcer").get_attribute("role") == "status"
+    page.click("#new")
+    ask(page, LOCATE, EXAMPLES / "boxes.png")
+    pixels = last_answer(page).locator(".rows code").inner_text()
+    said = page.locator("#announcer").inner_text()
+    assert said == f"Answer: blue cross. blue cross: box {pixels}"
     headings = page.locator("#messages h2").all_text_contents()
     assert headings == ["You", "Answer of nano"]

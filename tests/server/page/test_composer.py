@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests.requirements import needs_chromium
-from tests.server.page.conftest import CHAT, EXAMPLES, ask, attach, event, problems_of
+from tests.server.page.conftest import EXAMPLES, ask, attach, problems_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -40,17 +40,55 @@ def test_enter_waits_for_the_picture_that_is_opened(page: Page) -> None:
     assert page.input_value("#question") == ""
 
 
-def test_a_picture_is_not_added_to_another_conversation(page: Page) -> None:
+def test_a_picture_is_added_to_the_draft_of_its_conversation(page: Page) -> None:
     ask(page, "Hi")
     page.evaluate(HOLD)
     page.set_input_files("#file", EXAMPLES / "text.png")
     page.fill("#question", "What does it say?")
     page.keyboard.press("Enter")
     page.click("#new")
+    page.fill("#question", "Another")
     page.evaluate("release()")
     page.wait_for_function("() => !document.getElementById('send').disabled")
     assert page.locator("#attachments li").count() == 0
     assert page.locator("#empty").is_visible()  # nothing was sent either
+    page.locator(".conversation").click()
+    page.locator("#attachments li").wait_for()
+    assert page.input_value("#question") == "What does it say?"
+    assert page.locator(".question").count() == 1
+
+
+def test_drafts_are_kept(page: Page) -> None:
+    ask(page, "Hi")
+    attach(page, EXAMPLES / "text.png")
+    page.locator("#picture-size").press("Home")
+    page.fill("#question", "Half a")
+    page.click("#new")
+    assert page.input_value("#question") == ""
+    assert page.locator("#attachments li").count() == 0
+    page.fill("#question", "New")
+    page.locator(".conversation").click()
+    page.locator("#attachments li").wait_for()
+    assert page.input_value("#question") == "Half a"
+    assert page.locator("#size-text").inner_text() == "at most 16 tokens each"
+    page.reload()
+    page.locator(".answer").wait_for()
+    assert page.input_value("#question") == "Half a"
+    page.click("#new")
+    assert page.input_value("#question") == "New"
+    page.fill("#question", "")
+    stored = page.evaluate("Object.keys(JSON.parse(sessionStorage['qwen2vl.drafts'])).length")
+    assert stored == 1  # nothing is kept of the one that was emptied
+
+
+def test_a_picture_without_a_question_is_not_sent(page: Page) -> None:
+    attach(page, EXAMPLES / "text.png")
+    page.focus("#question")
+    page.keyboard.press("Enter")
+    page.locator("#composer-problem", has_text="Write a question about it first.").wait_for()
+    page.keyboard.type("W")
+    assert page.locator("#composer-problem").is_hidden()
+    assert page.locator(".question").count() == 0
 
 
 def test_a_question_is_not_sent_without_a_file_that_failed(page: Page) -> None:
@@ -91,21 +129,3 @@ def test_an_example_that_cannot_be_loaded_is_said(page: Page) -> None:
     page.locator(".example").first.click()
     page.locator("#attachments li").wait_for()
     assert len(problems_of(page)) == 1
-
-
-def test_files_are_compared_with_the_limit_before_they_are_read(page: Page) -> None:
-    page.evaluate("() => { FileReader.prototype.readAsDataURL = () => { window.isRead = true; }; }")
-    models = page.request.get(f"{page.url}v1/models").json()
-    models["data"][0]["limits"]["max_body_bytes"] = 1000
-    page.route("**/v1/models", lambda r: r.fulfill(json=models))
-    page.evaluate(
-        """async () => {
-        const { loadModels } = await import(new URL("page/js/client/models.js", document.baseURI));
-        await loadModels();
-    }"""
-    )
-    page.route(CHAT, lambda r: r.fulfill(status=200, body=event({"content": "sent"})))
-    attach(page, EXAMPLES / "text.png")
-    ask(page, "What does it say?")
-    assert "too large" in page.locator(".failure p").inner_text()
-    assert not page.evaluate("window.isRead ?? false")

@@ -15,6 +15,8 @@ from tests.server.page.conftest import (
     ask,
     ask_api,
     attach,
+    choose,
+    edit,
     encode,
     last_answer,
 )
@@ -72,7 +74,7 @@ def test_a_reload_brings_the_conversation_back(page: Page) -> None:
     assert page.locator("#empty").is_visible()
     page.locator(".conversation").click()
     page.locator(".answer").nth(1).wait_for()
-    page.locator("#conversations .icon-button").click()
+    choose(page, LOCATE, "Delete")
     page.locator("#no-conversations").wait_for()
     page.reload()
     page.locator("#no-conversations").wait_for()
@@ -82,18 +84,36 @@ def test_a_reload_brings_the_conversation_back(page: Page) -> None:
 def test_an_edited_question_is_asked_again(page: Page) -> None:
     ask(page, "What does it say?", EXAMPLES / "text.png")
     ask(page, "Really?")
-    page.locator(".question").first.hover()
-    page.get_by_label("Edit the question").first.click()
-    area = page.locator(".edit textarea")
-    assert area.input_value() == "What does it say?"
-    area.fill("Can you read this?")
-    area.press("Enter")
+    edit(page)
+    assert page.input_value("#question") == "What does it say?"
+    assert page.locator(".replaced").count() == 3  # what follows it
+    page.fill("#question", "Can you read this?")
+    page.keyboard.press("Enter")
+    page.locator("#editing").wait_for(state="hidden")
     page.locator(".answer .actions").wait_for()
     assert page.locator(".question .line .text").all_inner_texts() == ["Can you read this?"]
     assert last_answer(page).locator(".text").inner_text().strip() == "Tea 3.50"
     page.get_by_label("Generate the answer again").click()
     page.locator(".answer .actions").wait_for()
     assert page.locator(".answer").count() == 1
+
+
+def test_an_edit_changes_the_pictures_or_nothing(page: Page) -> None:
+    ask(page, "What does it say?", EXAMPLES / "boxes.png")
+    ask(page, "And?")
+    edit(page)
+    page.keyboard.press("Enter")
+    page.locator("#editing").wait_for(state="hidden")
+    assert page.locator(".question").count() == 2
+    edit(page)
+    page.get_by_label("Remove boxes.png").click()
+    attach(page, EXAMPLES / "text.png")
+    page.focus("#question")
+    page.keyboard.press("Enter")
+    page.locator("[aria-label='Enlarge text.png']").wait_for()
+    page.locator(".answer .actions").wait_for()
+    assert last_answer(page).locator(".text").inner_text().strip() == "Tea 3.50"
+    assert page.locator(".question").count() == 1
 
 
 @contextmanager
@@ -134,7 +154,7 @@ def test_what_is_deleted_stays_deleted(page: Page) -> None:
         page.fill("#question", "Hi")
         page.keyboard.press("Enter")
         page.locator(".conversation").wait_for()
-        page.get_by_label("Delete the conversation Hi").click()
+        choose(page, "Hi", "Delete")
         page.locator("#no-conversations").wait_for()
     ask(page, "What is 2 + 2?")
     page.locator(".conversation").wait_for()

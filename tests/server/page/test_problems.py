@@ -15,20 +15,18 @@ from tests.server.page.conftest import (
     PageOpener,
     ask,
     attach,
+    edit,
     event,
     last_answer,
     problems_of,
+    refuse,
+    requests_of,
 )
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytestmark = needs_chromium
-
-
-def refuse(page: Page, status: int, message: str) -> None:
-    body = json.dumps({"error": {"message": message, "type": "t", "param": None, "code": "c"}})
-    page.route(CHAT, lambda r: r.fulfill(status=status, content_type="application/json", body=body))
 
 
 def failure(page: Page) -> str:
@@ -66,6 +64,27 @@ def test_errors_are_sentences_and_can_be_retried(page: Page) -> None:
     assert all("Failed to load resource" in problem for problem in problems_of(page))
 
 
+def test_a_failed_question_is_left_out_of_later_requests(page: Page) -> None:
+    refuse(page, 400, "image 1 is damaged", param="messages[0].content[0]")
+    ask(page, "What does it say?", EXAMPLES / "text.png")
+    assert failure(page) == "Picture 1 (text.png) is damaged."
+    page.unroute(CHAT)
+    bodies = requests_of(page)
+    assert ask(page, "Hi")
+    note = page.locator(".question").first.locator(".left-out")
+    assert note.inner_text() == "Not answered, so it is not sent again with later questions."
+    assert page.locator(".left-out").count() == 1
+    (message,) = bodies[0]["messages"]
+    assert message["content"] == [{"type": "text", "text": "Hi"}]
+    edit(page)  # the picture that was refused can be taken away
+    page.get_by_label("Remove text.png").click()
+    page.focus("#question")
+    page.keyboard.press("Enter")
+    page.locator(".answer:not(:has(.failure)) .actions").wait_for()
+    assert page.locator(".left-out").count() == 0
+    assert len(problems_of(page)) == 1
+
+
 def test_refusals_of_the_server_are_shown(page: Page, tmp_path: Path) -> None:
     broken = tmp_path / "cut.mp4"
     broken.write_bytes(b"\0\0\0\x18ftypmp42" + bytes(40))
@@ -97,6 +116,11 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(
     page.fill("#key", "wrong-key")
     page.keyboard.press("Enter")
     page.get_by_text("The server does not accept this key.").wait_for()
+    assert page.evaluate("document.activeElement.id") == "key"
+    for blank in ("", "  "):
+        page.fill("#key", blank)
+        page.keyboard.press("Enter")
+        assert page.locator("#key-dialog[open]").count() == 1
     page.fill("#key", "right-key")
     page.keyboard.press("Enter")
     page.locator("#model-name", has_text="nano").wait_for()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.requirements import needs_chromium
 from tests.server.page.conftest import (
     CHAT,
     EXAMPLES,
+    LOCATE,
     ask,
     event,
     last_answer,
@@ -54,6 +56,17 @@ def test_curl_and_python_get_the_same_answer(
     assert [path.name for path in tmp_path.iterdir()] == [shown]
 
 
+def test_the_python_program_shows_boxes(page: Page, tmp_path: Path) -> None:
+    shutil.copy(EXAMPLES / "boxes.png", tmp_path)
+    ask(page, LOCATE, tmp_path / "boxes.png")
+    page.get_by_label("Show the request").click()
+    page.click("#code-python")
+    command = [sys.executable, "-c", page.locator("#code-text").inner_text()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    _, box = done.stdout.splitlines()
+    assert "'label': 'blue cross'" in box and "'coordinates': [" in box, done.stderr
+
+
 @pytest.mark.parametrize(
     ("kind", "type_", "shown"),
     [
@@ -68,8 +81,8 @@ def test_only_a_plain_media_type_is_written(page: Page, kind: str, type_: str, s
         const url = new URL("page/js/answers/request_code.js", document.baseURI);
         const { showRequestCode } = await import(url);
         const media = new Map([["m", { id: "m", kind, name: "a", type, blob: new Blob() }]]);
-        const settings = { system: "", maxTokens: 1, temperature: null, maxPixels: null };
-        const messages = [{ role: "user", text: "Hi", media: ["m"] }];
+        const settings = { system: "", maxTokens: 1, temperature: null };
+        const messages = [{ role: "user", text: "Hi", media: ["m"], maxPixels: null }];
         showRequestCode(messages, media, { settings, model: "nano" });
         return document.getElementById("code-text").textContent;
     }"""

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tests.requirements import needs_chromium
 from tests.server.page.conftest import (
     CHAT,
     EXAMPLES,
+    MODELS,
     PageOpener,
     ask,
     attach,
+    edit,
     event,
+    finish,
+    first_held,
+    hold,
     last_answer,
     problems_of,
+    send,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from playwright.sync_api import Page, Route
+    from playwright.sync_api import Page
 
     from tests.server.conftest import ServerStarter
 
 pytestmark = needs_chromium
-
-MODELS = "**/v1/models"
-DONE = event({"content": "ok"}) + event({}, "stop") + "data: [DONE]\n\n"
-
-
-def finish(route: Route) -> None:
-    route.fulfill(status=200, content_type="text/event-stream", body=DONE)
-
-
-def hold(page: Page, path: str) -> list[Route]:
-    """Keep requests waiting, and return their list."""
-    held: list[Route] = []
-    page.route(path, lambda route: held.append(route))
-    return held
-
-
-def send(page: Page, question: str) -> None:
-    page.fill("#question", question)
-    page.keyboard.press("Enter")
-    page.locator("#stop").wait_for()
-
 
 # Stop and keys ------------------------------------------------------------------------------------
 
@@ -60,7 +45,7 @@ def test_stop_while_the_models_load(page: Page) -> None:
     assert len(held) == 1  # the page and the question wait for the same response
     sent: list[str] = []
     page.on("request", lambda r: sent.append(r.url) if r.method == "POST" else None)
-    held[0].continue_()
+    first_held(page, held).continue_()
     page.locator("#model-name", has_text="nano").wait_for()
     page.wait_for_timeout(100)
     assert sent == []
@@ -91,6 +76,111 @@ def test_models_that_are_not_json_are_said(page: Page) -> None:
     page.locator("#problem", has_text="is not a list of models").wait_for()
 
 
+# Several conversations and tabs -------------------------------------------------------------------
+
+
+def test_an_answer_goes_on_while_another_conversation_is_shown(page: Page) -> None:
+    held = hold(page, CHAT)
+    send(page, "Slow")
+    page.click("#new")
+    page.locator(".conversation .running").wait_for()
+    assert page.locator("#send").is_visible()
+    send(page, "Second")  # one for each conversation
+    page.locator(".conversation .running").nth(1).wait_for()
+    finish(first_held(page, held))
+    page.locator(".conversation:not(:has(.running))", has_text="Slow").wait_for()
+    assert page.locator("#announcer").inner_text() == "“Slow” is answered."
+    assert page.locator(".answer .actions").count() == 0  # of the second
+    page.locator(".conversation", has_text="Slow").click()
+    page.locator(".answer .text", has_text="ok").wait_for()
+    page.locator(".conversation", has_text="Second").click()
+    page.locator(".answer .waiting").wait_for()
+    page.keyboard.press("Escape")
+    page.locator(".answer .note", has_text="Stopped.").wait_for()
+
+
+def second_tab(page: Page) -> Page:
+    """Open the conversation of a page in another tab."""
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("body.ready")
+    other.locator(".conversation").first.click()
+    other.locator(".question").first.wait_for()
+    return other
+
+
+def questions(page: Page) -> list[str]:
+    return page.locator(".question .line .text").all_inner_texts()
+
+
+def test_two_tabs_show_the_same(page: Page) -> None:
+    page.context.route(CHAT, finish)
+    ask(page, "One")
+    page.locator(".conversation").wait_for()
+    other = second_tab(page)
+    ask(page, "Two", EXAMPLES / "text.png")
+    other.locator(".answer .actions").nth(1).wait_for()
+    other.locator("[aria-label='Enlarge text.png']").wait_for()
+    ask(other, "Three")
+    page.locator(".answer .actions").nth(2).wait_for()
+    assert questions(page) == questions(other) == ["One", "Two", "Three"]
+    page.locator(".conversation").focus()
+    page.keyboard.press("F2")
+    page.keyboard.type("Named")
+    page.keyboard.press("Enter")
+    other.locator("#title", has_text="Named").wait_for()
+    page.keyboard.press("Delete")
+    other.locator("#empty").wait_for()
+    page.locator("#notice button", has_text="Undo").click()
+    other.locator(".conversation", has_text="Named").wait_for()
+
+
+def test_a_tab_waits_for_the_answer_of_another(page: Page) -> None:
+    page.context.route(CHAT, finish)
+    ask(page, "One")
+    page.locator(".conversation").wait_for()
+    held = hold(page, CHAT)
+    send(page, "Two")
+    other = second_tab(page)
+    other.locator("#composer-problem", has_text="Another tab is receiving").wait_for()
+    assert other.locator(".answer").nth(1).get_attribute("aria-busy") == "true"
+    other.fill("#question", "Three")
+    other.keyboard.press("Enter")
+    assert questions(other) == ["One", "Two"]
+    finish(first_held(page, held))
+    other.locator(".answer .actions").nth(1).wait_for()
+    other.locator("#composer-problem").wait_for(state="hidden")
+    send(page, "Four")
+    other.locator("[aria-busy]").wait_for()
+    page.close()  # its answer will not come
+    other.locator(".failure", has_text="The page was closed").wait_for()
+
+
+def test_tabs_that_do_not_hear_each_other_lose_nothing(page: Page) -> None:
+    page.context.route(CHAT, finish)
+    page.context.add_init_script("BroadcastChannel.prototype.postMessage = () => {};")
+    page.reload()
+    ask(page, "One")
+    page.locator(".conversation").wait_for()
+    other = second_tab(page)
+    ask(page, "Two", EXAMPLES / "text.png")
+    assert questions(other) == ["One"]
+    ask(other, "Three", EXAMPLES / "boxes.png")
+    other.locator("#notice", has_text="The questions of both are kept.").wait_for()
+    assert questions(other) == ["One", "Two", "Three"]
+    edit(page, 1)  # this tab does not know the third
+    page.fill("#question", "Two again")
+    page.keyboard.press("Enter")
+    page.locator("#notice", has_text="The questions of both are kept.").wait_for()
+    assert questions(page) == ["One", "Two", "Three", "Two again"]
+    page.locator(".answer .actions").nth(3).wait_for()
+    page.reload()
+    page.locator(".answer").nth(3).wait_for()
+    assert questions(page) == ["One", "Two", "Three", "Two again"]
+    names = ("text.png", "boxes.png", "text.png")
+    assert [one.get_attribute("title") for one in page.locator(".media > li").all()] == [*names]
+
+
 # What stays as it is ------------------------------------------------------------------------------
 
 
@@ -98,16 +188,19 @@ def test_an_edit_stays_while_an_answer_ends(page: Page) -> None:
     ask(page, "What does it say?", EXAMPLES / "text.png")
     held = hold(page, CHAT)
     send(page, "Really?")
-    page.locator(".question").first.hover()
-    page.get_by_label("Edit the question").first.click()
-    page.locator(".edit textarea").fill("Can you read")
-    finish(held[0])
+    page.fill("#question", "And a dr")
+    edit(page)
+    page.fill("#question", "Can you read")
+    finish(first_held(page, held))
     page.locator(".answer .actions").nth(1).wait_for()
     page.keyboard.type(" this?")  # the focus is still there
-    assert page.locator(".edit textarea").input_value() == "Can you read this?"
+    assert page.input_value("#question") == "Can you read this?"
+    page.keyboard.press("Escape")
+    assert page.input_value("#question") == "And a dr"
     send(page, "And now?")
-    page.locator(".edit textarea").press("Escape")
-    page.locator(".edit").wait_for(state="detached")
+    edit(page)
+    page.locator("#question").press("Escape")
+    page.locator("#editing").wait_for(state="hidden")
     assert page.evaluate("document.activeElement.ariaLabel") == "Edit the question"
     assert page.locator("#stop").is_visible()  # the answer goes on
     page.keyboard.press("Escape")
@@ -121,7 +214,7 @@ def test_a_video_stays_while_an_answer_ends(page: Page, tmp_path: Path) -> None:
     held = hold(page, CHAT)
     send(page, "Which one begins to move first?")
     page.evaluate("window.video = document.querySelector('.question video')")
-    held[0].continue_()
+    first_held(page, held).continue_()
     page.locator(".answer .actions").wait_for()
     page.locator(".strip").wait_for()
     assert page.evaluate("window.video === document.querySelector('.question video')")
@@ -134,15 +227,12 @@ def test_a_question_reads_the_pictures_of_its_own_conversation(page: Page) -> No
     attach(page, EXAMPLES / "text.png")
     send(page, "What does it say?")
     page.click("#new")
-    page.route(CHAT, finish)
-    sent: list[Any] = []
-    page.on("request", lambda r: sent.append(r.url) if r.method == "POST" else None)
-    held[0].continue_()
-    page.locator("#model-name", has_text="nano").wait_for()
-    page.wait_for_timeout(100)
-    assert sent == []
+    attach(page, EXAMPLES / "boxes.png")  # is not sent
+    first_held(page, held).continue_()
+    page.locator(".conversation:not(:has(.running))").wait_for()
     page.locator(".conversation").click()
-    page.locator(".answer .note", has_text="Stopped.").wait_for()
+    page.locator(".answer .actions").wait_for()
+    assert last_answer(page).locator(".text").inner_text().strip() == "Tea 3.50"
 
 
 # Storage ------------------------------------------------------------------------------------------
@@ -188,9 +278,8 @@ def test_pictures_of_dropped_questions_are_deleted(page: Page) -> None:
     ask(page, "What does it say?", EXAMPLES / "text.png")
     ask(page, "And this?", EXAMPLES / "boxes.png")
     assert page.evaluate(STORED) == 2
-    page.locator(".question").first.hover()
-    page.get_by_label("Edit the question").first.click()
-    page.locator(".edit textarea").fill("Can you read this?")
+    edit(page)
+    page.fill("#question", "Can you read this?")
     page.keyboard.press("Enter")
     page.locator(".question .line .text", has_text="Can you read this?").wait_for()
     page.locator(".answer .actions").wait_for()

@@ -87,6 +87,16 @@ export function announce(text) {
 }
 
 /**
+ * Shows a sentence in an element, which is hidden without one. The same sentence is told once.
+ * @param {HTMLElement} node
+ * @param {string} sentence
+ */
+export function showSentence(node, sentence) {
+  if (node.textContent !== sentence) node.textContent = sentence;
+  node.hidden = sentence === "";
+}
+
+/**
  * Copies a text; `button` confirms it for a moment.
  * @param {string} text
  * @param {HTMLElement} [button]

@@ -2,7 +2,7 @@
 
 import { byId } from "./dom.js";
 import { askForKey, loadModels } from "./client/models.js";
-import { DEFAULTS, apiKey, changeSettings, setApiKey, settings } from "./client/settings.js";
+import { apiKey, changeSettings, setApiKey, settings } from "./client/settings.js";
 
 /** @param {() => Promise<void>} deleteAll  deletes all conversations */
 export function prepareSettings(deleteAll) {
@@ -16,8 +16,13 @@ export function prepareSettings(deleteAll) {
   byId("settings").addEventListener("click", () => {
     theme.value = settings().theme;
     system.value = settings().system;
-    maxTokens.value = String(settings().maxTokens);
-    temperature.value = settings().temperature === null ? "" : String(settings().temperature);
+    for (const [field, value] of /** @type {const} */ ([
+      [maxTokens, settings().maxTokens],
+      [temperature, settings().temperature],
+    ])) {
+      field.value = value === null ? "" : String(value);
+      showInvalid(field, false);
+    }
     byId("forget-key").hidden = apiKey() === "";
     confirm.hidden = true;
     dialog.showModal();
@@ -26,17 +31,12 @@ export function prepareSettings(deleteAll) {
     changeSettings({ theme: /** @type {any} */ (theme.value) }),
   );
   system.addEventListener("change", () => changeSettings({ system: system.value.trim() }));
-  maxTokens.addEventListener("change", () => {
-    const given = maxTokens.valueAsNumber;
-    changeSettings({ maxTokens: given >= 1 ? Math.floor(given) : DEFAULTS.maxTokens });
-    maxTokens.value = String(settings().maxTokens);
-  });
-  temperature.addEventListener("change", () => {
-    const given = temperature.valueAsNumber;
-    const isValid = given >= 0 && given <= 2;
-    changeSettings({ temperature: isValid ? given : null });
-    if (!isValid) temperature.value = "";
-  });
+  /** @type {(value: number | null) => void} */
+  const takeMaxTokens = (value) => changeSettings({ maxTokens: value });
+  maxTokens.addEventListener("change", () => takeNumber(maxTokens, takeMaxTokens));
+  /** @type {(value: number | null) => void} */
+  const takeTemperature = (value) => changeSettings({ temperature: value });
+  temperature.addEventListener("change", () => takeNumber(temperature, takeTemperature));
   byId("enter-key").addEventListener("click", async () => {
     dialog.close();
     if (await askForKey()) loadModels();
@@ -54,4 +54,26 @@ export function prepareSettings(deleteAll) {
     confirm.hidden = true;
     byId("delete-all").focus();
   });
+}
+
+/**
+ * Takes a number, or null for an empty field. A value that is not allowed changes nothing; the note
+ * below the field, which has the range, then is a warning.
+ * @param {HTMLInputElement} field
+ * @param {(value: number | null) => void} take
+ */
+function takeNumber(field, take) {
+  const { valid, stepMismatch } = field.validity;
+  const isAllowed = valid || (stepMismatch && field.step !== "1"); // 0.25 is a temperature, too
+  showInvalid(field, !isAllowed);
+  if (isAllowed) take(field.value === "" ? null : field.valueAsNumber);
+}
+
+/**
+ * @param {HTMLInputElement} field
+ * @param {boolean} isInvalid
+ */
+function showInvalid(field, isInvalid) {
+  field.setAttribute("aria-invalid", String(isInvalid));
+  byId(`${field.id}-range`).classList.toggle("wrong", isInvalid);
 }

@@ -3,6 +3,9 @@
 import { linkShapes, shapesFigure } from "./boxes.js";
 import { copyText, element, formatNumber, icon, iconButton } from "../dom.js";
 import { renderMarkdown } from "./markdown.js";
+import { smallerText } from "../client/explain.js";
+import { askForKey, currentModel } from "../client/models.js";
+import { changeSettings } from "../client/settings.js";
 import { linkPhrases } from "./phrases.js";
 import { showRequestCode } from "./request_code.js";
 
@@ -10,7 +13,8 @@ import { showRequestCode } from "./request_code.js";
 /** @typedef {import("../client/conversation.js").Answer} Answer */
 /** @typedef {import("../compose/media.js").Media} Media */
 
-const CUT = "The answer was cut at its largest length. The settings have the limit.";
+const CUT = "The answer was cut: it reached “Longest answer” in the settings.";
+const FULL = "The answer was cut: nothing more fits into the context of the model.";
 
 /**
  * Returns the element of an answer.
@@ -33,8 +37,9 @@ export function answerItem(session, answer, index) {
     item.append(shapesFigure(answer.grounding, pictures, answer.paths));
     linkShapes(item);
   }
+  const cut = answer.settings.maxTokens === null ? FULL : CUT;
   const note =
-    answer.state === "cut" ? CUT : answer.state === "stopped" && !answer.error && "Stopped.";
+    answer.state === "cut" ? cut : answer.state === "stopped" && !answer.error && "Stopped.";
   if (note) item.append(element("p", { class: "note", text: note }));
   if (answer.error) item.append(failure(session, answer, isLast));
   item.append(actionsOf(session, answer, index, isLast));
@@ -84,8 +89,31 @@ function failure(session, answer, isLast) {
     "div",
     { class: "failure" },
     element("p", { text: answer.error }),
-    isLast && retry,
+    isLast &&
+      element("div", { class: "buttons" }, ...remedyButtons(session, answer.remedies), retry),
   );
+}
+
+/**
+ * @param {Session} session
+ * @param {import("../client/conversation.js").Remedies} remedies
+ */
+function remedyButtons(session, { tokens, pixels, key }) {
+  const factor = currentModel()?.limits.resize_factor;
+  const button = (/** @type {string} */ text, /** @type {() => void} */ run) =>
+    element("button", { type: "button", class: "quiet", text, on: { click: run } });
+  const askFreely = () => {
+    changeSettings({ maxTokens: null });
+    session.regenerate();
+  };
+  const askWithKey = async () => (await askForKey()) && session.regenerate();
+  return [
+    ...(tokens ? [button("Clear “Longest answer” and ask again", askFreely)] : []),
+    ...(pixels && factor
+      ? [button(smallerText(pixels, factor), () => session.regenerate(pixels))]
+      : []),
+    ...(key ? [button("Enter the key", askWithKey)] : []),
+  ];
 }
 
 /**

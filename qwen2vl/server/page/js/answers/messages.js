@@ -1,7 +1,8 @@
 /** Shows the messages of a conversation. */
 
 import { answerItem, answerText } from "./answer.js";
-import { questionItem, showUsages } from "./question.js";
+import { questionItem, showLeftOut, showUsages } from "./question.js";
+import { isLeftOut } from "../client/conversation.js";
 
 /** @typedef {import("../client/session.js").Session} Session */
 /** @typedef {import("../client/conversation.js").Answer} Answer */
@@ -11,7 +12,9 @@ import { questionItem, showUsages } from "./question.js";
  * What is shown of each message: its element, and of what it was made.
  * @type {WeakMap<import("../client/conversation.js").Message, {item: HTMLElement, made: string}>}
  */
-const shown = new WeakMap();
+let shown = new WeakMap();
+/** @type {import("../client/conversation.js").Conversation | null} */
+let conversation = null; // of which they are
 
 /**
  * Shows all messages of the session. The element of a message that has not changed stays, with
@@ -20,7 +23,9 @@ const shown = new WeakMap();
  * @param {HTMLElement} list
  */
 export function renderMessages(session, list) {
-  const { messages } = session.conversation;
+  if (conversation !== session.conversation) shown = new WeakMap(); // their URLs are released
+  conversation = session.conversation;
+  const { messages } = conversation;
   const seen = mediaUsages(session);
   messages.forEach((message, index) => {
     const item =
@@ -41,10 +46,14 @@ export function renderMessages(session, list) {
  * @param {Map<string, MediaUsage>} seen
  */
 function currentQuestion(session, message, index, seen) {
-  const made = JSON.stringify(message.media.map((id) => seen.get(id) ?? null));
+  const leftOut = isLeftOut(session.conversation.messages, index);
+  const made = JSON.stringify([leftOut, message.media.map((id) => seen.get(id) ?? null)]);
   const known = shown.get(message);
-  const item = known?.item ?? questionItem(session, message, index);
-  if (known?.made !== made) showUsages(item, session, message, seen);
+  const item = known?.item ?? questionItem(session, message);
+  if (known?.made !== made) {
+    showUsages(item, session, message, seen);
+    showLeftOut(item, leftOut);
+  }
   shown.set(message, { item, made });
   return item;
 }

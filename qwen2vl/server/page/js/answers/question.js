@@ -10,13 +10,14 @@ import { showPicture } from "../viewer.js";
 /** @typedef {import("../compose/media.js").Media} Media */
 /** @typedef {import("../client/api.js").MediaUsage} MediaUsage */
 
+const LEFT_OUT = "Not answered, so it is not sent again with later questions.";
+
 /**
  * Returns the element of a question; `showUsages` adds what the server says about its files.
  * @param {Session} session
  * @param {UserMessage} message
- * @param {number} index
  */
-export function questionItem(session, message, index) {
+export function questionItem(session, message) {
   const media = mediaOf(session, message);
   const lost = message.media.length - media.length;
   const text = element("p", { class: "text", text: message.text });
@@ -38,7 +39,9 @@ export function questionItem(session, message, index) {
     iconButton("copy", "Copy the question", (event) =>
       copyText(message.text, /** @type {HTMLElement} */ (event.currentTarget)),
     ),
-    iconButton("edit", "Edit the question", () => editQuestion(session, index, text, actions)),
+    iconButton("edit", "Edit the question", () =>
+      session.dispatchEvent(new CustomEvent("edit", { detail: message })),
+    ),
   );
   item.append(element("div", { class: "line" }, text, actions));
   return item;
@@ -64,18 +67,31 @@ export function showUsages(item, session, message, seen) {
   mediaOf(session, message).forEach((media, index) => {
     const usage = seen.get(media.id);
     tiles[index].querySelector(":scope > .note, :scope > .strip")?.remove();
-    if (usage) tiles[index].append(...usageParts(media, usage));
+    if (usage) tiles[index].append(...usageParts(media, usage, message.maxPixels));
   });
+}
+
+/**
+ * Says below a question that later requests leave it out.
+ * @param {HTMLElement} item  of the question
+ * @param {boolean} isLeftOut
+ */
+export function showLeftOut(item, isLeftOut) {
+  item.querySelector(":scope > .left-out")?.remove();
+  if (isLeftOut) item.append(element("p", { class: "left-out note", text: LEFT_OUT }));
 }
 
 /**
  * @param {Media} media
  * @param {MediaUsage} usage
+ * @param {number | null} maxPixels
  */
-function usageParts(media, usage) {
+function usageParts(media, usage, maxPixels) {
   if (media.kind === "video") return usage.frame_timestamps ? [frameStrip(media, usage)] : [];
   const size = `${usage.resized_size.width} × ${usage.resized_size.height}`;
-  return [element("span", { class: "note", text: `${size} · ${count(usage.tokens, "token")}` })];
+  const limited = maxPixels === null ? "" : " · size limited";
+  const text = `${size} · ${count(usage.tokens, "token")}${limited}`;
+  return [element("span", { class: "note", text })];
 }
 
 /**
@@ -115,47 +131,4 @@ function videoTile(media, number) {
     { class: "video", title: media.name },
     element("div", { class: "player" }, player, number),
   );
-}
-
-/**
- * @param {Session} session
- * @param {number} index
- * @param {HTMLElement} text
- * @param {HTMLElement} actions
- */
-function editQuestion(session, index, text, actions) {
-  const message = /** @type {UserMessage} */ (session.conversation.messages[index]);
-  const area = /** @type {HTMLTextAreaElement} */ (
-    element("textarea", { "aria-label": "Question", rows: "3" })
-  );
-  area.value = message.text;
-  const close = () => {
-    form.replaceWith(text, actions);
-    /** @type {HTMLElement | null} */ (actions.lastElementChild)?.focus();
-  };
-  const form = element(
-    "form",
-    { class: "edit" },
-    area,
-    element("button", { type: "button", class: "quiet", text: "Cancel", on: { click: close } }),
-    element("button", { type: "submit", class: "primary", text: "Ask again" }),
-  );
-  const send = () => area.value.trim() && session.edit(index, area.value.trim());
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    send();
-  });
-  form.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.isComposing) return;
-    event.preventDefault(); // an answer that runs goes on
-    close();
-  });
-  area.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-    event.preventDefault();
-    send();
-  });
-  actions.remove();
-  text.replaceWith(form);
-  area.focus();
 }

@@ -140,7 +140,10 @@ answer = client.chat.completions.create(
 ${named.join("\n")}
     extra_body={"return_grounding": ${toPython(return_grounding, 0)}},
 )
-print(answer.choices[0].message.content)
+message = answer.choices[0].message
+print(message.content)
+for shape in getattr(message, "grounding", None) or []:
+    print(shape)
 `;
 }
 

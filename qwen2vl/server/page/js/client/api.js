@@ -8,11 +8,15 @@ export class RequestError extends Error {
   /**
    * @param {string} message
    * @param {number} [status]  of HTTP; 0: there was no response
+   * @param {{code?: string, param?: string, message?: string}} [details]  of the server
    */
-  constructor(message, status = 0) {
+  constructor(message, status = 0, details = {}) {
     super(message);
     this.name = "RequestError";
     this.status = status;
+    this.code = details.code ?? "";
+    this.param = details.param ?? ""; // path of what is wrong in the request
+    this.original = details.message ?? message; // in the words of the API
   }
 }
 
@@ -87,7 +91,7 @@ export async function* streamChat(body, signal) {
       continue;
     }
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new RequestError(toSentence(chunk.error.message), 200);
+    if (chunk.error) throw new RequestError(toSentence(chunk.error.message), 200, chunk.error);
     for (const choice of chunk.choices) yield* eventsOf(choice);
     if (chunk.usage) yield { event: "usage", usage: chunk.usage };
   }
@@ -159,13 +163,13 @@ async function call(path, options) {
 
 /** @param {Response} response */
 async function toError(response) {
-  let message = "";
   try {
-    message = toSentence((await response.json()).error.message);
+    const { error } = await response.json();
+    return new RequestError(toSentence(error.message), response.status, error);
   } catch {
-    message = `The server answered with the status ${response.status}.`; // not of this server
+    const { status } = response; // not of this server
+    return new RequestError(`The server answered with the status ${status}.`, status);
   }
-  return new RequestError(message, response.status);
 }
 
 /**

@@ -105,6 +105,7 @@ function showKeyDialog() {
   setApiKey("");
   input.value = "";
   if (!dialog.open) dialog.showModal();
+  input.focus();
   return new Promise((resolve) => {
     dialog.onclose = () => {
       const isGiven = dialog.returnValue === "use" && input.value.trim() !== "";

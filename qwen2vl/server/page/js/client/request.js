@@ -1,6 +1,7 @@
 /** Writes the body of a chat request for a conversation and the settings. */
 
 import { RequestError } from "./api.js";
+import { sentMessages } from "./conversation.js";
 import { dataUrl } from "../compose/media.js";
 
 /** @typedef {import("./conversation.js").Message} Message */
@@ -26,16 +27,16 @@ export function buildRequest(messages, media, settings, model, toUrl) {
   /** @type {Record<string, string>} */
   const paths = {};
   const written = settings.system ? [{ role: "system", content: settings.system }] : [];
-  for (const message of messages) {
+  for (const message of sentMessages(messages)) {
     if (message.role === "assistant") {
-      if (message.text) written.push({ role: "assistant", content: message.text });
-      continue; // an answer that failed is left out
+      written.push({ role: "assistant", content: message.text });
+      continue;
     }
     /** @type {any[]} */
     const items = [];
     for (const one of message.media.map((id) => media.get(id)).filter((found) => !!found)) {
       paths[`messages[${written.length}].content[${items.length}]`] = one.id;
-      items.push(toItem(one, settings, toUrl));
+      items.push(toItem(one, message.maxPixels, toUrl));
     }
     if (message.text) items.push({ type: "text", text: message.text });
     written.push({ role: "user", content: /** @type {any} */ (items) });
@@ -43,7 +44,7 @@ export function buildRequest(messages, media, settings, model, toUrl) {
   const body = {
     model,
     messages: written,
-    max_tokens: settings.maxTokens,
+    ...(settings.maxTokens === null ? {} : { max_tokens: settings.maxTokens }),
     ...(settings.temperature === null ? {} : { temperature: settings.temperature }),
     return_grounding: true,
   };
@@ -52,13 +53,13 @@ export function buildRequest(messages, media, settings, model, toUrl) {
 
 /**
  * @param {Media} media
- * @param {Settings} settings
+ * @param {number | null} maxPixels
  * @param {(media: Media) => unknown} toUrl
  */
-function toItem(media, settings, toUrl) {
+function toItem(media, maxPixels, toUrl) {
   const url = toUrl(media);
   if (media.kind === "video") return { type: "video_url", video_url: { url } };
-  const size = settings.maxPixels === null ? {} : { max_pixels: settings.maxPixels };
+  const size = maxPixels === null ? {} : { max_pixels: maxPixels };
   return { type: "image_url", image_url: { url }, ...size };
 }
 
@@ -71,10 +72,10 @@ function toItem(media, settings, toUrl) {
  * @returns {Promise<ChatRequest>}
  */
 export async function prepareRequest(messages, media, settings, model) {
-  const ids = messages.flatMap((one) => (one.role === "user" ? one.media : []));
+  const ids = sentMessages(messages).flatMap((one) => (one.role === "user" ? one.media : []));
   const files = ids.map((id) => media.get(id)).filter((found) => !!found);
-  const size = files.reduce((sum, { blob }) => sum + 4 * Math.ceil(blob.size / 3), 0); // as base64
-  if (size > model.limits.max_body_bytes) throw new RequestError(tooLarge(size, model));
+  const problem = sizeProblem(files, model.limits.max_body_bytes);
+  if (problem) throw new RequestError(problem);
   /** @type {Map<string, string>} */
   const urls = new Map();
   for (const one of files) urls.set(one.id, await dataUrl(one));
@@ -82,12 +83,27 @@ export async function prepareRequest(messages, media, settings, model) {
 }
 
 /**
- * @param {number} size
- * @param {import("./api.js").Model} model
+ * Returns why files cannot be sent in one request, or an empty string.
+ * @param {Media[]} files
+ * @param {number} limit  of the request, in bytes
  */
-function tooLarge(size, model) {
-  const [given, limit] = [size, model.limits.max_body_bytes].map(
-    (n) => `${(n / 1e6).toFixed(0)} MB`,
-  );
-  return `The pictures and videos of this conversation are too large: ${given} as they are sent, and the server takes ${limit}. Use smaller files, or begin a new conversation.`;
+export function sizeProblem(files, limit) {
+  const size = files.reduce((sum, { blob }) => sum + encodedSize(blob.size), 0);
+  if (size <= limit) return "";
+  const which =
+    files.length > 1 ? "The pictures and videos of this conversation have" : `${files[0].name} has`;
+  return `${which} ${megabytes(size)} as they are sent, a third more than their files, and the server takes ${megabytes(limit)}. Use smaller files, or begin a new conversation.`;
+}
+
+/**
+ * Returns the size of a file as base64.
+ * @param {number} bytes
+ */
+export function encodedSize(bytes) {
+  return 4 * Math.ceil(bytes / 3);
+}
+
+/** @param {number} bytes */
+export function megabytes(bytes) {
+  return `${(bytes / 1e6).toFixed(1).replace(/\.0$/, "")} MB`;
 }

@@ -1,203 +1,239 @@
 /**
- * The conversation on the page: its messages, the request that runs, and what is stored.
+ * The conversation on the page, and the requests that run.
  *
- * Events: "change" (messages were added, removed or finished), "text" (the answer has grown),
- * "list" (the stored conversations have changed), "unsaved" (not stored; `detail` is the error).
+ * Events: "change" (messages of the conversation that is shown were added, removed or finished),
+ * "text" (its answer has grown), "list" (the stored conversations or the requests have changed),
+ * "edit" (a question is to be edited; `detail` is the message), "answered" (a request has ended;
+ * `detail` is the run), "merged" (another tab has asked in the conversation, too), "unsaved" (not
+ * stored; `detail` is the error).
  */
 
-import { RequestError, isAbort, streamChat, untilAborted } from "./api.js";
-import { endInterrupted, newAnswer, newConversation } from "./conversation.js";
+import { receiveAnswer } from "./answering.js";
+import * as content from "./conversation.js";
 import { announce } from "../dom.js";
 import { releaseStrips } from "../compose/frames.js";
 import { releaseMedia } from "../compose/media.js";
-import { askForKey, currentModel, loadModels } from "./models.js";
-import { prepareRequest } from "./request.js";
+import { askForKey } from "./models.js";
+import { Saver } from "./saving.js";
 import { settings } from "./settings.js";
-import {
-  deleteConversation,
-  deleteEverything,
-  deleteMedia,
-  listMedia,
-  saveConversation,
-  saveMedia,
-} from "./store.js";
+import * as store from "./store.js";
+import { tabEvents, tellTabs } from "./tabs.js";
 
+/** @typedef {import("./answering.js").Run} Run */
 /** @typedef {import("../compose/media.js").Media} Media */
-/** @typedef {import("./conversation.js").Answer} Answer */
-/** @typedef {import("./conversation.js").Message} Message */
 /** @typedef {import("./conversation.js").Conversation} Conversation */
+/** @typedef {Map<string, Media>} MediaMap */
 
-const SAVE_INTERVAL = 1000; // milliseconds, while an answer grows
 const MAX_TITLE = 60;
 
 export class Session extends EventTarget {
-  conversation = newConversation();
-  /** @type {Map<string, Media>} */
+  conversation = content.newConversation();
+  /** @type {MediaMap} */
   media = new Map();
-  /** @type {{controller: AbortController, answer: Answer} | null} */
-  #running = null;
-  #savedAt = 0;
-  /** @type {Set<string>} */
-  #deleted = new Set(); // ids of conversations, which a request that ends must not store again
+  /** @type {Map<string, Run>} */
+  #running = new Map(); // by the id of the conversation: it goes on while another one is shown
+  #shows = 0; // how often another conversation was shown
+  #saver = new Saver((type, detail) => {
+    if (type !== "merged") this.#tell(type, detail);
+    else if (detail === this.conversation) ["change", "merged"].forEach((one) => this.#tell(one));
+  });
 
+  constructor() {
+    super();
+    /** @type {(type: string, listener: (detail: any) => void) => void} */
+    const on = (type, listener) =>
+      tabEvents.addEventListener(type, (event) =>
+        listener(/** @type {CustomEvent} */ (event).detail),
+      );
+    on("saved", ({ id }) => this.reload(id));
+    on("answering", ({ id }) => this.reload(id));
+    on("opened", ({ id }) => this.#running.has(id) && tellTabs("answering", { id }));
+    on("deleted", ({ id }) => this.drop(id));
+    on("left", ({ ids }) => {
+      if (!ids.includes(this.conversation.id) || this.isRunning) return;
+      content.endInterrupted(this.conversation);
+      this.#tell("change");
+    });
+    addEventListener("pagehide", () => tellTabs("left", { ids: [...this.#running.keys()] }));
+  }
+
+  /** Whether an answer of the conversation that is shown is received. */
   get isRunning() {
-    return this.#running !== null;
+    return this.isAnswering(this.conversation.id);
+  }
+
+  /** Whether another tab receives an answer of the conversation that is shown. */
+  get isAnsweredElsewhere() {
+    return !this.isRunning && content.isActive(this.conversation.messages.at(-1));
+  }
+
+  /** @param {string} id  of a conversation */
+  isAnswering(id) {
+    return this.#running.has(id);
   }
 
   /** Begins an empty conversation; it is stored with its first message. */
   startNew() {
-    this.#show(newConversation(), []);
+    this.#show(content.newConversation(), new Map());
   }
 
   /**
    * Shows a stored conversation.
-   * @param {Conversation} conversation
+   * @param {string} id
    */
-  async open(conversation) {
-    const media = await listMedia(conversation.id).catch(() => []);
-    endInterrupted(conversation);
-    this.#show(conversation, media);
+  async open(id) {
+    this.#saver.allow(id);
+    const run = this.#running.get(id);
+    if (run) return this.#show(run.conversation, run.media);
+    this.#shows += 1;
+    const shows = this.#shows;
+    const [found, media] = await Promise.all([
+      store.loadConversation(id).catch(() => undefined),
+      store.listMedia(id).catch(() => []),
+    ]);
+    if (shows !== this.#shows) return; // another one was shown meanwhile
+    if (!found) return this.#tell("list");
+    content.endInterrupted(found);
+    this.#show(found, new Map(media.map((one) => [one.id, one])));
+    tellTabs("opened", { id });
   }
 
   /**
    * @param {Conversation} conversation
-   * @param {Media[]} media
+   * @param {MediaMap} media
    */
   #show(conversation, media) {
-    this.stop();
+    this.#shows += 1;
     releaseMedia();
     releaseStrips();
     this.conversation = conversation;
-    this.media = new Map(media.map((one) => [one.id, one]));
+    this.media = media;
     this.#tell("change");
     this.#tell("list");
   }
 
   /**
-   * Deletes a stored conversation.
-   * @param {string} id
+   * Shows what was stored by another tab, or in the list.
+   * @param {string} id  of a conversation
    */
-  async remove(id) {
-    this.#deleted.add(id);
-    if (id === this.conversation.id) this.startNew();
-    await deleteConversation(id).catch(() => {});
+  async reload(id) {
     this.#tell("list");
+    const { conversation } = this;
+    if (id !== conversation.id || this.isRunning) return; // the next time it is stored, both merge
+    const found = await Promise.all([store.loadConversation(id), store.listMedia(id)]).catch(
+      () => [],
+    );
+    const [stored, media = []] = found;
+    if (conversation !== this.conversation || this.isRunning) return;
+    if (!stored || stored.version < conversation.version) return;
+    store.takeOver(conversation, stored);
+    for (const one of media) if (!this.media.has(one.id)) this.media.set(one.id, one);
+    this.#tell("change");
   }
 
-  /** Deletes all stored conversations. */
-  async removeAll() {
-    this.#deleted.add(this.conversation.id);
-    this.startNew();
-    await deleteEverything().catch(() => {});
-    this.#tell("list");
+  /**
+   * Stops the requests of a conversation that was deleted, and no longer shows it.
+   * @param {string | null} id  null: all
+   */
+  drop(id) {
+    for (const one of id ? [id] : [this.conversation.id, ...this.#running.keys()]) {
+      this.#saver.forbid(one);
+      this.stop(one);
+    }
+    if (!id || id === this.conversation.id) this.startNew();
+    else this.#tell("list");
   }
 
   /**
    * Sends a question and receives its answer.
    * @param {string} text
    * @param {Media[]} media
+   * @param {number | null} maxPixels
    */
-  async ask(text, media) {
-    const { conversation } = this;
-    for (const one of media) this.media.set(one.id, one);
-    saveMedia(conversation.id, media).catch((error) => this.#tell("unsaved", error));
-    conversation.messages.push({ role: "user", text, media: media.map((one) => one.id) });
-    conversation.title ||= (text || media.map((one) => one.name).join(", ")).slice(0, MAX_TITLE);
-    await this.#answer();
+  async ask(text, media, maxPixels) {
+    this.#addQuestion(text, media, maxPixels);
+    await this.#answer([]);
   }
 
   /**
-   * Changes a question, drops what follows it, and receives a new answer.
-   * @param {number} index  of the message
+   * Replaces a question, drops what follows it, and receives a new answer.
+   * @param {string} id  of the message
    * @param {string} text
+   * @param {Media[]} media
+   * @param {number | null} maxPixels
    */
-  async edit(index, text) {
+  async edit(id, text, media, maxPixels) {
     this.stop();
-    const { messages } = this.conversation;
-    const message = messages[index];
-    if (message?.role !== "user") return;
-    this.#forgetMedia(messages.splice(index + 1));
-    messages[index] = { ...message, text };
-    if (index === 0) this.conversation.title = text.slice(0, MAX_TITLE);
-    await this.#answer();
+    const index = this.conversation.messages.findIndex((one) => one.id === id);
+    if (index < 0) return;
+    const dropped = this.conversation.messages.splice(index);
+    this.#addQuestion(text, media, maxPixels);
+    await this.#answer(dropped.flatMap((one) => (one.role === "user" ? one.media : [])));
   }
 
-  /** @param {Message[]} dropped  messages, whose pictures and videos nothing else shows */
-  #forgetMedia(dropped) {
-    const ids = dropped.flatMap((one) => (one.role === "user" ? one.media : []));
-    for (const id of ids) this.media.delete(id);
-    if (ids.length > 0) deleteMedia(ids).catch(() => {});
+  /** @type {(text: string, media: Media[], maxPixels: number | null) => void} */
+  #addQuestion(text, media, maxPixels) {
+    const { conversation } = this;
+    const added = media.filter((one) => !this.media.has(one.id));
+    for (const one of added) this.media.set(one.id, one);
+    this.#saver.saveMedia(conversation.id, added);
+    const isFirst = conversation.messages.length === 0;
+    const ids = media.map((one) => one.id);
+    conversation.messages.push(content.newQuestion(text, ids, maxPixels));
+    if (isFirst && !conversation.isNamed) conversation.title = text.slice(0, MAX_TITLE);
   }
 
-  /** Replaces the last answer by a new one. */
-  async regenerate() {
+  /**
+   * Replaces the last answer by a new one.
+   * @param {number} [maxPixels]  a new size of the pictures of its question
+   */
+  async regenerate(maxPixels) {
     this.stop();
     const { messages } = this.conversation;
     if (messages.at(-1)?.role === "assistant") messages.pop();
-    await this.#answer();
-  }
-
-  /** Ends the running request; what has arrived of the answer stays. */
-  stop() {
-    const running = this.#running;
-    if (!running) return;
-    this.#running = null;
-    running.answer.state = "stopped";
-    running.controller.abort();
-    this.#tell("change");
-  }
-
-  async #answer() {
-    const { conversation } = this;
-    const controller = new AbortController();
-    const answer = newAnswer(settings());
-    this.#running = { controller, answer };
-    const before = [...conversation.messages];
-    conversation.messages.push(answer);
-    this.#save(conversation);
-    this.#tell("change");
-    announce("Waiting for the answer.");
-    try {
-      await this.#receive(conversation, before, answer, controller.signal);
-    } catch (error) {
-      const isStopped = isAbort(error) || controller.signal.aborted;
-      answer.state = isStopped ? "stopped" : "failed";
-      if (!isStopped) answer.error = describe(error);
-      if (error instanceof RequestError && error.status === 401) this.#retryWithKey(answer);
-    }
-    this.#finish(conversation, answer, controller);
+    const question = messages.at(-1);
+    if (maxPixels && question?.role === "user")
+      messages.splice(-1, 1, content.newQuestion(question.text, question.media, maxPixels));
+    await this.#answer([]);
   }
 
   /**
-   * @param {Conversation} conversation
-   * @param {Message[]} before  the messages that are sent
-   * @param {Answer} answer
-   * @param {AbortSignal} signal
+   * Ends the request of a conversation; what has arrived of the answer stays.
+   * @param {string} id
    */
-  async #receive(conversation, before, answer, signal) {
-    const { media } = this; // another conversation may be shown before all is read
-    if (!currentModel()) await untilAborted(loadModels(), signal);
-    const model = currentModel();
-    if (!model) throw new RequestError("The server has not said which models it has. Try again.");
-    answer.model = model.id;
-    const prepared = prepareRequest(before, media, answer.settings, model);
-    const request = await untilAborted(prepared, signal);
-    answer.paths = request.paths;
-    const body = { ...request.body, stream: true, stream_options: { include_usage: true } };
-    for await (const part of streamChat(body, signal)) {
-      signal.throwIfAborted();
-      if (part.event === "accepted") answer.state = "running";
-      else if (part.event === "text") answer.text += part.text;
-      else if (part.event === "grounding") answer.grounding = part.grounding;
-      else if (part.event === "usage") answer.usage = part.usage;
-      else answer.state = part.reason === "length" ? "cut" : "done";
-      this.#tell("text");
-      if (performance.now() - this.#savedAt > SAVE_INTERVAL) this.#save(conversation, true);
-    }
-    if (answer.state === "running") answer.state = "done";
+  stop(id = this.conversation.id) {
+    const run = this.#running.get(id);
+    if (!run) return;
+    this.#running.delete(id);
+    run.answer.state = "stopped";
+    run.controller.abort();
+    this.#tell(id === this.conversation.id ? "change" : "list");
   }
 
-  /** @param {Answer} answer */
+  /** @param {string[]} dropped  ids of pictures and videos, of messages that were dropped */
+  async #answer(dropped) {
+    const { conversation, media } = this;
+    const answer = content.newAnswer(settings());
+    const run = { conversation, media, answer, controller: new AbortController() };
+    const before = [...conversation.messages];
+    conversation.messages.push(answer);
+    this.#running.set(conversation.id, run);
+    this.#saver.save(run).then(() => this.#saver.forgetMedia(run, dropped));
+    this.#tell("change");
+    announce("Waiting for the answer.");
+    const needsKey = await receiveAnswer(run, before, () => {
+      if (conversation === this.conversation) this.#tell("text");
+      this.#saver.save(run, true);
+    });
+    if (this.#running.get(conversation.id) === run) this.#running.delete(conversation.id);
+    if (needsKey) this.#retryWithKey(answer);
+    if (!conversation.messages.includes(answer)) return;
+    this.#saver.save(run);
+    this.#tell("answered", run);
+    if (conversation === this.conversation) this.#tell("change");
+  }
+
+  /** @param {import("./conversation.js").Answer} answer */
   #retryWithKey(answer) {
     askForKey().then((isGiven) => {
       const isLast = this.conversation.messages.at(-1) === answer;
@@ -205,44 +241,8 @@ export class Session extends EventTarget {
     });
   }
 
-  /**
-   * @param {Conversation} conversation
-   * @param {Answer} answer
-   * @param {AbortController} controller
-   */
-  #finish(conversation, answer, controller) {
-    if (this.#running?.controller === controller) this.#running = null;
-    if (!conversation.messages.includes(answer)) return;
-    this.#save(conversation);
-    if (conversation !== this.conversation) return;
-    if (answer.state === "stopped") announce("Stopped.");
-    else announce(answer.error || `Answer: ${answer.text}`);
-    this.#tell("change");
-  }
-
-  /**
-   * @param {Conversation} conversation
-   * @param {boolean} isGrowing  whether only the text of its last answer has changed
-   */
-  #save(conversation, isGrowing = false) {
-    if (this.#deleted.has(conversation.id)) return;
-    this.#savedAt = performance.now();
-    conversation.updated = Date.now();
-    saveConversation(conversation).then(
-      () => isGrowing || this.#tell("list"),
-      (error) => this.#tell("unsaved", error),
-    );
-  }
-
   /** @type {(type: string, detail?: unknown) => void} */
   #tell(type, detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
-}
-
-/** @param {unknown} error */
-function describe(error) {
-  if (error instanceof RequestError) return error.message;
-  console.error(error);
-  return error instanceof Error ? `The page has failed: ${error.message}` : String(error);
 }

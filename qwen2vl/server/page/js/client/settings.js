@@ -3,8 +3,7 @@
 /**
  * @typedef {object} Settings
  * @property {string | null} model  null: the first one
- * @property {number | null} maxPixels  largest size of a picture; null: the model's
- * @property {number} maxTokens  largest number of tokens of an answer
+ * @property {number | null} maxTokens  largest number of tokens of an answer; null: what fits
  * @property {number | null} temperature  null: the model's
  * @property {string} system  system prompt; empty: the model's
  * @property {"system" | "light" | "dark"} theme
@@ -16,8 +15,7 @@ const KEY = "qwen2vl.key";
 /** @type {Readonly<Settings>} */
 export const DEFAULTS = Object.freeze({
   model: null,
-  maxPixels: null,
-  maxTokens: 1024,
+  maxTokens: null,
   temperature: null,
   system: "",
   theme: "system",

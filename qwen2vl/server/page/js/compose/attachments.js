@@ -1,13 +1,12 @@
 /**
  * The pictures and videos of the next question: their order, their tokens, and the slider that
- * limits the size of pictures.
+ * limits the size of its pictures. The slider begins at the limit of the model for each question.
  */
 
 import { announce, byId, count, element, formatNumber, iconButton } from "../dom.js";
 import { objectUrl } from "./media.js";
 import { currentModel, modelEvents } from "../client/models.js";
 import { resizedSize, tokensOf, withMaxPixels } from "./resize.js";
-import { changeSettings, settings, settingsEvents } from "../client/settings.js";
 
 /** @typedef {import("./media.js").Media} Media */
 /** @typedef {import("./resize.js").PixelLimits} PixelLimits */
@@ -17,6 +16,8 @@ const STEPS = 100; // of the slider, on a logarithmic scale
 export class Attachments extends EventTarget {
   /** @type {Media[]} */
   items = [];
+  /** @type {number | null} */
+  maxPixels = null; // of its pictures; null: the model's
   #list = byId("attachments");
   #slider = /** @type {HTMLInputElement} */ (byId("picture-size"));
 
@@ -24,7 +25,6 @@ export class Attachments extends EventTarget {
     super();
     this.#slider.max = String(STEPS);
     this.#slider.addEventListener("input", () => this.#limit());
-    settingsEvents.addEventListener("change", () => this.#showTokens());
     modelEvents.addEventListener("load", () => this.#render());
   }
 
@@ -34,12 +34,15 @@ export class Attachments extends EventTarget {
     this.#render();
   }
 
-  /** Removes all and returns them. */
-  take() {
-    const taken = this.items;
-    this.items = [];
+  /**
+   * Shows other ones in their place.
+   * @param {Media[]} media
+   * @param {number | null} maxPixels
+   */
+  replace(media, maxPixels) {
+    this.items = [...media];
+    this.maxPixels = maxPixels;
     this.#render();
-    return taken;
   }
 
   /**
@@ -137,13 +140,15 @@ export class Attachments extends EventTarget {
     const [low, high] = [minPixels / factor ** 2, maxPixels / factor ** 2];
     const tokens = Math.round(low * (high / low) ** (this.#slider.valueAsNumber / STEPS));
     const isFull = this.#slider.valueAsNumber >= STEPS;
-    changeSettings({ maxPixels: isFull ? null : tokens * factor ** 2 });
+    this.maxPixels = isFull ? null : tokens * factor ** 2;
+    this.#showTokens();
+    this.dispatchEvent(new Event("change"));
   }
 
   #showTokens() {
     const limits = this.#modelLimits();
     if (!limits) return;
-    const chosen = settings().maxPixels;
+    const chosen = this.maxPixels;
     const effective = withMaxPixels(limits, chosen);
     const { factor, minPixels, maxPixels } = limits;
     const position = Math.log((chosen ?? maxPixels) / minPixels) / Math.log(maxPixels / minPixels);
@@ -160,7 +165,9 @@ export class Attachments extends EventTarget {
         text;
     });
     const pictures = this.items.filter((one) => one.kind === "image").length;
-    const sum = pictures > 1 ? ` · ${count(total, "token")} together` : "";
+    const context = currentModel()?.max_model_len ?? 0;
+    const sum =
+      pictures > 1 ? ` · together ${formatNumber(total)} of ${formatNumber(context)}` : "";
     byId("size-text").textContent = most + sum;
   }
 }

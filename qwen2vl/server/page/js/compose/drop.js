@@ -1,4 +1,16 @@
-/** Takes files that are dropped anywhere on the page, or pasted. */
+/** Takes files that are chosen, dropped anywhere on the page, or pasted. */
+
+/**
+ * @param {HTMLInputElement} input
+ * @param {(files: File[]) => void} onFiles
+ */
+export function takeFrom(input, onFiles) {
+  input.addEventListener("change", () => {
+    const files = [...(input.files ?? [])];
+    input.value = ""; // the same file can be chosen again
+    onFiles(files);
+  });
+}
 
 /** @param {(files: File[]) => void} onFiles */
 export function receiveFiles(onFiles) {

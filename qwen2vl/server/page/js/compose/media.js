@@ -13,7 +13,25 @@ import { newId } from "../dom.js";
  * @property {number} height
  */
 
-const ANIMATED_TYPES = ["image/gif", "image/webp", "image/png", "image/avif"];
+const ANIMATED_TYPES = ["image/gif", "image/webp", "image/png"];
+
+const SAVE_AS = "which the server cannot read. Save it as JPEG or PNG.";
+/** @type {[string[], string][]} */
+const UNREADABLE = [
+  [
+    ["heic", "heif", "image/heic", "image/heif"],
+    `a HEIC photo, ${SAVE_AS} An iPhone takes JPEG with Settings > Camera > Formats > Most Compatible.`,
+  ],
+  [["svg", "image/svg+xml"], `an SVG drawing, ${SAVE_AS}`],
+  [["avif", "image/avif"], `an AVIF picture, ${SAVE_AS}`],
+  [["jxl", "image/jxl"], `a JPEG XL picture, ${SAVE_AS}`],
+  [["jp2", "image/jp2"], `a JPEG 2000 picture, ${SAVE_AS}`],
+  [["psd", "image/vnd.adobe.photoshop"], `a Photoshop document, ${SAVE_AS}`],
+  [
+    ["pdf", "application/pdf"],
+    "a PDF document, which the server cannot read. Save its pages as PNG.",
+  ],
+];
 
 const MEASURE_TIMEOUT = 5000; // milliseconds, for a video
 
@@ -40,14 +58,24 @@ export async function readMedia(file) {
   if (file.type.startsWith("video/")) {
     return { ...media, kind: "video", ...(await measureVideo(file)) };
   }
+  const format = unreadableFormat(file);
+  if (format) throw new Error(`${name} is ${format}`);
   if (!file.type.startsWith("image/")) {
     throw new Error(`${name} is neither a picture nor a video.`);
   }
-  if (file.type === "image/svg+xml") {
-    throw new Error(`${name} is an SVG drawing, which the model cannot read. Use PNG or JPEG.`);
-  }
   const size = await measureImage(file, name);
   return { ...media, kind: (await isAnimated(file)) ? "video" : "image", ...size };
+}
+
+/**
+ * Returns what a file is that the server cannot read, and the remedy; an empty string for others.
+ * The browser may not know its type, so the end of its name counts, too.
+ * @param {File} file
+ */
+function unreadableFormat({ name, type }) {
+  const ending = name.slice(name.lastIndexOf(".") + 1).toLowerCase();
+  const found = UNREADABLE.find(([types]) => types.includes(ending) || types.includes(type));
+  return found ? found[1] : "";
 }
 
 /**
