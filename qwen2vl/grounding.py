@@ -6,7 +6,8 @@ original image, rounded, independent of resizing, and written between special to
     <|object_ref_start|>the cat<|object_ref_end|><|box_start|>(176,106),(232,160)<|box_end|>
 
 The classes hold these integers; `from_pixels` and `to_pixels` convert with the image size (height,
-width), `to_text` writes and `parse` reads model text. Prompts use it in processor/chat_template.py.
+width), `to_text` writes and `parse` reads model text. Prompts use it in processor/chat_template.py;
+`check_pixels` and `check_normalized` refuse what is in another scale than it is given in.
 Standard library only. (Qwen2-VL sec. 2.2.1.)
 """
 
@@ -29,12 +30,16 @@ __all__ = [
     "REF_END",
     "REF_START",
     "Box",
+    "CoordinateError",
     "Grounding",
     "GroundingShape",
     "ObjectRef",
     "Point",
     "Quad",
     "Size",
+    "are_fractions",
+    "check_normalized",
+    "check_pixels",
     "parse",
 ]
 
@@ -44,9 +49,16 @@ QUAD_START, QUAD_END = "<|quad_start|>", "<|quad_end|>"
 GROUNDING_TOKENS = (REF_START, REF_END, BOX_START, BOX_END, QUAD_START, QUAD_END)
 
 SCALE = 1000  # coordinates are in [0, 1000)
+MAX_OUTSIDE = (
+    2  # pixels outside the image that are clamped: annotations are rounded, or count from 1
+)
 
 T = TypeVar("T")
 Size = tuple[int, int]  # (height, width) of the original image, in pixels
+
+
+class CoordinateError(InputError):
+    """Coordinates are not in the scale that they are given in, or not in their image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +180,64 @@ def parse(text: str, *, bare: bool = False) -> list[Grounding]:
             numbers = [_clamp(float(n)) for n in _NUMBER.findall(body or match[0])]
             groundings += [Grounding(shape, phrase) for shape in _shapes(kind, numbers)]
     return groundings
+
+
+def check_pixels(numbers: Sequence[float], size: Size, name: str) -> None:
+    """Check that a box, point or quad in pixels is in its image, but for MAX_OUTSIDE.
+
+    Args:
+        numbers: x, y, x, y, ...
+        size: (height, width) of the image.
+        name: of the shape, for errors.
+
+    Raises:
+        CoordinateError: it is not, or its numbers are fractions of width and height.
+    """
+    height, width = size
+    where = f"{name} is {list(numbers)}, in an image of {width} x {height} (width x height)"
+    if are_fractions(numbers):
+        raise CoordinateError(
+            f"{where}: these are fractions, less than one pixel; multiply x by {width} and y by "
+            f"{height}"
+        )
+    if not all(
+        -MAX_OUTSIDE <= x <= width + MAX_OUTSIDE and -MAX_OUTSIDE <= y <= height + MAX_OUTSIDE
+        for x, y in _in_pairs(numbers)
+    ):
+        raise CoordinateError(
+            f"{where}: more than {MAX_OUTSIDE} pixels outside; give pixels of this image, as it is "
+            "stored and not as it is resized"
+        )
+
+
+def are_fractions(numbers: Sequence[float]) -> bool:
+    """Return whether coordinates are all at most 1, with decimals, or the box [0, 0, 1, 1]."""
+    return all(abs(n) <= 1 for n in numbers) and (
+        any(n != int(n) for n in numbers) or list(numbers) == [0, 0, 1, 1]
+    )
+
+
+def check_normalized(text: str, name: str) -> None:
+    """Check that the boxes and quads of text are in thousandths; 1000 itself is tolerated.
+
+    Args:
+        text: with grounding tokens.
+        name: of the text, for errors.
+
+    Raises:
+        CoordinateError: a number is outside [0, 1000], as in boxes in pixels.
+    """
+    if BOX_START not in text and QUAD_START not in text:
+        return
+    for match in _SPAN.finditer(text):
+        numbers = _NUMBER.findall(match["body"]) if match["kind"] != "object_ref" else []
+        outside = [number for number in numbers if not 0 <= float(number) <= SCALE]
+        if outside:
+            raise CoordinateError(
+                f"{name} has {outside[0]:.20} in {match[0]:.100}, where coordinates are "
+                "thousandths of the image, from 0 to 999; give pixels as "
+                '{"type": "box", "box": [x1, y1, x2, y2]}, or in objects'
+            )
 
 
 def _shapes(kind: str | None, numbers: list[int]) -> Iterator[GroundingShape]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.errors import InputError
-from qwen2vl.grounding import Box, Grounding, ObjectRef, Point, Quad, parse
+from qwen2vl.grounding import (
+    Box,
+    CoordinateError,
+    Grounding,
+    ObjectRef,
+    Point,
+    Quad,
+    check_normalized,
+    check_pixels,
+    parse,
+)
 
 SIZE = (480, 640)  # height, width
 
@@ -146,3 +157,73 @@ def test_the_parser_never_fails(text: str) -> None:
     for grounding in parse(text, bare=True):
         for value in grounding.shape.to_pixels((1000, 1000)):
             assert 0 <= value < 1000
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [0, 0, 640, 480],
+        [-2, -2, 642, 482],
+        [0.5, 0, 1.5, 1],
+        [0, 1],
+        [640, 480],
+        [3, 3, 3, 3],
+        [1, 1, 1, 1],
+    ],
+)
+def test_pixels_in_the_image_or_at_its_border_are_accepted(numbers: list[float]) -> None:
+    check_pixels(numbers, SIZE, "box")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error"),
+    [
+        (
+            [0.1, 0.2, 0.6, 0.8],
+            "these are fractions, less than one pixel; multiply x by 640 and y by 480",
+        ),
+        ([0, 0, 1, 1], "less than one pixel"),
+        ([0.5, 0.25], "multiply x by 640 and y by 480"),
+        ([0.1, 0.1, 0.9, 0.1, 0.9, 0.9, 0.1, 0.9], "less than one pixel"),
+        (
+            [100, 200, 600, 800],
+            "is [100, 200, 600, 800], in an image of 640 x 480 (width x height)",
+        ),
+        (
+            [0, 0, 643, 480],
+            "more than 2 pixels outside; give pixels of this image, as it is stored",
+        ),
+        ([-3, 0, 10, 10], "more than 2 pixels outside"),
+        ([10, 483], "more than 2 pixels outside"),
+    ],
+)
+def test_pixels_outside_the_image_and_fractions_are_refused(
+    numbers: list[float], error: str
+) -> None:
+    with pytest.raises(CoordinateError, match=re.escape(error)):
+        check_pixels(numbers, SIZE, "messages[1].content[0].box")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|box_start|>(0,0),(1000,999)<|box_end|> in 2195 pixels, (412,2166)",
+        "<|object_ref_start|>1200 dogs<|object_ref_end|>",
+        "",
+    ],
+)
+def test_thousandths_and_numbers_elsewhere_are_accepted(text: str) -> None:
+    check_normalized(text, "messages[1]")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("<|box_start|>(412,2166),(621,2195)<|box_end|>", "2166"),
+        ("<|box_start|>(1,2),(3,4)<|box_end|> <|box_start|>(5,6),(7,1001)", "1001"),
+        ("<|quad_start|>(1,2),(3,4),(5,6),(-7,8)<|quad_end|>", "-7"),
+    ],
+)
+def test_pixels_in_box_tokens_are_refused(text: str, number: str) -> None:
+    with pytest.raises(CoordinateError, match=rf"messages\[1\] has {number} in <.*give pixels as"):
+        check_normalized(text, "messages[1]")

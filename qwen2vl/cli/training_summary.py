@@ -88,7 +88,8 @@ def print_data(config: TrainConfig, data: DataSummary) -> None:
         terminal.echo(f"resized  {data.num_resized:,} samples whose images exceeded a bin")
     _print_held_out(config, data)
     _print_bad_samples(data)
-    _print_unused_columns(data)
+    for source in data.sources:
+        _print_notes(source.name, source.unused, source.notes, source.num_samples)
     if data.epochs > MAX_EPOCHS:
         steps = data.steps_of(MAX_EPOCHS)
         terminal.note(
@@ -115,9 +116,8 @@ def print_evaluation(config: TrainConfig, processor: Processor) -> None:
             if evaluation.path:
                 samples += f" of {evaluation.path}"
                 (table,) = dataset.lengths
-                if table.unused and samples not in lines:
-                    columns = _describe_columns(table.unused, len(table))
-                    terminal.note(f"{evaluation.path}: nothing is made of the columns {columns}")
+                if samples not in lines:
+                    _print_notes(evaluation.path, table.unused, table.notes, len(table))
             elif len(entries) == len(dataset.held_out):
                 samples = f"the {samples} held out of stage {stage.name}"
             else:
@@ -158,11 +158,15 @@ def _print_bad_samples(data: DataSummary) -> None:
             )
 
 
-def _print_unused_columns(data: DataSummary) -> None:
-    for source in data.sources:
-        if source.unused:
-            columns = _describe_columns(source.unused, source.num_samples)
-            terminal.note(f"{source.name}: nothing is made of the columns {columns}")
+def _print_notes(
+    name: str, unused: Mapping[str, int], notes: Mapping[str, int], num_samples: int
+) -> None:
+    """Print the columns of a source that were not used, and what is likely an error in its rows."""
+    if unused:
+        columns = _describe_columns(unused, num_samples)
+        terminal.note(f"{name}: nothing is made of the columns {columns}")
+    for note, count in notes.items():
+        terminal.note(f"{name}: {_count(count, 'sample')} with {note}")
 
 
 def _describe_columns(unused: Mapping[str, int], num_samples: int) -> str:

@@ -35,6 +35,7 @@ from qwen2vl.data.preprocess import (
 )
 from qwen2vl.data.sources.source import SampleSource, open_source
 from qwen2vl.files import evict_lru
+from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 
 __all__ = ["PackedDataset"]
@@ -202,13 +203,24 @@ class PackedDataset:
 
     def _prepare_example(self, source_index: int, entry: int, sample: Sample) -> TrainingExample:
         processed = self._preprocessor_of(source_index, self.resized.get(entry, 0)).prepare(sample)
-        if len(processed.input_ids) != self.tokens[entry]:
-            raise SampleError(
-                "length",
-                f"{len(processed.input_ids)} tokens, its headers gave {self.tokens[entry]}; "
-                "its files are damaged, or have changed since they were measured",
-            )
+        self._check_size(entry, processed)
         return TrainingExample(processed, self.labels[source_index])
+
+    def _check_size(self, entry: int, processed: ModelInput) -> None:
+        """Check that a sample has the sizes that its bin was planned with."""
+        num_tokens, expected = len(processed.input_ids), self.tokens[entry]
+        grids = [tuple(grid) for grid in processed.grids]
+        expected_grids = [tuple(grid) for grid in self.grids(entry).tolist()]
+        if num_tokens != expected:
+            found = f"{num_tokens} tokens, its headers gave {expected}"
+        elif grids != expected_grids and entry not in self.resized:
+            found = f"media of {grids} patches (t, h, w), their headers gave {expected_grids}"
+        else:
+            return
+        raise SampleError(
+            "length",
+            f"{found}; its files are damaged, or have changed since they were measured",
+        )
 
     def _preprocessor_of(self, source_index: int, pixels: int = 0) -> SamplePreprocessor:
         """Return a source's preprocessor, one per process: connections cannot be shared."""

@@ -6,10 +6,10 @@
     2             0        0       0   bad: missing
 
 Bins are packed by these numbers before any media are decoded; columns of the rows that nothing is
-made of are counted by name. A table is cached on disk under a key of the source's content and of
-all settings that decide sizes (tokenizer, pixel limits, preset), but not of the media files: bad
-samples are measured again whenever a source is opened, and a good sample whose media change later
-is detected when it is prepared.
+made of are counted by name, and so are the notes about rows. A table is cached on disk under a key
+of the source's content and of all settings that decide sizes (tokenizer, pixel limits, preset), but
+not of the media files: bad samples are measured again whenever a source is opened, and a good
+sample whose media change later is detected when it is prepared.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ ProgressCallback = Callable[[str, int, int], None]  # label, number done, total
 # Versions of what a table is computed from and of its file: the first is part of the key, and so of
 # the fingerprint of a run's data; the second invalidates cached tables only.
 KEY_VERSION = 1
-TABLE_VERSION = 2
+TABLE_VERSION = 3
+_COUNTS = ("unused", "notes")  # arrays of counts by name
 CHUNK_SIZE = 128  # samples per item of the DataLoader that measures
 
 
@@ -66,6 +67,7 @@ class LengthTable:
     starts: np.ndarray  # int64, index of each sample's first grid, and the number of all grids
     bad: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # index -> (reason, text)
     unused: Mapping[str, int] = field(default_factory=dict)  # column -> good samples that have it
+    notes: Mapping[str, int] = field(default_factory=dict)  # note -> good samples that it is about
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -86,6 +88,7 @@ class SampleSize(NamedTuple):
     grids: tuple[Grid, ...]
     bad: tuple[str, str] | None = None  # reason, text
     unused: tuple[str, ...] = ()  # columns
+    notes: tuple[str, ...] = ()
 
     def vision_cost(self, vision: VisionConfig) -> float:
         """Return the cost of the sample in the vision tower, in patches."""
@@ -131,10 +134,10 @@ def measure_lengths(
 
     path = cache_dir / "lengths" / f"{key}-{TABLE_VERSION}.npz"
     arrays = dict(load_or_create(path, lambda: measure(range(len(source))), refresh=refresh))
-    bad_samples, unused = _bad_samples(arrays), _unused_columns(arrays)
-    del arrays["bad"], arrays["unused"]
-    bad = {i: (reason, text) for i, reason, text in bad_samples}
-    return LengthTable(**arrays, bad=bad, unused=unused), key
+    bad = {i: (reason, text) for i, reason, text in _bad_samples(arrays)}
+    unused, notes = (_read_counts(arrays, name) for name in _COUNTS)
+    del arrays["bad"], arrays["unused"], arrays["notes"]
+    return LengthTable(**arrays, bad=bad, unused=unused, notes=notes), key
 
 
 def _table_key(source: SampleSource, preprocessor: HeaderPreprocessor) -> str:
@@ -184,12 +187,12 @@ def measure_sample(sample: Sample | SampleError, preprocessor: HeaderPreprocesso
     except SampleError as error:
         return SampleSize(0, 0, (), (error.reason, str(error)))
     assert processed.loss_mask is not None
-    return SampleSize(
-        len(processed.input_ids),
-        sum(processed.loss_mask[1:]),
-        tuple(processed.grids),
-        unused=() if isinstance(sample, TextTokens) else sample.unused,
+    size = SampleSize(
+        len(processed.input_ids), sum(processed.loss_mask[1:]), tuple(processed.grids)
     )
+    if isinstance(sample, TextTokens):
+        return size
+    return size._replace(unused=sample.unused, notes=sample.notes)
 
 
 def _measure_samples(
@@ -225,6 +228,7 @@ def _to_arrays(sizes: Sequence[SampleSize], vision: VisionConfig) -> Arrays:
         "starts": starts,
         "bad": _encode_json(bad),
         "unused": _encode_json(Counter(name for size in sizes for name in size.unused)),
+        "notes": _encode_json(Counter(note for size in sizes for note in size.notes)),
     }
 
 
@@ -241,7 +245,10 @@ def _merge_remeasured(stored: Arrays, bad: Sequence[int], fresh: Arrays) -> Arra
         "grids_K3": np.insert(stored["grids_K3"], positions, fresh["grids_K3"], axis=0),
         "starts": np.cumsum([0, *counts]),
         "bad": _encode_json([[bad[i], *why] for i, *why in _bad_samples(fresh)]),
-        "unused": _encode_json(_unused_columns(stored) + _unused_columns(fresh)),
+        **{
+            name: _encode_json(_read_counts(stored, name) + _read_counts(fresh, name))
+            for name in _COUNTS
+        },
     }
 
 
@@ -249,9 +256,9 @@ def _encode_json(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-def _unused_columns(arrays: Arrays) -> Counter[str]:
-    """Return how many good samples have each column that nothing was made of."""
-    return Counter(json.loads(arrays["unused"].tobytes()))
+def _read_counts(arrays: Arrays, name: str) -> Counter[str]:
+    """Return how many good samples have each unused column, or each note."""
+    return Counter(json.loads(arrays[name].tobytes()))
 
 
 def _bad_samples(arrays: Arrays) -> list[tuple[int, str, str]]:

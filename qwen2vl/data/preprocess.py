@@ -25,13 +25,14 @@ from qwen2vl.data.config import DataConfig
 from qwen2vl.data.formats import Conversation, Document, Sample, SampleError, TextTokens
 from qwen2vl.data.frame_cache import FrameCache
 from qwen2vl.data.storage import MissingError, Storage, is_remote, resolve_address
-from qwen2vl.errors import InputError
+from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.geometry import Grid
-from qwen2vl.grounding import GROUNDING_TOKENS
+from qwen2vl.grounding import GROUNDING_TOKENS, CoordinateError, check_normalized
 from qwen2vl.processor.chat_template import MODALITY_OF
-from qwen2vl.processor.content import MediaPart
+from qwen2vl.processor.content import MediaPart, TextPart
 from qwen2vl.processor.image import PixelLimits, target_size
 from qwen2vl.processor.inputs import Item, ModelInput
+from qwen2vl.processor.media.data_url import looks_like_base64
 from qwen2vl.processor.media.rgb import open_encoded, oriented_size
 from qwen2vl.processor.media.source import MediaLimits, read_source
 from qwen2vl.processor.media.video_source import open_video
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 PAD_TO_MULTIPLE_OF = 8  # tokens; each conversation of a batch is padded to a multiple of this
+DECODING_VERSION = 2  # part of the frame cache's keys; increment when decoded videos change
 HEADER_BYTES = 1 << 16  # of a remote image that are fetched to read its size
 
 _PLACEHOLDER_OF = {kind: placeholder for placeholder, kind in MODALITY_OF.items()}
@@ -126,6 +128,8 @@ class SamplePreprocessor(Processor):
             processed = self._process_sample(sample)
         except SampleError:
             raise
+        except CoordinateError as error:
+            raise SampleError("box", str(error)) from error
         except InputError as error:
             raise SampleError("messages", str(error)) from error
         assert processed.loss_mask is not None
@@ -148,11 +152,16 @@ class SamplePreprocessor(Processor):
             messages = parse_messages(sample.messages)
             for i in sample.unsupervised:
                 messages[i] = replace(messages[i], is_supervised=False)
+            for i, message in enumerate(messages):
+                for part in message.parts:
+                    if isinstance(part, TextPart):
+                        check_normalized(part.text, f"messages[{i}]")
             return self(messages, tools=sample.tools, for_training=True)
         if isinstance(sample, Document):
             media = [part for part in sample.parts if not isinstance(part, str)]
             prompt = self._document_text(sample.parts[: sample.num_prompt_parts])
             text = self._document_text(sample.parts) + END_OF_TEXT
+            check_normalized(text, "the text")
             return self.from_text(text, media, for_training=True, prompt_length=len(prompt))
         return _from_text_tokens(sample)
 
@@ -188,7 +197,8 @@ class SamplePreprocessor(Processor):
 
     def _sampling_key(self, part: MediaPart) -> str:
         """Return a key of all settings that determine a video's frames and pixels."""
-        decisive = [self.video_preset, part.options.to_dict(), asdict(self.pixels)]
+        decisive = [DECODING_VERSION, self.video_preset, part.options.to_dict()]
+        decisive.append(asdict(self.pixels))
         return json.dumps([*decisive, asdict(self.config.vision)], sort_keys=True)
 
     def _resolve_source(self, source: Any) -> Any:
@@ -204,12 +214,17 @@ class SamplePreprocessor(Processor):
             return address
         path = Path(os.path.expanduser(address))
         try:
-            exists = path.is_file()
+            if path.is_file():
+                return path
+            why = f"is missing in {os.path.abspath(path.parent)}"
         except OSError as error:
-            raise MissingError(f"{source:.80} cannot be opened: {error.strerror}") from error
-        if not exists:
-            raise MissingError(f"{source} is missing in {os.path.abspath(path.parent)}")
-        return path
+            why = f"cannot be opened: {error.strerror}"
+        if looks_like_base64(source):
+            raise InputError(
+                f"{abbreviate(source)} looks like base64, not a path; write "
+                "data:image/png;base64,... before it"
+            )
+        raise MissingError(f"{source:.200} {why}")
 
     def _read_remote(self, address: str) -> bytes:
         fetched = self._fetched.get(address)

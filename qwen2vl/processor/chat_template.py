@@ -18,8 +18,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from qwen2vl.errors import InputError
-from qwen2vl.grounding import Box, Point, Quad, Size
-from qwen2vl.processor.content import GroundingPart, MediaPart, Modality, TextPart
+from qwen2vl.grounding import Box, Point, Quad, Size, check_pixels
+from qwen2vl.processor.content import GroundingPart, MediaPart, Modality, TextPart, add_param
 from qwen2vl.processor.messages import Message
 from qwen2vl.processor.tokenizer import AllowedSpecial, Tokenizer
 from qwen2vl.processor.tokenizer_files import (
@@ -70,7 +70,8 @@ def render(
         continue_final_message: leave the assistant's last turn open, without a new header.
 
     Raises:
-        InputError: a box without its image, or a last turn that cannot be continued.
+        InputError: a box without its image or outside of it, or a last turn that cannot be
+            continued.
     """
     turns = _with_system(merge_turns(messages), tools)
     last = turns[-1]
@@ -173,7 +174,10 @@ class _TurnRenderer:
                 ),
                 param=part.path,
             )
-        return _SHAPE_OF[part.kind].from_pixels(part.numbers, self.sizes[number - 1]).to_text()
+        size = self.sizes[number - 1]
+        with add_param(part.path):
+            check_pixels(part.numbers, size, f"{part.path}.{part.kind}")
+        return _SHAPE_OF[part.kind].from_pixels(part.numbers, size).to_text()
 
 
 def _with_system(turns: list[Turn], tools: Sequence[Mapping[str, Any]] | None) -> list[Turn]:

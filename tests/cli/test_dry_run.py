@@ -122,12 +122,14 @@ def test_what_the_headers_do_not_show_is_found_by_decoding(run: Run) -> None:
     whole = Path("set/4.png").read_bytes()
     Path("set/4.png").write_bytes(whole[: len(whole) // 2])
     rows = [conversation("<image>what?", f"a {i}", image=f"{i % 5}.png", tag=i) for i in range(24)]
+    rows.append(conversation("what?", ""))
     write_rows(Path("set/rows.jsonl"), rows)
     result = run("train", "own.py", *OVERRIDES, "data=set/rows.jsonl", "--dry-run")
     assert result.exit_code == 2
     assert "[[a 0<|im_end|>]]" in result.stdout  # the report is complete
     *notes, line = result.stderr.splitlines()
-    assert "rows: nothing is made of the columns tag" in result.stderr
+    assert "rows: nothing is made of the columns tag (of 24 samples)" in result.stderr
+    assert result.stderr.count("rows: 1 sample with an empty answer, of which only") == 1
     assert any("rows: bad when decoded: rows.jsonl:5: 4.png" in note for note in notes)
     assert re.search(r"\d of \d+ samples that were decoded are bad, the limit is 1.00%", line)
 

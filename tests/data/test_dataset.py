@@ -13,6 +13,7 @@ from qwen2vl.data import dataset
 from qwen2vl.data.config import IO_OPTIONS
 from qwen2vl.data.dataset import PackedDataset
 from tests.data.rows import conversation, create_data_config, write_rows
+from tests.media import encoded, smooth
 from tests.tiny import tiny_processor
 
 PRESET = "qwen_vl_utils_0_0_14"
@@ -64,3 +65,19 @@ def test_files_that_a_run_opens_again_are_not_evicted(
     PackedDataset.open(data, tiny_processor(), seed=0)
     assert all(path.samefile(tmp_path / f"{number}") for number, path in enumerate(used))
     assert not unused.exists()
+
+
+def test_a_medium_of_another_shape_than_measured_is_bad_even_if_its_tokens_are_as_many(
+    tmp_path: Path,
+) -> None:
+    image = smooth(112, 224)
+    (tmp_path / "a.png").write_bytes(encoded(image))
+    rows = write_rows(tmp_path / "rows.jsonl", [conversation("<image>q", "a", image="a.png")])
+    data = create_data_config(tmp_path, rows, global_batch_size=1)
+    opened = PackedDataset.open(data, tiny_processor(), seed=0)
+    assert not opened.read([0])[1]
+    (tmp_path / "a.png").write_bytes(encoded(image.transpose(1, 0, 2)))
+    examples, (bad,) = opened.read([0])
+    assert (examples, bad.reason) == ([], "length")
+    expected = "media of [(1, 16, 8)] patches (t, h, w), their headers gave [(1, 8, 16)]"
+    assert bad.text.startswith(expected)

@@ -92,6 +92,20 @@ def test_unused_columns_are_counted_and_cached(tmp_path: Path) -> None:
         assert table.unused == {"source": 5, "tag": 2, "note": 1}
 
 
+def test_notes_are_counted_and_cached(tmp_path: Path) -> None:
+    write_media(tmp_path)
+    rows = [conversation("q", "a"), conversation("q", ""), conversation("q", " ")]
+    rows.append(conversation("<image>q", "<image>", image="late.png"))
+    source = JsonLinesSource([write_rows(tmp_path / "rows.jsonl", rows)], str(tmp_path))
+    empty = "an empty answer, of which only <|im_end|> is learned"
+    for _ in range(2):  # measured, then from the cache
+        table, _name = measure_rows(source, tmp_path)
+        assert table.notes == {empty: 2}
+    (tmp_path / "late.png").write_bytes((tmp_path / "3.png").read_bytes())
+    table, _name = measure_rows(source, tmp_path)
+    assert sorted(table.notes.values()) == [1, 2]
+
+
 def test_a_fixed_sample_is_used_from_then_on(tmp_path: Path) -> None:
     write_media(tmp_path)
     missing_rows = [

@@ -5,7 +5,10 @@ Defects of samples, case by case, are tested in tests/train/test_bad_inputs.py.
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +141,41 @@ def test_all_text_of_documents_and_token_stores_is_supervised() -> None:
     text_tokens = preprocessor.prepare(TextTokens("w", np.array([5, 6, 7])))
     assert (text_tokens.input_ids, text_tokens.loss_mask) == ([5, 6, 7], [True] * 3)
     assert text_tokens.position_ids_3T.tolist() == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("<|box_start|>(412,2166),(621,2195)<|box_end|>", "messages[1] has 2166 in <|box_start|>"),
+        ([{"type": "box", "box": [0.1, 0.2, 0.6, 0.8]}], "content[0].box is [0.1, 0.2, 0.6, 0.8]"),
+        (
+            [{"type": "box", "box": [10, 20, 600, 800]}],
+            "an image of 84 x 56 (width x height): more",
+        ),
+    ],
+)
+def test_boxes_that_do_not_fit_their_image_are_bad_samples(answer: Any, error: str) -> None:
+    """Measured, too, so that a run names them before its first step."""
+    sample = conversation_with_images(smooth(56, 84))
+    sample = replace(
+        sample, messages=[sample.messages[0], {"role": "assistant", "content": answer}]
+    )
+    for preprocessor in (SamplePreprocessor, HeaderPreprocessor):
+        with pytest.raises(SampleError, match=re.escape(error)) as caught:
+            preprocessor(tiny_processor(), DATA).prepare(sample)
+        assert caught.value.reason == "box"
+    with pytest.raises(SampleError, match="the text has 2166 in") as caught:
+        SamplePreprocessor(tiny_processor(), DATA).prepare(
+            Document("d", ("<|box_start|>(412,2166),(621,2195)<|box_end|>",))
+        )
+    assert caught.value.reason == "box"
+
+
+@pytest.mark.parametrize("side", [14, 280])  # the longer text is no file name of any system
+def test_base64_in_place_of_a_path_is_named_as_such(side: int) -> None:
+    text = base64.b64encode(encoded(noise(side, side))).decode()
+    preprocessor = SamplePreprocessor(tiny_processor(), DATA)
+    with pytest.raises(SampleError, match="looks like base64, not a path") as caught:
+        preprocessor.prepare(conversation_with_images(text))
+    assert caught.value.reason == "image"
+    assert len(str(caught.value)) < 300

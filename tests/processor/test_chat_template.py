@@ -139,6 +139,15 @@ def test_box_needs_its_image() -> None:
         rendered_text([user([{"image": "a"}, {**box, "picture": 2}])], sizes=[(9, 9)])
 
 
+@pytest.mark.parametrize("shape", [{"box": [1, 2, 3, 40]}, {"point": [0.5, 0.5]}])
+def test_a_shape_outside_its_image_or_in_fractions_is_refused_when_asked_too(shape: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"content\[1\]\.\w+ is \[.*in an image of 9 x 9"
+    ) as caught:
+        rendered_text([user([{"image": "a"}, shape])], sizes=[(9, 9)])
+    assert caught.value.param == "messages[0].content[1]"
+
+
 # Supervision ----------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def exif(orientation: int) -> bytes:
 
 IMAGE = smooth(60, 130)
 GOOD: list[tuple[str, str, Callable[[], Any]]] = [
-    ("PNG or GIF missing last byte", "image", lambda: encoded(IMAGE)[:-1]),
+    ("JPEG, PNG or GIF missing last byte", "image", lambda: encoded(IMAGE)[:-1]),
     ("PNG with trailing garbage", "image", lambda: encoded(IMAGE) + b"garbage"),
     ("1x1 pixel image", "image", lambda: Image.new("RGB", (1, 1))),
     ("image smaller than 28 px on a side", "image", lambda: encoded(noise(27, 257))),

@@ -1,7 +1,7 @@
 """Columns of a row: which are used, which are refused, and which are reported as unused.
 
 `datasets` gives all rows of a file the same columns and all objects the same keys, and fills what a
-row lacks with null: a key whose value is null counts as absent, at every depth. A column that
+row lacks with null, pandas with NaN: such a key counts as absent, at every depth. A column that
 belongs to another kind of training (preferences, rewards, audio) changes what the row means, so the
 row is refused by the column's name; any other column that no format uses is counted, and reported
 once for each source.
@@ -9,14 +9,16 @@ once for each source.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from math import isnan
 from typing import Any
 
 from qwen2vl.data.formats.samples import SampleError
 
 __all__ = ["Row", "drop_nulls"]
 
-_PREFERENCE = "is of preference data (DPO, ORPO, KTO, reward models)"
+_PREFERENCE = "is of preference data (DPO, ORPO, reward models)"
 _REFUSED = {
     **dict.fromkeys(
         (
@@ -26,7 +28,6 @@ _REFUSED = {
             "rejected_messages",
             "rejected_images",
             "rejected_videos",
-            "kto_tag",
         ),
         _PREFERENCE,
     ),
@@ -36,7 +37,9 @@ _REFUSED = {
     "audios": "is a sound, which the model cannot hear",
     "chat_template_kwargs": "has options of another chat template",
 }
+_KTO_KEYS = ("label", "kto_tag")  # whether the answer is a good one; a label of no bool is unused
 _NAME_KEYS = ("id",)  # named in messages about the sample
+_MEDIA_NAME = re.compile(r"image|img|picture|photo|video|media", re.IGNORECASE)
 
 
 class Row:
@@ -48,15 +51,16 @@ class Row:
         Raises:
             SampleError: it has such a column.
         """
-        self._all_keys = frozenset(raw)
+        self._all_keys = raw.keys()
         self._columns: dict[str, Any] = drop_nulls(raw)
         self._used: set[str] = set(_NAME_KEYS)
         self._unused: dict[str, None] = {}  # a set in order
-        for key, meaning in _REFUSED.items():
-            if not _is_empty(self._columns.get(key)):
-                raise SampleError("task", _refusal(key, meaning))
-        if isinstance(self._columns.get("label"), bool):  # any other label is of no trainer here
-            raise SampleError("task", _refusal("label", _PREFERENCE))
+        self._notes: dict[str, None] = {}
+        for key, value in self._columns.items():
+            if key in _REFUSED and not _is_empty(value):
+                raise SampleError("task", _refusal(key, _REFUSED[key]))
+            if key in _KTO_KEYS and isinstance(value, bool):
+                raise SampleError("task", _describe_kto(key, is_good=value))
 
     def has_column(self, *keys: str) -> bool:
         """Return whether the file gives this row one of these columns, be it null."""
@@ -75,6 +79,18 @@ class Row:
         """Record a key inside a column, or a column that was taken, as unused."""
         self._unused[name] = None
 
+    def add_note(self, note: str) -> None:
+        """Record what the row has that is likely an error, for a count by note."""
+        self._notes[note] = None
+
+    def notes(self) -> tuple[str, ...]:
+        """Return the recorded notes."""
+        return tuple(self._notes)
+
+    def find_media_name(self) -> str | None:
+        """Return the first unused column whose name is that of a medium, as image_path."""
+        return next((key for key in self.unused() if _MEDIA_NAME.search(key)), None)
+
     def unused(self) -> tuple[str, ...]:
         """Return the names of all columns and keys with a value that nothing was made of."""
         columns = (
@@ -90,16 +106,26 @@ class Row:
 
 
 def drop_nulls(value: Any) -> Any:
-    """Return a value without the keys that are null, at every depth; null in a list stays."""
-    if isinstance(value, Mapping):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
+    """Return JSON without the keys that are null or NaN, at every depth; in lists both are None."""
+    if isinstance(value, dict):
+        return {
+            key: item if isinstance(item, str) else drop_nulls(item)
+            for key, item in value.items()
+            if item is not None and not (isinstance(item, float) and isnan(item))
+        }
+    if isinstance(value, list):
         return [drop_nulls(item) for item in value]
-    return value
+    return None if isinstance(value, float) and isnan(value) else value
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | bytes | Mapping | list) and not value)
+
+
+def _describe_kto(key: str, *, is_good: bool) -> str:
+    remedy = "remove the column to train on the answer" if is_good else "leave the row out"
+    answer = "a good answer" if is_good else "an answer to avoid"
+    return f"the column {key} marks {answer} (KTO), and answers are only learned here; {remedy}"
 
 
 def _refusal(key: str, meaning: str) -> str:

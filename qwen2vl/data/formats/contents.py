@@ -4,7 +4,8 @@
     [{"type": "image"}, {"type": "text", ...}]    items, with an index or in order
     "Find it", in a row with images               neither: the images precede the first message
 
-A row has tags or items, not both: where the media are would be ambiguous.
+A row has tags or items, not both: where the media are would be ambiguous. Tags in the assistant's
+text are text, as in Qwen's own fine-tuning code: answers in Markdown or HTML may have them.
 """
 
 from __future__ import annotations
@@ -22,50 +23,54 @@ __all__ = ["fill_contents"]
 
 RawMessage = Mapping[str, Any]
 
+_MEDIA_TYPES = ("image", "image_url", "input_image", "video", "video_url")
+_TAG_IN_ANSWER = "the text <image> or <video> in an answer, where it stands for no medium"
 
-def fill_contents(
-    messages: Sequence[RawMessage], row: Row, always_tagged: bool
-) -> list[RawMessage]:
+
+def fill_contents(messages: Sequence[RawMessage], row: Row, needs_tags: bool) -> list[RawMessage]:
     """Replace tags and items without a source by the row's media and objects.
 
     Args:
         messages: with role and content.
         row: of the file.
-        always_tagged: tags are placeholders in rows without media, too, and media need a tag each.
+        needs_tags: each medium needs a tag; else those of a row without tags precede its messages.
 
     Raises:
-        SampleError: media or objects do not match their tags, or a placeholder would be taught.
+        SampleError: media or objects do not match their tags, or a placeholder would be text.
     """
     media = RowMedia(row)
-    contents = [message.get("content") for message in messages]
-    texts = [text for content in contents for text in _texts(content)]
-    for text in texts:
+    is_plain = [_is_plain(message) for message in messages]
+    marked = [m for m, plain in zip(messages, is_plain, strict=True) if not plain]
+    prompts = [text for m in marked if not _is_answer(m) for text in _texts_with_tags(m)]
+    answers = [text for m in marked if _is_answer(m) for text in _texts_with_tags(m)]
+    for text in prompts:
         media.check_text(text)
-    objects = RowObjects(row, is_tagged=any(OBJECT_TAG.search(text) for text in texts))
-    items = [item for content in contents for item in _media_items(content)]
-    has_tags = (media.has_columns or always_tagged) and any(MEDIA_TAG.search(t) for t in texts)
-    _check_one_way(contents, items, has_tags)
-    _check_calls(messages, media, objects)
-    filler = _Filler(media if has_tags else None, media, objects)
-    filled = [filler.fill(content) for content in contents]
-    if media.is_given and not (has_tags or items or always_tagged):
-        _put_first(media.take_remaining(), messages, filled)
-    media.check_all_used()
-    objects.check_all_used()
-    return [
-        message if content is None else {**message, "content": content}
-        for message, content in zip(messages, filled, strict=True)
+    objects = RowObjects(row, is_tagged=any(map(OBJECT_TAG.search, prompts + answers)))
+    has_items = any(map(_has_media_items, marked))
+    has_tags = media.has_columns and any(map(MEDIA_TAG.search, prompts))
+    _check_one_way(marked, has_items and has_tags)
+    _check_calls(marked, media, objects)
+    hint = ""
+    if any(map(MEDIA_TAG.search, answers)) and (media.has_columns or has_items):
+        row.add_note(_TAG_IN_ANSWER)
+        hint = " (tags in answers are text)"
+    filler = _Filler(media, objects)
+    filled = [
+        message if plain else filler.fill_message(message, has_tags)
+        for message, plain in zip(messages, is_plain, strict=True)
     ]
+    if media.is_given and not (has_tags or has_items or needs_tags):
+        _put_first(media.take_remaining(), filled)
+    media.check_all_used(hint)
+    objects.check_all_used()
+    return filled
 
 
-def _check_one_way(
-    contents: Sequence[Any], items: Sequence[Mapping[str, Any]], has_tags: bool
-) -> None:
-    """Refuse tags in the text of a row whose images or videos are items, which place them."""
-    is_mixed = has_tags and bool(items)
-    for content in contents:
-        if any(True for _ in _media_items(content)):
-            is_mixed |= any(MEDIA_TAG.search(text) for text in _texts(content))
+def _check_one_way(messages: Sequence[RawMessage], is_mixed: bool) -> None:
+    """Refuse tags in the text of a row, or of a message, whose media are placed by items."""
+    for message in messages:
+        if not is_mixed and not _is_answer(message) and _has_media_items(message):
+            is_mixed = any(map(MEDIA_TAG.search, _texts_with_tags(message)))
     if is_mixed:
         raise SampleError(
             "placeholders",
@@ -77,6 +82,8 @@ def _check_one_way(
 def _check_calls(messages: Sequence[RawMessage], media: RowMedia, objects: RowObjects) -> None:
     """Refuse tags in the arguments of tool calls, which are text only."""
     for message in messages:
+        if "tool_calls" not in message and "function_call" not in message:
+            continue
         text = str([message.get("tool_calls"), message.get("function_call")])
         media.check_text(text)
         found = (media.has_columns and MEDIA_TAG.search(text)) or (
@@ -90,66 +97,93 @@ def _check_calls(messages: Sequence[RawMessage], media: RowMedia, objects: RowOb
             )
 
 
-def _put_first(
-    items: Sequence[Mapping[str, Any]], messages: Sequence[RawMessage], contents: list[Any]
-) -> None:
+def _put_first(items: Sequence[Mapping[str, Any]], messages: list[RawMessage]) -> None:
     """Put media that nothing refers to before the first message, as TRL and ms-swift do."""
     for i, message in enumerate(messages):
         if message.get("role") != "system":
-            content = contents[i]
+            content = message.get("content")
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}] if content else []
-            contents[i] = [*items, *(content if isinstance(content, list) else [])]
+            content = [*items, *(content if isinstance(content, list) else [])]
+            messages[i] = {**message, "content": content}
             return
 
 
-def _texts(content: Any) -> Iterator[str]:
-    """Yield the texts of a message's content."""
+def _is_plain(message: RawMessage) -> bool:
+    """Return whether a message has no tag, no item and no call."""
+    content = message.get("content")
+    return (
+        isinstance(content, str)
+        and "<" not in content
+        and "tool_calls" not in message
+        and "function_call" not in message
+    )
+
+
+def _is_answer(message: RawMessage) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _texts_with_tags(message: RawMessage) -> Iterator[str]:
+    """Yield the texts of a message that may have a tag."""
+    content = message.get("content")
     if isinstance(content, str):
-        yield content
+        if "<" in content:
+            yield content
     elif isinstance(content, list):
         for item in content:
-            text = item.get("text") if isinstance(item, Mapping) else item
-            if isinstance(text, str):
+            text = item.get("text") if isinstance(item, dict) else item
+            if isinstance(text, str) and "<" in text:
                 yield text
 
 
-def _media_items(content: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the items of a content that are, or stand for, an image or a video."""
-    for item in content if isinstance(content, list) else ():
-        if isinstance(item, Mapping) and (
-            item.get("type") in ("image", "image_url", "input_image", "video", "video_url")
-            or ("type" not in item and not item.keys().isdisjoint(("image", "image_url", "video")))
-        ):
-            yield item
+def _has_media_items(message: RawMessage) -> bool:
+    """Return whether a message has items that are, or stand for, an image or a video."""
+    content = message.get("content")
+    return isinstance(content, list) and any(
+        isinstance(item, dict)
+        and (
+            item.get("type") in _MEDIA_TYPES
+            or ("type" not in item and not item.keys().isdisjoint(_MEDIA_TYPES))
+        )
+        for item in content
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Filler:
     """Replaces tags and items without a source in one row's contents, in order."""
 
-    tagged_media: RowMedia | None  # None: <image> and <video> in text are text
     media: RowMedia
     objects: RowObjects
 
-    def fill(self, content: Any) -> Any:
-        """Return the content of a message with its media and objects."""
-        if isinstance(content, str):
-            items = list(self._split(content))
-            is_changed = items != [{"type": "text", "text": content}]
-            return items if items and is_changed else content
-        if not isinstance(content, list):
-            return content
-        return [filled for item in content for filled in self._fill_item(item)]
+    def fill_message(self, message: RawMessage, has_media_tags: bool) -> RawMessage:
+        """Return a message with its media and objects.
 
-    def _fill_item(self, item: Any) -> Iterator[Any]:
-        if not isinstance(item, Mapping):
+        Args:
+            message: of the row.
+            has_media_tags: <image> and <video> in prompts stand for media; else they are text.
+        """
+        has_media_tags = has_media_tags and not _is_answer(message)
+        content = message.get("content")
+        if isinstance(content, list):
+            filled = [item for raw in content for item in self._fill_item(raw, has_media_tags)]
+            return {**message, "content": filled}
+        if not isinstance(content, str):
+            return message
+        items = list(self._split(content, has_media_tags))
+        is_text = not items or items == [{"type": "text", "text": content}]
+        return message if is_text else {**message, "content": items}
+
+    def _fill_item(self, item: Any, has_media_tags: bool) -> Iterator[Any]:
+        if not isinstance(item, dict):
             yield item
         elif item.get("type") in ("image", "video"):
             yield _read_embedded(item) if _has_source(item) else self._use_medium(item)
-        elif item.get("type", "text") == "text" and isinstance(item.get("text"), str):
-            split = list(self._split(item["text"]))
-            yield from split if len(split) != 1 or split[0].get("type") != "text" else [item]
+        elif item.get("type", "text") == "text" and "<" in str(item.get("text")):
+            items = list(self._split(str(item["text"]), has_media_tags))
+            is_text = len(items) == 1 and items[0].get("type") == "text"
+            yield from [item] if is_text else items
         else:
             yield item
 
@@ -164,14 +198,13 @@ class _Filler:
         )
         return {**options, **medium}
 
-    def _split(self, text: str) -> Iterator[Mapping[str, Any]]:
-        parts = [text] if self.tagged_media is None else self.tagged_media.split(text)
-        for part in parts:
+    def _split(self, text: str, has_media_tags: bool) -> Iterator[Mapping[str, Any]]:
+        for part in self.media.split(text) if has_media_tags else [text]:
             if not isinstance(part, str):
                 yield part
             elif self.objects.is_active:
                 yield from self.objects.split(part)
-            elif part:
+            else:
                 yield {"type": "text", "text": part}
 
 

@@ -16,10 +16,13 @@ from qwen2vl.data.formats.columns import Row
 from qwen2vl.data.formats.media import MEDIA_TAG, RowMedia, media_item
 from qwen2vl.data.formats.objects import OBJECT_TAG
 from qwen2vl.data.formats.samples import Document, SampleError
+from qwen2vl.errors import abbreviate
 
 __all__ = ["is_interleaved", "parse_continuation", "parse_interleaved", "parse_text"]
 
 Part = str | Mapping[str, Any]
+
+_EMPTY_COMPLETION = "an empty completion, after which only <|endoftext|> is learned"
 
 
 def parse_text(text: str, row: Row, name: str) -> Document:
@@ -51,6 +54,8 @@ def parse_continuation(row: Row, name: str) -> Document:
             "placeholders", "the completion has an <image> or <video> tag; media are in the prompt"
         )
     media.check_all_used()
+    if not completion.strip():
+        row.add_note(_EMPTY_COMPLETION)
     return Document(name, (*prompt, completion), num_prompt_parts=len(prompt))
 
 
@@ -96,8 +101,11 @@ def _check_objects(text: str, row: Row) -> None:
 
 def _interleaved_parts(row: Row) -> Iterator[Part]:
     """Yield the parts of an interleaved document in order: at each index a text or an image."""
-    texts, images = row.take("texts"), row.take("images") or [None] * len(row.take("texts"))
-    if not isinstance(images, list) or len(images) != len(texts):
+    texts = row.take("texts")
+    images = row.take("images") or [None] * len(texts)
+    if not isinstance(images, list):
+        raise SampleError("placeholders", f"images is {abbreviate(images)}; it must be a list")
+    if len(images) != len(texts):
         raise SampleError(
             "placeholders",
             f"{len(texts)} texts beside {len(images)} images; each index needs one of both",

@@ -4,7 +4,9 @@
     {"type": "image"}, without a source     TRL
     {"type": "image", "index": 0}           vision-language datasets on the Hugging Face Hub
 
-Each medium is used once, in order, or by its index; what is left over, or lacks, is an error.
+Each medium is used once, in order, or by its index; what is left over, or lacks, is an error. Text
+keeps its white space, as in a list of content items, but for LLaVA's line breaks between the tags
+at the start or the end of a text and the rest of it: "<image>\\nWhat?" is the image and "What?".
 Empty entries ("", null, {"bytes": null, "path": null}) are what files have for rows without media.
 """
 
@@ -24,7 +26,9 @@ MEDIA_TAG = re.compile(r"<(image|video)>")
 MEDIA_COLUMNS = ("image", "images", "video", "videos")
 
 _PLURAL_OF = {"image": "images", "video": "videos"}
-# Placeholders that other models' data have in place of <image>: as text they would be taught.
+_FIRST_TAGS = re.compile(r"(?:<(?:image|video)>\n?)+")
+_LAST_TAGS = re.compile(r"(?:\n?<(?:image|video)>)+\Z")
+# Placeholders that data have in place of <image>, which would be text here.
 _FOREIGN_PLACEHOLDER = re.compile(
     r"<image_placeholder>|<ImageHere>|<\|(?:image|video)(?:_\d+|_pad)?\|>|<IMG_CONTEXT>"
     r"|<(?:image|video)[_ ]?\d+>|</(?:image|video)>|<(?:start_of_image|image_soft_token|im_patch)>"
@@ -36,16 +40,18 @@ class RowMedia:
 
     def __init__(self, row: Row) -> None:
         self.has_columns = row.has_column(*MEDIA_COLUMNS)
-        self.has_audio_columns = row.has_column("audio", "audios")
-        self._items: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in _PLURAL_OF}
-        for kind, plural in _PLURAL_OF.items():
+        self._row = row
+        self._has_audio_columns = row.has_column("audio", "audios")
+        self._items: dict[str, list[Mapping[str, Any]]] = {"image": [], "video": []}
+        for kind, plural in _PLURAL_OF.items() if self.has_columns else ():
             for key in (kind, plural):
                 given = row.take(key)
                 for source in given if isinstance(given, list) else [given]:
                     item = media_item(source, kind)
-                    self._items[kind] += [] if item is None else [item]
-        self._num_used = dict.fromkeys(_PLURAL_OF, 0)  # in order
-        self._used_by_index: dict[str, set[int]] = {kind: set() for kind in _PLURAL_OF}
+                    if item is not None:
+                        self._items[kind].append(item)
+        self._num_used = {"image": 0, "video": 0}  # in order
+        self._used_by_index: dict[str, set[int]] = {"image": set(), "video": set()}
 
     @property
     def is_given(self) -> bool:
@@ -83,31 +89,51 @@ class RowMedia:
         return remaining
 
     def split(self, text: str) -> Iterator[str | Mapping[str, Any]]:
-        """Split text at its tags, using media; whitespace around a tag is dropped."""
+        """Split text at its tags, using media."""
+        if first := _FIRST_TAGS.match(text):
+            text = _drop_line_breaks(first) + text[first.end() :]
+        if text.endswith(("<image>", "<video>")):
+            text = _LAST_TAGS.sub(_drop_line_breaks, text)
         for i, segment in enumerate(MEDIA_TAG.split(text)):
             if i % 2:
                 yield self.next_item(segment)
-            elif segment.strip():
-                yield segment.strip()
+            elif segment:
+                yield segment
 
     def check_text(self, text: str) -> None:
-        """Check that text has no placeholder that would be taught as text.
+        """Check that text has no placeholder that would be read, or taught, as text.
 
         Raises:
             SampleError: it has one.
         """
-        found = _FOREIGN_PLACEHOLDER.search(text) if self.has_columns else None
-        if found:
+        if "<" not in text:
+            return
+        if not self.has_columns:
+            self._check_column_names(text)
+        elif found := _FOREIGN_PLACEHOLDER.search(text):
             raise SampleError(
                 "placeholders",
-                f"the text has {found[0]}, a placeholder of other models; write <image> or <video> "
-                "where the medium is",
+                f"the text has the placeholder {found[0]}, which would be read as text; write "
+                "<image> or <video> where the medium is",
             )
-        if self.has_audio_columns and "<audio>" in text:
+        if self._has_audio_columns and "<audio>" in text:
             raise SampleError("placeholders", "the text has <audio>, and the model cannot hear")
 
-    def check_all_used(self) -> None:
+    def _check_column_names(self, text: str) -> None:
+        """Refuse a tag beside a column that has its medium under another name."""
+        found, column = MEDIA_TAG.search(text), self._row.find_media_name()
+        if found and column:
+            raise SampleError(
+                "placeholders",
+                f"the text has {found[0]}, and the row has no {_PLURAL_OF[found[1]]}; if the "
+                f"column {column} has them, rename it, else remove it",
+            )
+
+    def check_all_used(self, hint: str = "") -> None:
         """Check that every medium of the row was used, and that none was missing.
+
+        Args:
+            hint: appended to the error about their numbers.
 
         Raises:
             SampleError: tags or items and media do not match.
@@ -128,8 +154,12 @@ class RowMedia:
                 raise SampleError(
                     "placeholders",
                     f"{in_order + len(by_index)} <{kind}> tags for {len(items)} "
-                    f"{_PLURAL_OF[kind]}; each needs one",
+                    f"{_PLURAL_OF[kind]}; each needs one{hint}",
                 )
+
+
+def _drop_line_breaks(found: re.Match[str]) -> str:
+    return found[0].replace("\n", "")
 
 
 def media_item(source: Any, kind: str) -> Mapping[str, Any] | None:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen2vl.data.formats.columns import Row
 from qwen2vl.data.formats.contents import fill_contents
@@ -35,10 +34,11 @@ _ROLES = {
 }
 _SUPERVISION_KEYS = ("loss", "weight")  # ms-swift's and OpenAI's name
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # refused, unless empty
+_OTHER_KEYS = (*_SUPERVISION_KEYS, *_REASONING_KEYS)  # that are not of `parse_messages`
+_EMPTY_ANSWER = "an empty answer, of which only <|im_end|> is learned"
 
 
-@dataclass(frozen=True, slots=True)
-class _Message:
+class _Message(NamedTuple):
     """A message with the keys that `parse_messages` knows, and whether it is learned."""
 
     fields: RawMessage
@@ -53,7 +53,7 @@ def build_conversation(
     *,
     key: str,
     num_context: int = 0,
-    always_tagged: bool = False,
+    needs_tags: bool = False,
 ) -> Conversation:
     """Build the conversation of a row.
 
@@ -63,7 +63,7 @@ def build_conversation(
         row: of the file, for its media, objects, tools and system prompt.
         key: of the column that the messages are from, for errors.
         num_context: messages at the start that are a prompt: nothing of them is learned.
-        always_tagged: tags are placeholders in rows without media, too, and media need a tag each.
+        needs_tags: each medium needs a tag; else those of a row without tags precede its messages.
 
     Raises:
         SampleError: a message is malformed, or media or objects do not match their tags.
@@ -77,7 +77,9 @@ def build_conversation(
     if isinstance(system, str) and system and messages[0].fields.get("role") != "system":
         row.take("system")  # a system message overrides the column, which is then unused
         messages.insert(0, _Message({"role": "system", "content": system}, is_supervised=True))
-    filled = fill_contents([message.fields for message in messages], row, always_tagged)
+    filled = fill_contents([message.fields for message in messages], row, needs_tags)
+    if any(message.is_supervised and _is_empty_answer(message.fields) for message in messages):
+        row.add_note(_EMPTY_ANSWER)
     return Conversation(
         name,
         filled,
@@ -105,15 +107,17 @@ def require_list(value: Any, key: str) -> list[Any]:
 
 
 def _read_message(raw: Any, path: str, *, is_context: bool) -> _Message:
-    if not isinstance(raw, Mapping):
-        raise SampleError("messages", f"a message is {raw!r:.40}, not an object")
+    if not isinstance(raw, dict):
+        raise SampleError("messages", f"{path} is {raw!r:.40}, not an object")
     given = raw.get("role")
     role = _ROLES.get(given, given) if isinstance(given, str) else given
-    left_out = {*_SUPERVISION_KEYS, *(key for key in _REASONING_KEYS if raw.get(key) == "")}
-    fields = {key: value for key, value in raw.items() if key not in left_out}
-    if "role" in fields:
-        fields["role"] = role
-    is_supervised = _read_supervision(raw, role, path) and not is_context
+    fields = {**raw, "role": role} if role is not given else {**raw}
+    is_supervised = not is_context
+    if not raw.keys().isdisjoint(_OTHER_KEYS):
+        is_supervised = _read_supervision(raw, role, path) and is_supervised
+        for key in _OTHER_KEYS:
+            if key in _SUPERVISION_KEYS or raw.get(key) == "":
+                fields.pop(key, None)
     if given not in _CALL_ROLES:
         return _Message(fields, is_supervised)
     fields["tool_calls"] = _parse_calls(fields.pop("content", None), path)
@@ -140,6 +144,17 @@ def _read_supervision(raw: RawMessage, role: Any, path: str) -> bool:
     if len(set(values.values())) > 1:
         raise SampleError("messages", f"{path} has a loss and a weight that contradict each other")
     return all(values.values())
+
+
+def _is_empty_answer(fields: RawMessage) -> bool:
+    content = fields.get("content")
+    if fields.get("role") != "assistant" or fields.get("tool_calls") or content is None:
+        return False
+    if isinstance(content, str):
+        return not content.strip()
+    return isinstance(content, list) and not any(
+        not isinstance(item, dict) or str(item.get("text", "an image")).strip() for item in content
+    )
 
 
 def _parse_calls(content: Any, path: str) -> list[Any]:
@@ -174,7 +189,12 @@ def _merge_calls(messages: Sequence[_Message], key: str) -> list[_Message]:
                 f"{key}[{i}] and the assistant's message before it are one turn, and only one of "
                 "them is to be learned",
             )
-        calls = [*(last.fields.get("tool_calls") or ()), *message.fields["tool_calls"]]
+        earlier = last.fields.get("tool_calls") or []
+        if not isinstance(earlier, list):
+            raise SampleError(
+                "messages", f"{key}[{i - 1}].tool_calls is {abbreviate(earlier)}; give a list"
+            )
+        calls = [*earlier, *message.fields["tool_calls"]]
         fields = {**last.fields, "tool_calls": calls}
         merged[-1] = _Message(fields, last.is_supervised, last.is_call)
     return merged

@@ -20,7 +20,7 @@ from typing import Any
 from qwen2vl.data.formats.columns import Row
 from qwen2vl.data.formats.samples import SampleError
 from qwen2vl.errors import abbreviate
-from qwen2vl.grounding import BOX_END, BOX_START, Box, Point
+from qwen2vl.grounding import BOX_END, BOX_START, Box, Point, are_fractions
 
 __all__ = ["OBJECT_TAG", "RowObjects"]
 
@@ -107,6 +107,7 @@ class RowObjects:
             )
         self._is_real = bbox_type == "real"
         if self._is_real:
+            _check_pixels(self._boxes)
             self._image_ids = _read_image_ids(objects.get("image_id"), len(self._boxes))
         else:
             _check_fractions(self._boxes)
@@ -196,11 +197,21 @@ def _read_image_ids(value: Any, num_boxes: int) -> list[int]:
     return ids + [0] * (num_boxes - len(ids))
 
 
+def _check_pixels(boxes: Sequence[Sequence[float]]) -> None:
+    for i, box in enumerate(boxes):
+        if are_fractions(box):
+            raise SampleError(
+                "box",
+                f"objects.bbox[{i}] is {abbreviate(box)}: these are fractions, less than one "
+                "pixel; their bbox_type is norm1",
+            )
+
+
 def _check_fractions(boxes: Sequence[Sequence[float]]) -> None:
     for i, box in enumerate(boxes):
         if not all(0 <= number <= 1 for number in box):
             raise SampleError(
-                "messages",
+                "box",
                 f"objects.bbox[{i}] is {abbreviate(box)}; with bbox_type norm1 all numbers are "
                 "from 0 to 1",
             )

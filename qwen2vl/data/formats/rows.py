@@ -47,7 +47,7 @@ def parse_row(row: Any, name: str) -> Conversation | Document:
         sample = _parse(columns, name)
     except RecursionError as error:
         raise SampleError("messages", "the row is nested too deeply") from error
-    return replace(sample, unused=columns.unused())
+    return replace(sample, unused=columns.unused(), notes=columns.notes())
 
 
 def _parse(row: Row, name: str) -> Conversation | Document:
@@ -80,11 +80,21 @@ def _parse_columns(row: Row, name: str) -> Conversation | Document:
     for key in ("text", "caption"):
         if isinstance(row.peek(key), str):
             return parse_text(row.take(key), row, name)
+    raise SampleError("messages", _describe_unknown(row))
+
+
+def _describe_unknown(row: Row) -> str:
+    """Say what columns a row of no format has."""
     keys = row.describe_keys()
-    raise SampleError(
-        "messages",
+    if not keys:
+        return "the row is empty"
+    value = row.peek(keys)  # of the only column
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return (
+            f"the row is an object whose {keys} is a list of {len(value):,} objects; if they are "
+            "the rows, write that list alone, or one row a line"
+        )
+    return (
         f"the row has the keys {keys}, and none of messages, conversations, texts or text "
         "(docs/guides/data-formats.md has all formats)"
-        if keys
-        else "the row is empty",
     )

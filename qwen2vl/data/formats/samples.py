@@ -26,6 +26,7 @@ __all__ = [
 # Reason that bad samples are counted by -> what is wrong with them, for people.
 _DESCRIPTIONS = {
     "answer": "without an answer to learn from",
+    "box": "with boxes that are not in their image, or not in its scale",
     "image": "with an unreadable image",
     "length": "with media changed since they were measured",
     "messages": "with malformed messages",
@@ -61,6 +62,7 @@ class Conversation:
     tools: Sequence[Mapping[str, Any]] | None = None
     unsupervised: tuple[int, ...] = ()  # indices of the assistant's messages that are context only
     unused: tuple[str, ...] = ()  # columns and keys of the row that nothing was made of
+    notes: tuple[str, ...] = ()  # what the row has that is likely an error: "an empty answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Document:
     parts: tuple[str | Mapping[str, Any], ...]  # text, or the content item of an image or video
     num_prompt_parts: int = 0  # of the parts, from the start: context only
     unused: tuple[str, ...] = ()  # columns of the row that nothing was made of
+    notes: tuple[str, ...] = ()  # what the row has that is likely an error
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,13 +54,13 @@ def parse_sharegpt(value: Any, row: Row, name: str, key: str) -> Conversation:
     """
     turns: list[Mapping[str, Any]] = []
     for i, turn in enumerate(require_list(value, key)):
-        if not isinstance(turn, Mapping):
+        if not isinstance(turn, dict):
             raise SampleError("messages", f"{key}[{i}] is {turn!r:.40}, not an object")
         if _is_pair(turn):
             turns += _split_pair(turn, row, key)
         else:
             turns.append(_read_turn(turn, f"{key}[{i}]", row, key))
-    return build_conversation(name, turns, row, key=key, always_tagged=True)
+    return build_conversation(name, turns, row, key=key, needs_tags=True)
 
 
 def _is_pair(turn: Mapping[str, Any]) -> bool:
@@ -88,7 +88,7 @@ def _read_turn(turn: Mapping[str, Any], path: str, row: Row, key: str) -> Mappin
             "messages", f"{path} is from {role!r:.40}; known are {', '.join(sorted(_ROLES))}"
         )
     message = {"role": role, "content": turn.get(text_key)}
-    for name, value in turn.items():
+    for name, value in turn.items() if len(turn) > len(message) else ():
         if name in _PASSED_KEYS:
             message[name] = value
         elif name not in (role_key, text_key):

@@ -37,6 +37,7 @@ class SourceSummary:
     num_held_out: int  # samples of the validation split
     held_out_samples: Sequence[str]  # the first of them: file, line
     unused: Mapping[str, int] = field(default_factory=dict)  # column -> samples that have it
+    notes: Mapping[str, int] = field(default_factory=dict)  # note -> samples that it is about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,4 +131,5 @@ def _summarize_source(source_index: int, dataset: PackedDataset) -> SourceSummar
             source.name(entry - first) for entry in np.sort(held_out)[:MAX_NAMED_SAMPLES].tolist()
         ],
         unused=table.unused,
+        notes=table.notes,
     )

@@ -21,8 +21,6 @@ ROW: dict[str, Any] = {
         ({"rejected_messages": [{"role": "assistant", "content": "no"}]}, "rejected_messages"),
         ({"rejected_images": ["a.png"]}, "rejected_images"),
         ({"chosen": "a", "rejected": "b"}, "chosen"),
-        ({"kto_tag": False}, "kto_tag"),
-        ({"label": False}, "label"),
         ({"audios": ["a.wav"]}, "audios"),
         ({"audio": {"path": "a.wav", "array": [0.0]}}, "audio"),
         ({"completions": ["a"], "labels": [True]}, "completions"),
@@ -35,6 +33,14 @@ def test_columns_that_change_the_meaning_are_refused_by_name(
     text = error_of({**ROW, **columns})
     assert text.startswith(f"task: the column {name} ")
     assert "remove the column to train on the rest" in text
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_a_row_of_kto_is_refused_and_its_remedy_teaches_no_bad_answer(key: str) -> None:
+    bad, good = (error_of({**ROW, key: value}) for value in (False, True))
+    assert bad.startswith(f"task: the column {key} marks an answer to avoid (KTO)")
+    assert bad.endswith("leave the row out")
+    assert good.endswith("remove the column to train on the answer")
 
 
 @pytest.mark.parametrize("value", [None, "", [], {}])
@@ -69,3 +75,10 @@ def test_a_system_message_overrides_the_column_which_is_then_unused() -> None:
 def test_nulls_are_dropped_at_every_depth_but_in_lists() -> None:
     value = {"a": None, "b": [{"c": None, "d": 0}, None], "e": {"f": {"g": None}}}
     assert drop_nulls(value) == {"b": [{"d": 0}, None], "e": {"f": {}}}
+
+
+def test_nan_is_null_as_in_frames_of_pandas() -> None:
+    nan = float("nan")
+    assert drop_nulls({"a": nan, "b": [nan, 1.5, {"c": nan}]}) == {"b": [None, 1.5, {}]}
+    row = {**ROW, "image": nan, "images": [nan], "system": nan, "objects": nan, "label": nan}
+    assert (parse(row).messages, parse(row).unused) == (ROW["messages"], ())

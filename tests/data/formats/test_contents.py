@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from tests.data.formats.prepared import error_of, parse
 from tests.data.formats.test_media import chat, text
 
@@ -24,9 +28,9 @@ def test_tags_in_the_texts_of_items_use_the_media() -> None:
     """As in ms-swift, which joins the items of a message."""
     parsed = parse(chat([text("first <image>"), text("then <image>")], images=["a", "b"]))
     assert parsed.messages[0]["content"] == [
-        text("first"),
+        text("first "),
         {"type": "image", "image": "a"},
-        text("then"),
+        text("then "),
         {"type": "image", "image": "b"},
     ]
 
@@ -40,6 +44,51 @@ def test_options_and_embedded_bytes_of_items_are_kept() -> None:
     content = parse(chat(items, images=["b.png"])).messages[0]["content"]
     assert content[0] == {"type": "image", "image": b"raw"}
     assert content[1] == {"type": "image", "image": "b.png", "max_pixels": 3136}
+
+
+TAGGED = "![fig](<image>) and <video>"
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_tags_in_answers_are_text_and_counted(key: str) -> None:
+    """As in Qwen's fine-tuning code; LLaMA-Factory refuses such rows (its issue 8440)."""
+    for question, columns in (
+        ("<image>What?", {"image": "a.png"}),
+        ("What?", {"images": []}),
+        ("What?", {}),
+    ):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": TAGGED}]
+        sample = parse({key: turns, **columns})
+        assert sample.messages[1]["content"] == TAGGED
+        assert len(sample.notes) == bool(columns)
+    turns[0]["content"] = "one of <image> only"
+    error = error_of({key: turns, "images": ["a.png", "b.png"]})
+    assert error.endswith("1 <image> tags for 2 images; each needs one (tags in answers are text)")
+
+
+@pytest.mark.parametrize("items", [[{"type": "image"}], [{"type": "image", "image": "a.png"}]])
+def test_tags_in_answers_are_text_beside_items_too(items: list[Any]) -> None:
+    columns = {} if "image" in items[0] else {"images": ["a.png"]}
+    messages = [
+        {"role": "user", "content": items},
+        {"role": "assistant", "content": [text("<image>"), text("</image>")]},
+    ]
+    sample = parse({"messages": messages, **columns})
+    assert sample.messages[1] == messages[1]
+    assert sample.notes == (
+        "the text <image> or <video> in an answer, where it stands for no medium",
+    )
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_tags_are_text_in_a_row_without_media_in_either_layout(key: str) -> None:
+    turns = [{"role": "user", "content": "what is <image>?"}, {"role": "assistant", "content": "a"}]
+    assert parse({key: turns, "source": "web"}).messages == turns
+    error = error_of({key: turns, "image_path": "a.png"})
+    assert error == (
+        "placeholders: the text has <image>, and the row has no images; if the column image_path "
+        "has them, rename it, else remove it"
+    )
 
 
 def test_a_tag_is_text_without_media_columns_unless_beside_an_image() -> None:

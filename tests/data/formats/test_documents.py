@@ -33,8 +33,11 @@ def test_media_of_other_columns_have_no_place_in_an_interleaved_document() -> No
     row = {"texts": ["a", None], "images": [None, "a.png"], "videos": ["a.mp4"]}
     assert "the column videos has no place beside a list of texts" in error_of(row)
     assert parse({**row, "videos": []}).parts[0] == "a"
+    assert "images is 5; it must be a list" in error_of({**row, "videos": [], "images": 5})
 
 
 def test_placeholders_of_other_models_are_not_taught() -> None:
-    assert "has <image_placeholder>" in error_of({"text": "<image_placeholder>", "image": "a.png"})
+    assert "the placeholder <image_placeholder>" in error_of(
+        {"text": "<image_placeholder>", "image": "a.png"}
+    )
     assert parse({"text": "<image_placeholder>"}).parts == ("<image_placeholder>",)

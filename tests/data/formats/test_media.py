@@ -75,13 +75,17 @@ def test_empty_entries_between_others_are_left_out(tmp_path: Path) -> None:
         ([IMAGE, text("q")], "1 <image> tags for 2 images; each needs one"),
         ([IMAGE, IMAGE, IMAGE, text("q")], "3 <image> tags for 2 images; each needs one"),
         ([{**IMAGE, "image": "c.png"}, text("q")], "0 <image> tags for 2 images; each needs one"),
+        ([text("<image>"), text("<image><image>")], "3 <image> tags for 2 images; each needs one"),
         ([IMAGE, text("<image>q")], 'tags beside items such as {"type": "image"}; use one of'),
         ("<image>q", "1 <image> tags for 2 images"),
         ("<video><image><image>q", "1 <video> in the text, and the row's videos are empty"),
-        ("<image_placeholder>q", "has <image_placeholder>, a placeholder of other models; write"),
-        ("<|vision_start|><|image_pad|><|vision_end|>q", "has <|image_pad|>, a placeholder of"),
-        ([text("<image_1> q")], "has <image_1>, a placeholder of other models"),
-        ("(<image>./</image>)q", "has </image>, a placeholder"),
+        (
+            "<image_placeholder>q",
+            "the placeholder <image_placeholder>, which would be read as text; write",
+        ),
+        ("<|vision_start|><|image_pad|><|vision_end|>q", "the placeholder <|image_pad|>, which"),
+        ([text("<image_1> q")], "the placeholder <image_1>, which"),
+        ("(<image>./</image>)q", "the placeholder </image>, which"),
     ],
 )
 def test_what_does_not_match_the_media_is_refused(content: Any, error: str) -> None:
@@ -105,3 +109,35 @@ def test_the_same_index_may_be_used_twice() -> None:
 def test_the_audio_tag_of_a_row_with_that_column_is_refused() -> None:
     assert error_of(chat("<audio>q", audios=[])).startswith("placeholders: the text has <audio>")
     assert parse(chat("<audio>q")).messages[0]["content"] == "<audio>q"
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("<image>\nWhat?", [0, "What?"]),
+        ("<image>\n\nWhat?", [0, "\nWhat?"]),
+        ("<image>\n<image>\nWhat?", [0, 1, "What?"]),
+        ("What?\n<image>", ["What?", 0]),
+        ("What?\n<image>\n<image>", ["What?", 0, 1]),
+        ("<image>\nor\n<image>", [0, "or", 1]),
+        ("<image>\n    code\n", [0, "    code\n"]),
+        ("Look at <image> and tell.", ["Look at ", 0, " and tell."]),
+        ("1: <image>\n2: <image>\n\nTask: x", ["1: ", 0, "\n2: ", 1, "\n\nTask: x"]),
+        ("a\n<image>\nb", ["a\n", 0, "\nb"]),
+    ],
+)
+def test_text_keeps_its_white_space_but_for_line_breaks_of_tags_at_its_ends(
+    tmp_path: Path, value: str, parts: list[Any]
+) -> None:
+    """The prompt is that of the same items at inference."""
+    write_pictures(tmp_path)
+    images = ["a.png", "b.png"][: value.count("<image>")]
+    items = [{**IMAGE, "image": images[p]} if isinstance(p, int) else text(p) for p in parts]
+    expected = prepare(parse(chat(items)), tmp_path).input_ids
+    rows: list[dict[str, Any]] = [chat(value, images=images)]
+    rows.append({"conversations": rows[0]["messages"], "images": images})
+    for row in rows:
+        assert prepare(parse(row), tmp_path).input_ids == expected
+    assert [*parse({"text": value, "images": images}).parts] == [
+        {**IMAGE, "image": images[p]} if isinstance(p, int) else p for p in parts
+    ]

@@ -137,10 +137,35 @@ def test_tags_in_arguments_are_refused_in_rows_with_media(tag: str) -> None:
     arguments = f'{{"name": "f", "arguments": {{"a": "{tag}"}}}}'
     row = chat(("user", {}), ("function_call", {"content": arguments}))
     assert parse(row)
-    assert f" have {tag}" in error_of({**row, "images": []}).replace("has", "have")
+    error = error_of({**row, "images": []})
+    assert f" have {tag}" in error or f" the placeholder {tag}" in error
+
+
+def test_calls_before_a_call_must_be_a_list() -> None:
+    call = ("tool_call", {"content": '{"name": "f"}'})
+    row = chat(("user", {}), ("assistant", {"tool_calls": 5}), call)
+    assert "messages[1].tool_calls is 5; give a list" in error_of(row)
 
 
 def test_tools_may_have_the_old_name() -> None:
     row = {**chat(("user", {}), ("assistant", {})), "functions": [{"name": "f"}]}
     assert parse(row).tools == [{"name": "f"}]
     assert parse({**row, "tools": [{"name": "g"}]}).unused == ("functions",)
+
+
+@pytest.mark.parametrize("content", ["", "  \n", [], [{"type": "text", "text": " "}]])
+def test_an_empty_answer_is_noted_where_it_is_learned(content: Any) -> None:
+    row = chat(("user", {}), ("assistant", {"content": content}))
+    assert parse(row).notes == ("an empty answer, of which only <|im_end|> is learned",)
+    row["messages"][1]["loss"] = False
+    assert parse(row).notes == ()
+    assert parse(chat(("user", {}), ("assistant", {}))).notes == ()
+    assert len(parse({"prompt": "a", "completion": " "}).notes) == 1
+    assert parse({"prompt": "a", "completion": "b"}).notes == ()
+
+
+def test_an_answer_of_an_item_or_a_call_is_not_empty() -> None:
+    box = chat(("user", {}), ("assistant", {"content": [{"type": "box", "box": [1, 2, 30, 40]}]}))
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    call = chat(("user", {}), ("assistant", {"content": "", "tool_calls": calls}))
+    assert parse(box).notes == parse(call).notes == ()

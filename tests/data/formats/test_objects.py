@@ -42,6 +42,12 @@ BOX = [20, 20, 60, 60]
         ),
         (
             "<bbox>",
+            {"ref": ["x"], "bbox": [[0.1, 0.2, 0.6, 0.8]]},
+            "box: objects.bbox[0] is [0.1, 0.2, 0.6, 0.8]: these are fractions, less than one "
+            "pixel; their bbox_type is norm1",
+        ),
+        (
+            "<bbox>",
             {"ref": ["x"], "bbox": [BOX], "bbox_type": "norm1"},
             "with bbox_type norm1 all numbers are from 0 to 1",
         ),

@@ -33,7 +33,7 @@ EXPECTED = [
         },
         {
             "conversations": [
-                {"role": "user", "content": "<image> what?"},
+                {"role": "user", "content": "<image>what?"},
                 {"role": "assistant", "content": "a cat"},
             ],
             "images": ["a.png"],
@@ -53,9 +53,9 @@ def test_tags_consume_media_in_order() -> None:
     sample = parse({"conversations": turns, "image": ["1", "2"], "video": "v"})
     assert [list(part.values())[1] for part in sample.messages[0]["content"]] == [
         "1",
-        "and",
+        " and ",
         "v",
-        "then",
+        " then ",
         "2",
         "last",
     ]
@@ -146,6 +146,19 @@ def test_the_first_column_decides_and_the_others_are_unused() -> None:
     assert sample.unused == ("text", "prompt", "conversations")
     assert parse({"text": "a", "prompt": "b"}).unused == ("prompt",)
     assert parse({"caption": "a", "text": None, "url": "b", "id": 3}).unused == ("url",)
+
+
+def test_a_question_beside_a_caption_is_named_as_unused() -> None:
+    row = {"question": "What?", "answer": "red", "caption": "A box.", "image": "a.png"}
+    assert parse(row).unused == ("question", "answer")
+
+
+def test_an_object_that_holds_the_rows_is_described() -> None:
+    row = {"messages": EXPECTED}
+    with pytest.raises(SampleError, match="an object whose data is a list of 2 objects; if they"):
+        parse({"data": [row, row]})
+    with pytest.raises(SampleError, match="the row has the keys data, and none of messages"):
+        parse({"data": ["a"]})
 
 
 def test_a_row_that_is_nested_too_deeply_is_refused() -> None:
