@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
 from tests.media import FORMATS, animation, encoded, encoded_video, noise
+from tests.properties import at_both_sizes
 from tests.tiny import tiny_processor
 
 # Random strings must not open the machine's files or reach its network.
@@ -78,23 +78,6 @@ messages = st.fixed_dictionaries(
     },
     optional=dict.fromkeys(KEYS[10:], values),
 )
-
-
-def at_both_sizes(test: Callable[..., None], *arguments: st.SearchStrategy[Any]) -> list[Any]:
-    """Return a property as cases for parametrize: fast, and slow with ten times the examples."""
-    phases = [phase for phase in Phase if phase is not Phase.explain]
-    options: dict[str, Any] = {
-        "deadline": None,
-        "database": None,
-        "phases": phases,
-        "suppress_health_check": list(HealthCheck),
-    }
-    fast, slow = (
-        seed(count)(settings(max_examples=count, **options)(given(*arguments)(test)))
-        for count in (200, 2000)
-    )
-    marks = [pytest.mark.slow, pytest.mark.timeout(1800)]
-    return [pytest.param(fast, id="200"), pytest.param(slow, id="2000", marks=marks)]
 
 
 @functools.cache

@@ -14,10 +14,14 @@ from typing import IO, Any
 import numpy as np
 from PIL import BmpImagePlugin, Image, ImageFile
 
+from qwen2vl.processor.image_formats.samples import row_blocks
+
 __all__ = ["BmpFile", "without_empty_alpha"]
 
 _BITFIELDS, _ALPHA_BITFIELDS = 3, 6
 _RLE8, _RLE4 = 1, 2
+_MAX_PIXEL_BYTES = 6  # of run lengths: a move to each pixel (4 bytes), and a run of it
+_BLACK_AND_WHITE = bytes((0, *[255] * 255))
 _INFO_HEADER = 40  # bytes: BITMAPINFOHEADER; later versions begin with it
 _OS2_HEADER = 64  # has other meanings of the compression
 
@@ -56,10 +60,11 @@ class BmpFile(BmpImagePlugin.BmpImageFile):
             assert self.fp is not None
             extents, start = self.tile[0][1], self.tile[0][2]
             self.fp.seek(start)
-            indices = _decode_runs(self.fp.read(), self.size, self._run_lengths == _RLE4)
+            data = self.fp.read((_MAX_PIXEL_BYTES * self.width + 2) * self.height + 2)
+            indices = _decode_runs(data, self.size, self._run_lengths == _RLE4)
             if self.mode == "1":
-                self._mode, indices = "L", indices * np.uint8(255)
-            self.fp = io.BytesIO(indices.tobytes())
+                self._mode, indices = "L", indices.translate(_BLACK_AND_WHITE)
+            self.fp = io.BytesIO(indices)
             self.tile = [ImageFile._Tile("raw", extents, 0, (self.mode, 0, -1))]
         return super().load()
 
@@ -76,8 +81,11 @@ class BmpFile(BmpImagePlugin.BmpImageFile):
         values = rows.view(f"<u{bits // 8}")[:, : self.width]
         if not is_top_down:
             values = values[::-1]
-        channels = [_channel(values, mask) for mask in self._masks[: len(self.getbands())]]
-        return np.stack(channels, 2)
+        pixels = np.empty((*values.shape, len(self.getbands())), np.uint8)
+        for block in row_blocks(values.shape):
+            for channel, mask in enumerate(self._masks[: len(self.getbands())]):
+                pixels[block, :, channel] = _channel(values[block], mask)
+        return pixels
 
 
 def without_empty_alpha(image: Image.Image) -> Image.Image:
@@ -122,19 +130,24 @@ def _channel(values: np.ndarray, mask: int) -> np.ndarray:
     return ((levels * 255 + most // 2) // most).astype(np.uint8)
 
 
-def _decode_runs(data: bytes, size: tuple[int, int], is_four_bit: bool) -> np.ndarray:
-    """Decode run lengths to palette indices, the last row first; what is skipped is index 0."""
+def _decode_runs(data: bytes, size: tuple[int, int], is_four_bit: bool) -> bytes:
+    """Decode run lengths to palette indices, the last row first; what is skipped is index 0.
+
+    A run may reach beyond its row, as padding, but none may follow: each code draws or moves.
+
+    Raises:
+        OSError: the data end before the last row does, or have too many runs.
+    """
     width, height = size
-    pixels = np.zeros((height, width), np.uint8)
+    pixels = bytearray(width * height)
     x = y = position = 0
     while position + 1 < len(data) and y < height:
         count, value = data[position], data[position + 1]
         position += 2
+        run = b""
         if count:
-            indices = (value >> 4, value & 15) if is_four_bit else (value, value)
-            pixels[y, x : x + count : 2] = indices[0]
-            pixels[y, x + 1 : x + count : 2] = indices[1]
-            x += count
+            pair = (value >> 4, value & 15) if is_four_bit else (value, value)
+            run = (bytes(pair) * ((count + 1) // 2))[:count]
         elif value == 0:  # end of the row
             x, y = 0, y + 1
         elif value == 1:  # end of the bitmap
@@ -144,13 +157,18 @@ def _decode_runs(data: bytes, size: tuple[int, int], is_four_bit: bool) -> np.nd
             x, y, position = x + move[0], y + move[1], position + 2
         else:  # pixels as they are, padded to 16 bit
             length = (value + 1) // 2 if is_four_bit else value
-            run = np.frombuffer(data[position : position + length], np.uint8)
+            run = data[position : position + length]
             if is_four_bit:
-                run = np.stack((run >> 4, run & 15), 1).ravel()
-            run = run[: max(0, min(value, width - x))]
-            pixels[y, x : x + len(run)] = run
-            x, position = x + value, position + length + length % 2
+                run = bytes(index for byte in run for index in (byte >> 4, byte & 15))[:value]
+            position += length + length % 2
+        if run:
+            if x > width:
+                raise OSError("the runs of a row are longer than it")
+            inside = run[: max(0, width - x)]
+            start = y * width + x
+            pixels[start : start + len(inside)] = inside
+            x += len(run)
     else:
         if y < height - 1 or (y == height - 1 and x < width):
             raise OSError("the run lengths end early")
-    return pixels
+    return bytes(pixels)

@@ -7,16 +7,25 @@ reads `SERVER_IMAGE_FORMATS`. No other decoder is ever used.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = [
+    "COMPOSITED_NOTE",
     "IMAGE_FORMATS",
     "IMAGE_SUFFIXES",
     "SERVER_IMAGE_FORMATS",
     "UnsupportedImageError",
+    "add_note",
     "describe_unreadable",
     "format_of",
     "list_formats",
+    "notes_of",
 ]
+
+COMPOSITED_NOTE = "transparency composited on white"
 
 SERVER_IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 IMAGE_FORMATS = (*SERVER_IMAGE_FORMATS, "AVIF", "PPM")
@@ -31,10 +40,22 @@ _FORMAT_OF = {f"image/{name.lower()}": name for name in IMAGE_FORMATS if name !=
     f"image/x-portable-{name}": "PPM" for name in ("bitmap", "graymap", "pixmap")
 }
 _LABELS = {"WEBP": "WebP"}
+_NOTES = "qwen2vl notes"  # key of Image.info; texts of a PNG are under keys of their own choice
 
 
 class UnsupportedImageError(Exception):
     """A file of a supported format that holds what is not read; the text follows "... is "."""
+
+
+def add_note(image: Image.Image, note: str) -> None:
+    """Keep a note on what was adjusted or ignored in `Image.info`, for `notes_of`."""
+    image.info[_NOTES] = (*notes_of(image), note)
+
+
+def notes_of(image: Image.Image) -> tuple[str, ...]:
+    """Return the notes that `add_note` kept; a text of the file under their key is none."""
+    notes = image.info.get(_NOTES)
+    return notes if isinstance(notes, tuple) else ()
 
 
 def format_of(media_type: str) -> str | None:

@@ -1,8 +1,8 @@
 """Opening and loading of images by Pillow's plugins and by those of this package.
 
 `open_format` reads the header alone. `load_pixels` decodes the current frame, with what Pillow
-leaves out of it; PNG, GIF and BMP images that a user opened by Pillow are corrected in the same way
-where they are not loaded yet.
+leaves out of it; JPEG, PNG, GIF and BMP images that a user opened by Pillow are corrected in the
+same way where they are not loaded yet.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from PIL import BmpImagePlugin, GifImagePlugin, Image, PngImagePlugin
+from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin
 
 from qwen2vl.processor.image_formats.bmp import BmpFile, without_empty_alpha
 from qwen2vl.processor.image_formats.formats import UnsupportedImageError, format_of
-from qwen2vl.processor.image_formats.jpeg import unsupported_kind
-from qwen2vl.processor.image_formats.png import load_png
+from qwen2vl.processor.image_formats.gif import GifFile, load_gif
+from qwen2vl.processor.image_formats.jpeg import load_jpeg, unsupported_kind
+from qwen2vl.processor.image_formats.png import load_png, open_png
 from qwen2vl.processor.image_formats.pnm import PnmFile
 from qwen2vl.processor.image_formats.tiff import TiffFile
 
 __all__ = ["load_pixels", "open_format"]
 
-_OWN_PLUGINS = {"TIFF": TiffFile, "BMP": BmpFile, "PPM": PnmFile}
+_OWN_PLUGINS = {"TIFF": TiffFile, "BMP": BmpFile, "GIF": GifFile, "PPM": PnmFile}
 _JPEG_HEAD = 1 << 18  # bytes that are searched for the frame header: profiles may come first
 
 
@@ -40,6 +41,8 @@ def open_format(file: BinaryIO, media_type: str, formats: Sequence[str]) -> Imag
     name = format_of(media_type)
     if name in _OWN_PLUGINS and name in formats:
         return _OWN_PLUGINS[name](file)
+    if name == "PNG" and name in formats:
+        return open_png(file)
     if name == "JPEG" and name in formats:
         kind = unsupported_kind(file.read(_JPEG_HEAD))
         file.seek(0)
@@ -59,21 +62,9 @@ def load_pixels(image: Image.Image) -> Image.Image:
     """
     if isinstance(image, PngImagePlugin.PngImageFile):
         return load_png(image)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        return load_jpeg(image)
     if isinstance(image, GifImagePlugin.GifImageFile):
-        return _load_gif(image)
+        return load_gif(image)
     image.load()
     return without_empty_alpha(image) if isinstance(image, BmpImagePlugin.BmpImageFile) else image
-
-
-def _load_gif(image: GifImagePlugin.GifImageFile) -> Image.Image:
-    """Decode the current frame; what a small first frame leaves free of the canvas is transparent.
-
-    As in browsers. Pillow fills it with color 0 where the frame has no transparent color.
-    """
-    box = image.tile[0][1] if image.tile and image.tell() == 0 else None
-    image.load()
-    if box is None or box == (0, 0, *image.size) or "transparency" in image.info:
-        return image
-    canvas = Image.new("RGBA", image.size)
-    canvas.paste(image.convert("RGB").crop(box), box[:2])
-    return canvas

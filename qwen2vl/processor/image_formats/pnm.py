@@ -1,13 +1,15 @@
 """PBM, PGM and PPM: Pillow's plugin, with samples of every largest value scaled to 8 bit.
 
-Pillow reads a PGM of more than 8 bit as 32-bit integers, whose range would be guessed, and binary
-files whose largest value is not 255 a sample at a time, which takes seconds a megapixel.
+Pillow reads a PGM of more than 8 bit as 32-bit integers, whose range would be guessed, and plain
+files, and binary ones whose largest value is not 255, a sample at a time, which takes seconds a
+megapixel.
 (Netpbm: pgm(5), ppm(5).)
 """
 
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,11 @@ from PIL import ImageFile, PpmImagePlugin
 from qwen2vl.processor.image_formats.formats import UnsupportedImageError
 
 __all__ = ["PnmFile"]
+
+_COMMENT = re.compile(rb"#[^\r\n]*")
+_SPACE = re.compile(rb"\s")
+_BLOCK_BYTES = 1 << 20  # of a plain file that are split at once
+_LARGEST_SAMPLE = 65535
 
 
 class PnmFile(PpmImagePlugin.PpmImageFile):
@@ -30,7 +37,7 @@ class PnmFile(PpmImagePlugin.PpmImageFile):
         if self.mode not in ("1", "L", "RGB", "I"):
             raise UnsupportedImageError("a Portable FloatMap, which is not read; save it as PPM")
         codec, extents, offset, args = self.tile[0]
-        if self.mode == "I" or codec == "ppm":
+        if self.mode == "I" or codec == "ppm" or (codec == "ppm_plain" and self.mode != "1"):
             most = 65535 if codec == "raw" else int(args[-1])  # type: ignore[index]
             mode = "L" if self.mode == "I" else self.mode
             self._samples: tuple[str, int, int] | None = (codec, offset, most)
@@ -61,9 +68,22 @@ class PnmFile(PpmImagePlugin.PpmImageFile):
 
 
 def _plain_samples(text: bytes, count: int) -> np.ndarray:
-    """Return the first `count` numbers of a text; a comment goes from # to the end of its line."""
-    lines = (line.partition(b"#")[0] for line in text.splitlines())
-    values = np.array(b" ".join(lines).split()[:count], dtype="S10")
-    if len(values) < count:
+    """Return the first `count` numbers of a text; a comment goes from # to the end of its line.
+
+    Raises:
+        OSError, OverflowError, ValueError: there are fewer, or others than whole numbers.
+    """
+    text = _COMMENT.sub(b"", text)
+    values = np.empty(count, np.uint32)
+    found = start = 0
+    while found < count and start < len(text):
+        space = _SPACE.search(text, start + _BLOCK_BYTES)
+        stop = space.start() if space else len(text)
+        numbers = np.array(list(map(int, text[start:stop].split()[: count - found])), np.int64)
+        if len(numbers) and numbers.min() < 0:
+            raise ValueError("a negative sample")
+        values[found : found + len(numbers)] = np.minimum(numbers, _LARGEST_SAMPLE)
+        found, start = found + len(numbers), stop
+    if found < count:
         raise OSError("the samples end early")
-    return values.astype(np.uint32)
+    return values

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-__all__ = ["COMPOSITED", "composite_image", "composite_on_white", "row_blocks", "to_8_bit"]
-
-COMPOSITED = "composited on white"  # key of Image.info: transparent pixels were composited
+__all__ = ["composite_image", "composite_on_white", "row_blocks", "to_8_bit"]
 
 _BLOCK_PIXELS = 1 << 20
 _EIGHT_BITS = ((np.arange(1 << 16, dtype=np.uint32) + 128) // 257).astype(np.uint8)

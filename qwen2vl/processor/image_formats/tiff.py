@@ -9,16 +9,22 @@ refused by name. (TIFF 6.0; libtiff: tif_getimage.c.)
 from __future__ import annotations
 
 import io
-from typing import Any
+import struct
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from qwen2vl.processor.image_formats.formats import UnsupportedImageError
-from qwen2vl.processor.image_formats.samples import COMPOSITED, row_blocks
+from qwen2vl.processor.image_formats.formats import (
+    COMPOSITED_NOTE,
+    UnsupportedImageError,
+    add_note,
+)
+from qwen2vl.processor.image_formats.samples import row_blocks
 from qwen2vl.processor.image_formats.tiff_samples import (
     BYTE_CODECS,
     TiffLayout,
+    check_pieces,
     read_layout,
     read_samples,
 )
@@ -44,6 +50,8 @@ _NAMES = {
 }
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _MAX_SAMPLES = 6  # a pixel, in one strip or tile
+_MAX_PAGES = 1 << 16  # that are counted
+_MAX_TAGS = 1 << 16  # of a page, whose number has 16 bits; in a BigTIFF 64
 # Layouts that Pillow reads right: (photometric, bits, samples), unsigned and not planar.
 _READ_BY_PILLOW = (
     {(_WHITE_IS_ZERO, bits, 1) for bits in (1, 8)}
@@ -66,6 +74,7 @@ class TiffFile(TiffImagePlugin.TiffImageFile):
     def _setup(self) -> None:
         """Prepare the page whose tags were read: called by Pillow for each."""
         layout = read_layout(self.tag_v2)
+        check_pieces(layout)
         self._layout = None
         if _is_read_by_pillow(layout):
             try:
@@ -79,6 +88,16 @@ class TiffFile(TiffImagePlugin.TiffImageFile):
         self._describe_pixels(layout)
         super()._setup()
 
+    @property
+    def n_frames(self) -> int:
+        """The number of pages, by their links alone: nothing else of later pages is read."""
+        if self._n_frames is None:
+            file: Any = self._fp
+            position = file.tell()
+            self._n_frames = _count_pages(file)
+            file.seek(position)
+        return self._n_frames
+
     def load(self) -> Any:
         """Decode the pixels of the page, upright; those with alpha are composited on white."""
         if self._layout is not None and self.tile:
@@ -86,7 +105,7 @@ class TiffFile(TiffImagePlugin.TiffImageFile):
             self.getexif()  # reads the file, which is replaced now
             pixels, is_transparent = _read_pixels(self.fp, layout)
             if is_transparent:
-                self.info[COMPOSITED] = True
+                add_note(self, COMPOSITED_NOTE)
             self.fp = io.BytesIO(pixels.tobytes())
             self.use_load_libtiff = False
             extents = (0, 0, layout.width, layout.height)
@@ -104,6 +123,32 @@ class TiffFile(TiffImagePlugin.TiffImageFile):
         tags |= {273: (8,), 278: layout.height}
         for tag, value in tags.items():
             self.tag_v2[tag] = value
+
+
+def _count_pages(file: IO[bytes]) -> int:
+    """Follow the links from page to page, up to one that was seen before or cannot be read."""
+    file.seek(0)
+    head = file.read(8)
+    order, is_big = "<>"[head[:2] == b"MM"], 43 in head[2:4]
+    count_format, entry, link_format = ("Q", 20, "Q") if is_big else ("H", 12, "I")
+    count_of, link_of = struct.Struct(order + count_format), struct.Struct(order + link_format)
+    start = 8 if is_big else 4  # of the link to the next page
+    pages: set[int] = set()
+    while len(pages) < _MAX_PAGES:
+        file.seek(start)
+        link = file.read(link_of.size)
+        if len(link) < link_of.size:
+            break
+        (page,) = link_of.unpack(link)
+        if page in pages or not 0 < page < 1 << 63:
+            break
+        file.seek(page)
+        count = file.read(count_of.size)
+        if len(count) < count_of.size:
+            break
+        pages.add(page)
+        start = page + count_of.size + min(count_of.unpack(count)[0], _MAX_TAGS) * entry
+    return max(1, len(pages))
 
 
 def _is_read_by_pillow(layout: TiffLayout) -> bool:
@@ -253,6 +298,8 @@ def _rgb_of_ycbcr(samples: np.ndarray, layout: TiffLayout) -> np.ndarray:
     red, green, blue = map(float, layout.tags.get(529, _USUAL_LUMA))
     usual = np.array(_usual_levels(layout), np.float32)
     levels = np.array(layout.tags.get(532, usual), np.float32)
+    if not green > 0 or len(levels) != 6 or not (levels[1::2] > levels[::2]).all():
+        raise ValueError("reference levels or coefficients of YCbCr that convert no color")
     ranges = (usual[1::2] - usual[::2]) / (levels[1::2] - levels[::2]) / usual[1]
     luma, cb, cr = np.moveaxis((samples - levels[::2]) * ranges, -1, 0)
     r = luma + (2 - 2 * red) * cr

@@ -8,6 +8,7 @@ tiles are decompressed (zlib, or libtiff through Pillow), split into samples, an
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from typing import IO, Any, NamedTuple
@@ -15,15 +16,19 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-__all__ = ["BYTE_CODECS", "TiffLayout", "read_layout", "read_samples"]
+from qwen2vl.processor.image_formats.formats import UnsupportedImageError
 
-# PhotometricInterpretation -> colors a pixel.
-NUM_COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
+__all__ = ["BYTE_CODECS", "TiffLayout", "check_pieces", "read_layout", "read_samples"]
+
 BYTE_CODECS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits"}
 BYTE_CODECS |= {34925: "LZMA", 50000: "Zstandard"}
+_NUM_COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # PhotometricInterpretation -> colors a pixel
 _NONE, _DEFLATE, _YCBCR = 1, (8, 32946), 6
+_KINDS = {1: "u", 2: "i", 3: "f"}  # SampleFormat -> kind of numpy's dtype
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_MAX_TILE = 1 << 22  # pixels of a tile, where the image is smaller
+_MAX_PIECES = 1 << 16  # strips or tiles, each of which takes some time
+# Tiles reach beyond the image: so many times its pixels are decoded at most, or these.
+_MAX_PADDING, _MIN_DECODED = 16, 1 << 22
 
 
 class TiffLayout(NamedTuple):
@@ -55,7 +60,7 @@ class TiffLayout(NamedTuple):
     @property
     def num_colors(self) -> int:
         """Colors a pixel; 0: an unknown photometric interpretation."""
-        return NUM_COLORS.get(self.photometric, 0)
+        return _NUM_COLORS.get(self.photometric, 0)
 
     @property
     def alpha(self) -> int:
@@ -68,6 +73,12 @@ class TiffLayout(NamedTuple):
             return 0
         first = self.extra[0] if self.extra else 2
         return {1: 1, 2: 2, 999: 2}.get(first, 0)  # 999: written by Corel Draw
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the samples, in the byte order of the file; those below 8 bit are uint8."""
+        num_bytes = max(self.bits[0], 8) // 8
+        return np.dtype(f"{self.byte_order}{_KINDS[self.formats[0]]}{num_bytes}")
 
     @property
     def is_bytes(self) -> bool:
@@ -111,16 +122,36 @@ def read_layout(tags: Any) -> TiffLayout:
     )
 
 
+def check_pieces(layout: TiffLayout) -> None:
+    """Check the number of strips or tiles, and their pixels: all may be one place of a small file.
+
+    Raises:
+        UnsupportedImageError: there are too many.
+        ValueError: they have no pixels, or far more than the image.
+    """
+    height, width = layout.piece
+    if height < 1 or width < 1:
+        raise ValueError("strips or tiles without pixels")
+    per_plane = -(-layout.height // height) * -(-layout.width // width)
+    count = per_plane * (layout.num_samples if layout.is_planar else 1)
+    if count > _MAX_PIECES:
+        raise UnsupportedImageError(
+            f"a TIFF of {count:,} strips or tiles, limit is {_MAX_PIECES:,}; save it with larger "
+            "ones"
+        )
+    decoded = per_plane * height * width
+    if decoded > max(_MAX_PADDING * layout.width * layout.height, _MIN_DECODED):
+        raise ValueError("tiles far larger than the image")
+
+
 def read_samples(file: IO[bytes], layout: TiffLayout, count: int) -> np.ndarray:
     """Read the first `count` samples of each pixel: (height, width, count), as they are stored.
 
     Raises:
         OSError, ValueError: the file ends early, or its data are damaged.
     """
-    _check_pieces(layout)
-    size, kind = layout.bits[0], layout.formats[0]
-    dtype = np.dtype(f"{ {1: 'u', 2: 'i', 3: 'f'}[kind] }{max(size, 8) // 8}")
-    samples = np.zeros((layout.height, layout.width, count), dtype)
+    _check_places(layout)
+    samples = np.zeros((layout.height, layout.width, count), layout.dtype)
     height, width = layout.piece
     down, across = -(-layout.height // height), -(-layout.width // width)
     first_planes = range(count) if layout.is_planar else range(1)
@@ -151,24 +182,22 @@ def _per_sample(values: tuple[int, ...], num_samples: int) -> tuple[int, ...]:
     return values[:num_samples] if len(values) >= num_samples else values[:1] * num_samples
 
 
-def _check_pieces(layout: TiffLayout) -> None:
-    height, width = layout.piece
-    if height < 1 or width < 1:
-        raise ValueError("strips or tiles without pixels")
-    if height * width > max(4 * layout.width * layout.height, _MAX_TILE):
-        raise ValueError("tiles far larger than the image")
-    per_plane = -(-layout.height // height) * -(-layout.width // width)
+def _check_places(layout: TiffLayout) -> None:
+    per_plane = -(-layout.height // layout.piece[0]) * -(-layout.width // layout.piece[1])
     needed = per_plane * (layout.num_samples if layout.is_planar else 1)
     if min(len(layout.offsets), len(layout.counts)) < needed:
         raise ValueError("strips or tiles are missing")
+    if min(*layout.offsets, *layout.counts) < 0:
+        raise ValueError("negative offsets or lengths")
 
 
 def _read_piece(file: IO[bytes], layout: TiffLayout, number: int, num_rows: int) -> np.ndarray:
     """Return one strip or tile, (rows, width, samples)."""
     width = layout.piece[1]
     num_samples = 1 if layout.is_planar else layout.num_samples
+    end = file.seek(0, os.SEEK_END)
     file.seek(layout.offsets[number])
-    data = file.read(layout.counts[number])
+    data = file.read(min(layout.counts[number], max(0, end - layout.offsets[number])))
     if layout.subsampling != (1, 1) and not layout.is_planar:
         return _read_blocks(data, layout, num_rows)
     row_bytes = -(-width * num_samples * layout.bits[0] // 8)
@@ -207,12 +236,11 @@ def _unpack(rows: np.ndarray, layout: TiffLayout, num_samples: int) -> np.ndarra
     """Split rows of bytes into samples, (rows, width, samples)."""
     bits, width = layout.bits[0], layout.piece[1]
     if bits < 8:
-        planes = np.unpackbits(rows, axis=1)[:, : width * num_samples * bits]
-        weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint8)
-        values = (planes.reshape(-1, bits) * weights).sum(1, dtype=np.uint8)
+        shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)  # the high bits come first
+        values = (rows[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+        values = values.reshape(len(rows), -1)[:, : width * num_samples]
     else:
-        kind = {1: "u", 2: "i", 3: "f"}[layout.formats[0]]
-        values = np.frombuffer(rows.tobytes(), f"{layout.byte_order}{kind}{bits // 8}")
+        values = rows.view(layout.dtype)
     values = values.reshape(len(rows), width, num_samples)
     if layout.predictor == 2:  # differences to the pixel at the left
         values = np.cumsum(values, axis=1, dtype=values.dtype.newbyteorder("="))

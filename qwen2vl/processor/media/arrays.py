@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["frames_channels_last", "image_channels_last", "tensor_to_array", "to_uint8"]
 
 _COLORS = (3, 4)  # number of channels of RGB and RGBA
+_DARK = 1 << 14  # no 16-bit value reaches it: probably 10, 12 or 14 bit, as of medical images
 
 
 def tensor_to_array(tensor: Tensor, name: str) -> np.ndarray:
@@ -144,7 +145,10 @@ def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
     if (is_wide or (kind, size) == ("i", 2)) and low >= 0 and high <= 255:
         return values.astype(np.uint8), f"{8 * size}-bit values read as 8-bit"
     if (is_wide or (kind, size) == ("u", 2)) and low >= 0 and high <= 65535:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), "16-bit scaled to 8-bit"
+        note = "16-bit scaled to 8-bit"
+        if high < _DARK:
+            note += f"; the brightest value is {high} of 65535"
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), note
     undo = ", after undoing their normalization" if kind == "f" and low < 0 else ""
     raise InputError(
         f"{name}: {values.dtype} values from {low} to {high} are not colors; scale them to uint8 "

@@ -20,10 +20,14 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from qwen2vl.errors import InputError, MediaTooLargeError
-from qwen2vl.processor.image_formats.formats import UnsupportedImageError, describe_unreadable
-from qwen2vl.processor.image_formats.jpeg import MAX_JPEG_SCANS, has_many_scans
+from qwen2vl.processor.image_formats.formats import (
+    COMPOSITED_NOTE,
+    UnsupportedImageError,
+    describe_unreadable,
+    notes_of,
+)
 from qwen2vl.processor.image_formats.plugins import load_pixels, open_format
-from qwen2vl.processor.image_formats.samples import COMPOSITED, composite_image
+from qwen2vl.processor.image_formats.samples import composite_image
 from qwen2vl.processor.media.arrays import to_uint8
 from qwen2vl.processor.media.sniff import sniff_type
 from qwen2vl.processor.media.source import (
@@ -64,7 +68,6 @@ _TRANSPOSE_OF_ORIENTATION = {
 }
 _INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # the others are their own
 _SWAPPED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap height and width
-_COMPOSITED_NOTE = "transparency composited on white"
 _WIDE_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -125,11 +128,6 @@ def open_encoded(
         and _types_differ(media.content_type, kind)
     ):
         notes = (f"declared as {media.content_type}, read as {kind}",)
-    if kind == "image/jpeg" and isinstance(media.content, bytes) and has_many_scans(media.content):
-        raise InputError(
-            f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, which is the limit; save it "
-            "again"
-        )
     with _open_binary(media.content) as file, _ignore_pillow_warnings():
         try:
             image = open_format(file, kind, limits.image_formats)
@@ -219,8 +217,7 @@ def _decode_rgb(image: Image.Image, name: str, apply_exif_orientation: bool) -> 
         notes.append("EXIF orientation applied")
     elif is_turned:
         image = _transpose(image, _INVERSE_ORIENTATIONS.get(orientation, orientation))
-    if COMPOSITED in image.info:
-        notes.append(_COMPOSITED_NOTE)
+    notes += notes_of(image)
     rgb, mode_notes = _to_rgb(image, name)
     return DecodedImage(rgb, (*notes, *mode_notes), orientation if apply_exif_orientation else 1)
 
@@ -257,9 +254,9 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
     try:
         if image.has_transparency_data or image.mode == "La":
             rgb, is_transparent = composite_image(image)
-            return rgb, (_COMPOSITED_NOTE,) if is_transparent else ()
+            return rgb, (COMPOSITED_NOTE,) if is_transparent else ()
         return image if image.mode == "RGB" else image.convert("RGB"), ()
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # Pillow asserts that a palette is there
         raise InputError(
             f"{name}: color mode {image.mode!r} cannot become RGB; convert it first"
         ) from error
@@ -301,7 +298,8 @@ def _orientation(image: Image.Image) -> int:
 def _num_frames(image: Image.Image) -> int:
     """Return the number of frames of an animation or multi-page file; 0 for a still image."""
     try:
-        return getattr(image, "n_frames", 1) if getattr(image, "is_animated", False) else 0
+        count = getattr(image, "n_frames", 1) if getattr(image, "is_animated", False) else 0
+        return count if count > 1 else 0
     except Exception:  # a later frame is damaged, and only the first is used
         return 0
 

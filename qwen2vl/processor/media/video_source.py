@@ -340,6 +340,7 @@ class _AnimationReader:
             image.seek(self._first + index)
         except Exception as error:  # as above
             raise InputError(f"{self._name}: frame {index} is damaged; save it again") from error
+        check_image_size(image, self._limits, self._name)  # a GIF frame may enlarge the canvas
         return decode_rgb(
             image, self._name, apply_exif_orientation=self._apply_exif_orientation
         ).image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -150,6 +151,24 @@ def test_the_fourth_byte_without_a_mask_is_no_alpha() -> None:
         pixels, notes = open_rgb(bmp(WITH_ALPHA, bits=32, header=header))
         np.testing.assert_array_equal(pixels, RGB)
         assert notes == ()
+
+
+@pytest.mark.parametrize("runs", [b"\1\1" * 3_000_000, b"\0\2\0\0" * 1_500_000])
+def test_codes_that_draw_nothing_end(runs: bytes) -> None:
+    """Runs behind the end of a row, and moves to the same place: 6 MB for 308 pixels."""
+    data = bmp(np.zeros((14, 22), int), bits=8, palette=PALETTE, compression=RLE8, data=runs)
+    began = time.process_time()
+    with pytest.raises(InputError, match="image 1 is damaged: its pixels end early"):
+        open_rgb(data)
+    assert time.process_time() - began < 0.3
+
+
+def test_a_run_may_be_longer_than_its_row() -> None:
+    """Padded to an even number of pixels."""
+    indices = np.full((2, 5), 3)
+    options = {"bits": 8, "palette": PALETTE, "compression": RLE8}
+    data = bmp(indices, data=b"\6\3\0\0\6\3\0\1", **options)
+    np.testing.assert_array_equal(open_rgb(data)[0], PALETTE[indices])
 
 
 @pytest.mark.parametrize("cut", [60, 200])

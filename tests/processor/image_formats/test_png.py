@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from qwen2vl.errors import InputError
 from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import DEFAULT_LIMITS
+from qwen2vl.processor.media.video_source import open_video
 from tests.media import encoded, smooth
 from tests.processor.image_formats.png_files import (
     DEPTHS,
@@ -24,6 +27,8 @@ from tests.processor.image_formats.png_files import (
     png,
 )
 from tests.processor.image_formats.reference import (
+    HEIGHT,
+    WIDTH,
     Case,
     differences_from_imagemagick,
     fractions,
@@ -145,3 +150,76 @@ def test_animations_keep_their_first_frame() -> None:
     pixels, notes = open_rgb(data)
     np.testing.assert_array_equal(pixels, np.asarray(frames[0].convert("RGB")))
     assert notes == ("first of 2 frames",)
+
+
+METADATA_NOTE = ("damaged or oversized metadata of the PNG ignored",)
+PIXELS = smooth(HEIGHT, WIDTH)
+BIG = b"comment\0\0" + zlib.compress(bytes(2_000_000))
+
+
+def with_chunk(kind: bytes, body: bytes, *, after: bool = False, crc: int | None = None) -> bytes:
+    """Return a PNG with one more chunk before or after its pixels."""
+    data = png(PIXELS.astype(int), color_type=RGB)
+    at = data.index(b"IEND" if after else b"IDAT") - 4
+    checksum = zlib.crc32(kind + body) if crc is None else crc
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+    return data[:at] + chunk + data[at:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        with_chunk(b"zTXt", BIG),
+        with_chunk(b"zTXt", BIG, after=True),
+        with_chunk(b"iCCP", BIG),
+        with_chunk(b"iTXt", b"comment\0\1\0\0\0" + BIG[9:]),
+        with_chunk(b"tEXt", b"comment\0text", crc=1),
+        with_chunk(b"tRNS", bytes(6), crc=1),
+        with_chunk(b"gAMA", b"\0"),
+    ],
+)
+def test_metadata_that_cannot_be_read_is_ignored(data: bytes) -> None:
+    pixels, notes = open_rgb(data)
+    np.testing.assert_array_equal(pixels, PIXELS)
+    assert notes == METADATA_NOTE
+
+
+def test_chunks_that_change_pixels_are_kept() -> None:
+    """Without its comment a file has its transparent color, orientation and 16 bits."""
+    values = samples(16, 3)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    chunks = [(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))]
+    options = {"color_type": RGB, "depth": 16, "transparency": values[0, 0].astype(">u2").tobytes()}
+    plain = png(values, chunks=chunks, **options)
+    pixels, notes = open_rgb(png(values, chunks=[*chunks, (b"zTXt", BIG)], **options))
+    np.testing.assert_array_equal(pixels, open_rgb(plain)[0])
+    assert notes == ("EXIF orientation applied", *NOTE, *METADATA_NOTE)
+
+
+def test_damaged_pixels_are_not_blamed_on_metadata() -> None:
+    data = with_chunk(b"zTXt", BIG)
+    start = data.index(b"IDAT") + 10
+    with pytest.raises(InputError, match="image 1 is damaged: its pixels end early"):
+        open_rgb(data[:start] + bytes(200) + data[start + 200 :])
+    for header in (data[:26], data[:20] + b"\xff" + data[21:]):
+        with pytest.raises(InputError, match="image 1 is a damaged PNG file"):
+            open_rgb(header)
+
+
+def test_the_metadata_of_every_frame_are_ignored() -> None:
+    frames = [Image.new("RGB", (8, 6), (60 * i, 0, 0)) for i in range(3)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=100)
+    at = data.index(b"IDAT") - 4
+    chunk = with_chunk(b"zTXt", BIG)
+    start = chunk.index(b"zTXt") - 4
+    data = data[:at] + chunk[start : start + len(BIG) + 12] + data[at:]
+    video = open_video(data, DEFAULT_LIMITS, "x", fps=2, apply_exif_orientation=True)
+    assert video.get_frames_at(range(3), lambda x: x[0, 0, 0].item()) == [0, 60, 120]
+
+
+def test_a_text_is_not_taken_for_a_note() -> None:
+    info = PngImagePlugin.PngInfo()
+    for key in ("qwen2vl notes", "composited on white"):
+        info.add_text(key, "true")
+    assert open_rgb(encoded(PIXELS, pnginfo=info))[1] == ()

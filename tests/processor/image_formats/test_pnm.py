@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from qwen2vl.errors import InputError
 from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import MediaLimits
 from tests.media import encoded, smooth
+from tests.processor.image_formats.pnm_files import pnm
 from tests.processor.image_formats.reference import (
     HEIGHT,
     WIDTH,
@@ -22,18 +24,6 @@ from tests.processor.image_formats.reference import (
     rgb_of,
 )
 from tests.requirements import needs_imagemagick
-
-
-def pnm(kind: int, values: np.ndarray, most: int | None) -> bytes:
-    """Write a file of one of the kinds P1 to P6, with a comment."""
-    head = f"P{kind}\n# made by a test\n{values.shape[1]} {values.shape[0]}\n"
-    if most is not None:
-        head += f"{most}\n"
-    if kind < 4:
-        return head.encode() + " ".join(map(str, values.ravel())).encode() + b"\n"
-    if most is None:
-        return head.encode() + np.packbits(values[..., 0].astype(bool), axis=1).tobytes()
-    return head.encode() + values.astype(">u2" if most > 255 else "u1").tobytes()
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -76,6 +66,17 @@ def test_the_size_is_checked_before_the_pixels() -> None:
         open_rgb(b"P6 60000 60000 65535\n")
     with pytest.raises(InputError, match="limit is 100"):
         open_image(CASES["P6, 1000"].data, MediaLimits(max_image_pixels=100), "x")
+
+
+def test_a_plain_file_is_split_in_blocks() -> None:
+    """Numbers across the ends of blocks are whole; what follows the last is not split."""
+    values = np.random.default_rng(5).integers(0, 1001, (400, 500, 3))
+    data = pnm(3, values, 1000)
+    assert len(data) > 2 << 20
+    assert is_close(open_rgb(data)[0], rgb_of(values / 1000))
+    began = time.process_time()
+    assert open_rgb(b"P3 1 1 1000\n10 20 30 " + b"1 " * 10_000_000)[0].shape == (1, 1, 3)
+    assert time.process_time() - began < 0.5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import time
+import zlib
 from collections.abc import Iterator
 from itertools import product
 
@@ -303,11 +306,77 @@ def test_a_file_that_ends_early_is_damaged(cut: float) -> None:
 
 def test_the_first_page_is_read_whatever_the_others_are() -> None:
     first = Image.fromarray(smooth(20, 30))
-    for mode, expected in (("L", ("first of 2 frames",)), ("LAB", ())):
-        others = [Image.new(mode, (20, 20))]
-        pixels, notes = open_rgb(encoded(first, "TIFF", save_all=True, append_images=others))
-        np.testing.assert_array_equal(pixels, np.asarray(first))
-        assert notes == expected
+    for mode in ("L", "LAB"):
+        for byte_order in ({}, {"big_tiff": True}):
+            others = [Image.new(mode, (20, 20))] * 2
+            data = encoded(first, "TIFF", save_all=True, append_images=others, **byte_order)
+            pixels, notes = open_rgb(data)
+            np.testing.assert_array_equal(pixels, np.asarray(first))
+            assert notes == ("first of 3 frames",)
+
+
+def test_pages_that_are_linked_in_a_circle_end() -> None:
+    data = tiff(samples(8, 3), photometric=2)
+    start = int.from_bytes(data[4:8], "little")
+    link = start + 2 + 12 * int.from_bytes(data[start : start + 2], "little")
+    for target in (start, len(data) + 9, link + 4):
+        circle = data[:link] + struct.pack("<I", target) + data[link + 4 :]
+        pixels, notes = open_rgb(circle)
+        np.testing.assert_array_equal(pixels, samples(8, 3))
+        assert notes in ((), ("first of 2 frames",))
+
+
+def test_many_pages_cost_little() -> None:
+    """A page takes 18 bytes: half a megabyte of them is counted, and none of them is read."""
+    data = tiff(samples(8, 3), photometric=2)
+    start = int.from_bytes(data[4:8], "little")
+    link = start + 2 + 12 * int.from_bytes(data[start : start + 2], "little")
+    first = len(data)
+    entry = struct.pack("<HHHII", 1, 256, 3, 1, 1)
+    pages = b"".join(entry + struct.pack("<I", first + 18 * i) for i in range(1, 30_000))
+    data = data[:link] + struct.pack("<I", first) + data[link + 4 :] + pages
+    began = time.process_time()
+    _, notes = open_rgb(data)
+    assert time.process_time() - began < 1
+    assert notes == ("first of 30000 frames",)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_number_of_strips_is_bounded(bits: int) -> None:
+    """Strips of one pixel: each costs more than its pixel does."""
+    few, many = (
+        tiff(np.zeros((height, 1, 1), int), photometric=0, bits=bits, rows_per_strip=1)
+        for height in (60, 70_000)
+    )
+    assert open_rgb(few)[0].shape == (60, 1, 3)
+    with pytest.raises(InputError, match="is a TIFF of 70,000 strips or tiles, limit is 65,536"):
+        open_rgb(many)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles_that_share_one_place_are_bounded(bits: int) -> None:
+    """1,000 tiles of 4 megapixels each, all of them in 4 KB of the file."""
+    body = zlib.compress(bytes(1 << 22))
+    tags = [(256, 1), (257, 1000), (258, bits), (259, 8), (262, 0), (277, 1)]
+    tags += [(322, 1 << 22), (323, 1)]
+    at = 8 + 2 + 12 * (len(tags) + 2) + 4
+    places = struct.pack("<1000I", *[at + 8000] * 1000)
+    counts = struct.pack("<1000I", *[len(body)] * 1000)
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    for number, tag in enumerate((324, 325)):
+        entries.append(struct.pack("<HHII", tag, 4, 1000, at + number * 4000))
+    table = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + b"".join(entries) + bytes(4)
+    began = time.process_time()
+    with pytest.raises(InputError, match="is a damaged TIFF file"):
+        open_rgb(table + places + counts + body)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("tags", [{532: [0, 0, 128, 255, 128, 255]}, {529: [1, 0, 0]}, {532: [1]}])
+def test_ycbcr_that_converts_no_color_is_damaged(tags: dict[int, list[int]]) -> None:
+    data = tiff(samples(8, 3), photometric=6, planar=True, tags={530: [1, 1], **tags})
+    with pytest.raises(InputError, match="is damaged"):
+        open_rgb(data)
 
 
 def test_big_tiff_is_read() -> None:

@@ -106,6 +106,14 @@ def test_wider_values_are_16_bit(dtype: type[np.generic]) -> None:
     assert (values.tolist(), note) == ([0, 1, 255], "16-bit scaled to 8-bit")
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_the_brightest_of_dark_values_is_told(dtype: type[np.generic]) -> None:
+    """12 bits in 16, as of medical images, are nearly black."""
+    values, note = to_uint8(np.array([0, 2056, 4095]).astype(dtype), "x")
+    assert values.tolist() == [0, 8, 16]
+    assert note == "16-bit scaled to 8-bit; the brightest value is 4095 of 65535"
+
+
 def test_booleans_are_black_and_white() -> None:
     values, note = to_uint8(np.array([[False, True]]), "x")
     assert (values.tolist(), note) == ([[0, 255]], "false and true read as 0 and 255")
