@@ -16,7 +16,7 @@ WORKDIR /app
 COPY constraints.txt .
 RUN pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY qwen2vl ./qwen2vl
 RUN pip install -c constraints.txt ".[grammar]" \
     && useradd --create-home --uid 1000 qwen2vl \

