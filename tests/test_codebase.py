@@ -109,7 +109,7 @@ def test_every_package_is_in_a_layer() -> None:
     assert packages - {"__init__", "__main__"} <= placed
 
 
-@pytest.mark.parametrize("module", ["errors", "files", "grounding", "config"])
+@pytest.mark.parametrize("module", ["errors", "files", "grounding", "config", "fetch"])
 def test_the_lowest_layers_import_the_standard_library_only(module: str) -> None:
     third_party = loaded_by(f"qwen2vl.{module}") - sys.stdlib_module_names - {"qwen2vl"}
     assert not third_party

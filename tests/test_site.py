@@ -136,6 +136,16 @@ def test_results_have_one_section_each() -> None:
     assert cited <= sections
 
 
+def test_a_checkout_shows_where_the_results_are() -> None:
+    page = DOCS / "reference" / "results.md"
+    text = page.read_text(encoding="utf-8")
+    (target,) = re.findall(r"`results\.md` of the folder \[benchmarks\]\((.*)\)", text)
+    assert (page.parent / target).resolve() == ROOT / "benchmarks"
+    assert target not in "\n".join(expand(text.splitlines())), "the site has no such page"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](benchmarks/results.md)" in readme
+
+
 def test_tables_and_marks_become_html() -> None:
     page = "<!-- not tested: needs a GPU -->\n```sh\nx [r1]\n```\n\n2.1 % [r1]\n\n"
     page += "<!-- generated: fields qwen2vl.train.config.MeshConfig mesh. -->\n"

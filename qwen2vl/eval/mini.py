@@ -13,9 +13,15 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from importlib.resources import files
-from typing import Literal
 
 from qwen2vl.errors import InputError
+from qwen2vl.eval.suites.thresholds import (
+    CHANCE,
+    NO_THRESHOLD,
+    Threshold,
+    ThresholdCheck,
+    check_results,
+)
 from qwen2vl.eval.synthetic import (
     EvalCase,
     SyntheticTask,
@@ -30,8 +36,6 @@ from qwen2vl.synth import Spec
 
 __all__ = [
     "PARTS",
-    "Threshold",
-    "ThresholdCheck",
     "build_task",
     "check_thresholds",
     "load_section",
@@ -46,20 +50,6 @@ SHUFFLED_CHANCE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Threshold:
-    """Threshold of the score of a part.
-
-    accuracy: at least `limit`. cer: character error rate of at most `limit`. relative_cer:
-    character error rate of at most `limit` above that of the part `text`. chance: accuracy no
-    higher than guessing explains. none: reported only.
-    """
-
-    kind: Literal["accuracy", "cer", "relative_cer", "chance", "none"]
-    limit: float | None = None
-    goal: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SuitePart:
     """One part of the suite: a line of the result table."""
 
@@ -67,19 +57,6 @@ class SuitePart:
     note: str
     threshold: Threshold
     transform: Callable[[tuple[EvalCase, ...]], tuple[EvalCase, ...]] = tuple
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThresholdCheck:
-    """Score of a part compared with its threshold."""
-
-    metric: Literal["accuracy", "character error rate"]
-    score: float
-    interval: tuple[float, float]  # 95 % confidence
-    limit: float | None  # lower bound, or upper bound if `lower_is_better`
-    goal: float | None
-    lower_is_better: bool
-    passed: bool | None  # None: no limit, or the part it is relative to was not run
 
 
 def _map_specs(
@@ -109,8 +86,6 @@ _FONTS = "fonts and question wordings that were held out from training"
 _WORDINGS = "question wordings that were held out from training"
 _MISMATCHED = "control: the image belongs to another question of the same kind"
 _NEAR_TEXT = Threshold(kind="relative_cer", limit=0.02)
-_CHANCE = Threshold(kind="chance")
-_NO_THRESHOLD = Threshold(kind="none")
 
 _BASE_PARTS = {
     "text": SuitePart(
@@ -134,13 +109,13 @@ _BASE_PARTS = {
     "counting": SuitePart(
         section="counting", note=_WORDINGS, threshold=Threshold(kind="accuracy", limit=0.95)
     ),
-    "relations": SuitePart(section="relations", note=_WORDINGS, threshold=_NO_THRESHOLD),
+    "relations": SuitePart(section="relations", note=_WORDINGS, threshold=NO_THRESHOLD),
     "find": SuitePart(
         section="find",
         note=f"correct where the first box has an IoU of at least 0.5; {_WORDINGS}",
         threshold=Threshold(kind="accuracy", limit=0.9),
     ),
-    "name_box": SuitePart(section="name_box", note=_WORDINGS, threshold=_NO_THRESHOLD),
+    "name_box": SuitePart(section="name_box", note=_WORDINGS, threshold=NO_THRESHOLD),
     "motion": SuitePart(
         section="motion", note=_WORDINGS, threshold=Threshold(kind="accuracy", limit=0.95)
     ),
@@ -149,7 +124,7 @@ _BASE_PARTS = {
     ),
 }
 _SHUFFLED_MOTION = SuitePart(
-    section="motion", note="control: shuffled frames", threshold=_CHANCE, transform=_shuffle
+    section="motion", note="control: shuffled frames", threshold=CHANCE, transform=_shuffle
 )
 
 # Name -> part, in the order of the table.
@@ -160,7 +135,7 @@ PARTS: Mapping[str, SuitePart] = {
         f"wrong_{part.section}": SuitePart(
             section=part.section,
             note=_MISMATCHED,
-            threshold=_CHANCE,
+            threshold=CHANCE,
             transform=with_mismatched_images,
         )
         for part in _BASE_PARTS.values()
@@ -196,49 +171,7 @@ def load_section(section: str) -> tuple[Spec, ...]:
 
 def check_thresholds(runs: Mapping[str, TaskResults]) -> dict[str, ThresholdCheck]:
     """Compare the results of each part with its threshold."""
-    return {
-        name: _check_threshold(results, PARTS[name].threshold, runs)
-        for name, results in runs.items()
-    }
-
-
-def _check_threshold(
-    results: TaskResults, threshold: Threshold, runs: Mapping[str, TaskResults]
-) -> ThresholdCheck:
-    cer, cer_interval = results.character_error_rate, results.character_error_interval
-    kind = threshold.kind
-    if kind in ("cer", "relative_cer") and cer is not None and cer_interval is not None:
-        limit = threshold.limit if kind == "cer" else _limit_above("text", threshold.limit, runs)
-        return ThresholdCheck(
-            metric="character error rate",
-            score=cer,
-            interval=cer_interval,
-            limit=limit,
-            goal=threshold.goal,
-            lower_is_better=True,
-            passed=None if limit is None else cer <= limit,
-        )
-    lower_is_better = kind == "chance"
-    limit = results.chance_upper_bound if lower_is_better else threshold.limit
-    score = results.accuracy
-    passed = None if limit is None else (score <= limit if lower_is_better else score >= limit)
-    return ThresholdCheck(
-        metric="accuracy",
-        score=score,
-        interval=results.accuracy_interval,
-        limit=limit,
-        goal=threshold.goal,
-        lower_is_better=lower_is_better,
-        passed=passed,
-    )
-
-
-def _limit_above(
-    name: str, distance: float | None, runs: Mapping[str, TaskResults]
-) -> float | None:
-    """Return the character error rate of part `name` plus `distance`; None if it was not run."""
-    cer = runs[name].character_error_rate if name in runs else None
-    return None if cer is None or distance is None else cer + distance
+    return check_results(runs, {name: PARTS[name].threshold for name in runs})
 
 
 @lru_cache(maxsize=1)

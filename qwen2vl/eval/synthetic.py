@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from random import Random
-from typing import NamedTuple
 
-from qwen2vl import grounding
-from qwen2vl.eval.metrics import edit_distance, iou, normalize_answer
+from qwen2vl.eval.metrics import iou
+from qwen2vl.eval.suites.scoring import MIN_IOU, AnswerScore, Metric, score_answer
 from qwen2vl.eval.task import ExampleResult, Messages
 from qwen2vl.synth import Question, Spec, render
 from qwen2vl.synth.draw import ink_extent
@@ -28,13 +27,13 @@ __all__ = [
     "build_cases",
     "chance_levels",
     "is_correct",
+    "metric_of",
     "pad_to_aspect_ratio",
     "shuffle_frames",
     "with_mismatched_images",
 ]
 
 READ = "read"  # text recognition: the kind of question that is scored by edit distance
-MIN_IOU = 0.5  # a box is correct from this IoU on
 
 _NormalizedBox = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of the image size
 
@@ -78,7 +77,7 @@ class SyntheticTask:
     def score(self, example: EvalCase, answer: str) -> ExampleResult:
         """Score an answer by edit distance, by IoU or by exact match, depending on the question."""
         question = example.question
-        scored = _score_answer(question, example.box, answer)
+        scored = _score_case(example, answer)
         return ExampleResult(
             name=f"{self.name}/{example.name}",
             kind=question.task,
@@ -126,7 +125,8 @@ def chance_levels(specs: Sequence[Spec]) -> list[float]:
 
 def is_correct(spec: Spec, answer: str) -> bool:
     """Return whether an answer to the only question of a spec is correct, as in a suite."""
-    return _score_answer(spec.questions[0], _normalized_box(spec), answer).is_correct
+    question, box = spec.questions[0], _normalized_box(spec)
+    return score_answer(_metric(question, box), (question.answer,), answer, box=box).is_correct
 
 
 def pad_to_aspect_ratio(spec: Spec, aspect: float) -> Spec:
@@ -173,28 +173,19 @@ def with_mismatched_images(cases: Sequence[EvalCase]) -> tuple[EvalCase, ...]:
     )
 
 
-class _AnswerScore(NamedTuple):
-    is_correct: bool
-    edits: int | None = None
-    length: int | None = None
+def metric_of(case: EvalCase) -> Metric:
+    """Return the name of the metric that scores a case, by its kind of question."""
+    return _metric(case.question, case.box)
 
 
-def _score_answer(question: Question, box: _NormalizedBox | None, answer: str) -> _AnswerScore:
+def _metric(question: Question, box: _NormalizedBox | None) -> Metric:
     if question.task == READ:
-        text = answer.strip()
-        edits = edit_distance(text, question.answer)
-        return _AnswerScore(edits == 0, edits, len(question.answer))
-    if box is not None:
-        return _AnswerScore(_answer_iou(box, answer) >= MIN_IOU)
-    return _AnswerScore(normalize_answer(answer) == normalize_answer(question.answer))
+        return "edit_distance"
+    return "exact_match" if box is None else "box_iou"
 
 
-def _answer_iou(box: _NormalizedBox, answer: str) -> float:
-    """Return the IoU of the first shape of an answer with the ground truth; 0 if it is no box."""
-    found = grounding.parse(answer, bare=True)
-    if not found or not isinstance(found[0].shape, grounding.Box):
-        return 0.0
-    return iou(box, found[0].shape.to_pixels((1, 1)))
+def _score_case(case: EvalCase, answer: str) -> AnswerScore:
+    return score_answer(metric_of(case), (case.question.answer,), answer, box=case.box)
 
 
 def _constant_answer_accuracy(specs: Sequence[Spec]) -> float:

@@ -2,16 +2,14 @@
 
 A `Task` provides prompts and scores answers; `run_task` runs it with any callable that answers
 messages, one example at a time, and keeps each answer with its ground truth. A missing or empty
-answer is scored as wrong. Results are read and written as JSON lines. No model or engine is
-imported here. (lm-evaluation-harness: Task, simple_evaluate.)
+answer is scored as wrong. `qwen2vl.eval.runner` runs whole suites. No model or engine is imported
+here. (lm-evaluation-harness: Task, simple_evaluate.)
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from qwen2vl.errors import InputError
@@ -25,9 +23,7 @@ __all__ = [
     "Messages",
     "Task",
     "TaskResults",
-    "read_results",
     "run_task",
-    "write_results",
 ]
 
 E = TypeVar("E")
@@ -60,6 +56,10 @@ class ExampleResult:
     chance: float  # chance level: probability that a guess is correct
     edits: int | None = None  # text recognition: edit distance between answer and truth
     length: int | None = None  # text recognition: characters of the truth
+    part: str = ""  # of a suite: row of its table
+    logprob: float | None = None  # log probability of the answer, where it is known
+    similar_score: float | None = None  # with similar names accepted, where there are any
+    similar_chance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,44 +163,6 @@ def run_task(
         if on_result is not None:
             on_result(results[-1])
     return TaskResults(task=task.name, note=task.note, results=tuple(results))
-
-
-def write_results(path: Path, runs: Iterable[TaskResults]) -> None:
-    """Write one JSON line per example.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    lines = [
-        json.dumps({"task": run.task, "note": run.note, **asdict(result)}) + "\n"
-        for run in runs
-        for result in run.results
-    ]
-    try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def read_results(path: Path) -> list[TaskResults]:
-    """Read a file written by `write_results`.
-
-    Raises:
-        InputError: the file cannot be read, or one of its lines is not a result.
-    """
-    runs: dict[tuple[str, str], list[ExampleResult]] = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            raw = json.loads(line)
-            runs.setdefault((raw.pop("task"), raw.pop("note")), []).append(ExampleResult(**raw))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a file of results: {error}") from error
-    return [
-        TaskResults(task=task, note=note, results=tuple(results))
-        for (task, note), results in runs.items()
-    ]
 
 
 def _text_of_answer(answer: Answer) -> str:

@@ -15,12 +15,12 @@ import pytest
 from qwen2vl.errors import InputError
 from qwen2vl.eval.mini import (
     PARTS,
-    ThresholdCheck,
     build_task,
     check_thresholds,
     load_section,
     select_parts,
 )
+from qwen2vl.eval.suites.thresholds import ThresholdCheck
 from qwen2vl.eval.task import AnswerFn, Messages, TaskResults, run_task
 from qwen2vl.synth import render
 from qwen2vl.synth.fonts import JUDGE_FAMILIES

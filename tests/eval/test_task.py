@@ -1,16 +1,15 @@
-"""Evaluation loop: examples are run in order, scored, aggregated, written and read back."""
+"""Evaluation loop: examples are run in order, scored, and aggregated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from qwen2vl.errors import InputError
 from qwen2vl.eval.metrics import edit_distance
-from qwen2vl.eval.task import Answer, ExampleResult, Messages, read_results, run_task, write_results
+from qwen2vl.eval.task import Answer, ExampleResult, Messages, run_task
 
 
 @dataclass(frozen=True)
@@ -90,23 +89,3 @@ def test_limit_runs_the_first_examples() -> None:
 def test_limit_below_one_is_rejected(limit: int) -> None:
     with pytest.raises(InputError, match=f"task sums: limit is {limit}, must be at least 1"):
         run_task(Sums(), double, limit=limit)
-
-
-def test_results_file_round_trip(tmp_path: Path) -> None:
-    runs = [
-        run_task(Sums(name="a"), double),
-        run_task(Sums(name="b", is_text=True), lambda _: "x\n"),
-    ]
-    write_results(tmp_path / "results.jsonl", runs)
-    assert read_results(tmp_path / "results.jsonl") == runs
-    assert len((tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 10
-
-
-def test_unusable_results_files_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be written: Is a directory"):
-        write_results(tmp_path, [])
-    with pytest.raises(InputError, match="cannot be read: No such file"):
-        read_results(tmp_path / "none.jsonl")
-    (tmp_path / "other.jsonl").write_text('{"task": "a"}\n', encoding="utf-8")
-    with pytest.raises(InputError, match="not a file of results"):
-        read_results(tmp_path / "other.jsonl")

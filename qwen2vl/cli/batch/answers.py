@@ -16,7 +16,7 @@ from qwen2vl.cli.batch.report import BatchReport
 from qwen2vl.errors import InputError
 
 if TYPE_CHECKING:
-    from qwen2vl.server.batch.record_file import RecordFile
+    from qwen2vl.files.record_file import RecordFile
 
 __all__ = ["check_is_file", "open_answers"]
 
@@ -59,7 +59,7 @@ def open_answers(
     Raises:
         InputError: the file cannot be used; it stays as it is.
     """
-    from qwen2vl.server.batch.record_file import RecordFile
+    from qwen2vl.files.record_file import RecordFile
 
     repeated: set[int] = set()
 

@@ -30,6 +30,8 @@ __all__ = ["ServerBackend", "ServerTurn"]
 OPTIONAL_FIELDS = {
     "skip_special_tokens": None,
     "stream_options": None,
+    "repetition_penalty": None,
+    "logprobs": None,
     "max_tokens": "max_completion_tokens",
 }
 
@@ -98,14 +100,22 @@ class ServerBackend:
         Raises:
             InputError: a message is invalid, or a file cannot be read.
         """
-        body = {
+        body = self.request_body(messages)
+        if "seed" in body:  # the same seed would give the same answer
+            body["seed"] = (body["seed"] + retry) % 2**63
+        return ServerTurn(self, body, messages)
+
+    def request_body(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+        """Return the request of a conversation, as `stream` takes it.
+
+        Raises:
+            InputError: a message is invalid, or a file cannot be read.
+        """
+        return {
             "model": self.adapter,
             "messages": to_openai_messages(messages),
             **self._parameters,
         }
-        if "seed" in body:  # the same seed would give the same answer
-            body["seed"] = (body["seed"] + retry) % 2**63
-        return ServerTurn(self, body, messages)
 
     def forget(self) -> None:
         """Note the sizes of all items again: another conversation begins."""

@@ -1,42 +1,47 @@
-"""`qwen2vl eval`: evaluate a model on a benchmark suite and compare the scores with thresholds.
+"""`qwen2vl eval`: evaluate a model on a suite with known answers, and compare it with another run.
 
-Prints a table or one JSON object; --output writes every answer as JSON lines. Decoding is greedy.
-The exit code is 0 when the run is complete, whatever the scores are. Parts whose fonts are not
-installed are skipped with a note.
+Prints a table or one JSON object. --output is a results file with every answer, which an
+interrupted run continues. Decoding is greedy. The exit code is 0 when the run is complete, whatever
+the scores are. Parts whose fonts are not installed are skipped with a note.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from qwen2vl.cli import options, terminal
-from qwen2vl.errors import ConfigError
+from qwen2vl.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from qwen2vl.eval.mini import ThresholdCheck
-    from qwen2vl.eval.synthetic import SyntheticTask
-    from qwen2vl.eval.task import AnswerFn, TaskResults
+    from qwen2vl.eval.runner.comparison import PairedComparison
+    from qwen2vl.eval.runner.results_file import ResultsFile, ResultsHeader
+    from qwen2vl.eval.runner.run import Answerer
+    from qwen2vl.eval.suites.suite import Suite, SuiteItem
+    from qwen2vl.eval.task import ExampleResult
 
 __all__ = ["eval"]
 
-MAX_TOKENS = (
-    64  # the longest correct answer (a phrase and its box) has about 50 with nano's tokenizer
-)
+# Names of the suites, and a former one; eval/suites/registry.py opens them.
+SUITES = ("synthetic", "easy-vqa", "mini")
+# Options of a model that is loaded here; a server was started with its own.
+LOCAL_OPTIONS = ("device", "dtype", "adapters", "quantize", "compile")
+DEFAULT_CONCURRENCY = 16  # requests that `qwen2vl serve` runs at the same time
 
 
 @click.command()
 @click.option(
     "--suite",
-    type=click.Choice(["mini"]),
-    default="mini",
+    type=click.Choice(SUITES),
+    default=SUITES[0],
     show_default=True,
-    help="Benchmark suite.",
+    help="Suite of questions; mini is the former name of synthetic.",
 )
 @click.option(
     "--task",
@@ -49,144 +54,246 @@ MAX_TOKENS = (
     "--limit", type=click.IntRange(min=1), help="Evaluate only the first LIMIT questions of a part."
 )
 @click.option(
+    "--blind",
+    is_flag=True,
+    help="Control: ask each question about the image of another question of its kind.",
+)
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Evaluate a model of an OpenAI-compatible server, such as `qwen2vl serve`; --model is "
+    "then its name there (default: the first).",
+)
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    envvar="QWEN2VL_API_KEY",
+    show_envvar=True,
+    help="API key of the server.",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 64),
+    default=DEFAULT_CONCURRENCY,
+    show_default=True,
+    help="Requests that the server gets at a time.",
+)
+@click.option(
+    "--compare",
+    metavar="RESULTS",
+    help="Compare with the results file of another run, question by question: differences with "
+    "95 % intervals, and p-values.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object in place of the table."
 )
-@click.option("-o", "--output", metavar="FILE", help="Write every answer to FILE, as JSON lines.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="RESULTS",
+    help="Results file with every answer (JSON lines); one that the same command has begun is "
+    "continued.",
+)
 @options.model_options
 @terminal.debug_option
 def eval(
     suite: str,
     patterns: tuple[str, ...],
     limit: int | None,
+    blind: bool,
+    server: str | None,
+    compare: str | None,
     as_json: bool,
     output: str | None,
     **given: Any,
 ) -> None:
-    """Evaluate a model on a benchmark suite with known answers."""
-    from qwen2vl.eval.mini import check_thresholds
-    from qwen2vl.eval.task import write_results
+    """Evaluate a model on a suite of questions with known answers.
+
+    \b
+    qwen2vl eval -o nano.jsonl
+    qwen2vl eval --model DIR -o other.jsonl --compare nano.jsonl
+    """
+    from qwen2vl.eval.runner.results_file import open_results
+    from qwen2vl.eval.runner.run import num_missing
+    from qwen2vl.eval.runner.scores import score_suite
+    from qwen2vl.eval.suites.registry import open_suite, select_suite_parts
 
     options.check_unnamed_adapter(given)
     if output:
         terminal.check_parent_folder(output)
-    tasks = _build_tasks(patterns)
-    loaded = options.load_model_from_options(given)
-    start = time.perf_counter()
-    runs = _run_tasks(tasks, _greedy_answer_fn(loaded), limit)
-    seconds = time.perf_counter() - start
-    if output:
-        write_results(Path(output), runs.values())
-    checks = check_thresholds(runs)
+    opened = open_suite(suite)
+    parts = select_suite_parts(opened, patterns, blind=blind)
+    other = None if compare is None else _read_compared(Path(compare), opened)
+    source = _choose_source(opened, server, given)
+    items = _select_items(opened, parts, limit, blind)
+    header = _header(opened, blind, source)
+    with open_results(Path(output) if output else None, header) as results:
+        num_new, start = num_missing(items, results), time.perf_counter()
+        if num_new:
+            _run(opened, items, source, results)
+        seconds = time.perf_counter() - start
+        answered = {item.id: results.results[item.id] for item in items}
+    scores = score_suite(opened, answered.values(), blind=blind)
+    comparison = None if other is None else _compare(answered, other, opened)
     if as_json:
-        header = {"suite": suite, "model": loaded.name, "limit": limit, "seconds": seconds}
-        terminal.echo_json({**header, "parts": _parts_to_json(runs, checks)})
-    else:
-        _print_table(runs, checks)
-        count = sum(results.num_examples for results in runs.values())
-        terminal.echo(f"{count:,} questions in {terminal.format_duration(seconds)}, greedy answers")
+        _echo_json(opened, header, limit, seconds, scores, comparison)
+        return
+    from qwen2vl.cli.evaluation.report import print_comparison, print_scores
+
+    print_scores(scores)
+    if comparison is not None:
+        print_comparison(comparison, str(compare))
+    found = len(items) - num_new
+    kept = f"; {found:,} of them were in {output}" if found else ""
+    terminal.echo(
+        f"{len(items):,} questions in {terminal.format_duration(seconds)}, greedy answers{kept}"
+    )
 
 
-def _build_tasks(patterns: tuple[str, ...]) -> list[SyntheticTask]:
-    """Build the selected parts; those whose fonts are not installed are skipped with a note."""
-    from qwen2vl.eval.mini import build_task, select_parts
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where the answers come from: a server, or a model that is loaded when it is needed."""
 
-    tasks = [build_task(name) for name in select_parts(patterns)]
-    drawable: list[SyntheticTask] = []
+    identity: dict[str, Any]
+    given: dict[str, Any]
+    server: Answerer | None
+
+
+def _select_items(
+    suite: Suite, parts: Sequence[str], limit: int | None, blind: bool
+) -> list[SuiteItem]:
+    """Return the items of the parts that can be drawn, at most `limit` of each part."""
+    parts = _drawable_parts(suite, parts)
+    items: list[SuiteItem] = []
+    counts = dict.fromkeys(parts, 0)
+    for item in suite.items(parts, blind=blind):
+        counts[item.part] += 1
+        if limit is None or counts[item.part] <= limit:
+            items.append(item)
+    return items
+
+
+def _drawable_parts(suite: Suite, parts: Sequence[str]) -> list[str]:
+    """Return the parts that can be drawn; those whose fonts are missing are noted."""
+    drawable: list[str] = []
     font_error = None
-    for task in tasks:
+    for part in parts:
         try:
-            task.check_fonts()
+            suite.check_part(part)
         except ConfigError as error:
             font_error = error
-            terminal.note(f"{task.name} is left out: {error}")
+            terminal.note(f"{part} is left out: {error}")
         else:
-            drawable.append(task)
+            drawable.append(part)
     if font_error is not None and not drawable:
         raise font_error
     return drawable
 
 
-def _greedy_answer_fn(loaded: options.LoadedModel) -> AnswerFn:
-    """Return a function that answers greedily, ignoring the checkpoint's generation defaults."""
-    import qwen2vl
+def _read_compared(path: Path, suite: Suite) -> dict[str, ExampleResult]:
+    """Read the results of another run of the same suite."""
+    from qwen2vl.eval.runner.results_file import read_results
 
-    params = qwen2vl.SamplingParams(temperature=0, repetition_penalty=1, max_tokens=MAX_TOKENS)
-    return lambda messages: loaded.llm.chat(messages, params)[0]
+    header, results = read_results(path)
+    if header.suite != suite.name or header.digest != suite.digest:
+        raise InputError(
+            f"--compare {path}: has results of {header.suite} {header.digest:.8}, this is "
+            f"{suite.name} {suite.digest:.8}; only runs of the same questions can be compared"
+        )
+    return results
 
 
-def _run_tasks(
-    tasks: list[SyntheticTask], answer: AnswerFn, limit: int | None
-) -> dict[str, TaskResults]:
-    from qwen2vl.eval.task import run_task
+def _compare(
+    answered: dict[str, ExampleResult], other: dict[str, ExampleResult], suite: Suite
+) -> list[PairedComparison]:
+    from qwen2vl.eval.runner.comparison import compare_results
 
-    runs: dict[str, TaskResults] = {}
-    total = sum(len(task.cases[:limit]) for task in tasks)
-    done = count(1)
-    with terminal.progress_bar() as update:
-        for task in tasks:
-            name = task.name
-            update(name, sum(results.num_examples for results in runs.values()), total)
-            runs[name] = run_task(
-                task,
-                answer,
-                limit=limit,
-                on_result=lambda _, name=name: update(name, next(done), total),
+    comparison = compare_results(answered, other, suite.parts)
+    if not comparison:
+        raise InputError("--compare: the two runs have no question in common; run the same parts")
+    return comparison
+
+
+def _choose_source(suite: Suite, server: str | None, given: dict[str, Any]) -> _Source:
+    """Connect to the server, or identify the model; nothing is loaded."""
+    from qwen2vl.cli.evaluation.model_identity import local_identity, server_identity
+
+    if server is None:
+        if _is_given("api_key") or _is_given("concurrency"):
+            raise click.UsageError("--api-key and --concurrency are for a server: --server URL")
+        return _Source(identity=local_identity(given), given=given, server=None)
+    from qwen2vl.cli.chat.server_connection import ServerConnection
+    from qwen2vl.cli.evaluation.server_answers import ServerAnswerer
+
+    for option in LOCAL_OPTIONS:
+        if _is_given(option):
+            flag = "--adapter" if option == "adapters" else f"--{option}"
+            raise click.UsageError(
+                f"{flag} is an option of a model that is loaded here; with --server the server was "
+                "started with its own"
             )
-    return runs
+    connection = ServerConnection(server, given["api_key"])
+    click.get_current_context().call_on_close(connection.close)
+    answerer = ServerAnswerer(
+        connection,
+        given["model"] if _is_given("model") else None,
+        max_tokens=suite.max_tokens,
+        concurrency=given["concurrency"],
+    )
+    return _Source(identity=server_identity(answerer.model), given=given, server=answerer)
 
 
-def _print_table(runs: Mapping[str, TaskResults], checks: Mapping[str, ThresholdCheck]) -> None:
-    titles = ("part", "metric", "score", "95 % CI", "threshold", "goal", "passed", "questions")
-    rows = [_table_row(name, check, runs[name].num_examples) for name, check in checks.items()]
-    terminal.echo_table(titles, rows, left_aligned=("part", "metric"))
-    exact = [
-        f"{name} {_format_percent(r.accuracy)}"
-        for name, r in runs.items()
-        if r.character_error_rate is not None
-    ]
-    if exact:
-        terminal.echo(f"lines read without any error: {', '.join(exact)}")
-    for note in dict.fromkeys(results.note for results in runs.values()):
-        names = ", ".join(name for name, results in runs.items() if results.note == note)
-        terminal.echo(f"{names}: {note}")
+def _is_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
-def _table_row(name: str, check: ThresholdCheck, count: int) -> tuple[str, ...]:
-    sign = "<=" if check.lower_is_better else ">="
-    low, high = check.interval
-    return (
-        name,
-        check.metric,
-        _format_percent(check.score),
-        f"{100 * low:.1f} - {100 * high:.1f}",
-        _format_percent(check.limit, sign),
-        _format_percent(check.goal, sign),
-        {None: "", True: "yes", False: "NO"}[check.passed],
-        str(count),
+def _header(suite: Suite, blind: bool, source: _Source) -> ResultsHeader:
+    from qwen2vl.eval.runner.results_file import ResultsHeader
+
+    return ResultsHeader(
+        suite=suite.name,
+        digest=suite.digest,
+        blind=blind,
+        model=source.identity,
+        settings={"temperature": 0, "max_tokens": suite.max_tokens},
     )
 
 
-def _format_percent(share: float | None, sign: str = "") -> str:
-    return "" if share is None else f"{sign} {100 * share:.1f} %".strip()
+def _run(suite: Suite, items: Sequence[SuiteItem], source: _Source, results: ResultsFile) -> None:
+    """Answer the items that have no result yet."""
+    from qwen2vl.eval.runner.run import run_items
+
+    answerer = source.server or _load_answerer(suite, source.given)
+    with terminal.progress_bar() as update:
+        run_items(suite, items, answerer, results, on_progress=update)
 
 
-def _parts_to_json(
-    runs: Mapping[str, TaskResults], checks: Mapping[str, ThresholdCheck]
-) -> list[dict[str, Any]]:
-    """Convert the table to JSON values; `accuracy` is reported for every part."""
-    return [
+def _load_answerer(suite: Suite, given: dict[str, Any]) -> Answerer:
+    from qwen2vl.cli.evaluation.engine_answers import EngineAnswerer, engine_config
+
+    loaded = options.load_model_from_options(given, engine=engine_config())
+    return EngineAnswerer(loaded.llm, suite.max_tokens)
+
+
+def _echo_json(
+    suite: Suite,
+    header: ResultsHeader,
+    limit: int | None,
+    seconds: float,
+    scores: Any,
+    comparison: Sequence[PairedComparison] | None,
+) -> None:
+    from qwen2vl.cli.evaluation.report import comparison_to_json, scores_to_json
+
+    terminal.echo_json(
         {
-            "part": name,
-            "metric": check.metric,
-            "score": check.score,
-            "interval": check.interval,
-            "threshold": check.limit,
-            "goal": check.goal,
-            "lower_is_better": check.lower_is_better,
-            "passed": check.passed,
-            "accuracy": runs[name].accuracy,
-            "num_examples": runs[name].num_examples,
-            "note": runs[name].note,
+            "suite": suite.name,
+            "model": header.model["name"],
+            "blind": header.blind,
+            "limit": limit,
+            "seconds": seconds,
+            **scores_to_json(scores),
+            **({} if comparison is None else {"comparison": comparison_to_json(comparison)}),
         }
-        for name, check in checks.items()
-    ]
+    )

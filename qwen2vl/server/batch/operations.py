@@ -22,13 +22,13 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from qwen2vl.errors import EngineError, MediaWorkerError, abbreviate
+from qwen2vl.files.record_file import RecordFile
 from qwen2vl.processor.media.rgb import DecodedImage
 from qwen2vl.processor.media.source import MediaLimits, MediaSource
 from qwen2vl.processor.media.video_metadata import VideoReader
 from qwen2vl.processor.media.video_source import VideoSource
 from qwen2vl.processor.media_worker.pool import MediaWorkerPool
 from qwen2vl.server.app import load_operations
-from qwen2vl.server.batch.record_file import RecordFile
 from qwen2vl.server.batch.requests import BATCH_URLS, BatchRequest
 from qwen2vl.server.batch.runner import Answer, BatchCounts, run_jobs
 from qwen2vl.server.errors import APIError, to_api_error

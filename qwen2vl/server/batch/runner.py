@@ -21,7 +21,7 @@ from qwen2vl.errors import EngineError
 
 if TYPE_CHECKING:
     from qwen2vl.engine import AsyncLLM
-    from qwen2vl.server.batch.record_file import RecordFile
+    from qwen2vl.files.record_file import RecordFile
 
 __all__ = ["MAX_ATTEMPTS", "Answer", "BatchCounts", "ErrorCounts", "JobHandler", "run_jobs"]
 

@@ -107,6 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of many requests at a time
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away

@@ -13,12 +13,12 @@ from PIL import Image
 
 from qwen2vl.engine import AsyncLLM
 from qwen2vl.errors import EngineDeadError, MediaWorkersBusyError
+from qwen2vl.files.record_file import RecordFile
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.media_worker.pool import MediaWorkerPool
 from qwen2vl.server.app import load_operations
 from qwen2vl.server.batch import operations
 from qwen2vl.server.batch.operations import LazyDecoder, run_requests
-from qwen2vl.server.batch.record_file import RecordFile
 from qwen2vl.server.batch.requests import BATCH_URLS, BatchInput
 from qwen2vl.server.batch.runner import BatchCounts
 from qwen2vl.server.errors import APIError

@@ -16,8 +16,8 @@ import pytest
 
 from qwen2vl.engine import AsyncLLM
 from qwen2vl.errors import EngineError, InputError
+from qwen2vl.files.record_file import RecordFile, to_json_line
 from qwen2vl.server.batch import runner
-from qwen2vl.server.batch.record_file import RecordFile, to_json_line
 from qwen2vl.server.batch.runner import (
     MAX_ATTEMPTS,
     Answer,

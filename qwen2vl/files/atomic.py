@@ -1,4 +1,4 @@
-"""Files that several processes share: atomic writes (write, then rename) and LRU eviction.
+"""Files that several processes share: atomic writes (write, then rename), eviction.
 
     with atomic_file(path) as partial: ...      .NAME.xxxxxxxx.partial -> NAME
     with atomic_folder(path) as partial: ...    .NAME.partial -> NAME

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl import files
 from qwen2vl.files import (
     STALE_SECONDS,
     atomic_file,
@@ -27,6 +26,7 @@ from qwen2vl.files import (
     partial_folder,
     touch,
 )
+from qwen2vl.files import atomic as files
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qwen2vl.errors import InputError
-from qwen2vl.server.batch.record_file import RecordFile, to_json_line
+from qwen2vl.files.record_file import RecordFile, to_json_line
 
 START = b'{"i'
 COLUMNS = ("image", "answer", "id")

@@ -1,0 +1,136 @@
+"""Table and JSON object of the scores of a suite, and of their comparison with another run.
+
+Shares are printed in percent. A part of a control is passed where its accuracy is no higher than
+guessing explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from qwen2vl.cli import terminal
+
+if TYPE_CHECKING:
+    from qwen2vl.eval.runner.comparison import PairedComparison
+    from qwen2vl.eval.runner.scores import PartScore, SuiteScores
+
+__all__ = ["comparison_to_json", "print_comparison", "print_scores", "scores_to_json"]
+
+TITLES = (
+    *("part", "metric", "score", "95 % CI", "chance", "threshold", "goal", "passed", "questions"),
+)
+COMPARISON_TITLES = (
+    *("part", "metric", "pairs", "this run", "other", "difference", "95 % CI"),
+    *("better", "worse", "p"),
+)
+LEFT_ALIGNED = ("part", "metric")
+
+
+def print_scores(scores: SuiteScores) -> None:
+    """Print the table, and what does not fit into it."""
+    terminal.echo_table(TITLES, [_table_row(row) for row in scores.rows], left_aligned=LEFT_ALIGNED)
+    exact = [
+        f"{row.part} {_percent(row.results.accuracy)}"
+        for row in scores.rows
+        if row.results.character_error_rate is not None
+    ]
+    if exact:
+        terminal.echo(f"lines read without any error: {', '.join(exact)}")
+    notes = {row.part: row.results.note for row in scores.rows if row.results.note}
+    for note in dict.fromkeys(notes.values()):
+        names = ", ".join(name for name, own in notes.items() if own == note)
+        terminal.echo(f"{names}: {note}")
+    if scores.similar is not None:
+        similar = scores.similar
+        terminal.echo(
+            f"with similar names accepted: {_percent(similar.accuracy)} "
+            f"({_interval(similar.interval)}), chance {_percent(similar.chance)}"
+        )
+    if scores.calibration is not None:
+        known = scores.calibration
+        terminal.echo(
+            f"expected calibration error: {_percent(known.error)} (mean confidence "
+            f"{_percent(known.confidence)}, exact answers {_percent(known.accuracy)})"
+        )
+
+
+def print_comparison(rows: Sequence[PairedComparison], other: str) -> None:
+    """Print the paired comparison with another results file."""
+    terminal.echo(f"compared with {terminal.escape_control_characters(other)}, paired by question:")
+    lines = [
+        (
+            row.part,
+            row.metric,
+            str(row.count),
+            _percent(row.score),
+            _percent(row.other_score),
+            f"{100 * row.difference:+.1f}",
+            f"{100 * row.interval[0]:+.1f} to {100 * row.interval[1]:+.1f}",
+            str(row.num_better),
+            str(row.num_worse),
+            f"{row.p_value:.2g}",
+        )
+        for row in rows
+    ]
+    terminal.echo_table(COMPARISON_TITLES, lines, left_aligned=LEFT_ALIGNED)
+    terminal.echo("p: McNemar's exact test of accuracies; sign test of character error rates")
+
+
+def scores_to_json(scores: SuiteScores) -> dict[str, Any]:
+    """Convert the scores to JSON values; `accuracy` is reported for every part."""
+    calibration, similar = scores.calibration, scores.similar
+    return {
+        "parts": [_part_to_json(row) for row in scores.rows],
+        "similar_names": None if similar is None else asdict(similar),
+        "calibration": None if calibration is None else asdict(calibration),
+    }
+
+
+def comparison_to_json(rows: Sequence[PairedComparison]) -> list[dict[str, Any]]:
+    """Convert a comparison to JSON values."""
+    return [asdict(row) for row in rows]
+
+
+def _part_to_json(row: PartScore) -> dict[str, Any]:
+    check = row.check
+    return {
+        "part": row.part,
+        "metric": check.metric,
+        "score": check.score,
+        "interval": check.interval,
+        "chance": row.chance,
+        "threshold": check.limit,
+        "goal": check.goal,
+        "lower_is_better": check.lower_is_better,
+        "passed": check.passed,
+        "accuracy": row.results.accuracy,
+        "num_examples": row.results.num_examples,
+        "note": row.results.note,
+    }
+
+
+def _table_row(row: PartScore) -> tuple[str, ...]:
+    check = row.check
+    sign = "<=" if check.lower_is_better else ">="
+    return (
+        row.part,
+        check.metric,
+        _percent(check.score),
+        _interval(check.interval),
+        _percent(row.chance) if check.metric == "accuracy" else "",
+        _percent(check.limit, sign),
+        _percent(check.goal, sign),
+        {None: "", True: "yes", False: "NO"}[check.passed],
+        str(row.results.num_examples),
+    )
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * low:.1f} - {100 * high:.1f}"
+
+
+def _percent(share: float | None, sign: str = "") -> str:
+    return "" if share is None else f"{sign} {100 * share:.1f} %".strip()
