@@ -44,6 +44,7 @@ def dry_run(config: TrainConfig, recipe: TrainConfig) -> None:
     )
     from qwen2vl.train.dry_run.sample_check import raise_if_bad
     from qwen2vl.train.init import build_processor
+    from qwen2vl.train.loader.data_summary import MAX_BAD_SAMPLES
     from qwen2vl.train.optim.lr_schedule import describe_warmup
 
     step = read_resume_step(config)
@@ -64,7 +65,7 @@ def dry_run(config: TrainConfig, recipe: TrainConfig) -> None:
     for report in reports:
         tokens += report.data.tokens_per_step * report.data.steps
         terminal.echo("")
-        print_data(config, report.data)
+        print_data(config, report.data, max_bad_samples=MAX_BAD_SAMPLES)
         _print_packing(report)
         _print_check(report.check, processor)
     terminal.echo("")
@@ -109,8 +110,8 @@ def _print_check(check: SampleCheck, processor: Processor) -> None:
     """Print what came of the samples that were decoded, and some of them."""
     num_good = check.num_checked - len(check.bad)
     terminal.echo(
-        f"decoded  {check.num_checked:,} samples: {num_good:,} are as their headers say; what is "
-        "learned is in [[ ]]"
+        f"decoded  {check.num_checked:,} sample{'s' * (check.num_checked != 1)}: {num_good:,} as "
+        "their headers say; what is learned is in [[ ]]"
     )
     for sample in check.bad:
         terminal.note(f"{sample.source}: bad when decoded: {sample.id}: {sample.text}")

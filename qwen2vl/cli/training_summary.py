@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["print_data", "print_evaluation", "print_resume", "print_run"]
 
 MAX_EPOCHS = 20  # of a stage, without a note
+MAX_NAMED_BAD_SAMPLES = 3  # of a source, by a run
 MAX_NAMED_SOURCES = 3  # in the line of a stage
 
 
@@ -60,8 +61,16 @@ def print_resume(config: TrainConfig, step: int) -> None:
         terminal.echo(f"resuming from step {step:,} of {config.steps:,}: {last}")
 
 
-def print_data(config: TrainConfig, data: DataSummary) -> None:
-    """Print what a stage reads, how often, and what it is evaluated on."""
+def print_data(
+    config: TrainConfig, data: DataSummary, *, max_bad_samples: int = MAX_NAMED_BAD_SAMPLES
+) -> None:
+    """Print what a stage reads, how often, and what it is evaluated on.
+
+    Args:
+        config: of the run.
+        data: of the stage.
+        max_bad_samples: of each source that are named, if the summary has as many.
+    """
     titles = ("source", "samples", "in an epoch", "tokens", "supervised", "held out", "bad")
     rows = [
         (
@@ -87,7 +96,7 @@ def print_data(config: TrainConfig, data: DataSummary) -> None:
     if data.num_resized:
         terminal.echo(f"resized  {data.num_resized:,} samples whose images exceeded a bin")
     _print_held_out(config, data)
-    _print_bad_samples(data)
+    _print_bad_samples(config, data, max_bad_samples)
     for source in data.sources:
         _print_notes(source.name, source.unused, source.notes, source.num_samples)
     if data.epochs > MAX_EPOCHS:
@@ -145,17 +154,18 @@ def _print_held_out(config: TrainConfig, data: DataSummary) -> None:
             )
 
 
-def _print_bad_samples(data: DataSummary) -> None:
+def _print_bad_samples(config: TrainConfig, data: DataSummary, limit: int) -> None:
     from qwen2vl.data.formats import describe_reasons
 
+    path = Path(config.folder) / "bad_samples.jsonl"
     for source in data.sources:
         if source.bad:
-            hidden = sum(source.bad.values()) - len(source.bad_samples)
-            more = f"; and {hidden:,} more" if hidden else ""
-            terminal.note(
-                f"{source.name}: left out {describe_reasons(source.bad)}: "
-                f"{'; '.join(source.bad_samples)}{more}"
-            )
+            named = source.bad_samples[:limit]
+            separator = "; " if len(named) <= MAX_NAMED_BAD_SAMPLES else terminal.LINE_BREAK
+            hidden = sum(source.bad.values()) - len(named)
+            more = f"and {hidden:,} more; the run lists those that it reads in {path}"
+            lines = [f"{source.name}: left out {describe_reasons(source.bad)}: {named[0]}"]
+            terminal.note(separator.join([*lines, *named[1:], *([more] if hidden else [])]))
 
 
 def _print_notes(
@@ -164,14 +174,14 @@ def _print_notes(
     """Print the columns of a source that were not used, and what is likely an error in its rows."""
     if unused:
         columns = _describe_columns(unused, num_samples)
-        terminal.note(f"{name}: nothing is made of the columns {columns}")
+        terminal.note(f"{name}: ignored columns: {columns}")
     for note, count in notes.items():
         terminal.note(f"{name}: {_count(count, 'sample')} with {note}")
 
 
 def _describe_columns(unused: Mapping[str, int], num_samples: int) -> str:
     return ", ".join(
-        name if count == num_samples else f"{name} (of {count:,} samples)"
+        name if count == num_samples else f"{name} (of {_count(count, 'sample')})"
         for name, count in unused.items()
     )
 

@@ -6,16 +6,25 @@ train/config.py. (Qwen2-VL sec. 2.2: mixtures of dataset families.)
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from qwen2vl.errors import ConfigError
 from qwen2vl.synth import Mixture
 
-__all__ = ["IO_OPTIONS", "DataConfig", "SourceConfig"]
+__all__ = ["IO_OPTIONS", "DataConfig", "SourceConfig", "parse_sources"]
 
 MIN_BAD_FRACTION_BASE = 1000  # samples; max_bad_fraction is a fraction of at least so many
+
+# What an override may set of a source of files, and the types.
+_SOURCE_FIELDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("path", "name", "media_root"), (str,)),
+    **dict.fromkeys(("repeats", "weight"), (int, float)),
+}
 
 # How samples are fetched, cached and given up, not which ones: may change when a run is resumed.
 IO_OPTIONS = frozenset(
@@ -98,7 +107,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [source.label for source in self.sources]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"data: sources are {names}; give at least one, each its own name")
+            raise ConfigError(
+                f"data: sources are {names}; give at least one, each its own name, as "
+                'data.sources=[{"path": "a/rows.jsonl", "name": "a"}]'
+            )
         if len({source.weight > 0 for source in self.sources}) > 1:
             raise ConfigError(f"data: give all of {', '.join(names)} a weight, or none of them")
         if not 0 <= self.validation_size < math.inf or (
@@ -126,3 +138,42 @@ class DataConfig:
         return num_bad <= self.max_bad_fraction * max(
             num_seen, min(MIN_BAD_FRACTION_BASE, num_total)
         )
+
+
+def parse_sources(value: str, key: str) -> tuple[SourceConfig, ...]:
+    """Parse the sources of a command line.
+
+    Args:
+        value: a path, paths with commas between them, or a JSON list of paths or of objects with
+            the fields of SourceConfig.
+        key: of the override, for errors.
+
+    Raises:
+        ConfigError: it is an empty or malformed list, or an object has another field.
+    """
+    try:
+        items = json.loads(value) if value.startswith("[") else None
+    except ValueError:
+        items = None  # a pattern such as [ab].jsonl
+    if isinstance(items, list):
+        return tuple(_parse_source(item, f"{key}[{i}]") for i, item in enumerate(items))
+    paths = [path.strip() for path in value.split(",")]
+    if "://" in value or not all(paths) or Path(value).expanduser().exists():
+        paths = [value]  # addresses, and names of files, may have a comma
+    return tuple(SourceConfig(path=path) for path in paths)
+
+
+def _parse_source(item: Any, where: str) -> SourceConfig:
+    fields: Any = {"path": item} if isinstance(item, str) else item
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f'{where} is {item!r}; give a path, or an object such as {{"path": ...}}')
+    for name, value in fields.items():
+        kinds = _SOURCE_FIELDS.get(name)
+        if kinds is None:
+            raise ConfigError(
+                f"{where}: unknown field {name!r}; known are {', '.join(_SOURCE_FIELDS)}"
+            )
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            kind = "text" if kinds == (str,) else "a number"
+            raise ConfigError(f"{where}.{name} is {value!r}, must be {kind}")
+    return SourceConfig(**fields)

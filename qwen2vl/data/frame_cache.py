@@ -1,8 +1,9 @@
 """Frame cache: decoded, resized videos on disk, keyed by content; decoded once, then memory-mapped.
 
-The key covers the video's content, all settings that decide frame sampling and size, and the version
-of the decoding, so no entry can become stale. Entries are written atomically; one that does not match its own digest is decoded
-again; the least recently used are evicted above a size limit. Several processes may share a folder.
+The key covers the video's content, all settings that decide frame sampling and size, and the
+version of the decoding, so no entry can become stale. Entries are written atomically; one that does
+not match its own digest is decoded again; the least recently used are evicted above a size limit.
+Several processes may share a folder.
 (Qwen2-VL sec. 2.3: decoding was the bottleneck.)
 """
 

@@ -51,7 +51,7 @@ ProgressCallback = Callable[[str, int, int], None]  # label, number done, total
 # Versions of what a table is computed from and of its file: the first is part of the key, and so of
 # the fingerprint of a run's data; the second invalidates cached tables only.
 KEY_VERSION = 1
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 _COUNTS = ("unused", "notes")  # arrays of counts by name
 CHUNK_SIZE = 128  # samples per item of the DataLoader that measures
 

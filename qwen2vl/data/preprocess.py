@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 PAD_TO_MULTIPLE_OF = 8  # tokens; each conversation of a batch is padded to a multiple of this
-DECODING_VERSION = 2  # part of the frame cache's keys; increment when decoded videos change
+DECODING_VERSION = 3  # part of the frame cache's keys; increment when decoded videos change
 HEADER_BYTES = 1 << 16  # of a remote image that are fetched to read its size
 
 _PLACEHOLDER_OF = {kind: placeholder for placeholder, kind in MODALITY_OF.items()}

@@ -4,8 +4,7 @@ Strict where PEFT warns: an option or a tensor that would change the output and 
 refused by name, so that the adapter computes what was trained. Weights that the folder holds in
 full are parsed by full_weights.py. Written files name modules as transformers does since 4.52, and
 list as target_modules the shortest name suffixes that match the adapted layers and no others. The
-files themselves are read and written by weights/adapter.py. (PEFT: LoraConfig, LoraLayer.) Used by
-loading.py and train/.
+files themselves are read and written by weights/adapter.py. (PEFT: LoraConfig, LoraLayer.)
 """
 
 from __future__ import annotations
@@ -63,8 +62,9 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
 _OFF = (None, False, {}, [])
 _EXCLUSIONS = ("exclude_modules", "layers_to_transform")  # take modules out of target_modules
 
-# A name in a file is PEFT's prefix, then the module in one of the layouts of transformers.
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# A name in a file is PEFT's prefix, then the module in one of the layouts of transformers. PEFT's
+# names in memory end with that of the adapter, usually "default", which other savers leave there.
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -123,6 +123,7 @@ def parse_mergeable_adapter(
         factors[name] = LoraFactors(a_RX=pair["A"], b_YR=pair["B"], scale=scale)
     in_full = {name: others[key] for name, key in full_weights.items()}
     _check_not_merged(factors, in_full, settings, model, where)
+    _log_missing_factors(settings, {*factors, *full_weights}, model, where)
     return PeftAdapter(factors=factors, full_weights=full_weights)
 
 
@@ -240,7 +241,10 @@ def _group_by_module(tensors: Mapping[str, Tensor], where: str) -> dict[str, dic
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if match := _FACTOR.fullmatch(key):
-            pairs.setdefault(match[1], {})[match[2]] = tensor
+            pair = pairs.setdefault(match[1], {})
+            if match[2] in pair:
+                raise CheckpointError(f"{where}: {match[1]} is there twice, once as 'default'")
+            pair[match[2]] = tensor
     if not pairs:
         what = "LoRA factors" if tensors else "tensors"
         raise CheckpointError(f"{where}: the adapter holds no {what}; fetch it again")
@@ -281,12 +285,35 @@ def _check_unused_targets(
     modules = [name for name, _ in model.named_modules()]
     names = [*modules, *map(to_nested_name, modules)]
     missing = [t for t in unused if any(_matches(name, t) for name in names)]
-    if missing and all(settings.get(option) in _OFF for option in _EXCLUSIONS):
+    if missing and not _has_exclusions(settings):
         raise CheckpointError(
             f"{where}: target_modules names {', '.join(missing)}, of which the file holds no "
             "tensors; fetch the adapter again"
         )
-    logger.info("%s: no module is adapted as %s of target_modules", where, ", ".join(unused))
+    level = logging.DEBUG if _has_exclusions(settings) else logging.INFO
+    logger.log(level, "%s: no module is adapted as %s of target_modules", where, ", ".join(unused))
+
+
+def _has_exclusions(settings: Mapping[str, Any]) -> bool:
+    return not all(_is_harmless(option, settings.get(option)) for option in _EXCLUSIONS)
+
+
+def _log_missing_factors(
+    settings: Mapping[str, Any], found: set[str], model: Qwen2VL, where: str
+) -> None:
+    """Log which layers of target_modules are neither adapted nor replaced, as PEFT does."""
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list) or _has_exclusions(settings):
+        return
+    wanted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and any(_matches(name, t) or _matches(to_nested_name(name), t) for t in targets)
+    ]
+    if missing := [name for name in wanted if found.isdisjoint((name, f"{name}.weight"))]:
+        text = "%s: %d of %d modules of target_modules have no factors in the file, such as %s"
+        logger.warning(text, where, len(missing), len(wanted), missing[0])
 
 
 def _matches(path: str, name: str) -> bool:

@@ -8,6 +8,8 @@ full-precision weights of the adapted layers never exist all at once.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -99,21 +101,39 @@ def initial_factors(model: Qwen2VL, adapter: LoraConfig, seed: int) -> dict[str,
         return init_factors(model, adapter, seed)
     settings, tensors = read_adapter(adapter.init)
     factors = parse_peft_adapter(settings, tensors, model, where=adapter.init)
+    if unknown := factors.keys() - set(match_target_modules(model, (".*",))):
+        raise ConfigError(
+            f"adapter.init {adapter.init}: it adapts {min(unknown)}, which is not trained here; "
+            "start from another adapter, or without one"
+        )
     if differing := factors.keys() ^ set(match_target_modules(model, adapter.target_modules)):
         raise ConfigError(
             f"adapter.init {adapter.init} and adapter.target_modules "
             f"{list(adapter.target_modules)} differ in {len(differing)} layers, such as "
-            f"{min(differing)}; give the target_modules that it was trained with"
+            f"{min(differing)}; write 'adapter.target_modules={_patterns_of(model, factors)}'"
         )
     for name, lora_factors in factors.items():
         if len(lora_factors.a_RX) != adapter.rank or lora_factors.scale != adapter.scale:
+            rank = len(lora_factors.a_RX)
+            alpha = lora_factors.scale * (math.sqrt(rank) if adapter.use_rslora else rank)
             raise ConfigError(
-                f"adapter.init {adapter.init}: {name} has rank {len(lora_factors.a_RX)} and scale "
+                f"adapter.init {adapter.init}: {name} has rank {rank} and scale "
                 f"{lora_factors.scale:g}, adapter.rank {adapter.rank} and "
-                f"adapter.alpha {adapter.alpha:g} mean scale {adapter.scale:g}; give those that it "
-                "was trained with"
+                f"adapter.alpha {adapter.alpha:g} mean scale {adapter.scale:g}; write "
+                f"adapter.rank={rank} adapter.alpha={alpha:g}"
             )
     return factors
+
+
+def _patterns_of(model: Qwen2VL, factors: Mapping[str, LoraFactors]) -> str:
+    """Return target_modules, as JSON, that match the layers of an adapter and no others."""
+    suffixes = to_peft_config(LoraConfig(), factors, model, base="")["target_modules"]
+    # The short form where it is exact: `.*q_proj`; else with the dot before the suffix.
+    for start in (".*", "(.*[.])?"):
+        patterns = tuple(start + suffix for suffix in suffixes)
+        if set(match_target_modules(model, patterns)) == factors.keys():
+            break
+    return json.dumps(list(patterns))
 
 
 def adapter_config_of(metadata: Mapping[str, Any]) -> LoraConfig | None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.data.config import DataConfig, SourceConfig
+from qwen2vl.data.config import DataConfig, SourceConfig, parse_sources
 from qwen2vl.errors import ConfigError
 from qwen2vl.lora.layers import LoraConfig
 from qwen2vl.synth import Mixture
@@ -197,9 +197,9 @@ def override(config: Node, overrides: Sequence[str]) -> Node:
     """Apply `key=value` overrides such as `optim.lr=1e-3` or `stages.0.steps=500`.
 
     Values are parsed by the type of the field they replace. `stages.N.data=PATH` sets PATH as the
-    only source; `data=PATH` and `data.KEY=VALUE` apply to every stage that reads data;
-    `model=FOLDER` sets `init`; `validation=0.05`, a number of conversations, or a file sets what
-    stages with data are evaluated on (see `_set_validation`).
+    only source, `PATH,PATH` several; `data=PATH` and `data.KEY=VALUE` apply to every stage that
+    reads data; `model=FOLDER` sets `init`; `validation=0.05`, a number of conversations, or a file
+    sets what stages with data are evaluated on (see `_set_validation`).
 
     Raises:
         ConfigError: no "=", an unknown key (the error names the right one), or a bad value.
@@ -303,7 +303,7 @@ def _replace_at(node: Any, path: list[str], item: _Override) -> Any:
             raise ConfigError(f"override {item.key}: {head!r} has no parts")
         return replace(node, **{head: _replace_at(current, rest, item)})
     if DataConfig in get_args(field_type):
-        sources = (SourceConfig(path=item.value),)
+        sources = parse_sources(item.value, item.key)
         data_config = (
             DataConfig(sources=sources) if current is None else replace(current, sources=sources)
         )
@@ -323,9 +323,12 @@ def _unknown_index(node: tuple[Any, ...], head: str, rest: list[str], item: _Ove
     parents = parents[: len(parents) - len(rest) - 1]
     items = f"{len(node)} item" + "s" * (len(node) != 1)
     example = ".".join([*parents, "0", *(rest if head.isdigit() else [head, *rest])])
+    several = ""
+    if parents[-1] == "sources":
+        several = f", or give all sources at once: {'.'.join(parents[:-1])}=FILE,FILE"
     return (
         f"override {item.key}: {'.'.join(parents)} has {items}, numbered from 0, and {head!r} is "
-        f"no such number; write {example}={item.value}"
+        f"no such number; write {example}={item.value}{several}"
     )
 
 
@@ -352,7 +355,8 @@ def _parse_value(value: str, field_type: Any, key: str) -> Any:
     except json.JSONDecodeError:
         parsed = None
     if get_origin(field_type) is tuple and isinstance(parsed, list):
-        return _as_tuples(parsed)
+        is_sources = SourceConfig in get_args(field_type)
+        return parse_sources(value, key) if is_sources else _as_tuples(parsed)
     if isinstance(parsed, Mapping) and get_origin(field_type) in (dict, Mapping):
         return parsed
     if field_type is float and isinstance(parsed, int | float) and not isinstance(parsed, bool):

@@ -142,6 +142,11 @@ def _open_files(folder: Path, names: list[str]) -> TensorFolder:
             name = official_name(key)
             if name not in first:
                 first[name] = path
+            elif first[name] == path:
+                raise CheckpointError(
+                    f"{folder}: {name} is twice in {path.name}, in both key layouts; save it again "
+                    "with one of them"
+                )
             elif not _is_equal(folder, name, (first[name], path), files):
                 raise CheckpointError(
                     f"{folder}: {key} is in {first[name].name} and differently in {path.name}; "
@@ -151,9 +156,9 @@ def _open_files(folder: Path, names: list[str]) -> TensorFolder:
 
 
 def _is_equal(folder: Path, name: str, paths: tuple[Path, Path], files: Mapping[Path, Any]) -> bool:
-    """Return whether a tensor is the same in two files; False for two of one file."""
+    """Return whether a tensor is the same in two files."""
     one, other = (TensorFolder(folder, {path: files[path]})[name] for path in paths)
-    return paths[0] != paths[1] and torch.equal(one, other)
+    return torch.equal(one, other)
 
 
 def _conversion(name: str, converted: str) -> str:
@@ -161,6 +166,8 @@ def _conversion(name: str, converted: str) -> str:
 
 
 def _missing_adapter_message(folder: Path) -> str:
+    if folder.is_file():
+        return f"adapter {str(folder)!r}: is a file; give its folder, {str(folder.parent)!r}"
     if not folder.is_dir():
         return f"adapter {str(folder)!r}: no such folder; give the folder that PEFT saved"
     if inside := sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")):
@@ -173,6 +180,8 @@ def _missing_adapter_message(folder: Path) -> str:
     if (beside / ADAPTER_CONFIG).is_file():
         return f"{folder}: is no adapter; give the one of the same step, {beside}"
     missing = [n for n in (ADAPTER_CONFIG, ADAPTER_FILE) if not (folder / n).is_file()]
+    if len(missing) == 2 and any(_WHOLE_MODEL.fullmatch(path.name) for path in folder.iterdir()):
+        return f"{folder}: is a model, no adapter; give it as the model (--model), without adapter"
     if missing == [ADAPTER_FILE] and (folder / _PICKLE).is_file():
         return (
             f"{folder}: {_PICKLE} is a pickle, which can run code and is never loaded; "

@@ -73,7 +73,8 @@ def test_a_dry_run_reports_the_planned_run(run: Run) -> None:
     assert [[cell.strip() for cell in h.strip("|").split("|")] for h in headers] == [titles] * 2
     assert re.findall(r"^\| +([18]) \| +\d+\.\d MB \|", text, re.MULTILINE) == ["1", "8", "1"]
     assert "rows.jsonl:1" in text
-    assert re.search(r"decoded  (10|9) samples: \1 are as their headers say", text)
+    assert re.search(r"decoded  (10|9) samples: \1 as their headers say", text)
+    assert len(re.findall(r"^rows.jsonl:\d+$", text, re.MULTILINE)) == 4  # of the only source
     assert "<|vision_start|><|image_pad|> x 8 <|vision_end|>what?<|im_end|>" in text
     assert "assistant\n[[answer 0<|im_end|>]]\n" in text
     assert "tokens take" not in text  # there is no throughput measurement yet
@@ -128,7 +129,7 @@ def test_what_the_headers_do_not_show_is_found_by_decoding(run: Run) -> None:
     assert result.exit_code == 2
     assert "[[a 0<|im_end|>]]" in result.stdout  # the report is complete
     *notes, line = result.stderr.splitlines()
-    assert "rows: nothing is made of the columns tag (of 24 samples)" in result.stderr
+    assert "rows: ignored columns: tag (of 24 samples)" in result.stderr
     assert result.stderr.count("rows: 1 sample with an empty answer, of which only") == 1
     assert any("rows: bad when decoded: rows.jsonl:5: 4.png" in note for note in notes)
     assert re.search(r"\d of \d+ samples that were decoded are bad, the limit is 1.00%", line)

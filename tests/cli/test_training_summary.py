@@ -109,11 +109,26 @@ def test_more_than_twenty_epochs_are_noted_with_the_steps_of_twenty(
 
 
 def test_bad_samples_are_named_and_described(capsys: Capture) -> None:
-    print_data(tiny.recipe(), summary())
+    print_data(replace(tiny.recipe(), output_dir="here"), summary())
     assert capsys.readouterr().err == (
         "qwen2vl: rows: left out 4 with a missing media file, 1 without an answer to learn from: "
-        "rows.jsonl:3: none.png is missing; and 4 more\n"
+        "rows.jsonl:3: none.png is missing; and 4 more; the run lists those that it reads in "
+        f"{Path('here/bad_samples.jsonl')}\n"
     )
+
+
+def test_a_dry_run_names_more_bad_samples_one_a_line(capsys: Capture) -> None:
+    config, data = replace(tiny.recipe(), output_dir="here"), summary()
+    names = [f"r:{i}" for i in range(20)]
+    source = replace(data.sources[0], bad={"answer": 30}, bad_samples=names)
+    data = replace(data, sources=[source])
+    print_data(config, data, max_bad_samples=20)
+    first, *named, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("r:0")
+    assert named == [f"  {name}" for name in names[1:]]
+    assert last.startswith("  and 10 more; the run lists those that it reads in here")
+    print_data(config, data)
+    assert "r:0; r:1; r:2; and 27 more; the run" in capsys.readouterr().err
 
 
 def test_unused_columns_are_named_once_for_each_source(capsys: Capture) -> None:
@@ -121,7 +136,7 @@ def test_unused_columns_are_named_once_for_each_source(capsys: Capture) -> None:
     source = replace(data.sources[0], bad={}, unused={"channel": 1000, "objects.width": 7})
     print_data(tiny.recipe(), replace(data, sources=[source]))
     assert capsys.readouterr().err == (
-        "qwen2vl: rows: nothing is made of the columns channel, objects.width (of 7 samples)\n"
+        "qwen2vl: rows: ignored columns: channel, objects.width (of 7 samples)\n"
     )
 
 
@@ -177,4 +192,4 @@ def test_stages_that_share_a_file_are_evaluated_in_one_line(
     print_evaluation(config, build_processor(config))
     captured = capsys.readouterr()
     assert captured.out == f"evaluate every 4 steps and after the last, on 1 sample of {path}\n"
-    assert captured.err == f"qwen2vl: {path}: nothing is made of the columns tag\n"
+    assert captured.err == f"qwen2vl: {path}: ignored columns: tag\n"

@@ -109,6 +109,16 @@ def test_both_key_layouts_give_the_same(old: str, new: str) -> None:
     assert all(map(torch.equal, got.state_dict().values(), want.state_dict().values()))
 
 
+def test_names_of_memory_are_those_of_files() -> None:
+    named = {
+        key.replace(".weight", ".default.weight"): tensor for key, tensor in flat_tensors().items()
+    }
+    want, got = merge(settings(), flat_tensors(), model()), merge(settings(), named, model())
+    assert all(map(torch.equal, got.state_dict().values(), want.state_dict().values()))
+    with pytest.raises(CheckpointError, match=f"adapter: {Q} is there twice, once as 'default'"):
+        merge(settings(), flat_tensors() | named, model())
+
+
 def test_untied_head_may_be_adapted() -> None:
     base = model(tie_word_embeddings=False)
     before = base.lm_head_weight.clone()
@@ -252,14 +262,50 @@ def test_targets_without_modules_are_logged(
     unused: list[str], options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """PEFT records the names that were asked for, also those of no module or of excluded ones."""
-    caplog.set_level("INFO", "qwen2vl")
+    caplog.set_level("DEBUG", "qwen2vl")
+    level = "DEBUG" if options else "INFO"  # what was excluded on purpose is no news
     options |= {"target_modules": ["q_proj", "up_proj", "qkv", *unused]}
     assert set(parse_peft_adapter(settings(**options), flat_tensors(), model(), where="a")) == {
         Q,
         UP,
         QKV,
     }
-    assert f"a: no module is adapted as {', '.join(unused)} of target_modules" in caplog.text
+    text = f"a: no module is adapted as {', '.join(unused)} of target_modules"
+    assert [record.levelname for record in caplog.records if record.message == text] == [level]
+
+
+def test_modules_without_factors_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT warns of missing keys: an adapter of one layer of two may be half a download."""
+    changes: dict[str, Any] = {"target_modules": ["q_proj"]}
+    parse_peft_adapter(settings(**changes), factors(Q), model(), where="a")
+    text = (
+        "a: 1 of 2 modules of target_modules have no factors in the file, such as "
+        "model.layers.0.self_attn.q_proj"
+    )
+    assert [(r.levelname, r.message) for r in caplog.records] == [("WARNING", text)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_to_transform": [1]},
+        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": r".*1.*q_proj"},
+    ],
+)
+def test_modules_that_are_left_out_on_purpose_are_not_told(
+    changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = settings(**{"target_modules": ["q_proj"], **changes})
+    parse_peft_adapter(options, factors(Q), model(), where="a")
+    assert not caplog.records
+
+
+def test_layer_zero_alone_may_be_transformed() -> None:
+    """0 is a layer, not an option that is off."""
+    options = settings(target_modules=["up_proj", "mlp.0"], layers_to_transform=0)
+    assert set(parse_peft_adapter(options, factors(UP), model(), where="a")) == {UP}
 
 
 def renamed_tensors(old: str, new: str) -> dict[str, Tensor]:

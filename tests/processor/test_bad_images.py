@@ -149,14 +149,14 @@ REJECTED: list[tuple[str, Callable[[], Any], str]] = [
     (
         "decompression bomb header 30000x30000",
         lambda: png_header(30000, 30000),
-        "has more than 100,000,000 pixels, which is the limit; resize it first",
+        "has 900,000,000 pixels, limit is 100,000,000; resize it first",
     ),
     (
         "real bomb 12000x12000 zeros PNG (420 KB, 432 MB raw)",
         real_bomb,
         "is 12000 x 12000 = 144,000,000 pixels, limit is 100,000,000",
     ),
-    ("PNG width 2^31-1", lambda: png_header(2**31 - 1, 1), "has more than 100,000,000 pixels"),
+    ("PNG width 2^31-1", lambda: png_header(2**31 - 1, 1), "pixels, limit is 100,000,000"),
     ("image with zero width or height", lambda: png_header(0, 10), "is a damaged PNG file"),
     ("image with zero width or height", lambda: png_header(10, 0), "is a damaged PNG file"),
     (

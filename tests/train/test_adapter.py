@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine import LLM
 from qwen2vl.errors import CheckpointError, ConfigError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.loading import load
-from qwen2vl.lora.layers import LoraLinear, named_lora_layers
+from qwen2vl.lora.layers import LoraConfig, LoraLinear, init_factors, named_lora_layers
+from qwen2vl.lora.peft import to_peft_config, to_peft_state_dict
+from qwen2vl.model import meta_model
 from qwen2vl.quantization.nf4 import Nf4Weight
 from qwen2vl.recipes import lora, qlora
+from qwen2vl.train.adapter import initial_factors
 from qwen2vl.train.config import TrainConfig, override
+from qwen2vl.train.dry_run.report import check_config
 from qwen2vl.train.export import export_model
 from qwen2vl.train.init import build_meta_model, build_model, build_processor
 from qwen2vl.train.loop import train
+from qwen2vl.weights import save_adapter
 from tests.folders import write_tiny
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -223,11 +230,37 @@ def test_a_run_starts_from_an_existing_adapter(base: Path, data: Path) -> None:
     assert isinstance(layer, LoraLinear)
     key = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_B.weight"
     assert torch.equal(layer.lora_B, stored[key])
-    with pytest.raises(ConfigError, match=r"has rank 16 and scale 2, adapter\.rank 8 and adapter"):
-        build_model(config(lora.recipe(), base, f"adapter.init={adapter}", "adapter.rank=8"))
     overrides = (f"adapter.init={adapter}", 'adapter.target_modules=["model.*q_proj"]')
-    with pytest.raises(ConfigError, match=r"differ in \d+ layers, such as model.*; give"):
-        build_model(config(lora.recipe(), base, *overrides))
+    for change, message in (
+        (
+            "adapter.rank=8",
+            r"has rank 16 and scale 2, adapter\.rank 8 and .*; write adapter.rank=16 adapter.al",
+        ),
+        (overrides[1], r"differ in \d+ layers, such as model.*; write 'adapter.target_modules="),
+    ):
+        refused = config(lora.recipe(), base, overrides[0], change)
+        for check in (build_model, lambda run: check_config(run, build_processor(run))):
+            with pytest.raises(ConfigError, match=message):
+                check(refused)
+
+
+@pytest.mark.parametrize("pattern", ["model.*q_proj", ".*[.]1[.].*(v_proj|qkv)", "visual.*"])
+def test_the_remedy_for_other_target_modules_can_be_pasted(base: Path, pattern: str) -> None:
+    model = meta_model(Qwen2VLConfig.from_dict(json.loads((base / "config.json").read_text())))
+    adapter = LoraConfig(rank=2, target_modules=(pattern,))
+    factors = init_factors(model, adapter, 0)
+    folder = base.parent / "given"
+    settings = to_peft_config(adapter, factors, model, base="")
+    save_adapter(folder, settings, to_peft_state_dict(factors))
+    other = replace(adapter, init=str(folder), target_modules=("model.*down_proj",))
+    with pytest.raises(ConfigError, match="write ") as caught:
+        initial_factors(model, other, 0)
+    given = re.search(r"write '(.*)'", str(caught.value))
+    assert given is not None
+    run = override(lora.recipe(), [given[1]])
+    assert run.adapter is not None
+    pasted = replace(other, target_modules=run.adapter.target_modules)
+    assert initial_factors(model, pasted, 0).keys() == factors.keys()
 
 
 def test_any_checkpoint_can_be_exported(base: Path, data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,34 @@ def test_one_stage_or_one_source_can_be_overridden() -> None:
     assert config.stages[2].data.sources[0].label == "c"  # type: ignore[union-attr]
 
 
+def paths(config: TrainConfig) -> list[str]:
+    data = config.stages[0].data
+    assert data is not None
+    return [source.path for source in data.sources]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "data=a.jsonl,b.jsonl",
+        'data=["a.jsonl", "b.jsonl"]',
+        'data=[{"path": "a.jsonl"}, "b.jsonl"]',
+        'data.sources=[{"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 2.5}]',
+    ],
+)
+def test_several_files_are_several_sources(item: str) -> None:
+    assert paths(override(lora.recipe(), [item])) == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["s3://x/a,b.jsonl", "[ab].jsonl", "here,there.jsonl"])
+def test_a_comma_or_bracket_in_a_path_is_kept(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here,there.jsonl").touch()
+    assert paths(override(lora.recipe(), [f"data={path}"])) == [path]
+
+
 def test_a_synthetic_stage_can_be_given_data() -> None:
     config = override(tiny.recipe(), ["stages.1.data=mine.jsonl"])
     assert config.stages[1].data == DataConfig(sources=(SourceConfig(path="mine.jsonl"),))
@@ -57,7 +86,12 @@ def test_a_synthetic_stage_can_be_given_data() -> None:
         ("data.max_token=1", "unknown key 'max_token'; did you mean max_tokens"),
         ("data.oversize=cut", "not one of refuse, resize, drop"),
         ("data.global_batch_size=0", "data.global_batch_size is 0, must be 1 or more"),
-        ("data.sources.5.path=x", "data.sources has 2 items, numbered from 0"),
+        ("data.sources.5.path=x", "has 2 items, numbered from 0.*all sources at once: data=FILE,F"),
+        ('data=[{"file": "x"}]', r"data\[0\]: unknown field 'file'; known are path, name, media"),
+        ('data=[{"path": 5}]', r"data\[0\].path is 5, must be text"),
+        ('data.sources=[{"path": "x", "weight": "a"}]', "weight is 'a', must be a number"),
+        ("data=[5]", r"data\[0\] is 5; give a path, or an object such as"),
+        ("data=a/x.jsonl,b/x.jsonl", "each its own name, as data.sources="),
     ],
 )
 def test_wrong_overrides_are_refused_by_key(item: str, text: str) -> None:

@@ -35,6 +35,20 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path / "none")
 
 
+def test_a_file_of_an_adapter_is_no_adapter(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"is a file; give its folder, '{folder}'"):
+        read_adapter(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_model_is_no_adapter(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(
+        CheckpointError, match=r"is a model, no adapter; give it as the model \(--m"
+    ):
+        read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
@@ -211,5 +225,13 @@ def test_files_that_contradict_each_other_are_refused(folder: Path) -> None:
     assert list(read_adapter(folder)[1]) == [KEY]
     save_file({KEY: torch.zeros(2, 3)}, folder / "b.safetensors")
     text = r"lora_A\.weight is in adapter_model\.safetensors and differently in b\.safetensors"
+    with pytest.raises(CheckpointError, match=text):
+        read_adapter(folder)
+
+
+def test_a_name_in_both_key_layouts_of_one_file_is_refused(folder: Path) -> None:
+    names = ("visual.merger.mlp.2.bias", "model.visual.merger.mlp.2.bias")
+    save_file({name: torch.ones(2) for name in names}, folder / "vit.safetensors")
+    text = r"visual\.merger\.mlp\.2\.bias is twice in vit\.safetensors, in both key layouts; save"
     with pytest.raises(CheckpointError, match=text):
         read_adapter(folder)

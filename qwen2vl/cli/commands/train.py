@@ -84,9 +84,9 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     same command resumes from the last checkpoint.
 
     KEY=VALUE overrides fields of the configuration: optim.lr=1e-3, stages.0.steps=500,
-    max_minutes=40, output_dir=FOLDER. Short keys: model=FOLDER (or a repo id, or nano), data=FILE,
-    epochs=3 (sets the steps by the size of the data), validation=0.05 (a share of the data, a
-    number of its conversations, or a file of others).
+    max_minutes=40, output_dir=FOLDER. Short keys: model=FOLDER (or a repo id, or nano), data=FILE
+    (or FILE,FILE), epochs=3 (sets the steps by the size of the data), validation=0.05 (a share of
+    the data, a number of its conversations, or a file of others).
     """
     # Imported here, so that usage errors do not wait for the import of torch.
     with terminal.spinner("starting"):
@@ -97,6 +97,7 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         from qwen2vl.train.dry_run.preconditions import check_preconditions
         from qwen2vl.train.loop import train as run
 
+    _check_given_once(overrides)
     epochs, fields = _split_epochs(overrides)
     unchanged = recipes.load_recipe(recipe)
     config = override(unchanged, fields)
@@ -122,6 +123,26 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         )
     if is_main_process():
         printer.print_end(folder)
+
+
+def _check_given_once(overrides: Sequence[str]) -> None:
+    """Refuse two values of a key that names files: only the last would be read.
+
+    Of other keys the last one counts, so that scripts can override their own defaults.
+
+    Raises:
+        ConfigError: data or validation is given twice.
+    """
+    values: dict[str, str] = {}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        name = key.rpartition(".")[2]
+        if key in values and name in ("data", "validation"):
+            remedy = f"write several files as {key}={values[key]},{value}"
+            if name == "validation":
+                remedy = "give it once"
+            raise ConfigError(f"{key} is given twice, as {values[key]} and {value}; {remedy}")
+        values[key] = value
 
 
 def _split_epochs(overrides: Sequence[str]) -> tuple[float | None, list[str]]:

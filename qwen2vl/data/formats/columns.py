@@ -2,7 +2,7 @@
 
 `datasets` gives all rows of a file the same columns and all objects the same keys, and fills what a
 row lacks with null, pandas with NaN: such a key counts as absent, at every depth. A column that
-belongs to another kind of training (preferences, rewards, audio) changes what the row means, so the
+belongs to another kind of training (preferences, audio) changes what the row means, so the
 row is refused by the column's name; any other column that no format uses is counted, and reported
 once for each source.
 """
@@ -18,7 +18,7 @@ from qwen2vl.data.formats.samples import SampleError
 
 __all__ = ["Row", "drop_nulls"]
 
-_PREFERENCE = "is of preference data (DPO, ORPO, reward models)"
+_PREFERENCE = "is of preference data (DPO, ORPO, reward models), which is not trained here"
 _REFUSED = {
     **dict.fromkeys(
         (
@@ -28,13 +28,15 @@ _REFUSED = {
             "rejected_messages",
             "rejected_images",
             "rejected_videos",
+            "preferred_output",
+            "non_preferred_output",
         ),
         _PREFERENCE,
     ),
-    "completions": "is of stepwise supervision (PRM)",
-    "negative_messages": "is of embedding training",
-    "audio": "is a sound, which the model cannot hear",
-    "audios": "is a sound, which the model cannot hear",
+    "completions": "is of stepwise supervision (PRM), which is not trained here",
+    "negative_messages": "is of embedding training, which is not trained here",
+    "audio": "has audio, for which the model has no encoder",
+    "audios": "has audio, for which the model has no encoder",
     "chat_template_kwargs": "has options of another chat template",
 }
 _KTO_KEYS = ("label", "kto_tag")  # whether the answer is a good one; a label of no bool is unused
@@ -129,7 +131,4 @@ def _describe_kto(key: str, *, is_good: bool) -> str:
 
 
 def _refusal(key: str, meaning: str) -> str:
-    return (
-        f"the column {key} {meaning}, which is not trained here; remove the column to train on the "
-        "rest of the row"
-    )
+    return f"the column {key} {meaning}; remove the column to train on the rest of the row"

@@ -5,7 +5,8 @@
     "Find it", in a row with images               neither: the images precede the first message
 
 A row has tags or items, not both: where the media are would be ambiguous. Tags in the assistant's
-text are text, as in Qwen's own fine-tuning code: answers in Markdown or HTML may have them.
+text are text, as in Qwen's own fine-tuning code: answers in Markdown or HTML may have them. A tag
+in a prompt is never text, not even in a row without any medium: it would be learned in silence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ __all__ = ["fill_contents"]
 
 RawMessage = Mapping[str, Any]
 
-_MEDIA_TYPES = ("image", "image_url", "input_image", "video", "video_url")
+_IMAGE_TYPES = ("image", "image_url", "input_image")
+_MEDIA_TYPES = (*_IMAGE_TYPES, "video", "video_url")
 _TAG_IN_ANSWER = "the text <image> or <video> in an answer, where it stands for no medium"
 
 
@@ -45,13 +47,14 @@ def fill_contents(messages: Sequence[RawMessage], row: Row, needs_tags: bool) ->
     answers = [text for m in marked if _is_answer(m) for text in _texts_with_tags(m)]
     for text in prompts:
         media.check_text(text)
-    objects = RowObjects(row, is_tagged=any(map(OBJECT_TAG.search, prompts + answers)))
+    found = filter(None, map(OBJECT_TAG.search, prompts + answers))
+    objects = RowObjects(row, tag=next((match[0] for match in found), ""))
     has_items = any(map(_has_media_items, marked))
-    has_tags = media.has_columns and any(map(MEDIA_TAG.search, prompts))
+    has_tags = any(map(MEDIA_TAG.search, prompts))
     _check_one_way(marked, has_items and has_tags)
     _check_calls(marked, media, objects)
     hint = ""
-    if any(map(MEDIA_TAG.search, answers)) and (media.has_columns or has_items):
+    if any(map(MEDIA_TAG.search, answers)):
         row.add_note(_TAG_IN_ANSWER)
         hint = " (tags in answers are text)"
     filler = _Filler(media, objects)
@@ -61,8 +64,12 @@ def fill_contents(messages: Sequence[RawMessage], row: Row, needs_tags: bool) ->
     ]
     if media.is_given and not (has_tags or has_items or needs_tags):
         _put_first(media.take_remaining(), filled)
+    if any(map(_has_own_media, marked)):
+        hint = " (items with their own image or video take none of the columns)" + hint
     media.check_all_used(hint)
     objects.check_all_used()
+    if objects.is_active:
+        objects.check_image_ids(sum(map(_count_images, filled)))
     return filled
 
 
@@ -150,6 +157,23 @@ def _has_media_items(message: RawMessage) -> bool:
     )
 
 
+def _has_own_media(message: RawMessage) -> bool:
+    """Return whether a message has an item with its own image or video."""
+    content = message.get("content")
+    return isinstance(content, list) and any(
+        isinstance(item, dict) and item.get("type") in _MEDIA_TYPES and _has_source(item)
+        for item in content
+    )
+
+
+def _count_images(message: RawMessage) -> int:
+    content = message.get("content")
+    return sum(
+        isinstance(item, dict) and (item.get("type") in _IMAGE_TYPES or "image" in item)
+        for item in (content if isinstance(content, list) else [])
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Filler:
     """Replaces tags and items without a source in one row's contents, in order."""
@@ -162,7 +186,7 @@ class _Filler:
 
         Args:
             message: of the row.
-            has_media_tags: <image> and <video> in prompts stand for media; else they are text.
+            has_media_tags: a prompt of the row has <image> or <video>.
         """
         has_media_tags = has_media_tags and not _is_answer(message)
         content = message.get("content")
@@ -210,7 +234,8 @@ class _Filler:
 
 def _has_source(item: Mapping[str, Any]) -> bool:
     """Return whether an item has its own image or video; an empty one is none."""
-    return any(item.get(k) for k in (item["type"], f"{item['type']}_url", "url", "path", "base64"))
+    kind = item["type"].removesuffix("_url").removeprefix("input_")
+    return any(item.get(key) for key in (kind, f"{kind}_url", "url", "path", "base64"))
 
 
 def _read_embedded(item: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ def parse_continuation(row: Row, name: str) -> Document:
         SampleError: tags and media do not match.
     """
     media = RowMedia(row)
-    prompt = tuple(_split_tagged(row.take("prompt"), media))
+    prompt = tuple(_split_tagged(row.take("prompt"), media, is_prompt=True))
     completion: str = row.take("completion")
     _check_objects(row.peek("prompt") + completion, row)
     media.check_text(completion)
@@ -78,12 +78,15 @@ def parse_interleaved(row: Row, name: str) -> Document:
     return Document(name, tuple(_interleaved_parts(row)))
 
 
-def _split_tagged(text: str, media: RowMedia) -> Iterator[Part]:
-    """Yield the parts of a text; media precede it if it has no tag."""
+def _split_tagged(text: str, media: RowMedia, *, is_prompt: bool = False) -> Iterator[Part]:
+    """Yield the parts of a text; media precede it if it has no tag.
+
+    A tag is text in a row without media columns, as in a web page, but not in a prompt.
+    """
     media.check_text(text)
     if not MEDIA_TAG.search(text):
         yield from media.take_remaining()
-    if media.has_columns and (media.is_given or MEDIA_TAG.search(text)):
+    if (media.has_columns or is_prompt) and (media.is_given or MEDIA_TAG.search(text)):
         yield from media.split(text)
     else:
         yield text

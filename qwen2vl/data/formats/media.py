@@ -26,6 +26,7 @@ MEDIA_TAG = re.compile(r"<(image|video)>")
 MEDIA_COLUMNS = ("image", "images", "video", "videos")
 
 _PLURAL_OF = {"image": "images", "video": "videos"}
+_NO_COLUMN = "; give them in a column image, images, video or videos, or remove the tags"
 _FIRST_TAGS = re.compile(r"(?:<(?:image|video)>\n?)+")
 _LAST_TAGS = re.compile(r"(?:\n?<(?:image|video)>)+\Z")
 # Placeholders that data have in place of <image>, which would be text here.
@@ -117,7 +118,10 @@ class RowMedia:
                 "<image> or <video> where the medium is",
             )
         if self._has_audio_columns and "<audio>" in text:
-            raise SampleError("placeholders", "the text has <audio>, and the model cannot hear")
+            raise SampleError(
+                "placeholders",
+                "the text has <audio>, and the model has no encoder for audio; leave the row out",
+            )
 
     def _check_column_names(self, text: str) -> None:
         """Refuse a tag beside a column that has its medium under another name."""
@@ -138,6 +142,7 @@ class RowMedia:
         Raises:
             SampleError: tags or items and media do not match.
         """
+        remedy = "" if self.has_columns else _NO_COLUMN
         for kind, items in self._items.items():
             in_order, by_index = self._num_used[kind], self._used_by_index[kind]
             if in_order and by_index:
@@ -154,7 +159,7 @@ class RowMedia:
                 raise SampleError(
                     "placeholders",
                     f"{in_order + len(by_index)} <{kind}> tags for {len(items)} "
-                    f"{_PLURAL_OF[kind]}; each needs one{hint}",
+                    f"{_PLURAL_OF[kind]}; each needs one{hint}{remedy}",
                 )
 
 
@@ -172,12 +177,14 @@ def media_item(source: Any, kind: str) -> Mapping[str, Any] | None:
     Raises:
         SampleError: the item is of another kind.
     """
+    options: Mapping[str, Any] = {}
     if isinstance(source, Mapping) and ("bytes" in source or source.keys() == {"path"}):
+        options = {key: source[key] for key in source if key not in ("type", "bytes", "path")}
         source = source.get("bytes") or source.get("path")
     if source is None or (isinstance(source, str | bytes | Mapping | list) and not source):
         return None
     if not isinstance(source, Mapping):
-        return {"type": kind, kind: source}
+        return {**options, "type": kind, kind: source}
     if source.get("type", kind) not in (kind, f"{kind}_url", f"input_{kind}"):
         raise SampleError(
             "messages", f"an entry of {_PLURAL_OF[kind]} has the type {abbreviate(source['type'])}"

@@ -18,6 +18,7 @@ from qwen2vl.data.formats.columns import Row
 from qwen2vl.data.formats.contents import fill_contents
 from qwen2vl.data.formats.samples import Conversation, SampleError
 from qwen2vl.errors import abbreviate
+from qwen2vl.processor.messages import ROLES
 
 __all__ = ["build_conversation", "require_list"]
 
@@ -32,6 +33,7 @@ _ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
+_KNOWN_ROLES = (*ROLES, "developer", "function", *_ROLES)  # the two are OpenAI's
 _SUPERVISION_KEYS = ("loss", "weight")  # ms-swift's and OpenAI's name
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # refused, unless empty
 _OTHER_KEYS = (*_SUPERVISION_KEYS, *_REASONING_KEYS)  # that are not of `parse_messages`
@@ -110,6 +112,17 @@ def _read_message(raw: Any, path: str, *, is_context: bool) -> _Message:
     if not isinstance(raw, dict):
         raise SampleError("messages", f"{path} is {raw!r:.40}, not an object")
     given = raw.get("role")
+    if isinstance(given, str) and given not in _KNOWN_ROLES:
+        raise SampleError(
+            "messages",
+            f"{path}.role is {abbreviate(given)}; known roles: {', '.join(_KNOWN_ROLES)}",
+        )
+    if "loss_scale" in raw:
+        raise SampleError(
+            "messages",
+            f"{path} has an unknown key 'loss_scale'; what is learned is said by loss (true or "
+            "false) or weight (0 or 1)",
+        )
     role = _ROLES.get(given, given) if isinstance(given, str) else given
     fields = {**raw, "role": role} if role is not given else {**raw}
     is_supervised = not is_context

@@ -36,18 +36,25 @@ ContentItem = Mapping[str, Any]
 class RowObjects:
     """The objects of one row, each to be used once."""
 
-    def __init__(self, row: Row, *, is_tagged: bool) -> None:
+    def __init__(self, row: Row, *, tag: str) -> None:
         """Read the column `objects`.
 
         Args:
             row: of the file.
-            is_tagged: whether the row's text has a tag; else the column is unused, as in ms-swift.
+            tag: the first one in the row's text; "": the column is unused, as in ms-swift.
 
         Raises:
-            SampleError: the column is malformed.
+            SampleError: the column is malformed, or there is a tag and no column.
         """
         self.has_column = row.has_column("objects")
-        self.is_active = is_tagged and self.has_column
+        if tag and not self.has_column:
+            raise SampleError(
+                "placeholders",
+                f"the text has {tag}, and the row has no objects; give a column objects, as "
+                '{"ref": ["a phrase"], "bbox": [[x1, y1, x2, y2]]}, or write the text without the '
+                "tag",
+            )
+        self.is_active = bool(tag)
         self._refs: Sequence[str] = ()
         self._boxes: Sequence[Sequence[float]] = ()
         self._image_ids: Sequence[int] = ()
@@ -79,6 +86,20 @@ class RowObjects:
                     "placeholders",
                     f"{self._num_used[tag]} {tag} tags for {len(objects)} entries of "
                     f"objects.{key}; each needs one",
+                )
+
+    def check_image_ids(self, num_images: int) -> None:
+        """Check that the images that boxes are in exist.
+
+        Raises:
+            SampleError: one does not.
+        """
+        for i, image_id in enumerate(self._image_ids):
+            if image_id >= max(num_images, 1):  # without images the boxes are refused themselves
+                raise SampleError(
+                    "box",
+                    f"objects.image_id[{i}] is {image_id}, and the row has {num_images} image"
+                    f"{'s' * (num_images != 1)}, counted from 0",
                 )
 
     def _read(self, row: Row) -> None:

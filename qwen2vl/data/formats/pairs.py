@@ -31,7 +31,9 @@ def parse_qa_pairs(value: Any, row: Row, name: str) -> Conversation:
     turns: list[Mapping[str, Any]] = []
     for i, pair in enumerate(require_list(value, "texts")):
         if not isinstance(pair, Mapping) or {"user", "assistant"} - pair.keys():
-            raise SampleError("messages", f"texts[{i}] must have user and assistant")
+            raise SampleError(
+                "messages", f"texts[{i}] is {abbreviate(pair)}; it must have user and assistant"
+            )
         for key in pair:
             if key not in ("user", "assistant"):
                 row.add_unused(f"texts.{key}")

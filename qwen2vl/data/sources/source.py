@@ -168,8 +168,24 @@ def open_source(
     suffixes = ", ".join(JSON_SUFFIXES + PARQUET_SUFFIXES)
     raise ConfigError(
         f"{source.path}: found {', '.join(paths) or 'nothing'}; give files of one kind "
-        f"({suffixes}), or a folder that `qwen2vl pack-text` wrote"
+        f"({suffixes}), or a folder that `qwen2vl pack-text` wrote{_conversion_of(paths)}"
     )
+
+
+def _conversion_of(paths: Sequence[str]) -> str:
+    """Return how to make a file that can be read, for common kinds of others."""
+    for path in paths:
+        name = path.rpartition("/")[2]
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "gz":
+            return f"; unpack it first: `gunzip {name}`"
+        if suffix in ("csv", "tsv"):
+            separator = ', sep="\\t"' if suffix == "tsv" else ""
+            return (
+                f'; convert it first: pandas.read_csv("{name}"{separator}).to_json("{stem}.jsonl", '
+                'orient="records", lines=True)'
+            )
+    return ""
 
 
 def _parent_of(address: str) -> str:

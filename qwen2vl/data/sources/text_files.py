@@ -1,8 +1,8 @@
 """Text files of rows: JSON lines and JSON lists, as editors and spreadsheets write them.
 
 A byte order mark at the start of a file is skipped, line ends may be those of Windows, and a file
-that is one JSON list, in whichever layout, is converted to lines in the cache. Files in UTF-16 are
-refused: offsets of lines are found by bytes.
+that is one JSON list, in whichever layout, is converted to lines in the cache. Files in UTF-16 and
+UTF-32 are refused: offsets of lines are found by bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ READ_CHUNK = 1 << 24  # bytes
 MAX_BLANK_BYTES = 32  # of a line that is read to see whether it is blank
 _LIST = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:[{\]]|\Z)")  # of rows; the head may end in spaces
 _OBJECT = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{")
+_GZIP_MAGIC = b"\x1f\x8b"
 HEAD_BYTES = 64  # of a file, in which its encoding and its first character are found
 
 
@@ -48,7 +49,7 @@ def list_to_lines(path: Path, cache_dir: Path) -> Path:
             if not is_list and not (is_object and not _is_json(file.readline())):
                 return path
     except OSError as error:
-        raise InputError(f"{path}: no such file; check the path") from error
+        raise InputError(f"{path}: no such file, or no permission; check the path") from error
     key = blake2b(f"{path.resolve()} {info.st_size} {info.st_mtime_ns}".encode(), digest_size=8)
     target = cache_dir / "text" / f"{key.hexdigest()}-{path.stem}.jsonl"
     if touch(target):
@@ -100,12 +101,31 @@ def _is_blank(file: BinaryIO, start: int, end: int) -> bool:
 
 
 def _check_encoding(head: bytes, path: Path) -> None:
-    """Refuse UTF-16, with its byte order mark or, by its zero bytes, without."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
+    if head.startswith(_GZIP_MAGIC):
         raise InputError(
-            f"{path} is in UTF-16, and must be in UTF-8: save it so, or run "
-            f"`iconv -f UTF-16 -t UTF-8 {path.name} > converted{path.suffix}`"
+            f"{path} is compressed with gzip: unpack it, as "
+            f"`gunzip < {path.name} > unpacked{path.suffix}`"
         )
+    encoding = _wide_encoding(head)
+    if encoding:
+        raise InputError(
+            f"{path} is in {encoding}, and must be in UTF-8: save it so, or run "
+            f"`iconv -f {encoding} -t UTF-8 {path.name} > converted{path.suffix}`"
+        )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """Return UTF-16 or UTF-32 by its byte order mark, else by the zeros of ASCII; None: neither."""
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}  # before UTF-16's
+    marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    for mark, encoding in marks.items():
+        if head.startswith(mark):
+            return encoding
+    zeros = tuple(byte == 0 for byte in head[:4])
+    if not any(zeros):
+        return None
+    width = 32 if sum(zeros) > 2 else 16
+    return f"UTF-{width}{'BE' if zeros[0] else 'LE'}"
 
 
 def _second_line_is_json(path: Path) -> bool:

@@ -64,7 +64,7 @@ def load_pixels(image: Image.Image) -> Image.Image:
         return load_png(image)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         return load_jpeg(image)
-    if isinstance(image, GifImagePlugin.GifImageFile):
+    if isinstance(image, GifImagePlugin.GifImageFile) and not isinstance(image, GifFile):
         return load_gif(image)
     image.load()
     return without_empty_alpha(image) if isinstance(image, BmpImagePlugin.BmpImageFile) else image

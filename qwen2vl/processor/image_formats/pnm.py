@@ -2,7 +2,7 @@
 
 Pillow reads a PGM of more than 8 bit as 32-bit integers, whose range would be guessed, and plain
 files, and binary ones whose largest value is not 255, a sample at a time, which takes seconds a
-megapixel.
+megapixel. PAM and PFM, which the plugin reads too, are refused by their magic bytes (formats.py).
 (Netpbm: pgm(5), ppm(5).)
 """
 
@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import ImageFile, PpmImagePlugin
 
-from qwen2vl.processor.image_formats.formats import UnsupportedImageError
-
 __all__ = ["PnmFile"]
 
 _COMMENT = re.compile(rb"#[^\r\n]*")
@@ -26,16 +24,10 @@ _LARGEST_SAMPLE = 65535
 
 
 class PnmFile(PpmImagePlugin.PpmImageFile):
-    """A PBM, PGM or PPM file, plain or binary: modes 1, L and RGB.
-
-    Raises (when it is opened):
-        UnsupportedImageError: one of the other formats that Pillow's plugin reads.
-    """
+    """A PBM, PGM or PPM file, plain or binary: modes 1, L and RGB."""
 
     def _open(self) -> None:
         super()._open()
-        if self.mode not in ("1", "L", "RGB", "I"):
-            raise UnsupportedImageError("a Portable FloatMap, which is not read; save it as PPM")
         codec, extents, offset, args = self.tile[0]
         if self.mode == "I" or codec == "ppm" or (codec == "ppm_plain" and self.mode != "1"):
             most = 65535 if codec == "raw" else int(args[-1])  # type: ignore[index]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-__all__ = ["composite_image", "composite_on_white", "row_blocks", "to_8_bit"]
+__all__ = ["composite_image", "composite_on_white", "float_white", "row_blocks", "to_8_bit"]
 
 _BLOCK_PIXELS = 1 << 20
 _EIGHT_BITS = ((np.arange(1 << 16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
@@ -29,6 +29,17 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     return _EIGHT_BITS[values]
+
+
+def float_white(low: float, high: float) -> float | None:
+    """Return what white is in float colors from `low` to `high`: 1 or 255; None if neither is sure.
+
+    Interpolation leaves [0, 1] by up to 0.1, to be clipped. Maxima of up to 3 are neither that nor
+    those of a picture of 0 to 255, which would be black.
+    """
+    if low >= -0.1 and high <= 1.1:
+        return 1.0
+    return 255.0 if low >= 0 and 3 < high <= 255 else None
 
 
 def composite_on_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:

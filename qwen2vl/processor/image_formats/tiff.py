@@ -20,7 +20,7 @@ from qwen2vl.processor.image_formats.formats import (
     UnsupportedImageError,
     add_note,
 )
-from qwen2vl.processor.image_formats.samples import row_blocks
+from qwen2vl.processor.image_formats.samples import float_white, row_blocks
 from qwen2vl.processor.image_formats.tiff_samples import (
     BYTE_CODECS,
     TiffLayout,
@@ -218,13 +218,14 @@ def _read_pixels(file: Any, layout: TiffLayout) -> tuple[np.ndarray, bool]:
     """Return gray or RGB pixels, (height, width, 1 or 3) uint8, and whether any is transparent."""
     samples = read_samples(file, layout, layout.num_colors + bool(layout.alpha))
     most = _largest_value(samples[..., : layout.num_colors], layout)
+    alpha_max = _largest_value(samples[..., -1:], layout) if layout.alpha else 1.0
     pixels = np.empty((*samples.shape[:2], 1 if _is_gray(layout) else 3), np.uint8)
     is_transparent = False
     for rows in row_blocks(samples.shape):
         colors = samples[rows, :, : layout.num_colors]
         opacity = None
         if layout.alpha:
-            opacity = samples[rows, :, -1:] / np.float32((1 << layout.bits[0]) - 1)
+            opacity = np.clip(samples[rows, :, -1:] / np.float32(alpha_max), 0, 1)
             is_transparent = is_transparent or bool(opacity.min() < 1)
         fractions = _to_fractions(colors, most, layout, opacity)
         if opacity is not None:
@@ -233,17 +234,18 @@ def _read_pixels(file: Any, layout: TiffLayout) -> tuple[np.ndarray, bool]:
     return pixels, is_transparent
 
 
-def _largest_value(colors: np.ndarray, layout: TiffLayout) -> float:
-    """Return the value of full brightness; that of floats is found as that of arrays."""
+def _largest_value(values: np.ndarray, layout: TiffLayout) -> float:
+    """Return the value of full brightness or opacity; that of floats is found as that of arrays."""
     if layout.formats[0] != _FLOAT:
         return float((1 << layout.bits[0]) - 1)
-    low, high = float(colors.min()), float(colors.max())
-    if not (low >= 0 and high <= 255):  # NaN, too
+    low, high = float(values.min()), float(values.max())
+    white = float_white(low, high)
+    if white is None:  # NaN, too
         raise UnsupportedImageError(
             f"a TIFF of float values from {low:g} to {high:g}, which are not colors; scale them to "
             "0..1"
         )
-    return 1.0 if high <= 1 else 255.0
+    return white
 
 
 def _to_fractions(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen2vl.errors import InputError
+from qwen2vl.processor.image_formats.samples import float_white
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +125,8 @@ def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
 
     16-bit values are divided by 257, so that 65535 becomes 255. Signed integers, which numpy makes
     of lists, and those of more bits are read as 8-bit when all fit, else as 16-bit; false and true
-    are 0 and 255. Floats are read as [0, 1], or as [0, 255] when a value exceeds 1.
+    are 0 and 255. Floats are read as [0, 1], or as [0, 255] when a value exceeds 3; those up to 0.1
+    outside of [0, 1] are clipped.
 
     Raises:
         InputError: values of another dtype, out of range, or not finite.
@@ -137,10 +139,12 @@ def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
     low, high = values.min(), values.max()
     if kind == "b":
         return values.astype(np.uint8) * np.uint8(255), "false and true read as 0 and 255"
-    if kind == "f" and low >= 0 and high <= 255:
-        scale = 255.0 if high <= 1 else 1.0
-        note = f"float values scaled from [0, {255 / scale:g}]"
-        return np.rint(values.astype(np.float64) * scale).astype(np.uint8), note
+    if kind == "f" and (white := float_white(low, high)) is not None:
+        note = f"float values scaled from [0, {white:g}]"
+        if low < 0 or high > white:
+            note += f"; those from {low:g} to {high:g} clipped to it"
+        scaled = np.rint(values.astype(np.float64) * (255 / white))
+        return scaled.clip(0, 255).astype(np.uint8), note
     is_wide = kind in "iu" and size >= 4
     if (is_wide or (kind, size) == ("i", 2)) and low >= 0 and high <= 255:
         return values.astype(np.uint8), f"{8 * size}-bit values read as 8-bit"
@@ -149,8 +153,17 @@ def to_uint8(values: np.ndarray, name: str) -> tuple[np.ndarray, str]:
         if high < _DARK:
             note += f"; the brightest value is {high} of 65535"
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), note
-    undo = ", after undoing their normalization" if kind == "f" and low < 0 else ""
-    raise InputError(
-        f"{name}: {values.dtype} values from {low} to {high} are not colors; scale them to uint8 "
-        f"0..255 first{undo}"
+    raise _not_colors(values, name)
+
+
+def _not_colors(values: np.ndarray, name: str) -> InputError:
+    kind, low, high = values.dtype.kind, values.min(), values.max()
+    what, remark = "not colors", ""
+    if kind == "f" and low < 0:
+        remark = ", after undoing their normalization"
+    elif kind == "f" and high <= 255:
+        what, remark = "neither 0..1 nor 0..255", ", or to 0..1"
+    return InputError(
+        f"{name}: {values.dtype} values from {low} to {high} are {what}; scale them to uint8 "
+        f"0..255 first{remark}"
     )

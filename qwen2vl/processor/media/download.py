@@ -38,7 +38,7 @@ def download(url: str, *, max_bytes: int, timeout: float, name: str) -> tuple[by
         with _http_opener().open(request, timeout=timeout) as response:
             content = _read_all(response, max_bytes, deadline)
             encoding = response.headers.get("Content-Encoding", "").strip().lower()
-            content = _decode_content(content, encoding, max_bytes)
+            content = _decode_content(content, encoding, max_bytes, deadline)
             return content, response.headers.get_content_type()
     except urllib.error.HTTPError as error:
         text = f"the server answered {error.code} ({error.reason})"
@@ -82,8 +82,11 @@ def _read_all(response: http.client.HTTPResponse, max_bytes: int, deadline: floa
     return bytes(content)
 
 
-def _decode_content(content: bytes, encoding: str, max_bytes: int) -> bytes:
-    """Decode a Content-Encoding, never to more than a byte above `max_bytes`."""
+def _decode_content(content: bytes, encoding: str, max_bytes: int, deadline: float) -> bytes:
+    """Decode a Content-Encoding, never to more than a byte above `max_bytes`.
+
+    zlib copies what follows each member of gzip, so that a megabyte of empty ones takes seconds.
+    """
     if encoding in ("", "identity"):
         return content
     if encoding not in ("gzip", "x-gzip", "deflate"):
@@ -101,6 +104,8 @@ def _decode_content(content: bytes, encoding: str, max_bytes: int) -> bytes:
             raise _TooLargeError
         if not decoder.eof:
             raise _EncodingError(f"{encoding!r}, and ends early")
+        if time.monotonic() > deadline:
+            raise TimeoutError
         content = decoder.unused_data.lstrip(b"\0")
     return bytes(decoded)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -134,9 +135,10 @@ def open_encoded(
         except UnsupportedImageError as error:
             raise InputError(f"{name} is {error}") from error
         except Image.DecompressionBombError as error:
+            count = re.search(r"\((\d+) pixels\)", str(error))
+            has = f"{int(count[1]):,}" if count else "too many"
             raise MediaTooLargeError(
-                f"{name} has more than {limits.max_image_pixels:,} pixels, which is the limit; "
-                "resize it first"
+                f"{name} has {has} pixels, limit is {limits.max_image_pixels:,}; resize it first"
             ) from error
         except MemoryError as error:
             raise out_of_memory(name) from error
@@ -230,9 +232,20 @@ def _load(image: Image.Image, name: str) -> Image.Image:
     except UnsupportedImageError as error:
         raise InputError(f"{name} is {error}") from error
     except Exception as error:  # decoders of damaged data raise many kinds of errors
+        if _is_closed(image, error):
+            raise InputError(
+                f"{name} is a closed PIL image; open it again, or load() it before it is closed"
+            ) from error
         raise InputError(
             f"{name} is damaged: its pixels end early or cannot be decoded; save it again"
         ) from error
+
+
+def _is_closed(image: Image.Image, error: Exception) -> bool:
+    """Return whether loading failed because the image, or its file, had been closed."""
+    has_pixels_to_read = bool(getattr(image, "tile", ()))
+    is_without_file = has_pixels_to_read and getattr(image, "fp", None) is None
+    return is_without_file or (isinstance(error, ValueError) and "closed" in str(error))
 
 
 def _transpose(image: Image.Image, orientation: int) -> Image.Image:

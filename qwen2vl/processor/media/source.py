@@ -200,9 +200,11 @@ def read_source(source: MediaSource, limits: MediaLimits, name: str) -> Media:
         return Media(content=_resolve_file(os.fsdecode(source), limits, name))
     if isinstance(source, (list, tuple)):
         raise InputError(f"{name}: a list is not an image; give a list of frames as video")
+    is_nan = isinstance(source, float) and math.isnan(source)  # pandas' empty cell
+    kind = "missing value (NaN)" if is_nan else type(source).__name__
     raise InputError(
-        f"{name}: cannot read a {type(source).__name__}; give a path, bytes, a binary file object, "
-        "a PIL image, a numpy array, a torch tensor, or a data, file or http URL"
+        f"{name}: cannot read a {kind}; give a path, bytes, a binary file object, a PIL image, a "
+        "numpy array, a torch tensor, or a data, file or http URL"
     )
 
 

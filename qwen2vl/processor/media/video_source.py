@@ -194,12 +194,12 @@ class FrameListReader:
         self._apply_exif_orientation, self._open_image = apply_exif_orientation, open_image
         self._deadline = Deadline(limits, name)
         self._sources = sources if isinstance(sources, np.ndarray) else self._copy_all(sources)
-        first = self._open_frame(0)
         notes: tuple[str, ...] = ()
         if isinstance(self._sources, np.ndarray) and self._sources.dtype != np.uint8:
             # All frames at once: a dark frame alone would be read as [0, 1] and become white.
             self._sources, note = to_uint8(self._sources, name)
             notes = (note,)
+        first = self._open_frame(0)
         self.metadata = VideoMetadata(
             timestamps=tuple(i / fps for i in range(count)),
             fps=fps,
@@ -224,7 +224,7 @@ class FrameListReader:
     def _copy_all(self, sources: Sequence[Any]) -> list[Any] | np.ndarray:
         """Copy file objects and tensors to memory: a pipe can be read once, and frames are not.
 
-        Float arrays of one shape become one array, which has one scale.
+        Arrays of one shape and dtype other than uint8 become one array, which has one scale.
         """
         frames = [
             copy_to_memory(source, self._limits, self._where(i)) for i, source in enumerate(sources)

@@ -23,6 +23,7 @@ from qwen2vl.model import meta_model
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
+from qwen2vl.train.adapter import initial_factors
 from qwen2vl.train.checkpoint import read_resume_step
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.dry_run.activation_memory import BatchShape
@@ -45,7 +46,9 @@ __all__ = [
 ]
 
 IMBALANCE_WORLD_SIZES = (2, 4, 8)  # for which load balance is reported
-SHOWN_PER_SOURCE = 2  # samples that are returned, of those that were prepared
+# Samples that are returned, of those that were prepared.
+SHOWN_PER_SOURCE = 2
+SHOWN_OF_ONE_SOURCE = 4  # of a stage that has no other
 MEMORY_WORLD_SIZES = (1, 8)  # for which memory is estimated
 
 
@@ -80,13 +83,17 @@ def check_config(config: TrainConfig, processor: Processor) -> ParameterCounts:
 
     Raises:
         ConfigError: a rule or target module matches nothing, the rules of a stage freeze every
-            parameter, or a step cannot be divided among the ranks.
+            parameter, `adapter.init` was trained with other settings, or a step cannot be
+            divided among the ranks.
+        CheckpointError: `adapter.init` is no adapter of this model.
     """
     model = wrapped_meta_model(config, processor.config)
     for stage in config.stages:
         check_trainable(model, stage)
     check_global_batch_sizes(config, int(os.environ.get("WORLD_SIZE", "1")))
     base_model = meta_model(processor.config)
+    if config.adapter is not None and config.adapter.init:
+        initial_factors(base_model, config.adapter, config.seed)  # as the run reads them
     return ParameterCounts(
         total=sum(parameter.numel() for parameter in base_model.parameters()),
         trainable=[num_trainable(model, stage) for stage in config.stages],
@@ -97,7 +104,6 @@ def report_stages(
     config: TrainConfig,
     processor: Processor,
     *,
-    samples_per_source: int = SHOWN_PER_SOURCE,
     progress: ProgressCallback = lambda what, done, total: None,
 ) -> Iterator[StageReport]:
     """Prepare the data of each stage that reads from files, and yield its report.
@@ -112,11 +118,12 @@ def report_stages(
             continue
         dataset = open_dataset(config, stage_index, processor, progress=progress)
         check_fingerprints(config, {stage_index: dataset}, read_resume_step(config))
+        is_one = len(stage.data.sources) == 1
         yield StageReport(
             data=summarize_data(config, stage_index, dataset),
             imbalance=_imbalance(dataset),
             memory=_stage_memory(config, processor, stage, dataset),
-            check=check_samples(dataset, samples_per_source),
+            check=check_samples(dataset, SHOWN_OF_ONE_SOURCE if is_one else SHOWN_PER_SOURCE),
         )
 
 

@@ -17,9 +17,17 @@ import numpy as np
 from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.train.config import Stage, TrainConfig
 
-__all__ = ["HELD_OUT_FILE", "DataSummary", "SourceSummary", "summarize_data", "write_held_out"]
+__all__ = [
+    "HELD_OUT_FILE",
+    "MAX_BAD_SAMPLES",
+    "DataSummary",
+    "SourceSummary",
+    "summarize_data",
+    "write_held_out",
+]
 
-MAX_NAMED_SAMPLES = 3  # bad ones and held-out ones, of each source
+MAX_NAMED_SAMPLES = 3  # held-out ones, of each source
+MAX_BAD_SAMPLES = 20  # of each source
 HELD_OUT_FILE = "held_out.jsonl"  # in the run's folder: the samples of the validation splits
 
 
@@ -124,7 +132,7 @@ def _summarize_source(source_index: int, dataset: PackedDataset) -> SourceSummar
         bad=Counter(reason for reason, _ in table.bad.values()),
         bad_samples=[
             f"{source.name(index)}: {text}"
-            for index, (_, text) in sorted(table.bad.items())[:MAX_NAMED_SAMPLES]
+            for index, (_, text) in sorted(table.bad.items())[:MAX_BAD_SAMPLES]
         ],
         num_held_out=len(held_out),
         held_out_samples=[

@@ -52,7 +52,14 @@ class MetricSums(NamedTuple):
 class MetricAccumulator:
     """Sums of one rank since the accumulator was created."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen_bad: set[tuple[str, str]] | None = None) -> None:
+        """Begin with sums of zero.
+
+        Args:
+            seen_bad: source and id of the bad samples counted before, which are not counted again;
+                those of each batch are added.
+        """
+        self._seen_bad = set() if seen_bad is None else seen_bad
         self._counts = dict.fromkeys(COUNTS, 0.0)
         self._data_wait = 0.0  # seconds in which steps waited for the data loader
         self._grad_norms: list[Tensor] = []
@@ -71,7 +78,7 @@ class MetricAccumulator:
             ("tokens", len(batch.input_ids_T)),
             ("patches", len(batch.patches_NP) if has_images else 0),
             ("images", len(batch.vision_meta.attn_meta.lengths_q) if has_images else 0),
-            ("bad", len(batch.bad_samples)),
+            ("bad", self._count_new(batch)),
             ("model_flops", cost.model),
             ("recompute_flops", cost.recompute),
         ):
@@ -82,6 +89,12 @@ class MetricAccumulator:
         sums_3R = torch.stack((losses_R, torch.ones_like(losses_R), output.is_correct_R.float()))
         zeros_3S = torch.zeros(3, len(batch.families), device=losses_R.device)
         self._example_sums.append(zeros_3S.index_add_(1, batch.example_index_R, sums_3R))
+
+    def _count_new(self, batch: Batch) -> int:
+        """Count the bad samples that no earlier batch had: each epoch has them again."""
+        num_before = len(self._seen_bad)
+        self._seen_bad.update((sample.source, sample.id) for sample in batch.bad_samples)
+        return len(self._seen_bad) - num_before
 
     @property
     def families(self) -> list[str]:

@@ -77,12 +77,13 @@ class Metrics:
             loggers,
             peak_flops,
         )
-        self._num_bad = 0
+        self._num_bad = 0  # distinct ones, of each rank
+        self._seen_bad: set[tuple[str, str]] = set()  # of this rank
         self._reset()
 
     def _reset(self) -> None:
         self._start_time = time.perf_counter()
-        self._accumulator = MetricAccumulator()
+        self._accumulator = MetricAccumulator(self._seen_bad)
 
     @property
     def seconds(self) -> float:

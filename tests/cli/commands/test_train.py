@@ -113,6 +113,11 @@ def test_a_finished_run_is_not_repeated_and_an_interrupted_one_resumes(run: Run)
         (["lora", "--learning_rate", "3"], "unknown key 'learning_rate'; write optim.lr=3"),
         (["lora", "--optim.lr=3"], "fields are given without dashes; write optim.lr=3"),
         (["lora", "--epochs=3"], "fields are given without dashes; write epochs=3"),
+        (
+            ["lora", "data=a.jsonl", "data=b.jsonl"],
+            "data is given twice, as a.jsonl and b.jsonl; write several files as data=a.jsonl,b.js",
+        ),
+        (["lora", "validation=1", "validation=2"], "validation is given twice, as 1 and 2; give"),
         (["lora", "--dry_run"], "Did you mean '--dry-run'?"),
         (["lora", "--nothing"], "No such option '--nothing'"),
         (

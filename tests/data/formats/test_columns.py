@@ -21,6 +21,7 @@ ROW: dict[str, Any] = {
         ({"rejected_messages": [{"role": "assistant", "content": "no"}]}, "rejected_messages"),
         ({"rejected_images": ["a.png"]}, "rejected_images"),
         ({"chosen": "a", "rejected": "b"}, "chosen"),
+        ({"preferred_output": [{"role": "assistant", "content": "a"}]}, "preferred_output"),
         ({"audios": ["a.wav"]}, "audios"),
         ({"audio": {"path": "a.wav", "array": [0.0]}}, "audio"),
         ({"completions": ["a"], "labels": [True]}, "completions"),
@@ -52,6 +53,15 @@ def test_empty_columns_of_that_kind_are_nothing(value: Any) -> None:
 def test_what_nothing_is_made_of_is_named() -> None:
     row = {**ROW, "id": 7, "label": 3, "source": "web", "score": 0, "empty": "", "null": None}
     assert parse(row).unused == ("label", "source", "score")
+
+
+def test_rewards_are_named_as_unused() -> None:
+    assert parse({**ROW, "reward": 0.5, "rewards": [1.0]}).unused == ("reward", "rewards")
+
+
+def test_openai_preferences_are_of_another_task_not_of_an_unknown_format() -> None:
+    row = {"input": {"messages": ROW["messages"]}, "non_preferred_output": ROW["messages"]}
+    assert error_of(row).startswith("task: the column non_preferred_output is of preference data")
 
 
 def test_keys_inside_a_column_are_named_too() -> None:

@@ -60,7 +60,7 @@ def test_tags_in_answers_are_text_and_counted(key: str) -> None:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": TAGGED}]
         sample = parse({key: turns, **columns})
         assert sample.messages[1]["content"] == TAGGED
-        assert len(sample.notes) == bool(columns)
+        assert len(sample.notes) == 1
     turns[0]["content"] = "one of <image> only"
     error = error_of({key: turns, "images": ["a.png", "b.png"]})
     assert error.endswith("1 <image> tags for 2 images; each needs one (tags in answers are text)")
@@ -81,9 +81,12 @@ def test_tags_in_answers_are_text_beside_items_too(items: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations"])
-def test_tags_are_text_in_a_row_without_media_in_either_layout(key: str) -> None:
+def test_a_tag_in_a_prompt_needs_a_medium_in_either_layout(key: str) -> None:
     turns = [{"role": "user", "content": "what is <image>?"}, {"role": "assistant", "content": "a"}]
-    assert parse({key: turns, "source": "web"}).messages == turns
+    assert error_of({key: turns, "source": "web"}) == (
+        "placeholders: 1 <image> tags for 0 images; each needs one; give them in a column image, "
+        "images, video or videos, or remove the tags"
+    )
     error = error_of({key: turns, "image_path": "a.png"})
     assert error == (
         "placeholders: the text has <image>, and the row has no images; if the column image_path "
@@ -91,7 +94,32 @@ def test_tags_are_text_in_a_row_without_media_in_either_layout(key: str) -> None
     )
 
 
-def test_a_tag_is_text_without_media_columns_unless_beside_an_image() -> None:
-    assert parse(chat("the tag <image>")).messages[0]["content"] == "the tag <image>"
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_a_tag_in_any_prompt_without_media_columns_is_refused(role: str) -> None:
+    messages = [{"role": role, "content": [text("<video>")]}, *chat("q")["messages"]]
+    assert "1 <video> tags for 0 videos" in error_of({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "<image>q", "response": "a"},
+        {"instruction": "<image>q", "output": "a"},
+        {"prompt": "<image>q", "completion": "a"},
+        {"query": "q", "response": "a", "system": "<image>"},
+    ],
+)
+def test_a_tag_in_a_prompt_of_columns_is_refused(row: dict[str, Any]) -> None:
+    assert "1 <image> tags for 0 images; each needs one" in error_of(row)
+
+
+def test_items_with_their_own_image_take_none_of_the_column() -> None:
+    for item in ({"type": "image", "image": "a"}, {"type": "image_url", "image_url": {"url": "a"}}):
+        error = error_of(chat([item], images=["b"]))
+        assert "0 <image> tags for 1 images" in error
+        assert "(items with their own image or video take none of the columns)" in error
+
+
+def test_tags_beside_items_with_their_own_image_are_refused() -> None:
     item = {"type": "image", "image": "a.png"}
     assert "use one of the two" in error_of(chat([item, text("<image>q")]))

@@ -57,6 +57,18 @@ def test_a_tag_or_item_of_empty_media_is_refused_as_missing(empty: Any) -> None:
     assert error_of({"text": "<image>q", "images": empty}) == expected
 
 
+def test_options_beside_embedded_bytes_are_kept(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    content = (tmp_path / "a.png").read_bytes()
+    by_path = parse(chat("<image>q", images=[{"path": "a.png", "max_pixels": 3136}]))
+    expected = prepare(by_path, tmp_path).input_ids
+    assert len(expected) < len(prepare(parse(chat("<image>q", image=content))).input_ids)
+    for source in ({"bytes": content, "path": None}, {"bytes": None, "path": "a.png"}):
+        row = chat("<image>q", images=[{**source, "max_pixels": 3136}])
+        assert prepare(parse(row), tmp_path).input_ids == expected
+    assert "unknown key 'size'" in error_of(chat("<image>q", image={"bytes": content, "size": 3}))
+
+
 def test_empty_entries_between_others_are_left_out(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     row = chat("<image>q", images=[None, "a.png", {"bytes": None, "path": ""}])

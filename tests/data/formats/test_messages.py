@@ -61,6 +61,15 @@ def test_what_cannot_be_obeyed_is_refused_by_name(
     assert error in error_of(chat(("user", {}), (role, keys), ("assistant", {})))
 
 
+def test_known_roles_and_keys_are_those_of_training() -> None:
+    error = error_of({"messages": [{"role": "agent", "content": "q"}]})
+    assert "messages[0].role is 'agent'; known roles: system, user, assistant, tool, " in error
+    for role in ("tool_call", "tool_response", "function_call", "observation", "human", "gpt"):
+        assert role in error
+    error = error_of({"messages": [{"role": "assistant", "content": "a", "loss_scale": 0.5}]})
+    assert "'loss_scale'; what is learned is said by loss (true or false) or weight" in error
+
+
 def test_a_conversation_whose_answers_are_all_context_is_bad() -> None:
     row = chat(("user", {}), ("assistant", {"loss": False}))
     assert error_of(row) == "answer: there is no answer to learn from"

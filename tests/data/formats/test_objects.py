@@ -71,11 +71,10 @@ def test_tags_where_objects_have_no_place_are_refused() -> None:
     assert parse({"text": "at <bbox>"}).parts == ("at <bbox>",)
 
 
-def test_a_box_in_an_image_that_the_row_lacks_is_refused(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
-    sample = parse(row("<bbox>", {"ref": ["x"], "bbox": [BOX], "image_id": [3]}))
-    with pytest.raises(ValueError, match="there is no image 4, the conversation has 1"):
-        prepare(sample, tmp_path)
+@pytest.mark.parametrize("image_id", [1, 3])
+def test_a_box_in_an_image_that_the_row_lacks_is_refused(image_id: int) -> None:
+    error = error_of(row("<bbox>", {"ref": ["x"], "bbox": [BOX], "image_id": [image_id]}))
+    assert f"objects.image_id[0] is {image_id}, and the row has 1 image, counted from 0" in error
 
 
 def test_objects_may_be_a_json_string_and_other_keys_are_named(tmp_path: Path) -> None:
@@ -97,8 +96,14 @@ def test_a_point_in_fractions_has_the_box_tokens(tmp_path: Path) -> None:
     assert learned(prepare(sample, tmp_path)) == ["<|box_start|>(500,250)<|box_end|><|im_end|>"]
 
 
-def test_objects_without_a_tag_are_unused_and_tags_without_the_column_are_text() -> None:
+@pytest.mark.parametrize("tag", ["<bbox>", "<ref-object>"])
+def test_tags_without_the_column_are_refused(tag: str) -> None:
+    for texts in ((f"a {tag}?", "b"), ("a?", f"b {tag}")):
+        roles = ("user", "assistant")
+        messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        assert f"the text has {tag}, and the row has no objects" in error_of({"messages": messages})
+
+
+def test_objects_without_a_tag_are_unused() -> None:
     sample = parse(row("here", {"ref": ["x"], "bbox": [BOX]}, question="<image>?"))
     assert sample.unused == ("objects",)
-    messages = [{"role": "user", "content": "a <bbox>?"}, {"role": "assistant", "content": "b"}]
-    assert parse({"messages": messages}).messages == messages

@@ -115,18 +115,10 @@ def test_interleaved_parts_keep_their_order() -> None:
     assert caught.value.reason == "placeholders"
 
 
-def test_tags_are_text_in_messages_without_media() -> None:
-    messages = [
-        {"role": "user", "content": "what is <image>?"},
-        {"role": "assistant", "content": "x"},
-    ]
-    assert parse({"messages": messages}).messages[0]["content"] == "what is <image>?"
-
-
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        ({"texts": [{"user": "q"}]}, r"texts\[0\] must have user and assistant"),
+        ({"texts": [{"user": "q"}]}, r"texts\[0\] is .* must have user and assistant"),
         ({"conversations": "hello"}, "conversations is 'hello'; it must be a list"),
         ({"conversations": ["hello"]}, r"conversations\[0\] is 'hello', not an object"),
         ({"messages": EXPECTED, "tools": "{"}, "tools is not JSON"),

@@ -31,7 +31,7 @@ def test_loss_and_weight_of_a_turn_are_obeyed() -> None:
         ),
         (
             {"from": "gpt", "value": "a", "loss_scale": 2},
-            "messages[1] has an unknown key 'loss_scale'",
+            "conversations[1] has an unknown key 'loss_scale'",
         ),
         ({"from": "robot", "value": "a"}, "conversations[1] is from 'robot'; known are assistant,"),
         ({"from": "function_call", "value": "f()"}, "conversations[1]: the tool call is not JSON"),

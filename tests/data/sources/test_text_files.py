@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.data.formats import SampleError
 from qwen2vl.data.sources.source import SampleSource, open_source
-from qwen2vl.errors import InputError
+from qwen2vl.errors import ConfigError, InputError
 from tests.tiny import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [{"text": f"page {i} \u00e9"} for i in range(3)]
@@ -106,11 +108,14 @@ def test_a_list_that_is_cut_short_is_refused(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    "encoding", [f"UTF-{width}{order}" for width in (16, 32) for order in ("", "LE", "BE")]
+)
 def test_other_encodings_are_refused_with_the_remedy(
     tmp_path: Path, suffix: str, encoding: str
 ) -> None:
-    with pytest.raises(InputError, match=rf"rows{suffix} is in UTF-16, .* `iconv -f UTF-16 -t UTF"):
+    text = rf"rows{suffix} is in {encoding}, .* `iconv -f {encoding} -t UTF-8 rows{suffix} >"
+    with pytest.raises(InputError, match=text):
         open_text(tmp_path / f"rows{suffix}", LINES, encoding)
 
 
@@ -126,3 +131,26 @@ def test_the_fingerprint_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     plain = open_text(tmp_path / "a.jsonl", LINES)
     marked = open_text(tmp_path / "b.jsonl", LINES, "utf-8-sig")
     assert plain.fingerprint() != marked.fingerprint()
+
+
+def test_compressed_text_is_named_with_its_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(gzip.compress(LINES.encode()))
+    with pytest.raises(InputError, match="is compressed with gzip: unpack it, as `gunzip < rows"):
+        open_path(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("rows.jsonl.gz", "unpack it first: `gunzip rows.jsonl.gz`"),
+        ("rows.csv", 'pandas.read_csv("rows.csv").to_json("rows.jsonl", orient="records", lines='),
+        ("rows.tsv", r'pandas.read_csv("rows.tsv", sep="\t").to_json("rows.jsonl"'),
+    ],
+)
+def test_other_kinds_of_files_are_refused_with_their_conversion(
+    tmp_path: Path, name: str, remedy: str
+) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=re.escape(remedy)):
+        open_path(tmp_path / name)

@@ -23,13 +23,15 @@ from tests.processor.image_formats.reference import (
 from tests.requirements import needs_imagemagick
 
 PALETTED = Image.fromarray(smooth(HEIGHT, WIDTH)).quantize(16)
+KEY = int(np.asarray(PALETTED)[3, 4])  # index of a color that the small frame has
 NOTE = ("transparency composited on white",)
 KEEP, TO_BACKGROUND, TO_PREVIOUS = 1, 2, 3
 
 
 def small_frame(**options: int) -> bytes:
     """Return a GIF whose only frame covers 10 x 6 pixels of the canvas, at (4, 3)."""
-    data = bytearray(encoded(PALETTED.crop((4, 3, 14, 9)), "GIF", **options))
+    # Pillow drops colors that are not used, and renumbers the others, unless told otherwise.
+    data = bytearray(encoded(PALETTED.crop((4, 3, 14, 9)), "GIF", optimize=False, **options))
     data[6:10] = struct.pack("<HH", WIDTH, HEIGHT)
     start = data.index(b"\x2c", 13 + 3 * (2 << (data[10] & 7)))
     data[start + 1 : start + 5] = struct.pack("<HH", 4, 3)
@@ -80,11 +82,15 @@ def frames_of(data: bytes) -> list[np.ndarray]:
     return frames
 
 
-@pytest.mark.parametrize("options", [{}, {"transparency": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, *({"transparency": KEY, "disposal": number} for number in range(4))]
+)
 def test_what_a_frame_leaves_free_is_white(options: dict[str, int]) -> None:
     pixels, notes = open_rgb(small_frame(**options))
     inside = np.asarray(PALETTED.convert("RGB")).copy()
-    inside[np.asarray(PALETTED) == options.get("transparency", -1)] = 255
+    is_transparent = np.asarray(PALETTED) == options.get("transparency", -1)
+    assert is_transparent[3:9, 4:14].any() == bool(options)
+    inside[is_transparent] = 255
     expected = np.full((HEIGHT, WIDTH, 3), 255)
     expected[3:9, 4:14] = inside[3:9, 4:14]
     np.testing.assert_array_equal(pixels, expected)
@@ -100,9 +106,10 @@ def test_an_image_that_a_user_opened() -> None:
 @needs_imagemagick
 def test_pixels_equal_imagemagick() -> None:
     files = {
-        f"{options}": encoded(PALETTED, "GIF", **options) for options in ({}, {"transparency": 3})
+        f"{options}": encoded(PALETTED, "GIF", **options) for options in ({}, {"transparency": KEY})
     }
-    files |= {"small": small_frame(), "small, transparent": small_frame(transparency=3)}
+    files |= {"small": small_frame(), "small, transparent": small_frame(transparency=KEY)}
+    files["small, disposed of"] = small_frame(transparency=KEY, disposal=TO_BACKGROUND)
     assert differences_from_imagemagick(files, "gif") == []
 
 

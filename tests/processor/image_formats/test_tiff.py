@@ -164,6 +164,23 @@ def test_alpha_equals_imagemagick() -> None:
     assert differences_from_imagemagick(files, "tif") == []
 
 
+@pytest.mark.parametrize("most", [1, 255])
+@pytest.mark.parametrize("kind", [1, 2])
+def test_float_alpha_has_a_scale_as_colors_have(kind: int, most: int) -> None:
+    values = samples(8, 4) / 255
+    values[0, 0] = 1
+    colors, alpha = values[..., :3], values[..., 3:]
+    stored = np.concatenate((colors * alpha if kind == 1 else colors, alpha), 2) * most
+    data = tiff(
+        stored.astype(np.float32),
+        photometric=2,
+        bits=32,
+        sample_format=3,
+        extra_samples=[kind],
+    )
+    assert is_close(open_rgb(data)[0], rgb_of(colors, alpha))
+
+
 def test_extra_samples_without_a_meaning_are_left_out() -> None:
     """Kind 0 is unspecified: a near-infrared band. ImageMagick takes it for alpha."""
     for bits, planar in product((8, 16), (False, True)):
@@ -283,6 +300,15 @@ def test_float_colors_are_read_as_arrays_are() -> None:
     for scale in (255.0, 1.0):
         data = tiff(values / scale, photometric=2, bits=32, sample_format=3)
         np.testing.assert_array_equal(open_rgb(data)[0], values)
+
+
+def test_floats_a_little_above_one_are_clipped_as_in_arrays() -> None:
+    values = samples(8, 3)
+    data = tiff(values * (1.0001 / 255), photometric=2, bits=32, sample_format=3)
+    assert is_close(open_rgb(data)[0], values)
+    data = tiff(values * (2 / 255), photometric=2, bits=32, sample_format=3)
+    with pytest.raises(InputError, match="float values from 0 to 2, which are not colors"):
+        open_rgb(data)
 
 
 def test_a_color_map_of_8_bit_values_is_not_black() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,22 @@ def test_normalized_tensors_are_rejected_with_the_remedy() -> None:
     text = r"float32 values from -2.0 to 2.0 are not colors; .* after undoing their normalization"
     with pytest.raises(InputError, match=text):
         to_uint8(np.array([-2, 2], np.float32), "x")
+
+
+def test_overshoot_of_interpolation_is_clipped_with_a_note() -> None:
+    """Bicubic resizing leaves [0, 1] a little; as 0..255 the picture would be black."""
+    values, note = to_uint8(np.array([-0.05, 0, 0.5, 1, 1.0001], np.float32), "x")
+    assert values.tolist() == [0, 0, 128, 255, 255]
+    assert note == "float values scaled from [0, 1]; those from -0.05 to 1.0001 clipped to it"
+    assert to_uint8(np.array([0, 1.1]), "x")[0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("high", [1.25, 2.0, 3.0])
+def test_floats_of_no_clear_range_are_rejected(high: float) -> None:
+    text = f"x: float32 values from 0.0 to {high} are neither 0..1 nor 0..255; scale them to uint8"
+    with pytest.raises(InputError, match=re.escape(text)):
+        to_uint8(np.array([0, high], np.float32), "x")
+    assert to_uint8(np.array([0, 3.5], np.float32), "x")[0].tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32, np.uint64])

@@ -28,6 +28,7 @@ ENCODED = {
     "/raw": (ZLIB[2:-4], "deflate"),
     "/identity": (PNG, "identity"),
     "/bomb": (gzip.compress(bytes(10**7)), "gzip"),
+    "/empty": (gzip.compress(b"") * 75_000, "gzip"),  # 1.5 MB, which take seconds
     "/cut": (GZIP[:-20], "gzip"),
     "/false": (PNG, "gzip"),
     "/zstd": (PNG, "zstd"),
@@ -138,6 +139,13 @@ def test_a_url_is_a_source(server_url: str) -> None:
 def test_failing_downloads(server_url: str, page: str, text: str) -> None:
     with pytest.raises(InputError, match=text):
         download(f"{server_url}/{page}", max_bytes=100_000, timeout=0.5, name="image 1")
+
+
+def test_the_deadline_holds_while_members_are_decoded(server_url: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"did not arrive in 0.5 s; try again"):
+        download(f"{server_url}/empty", max_bytes=10**7, timeout=0.5, name="image 1")
+    assert time.monotonic() - start < 1.5
 
 
 def test_unreachable_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,25 @@ def test_values_out_of_range_are_rejected(values: np.ndarray, text: str) -> None
             open_rgb(source)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
+def test_closed_pil_images_are_not_called_damaged(kind: str) -> None:
+    closed = Image.open(io.BytesIO(encoded(IMAGE, kind)))
+    closed.load()
+    closed.close()
+    with Image.open(io.BytesIO(encoded(IMAGE, kind))) as unread:
+        pass
+    file = io.BytesIO(encoded(IMAGE, kind))
+    without_file = Image.open(file)
+    file.close()
+    for image in (closed, unread, without_file):
+        with pytest.raises(InputError, match="image 1 is a closed PIL image; open it again"):
+            open_rgb(image)
+    damaged = Image.open(io.BytesIO(encoded(IMAGE, kind)[:-60]))
+    for _ in range(2):
+        with pytest.raises(InputError, match="is damaged"):
+            open_rgb(damaged)
+
+
 @pytest.mark.parametrize(
     ("shape", "text"),
     [

@@ -136,6 +136,7 @@ def test_data_urls_in_both_encodings() -> None:
         ([PNG], "image 1: a list is not an image; give a list of frames as video"),
         (None, "image 1: cannot read a NoneType; give a path, bytes, a binary file object, a PIL"),
         (7, "cannot read a int"),
+        (float("nan"), r"image 1: cannot read a missing value \(NaN\); give a path"),
     ],
 )
 def test_invalid_sources_are_rejected(source: Any, text: str) -> None:

@@ -150,6 +150,12 @@ def test_all_frames_of_an_array_or_list_have_one_scale() -> None:
         assert reader.metadata.notes == ("float values scaled from [0, 255]",)
 
 
+def test_a_dark_first_frame_is_read_on_the_scale_of_all() -> None:
+    frames = np.array([2, 200], np.float32)[:, None, None, None] + np.zeros((1, 8, 9, 3))
+    for source in (frames, list(frames)):
+        assert gray_levels(open_reader(source), [0, 1]) == [2, 200]
+
+
 def test_frames_of_tensors_have_channels_in_either_place() -> None:
     frames = smooth(30, 5)[None].repeat(4, 0)
     for source in (torch.tensor(frames), torch.tensor(frames).permute(0, 3, 1, 2) / 255):

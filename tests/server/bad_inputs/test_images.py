@@ -118,7 +118,7 @@ REFUSED: list[tuple[str, str, Callable[[], bytes], str]] = [
         (kind, "SVG / HEIC / PDF / EPS / JPEG2000 / PSD", lambda head=head: head + bytes(64), kind)
         for head, kind in HEADS.items()
     ),
-    ("width", "PNG width 2^31-1", lambda: png_header(2**31 - 1, 1), "pixels, which is the limit"),
+    ("width", "PNG width 2^31-1", lambda: png_header(2**31 - 1, 1), "pixels, limit is"),
     ("no-width", "image with zero width or height", lambda: png_header(0, 10), "damaged"),
     ("no-height", "image with zero width or height", lambda: png_header(10, 0), "damaged"),
     (
@@ -170,7 +170,7 @@ def test_decompression_bomb(suite: Suite, make: Callable[[], bytes]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         start = time.process_time()
-        text = "limit is 50,000,000|50,000,000 pixels, which is the limit"
+        text = "limit is 50,000,000"
         assert suite.refused([item], text=text)["code"] == "media_too_large"
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.2  # the client of the test included; decoding would take seconds

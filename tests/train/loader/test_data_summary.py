@@ -34,7 +34,7 @@ def test_counts_of_samples_bins_and_epochs(tmp_path: Path) -> None:
         6,
     )
     assert first.bad == {"missing": 5}
-    assert len(first.bad_samples) == 3
+    assert len(first.bad_samples) == 5
     assert first.bad_samples[0].startswith("a.jsonl:41: none0.png is missing")
     assert (summary.num_samples, summary.num_held_out) == (53, 12)
     Path(config.folder).mkdir()

@@ -158,9 +158,9 @@ def test_a_dummy_image_is_not_counted(tmp_path: Path) -> None:
 
 def test_bad_samples_are_counted_over_the_run(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl")
-    bad = (BadSample("1", "s", "missing", "no such file"),) * 2
-    for total in (2, 4):
-        add_batch(metrics, replace(create_batch(("a", "x")), bad_samples=bad), 0)
+    bad = [BadSample(name, "s", "missing", "no such file") for name in "1213"]
+    for samples, total in ((bad[:2], 2), (bad[2:], 3), (bad, 3)):  # in epochs: again
+        add_batch(metrics, replace(create_batch(("a", "x")), bad_samples=tuple(samples)), 0)
         assert metrics.report()["bad_samples"] == total
 
 
