@@ -169,7 +169,8 @@ def _commands() -> Iterator[str]:
     from qwen2vl.cli.main import COMMANDS, main
 
     assert isinstance(main, click.Group)
-    parent = click.Context(main, info_name="qwen2vl")
+    # With the settings of a real call: click keeps the help option of a command's first context.
+    parent = click.Context(main, info_name="qwen2vl", **main.context_settings)
     for name in COMMANDS:
         command = main.get_command(parent, name)
         assert command is not None
