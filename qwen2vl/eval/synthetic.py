@@ -45,7 +45,7 @@ class EvalCase:
     name: str
     spec: Spec  # as rendered; has one question
     box: _NormalizedBox | None  # ground truth, where the answer is a box
-    chance: float  # chance level: probability that a guess is correct
+    chance: float  # chance level: probability that a random answer is correct
 
     @property
     def question(self) -> Question:

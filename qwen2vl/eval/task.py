@@ -53,7 +53,7 @@ class ExampleResult:
     truth: str
     answer: str
     score: float  # 1 correct, 0 wrong
-    chance: float  # chance level: probability that a guess is correct
+    chance: float  # chance level: probability that a random answer is correct
     edits: int | None = None  # text recognition: edit distance between answer and truth
     length: int | None = None  # text recognition: characters of the truth
     part: str = ""  # of a suite: row of its table

@@ -73,7 +73,7 @@ def chance_upper_bound(chances: Sequence[float], *, sigmas: float = 3.0) -> floa
     """Return the accuracy that guessing exceeds in about one of a thousand runs.
 
     Args:
-        chances: chance level of each question: probability that a guess is correct.
+        chances: chance level of each question: probability that a random answer is right.
         sigmas: standard deviations above the expected accuracy; three leave 0.13 %.
     """
     count = len(chances)

@@ -34,7 +34,7 @@ class SuiteItem:
     answers: tuple[str, ...]  # accepted ones; the first is the reference answer
     similar_answers: tuple[str, ...] = ()  # accepted too where names may be mapped
     metric: Metric
-    chance: float  # chance level: probability that a guess is correct
+    chance: float  # chance level: probability that a random answer is correct
     similar_chance: float = 0.0  # the same with `similar_answers`
     box: Box | None = None  # ground truth of the metric "box_iou"
     media: Any = None  # what the suite draws the image or clip from

@@ -1,6 +1,6 @@
 """PBM, PGM and PPM: Pillow's plugin, with samples of every largest value scaled to 8 bit.
 
-Pillow reads a PGM of more than 8 bit as 32-bit integers, whose range would be guessed, and plain
+Pillow reads a PGM of more than 8 bit as 32-bit integers, whose range is unknown then, and plain
 files, and binary ones whose largest value is not 255, a sample at a time, which takes seconds a
 megapixel. PAM and PFM, which the plugin reads too, are refused by their magic bytes (formats.py).
 (Netpbm: pgm(5), ppm(5).)
