@@ -48,7 +48,9 @@ class SourceConfig:
         ConfigError: neither a path nor a mixture, or repeats or weight out of range.
     """
 
-    path: str = ""  # JSON lines, parquet, packed text; a glob pattern; local or any fsspec address
+    # JSON lines, parquet, packed text; a glob pattern; local or any fsspec address; or the name of
+    # a training set of `qwen2vl fetch-data`: easy-vqa, fashion-mnist
+    path: str = ""
     name: str = ""  # in metrics and reports; default: from the file name, or "world"
     media_root: str = ""  # base of relative media paths; default: the folder of the file
     mixture: Mixture | None = None  # of the synthetic world, instead of a path

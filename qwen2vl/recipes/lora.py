@@ -3,6 +3,7 @@
     qwen2vl train lora model=Qwen/Qwen2-VL-2B-Instruct data=mine.jsonl
     qwen2vl train lora model=nano data=mine.jsonl optim.lr=1e-3 stages.0.steps=200
     qwen2vl train lora model=DIR data=FILE epochs=3 validation=0.05
+    qwen2vl train lora model=nano data=easy-vqa optim.lr=2e-3
     qwen2vl train lora model=DIR data=FILE 'adapter.target_modules=["visual.*", "model.*q_proj"]'
 
 Adapters of rank 16 on the seven linear layers of every decoder block; `adapter.target_modules` are

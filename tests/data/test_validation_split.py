@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl.data.dataset import PackedDataset
-from qwen2vl.data.formats import parse_row
+from qwen2vl.data.formats import Conversation, parse_row
 from qwen2vl.data.validation_split import interleave, sample_digest
 from qwen2vl.errors import ConfigError
 from tests.data.rows import conversation, create_data_config, good_rows, write_media, write_rows
@@ -70,6 +70,19 @@ def test_the_split_depends_on_the_content_alone(tmp_path: Path) -> None:
     trained = questions(longer, longer.plan.entries)
     assert questions(longer, longer.held_out) <= chosen | {f"new {i}" for i in range(8)}
     assert trained >= {f"question {i}" for i in range(40)} - chosen
+
+
+def test_arrays_of_pixels_are_digested_whole() -> None:
+    pixels = np.zeros((28, 28, 3), np.uint8)
+    other = pixels.copy()
+    other[14, 14] = 1  # repr of such an array shows only its corners
+
+    def digest(image: np.ndarray) -> bytes:
+        content = [{"type": "image", "image": image}]
+        return sample_digest(Conversation("id", [{"role": "user", "content": content}]))
+
+    assert digest(pixels) == digest(pixels.copy())
+    assert len({digest(a) for a in (pixels, other, pixels.reshape(14, 56, 3))}) == 3
 
 
 def test_copies_of_a_held_out_sample_are_held_out(tmp_path: Path) -> None:

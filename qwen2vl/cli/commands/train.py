@@ -85,8 +85,9 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
     KEY=VALUE overrides fields of the configuration: optim.lr=1e-3, stages.0.steps=500,
     max_minutes=40, output_dir=FOLDER. Short keys: model=FOLDER (or a repo id, or nano), data=FILE
-    (or FILE,FILE), epochs=3 (sets the steps by the size of the data), validation=0.05 (a share of
-    the data, a number of its conversations, or a file of others).
+    (or FILE,FILE, or easy-vqa or fashion-mnist, training sets of fetch-data), epochs=3 (sets the
+    steps by the size of the data), validation=0.05 (a share of the data, a number of its
+    conversations, or a file of others).
     """
     # Imported here, so that usage errors do not wait for the import of torch.
     with terminal.spinner("starting"):

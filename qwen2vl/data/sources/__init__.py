@@ -1,4 +1,4 @@
-"""Sample sources with random access: JSON lines, parquet, packed text and the synthetic world.
+"""Sample sources with random access: files, packaged datasets and the synthetic world.
 
 `source.open_source` opens the right one for a SourceConfig.
 """

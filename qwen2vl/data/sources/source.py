@@ -1,6 +1,6 @@
 """Sample sources: random access to JSON lines, parquet, packed text and the synthetic world.
 
-    rows.jsonl  rows.json  part-*.parquet  store/  oss://bucket/rows.jsonl  Mixture
+    rows.jsonl  rows.json  part-*.parquet  store/  oss://bucket/rows.jsonl  easy-vqa  Mixture
 
 A source has a length, reads any sample by index in any process, and has a fingerprint of its
 content, under which tables of lengths are cached. Remote text files are copied to the local cache,
@@ -20,6 +20,7 @@ import numpy as np
 
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.data.formats import Sample, SampleError, parse_row
+from qwen2vl.data.sources.packaged import is_packaged, open_packaged
 from qwen2vl.data.sources.packed_text import STORE_FILE, TokenStore
 from qwen2vl.data.sources.parquet import ParquetSource
 from qwen2vl.data.sources.synthetic import SyntheticSource
@@ -145,12 +146,15 @@ def open_source(
 
     Raises:
         InputError: it is missing, empty or damaged.
-        ConfigError: unsupported or mixed formats, or a package is missing.
+        ConfigError: unsupported or mixed formats, a package is missing, or a packaged dataset was
+            not fetched or must not be trained on.
     """
     if source.mixture is not None:
         return SyntheticSource(
             source.mixture, source.num_samples, seed=seed, default_system=default_system
         )
+    if is_packaged(source.path):
+        return open_packaged(source.path)
     if (Path(source.path).expanduser() / STORE_FILE).is_file():
         folder = Path(source.path).expanduser()
         return TokenStore(folder, tokenizer, max_tokens=data.max_tokens // 8 * 8)

@@ -17,8 +17,9 @@ from functools import cached_property
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+from qwen2vl.data.sources.easy_vqa import image_folder, read_questions
+from qwen2vl.data.sources.published import build_prompt
 from qwen2vl.errors import InputError
 from qwen2vl.eval.suites.suite import SuiteItem, constant_answer_chances, exchange_media
 from qwen2vl.eval.suites.thresholds import CHANCE, NO_THRESHOLD, Threshold
@@ -26,8 +27,6 @@ from qwen2vl.eval.task import Messages
 
 __all__ = ["EasyVQA", "EasyVQADefinition", "load_definition", "open_easy_vqa"]
 
-TEST_FOLDER = Path("easy_vqa") / "data" / "test"  # in the package
-QUESTIONS = "questions.json"  # [[question, answer, number of the image], ...]
 FETCH = "qwen2vl fetch-data easy-vqa"
 
 NOTES = {
@@ -77,6 +76,8 @@ class EasyVQA:
 
     name = "easy-vqa"
     max_tokens = 64
+    max_model_len = None
+    paired_parts: Sequence[tuple[str, str]] = ()
 
     def __init__(self, folder: Path, definition: EasyVQADefinition) -> None:
         """Read the questions; images are named when they are asked for.
@@ -88,21 +89,9 @@ class EasyVQA:
         Raises:
             InputError: the files cannot be read, or are not those that were published.
         """
-        self._folder = folder / TEST_FOLDER
-        path = self._folder / QUESTIONS
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror}; fetch the set again: {FETCH}"
-            ) from error
-        if sha256(content).hexdigest() != definition.sha256:
-            raise InputError(
-                f"{path}: is not the published test set of easy-vqa 1.0, by its SHA-256; fetch it "
-                f"again: {FETCH}"
-            )
+        self._image_folder = image_folder(folder, "test")
+        self._questions = read_questions(folder, "test", definition.sha256)
         self._definition = definition
-        self._questions: list[list[Any]] = json.loads(content)
         assert len(self._questions) == definition.num_questions, "the digest names one file"
         self.parts: Sequence[str] = tuple(definition.patterns)
         self.blind_parts: Sequence[str] = self.parts
@@ -130,11 +119,7 @@ class EasyVQA:
 
     def messages(self, item: SuiteItem) -> Messages:
         """Return the image file and the question."""
-        content = [
-            {"type": "image", "image": str(self._image_path(item.media))},
-            {"type": "text", "text": item.question},
-        ]
-        return [{"role": "user", "content": content}]
+        return [build_prompt(str(self._image_path(item.media)), item.question)]
 
     def check_part(self, part: str) -> None:
         """Do nothing: the images of all parts are files."""
@@ -178,7 +163,7 @@ class EasyVQA:
             )
 
     def _image_path(self, number: int) -> Path:
-        return self._folder / "images" / f"{number}.png"
+        return self._image_folder / f"{number}.png"
 
     def _read_image(self, number: int) -> bytes:
         path = self._image_path(number)

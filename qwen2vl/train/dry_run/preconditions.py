@@ -1,13 +1,14 @@
 """Preconditions of a run, checked by the run and its dry run before anything is announced or read.
 
-Local data files, the adapter to start from and the package of `report_to` must exist; addresses of
-remote data are first looked up when the data are opened.
+Local data files, packaged datasets, the adapter to start from and the package of `report_to` must
+exist; addresses of remote data are first looked up when the data are opened.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from qwen2vl.data.sources.packaged import TRAINING_SETS, check_packaged, is_packaged
 from qwen2vl.data.storage import Storage
 from qwen2vl.errors import InputError
 from qwen2vl.train.config import Stage, TrainConfig
@@ -27,7 +28,8 @@ def check_preconditions(config: TrainConfig, recipe: TrainConfig) -> None:
     Raises:
         InputError: a file of the data or of the evaluation does not exist.
         CheckpointError: `adapter.init` is no folder of an adapter.
-        ConfigError: the package of `report_to` is not installed.
+        ConfigError: the package of `report_to` is not installed, or a packaged dataset was not
+            fetched or must not be trained on.
     """
     check_logger_package(config)
     for stage_index, stage in enumerate(config.stages):
@@ -46,6 +48,9 @@ def check_preconditions(config: TrainConfig, recipe: TrainConfig) -> None:
 def _check_data(config: TrainConfig, stage: Stage, recipe_stage: Stage) -> None:
     sources = () if stage.data is None else stage.data.sources
     for source in sources:
+        if is_packaged(source.path):
+            check_packaged(source.path)
+            continue
         if not source.path or _exists(source.path):
             continue
         if recipe_stage.data is not None and recipe_stage.data.sources == sources:
@@ -53,7 +58,10 @@ def _check_data(config: TrainConfig, stage: Stage, recipe_stage: Stage) -> None:
                 f"{config.name} reads data: give data=FILE, since {source.path}, which its recipe "
                 "names, does not exist"
             )
-        raise InputError(f"{source.path}: no such file; check the path")
+        raise InputError(
+            f"{source.path}: no such file; check the path, or give the name of a training set of "
+            f"`qwen2vl fetch-data`: {', '.join(TRAINING_SETS)}"
+        )
 
 
 def _exists(path: str) -> bool:

@@ -28,10 +28,10 @@ def answer_of(part: str, asked: str, shape: str, color: str) -> str:
     return "yes" if is_there != part.startswith("lacks") else "no"
 
 
-def write_package(folder: Path, *, num_images: int) -> EasyVQADefinition:
+def write_package(folder: Path, *, num_images: int, split: str = "test") -> EasyVQADefinition:
     """Write one question of each pattern for each image; return the definition of the set."""
     published, random = load_definition(), Random(7)
-    images = folder / "easy_vqa" / "data" / "test" / "images"
+    images = folder / "easy_vqa" / "data" / split / "images"
     images.mkdir(parents=True)
     rows: list[list[str | int]] = []
     for number in range(num_images):

@@ -127,9 +127,9 @@ def test_absent_and_changed_files_name_the_command(tmp_path: Path) -> None:
     definition = write_package(tmp_path, num_images=2)
     questions = tmp_path / "easy_vqa/data/test/questions.json"
     questions.write_text(json.dumps([]), encoding="utf-8")
-    with pytest.raises(InputError, match=r"is not the published test set .* qwen2vl fetch-data"):
+    with pytest.raises(InputError, match=r"is not the published file .*fetch-data easy-vqa"):
         EasyVQA(tmp_path, definition)
-    with pytest.raises(InputError, match="No such file or directory; fetch the set again"):
+    with pytest.raises(InputError, match="No such file or directory; delete its folder and fetch"):
         EasyVQA(tmp_path / "nothing", definition)
     (tmp_path / "c").mkdir()
     suite = open_package(tmp_path / "c", num_images=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2vl.errors import InputError
+from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.recipes import lora, stage1_vision
 from qwen2vl.train.config import override
 from qwen2vl.train.dry_run.preconditions import check_preconditions
@@ -29,3 +29,28 @@ def test_data_that_only_the_recipe_names_are_asked_for() -> None:
     recipe = stage1_vision.recipe()
     with pytest.raises(InputError, match="stage1_vision reads data: give data=FILE, since data/"):
         check_preconditions(recipe, recipe)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("fashion-mnist", "run `qwen2vl fetch-data fashion-mnist` once"),
+        ("rows.jsonl,photos", "data=photos: .* for tests only"),
+    ],
+)
+def test_datasets_that_are_absent_or_for_tests_only_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    monkeypatch.setenv("QWEN2VL_DATASETS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    recipe = lora.recipe()
+    with pytest.raises(ConfigError, match=message):
+        check_preconditions(override(recipe, [f"data={path}"]), recipe)
+
+
+def test_a_training_set_is_no_validation_file() -> None:
+    recipe = lora.recipe()
+    config = override(recipe, ["data=s3://bucket/rows.jsonl", "validation=easy-vqa"])
+    with pytest.raises(InputError, match="validation=easy-vqa: no such file"):
+        check_preconditions(config, recipe)
