@@ -59,6 +59,7 @@ def load(
     quantize: QuantizationMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     video_preset: str = "paper",
@@ -76,6 +77,8 @@ def load(
         adapter: a folder with a PEFT LoRA adapter, which is merged into the weights; weights that
             the folder holds in full replace the model's.
         max_model_len: prompt and output tokens to reserve memory for; None: the model's maximum.
+        hf_overrides: values in place of those in config.json, such as max_position_embeddings: an
+            image of many tokens takes few positions, so that more tokens than that may be served.
         min_pixels: smallest size images are resized to; None: the folder's, or less if max_pixels
             is below it.
         max_pixels: largest size images are resized to; None: the folder's, or more if min_pixels
@@ -96,10 +99,12 @@ def load(
         pixels={"min_pixels": min_pixels, "max_pixels": max_pixels},
         video_preset=video_preset,
         limits=limits,
+        hf_overrides=hf_overrides,
     )
     folder = resolve_model(model)
     processor = load_processor(
         folder,
+        hf_overrides=hf_overrides,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         video_preset=video_preset,
@@ -126,6 +131,7 @@ def _check_options(
     pixels: Mapping[str, Any],
     video_preset: Any,
     limits: Any,
+    hf_overrides: Any,
 ) -> None:
     """Check the types of the arguments of `load`, before anything is read."""
 
@@ -146,15 +152,24 @@ def _check_options(
     for name, value in pixels.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             refuse(name, value, "a whole number of pixels, such as 1003520")
-    if not isinstance(video_preset, str):
-        refuse("video_preset", video_preset, "the name of a preset, such as 'paper'")
-    if not isinstance(limits, (MediaLimits, type(None))):
-        refuse("limits", limits, "MediaLimits(...) of qwen2vl.processor.media.source")
+    kinds = {
+        "video_preset": (video_preset, str, "the name of a preset, such as 'paper'"),
+        "limits": (
+            limits,
+            MediaLimits | None,
+            "MediaLimits(...) of qwen2vl.processor.media.source",
+        ),
+        "hf_overrides": (hf_overrides, Mapping | None, "a dict of values of config.json"),
+    }
+    for name, (value, kind, rule) in kinds.items():
+        if not isinstance(value, kind):
+            refuse(name, value, rule)
 
 
 def load_processor(
     model: str | Path,
     *,
+    hf_overrides: Mapping[str, Any] | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     video_preset: str = "paper",
@@ -164,7 +179,7 @@ def load_processor(
     folder = resolve_model(model)
     log_foreign_chat_template(folder)
     return Processor(
-        read_config(folder),
+        read_config(folder, hf_overrides),
         Tokenizer.from_folder(folder),
         pixels=_pixel_limits(folder, min_pixels, max_pixels),
         video_preset=video_preset,

@@ -2,7 +2,7 @@
 
 QWEN2VL_REQUIRE names what must be there, separated by commas: fonts (the Debian packages of
 qwen2vl/synth/fonts.py), tesseract, tokenizer (the official one, beside the repository), chromium,
-imagemagick.
+imagemagick, datasets (those of `qwen2vl fetch-data`).
 A test that needs a required resource which is absent fails and gives the reason. Nothing is looked
 for before such a test runs.
 """
@@ -19,10 +19,11 @@ from typing import NoReturn
 
 import pytest
 
+from qwen2vl.fetch import is_fetched
 from qwen2vl.synth.fonts import FontError, files_of
 
 VARIABLE = "QWEN2VL_REQUIRE"
-RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium", "imagemagick")
+RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium", "imagemagick", "datasets")
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
 # Beside the repository, because it is too large to be a part of it.
@@ -87,6 +88,10 @@ def _missing_imagemagick() -> str:
     return "" if shutil.which("convert") else "ImageMagick is absent: apt-get install imagemagick"
 
 
+def _missing_dataset(name: str) -> str:
+    return "" if is_fetched(name) else f"the dataset is absent: qwen2vl fetch-data {name}"
+
+
 def missing_tokenizer() -> str:
     """Return why the official tokenizer cannot be used, or nothing."""
     is_there = (TOKENIZER / "tokenizer.json").is_file()
@@ -98,4 +103,11 @@ needs_validation_fonts = _requires("fonts", partial(_missing_fonts, "validation"
 needs_judge_fonts = _requires("fonts", partial(_missing_fonts, "judge"))
 needs_tesseract = _requires("tesseract", _missing_tesseract)
 needs_chromium = _requires("chromium", _missing_chromium)
+
+
+def needs_dataset(name: str) -> pytest.MarkDecorator:
+    """Mark a test that reads a dataset of `qwen2vl fetch-data`."""
+    return _requires("datasets", partial(_missing_dataset, name))
+
+
 needs_imagemagick = _requires("imagemagick", _missing_imagemagick)

@@ -44,6 +44,19 @@ def same_weights(left: Qwen2VL, right: Qwen2VL) -> bool:
 # Loading ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_values_of_the_config_are_overridden(folder: Path, is_nested: bool) -> None:
+    if is_nested:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        edit_json(folder / "config.json", text_config=raw)
+    model, processor = load(folder, hf_overrides={"max_position_embeddings": 77_777})
+    assert model.config.text.max_position_embeddings == 77_777
+    assert processor.config == model.config
+    assert read_config(folder).text.max_position_embeddings < 77_777
+    with pytest.raises(ConfigError, match="hidden_size"):
+        load(folder, hf_overrides={"hidden_size": -1})
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
 def test_saved_weights_are_loaded_to_the_bit(

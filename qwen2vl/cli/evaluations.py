@@ -2,29 +2,29 @@
 
 `build_evaluation` returns the callable that `qwen2vl.train.loop.train` calls every
 `evaluation.eval_steps` steps; the train package itself imports neither the engine nor the suites.
-The mini suite is answered greedily as by `qwen2vl eval`, with `evaluation.num_questions` questions
-of each base part. Parts whose fonts are not installed are skipped with a note.
+The suite `synthetic`, `mini` in the metrics, is answered as by `qwen2vl eval`, with
+`evaluation.num_questions` questions of each base part. Parts whose fonts are not installed are
+skipped with a note.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen2vl.cli import terminal
 from qwen2vl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qwen2vl.eval.synthetic import SyntheticTask
+    from qwen2vl.eval.suites.suite import Suite, SuiteItem
+    from qwen2vl.eval.task import TaskResults
     from qwen2vl.model import Qwen2VL
     from qwen2vl.processor.processor import Processor
     from qwen2vl.train.config import TrainConfig
     from qwen2vl.train.evaluate import EvaluationFunction
 
 __all__ = ["MiniSuite", "build_evaluation"]
-
-MAX_TOKENS = 64  # as in `qwen2vl eval`
 
 
 def build_evaluation(config: TrainConfig) -> EvaluationFunction:
@@ -46,7 +46,7 @@ def build_evaluation(config: TrainConfig) -> EvaluationFunction:
 
 
 class MiniSuite:
-    """Evaluation on the first questions of each base part of the mini suite."""
+    """Evaluation on the first questions of each base part of the suite `synthetic`."""
 
     def __init__(self, num_questions: int) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -55,39 +55,51 @@ class MiniSuite:
                 "but this run shards it; set evaluation.num_questions=0 and evaluate exported "
                 "checkpoints with qwen2vl eval"
             )
-        self.num_questions = num_questions
-        self._tasks = _base_tasks()
+        from qwen2vl.eval.suites.synthetic_suite import SyntheticSuite
+
+        self._suite = SyntheticSuite()
+        self._items = _first_items(self._suite, _base_parts(self._suite), num_questions)
 
     def __call__(self, model: Qwen2VL, processor: Processor, step: int) -> Mapping[str, Any]:
         """Generate answers with the current weights and return the scores by part."""
-        from qwen2vl.engine import LLM, SamplingParams
-        from qwen2vl.eval.task import run_task
+        from qwen2vl.cli.evaluation.engine_answers import EngineAnswerer, engine_config
+        from qwen2vl.engine import LLM
+        from qwen2vl.eval.runner.results_file import ResultsFile
+        from qwen2vl.eval.runner.run import run_items
+        from qwen2vl.eval.runner.scores import ALL, score_suite
 
         was_training = model.training
         model.eval()
-        llm = LLM(model, processor)
-        params = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=MAX_TOKENS)
-        scores: dict[str, dict[str, float]] = {}
-        for task in self._tasks:
-            results = run_task(task, lambda m: llm.chat(m, params)[0], limit=self.num_questions)
-            scores[task.name] = {"accuracy": results.accuracy}
-            if results.character_error_rate is not None:
-                scores[task.name]["character_error_rate"] = results.character_error_rate
+        answerer = EngineAnswerer(
+            LLM(model, processor, engine=engine_config()), self._suite.max_tokens
+        )
+        results = ResultsFile()
+        run_items(self._suite, self._items, answerer, results)
         model.train(was_training)
-        return {"mini": scores}
+        rows = score_suite(self._suite, results.results.values(), blind=False).rows
+        return {"mini": {row.part: _to_metrics(row.results) for row in rows if row.part != ALL}}
 
 
-def _base_tasks() -> list[SyntheticTask]:
-    """Build the parts with unmodified cases, except those whose fonts are not installed."""
-    from qwen2vl.eval.mini import PARTS, build_task
+def _to_metrics(results: TaskResults) -> dict[str, float]:
+    error_rate = results.character_error_rate
+    metrics = {"accuracy": results.accuracy}
+    return metrics if error_rate is None else {**metrics, "character_error_rate": error_rate}
 
-    tasks: list[SyntheticTask] = []
+
+def _first_items(suite: Suite, parts: Sequence[str], count: int) -> list[SuiteItem]:
+    return [item for part in parts for item in suite.items([part])[:count]]
+
+
+def _base_parts(suite: Suite) -> list[str]:
+    """Return the parts with unmodified cases, except those whose fonts are not installed."""
+    from qwen2vl.eval.mini import PARTS
+
+    parts: list[str] = []
     for name in (name for name, part in PARTS.items() if part.section == name):
-        task = build_task(name)
         try:
-            task.check_fonts()
+            suite.check_part(name)
         except ConfigError as error:
             terminal.note(f"{name} is left out: {error}")
         else:
-            tasks.append(task)
-    return tasks
+            parts.append(name)
+    return parts

@@ -58,6 +58,9 @@ class ExampleResult:
     length: int | None = None  # text recognition: characters of the truth
     part: str = ""  # of a suite: row of its table
     logprob: float | None = None  # log probability of the answer, where it is known
+    prompt_tokens: int | None = None  # those of images and videos included, where known
+    refused: bool | None = None  # the answer says that the picture does not show it
+    is_answerable: bool | None = None  # by the picture; where a suite has other questions, too
     similar_score: float | None = None  # with similar names accepted, where there are any
     similar_chance: float | None = None
 

@@ -8,28 +8,29 @@ a millisecond. Drawing is deterministic: all random choices are in the spec.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import cos, pi, sin
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from qwen2vl.synth.compositing import Composite, draw_composite
 from qwen2vl.synth.fonts import Glyph, glyphs
+from qwen2vl.synth.shape_masks import shape_mask
 from qwen2vl.synth.spec import RGB, Line, Picture, Scene
 from qwen2vl.synth.strings import ALPHABETS
 
-__all__ = ["CHARACTERS", "SHAPE_KINDS", "draw_image", "ink_extent", "shape_mask"]
+__all__ = ["CHARACTERS", "draw_image", "ink_extent"]
 
 CHARACTERS = ALPHABETS["all"] + " "
-SHAPE_KINDS = ("circle", "square", "triangle", "star", "cross", "diamond")
 
-_SUPERSAMPLING = 4
 _GRAIN_SIDE = 1024
 _GRAIN_SHADES = 7  # largest change of a channel value by the grain
 
 
 def draw_image(picture: Picture) -> NDArray[np.uint8]:
-    """Draw a line of text or a scene of shapes, (H, W, 3) uint8."""
+    """Draw a line of text, a scene of shapes or a composite, (H, W, 3) uint8."""
+    if isinstance(picture, Composite):
+        return draw_composite(picture)
     return _draw_line(picture) if isinstance(picture, Line) else _draw_scene(picture)
 
 
@@ -111,42 +112,3 @@ def _noise_tile() -> NDArray[np.int16]:
     soft = Image.fromarray(noise.astype(np.uint8)).resize((_GRAIN_SIDE, _GRAIN_SIDE))
     shades = np.asarray(soft, dtype=np.float32) / 127.5 - 1
     return (shades * _GRAIN_SHADES).round().astype(np.int16)
-
-
-@lru_cache(maxsize=4096)
-def shape_mask(kind: str, side: int) -> Image.Image:
-    """Draw the coverage mask of one shape; it touches all four sides of the square."""
-    big = side * _SUPERSAMPLING
-    image = Image.new("L", (big, big), 0)
-    canvas = ImageDraw.Draw(image)
-    if kind == "circle":
-        canvas.ellipse((0, 0, big - 1, big - 1), fill=255)
-    else:
-        points = [(x * (big - 1), y * (big - 1)) for x, y in _polygon(kind)]
-        canvas.polygon(points, fill=255)
-    return image.resize((side, side), Image.Resampling.BOX)
-
-
-def _polygon(kind: str) -> list[tuple[float, float]]:
-    """Return the corners of a shape in the unit square."""
-    if kind == "star":
-        return _star_polygon()
-    arm = 1 / 3
-    corners = {
-        "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-        "triangle": [(0.5, 0), (1, 1), (0, 1)],
-        "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
-        "cross": [
-            *((arm, 0), (1 - arm, 0), (1 - arm, arm), (1, arm), (1, 1 - arm), (1 - arm, 1 - arm)),
-            *((1 - arm, 1), (arm, 1), (arm, 1 - arm), (0, 1 - arm), (0, arm), (arm, arm)),
-        ],
-    }
-    return [(float(x), float(y)) for x, y in corners[kind]]
-
-
-def _star_polygon() -> list[tuple[float, float]]:
-    """Return a five-pointed star, stretched so that it touches all sides."""
-    raw = [(r * sin(i * pi / 5), -r * cos(i * pi / 5)) for i, r in enumerate([1.0, 0.42] * 5)]
-    xs, ys = zip(*raw, strict=True)
-    wide, high = max(xs) - min(xs), max(ys) - min(ys)
-    return [((x - min(xs)) / wide, (y - min(ys)) / high) for x, y in raw]

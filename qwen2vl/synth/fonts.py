@@ -30,6 +30,7 @@ __all__ = [
     "Glyph",
     "check_coverage",
     "files_of",
+    "font_path",
     "glyphs",
     "stems_look_alike",
 ]
@@ -204,7 +205,7 @@ def check_coverage(file: str, characters: str) -> None:
     """
     from fontTools.ttLib import TTFont  # an optional dependency, needed for this check only
 
-    with TTFont(_path(file), lazy=True) as font:
+    with TTFont(font_path(file), lazy=True) as font:
         known = font.getBestCmap() or {}
     missing = "".join(char for char in characters if ord(char) not in known)
     if missing:
@@ -213,10 +214,15 @@ def check_coverage(file: str, characters: str) -> None:
 
 def _face(file: str, size: int) -> ImageFont.FreeTypeFont:
     # BASIC, because raqm is not in every build of Pillow and positions glyphs differently.
-    return ImageFont.truetype(_path(file), size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(font_path(file), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _path(file: str) -> str:
+def font_path(file: str) -> str:
+    """Return where a font of the tables is installed.
+
+    Raises:
+        FontError: it is not installed; the text has the package.
+    """
     path = _installed().get(file)
     if path is None:
         raise FontError(_remedy([file]))

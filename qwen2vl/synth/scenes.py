@@ -14,7 +14,7 @@ from itertools import pairwise
 from random import Random
 
 from qwen2vl.synth.colors import colors_on, sample_color, sample_ground
-from qwen2vl.synth.draw import SHAPE_KINDS
+from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import Box, Mixture, Scene, Shape
 
 __all__ = ["MIN_SIDE", "left_to_right", "overlap", "place_boxes", "sample_scene", "unique_phrases"]

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 from qwen2vl.errors import ConfigError
+from qwen2vl.synth.compositing.layers import Composite
 
 __all__ = [
     "FAMILY_NAMES",
@@ -29,6 +30,8 @@ __all__ = [
     "Shape",
     "Spec",
     "SyntheticExample",
+    "picture_from_json",
+    "picture_to_json",
 ]
 
 RGB = tuple[int, int, int]
@@ -172,7 +175,7 @@ class Scene:
         )
 
 
-Picture = Line | Scene
+Picture = Line | Scene | Composite
 
 
 class FamilySample(NamedTuple):
@@ -205,15 +208,12 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values; fields that hold their default are omitted."""
-        pictures = [
-            {"type": type(p).__name__.lower(), **_without_defaults(p)} for p in self.pictures
-        ]
         return {
             "family": self.family,
             "seed": self.seed,
             "index": self.index,
             "questions": [_without_defaults(q) for q in self.questions],
-            "pictures": pictures,
+            "pictures": [picture_to_json(picture) for picture in self.pictures],
             "clip": self.clip,
         }
 
@@ -222,7 +222,7 @@ class Spec:
         """Create from the output of `to_json`."""
         known = {**raw}
         known["questions"] = tuple(Question(**_lists_to_tuples(q)) for q in raw["questions"])
-        known["pictures"] = tuple(_picture_from_json(p) for p in raw["pictures"])
+        known["pictures"] = tuple(picture_from_json(p) for p in raw["pictures"])
         return cls(**known)
 
 
@@ -240,6 +240,24 @@ class SyntheticExample:
         return self.messages[:1]
 
 
+def picture_to_json(picture: Picture) -> dict[str, Any]:
+    """Convert a picture to JSON values; fields that hold their default are omitted."""
+    if isinstance(picture, Composite):
+        return {"type": "composite", **picture.to_json()}
+    return {"type": type(picture).__name__.lower(), **_without_defaults(picture)}
+
+
+def picture_from_json(raw: Mapping[str, Any]) -> Picture:
+    """Create a picture from the output of `picture_to_json`."""
+    values = _lists_to_tuples({k: v for k, v in raw.items() if k != "type"})
+    if raw["type"] == "line":
+        return Line(**values)
+    if raw["type"] == "composite":
+        return Composite.from_json(values)
+    values["shapes"] = tuple(Shape(**_lists_to_tuples(shape)) for shape in values["shapes"])
+    return Scene(**values)
+
+
 def _field_values(item: Any) -> dict[str, Any]:
     return {f.name: getattr(item, f.name) for f in fields(item)}
 
@@ -247,14 +265,6 @@ def _field_values(item: Any) -> dict[str, Any]:
 def _without_defaults(item: Any) -> dict[str, Any]:
     values = asdict(item)
     return {f.name: values[f.name] for f in fields(item) if getattr(item, f.name) != f.default}
-
-
-def _picture_from_json(raw: Mapping[str, Any]) -> Picture:
-    values = _lists_to_tuples({k: v for k, v in raw.items() if k != "type"})
-    if raw["type"] == "line":
-        return Line(**values)
-    values["shapes"] = tuple(Shape(**_lists_to_tuples(shape)) for shape in values["shapes"])
-    return Scene(**values)
 
 
 def _lists_to_tuples(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,10 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] | None = None  # any of them ends the output
 
 
-def read_config(folder: Path) -> Qwen2VLConfig:
+def read_config(folder: Path, hf_overrides: Mapping[str, Any] | None = None) -> Qwen2VLConfig:
     """Read the config of a folder, with image mean and std from its preprocessor config.
+
+    `hf_overrides` replace values of config.json, in whichever of its forms. (vLLM: hf_overrides.)
 
     Raises:
         CheckpointError: no config.json, or an unsupported quantization of the weights.
@@ -69,10 +71,20 @@ def read_config(folder: Path) -> Qwen2VLConfig:
     if "auto_map" in raw:
         logger.debug("%s: auto_map ignored, code of a model folder is never run", path)
     preprocessor = _find_preprocessor_config(folder)
+    raw = _override(raw, hf_overrides or {})
     try:
         return Qwen2VLConfig.from_dict(raw, preprocessor)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
+
+
+def _override(raw: Mapping[str, Any], hf_overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace values at the root, and of the nested form those of `text_config`, too."""
+    nested = raw.get("text_config")
+    replaced = {**raw, **hf_overrides}
+    if isinstance(nested, Mapping) and "text_config" not in hf_overrides:
+        replaced["text_config"] = {**nested, **hf_overrides}
+    return replaced
 
 
 def read_preprocessor_config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from qwen2vl.cli import evaluations
 from qwen2vl.cli.evaluations import build_evaluation
 from qwen2vl.errors import ConfigError
-from qwen2vl.eval.mini import build_task
+from qwen2vl.eval.suites.synthetic_suite import SyntheticSuite
 from qwen2vl.recipes import tiny
 from qwen2vl.train.config import EvaluationConfig, TrainConfig
 from tests.fonts import hide_system_fonts
@@ -24,9 +24,7 @@ def config(folder: Path, **fields: int) -> TrainConfig:
 
 @pytest.fixture
 def _shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        evaluations, "_base_tasks", lambda: [build_task("shapes"), build_task("motion")]
-    )
+    monkeypatch.setattr(evaluations, "_base_parts", lambda suite: ["shapes", "motion"])
 
 
 @pytest.mark.usefixtures("_shapes_alone")
@@ -53,7 +51,7 @@ def test_parts_whose_fonts_are_missing_are_skipped_with_a_note(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hide_system_fonts(monkeypatch)
-    names = {task.name for task in evaluations._base_tasks()}
+    names = set(evaluations._base_parts(SyntheticSuite()))
     assert {"shapes", "motion", "counting"} <= names
     assert "text" not in names and not any(name.startswith("wrong") for name in names)
     assert "text is left out" in capsys.readouterr().err

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from qwen2vl.synth import Mixture, render, sample
-from qwen2vl.synth.draw import SHAPE_KINDS, draw_image, ink_extent, shape_mask
+from qwen2vl.synth.draw import draw_image, ink_extent
+from qwen2vl.synth.shape_masks import SHAPE_KINDS, shape_mask
 from qwen2vl.synth.spec import Line, Scene
 from tests.requirements import needs_training_fonts
 

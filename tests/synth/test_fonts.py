@@ -76,8 +76,8 @@ def test_bundled_fonts_are_unmodified_judge_families_with_their_license() -> Non
     assert BUNDLED_FAMILIES.items() <= JUDGE_FAMILIES.items()
     files = [file for family in files_of("bundled") for file in family]
     assert sorted(files) == sorted(BUNDLED_DIGESTS)
-    assert {file: _digest(fonts._path(file)) for file in files} == BUNDLED_DIGESTS
-    folder = Path(fonts._path(files[0])).parent
+    assert {file: _digest(fonts.font_path(file)) for file in files} == BUNDLED_DIGESTS
+    folder = Path(fonts.font_path(files[0])).parent
     assert {path.name for path in folder.iterdir()} == {*files, "OFL.txt", "README.md"}
     notice = (folder / "OFL.txt").read_text(encoding="utf-8")
     assert all(file in notice for file in files)
@@ -87,8 +87,8 @@ def test_bundled_fonts_are_unmodified_judge_families_with_their_license() -> Non
 def test_another_version_on_the_system_does_not_replace_a_bundled_font(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shutil.copy(fonts._path("Cabin-Regular.otf"), tmp_path / "Cabin-Bold.otf")
-    shutil.copy(fonts._path("Cabin-Regular.otf"), tmp_path / "Inconsolata.otf")
+    shutil.copy(fonts.font_path("Cabin-Regular.otf"), tmp_path / "Cabin-Bold.otf")
+    shutil.copy(fonts.font_path("Cabin-Regular.otf"), tmp_path / "Inconsolata.otf")
     monkeypatch.setattr(fonts, "_FOLDERS", (str(tmp_path),))
     found = fonts._installed.__wrapped__()
     assert found["Inconsolata.otf"] == str(tmp_path / "Inconsolata.otf")

@@ -10,8 +10,9 @@ import pytest
 
 from qwen2vl.synth import Mixture, sample
 from qwen2vl.synth.colors import COLORS, is_light
-from qwen2vl.synth.draw import SHAPE_KINDS, draw_image
+from qwen2vl.synth.draw import draw_image
 from qwen2vl.synth.scenes import MIN_SIDE, overlap
+from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import Scene
 from tests.synth.families.test_shapes import name_pixels
 

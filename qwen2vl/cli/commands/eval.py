@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["eval"]
 
 # Names of the suites, and a former one; eval/suites/registry.py opens them.
-SUITES = ("synthetic", "easy-vqa", "mini")
+SUITES = (
+    *("synthetic", "easy-vqa", "fashion-mnist"),
+    *("named-pictures", "lines", "any-size", "honesty", "wordings", "clips"),
+    "mini",
+)
 # Options of a model that is loaded here; a server was started with its own.
 LOCAL_OPTIONS = ("device", "dtype", "adapters", "quantize", "compile")
 DEFAULT_CONCURRENCY = 16  # requests that `qwen2vl serve` runs at the same time
@@ -270,9 +274,15 @@ def _run(suite: Suite, items: Sequence[SuiteItem], source: _Source, results: Res
 
 
 def _load_answerer(suite: Suite, given: dict[str, Any]) -> Answerer:
-    from qwen2vl.cli.evaluation.engine_answers import EngineAnswerer, engine_config
+    from qwen2vl.cli.evaluation.engine_answers import (
+        EngineAnswerer,
+        context_arguments,
+        engine_config,
+    )
+    from qwen2vl.weights import resolve_model
 
-    loaded = options.load_model_from_options(given, engine=engine_config())
+    context = context_arguments(resolve_model(given["model"]), suite.max_model_len)
+    loaded = options.load_model_from_options(given, engine=engine_config(), **context)
     return EngineAnswerer(loaded.llm, suite.max_tokens)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qwen2vl.eval.runner.run import BATCH_SIZE, SuiteAnswer
 from qwen2vl.eval.task import Messages
@@ -18,7 +19,7 @@ from qwen2vl.eval.task import Messages
 if TYPE_CHECKING:
     from qwen2vl.engine import LLM, Delta, EngineConfig, PreparedRequest
 
-__all__ = ["EngineAnswerer", "engine_config"]
+__all__ = ["EngineAnswerer", "context_arguments", "engine_config"]
 
 MAX_BATCHED_TOKENS = 4096  # of a step, so that a batch of small images is prefilled together
 
@@ -28,6 +29,25 @@ def engine_config() -> EngineConfig:
     from qwen2vl.engine import EngineConfig
 
     return EngineConfig(max_num_seqs=BATCH_SIZE, max_num_batched_tokens=MAX_BATCHED_TOKENS)
+
+
+def context_arguments(folder: Path, max_model_len: int | None) -> dict[str, Any]:
+    """Return the arguments of an LLM whose context holds the prompts of a suite.
+
+    An image of many tokens takes few positions (M-RoPE), so a context beyond the model's
+    max_position_embeddings is well defined.
+
+    Args:
+        folder: of the model.
+        max_model_len: tokens that the suite needs; None: no more than any model has.
+    """
+    from qwen2vl.weights import read_config
+
+    if max_model_len is None:
+        return {}
+    if max_model_len <= read_config(folder).text.max_position_embeddings:
+        return {}
+    return {"hf_overrides": {"max_position_embeddings": max_model_len}}
 
 
 class EngineAnswerer:
@@ -60,7 +80,11 @@ class EngineAnswerer:
         prepared = [self._prepare(messages, salt) for messages in batch]
         completions = self._llm.generate_prepared(prepared, on_delta=on_delta)
         return [
-            SuiteAnswer(text=completion.text, logprob=completion.cumulative_logprob)
+            SuiteAnswer(
+                text=completion.text,
+                logprob=completion.cumulative_logprob,
+                prompt_tokens=completion.prompt_tokens,
+            )
             for completion in completions
         ]
 

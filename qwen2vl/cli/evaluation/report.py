@@ -14,12 +14,16 @@ from qwen2vl.cli import terminal
 
 if TYPE_CHECKING:
     from qwen2vl.eval.runner.comparison import PairedComparison
-    from qwen2vl.eval.runner.scores import PartScore, SuiteScores
+    from qwen2vl.eval.runner.scores import PartScore, RefusalScore, SuiteScores
 
 __all__ = ["comparison_to_json", "print_comparison", "print_scores", "scores_to_json"]
 
 TITLES = (
     *("part", "metric", "score", "95 % CI", "chance", "threshold", "goal", "passed", "questions"),
+    "tokens",
+)
+REFUSAL_TITLES = (
+    *("part", "says so", "95 % CI", "of", "says so wrongly", "of", "answered correctly", "of"),
 )
 COMPARISON_TITLES = (
     *("part", "metric", "pairs", "this run", "other", "difference", "95 % CI"),
@@ -30,7 +34,11 @@ LEFT_ALIGNED = ("part", "metric")
 
 def print_scores(scores: SuiteScores) -> None:
     """Print the table, and what does not fit into it."""
-    terminal.echo_table(TITLES, [_table_row(row) for row in scores.rows], left_aligned=LEFT_ALIGNED)
+    _print_table(TITLES, [_table_row(row) for row in scores.rows])
+    refusals = [_refusal_row(row.part, row.refusals) for row in scores.rows if row.refusals]
+    if refusals:
+        terminal.echo("where the picture does not answer the question, and where it does:")
+        _print_table(REFUSAL_TITLES, refusals)
     exact = [
         f"{row.part} {_percent(row.results.accuracy)}"
         for row in scores.rows
@@ -48,6 +56,9 @@ def print_scores(scores: SuiteScores) -> None:
             f"with similar names accepted: {_percent(similar.accuracy)} "
             f"({_interval(similar.interval)}), chance {_percent(similar.chance)}"
         )
+    for other in dict.fromkeys(other for other, _ in scores.pairs):
+        terminal.echo(f"compared with {other}, paired by item:")
+        _print_comparison_rows([row for name, row in scores.pairs if name == other])
     if scores.calibration is not None:
         known = scores.calibration
         terminal.echo(
@@ -59,6 +70,11 @@ def print_scores(scores: SuiteScores) -> None:
 def print_comparison(rows: Sequence[PairedComparison], other: str) -> None:
     """Print the paired comparison with another results file."""
     terminal.echo(f"compared with {terminal.escape_control_characters(other)}, paired by question:")
+    _print_comparison_rows(rows)
+    terminal.echo("p: McNemar's exact test of accuracies; sign test of character error rates")
+
+
+def _print_comparison_rows(rows: Sequence[PairedComparison]) -> None:
     lines = [
         (
             row.part,
@@ -75,7 +91,16 @@ def print_comparison(rows: Sequence[PairedComparison], other: str) -> None:
         for row in rows
     ]
     terminal.echo_table(COMPARISON_TITLES, lines, left_aligned=LEFT_ALIGNED)
-    terminal.echo("p: McNemar's exact test of accuracies; sign test of character error rates")
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table without the columns that are empty in all rows."""
+    used = [column for column in range(len(titles)) if any(row[column] for row in rows)]
+    terminal.echo_table(
+        [titles[column] for column in used],
+        [tuple(row[column] for column in used) for row in rows],
+        left_aligned=LEFT_ALIGNED,
+    )
 
 
 def scores_to_json(scores: SuiteScores) -> dict[str, Any]:
@@ -85,6 +110,7 @@ def scores_to_json(scores: SuiteScores) -> dict[str, Any]:
         "parts": [_part_to_json(row) for row in scores.rows],
         "similar_names": None if similar is None else asdict(similar),
         "calibration": None if calibration is None else asdict(calibration),
+        "pairs": [{"compared_with": other, **asdict(row)} for other, row in scores.pairs],
     }
 
 
@@ -107,6 +133,8 @@ def _part_to_json(row: PartScore) -> dict[str, Any]:
         "passed": check.passed,
         "accuracy": row.results.accuracy,
         "num_examples": row.results.num_examples,
+        "prompt_tokens": row.prompt_tokens,
+        "refusals": None if row.refusals is None else asdict(row.refusals),
         "note": row.results.note,
     }
 
@@ -124,6 +152,20 @@ def _table_row(row: PartScore) -> tuple[str, ...]:
         _percent(check.goal, sign),
         {None: "", True: "yes", False: "NO"}[check.passed],
         str(row.results.num_examples),
+        "" if row.prompt_tokens is None else f"{row.prompt_tokens:,.0f}",
+    )
+
+
+def _refusal_row(part: str, refusals: RefusalScore) -> tuple[str, ...]:
+    return (
+        part,
+        _percent(refusals.refused),
+        _interval(refusals.refused_interval),
+        str(refusals.num_unanswerable),
+        _percent(refusals.wrongly_refused),
+        str(refusals.num_answerable),
+        _percent(refusals.answered_accuracy),
+        str(refusals.num_answered),
     )
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass, field
 from math import fsum
 from typing import Any
 
@@ -95,19 +96,47 @@ class ServerAnswerer:
         return self._request_once(messages)
 
     def _request_once(self, messages: Messages) -> SuiteAnswer:
+        streamed = _StreamedAnswer()
         body = self._backend.request_body(encode_pixels(messages))
-        pieces: list[str] = []
-        logprobs: list[float] = []
-        is_finished = False
         with closing(self._backend.stream(body)) as chunks:
-            for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
-                delta = choice.get("delta") or {}
-                pieces.append(str(delta.get("content") or delta.get("refusal") or ""))
-                logprobs += _read_logprobs(choice)
-                is_finished = is_finished or choice.get("finish_reason") is not None
-        if not is_finished:
+            for chunk in chunks:
+                streamed.add(chunk)
+        return streamed.complete()
+
+
+@dataclass(slots=True)
+class _StreamedAnswer:
+    """The pieces of a streamed answer."""
+
+    pieces: list[str] = field(default_factory=list[str])
+    logprobs: list[float] = field(default_factory=list[float])
+    prompt_tokens: int | None = None
+    is_finished: bool = False
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Take what a chunk brings; the last one has the usage."""
+        tokens = (chunk.get("usage") or {}).get("prompt_tokens")
+        if isinstance(tokens, int):
+            self.prompt_tokens = tokens
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            self.pieces.append(str(delta.get("content") or delta.get("refusal") or ""))
+            self.logprobs += _read_logprobs(choice)
+            self.is_finished = self.is_finished or choice.get("finish_reason") is not None
+
+    def complete(self) -> SuiteAnswer:
+        """Return the answer.
+
+        Raises:
+            ChatServerError: the stream broke off.
+        """
+        if not self.is_finished:
             raise ChatServerError("the server ended its stream before the answer was complete")
-        return SuiteAnswer(text="".join(pieces), logprob=fsum(logprobs) if logprobs else None)
+        return SuiteAnswer(
+            text="".join(self.pieces),
+            logprob=fsum(self.logprobs) if self.logprobs else None,
+            prompt_tokens=self.prompt_tokens,
+        )
 
 
 def encode_pixels(messages: Messages) -> Messages:

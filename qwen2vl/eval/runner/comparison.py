@@ -1,4 +1,4 @@
-"""Paired comparison of two runs of one suite: differences with intervals, and exact tests.
+"""Paired comparison of two runs of one suite, or of two parts: differences, and exact tests.
 
 Answers are paired by the id of their question, so that questions which are hard for both runs
 cancel out. Accuracies are compared by McNemar's exact test, character error rates by the sign
@@ -17,6 +17,7 @@ from qwen2vl.eval.task import ExampleResult
 __all__ = [
     "PairedComparison",
     "binary_difference_interval",
+    "compare_parts",
     "compare_results",
     "sign_test",
 ]
@@ -63,6 +64,26 @@ def compare_results(
     if len(by_part) > 1:
         rows.append(_compare_accuracy("all", [p for pairs in by_part.values() for p in pairs]))
     return rows
+
+
+def compare_parts(
+    results: Sequence[ExampleResult], part: str, other: str
+) -> PairedComparison | None:
+    """Compare two parts of one run, whose items are the same, asked or shown in two ways.
+
+    Items are paired by what follows the part in their ids: "held_out/017" and "trained/017".
+
+    Returns:
+        The comparison of `part` with `other`; None if they have no pair.
+    """
+    by_part = {
+        name: {r.name.removeprefix(f"{name}/"): r for r in results if r.part == name}
+        for name in (part, other)
+    }
+    pairs = [
+        (result, by_part[other][id]) for id, result in by_part[part].items() if id in by_part[other]
+    ]
+    return _compare_part(part, pairs) if pairs else None
 
 
 def sign_test(num_better: int, num_worse: int) -> float:

@@ -31,6 +31,7 @@ class SuiteAnswer:
 
     text: str
     logprob: float | None = None  # log probability of all of its tokens, if it is known
+    prompt_tokens: int | None = None  # those of images and videos included, if it is known
 
 
 class Answerer(Protocol):
@@ -96,6 +97,9 @@ def score_item(item: SuiteItem, answer: SuiteAnswer) -> ExampleResult:
         accepted = (*item.answers, *item.similar_answers)
         is_similar = score_answer(item.metric, accepted, answer.text).is_correct
         similar = {"similar_score": float(is_similar), "similar_chance": item.similar_chance}
+    refused: bool | None = None
+    if item.refusals:
+        refused = score_answer("exact_match", item.refusals, answer.text).is_correct
     return ExampleResult(
         name=item.id,
         part=item.part,
@@ -107,6 +111,9 @@ def score_item(item: SuiteItem, answer: SuiteAnswer) -> ExampleResult:
         chance=item.chance,
         edits=scored.edits,
         length=scored.length,
+        refused=refused,
+        is_answerable=item.is_answerable if item.refusals else None,
+        prompt_tokens=answer.prompt_tokens,
         logprob=None if answer.logprob is None else round(answer.logprob, LOGPROB_DECIMALS),
         **similar,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from qwen2vl.eval.metrics import wilson_interval
 from qwen2vl.eval.runner.calibration import Calibration, measure_calibration
+from qwen2vl.eval.runner.comparison import PairedComparison, compare_parts
 from qwen2vl.eval.suites.suite import Suite
 from qwen2vl.eval.suites.thresholds import (
     CHANCE,
@@ -21,9 +22,22 @@ from qwen2vl.eval.suites.thresholds import (
 )
 from qwen2vl.eval.task import ExampleResult, TaskResults
 
-__all__ = ["ALL", "PartScore", "SimilarScore", "SuiteScores", "score_suite"]
+__all__ = ["ALL", "PartScore", "RefusalScore", "SimilarScore", "SuiteScores", "score_suite"]
 
 ALL = "all"  # name of the row of all parts together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalScore:
+    """Whether a model says so, where the picture does not answer the question, and only there."""
+
+    num_unanswerable: int
+    refused: float  # share of the unanswerable questions that were refused
+    refused_interval: tuple[float, float]  # 95 % confidence
+    num_answerable: int
+    wrongly_refused: float  # share of the answerable questions that were refused
+    num_answered: int  # answerable questions that were not refused
+    answered_accuracy: float | None  # of these; None: there are none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +48,8 @@ class PartScore:
     results: TaskResults
     check: ThresholdCheck
     chance: float  # mean chance level: expected accuracy of guessing
+    prompt_tokens: float | None  # mean; None: not known
+    refusals: RefusalScore | None  # None: the suite has no unanswerable questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +68,7 @@ class SuiteScores:
     rows: tuple[PartScore, ...]  # by part, in the order of the suite; "all" is the last
     calibration: Calibration | None  # without controls; None: no probabilities are known
     similar: SimilarScore | None  # None: the suite has no map of names
+    pairs: tuple[tuple[str, PairedComparison], ...] = ()  # of parts, with the name of the other one
 
 
 def score_suite(suite: Suite, results: Iterable[ExampleResult], *, blind: bool) -> SuiteScores:
@@ -81,13 +98,47 @@ def score_suite(suite: Suite, results: Iterable[ExampleResult], *, blind: bool) 
         rows.append(_row(ALL, together, check))
     measured = [r for r in listed if blind or thresholds[r.part] != CHANCE]
     return SuiteScores(
-        rows=tuple(rows), calibration=measure_calibration(measured), similar=_score_similar(listed)
+        rows=tuple(rows),
+        calibration=measure_calibration(measured),
+        similar=_score_similar(listed),
+        pairs=tuple(
+            (other, comparison)
+            for part, other in suite.paired_parts
+            if (comparison := compare_parts(listed, part, other)) is not None
+        ),
     )
 
 
 def _row(part: str, results: TaskResults, check: ThresholdCheck) -> PartScore:
     chance = sum(r.chance for r in results.results) / results.num_examples
-    return PartScore(part=part, results=results, check=check, chance=chance)
+    tokens = [r.prompt_tokens for r in results.results if r.prompt_tokens is not None]
+    return PartScore(
+        part=part,
+        results=results,
+        check=check,
+        chance=chance,
+        prompt_tokens=sum(tokens) / len(tokens) if tokens else None,
+        refusals=_score_refusals(results.results),
+    )
+
+
+def _score_refusals(results: Sequence[ExampleResult]) -> RefusalScore | None:
+    """Return the share of refusals among both kinds of questions; None without a known one."""
+    unanswerable = [r for r in results if r.is_answerable is False]
+    answerable = [r for r in results if r.is_answerable]
+    if not unanswerable or not answerable:
+        return None
+    refused = sum(bool(r.refused) for r in unanswerable)
+    answered = [r for r in answerable if not r.refused]
+    return RefusalScore(
+        num_unanswerable=len(unanswerable),
+        refused=refused / len(unanswerable),
+        refused_interval=wilson_interval(refused, len(unanswerable)),
+        num_answerable=len(answerable),
+        wrongly_refused=1 - len(answered) / len(answerable),
+        num_answered=len(answered),
+        answered_accuracy=sum(r.score for r in answered) / len(answered) if answered else None,
+    )
 
 
 def _score_similar(results: Sequence[ExampleResult]) -> SimilarScore | None:

@@ -1,7 +1,8 @@
 """The suites by name, and their former names.
 
-A suite of published files is opened from the folder that `qwen2vl fetch-data` has filled; the
-synthetic one is drawn. Modules of suites are imported when they are opened.
+A suite of published files is opened from the folder that `qwen2vl fetch-data` has filled; a frozen
+one is a file of the package, whose pictures are drawn. Modules of suites are imported when they are
+opened.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ from fnmatch import fnmatchcase
 from qwen2vl.errors import InputError
 from qwen2vl.eval.suites.suite import Suite
 
-__all__ = ["ALIASES", "DEFAULT_SUITE", "SUITE_NAMES", "open_suite", "select_suite_parts"]
+__all__ = [
+    "ALIASES",
+    "DEFAULT_SUITE",
+    "FROZEN_SUITES",
+    "SUITE_NAMES",
+    "open_suite",
+    "select_suite_parts",
+]
 
-SUITE_NAMES = ("synthetic", "easy-vqa")
+FROZEN_SUITES = ("named-pictures", "lines", "any-size", "honesty", "wordings", "clips")
+SUITE_NAMES = ("synthetic", "easy-vqa", "fashion-mnist", *FROZEN_SUITES)
 DEFAULT_SUITE = "synthetic"
 ALIASES = {"mini": "synthetic"}  # former name -> name
 
@@ -36,6 +45,14 @@ def open_suite(name: str) -> Suite:
         from qwen2vl.eval.suites.easy_vqa import open_easy_vqa
 
         return open_easy_vqa()
+    if name == "fashion-mnist":
+        from qwen2vl.eval.suites.fashion_mnist import open_fashion_mnist
+
+        return open_fashion_mnist()
+    if name in FROZEN_SUITES:
+        from qwen2vl.eval.suites.frozen_suite import open_frozen_suite
+
+        return open_frozen_suite(name)
     raise InputError(f"no suite is called {name}: {', '.join(SUITE_NAMES)}")
 
 

@@ -37,6 +37,9 @@ class SuiteItem:
     chance: float  # chance level: probability that a random answer is correct
     similar_chance: float = 0.0  # the same with `similar_answers`
     box: Box | None = None  # ground truth of the metric "box_iou"
+    # Sentences that say that the picture does not answer the question; empty: the suite has none.
+    refusals: tuple[str, ...] = ()
+    is_answerable: bool = True  # False: the accepted answers are the refusals
     media: Any = None  # what the suite draws the image or clip from
 
 
@@ -51,6 +54,16 @@ class Suite(Protocol):
     @property
     def max_tokens(self) -> int:
         """Limit of an answer's length, in tokens."""
+        ...
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of the longest prompt and its answer, if a model needs more than usual."""
+        ...
+
+    @property
+    def paired_parts(self) -> Sequence[tuple[str, str]]:
+        """Pairs of parts with the same items, asked or shown in two ways; ids end alike."""
         ...
 
     @property
@@ -125,7 +138,7 @@ def exchange_media(items: Sequence[SuiteItem]) -> list[SuiteItem]:
     exchanged: dict[str, Any] = {}
     for group in by_kind.values():
         for index, item in enumerate(group):
-            following = (*group[index + 1 :], *group[:index])
-            others = (other.media for other in following if other.media != item.media)
+            following = (group[(index + n) % len(group)].media for n in range(1, len(group)))
+            others = (media for media in following if media != item.media)
             exchanged[item.id] = next(others, item.media)
     return [replace(item, media=exchanged[item.id]) for item in items]

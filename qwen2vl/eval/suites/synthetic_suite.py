@@ -27,6 +27,8 @@ class SyntheticSuite:
 
     name = "synthetic"
     max_tokens = 64  # the longest correct answer, a phrase and its box, has about 50 with nano
+    max_model_len = None
+    paired_parts: Sequence[tuple[str, str]] = ()
     parts: Sequence[str] = tuple(name for name in PARTS if not name.startswith(BLIND_PREFIX))
     blind_parts: Sequence[str] = tuple(
         name.removeprefix(BLIND_PREFIX) for name in PARTS if name.startswith(BLIND_PREFIX)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from random import Random
 
 from qwen2vl.synth.colors import colors_on, sample_color, sample_ground
-from qwen2vl.synth.draw import SHAPE_KINDS
 from qwen2vl.synth.scenes import MIN_SIDE
+from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import RGB, Box, FamilySample, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import sample_question_text
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from qwen2vl.synth.colors import COLORS, colors_on
-from qwen2vl.synth.draw import SHAPE_KINDS
 from qwen2vl.synth.scenes import left_to_right, sample_scene, unique_phrases
+from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import MAX_SHAPES, FamilySample, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import sample_question_text
 

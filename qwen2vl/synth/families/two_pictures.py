@@ -12,9 +12,9 @@ from dataclasses import replace
 from random import Random
 
 from qwen2vl.synth.colors import colors_on, sample_color
-from qwen2vl.synth.draw import SHAPE_KINDS
 from qwen2vl.synth.families.text import sample_font, sample_text, write_line
 from qwen2vl.synth.scenes import sample_scene
+from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import FamilySample, Line, Mixture, Question, Scene, Shape
 from qwen2vl.synth.strings import DIGITS, LETTERS
 from qwen2vl.synth.wordings import sample_question_text

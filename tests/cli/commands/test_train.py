@@ -12,7 +12,6 @@ import pytest
 from qwen2vl import recipes
 from qwen2vl.cli import evaluations, terminal
 from qwen2vl.cli.commands.train import RunPrinter
-from qwen2vl.eval.mini import build_task
 from tests.cli.conftest import Run
 from tests.data.rows import conversation, write_media, write_rows
 
@@ -55,7 +54,7 @@ def test_help_lists_every_recipe(run: Run) -> None:
 
 
 def test_evaluation_during_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluations, "_base_tasks", lambda: [build_task("shapes")])
+    monkeypatch.setattr(evaluations, "_base_parts", lambda suite: ["shapes"])
     overrides = [
         "evaluation.eval_steps=3",
         "evaluation.num_examples=8",

@@ -42,7 +42,8 @@ def reply(*pieces: tuple[str, float | None], finish: str | None = "stop") -> Rep
         choices.append({"index": 0, "delta": {"content": text}, **logprobs})
     if finish is not None:
         choices.append({"index": 0, "delta": {}, "finish_reason": finish})
-    return Reply(events=[{"choices": [choice]} for choice in choices])
+    usage = {"choices": [], "usage": {"prompt_tokens": 37}}
+    return Reply(events=[*({"choices": [choice]} for choice in choices), usage])
 
 
 def echo(body: Body) -> Reply:
@@ -53,7 +54,8 @@ def test_answers_are_in_the_order_of_the_batch(server: OpenAIServer) -> None:
     counted: list[int] = []
     answers = answerer(server).answer(QUESTIONS, lambda: counted.append(1))
     assert [a.text for a in answers] == [f"re: question {n}!" for n in range(12)]
-    assert {a.logprob for a in answers} == {-0.75} and len(counted) == 12
+    assert {a.logprob for a in answers} == {-0.75}
+    assert {a.prompt_tokens for a in answers} == {37} and len(counted) == 12
     body = server.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("nano", 0, 9)
     assert body["logprobs"] is True and body["repetition_penalty"] == 1

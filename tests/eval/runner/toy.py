@@ -21,6 +21,8 @@ class ToySuite:
 
     name = "toy"
     max_tokens = 4
+    max_model_len = None
+    paired_parts = ()
     digest = "d1"
     parts = ("word", "text")
     blind_parts = ("word",)

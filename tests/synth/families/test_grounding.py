@@ -11,8 +11,9 @@ import pytest
 from qwen2vl import grounding
 from qwen2vl.synth import Mixture, sample
 from qwen2vl.synth.colors import COLORS
-from qwen2vl.synth.draw import SHAPE_KINDS, draw_image
+from qwen2vl.synth.draw import draw_image
 from qwen2vl.synth.scenes import left_to_right
+from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import Scene, Shape
 
 MIXTURE = Mixture(weights={"grounding": 1.0}, max_questions=4, textured_share=0.0)

@@ -1,4 +1,4 @@
-"""Sampling of the frozen mini suite: python -c "from qwen2vl.eval.freeze import freeze; freeze()".
+"""Sampling of the frozen suite `synthetic`: python -m qwen2vl.eval.freeze.synthetic.
 
 Each section takes the first specs of an endless seeded series that fill its quotas: a number of
 questions of each kind, of which at most a number have the same answer, so that answering without
@@ -21,7 +21,7 @@ from qwen2vl.synth.spec import Line
 __all__ = ["SECTIONS", "SEED", "Quota", "Section", "draw_section", "freeze"]
 
 SEED = 20240918
-FILE = Path(__file__).parent / "suites" / "mini.json"
+FILE = Path(__file__).parent.parent / "suites" / "mini.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +155,7 @@ def _is_legible(spec: Spec) -> bool:
         and set(image.text) & {"0", "1"}
         for image in spec.pictures
     )
+
+
+if __name__ == "__main__":
+    freeze()

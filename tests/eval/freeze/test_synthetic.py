@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen2vl.eval import freeze
-from qwen2vl.eval.freeze import SECTIONS, Quota, Section, draw_section
+from qwen2vl.eval.freeze import synthetic as freeze
+from qwen2vl.eval.freeze.synthetic import SECTIONS, Quota, Section, draw_section
 from qwen2vl.synth import Mixture, Spec
 
 SMALL = Section(
