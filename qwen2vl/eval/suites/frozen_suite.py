@@ -5,7 +5,7 @@ The first line of the file is a header, `FrozenHeader`; each other line is an it
     {"suite": "honesty", "max_tokens": 64, "parts": {"absent": {"note": "..."}}, "refusals": [...]}
     {"id": "absent/017", "part": "absent", "kind": "color", "question": "...", "pictures": [...]}
 
-qwen2vl/eval/freeze/ has written these files, once; a file that changes is another suite, with
+dev/suites/ has written these files, once; a file that changes is another suite, with
 another digest. The chance level of an item is the accuracy of the best constant answer to its kind,
 or one over the number of choices where that is higher.
 """
@@ -237,6 +237,8 @@ def write_frozen_suite(path: Path, header: FrozenHeader, items: Iterable[FrozenI
     listed = list(items)
     assert len({item.id for item in listed}) == len(listed), "ids are unique"
     assert {item.part for item in listed} == set(header.parts), "every part has items"
+    has_refusals = bool(header.refusals)
+    assert has_refusals or all(item.answers for item in listed), "no answer: refusals are listed"
     rows = [header.to_json(), *(item.to_json() for item in listed)]
     path.write_bytes(b"".join(to_json_line(row) for row in rows))
 

@@ -1,4 +1,4 @@
-"""Sampling of the frozen suite `synthetic`: python -m qwen2vl.eval.freeze.synthetic.
+"""Sampling of the frozen suite `synthetic`: python -m dev.suites.synthetic.
 
 Each section takes the first specs of an endless seeded series that fill its quotas: a number of
 questions of each kind, of which at most a number have the same answer, so that answering without
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from dev.suites import FROZEN
 from qwen2vl.synth import Mixture, Spec, sample
 from qwen2vl.synth.spec import Line
 
 __all__ = ["SECTIONS", "SEED", "Quota", "Section", "draw_section", "freeze"]
 
 SEED = 20240918
-FILE = Path(__file__).parent.parent / "suites" / "mini.json"
+FILE = FROZEN.parent / "mini.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen2vl.eval.freeze import synthetic as freeze
-from qwen2vl.eval.freeze.synthetic import SECTIONS, Quota, Section, draw_section
+from dev.suites import synthetic as freeze
+from dev.suites.synthetic import SECTIONS, Quota, Section, draw_section
 from qwen2vl.synth import Mixture, Spec
 
 SMALL = Section(
