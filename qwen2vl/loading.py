@@ -79,6 +79,7 @@ def load(
         max_model_len: prompt and output tokens to reserve memory for; None: the model's maximum.
         hf_overrides: values in place of those in config.json, such as max_position_embeddings: an
             image of many tokens takes few positions, so that more tokens than that may be served.
+            Nested mappings, such as vision_config, are merged with those of the file.
         min_pixels: smallest size images are resized to; None: the folder's, or less if max_pixels
             is below it.
         max_pixels: largest size images are resized to; None: the folder's, or more if min_pixels
@@ -88,7 +89,8 @@ def load(
 
     Raises:
         CheckpointError: a folder is missing or damaged, or its files do not belong together.
-        ConfigError: config.json describes another or an impossible model.
+        ConfigError: config.json, or config.json with `hf_overrides`, describes another or an
+            impossible model; or `hf_overrides` have a name that no field of it has.
         CapacityError: too little memory is available; the message has the sizes and remedies.
         InputError: an argument is invalid.
     """

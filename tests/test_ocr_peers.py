@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen2vl.errors import InputError
-from qwen2vl.eval.runner.results_file import ResultsHeader, open_results
 from qwen2vl.eval.suites.registry import open_suite
 from qwen2vl.eval.task import ExampleResult, Messages
 from qwen2vl.synth.draw import draw_image
@@ -32,11 +29,6 @@ def path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ocr() -> Any:
     return import_module("harness.ocr_peers")
-
-
-@pytest.fixture
-def command() -> Any:
-    return import_module("lines_peers")
 
 
 def message(pixels_HWC: np.ndarray) -> Messages:
@@ -183,51 +175,6 @@ def test_peers_are_listed_with_the_parts_they_read(
     ]
     assert peers[1].open_answerer("latin")._scale == 2
     assert "out of greek: no model ell or Greek" in absent[0] and len(absent) == 2
-
-
-def test_the_table_has_a_column_for_each_reader(command: Any) -> None:
-    scored = {"character_errors": 0.043, "interval": (0.02, 0.066), "exact": 0.5, "lines": 2}
-    table = {"latin": {"Tesseract": {"scale": 2, **scored}, "nano": scored}, "greek": {}}
-    table["han"] = {"nano": scored}
-    assert command.format_table(table).splitlines() == [
-        "| part | Tesseract | nano |",
-        "| --- | --: | --: |",
-        "| latin | 4.3 (2.0 - 6.6) at 2x | 4.3 (2.0 - 6.6) |",
-        "| han |  | 4.3 (2.0 - 6.6) |",
-    ]
-
-
-def write_results(path: Path, digest: str, blind: bool = False) -> None:
-    header = ResultsHeader(
-        suite="lines", digest=digest, blind=blind, model={"name": "toy"}, settings={}
-    )
-    with open_results(path, header) as results:
-        results.append([result(1, 4, "latin/000"), result(0, 4, "latin/001")])
-
-
-@pytest.mark.parametrize("blind", [False, True])
-def test_results_of_another_suite_are_refused(command: Any, tmp_path: Path, blind: bool) -> None:
-    suite = open_suite("lines")
-    write_results(tmp_path / "r.jsonl", suite.digest if blind else "0" * 64, blind)
-    with pytest.raises(InputError, match=r"r\.jsonl: has results of lines, .* it must be lines"):
-        command._read_model(suite, tmp_path / "r.jsonl")
-
-
-def test_a_model_is_compared_on_the_lines_that_peers_read(
-    command: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write_results(tmp_path / "r.jsonl", open_suite("lines").digest)
-    monkeypatch.setattr(command, "find_ocr_peers", lambda parts: ([], ["no peer"]))
-    options = ["--task", "latin", "--limit", "1", "--results", str(tmp_path / "r.jsonl")]
-    monkeypatch.setattr("sys.argv", [str(BENCHMARKS / "lines_peers.py"), *options])
-    command.main()
-    captured = capsys.readouterr()
-    numbers = json.loads(captured.out.splitlines()[-1])["numbers"]
-    assert numbers["parts"]["latin"]["toy"]["character_errors"] == 0.25
-    assert "no peer" in captured.err
 
 
 @needs_tesseract

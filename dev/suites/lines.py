@@ -281,7 +281,7 @@ def draw_items(name: str, count: int | None = None) -> Iterator[FrozenItem]:
         yield FrozenItem(
             id=f"{name}/{index:03d}",
             part=name,
-            kind=language,
+            kind=name,  # the questions of a part do not name its languages
             question=rng.choice(QUESTIONS),
             answers=(text,),
             metric="edit_distance",

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2vl.config import Qwen2VLConfig
-from qwen2vl.errors import CheckpointError, ConfigError
+from qwen2vl.config import PRESETS, Qwen2VLConfig
+from qwen2vl.errors import CheckpointError, ConfigError, abbreviate, suggest
 from qwen2vl.weights.quantization_config import QuantizationConfig
 
 __all__ = [
@@ -38,6 +38,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Of generation_config.json.
 _NUMBER_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+# Of config.json: two names of one mapping.
+_ROPE_NAMES = ("rope_scaling", "rope_parameters")
+_ROPE_FIELDS = ("type", "rope_type", "mrope_section", "rope_theta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +59,13 @@ class GenerationDefaults:
 def read_config(folder: Path, hf_overrides: Mapping[str, Any] | None = None) -> Qwen2VLConfig:
     """Read the config of a folder, with image mean and std from its preprocessor config.
 
-    `hf_overrides` replace values of config.json, in whichever of its forms. (vLLM: hf_overrides.)
+    `hf_overrides` replace values of config.json, in whichever of its forms; nested mappings, such
+    as vision_config, are merged. (vLLM: hf_overrides.)
 
     Raises:
         CheckpointError: no config.json, or an unsupported quantization of the weights.
-        ConfigError: config.json describes another or an impossible model.
+        ConfigError: config.json describes another or an impossible model, or does so with
+            `hf_overrides`, or these have a name that no field of config.json has.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -71,20 +76,85 @@ def read_config(folder: Path, hf_overrides: Mapping[str, Any] | None = None) -> 
     if "auto_map" in raw:
         logger.debug("%s: auto_map ignored, code of a model folder is never run", path)
     preprocessor = _find_preprocessor_config(folder)
-    raw = _override(raw, hf_overrides or {})
+    overridden = _override(raw, hf_overrides) if hf_overrides else raw
     try:
-        return Qwen2VLConfig.from_dict(raw, preprocessor)
+        return Qwen2VLConfig.from_dict(overridden, preprocessor)
     except ConfigError as error:
+        if hf_overrides and _is_valid(raw, preprocessor):
+            text = str(error).removeprefix("config.json: ")
+            raise ConfigError(f"hf_overrides: {text}") from None
         raise ConfigError(f"{folder}: {error}") from None
 
 
+def _is_valid(raw: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> bool:
+    try:
+        Qwen2VLConfig.from_dict(raw, preprocessor)
+    except ConfigError:
+        return False
+    return True
+
+
 def _override(raw: Mapping[str, Any], hf_overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace values at the root, and of the nested form those of `text_config`, too."""
+    """Merge values into the root, and of the nested form into `text_config`, too."""
     nested = raw.get("text_config")
-    replaced = {**raw, **hf_overrides}
-    if isinstance(nested, Mapping) and "text_config" not in hf_overrides:
-        replaced["text_config"] = {**nested, **hf_overrides}
+    text = {**raw, **nested} if isinstance(nested, Mapping) else raw
+    _check_override_names(raw, text, hf_overrides)
+    values = dict(hf_overrides)
+    values = _merge(values, values.pop("text_config", {}))
+    rope: dict[str, Any] = {}
+    for name in _ROPE_NAMES:
+        rope |= values.pop(name, {})
+    if rope:
+        values["rope_scaling" if text.get("rope_scaling") else "rope_parameters"] = rope
+    if "rope_theta" in rope:
+        values.setdefault("rope_theta", rope["rope_theta"])  # precedes that of the mapping
+    replaced = _merge(raw, values)
+    if nested:
+        replaced["text_config"] = _merge(text, values)
     return replaced
+
+
+def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with other values; mappings that both have are merged as well."""
+    merged = dict(base)
+    for name, value in values.items():
+        old = merged.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merge(old, value)
+        merged[name] = value
+    return merged
+
+
+def _check_override_names(
+    raw: Mapping[str, Any], text: Mapping[str, Any], hf_overrides: Mapping[str, Any]
+) -> None:
+    """Refuse names that neither the file nor the official config.json has, at both levels."""
+    official = PRESETS["2B"].to_dict()
+    vision = raw.get("vision_config")
+    root = {*official, *text, *_ROPE_NAMES, "text_config"}
+    nested: dict[str, Collection[str]] = {
+        "text_config": root - {"text_config", "vision_config"},
+        "vision_config": {*official["vision_config"], *(vision or ())},
+        **dict.fromkeys(_ROPE_NAMES, _ROPE_FIELDS),
+    }
+
+    def check(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
+        for name, value in values.items():
+            if name not in known:
+                raise ConfigError(
+                    f"hf_overrides: {where} has no field {abbreviate(name)}; "
+                    f"{suggest(str(name), known)}"
+                )
+            if name not in nested:
+                continue
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"hf_overrides: {name} is {abbreviate(value)}, must be a mapping of the values "
+                    "to replace"
+                )
+            check(value, nested[name], name)
+
+    check(hf_overrides, root, "config.json")
 
 
 def read_preprocessor_config(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,66 @@ def test_the_folder_of_a_run_is_answered_with_the_model_inside(tmp_path: Path) -
     text = rf"is no model, but has one inside; give {tmp_path}/model-000020, the last of 2"
     with pytest.raises(CheckpointError, match=text):
         read_config(tmp_path)
+
+
+NESTED_FORMS = ("flat", "text_config", "rope_parameters")
+
+
+def write_config(folder: Path, form: str) -> None:
+    """Write a config in one of its forms."""
+    raw = official_config_json("2B")
+    vision = raw.pop("vision_config")
+    if form == "rope_parameters":
+        raw["rope_parameters"] = {**raw.pop("rope_scaling"), "rope_theta": raw.pop("rope_theta")}
+    root = {"text_config": raw, "model_type": "qwen2_vl"} if form == "text_config" else raw
+    write(folder, "config.json", {**root, "vision_config": vision})
+
+
+@pytest.mark.parametrize("form", NESTED_FORMS)
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_nested_overrides_are_merged(tmp_path: Path, form: str, name: str) -> None:
+    write_config(tmp_path, form)
+    plain = read_config(tmp_path)
+    changed = read_config(
+        tmp_path,
+        {
+            "vision_config": {"depth": 3},
+            "text_config": {"num_hidden_layers": 5, "tie_word_embeddings": False},
+            name: {"rope_theta": 12345.0},
+        },
+    )
+    text = {"num_hidden_layers": 5, "tie_word_embeddings": False, "rope_theta": 12345.0}
+    assert changed.vision == replace(plain.vision, depth=3)
+    assert changed.text == replace(plain.text, **text)
+    assert plain.text.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("hf_overrides", "text"),
+    [
+        ({"max_positon_embeddings": 9}, "config.json has no field 'max_positon_embeddings'; did "),
+        ({"vision_config": {"dept": 9}}, "vision_config has no field 'dept'; did you mean depth"),
+        ({"text_config": {"depth": 9}}, "text_config has no field 'depth'; "),
+        ({"rope_scaling": {"mrope": 9}}, "rope_scaling has no field 'mrope'; "),
+        ({3: 9}, "config.json has no field 3; "),
+        ({"vision_config": 3}, "vision_config is 3, must be a mapping"),
+        ({"hidden_size": -1}, "hidden_size is -1, must be a whole number"),
+    ],
+)
+def test_invalid_overrides_are_errors_of_their_own(
+    tmp_path: Path, hf_overrides: Any, text: str
+) -> None:
+    write_config(tmp_path, "flat")
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path, hf_overrides)
+    assert str(caught.value).startswith(f"hf_overrides: {text}")
+
+
+def test_an_invalid_file_is_not_blamed_on_overrides(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {**official_config_json("2B"), "hidden_size": -1})
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path, {"max_position_embeddings": 99})
+    assert str(caught.value).startswith(f"{tmp_path}: config.json: hidden_size is -1")
 
 
 def test_invalid_config_names_its_folder(tmp_path: Path) -> None:

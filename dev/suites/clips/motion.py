@@ -34,6 +34,12 @@ from qwen2vl.synth.compositing.text import text_extent
 __all__ = ["QUESTIONS", "sample_directions", "sample_speeds", "sample_stills", "shuffled"]
 
 DIRECTIONS = ("left", "right", "up", "down")
+DIRECTION_ANSWERS = {
+    "left": ("left", "to the left", "leftward", "leftwards"),
+    "right": ("right", "to the right", "rightward", "rightwards"),
+    "up": ("up", "upward", "upwards", "to the top"),
+    "down": ("down", "downward", "downwards", "to the bottom"),
+}
 QUESTIONS = {
     "direction": (
         "In which direction does the {0} travel: left, right, up or down?",
@@ -75,7 +81,7 @@ def sample_directions(rng: Random, count: int) -> list[FrozenItem]:
             clip_item(
                 "direction",
                 QUESTIONS["direction"][len(items) % 2].format(mover.name),
-                [answer],
+                DIRECTION_ANSWERS[answer],
                 build_frames(size, mover.ground, [(mover.layer, boxes)]),
                 len(DIRECTIONS),
             )
@@ -93,7 +99,7 @@ def shuffled(rng: Random, items: Sequence[FrozenItem]) -> list[FrozenItem]:
     result: list[FrozenItem] = []
     num_of_answer: Counter[str] = Counter()
     for item in items:
-        (answer,) = item.answers
+        answer = item.answers[0]
         ends_later = num_of_answer[answer] % 2 == 0
         order = _balanced_order(rng, len(item.pictures), ends_later=ends_later)
         frames = tuple(item.pictures[index] for index in order)

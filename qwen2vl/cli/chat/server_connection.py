@@ -73,6 +73,24 @@ class ServerConnection:
             InputError: the server refused it, or is no OpenAI-compatible server.
             ChatServerError: it cannot be reached, or failed.
         """
+        ids = [entry.get("id") for entry in self._list_model_cards()]
+        return [name for name in ids if isinstance(name, str)]
+
+    def max_model_len(self, model: str) -> int | None:
+        """Return the context of a model in tokens, which vLLM and `qwen2vl serve` list.
+
+        Returns:
+            Tokens of a prompt and its answer; None: the server does not list them.
+
+        Raises:
+            As `list_models` does.
+        """
+        lengths = {card.get("id"): card.get("max_model_len") for card in self._list_model_cards()}
+        length = lengths.get(model)
+        return length if type(length) is int and length > 0 else None
+
+    def _list_model_cards(self) -> list[dict[str, Any]]:
+        """Return what the server lists of each model, unchecked."""
         with self._open("GET", "/models", timeout=CONNECT_TIMEOUT) as response:
             body = _parse_json(_read_bounded(response, 64 * MAX_ERROR_BYTES))
         entries = body.get("data") if isinstance(body, dict) else None
@@ -81,8 +99,7 @@ class ServerConnection:
                 f"{self.url}/models: the answer is no list of models; give the address of an "
                 "OpenAI-compatible server"
             )
-        ids = [entry.get("id") for entry in entries if isinstance(entry, dict)]
-        return [name for name in ids if isinstance(name, str)]
+        return [entry for entry in entries if isinstance(entry, dict)]
 
     def stream_chat(self, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Send a chat completion with `stream: true`; yield its chunks.

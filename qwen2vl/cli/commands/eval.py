@@ -2,7 +2,8 @@
 
 Prints a table or one JSON object. --output is a results file with every answer, which an
 interrupted run continues. Decoding is greedy. The exit code is 0 when the run is complete, whatever
-the scores are. Parts whose fonts are not installed are skipped with a note.
+the scores are. Parts that cannot be drawn here (fonts, datasets or libraries are absent), or whose
+prompts are too long for the server, are left out with a note.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qwen2vl.cli import options, terminal
 from qwen2vl.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
+    from qwen2vl.cli.evaluation.server_answers import ServerAnswerer
     from qwen2vl.eval.runner.comparison import PairedComparison
     from qwen2vl.eval.runner.results_file import ResultsFile, ResultsHeader
     from qwen2vl.eval.runner.run import Answerer
@@ -129,6 +131,7 @@ def eval(
     parts = select_suite_parts(opened, patterns, blind=blind)
     other = None if compare is None else _read_compared(Path(compare), opened)
     source = _choose_source(opened, server, given)
+    parts = _drawable_parts(opened, _fitting_parts(opened, parts, source))
     items = _select_items(opened, parts, limit, blind)
     header = _header(opened, blind, source)
     with open_results(Path(output) if output else None, header) as results:
@@ -160,14 +163,13 @@ class _Source:
 
     identity: dict[str, Any]
     given: dict[str, Any]
-    server: Answerer | None
+    server: ServerAnswerer | None
 
 
 def _select_items(
     suite: Suite, parts: Sequence[str], limit: int | None, blind: bool
 ) -> list[SuiteItem]:
-    """Return the items of the parts that can be drawn, at most `limit` of each part."""
-    parts = _drawable_parts(suite, parts)
+    """Return the items of the parts, at most `limit` of each part."""
     items: list[SuiteItem] = []
     counts = dict.fromkeys(parts, 0)
     for item in suite.items(parts, blind=blind):
@@ -178,20 +180,47 @@ def _select_items(
 
 
 def _drawable_parts(suite: Suite, parts: Sequence[str]) -> list[str]:
-    """Return the parts that can be drawn; those whose fonts are missing are noted."""
+    """Return the parts that can be drawn; notes those whose fonts, data or libraries are absent."""
     drawable: list[str] = []
-    font_error = None
+    last_error = None
     for part in parts:
         try:
             suite.check_part(part)
         except ConfigError as error:
-            font_error = error
+            last_error = error
             terminal.note(f"{part} is left out: {error}")
         else:
             drawable.append(part)
-    if font_error is not None and not drawable:
-        raise font_error
+    if last_error is not None and not drawable:
+        raise last_error
     return drawable
+
+
+def _fitting_parts(suite: Suite, parts: Sequence[str], source: _Source) -> Sequence[str]:
+    """Return the parts whose prompts fit into the context of the server; notes the others.
+
+    How long a prompt is only the server knows. Those that need more than usual are the parts that
+    are compared with another one: they have the same pictures without shrinking them.
+    """
+    needed = suite.max_model_len
+    if source.server is None or needed is None:
+        return parts
+    context = source.server.max_model_len()
+    if context is None or context >= needed:
+        return parts
+    long_parts = {part for part, _ in suite.paired_parts}.intersection(parts)
+    fitting = [part for part in parts if part not in long_parts]
+    reason = (
+        f"the longest prompts need a context of {needed:,} tokens, that of {source.server.model} "
+        f"on the server has {context:,}; start the server with --max-model-len {needed} if the "
+        "model has that many, or evaluate the model here, without --server"
+    )
+    if not fitting:
+        raise InputError(f"{', '.join(parts)}: {reason}")
+    if long_parts:
+        left_out = [part for part in parts if part in long_parts]
+        terminal.note(f"{', '.join(left_out)}: left out: {reason}")
+    return fitting
 
 
 def _read_compared(path: Path, suite: Suite) -> dict[str, ExampleResult]:
@@ -210,9 +239,9 @@ def _read_compared(path: Path, suite: Suite) -> dict[str, ExampleResult]:
 def _compare(
     answered: dict[str, ExampleResult], other: dict[str, ExampleResult], suite: Suite
 ) -> list[PairedComparison]:
-    from qwen2vl.eval.runner.comparison import compare_results
+    from qwen2vl.eval.runner.comparison import compare_results, pooled_parts
 
-    comparison = compare_results(answered, other, suite.parts)
+    comparison = compare_results(answered, other, suite.parts, pooled_parts(suite))
     if not comparison:
         raise InputError("--compare: the two runs have no question in common; run the same parts")
     return comparison

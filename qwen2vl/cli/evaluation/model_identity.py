@@ -15,7 +15,8 @@ from qwen2vl.errors import InputError
 
 __all__ = ["local_identity", "server_identity"]
 
-OPTIONS = ("dtype", "quantize", "compile")
+# Options and their defaults, which stand for an absent option and None, too.
+OPTIONS: Mapping[str, Any] = {"dtype": "auto", "quantize": None, "compile": False}
 READ_BYTES = 1 << 24
 DIGITS = 16  # hexadecimal ones of a digest, which tell models apart
 WEIGHTS = "*.safetensors"
@@ -26,7 +27,8 @@ def local_identity(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity of the model of the options; its files are read.
 
     Args:
-        given: options of the command: model, adapters, dtype, quantize, compile.
+        given: options of the command: model, adapters, dtype, quantize, compile. All but the model
+            may be absent.
 
     Raises:
         InputError: a file cannot be read.
@@ -40,7 +42,10 @@ def local_identity(given: Mapping[str, Any]) -> dict[str, Any]:
         "name": Path(given["model"]).name or given["model"],
         "weights": _digest([*sorted(folder.glob(WEIGHTS)), *(folder / n for n in CONFIG_FILES)]),
         "adapters": [_digest(sorted(adapter.glob(WEIGHTS))) for adapter in adapters],
-        **{name: given.get(name) for name in OPTIONS},
+        **{
+            name: default if given.get(name) is None else given[name]
+            for name, default in OPTIONS.items()
+        },
     }
 
 

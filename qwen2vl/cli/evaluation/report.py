@@ -20,15 +20,13 @@ __all__ = ["comparison_to_json", "print_comparison", "print_scores", "scores_to_
 
 TITLES = (
     *("part", "metric", "score", "95 % CI", "chance", "threshold", "goal", "passed", "questions"),
-    "tokens",
+    "prompt tokens",
 )
 REFUSAL_TITLES = (
-    *("part", "says so", "95 % CI", "of", "says so wrongly", "of", "answered correctly", "of"),
+    *("part", "refused (unanswerable)", "95 % CI", "questions"),
+    *("refused (answerable)", "questions", "accuracy of answered", "questions"),
 )
-COMPARISON_TITLES = (
-    *("part", "metric", "pairs", "this run", "other", "difference", "95 % CI"),
-    *("better", "worse", "p"),
-)
+P_VALUES = "p: McNemar's exact test of accuracies; sign test of character error rates"
 LEFT_ALIGNED = ("part", "metric")
 
 
@@ -37,7 +35,7 @@ def print_scores(scores: SuiteScores) -> None:
     _print_table(TITLES, [_table_row(row) for row in scores.rows])
     refusals = [_refusal_row(row.part, row.refusals) for row in scores.rows if row.refusals]
     if refusals:
-        terminal.echo("where the picture does not answer the question, and where it does:")
+        terminal.echo("refusals of unanswerable and of answerable questions:")
         _print_table(REFUSAL_TITLES, refusals)
     exact = [
         f"{row.part} {_percent(row.results.accuracy)}"
@@ -58,7 +56,10 @@ def print_scores(scores: SuiteScores) -> None:
         )
     for other in dict.fromkeys(other for other, _ in scores.pairs):
         terminal.echo(f"compared with {other}, paired by item:")
-        _print_comparison_rows([row for name, row in scores.pairs if name == other])
+        rows = [row for name, row in scores.pairs if name == other]
+        _print_comparison_rows(rows, ("score", "compared with"))
+    if scores.pairs:
+        terminal.echo(P_VALUES)
     if scores.calibration is not None:
         known = scores.calibration
         terminal.echo(
@@ -70,11 +71,12 @@ def print_scores(scores: SuiteScores) -> None:
 def print_comparison(rows: Sequence[PairedComparison], other: str) -> None:
     """Print the paired comparison with another results file."""
     terminal.echo(f"compared with {terminal.escape_control_characters(other)}, paired by question:")
-    _print_comparison_rows(rows)
-    terminal.echo("p: McNemar's exact test of accuracies; sign test of character error rates")
+    _print_comparison_rows(rows, ("this run", "other"))
+    terminal.echo(P_VALUES)
 
 
-def _print_comparison_rows(rows: Sequence[PairedComparison]) -> None:
+def _print_comparison_rows(rows: Sequence[PairedComparison], scores: tuple[str, str]) -> None:
+    """Print a table; `scores` are the titles of the two scores that are compared."""
     lines = [
         (
             row.part,
@@ -90,7 +92,11 @@ def _print_comparison_rows(rows: Sequence[PairedComparison]) -> None:
         )
         for row in rows
     ]
-    terminal.echo_table(COMPARISON_TITLES, lines, left_aligned=LEFT_ALIGNED)
+    titles = (
+        *("part", "metric", "pairs", *scores, "difference", "95 % CI"),
+        *("better", "worse", "p"),
+    )
+    terminal.echo_table(titles, lines, left_aligned=LEFT_ALIGNED)
 
 
 def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -56,6 +56,7 @@ class ServerAnswerer:
             "repetition_penalty": 1,
             "logprobs": True,
         }
+        self._connection = connection
         self._backend = ServerBackend(connection, model, parameters)
         self._concurrency = concurrency
 
@@ -64,6 +65,18 @@ class ServerAnswerer:
         """The model's name on the server."""
         assert self._backend.adapter is not None, "a backend has chosen one"
         return self._backend.adapter
+
+    def max_model_len(self) -> int | None:
+        """Ask the server for the context of the model.
+
+        Returns:
+            Tokens of a prompt and its answer; None: the server does not list them.
+
+        Raises:
+            InputError: the server refused it.
+            ChatServerError: the server cannot be reached, or failed.
+        """
+        return self._connection.max_model_len(self.model)
 
     def answer(
         self, batch: Sequence[Messages], on_answer: Callable[[], None]

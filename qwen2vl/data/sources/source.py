@@ -20,7 +20,7 @@ import numpy as np
 
 from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.data.formats import Sample, SampleError, parse_row
-from qwen2vl.data.sources.packaged import is_packaged, open_packaged
+from qwen2vl.data.sources.packaged import check_packaged, is_packaged, open_packaged
 from qwen2vl.data.sources.packed_text import STORE_FILE, TokenStore
 from qwen2vl.data.sources.parquet import ParquetSource
 from qwen2vl.data.sources.synthetic import SyntheticSource
@@ -30,7 +30,7 @@ from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.files import atomic_file, touch
 from qwen2vl.processor.tokenizer import Tokenizer
 
-__all__ = ["JsonLinesSource", "SampleSource", "open_source"]
+__all__ = ["JsonLinesSource", "SampleSource", "check_packaged_source", "open_source"]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet",)
@@ -147,13 +147,14 @@ def open_source(
     Raises:
         InputError: it is missing, empty or damaged.
         ConfigError: unsupported or mixed formats, a package is missing, or a packaged dataset was
-            not fetched or must not be trained on.
+            not fetched, must not be trained on, or was given a media_root.
     """
     if source.mixture is not None:
         return SyntheticSource(
             source.mixture, source.num_samples, seed=seed, default_system=default_system
         )
     if is_packaged(source.path):
+        check_packaged_source(source)
         return open_packaged(source.path)
     if (Path(source.path).expanduser() / STORE_FILE).is_file():
         folder = Path(source.path).expanduser()
@@ -174,6 +175,21 @@ def open_source(
         f"{source.path}: found {', '.join(paths) or 'nothing'}; give files of one kind "
         f"({suffixes}), or a folder that `qwen2vl pack-text` wrote{_conversion_of(paths)}"
     )
+
+
+def check_packaged_source(source: SourceConfig) -> None:
+    """Check a source whose path is the name of a dataset of `qwen2vl fetch-data`.
+
+    Raises:
+        ConfigError: the dataset was not fetched, must not be trained on, or was given a media_root.
+    """
+    check_packaged(source.path)
+    if source.media_root:
+        raise ConfigError(
+            f"data={source.path}: media_root={source.media_root} is for files whose media paths "
+            "are relative, this dataset has its own images; remove media_root, or give "
+            f"./{source.path} for a folder of that name"
+        )
 
 
 def _conversion_of(paths: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from qwen2vl.eval.metrics.text_distance import (
     character_error_rate,
     edit_distance,
     normalize_answer,
+    normalize_line,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "iou",
     "mean",
     "normalize_answer",
+    "normalize_line",
     "ratio_interval",
     "summarize",
     "wilson_interval",

@@ -7,13 +7,20 @@ distance over the longer length, of the best reference answer, and 0 below a hal
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from math import nan
 
 from qwen2vl import grounding
 from qwen2vl.eval.metrics.scores import Style, require_answers
 
-__all__ = ["anls", "character_error_rate", "edit_distance", "normalize_answer"]
+__all__ = [
+    "anls",
+    "character_error_rate",
+    "edit_distance",
+    "normalize_answer",
+    "normalize_line",
+]
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -65,16 +72,26 @@ def _similarity(prediction: str, answer: str, style: Style) -> float:
     return 1 - edit_distance(left, right) / length if length else 1.0
 
 
+def normalize_line(text: str) -> str:
+    """Normalize a recognized line of text: NFC, without invisible format characters.
+
+    Canonically equivalent spellings become equal (U+095C and U+0921 U+093C), joiners and marks of
+    direction disappear, and surrounding whitespace is removed.
+    """
+    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    return unicodedata.normalize("NFC", visible).strip()
+
+
 def normalize_answer(answer: str) -> str:
     """Normalize a short answer for exact match: "A red circle. " becomes "red circle".
 
     Removes grounding tokens, surrounding whitespace, one final full stop, case and a leading
-    article, and collapses whitespace. Not used for text recognition, where only surrounding
-    whitespace is ignored. (As in the evaluation of SQuAD and VQA.)
+    article, and collapses whitespace; a typographic apostrophe becomes a plain one. Not used for
+    text recognition: `normalize_line`. (As in the evaluation of SQuAD and VQA.)
     """
     for token in grounding.GROUNDING_TOKENS:
         answer = answer.replace(token, " ")
-    words = answer.casefold().split()
+    words = answer.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold().split()
     if len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
     return " ".join(words).removesuffix(".")

@@ -7,11 +7,13 @@ test over questions: both ask whether one run is better on more questions than c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, fsum, sqrt
 from typing import Literal
 
+from qwen2vl.eval.suites.suite import Suite
+from qwen2vl.eval.suites.thresholds import CHANCE
 from qwen2vl.eval.task import ExampleResult
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "binary_difference_interval",
     "compare_parts",
     "compare_results",
+    "pooled_parts",
     "sign_test",
 ]
 
@@ -46,14 +49,18 @@ def compare_results(
     new: Mapping[str, ExampleResult],
     other: Mapping[str, ExampleResult],
     parts: Sequence[str],
+    pooled: Collection[str],
 ) -> list[PairedComparison]:
-    """Compare two runs by part; the last row, "all", compares the accuracy of all questions.
+    """Compare two runs by part; the last row, "all", compares accuracies of several parts together.
 
     Args:
         new: id -> result of one run.
         other: the same of the run that it is compared with; ids that one of them lacks are left
             out.
         parts: names of them, in the order of the rows; those without a pair have none.
+        pooled: parts of the row "all", which there is if two of them have a pair. The tests of the
+            row require independent questions, and its difference is one of ability only without
+            controls: `pooled_parts` returns those of a suite.
     """
     by_part: dict[str, list[_Pair]] = {part: [] for part in parts}
     for id, result in new.items():
@@ -61,9 +68,21 @@ def compare_results(
             by_part[result.part].append((result, other[id]))
     by_part = {part: pairs for part, pairs in by_part.items() if pairs}
     rows = [_compare_part(part, pairs) for part, pairs in by_part.items()]
-    if len(by_part) > 1:
-        rows.append(_compare_accuracy("all", [p for pairs in by_part.values() for p in pairs]))
+    together = [pairs for part, pairs in by_part.items() if part in pooled]
+    if len(together) > 1:
+        rows.append(_compare_accuracy("all", [pair for pairs in together for pair in pairs]))
     return rows
+
+
+def pooled_parts(suite: Suite) -> list[str]:
+    """Return the parts of a suite that the row "all" of a comparison has.
+
+    They are those that are no controls; none where parts ask the same questions several times,
+    which are not independent.
+    """
+    if suite.paired_parts:
+        return []
+    return [part for part in suite.parts if suite.threshold(part) != CHANCE]
 
 
 def compare_parts(

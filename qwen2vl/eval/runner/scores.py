@@ -29,7 +29,7 @@ ALL = "all"  # name of the row of all parts together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefusalScore:
-    """Whether a model says so, where the picture does not answer the question, and only there."""
+    """Refusals of questions that the picture does not answer, and of those that it does."""
 
     num_unanswerable: int
     refused: float  # share of the unanswerable questions that were refused
@@ -88,14 +88,14 @@ def score_suite(suite: Suite, results: Iterable[ExampleResult], *, blind: bool) 
     }
     thresholds = {part: suite.threshold(part, blind=blind) for part in runs}
     checks = check_results(runs, thresholds)
-    rows = [_row(part, runs[part], check) for part, check in checks.items()]
+    rows = [_row(part, runs[part], check, blind=blind) for part, check in checks.items()]
     is_uniform = all(check.metric == "accuracy" for check in checks.values())
     has_control = not blind and CHANCE in thresholds.values()
     if len(rows) > 1 and is_uniform and not has_control:
         together = TaskResults(task=ALL, note="", results=tuple(listed))
         threshold = CHANCE if blind else NO_THRESHOLD
         (check,) = check_results({ALL: together}, {ALL: threshold}).values()
-        rows.append(_row(ALL, together, check))
+        rows.append(_row(ALL, together, check, blind=blind))
     measured = [r for r in listed if blind or thresholds[r.part] != CHANCE]
     return SuiteScores(
         rows=tuple(rows),
@@ -109,7 +109,7 @@ def score_suite(suite: Suite, results: Iterable[ExampleResult], *, blind: bool) 
     )
 
 
-def _row(part: str, results: TaskResults, check: ThresholdCheck) -> PartScore:
+def _row(part: str, results: TaskResults, check: ThresholdCheck, *, blind: bool) -> PartScore:
     chance = sum(r.chance for r in results.results) / results.num_examples
     tokens = [r.prompt_tokens for r in results.results if r.prompt_tokens is not None]
     return PartScore(
@@ -118,7 +118,8 @@ def _row(part: str, results: TaskResults, check: ThresholdCheck) -> PartScore:
         check=check,
         chance=chance,
         prompt_tokens=sum(tokens) / len(tokens) if tokens else None,
-        refusals=_score_refusals(results.results),
+        # With another picture it is not known whether it answers the question.
+        refusals=None if blind else _score_refusals(results.results),
     )
 
 

@@ -1,7 +1,7 @@
 """Scores of answers to the items of suites, by the name of a metric.
 
     exact_match     the normalized answer is one of the accepted ones
-    edit_distance   text recognition: edits between the answer and the reference, correct if none
+    edit_distance   text recognition: edits between the normalized lines, correct if none
     box_iou         the first box or bare coordinates of the answer have an IoU of at least 0.5
 
 All are functions of `qwen2vl.eval.metrics`; a suite names one for each item.
@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 from qwen2vl import grounding
-from qwen2vl.eval.metrics import edit_distance, iou, normalize_answer
+from qwen2vl.eval.metrics import edit_distance, iou, normalize_answer, normalize_line
 
 __all__ = ["MIN_IOU", "AnswerScore", "Metric", "answer_iou", "score_answer"]
 
@@ -45,8 +45,9 @@ def score_answer(
         box: ground truth of "box_iou": x1, y1, x2, y2 as fractions of the image's size.
     """
     if metric == "edit_distance":
-        edits = edit_distance(answer.strip(), answers[0])
-        return AnswerScore(edits == 0, edits, len(answers[0]))
+        reference = normalize_line(answers[0])
+        edits = edit_distance(normalize_line(answer), reference)
+        return AnswerScore(edits == 0, edits, len(reference))
     if metric == "box_iou":
         assert box is not None, "an item of box_iou has a box"
         return AnswerScore(answer_iou(box, answer) >= MIN_IOU)

@@ -33,7 +33,7 @@ def check_font(font: str) -> None:
     if not features.check("raqm"):
         raise FontError(
             "fonts: Pillow has no raqm layout, which shapes Arabic, Devanagari and others; install "
-            "a wheel of Pillow, and libfribidi (apt-get install libfribidi0)"
+            "Pillow from PyPI, and libfribidi (apt-get install libfribidi0)"
         )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen2vl.data.sources.packaged import TRAINING_SETS, check_packaged, is_packaged
+from qwen2vl.data.sources.packaged import TRAINING_SETS, is_packaged
+from qwen2vl.data.sources.source import check_packaged_source
 from qwen2vl.data.storage import Storage
-from qwen2vl.errors import InputError
+from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.logging.loggers import check_logger_package
 from qwen2vl.weights import read_adapter
@@ -28,28 +29,38 @@ def check_preconditions(config: TrainConfig, recipe: TrainConfig) -> None:
     Raises:
         InputError: a file of the data or of the evaluation does not exist.
         CheckpointError: `adapter.init` is no folder of an adapter.
-        ConfigError: the package of `report_to` is not installed, or a packaged dataset was not
-            fetched or must not be trained on.
+        ConfigError: the package of `report_to` is not installed; a packaged dataset was not
+            fetched, must not be trained on, was given a media_root, or is to be evaluated on.
     """
     check_logger_package(config)
     for stage_index, stage in enumerate(config.stages):
         if stage.steps:
             _check_data(config, stage, recipe.stages[stage_index])
-    path = config.evaluation.path
+    _check_validation(config.evaluation.path)
+    if config.adapter is not None and config.adapter.init:
+        read_adapter(config.adapter.init)  # headers only
+
+
+def _check_validation(path: str) -> None:
+    """Check that the evaluation reads a file; a name of a dataset would open its training set."""
+    if is_packaged(path):
+        raise ConfigError(
+            f"validation={path}: is the name of a dataset of `qwen2vl fetch-data`, which can only "
+            "be given as data; give validation=0.05 to hold a share of the data out, or "
+            f"./{path} for a file or folder of that name"
+        )
     if path and not _exists(path):
         raise InputError(
             f"validation={path}: no such file; give a file of conversations, or validation=0.05 "
             "to hold a share of the data out"
         )
-    if config.adapter is not None and config.adapter.init:
-        read_adapter(config.adapter.init)  # headers only
 
 
 def _check_data(config: TrainConfig, stage: Stage, recipe_stage: Stage) -> None:
     sources = () if stage.data is None else stage.data.sources
     for source in sources:
         if is_packaged(source.path):
-            check_packaged(source.path)
+            check_packaged_source(source)
             continue
         if not source.path or _exists(source.path):
             continue

@@ -22,6 +22,7 @@ from qwen2vl.engine import PreparedRequest, SamplingParams
 from qwen2vl.eval.mini import build_task
 from qwen2vl.eval.runner.results_file import read_results
 from qwen2vl.eval.suites import easy_vqa
+from qwen2vl.eval.suites.frozen_suite import FrozenSuite
 from qwen2vl.eval.task import Messages
 from tests.cli.chat.openai_server import OpenAIServer, openai_server, text_reply
 from tests.eval.suites.package import write_package
@@ -110,6 +111,14 @@ def rows_of(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in lines[1:]]
 
 
+def titles_of(table: str) -> list[str]:
+    """Return the titles of the first table, which may take several lines."""
+    lines = table.splitlines()[1:]
+    header = lines[: next(n for n, line in enumerate(lines) if line.startswith("|-"))]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in header]
+    return [" ".join(filter(None, column)) for column in zip(*cells, strict=True)]
+
+
 # Tables -----------------------------------------------------------------------------------------
 
 
@@ -190,7 +199,7 @@ def test_parts_without_fonts_are_skipped_with_a_note(
     assert "apt-get install fonts-cantarell fonts-ebgaramond" in result.stderr
 
 
-def test_without_any_drawable_part_the_font_error_is_raised(
+def test_without_any_drawable_part_the_error_is_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hide_system_fonts(monkeypatch)
@@ -280,6 +289,73 @@ def test_a_server_answers_in_place_of_a_model(server: OpenAIServer, tmp_path: Pa
     assert rows_of(result.stdout)[0][7] == "4" and len(server.bodies) == 4
     assert "calibration" not in result.stdout  # this server sends no log probabilities
     assert read_results(output)[0].model == {"name": "nano", "server": True}
+
+
+ANY_SIZE = ("--suite", "any-size", "--limit", "1", "--json")
+
+
+@pytest.fixture
+def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the questions of frozen suites without their pictures, which need datasets."""
+    monkeypatch.setattr(FrozenSuite, "check_part", lambda self, part: None)
+    monkeypatch.setattr(
+        FrozenSuite,
+        "messages",
+        lambda self, item: [{"role": "user", "content": item.question}],
+    )
+
+
+@pytest.mark.usefixtures("_no_drawing")
+@pytest.mark.parametrize(("context", "is_asked"), [(4096, False), (5312, True), (None, True)])
+def test_parts_that_do_not_fit_into_the_context_of_a_server_are_left_out(
+    server: OpenAIServer, context: int | None, is_asked: bool
+) -> None:
+    card = {} if context is None else {"max_model_len": context}
+    server.models = {"data": [{"id": "nano", **card}]}
+    result = run(*ANY_SIZE, "--task", "2000x2000*", "--server", server.url)
+    assert result.exit_code == 0, result.output
+    parts = [row["part"] for row in json.loads(result.stdout)["parts"]]
+    assert ("2000x2000_unresized" in parts) == is_asked and "2000x2000" in parts
+    note = (
+        "qwen2vl: 2000x2000_unresized: left out: the longest prompts need a context of 5,312 "
+        "tokens, that of nano on the server has 4,096; start the server with --max-model-len 5312"
+    )
+    assert result.stderr.startswith(note) != is_asked
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_a_server_whose_context_holds_no_part_is_an_error(server: OpenAIServer) -> None:
+    server.models = {"data": [{"id": "nano", "max_model_len": 4096}]}
+    result = run(*ANY_SIZE, "--task", "2000x2000_unresized", "--server", server.url)
+    assert result.exit_code == 2 and not server.bodies
+    assert "error: 2000x2000_unresized: the longest prompts need a context of" in result.stderr
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_parts_of_one_run_are_compared_under_their_own_titles(server: OpenAIServer) -> None:
+    result = run(
+        *("--suite", "wordings", "--task", "trained", "--task", "held_out", "--limit", "5"),
+        *("--server", server.url),
+    )
+    assert result.exit_code == 0, result.output
+    table = result.stdout.split("compared with trained, paired by item:\n")[1]
+    titles = titles_of(table)
+    assert titles[3:5] == ["score", "compared with"]
+    assert "p: McNemar's exact test of accuracies; sign test" in table
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_refusals_have_columns_of_their_own(server: OpenAIServer) -> None:
+    server.answer = lambda body: text_reply("cat", usage={"prompt_tokens": 9})
+    result = run(*("--suite", "honesty", "--task", "absent", "--server", server.url))
+    assert result.exit_code == 0, result.output
+    table = result.stdout.split("refusals of unanswerable and of answerable questions:\n")[1]
+    titles = titles_of(table)
+    assert titles == [
+        *("part", "refused (unanswerable)", "95 % CI", "questions", "refused (answerable)"),
+        *("questions", "accuracy of answered", "questions"),
+    ]
+    assert titles_of(result.stdout)[-1] == "prompt tokens"
 
 
 @pytest.fixture

@@ -38,6 +38,15 @@ def test_options_that_change_the_answers_are_part_of_it(tmp_path: Path) -> None:
         assert local_identity(options(tmp_path / "model", **changes)) != plain
 
 
+def test_an_absent_option_is_its_default(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model")
+    identity = local_identity(options(tmp_path / "model"))
+    assert (identity["dtype"], identity["quantize"], identity["compile"]) == ("auto", None, False)
+    assert local_identity({"model": str(tmp_path / "model")}) == identity
+    none = dict.fromkeys(("dtype", "quantize", "compile"))
+    assert local_identity(options(tmp_path / "model", **none)) == identity
+
+
 def test_an_absent_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Qwen2VLError):
         local_identity(options(tmp_path / "none"))

@@ -61,6 +61,17 @@ def test_answers_are_in_the_order_of_the_batch(server: OpenAIServer) -> None:
     assert body["logprobs"] is True and body["repetition_penalty"] == 1
 
 
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [({"max_model_len": 4096}, 4096), ({}, None), ({"max_model_len": "many"}, None)],
+)
+def test_the_context_of_the_model_is_asked_for(
+    server: OpenAIServer, card: Body, expected: int | None
+) -> None:
+    server.models = {"data": [{"id": "nano", **card}, {"id": "forms", "max_model_len": 7}]}
+    assert answerer(server).max_model_len() == expected
+
+
 def test_several_requests_are_open_at_a_time(server: OpenAIServer) -> None:
     together = threading.Barrier(4, timeout=20)
 

@@ -107,3 +107,10 @@ def test_a_dataset_that_was_not_fetched_names_the_command(
     monkeypatch.setenv("QWEN2VL_DATASETS", str(tmp_path / "none"))
     with pytest.raises(DatasetNotFoundError, match="run `qwen2vl fetch-data fashion-mnist` once"):
         open_packaged("fashion-mnist")
+
+
+def test_a_media_root_is_refused(tmp_path: Path) -> None:
+    data = create_data_config(tmp_path, Path("easy-vqa"), global_batch_size=1)
+    sources = (replace(data.sources[0], media_root=str(tmp_path)),)
+    with pytest.raises(ConfigError, match="data=easy-vqa: media_root="):
+        PackedDataset.open(replace(data, sources=sources), tiny_processor(), seed=0)

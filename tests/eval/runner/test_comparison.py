@@ -9,8 +9,10 @@ import pytest
 from qwen2vl.eval.runner.comparison import (
     binary_difference_interval,
     compare_results,
+    pooled_parts,
     sign_test,
 )
+from qwen2vl.eval.suites.registry import open_suite
 from qwen2vl.eval.task import ExampleResult
 
 PARTS = ("text", "a", "b")
@@ -60,7 +62,7 @@ def test_interval_of_a_paired_difference() -> None:
 
 def test_parts_are_paired_by_question() -> None:
     new, other = run("a", "1111100") | run("b", "01"), run("a", "0000010") | run("b", "00")
-    rows = {row.part: row for row in compare_results(new, other, PARTS)}
+    rows = {row.part: row for row in compare_results(new, other, PARTS, PARTS)}
     assert list(rows) == ["a", "b", "all"]
     a = rows["a"]
     assert (a.count, a.num_better, a.num_worse) == (7, 5, 1)
@@ -75,18 +77,36 @@ def test_parts_are_paired_by_question() -> None:
 
 
 def test_only_common_questions_are_compared() -> None:
-    rows = compare_results(run("a", "111"), run("a", "1"), PARTS)
+    rows = compare_results(run("a", "111"), run("a", "1"), PARTS, PARTS)
     assert [(row.part, row.count) for row in rows] == [("a", 1)]
-    assert compare_results(run("a", "1"), run("b", "1"), PARTS) == []
+    assert compare_results(run("a", "1"), run("b", "1"), PARTS, PARTS) == []
 
 
 def test_error_rates_are_compared_by_edits() -> None:
     new = {str(i): result(str(i), "text", 0, edits) for i, edits in enumerate((0, 1, 2, 3))}
     other = {str(i): result(str(i), "text", 0, edits) for i, edits in enumerate((0, 3, 4, 1))}
-    (row,) = compare_results(new, other, PARTS)
+    (row,) = compare_results(new, other, PARTS, PARTS)
     assert (row.metric, row.num_better, row.num_worse) == ("character error rate", 2, 1)
     assert (row.score, row.other_score) == (6 / 40, 8 / 40)
     assert row.difference == pytest.approx(-2 / 40)
     # Edits differ by 0, -2, -2, 2, around a mean of -1/2: squares of 11 in all.
     half = 1.96 * sqrt(11 * 4 / 3) / 40
     assert row.interval == (pytest.approx(-0.05 - half), pytest.approx(-0.05 + half))
+
+
+def test_the_row_of_all_parts_has_only_the_pooled_ones() -> None:
+    new = run("text", "00") | run("a", "11") | run("b", "1")
+    other = run("text", "11") | run("a", "00") | run("b", "1")
+    rows = {row.part: row for row in compare_results(new, other, PARTS, ("a", "b"))}
+    assert list(rows) == ["text", "a", "b", "all"]
+    assert (rows["all"].count, rows["all"].num_better, rows["all"].num_worse) == (3, 2, 0)
+    for pooled in ((), ("a",)):
+        assert [row.part for row in compare_results(new, other, PARTS, pooled)] == list(PARTS)
+
+
+def test_controls_and_questions_that_are_asked_again_are_not_pooled() -> None:
+    synthetic = open_suite("synthetic")
+    controls = {part for part in synthetic.parts if synthetic.threshold(part).kind == "chance"}
+    assert controls
+    assert pooled_parts(synthetic) == [part for part in synthetic.parts if part not in controls]
+    assert pooled_parts(open_suite("wordings")) == []

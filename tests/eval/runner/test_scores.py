@@ -92,6 +92,7 @@ def test_refusals_are_counted_on_both_sides_and_the_answered_are_scored() -> Non
     assert (refusals.num_answerable, refusals.wrongly_refused) == (4, 0.25)
     assert (refusals.num_answered, refusals.answered_accuracy) == (3, pytest.approx(2 / 3))
     assert row.results.accuracy == pytest.approx(3 / 6) and row.prompt_tokens == 25
+    assert score_suite(ToySuite(), results, blind=True).rows[0].refusals is None
     plain = scores(ToySuite(), ["word"]).rows[0]
     assert plain.refusals is None and plain.prompt_tokens is None
 

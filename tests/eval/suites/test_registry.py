@@ -8,11 +8,18 @@ import pytest
 
 from qwen2vl.cli.commands.eval import SUITES
 from qwen2vl.errors import InputError, Qwen2VLError
-from qwen2vl.eval.suites.registry import ALIASES, SUITE_NAMES, open_suite, select_suite_parts
+from qwen2vl.eval.suites.registry import (
+    ALIASES,
+    DEFAULT_SUITE,
+    SUITE_NAMES,
+    open_suite,
+    select_suite_parts,
+)
 
 
-def test_the_command_knows_all_names() -> None:
-    assert set(SUITES) == {*SUITE_NAMES, *ALIASES}
+def test_the_command_lists_all_names_in_order_and_the_default_first() -> None:
+    assert (*SUITE_NAMES, *ALIASES) == SUITES
+    assert SUITES[0] == DEFAULT_SUITE
 
 
 def test_mini_is_the_former_name_of_synthetic() -> None:

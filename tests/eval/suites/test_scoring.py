@@ -23,6 +23,24 @@ def test_edit_distance_compares_case_and_ignores_surrounding_whitespace_only() -
 
 
 @pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("\u0921\u093c", "\u095c"),  # Devanagari: NFC has no single code point for it
+        ("caf\u00e9", "cafe\u0301"),
+        ("\u0645\u0631\u062d\u0628\u0627", "\u200f\u0645\u0631\u062d\u0628\u0627"),
+    ],
+)
+def test_equivalent_spellings_of_a_line_are_equal(reference: str, answer: str) -> None:
+    scored = score_answer("edit_distance", (reference,), answer)
+    assert scored == AnswerScore(True, 0, len(reference))
+    assert score_answer("edit_distance", (answer,), reference) == scored
+
+
+def test_a_typographic_apostrophe_is_an_apostrophe() -> None:
+    assert score_answer("exact_match", ("I can't tell.",), "I can\u2019t tell.").is_correct
+
+
+@pytest.mark.parametrize(
     ("answer", "is_correct"),
     [
         ("<|box_start|>(100,200),(500,600)<|box_end|>", True),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2vl.data.sources import source
 from qwen2vl.errors import ConfigError, InputError
 from qwen2vl.recipes import lora, stage1_vision
 from qwen2vl.train.config import override
@@ -49,8 +50,32 @@ def test_datasets_that_are_absent_or_for_tests_only_are_refused(
         check_preconditions(override(recipe, [f"data={path}"]), recipe)
 
 
-def test_a_training_set_is_no_validation_file() -> None:
+@pytest.mark.parametrize("name", ["easy-vqa", "photos"])
+def test_a_dataset_is_no_validation_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "easy-vqa").mkdir()  # the name is that of the training set all the same
     recipe = lora.recipe()
-    config = override(recipe, ["data=s3://bucket/rows.jsonl", "validation=easy-vqa"])
-    with pytest.raises(InputError, match="validation=easy-vqa: no such file"):
+    config = override(recipe, ["data=s3://bucket/rows.jsonl", f"validation={name}"])
+    with pytest.raises(ConfigError, match=rf"validation={name}: is the name .* validation=0\.05 "):
+        check_preconditions(config, recipe)
+    config = override(recipe, ["data=s3://bucket/rows.jsonl", "validation=./easy-vqa"])
+    check_preconditions(config, recipe)
+
+
+def test_a_validation_file_must_exist() -> None:
+    recipe = lora.recipe()
+    config = override(recipe, ["data=s3://bucket/rows.jsonl", "validation=none.jsonl"])
+    with pytest.raises(InputError, match=r"validation=none\.jsonl: no such file"):
+        check_preconditions(config, recipe)
+
+
+def test_a_dataset_has_no_media_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "check_packaged", lambda name: tmp_path)  # as if it was fetched
+    recipe = lora.recipe()
+    config = override(recipe, ["data=easy-vqa"])
+    check_preconditions(config, recipe)
+    config = override(config, ["data.sources.0.media_root=images"])
+    with pytest.raises(ConfigError, match="data=easy-vqa: media_root=images is for files"):
         check_preconditions(config, recipe)
