@@ -1,47 +1,33 @@
-"""Sampling of the frozen suite `named-pictures`: python -m qwen2vl.eval.freeze.named_pictures.
-
-Icons of styles that are held out of training, of the 719 objects of names.tsv with names of at most
-two words: each alone on white, asked openly and with four options, and several in one scene. The
-file has every accepted answer; scoring needs no dataset, drawing needs named-pictures.
-"""
+"""Icons of one style, each alone on white: an open question, and one with four options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache
-from itertools import combinations, zip_longest
-from pathlib import Path
+from itertools import combinations, product
 from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl.eval.freeze.named_pictures_names import accepted_answers, are_confusable
-from qwen2vl.eval.freeze.named_pictures_scenes import SCENE_PARTS, STYLES, Draft, draw_scenes
-from qwen2vl.eval.freeze.sampling import deal
-from qwen2vl.eval.suites.frozen_suite import FrozenHeader, FrozenItem, Part, write_frozen_suite
+from dev.suites.named_pictures.drafts import Draft
+from dev.suites.named_pictures.names import accepted_answers, are_confusable
+from dev.suites.sampling import deal
+from qwen2vl.eval.suites.frozen_suite import FrozenItem
 from qwen2vl.synth.compositing import Composite, Icon, draw_composite, icon_names
 
 __all__ = [
-    "CANVAS",
     "CHOICES",
-    "ICON_BOX",
-    "SEED",
+    "WRONG_DRAWINGS",
     "draw_choices",
     "draw_open",
-    "freeze",
     "icon_picture",
-    "order_for_blind_control",
+    "part_of",
     "tested_names",
 ]
 
-SEED = 20250214
-FILE = Path(__file__).parent.parent / "suites" / "frozen" / "named-pictures.jsonl"
 CANVAS = 224  # pixels a side
 ICON_BOX = (8, 8, 216, 216)
 CHOICES = 4
-NUM_SCENES = 200  # of each part
 ALIKE = 0.85  # correlation of two drawings from which they are never options of one question
 ALIKE_SIDE = 32  # pixels at which drawings are compared
 
@@ -52,20 +38,14 @@ OPEN_QUESTIONS = (
     "What is drawn here? Answer in one or two words.",
 )
 
-# Icons that do not draw what names.tsv says: the wheel of a mouse, a cricket bat, a window of a
+# Icons that do not draw what names.tsv says: the scroller of a mouse, a cricket bat, a window of a
 # program.
 WRONG_DRAWINGS = {"openmoji": {"scroll"}, "emojione": {"cricket"}, "emojione-v1": {"window"}}
 
 
-def freeze(path: Path = FILE) -> None:
-    """Write all parts.
-
-    Raises:
-        DatasetNotFoundError: the dataset named-pictures is not on this machine.
-    """
-    parts = {name: _draw_part(name) for name in _parts()}
-    header = FrozenHeader(suite="named-pictures", parts=_parts(), held_out={"styles": STYLES})
-    write_frozen_suite(path, header, [item for items in parts.values() for item in items])
+def part_of(style: str) -> str:
+    """Return the part of a style: its name, with underscores."""
+    return style.replace("-", "_")
 
 
 def tested_names(style: str) -> list[str]:
@@ -83,9 +63,10 @@ def icon_picture(style: str, name: str) -> Composite:
     return Composite(width=CANVAS, height=CANVAS, layers=(icon,))
 
 
-def draw_open(style: str, names: Sequence[str], rng: Random) -> list[Draft]:
-    """Ask openly for each name."""
-    part = _part_of(style)
+def draw_open(part: str, rng: Random, limit: int | None = None) -> list[Draft]:
+    """Ask openly for each name that a style draws."""
+    style = part.replace("_", "-")
+    names = _spread(tested_names(style), limit)
     questions = deal(rng, OPEN_QUESTIONS, len(names))
     return [
         Draft(
@@ -103,13 +84,14 @@ def draw_open(style: str, names: Sequence[str], rng: Random) -> list[Draft]:
     ]
 
 
-def draw_choices(style: str, names: Sequence[str], rng: Random) -> list[Draft]:
+def draw_choices(part: str, rng: Random, limit: int | None = None) -> list[Draft]:
     """Ask for each name with three others, of the same group for half of them."""
-    part = f"{_part_of(style)}_choice"
-    variants = deal(rng, [(near, at) for near in (True, False) for at in range(CHOICES)], len(names))
+    style = part.removesuffix("_choice").replace("_", "-")
+    names = _spread(tested_names(style), limit)
+    variants = deal(rng, tuple(product((True, False), range(CHOICES))), len(names))
     drafts: list[Draft] = []
     for index, (name, (is_near, position)) in enumerate(zip(names, variants, strict=True)):
-        options = _sample_distractors(style, names, name, is_near, rng)
+        options = _sample_distractors(style, name, is_near, rng)
         options.insert(position, name)
         drafts.append(
             Draft(
@@ -128,70 +110,17 @@ def draw_choices(style: str, names: Sequence[str], rng: Random) -> list[Draft]:
     return drafts
 
 
-def order_for_blind_control(rng: Random, drafts: Sequence[Draft]) -> list[Draft]:
-    """Shuffle items of one kind so that no picture shows what the question before it asks about.
-
-    The blind control asks each question about the picture of the next item of its kind.
-    """
-    while True:
-        remaining = rng.sample(drafts, len(drafts))
-        ordered = [remaining.pop()]
-        while remaining:
-            fitting = (d for d in reversed(remaining) if not _shows(d, ordered[-1].asked))
-            following = next(fitting, None)
-            if following is None:
-                break
-            remaining.remove(following)
-            ordered.append(following)
-        if not remaining and not _shows(ordered[0], ordered[-1].asked):
-            return ordered
+def _spread(names: list[str], limit: int | None) -> list[str]:
+    """Return all names, or `limit` of them from all over the list: neighbors are much alike."""
+    return names if limit is None else names[:: len(names) // limit][:limit]
 
 
-def _parts() -> dict[str, Part]:
-    alone = "one icon of a style that is held out of training, on white; "
-    scenes = "icons of styles that are held out of training, in pictures of many sizes; "
-    open_note = alone + "its name or a synonym"
-    choice_note = alone + f"{CHOICES} names in the question, of which the answer is one"
-    return {
-        **{_part_of(style): Part(note=open_note) for style in STYLES},
-        **{f"{_part_of(style)}_choice": Part(note=choice_note) for style in STYLES},
-        "scene_position": Part(note=scenes + "which of two is further to one side"),
-        "scene_count": Part(note=scenes + "1 to 5 icons of a kind among others"),
-        "scene_box": Part(note=scenes + "bounding box, correct from an IoU of 0.5 on"),
-        "scene_name": Part(note=scenes + "the name of what is at a side or in a corner"),
-    }
-
-
-def _draw_part(part: str) -> list[FrozenItem]:
-    rng = Random(f"{SEED} {part}")
-    if part in SCENE_PARTS:
-        drafts = draw_scenes(part, rng, NUM_SCENES)
-    else:
-        style = part.removesuffix("_choice").replace("_", "-")
-        draw = draw_choices if part.endswith("_choice") else draw_open
-        drafts = draw(style, tested_names(style), rng)
-    kinds = sorted({draft.item.kind for draft in drafts})
-    by_kind = [[d for d in drafts if d.item.kind == kind] for kind in kinds]
-    columns = [order_for_blind_control(rng, own) for own in by_kind]
-    items = [draft.item for row in zip_longest(*columns) for draft in row if draft is not None]
-    return [
-        item if item.id else replace(item, id=f"{part}/{index:03d}")
-        for index, item in enumerate(items)
-    ]
-
-
-def _part_of(style: str) -> str:
-    return style.replace("-", "_")
-
-
-def _sample_distractors(
-    style: str, names: Sequence[str], name: str, is_near: bool, rng: Random
-) -> list[str]:
+def _sample_distractors(style: str, name: str, is_near: bool, rng: Random) -> list[str]:
     """Sample names which cannot be confused with the answer, nor with each other."""
     groups = icon_names()
     candidates = [
         other
-        for other in names
+        for other in tested_names(style)
         if (groups[other].group == groups[name].group) == is_near
         and not _are_alike(style, name, other)
     ]
@@ -220,18 +149,3 @@ def _drawings(style: str) -> dict[str, NDArray[np.float32]]:
         centered = pixels.astype(np.float32).ravel() - pixels.mean()
         vectors[name] = centered / np.linalg.norm(centered)
     return vectors
-
-
-def _shows(draft: Draft, names: Sequence[str]) -> bool:
-    """Return whether a picture shows anything that one of the names may mean."""
-    return any(are_confusable(name, shown) for name in names for shown in _names_shown(draft))
-
-
-def _names_shown(draft: Draft) -> Iterator[str]:
-    for picture in draft.item.pictures:
-        assert isinstance(picture, Composite)
-        yield from (layer.name for layer in picture.layers if isinstance(layer, Icon))
-
-
-if __name__ == "__main__":
-    freeze()

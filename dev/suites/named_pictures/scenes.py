@@ -15,19 +15,20 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from qwen2vl.eval.freeze.named_pictures_names import (
+from dev.suites.named_pictures.drafts import Draft
+from dev.suites.named_pictures.names import (
     accepted_answers,
     are_confusable,
     plural_of,
     scene_names,
 )
-from qwen2vl.eval.freeze.sampling import deal
+from dev.suites.sampling import deal
 from qwen2vl.eval.suites.frozen_suite import FrozenItem
 from qwen2vl.grounding import Box, ObjectRef
 from qwen2vl.synth.compositing import Composite, Ground, Icon, draw_composite, icon_names
 from qwen2vl.synth.compositing.icons import render_icon
 
-__all__ = ["SCENE_PARTS", "STYLES", "Draft", "draw_scenes", "ink_box"]
+__all__ = ["SCENE_PARTS", "STYLES", "draw_scenes", "ink_box", "stands_out"]
 
 STYLES = ("openmoji", "emojione", "emojione-v1")
 SCENE_PARTS = ("scene_position", "scene_count", "scene_box", "scene_name")
@@ -57,7 +58,12 @@ COMPARISONS = {
     "top": ("Which is closer to the top: the {0} or the {1}?", 1, False),
     "bottom": ("Which is closer to the bottom: the {0} or the {1}?", 1, True),
 }
-SIDES = {"on the left": (0, 0), "on the right": (0, 1), "at the top": (1, 0), "at the bottom": (1, 1)}
+SIDES = {  # axis, and index of the icon along it
+    "on the left": (0, 0),
+    "on the right": (0, 1),
+    "at the top": (1, 0),
+    "at the bottom": (1, 1),
+}
 CORNERS = tuple(product(("top", "bottom"), ("left", "right")))
 BOX_QUESTIONS = (
     "Find <|object_ref_start|>the {0}<|object_ref_end|>.",
@@ -74,14 +80,6 @@ NameSampler = Callable[[Random, str], list[str]]  # of the icons that a style dr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """An item without an id, and the names that its question is about."""
-
-    item: FrozenItem
-    asked: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """What a scene is sampled from: one icon style, a size, and sides of icons."""
 
@@ -92,8 +90,8 @@ class Frame:
 
 def draw_scenes(part: str, rng: Random, count: int) -> list[Draft]:
     """Sample `count` items of one of SCENE_PARTS."""
-    samplers = (_positions, _counts, _boxes, _names)
-    return list(dict(zip(SCENE_PARTS, samplers, strict=True))[part](rng, count))
+    sample = (_positions, _counts, _boxes, _names)[SCENE_PARTS.index(part)]
+    return list(sample(rng, count))
 
 
 def ink_box(icon: Icon) -> PixelBox:
@@ -102,6 +100,24 @@ def ink_box(icon: Icon) -> PixelBox:
     inside = _opaque(render_icon(icon.style, icon.name, x2 - x)).getbbox()
     assert inside is not None, "icons have ink"
     return x + inside[0], y + inside[1], x + inside[2], y + inside[3]
+
+
+def stands_out(icon: Icon, ground: Image.Image) -> bool:
+    """Return whether enough of an icon's edge differs from the ground.
+
+    Args:
+        icon: and where it is in the picture.
+        ground: the picture without icons, RGB.
+    """
+    drawn = render_icon(icon.style, icon.name, icon.box[2] - icon.box[0])
+    under = ground.crop(icon.box)
+    over = under.copy()
+    over.paste(drawn, (0, 0), drawn)
+    difference = np.abs(np.asarray(over, np.int16) - np.asarray(under, np.int16)).max(axis=2)
+    mask = ImageOps.expand(_opaque(drawn), EDGE)
+    inner = mask.filter(ImageFilter.MinFilter(2 * EDGE + 1))
+    edge = (np.asarray(mask) > np.asarray(inner))[EDGE:-EDGE, EDGE:-EDGE]
+    return bool((difference[edge] >= MIN_DIFFERENCE).mean() >= MIN_EDGE)
 
 
 def _positions(rng: Random, count: int) -> Iterator[Draft]:
@@ -249,7 +265,7 @@ def _sample_picture(
         for _ in range(NUM_GROUNDS):
             empty = Composite(width=width, height=height, ground=_sample_ground(rng, kind))
             drawn = Image.fromarray(draw_composite(empty))
-            if all(_stands_out(icon, drawn) for icon in icons):
+            if all(stands_out(icon, drawn) for icon in icons):
                 return replace(empty, layers=icons, jpeg_quality=quality)
 
 
@@ -317,7 +333,7 @@ def _in_corners(boxes: Sequence[PixelBox], width: int, height: int) -> bool:
 
 
 def _is_at(center: float, is_end: bool) -> bool:
-    return center >= 0.62 if is_end else center <= 0.38
+    return center >= 0.66 if is_end else center <= 0.34
 
 
 def _sample_ground(rng: Random, kind: str) -> Ground:
@@ -343,19 +359,7 @@ def _sample_pastel(rng: Random) -> tuple[int, int, int]:
     return rng.randint(low, 255), rng.randint(low, 255), rng.randint(low, 255)
 
 
-def _stands_out(icon: Icon, ground: Image.Image) -> bool:
-    """Return whether enough of an icon's edge differs from the ground."""
-    drawn = render_icon(icon.style, icon.name, icon.box[2] - icon.box[0])
-    under = ground.crop(icon.box)
-    over = under.copy()
-    over.paste(drawn, (0, 0), drawn)
-    difference = np.abs(np.asarray(over, np.int16) - np.asarray(under, np.int16)).max(axis=2)
-    mask = ImageOps.expand(_opaque(drawn), EDGE)
-    inner = mask.filter(ImageFilter.MinFilter(2 * EDGE + 1))
-    edge = (np.asarray(mask) > np.asarray(inner))[EDGE:-EDGE, EDGE:-EDGE]
-    return bool((difference[edge] >= MIN_DIFFERENCE).mean() >= MIN_EDGE)
-
-
 def _opaque(icon: Image.Image) -> Image.Image:
     """Return a mask of an icon's ink, 0 or 255."""
-    return icon.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE))
+    alpha = np.asarray(icon.getchannel("A"))
+    return Image.fromarray(np.where(alpha >= OPAQUE, 255, 0).astype(np.uint8))
