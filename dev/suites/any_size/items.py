@@ -59,7 +59,7 @@ HELD_OUT_QUESTIONS = {
     ),
     "color": (
         "What is the color of the shape? Answer with one word.",
-        "Which colour does the shape have? Answer with one word.",
+        "Which colour does the shape have? Answer with one word.",  # codespell:ignore colour
     ),
     "exists": (
         "Does the picture show {0}? Answer yes or no.",
