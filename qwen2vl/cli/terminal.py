@@ -57,7 +57,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 LINE_BREAK = "\n"
 PASTE_SECONDS = 0.02  # far below the time between two lines that are typed
-PIPE_WIDTH = 120  # characters of a table where stdout is not a terminal
+MAX_TABLE_WIDTH = 400  # characters, where stdout is not a terminal: no cell is broken
 SECONDS_PER_NOTE = 30.0  # of progress where stderr is not a terminal
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,11 +138,15 @@ def echo_table(
     table = Table(box=box.ASCII)
     for title in titles:
         table.add_column(
-            title, justify="left" if title in left_aligned else "right", overflow="fold"
+            title,
+            justify="left" if title in left_aligned else "right",
+            overflow="fold",
+            # Names are not broken: scripts search for them.
+            no_wrap=title == titles[0] or not sys.stdout.isatty(),
         )
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    width = None if sys.stdout.isatty() else MAX_TABLE_WIDTH
     Console(width=width, markup=False, highlight=False).print(table)
 
 

@@ -38,6 +38,7 @@ SUITES = (
 )
 # Options of a model that is loaded here; a server was started with its own.
 LOCAL_OPTIONS = ("device", "dtype", "adapters", "quantize", "compile")
+MAX_NAMES = 2  # of parts that are left out for one reason, in a note
 DEFAULT_CONCURRENCY = 16  # requests that `qwen2vl serve` runs at the same time
 
 
@@ -57,7 +58,9 @@ DEFAULT_CONCURRENCY = 16  # requests that `qwen2vl serve` runs at the same time
     help="Part of the suite, or a glob pattern (text*); repeatable. Default: all parts.",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Evaluate only the first LIMIT questions of a part."
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Evaluate only the first LIMIT questions of a part: a quick look, no fair sample.",
 )
 @click.option(
     "--blind",
@@ -136,8 +139,12 @@ def eval(
     header = _header(opened, blind, source)
     with open_results(Path(output) if output else None, header) as results:
         num_new, start = num_missing(items, results), time.perf_counter()
-        if num_new:
-            _run(opened, items, source, results)
+        try:
+            if num_new:
+                _run(opened, items, source, results)
+        except KeyboardInterrupt:
+            _note_interruption(items, results, output)
+            raise
         seconds = time.perf_counter() - start
         answered = {item.id: results.results[item.id] for item in items}
     scores = score_suite(opened, answered.values(), blind=blind)
@@ -152,9 +159,24 @@ def eval(
         print_comparison(comparison, str(compare))
     found = len(items) - num_new
     kept = f"; {found:,} of them were in {output}" if found else ""
+    first = f", first {limit:,} of each part" if limit else ""
     terminal.echo(
-        f"{len(items):,} questions in {terminal.format_duration(seconds)}, greedy answers{kept}"
+        f"{opened.name} {opened.digest:.8}{' blind' if blind else ''}, {header.model['name']}: "
+        f"{len(items):,} questions{first} in {terminal.format_duration(seconds)}, greedy "
+        f"answers{kept}"
     )
+
+
+def _note_interruption(
+    items: Sequence[SuiteItem], results: ResultsFile, output: str | None
+) -> None:
+    from qwen2vl.eval.runner.run import num_missing
+
+    if output is not None:
+        done = len(items) - num_missing(items, results)
+        terminal.note(
+            f"{done:,} of {len(items):,} answers are in {output}; the same command continues"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,18 +204,28 @@ def _select_items(
 def _drawable_parts(suite: Suite, parts: Sequence[str]) -> list[str]:
     """Return the parts that can be drawn; notes those whose fonts, data or libraries are absent."""
     drawable: list[str] = []
-    last_error = None
+    left_out: dict[str, list[str]] = {}  # reason -> parts
+    last_error: ConfigError | None = None
     for part in parts:
         try:
             suite.check_part(part)
         except ConfigError as error:
+            left_out.setdefault(str(error), []).append(part)
             last_error = error
-            terminal.note(f"{part} is left out: {error}")
         else:
             drawable.append(part)
     if last_error is not None and not drawable:
         raise last_error
+    for reason, names in left_out.items():
+        terminal.note(f"{_join(names)} left out: {reason}")
     return drawable
+
+
+def _join(names: Sequence[str]) -> str:
+    """Return "text is", "text and lines are", or "text, lines and 11 more parts are"."""
+    if len(names) <= MAX_NAMES:
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
+    return f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more parts are"
 
 
 def _fitting_parts(suite: Suite, parts: Sequence[str], source: _Source) -> Sequence[str]:
@@ -328,7 +360,9 @@ def _echo_json(
     terminal.echo_json(
         {
             "suite": suite.name,
+            "digest": header.digest,
             "model": header.model["name"],
+            "identity": dict(header.model),
             "blind": header.blind,
             "limit": limit,
             "seconds": seconds,

@@ -20,7 +20,7 @@ __all__ = ["comparison_to_json", "print_comparison", "print_scores", "scores_to_
 
 TITLES = (
     *("part", "metric", "score", "95 % CI", "chance", "threshold", "goal", "passed", "questions"),
-    "prompt tokens",
+    "tokens",
 )
 REFUSAL_TITLES = (
     *("part", "refused (unanswerable)", "95 % CI", "questions"),
@@ -28,6 +28,7 @@ REFUSAL_TITLES = (
 )
 P_VALUES = "p: McNemar's exact test of accuracies; sign test of character error rates"
 LEFT_ALIGNED = ("part", "metric")
+METRIC_NAMES = {"accuracy": "accuracy", "character error rate": "CER"}
 
 
 def print_scores(scores: SuiteScores) -> None:
@@ -40,10 +41,12 @@ def print_scores(scores: SuiteScores) -> None:
     exact = [
         f"{row.part} {_percent(row.results.accuracy)}"
         for row in scores.rows
-        if row.results.character_error_rate is not None
+        if row.check.metric == "character error rate"
     ]
     if exact:
-        terminal.echo(f"lines read without any error: {', '.join(exact)}")
+        terminal.echo(
+            f"CER: character error rate; lines read without any error: {', '.join(exact)}"
+        )
     notes = {row.part: row.results.note for row in scores.rows if row.results.note}
     for note in dict.fromkeys(notes.values()):
         names = ", ".join(name for name, own in notes.items() if own == note)
@@ -150,7 +153,7 @@ def _table_row(row: PartScore) -> tuple[str, ...]:
     sign = "<=" if check.lower_is_better else ">="
     return (
         row.part,
-        check.metric,
+        METRIC_NAMES[check.metric],
         _percent(check.score),
         _interval(check.interval),
         _percent(row.chance) if check.metric == "accuracy" else "",

@@ -1,15 +1,15 @@
 """Runs the items of a suite: batches of messages -> answers -> scores -> results file.
 
-Batches are consecutive items, always the same ones: of a batch that a killed run has begun, all
-questions are answered again, and only the missing results are appended. So a resumed run computes
-what an uninterrupted one does, bit for bit, and writes the same file, where whatever answers
-keeps nothing from one batch to the next.
+Batches are consecutive items, always the same ones, and fewer of large images: of a batch that a
+killed run has begun, all questions are answered again, and only the missing results are appended.
+So a resumed run computes what an uninterrupted one does, bit for bit, and writes the same file,
+where whatever answers keeps nothing from one batch to the next.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +18,19 @@ from qwen2vl.eval.suites.scoring import score_answer
 from qwen2vl.eval.suites.suite import Suite, SuiteItem
 from qwen2vl.eval.task import ExampleResult, Messages
 
-__all__ = ["BATCH_SIZE", "Answerer", "SuiteAnswer", "num_missing", "run_items", "score_item"]
+__all__ = [
+    "BATCH_SIZE",
+    "MAX_BATCH_PIXELS",
+    "Answerer",
+    "SuiteAnswer",
+    "num_missing",
+    "run_items",
+    "score_item",
+    "split_batches",
+]
 
 BATCH_SIZE = 64
+MAX_BATCH_PIXELS = 8_000_000  # of a batch, so that few answers are lost if a slow run is killed
 SYNC_SECONDS = 5.0  # between two times that results are forced to disk
 LOGPROB_DECIMALS = 4
 
@@ -73,8 +83,7 @@ def run_items(
     """
     done, total = len(items) - num_missing(items, results), len(items)
     synced = time.monotonic()
-    for start in range(0, total, BATCH_SIZE):
-        batch = items[start : start + BATCH_SIZE]
+    for batch in split_batches(items):
         missing = [item for item in batch if item.id not in results.results]
         if not missing:
             continue
@@ -87,6 +96,19 @@ def run_items(
         if time.monotonic() - synced > SYNC_SECONDS:
             results.sync()
             synced = time.monotonic()
+
+
+def split_batches(items: Sequence[SuiteItem]) -> Iterator[Sequence[SuiteItem]]:
+    """Split items into batches of at most BATCH_SIZE items and MAX_BATCH_PIXELS pixels, or one."""
+    start = pixels = 0
+    for end, item in enumerate(items):
+        is_full = end - start == BATCH_SIZE or pixels + item.num_pixels > MAX_BATCH_PIXELS
+        if end > start and is_full:
+            yield items[start:end]
+            start, pixels = end, 0
+        pixels += item.num_pixels
+    if items:
+        yield items[start:]
 
 
 def score_item(item: SuiteItem, answer: SuiteAnswer) -> ExampleResult:

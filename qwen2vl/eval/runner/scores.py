@@ -103,7 +103,7 @@ def score_suite(suite: Suite, results: Iterable[ExampleResult], *, blind: bool) 
         similar=_score_similar(listed),
         pairs=tuple(
             (other, comparison)
-            for part, other in suite.paired_parts
+            for part, other in ([] if blind else suite.paired_parts)
             if (comparison := compare_parts(listed, part, other)) is not None
         ),
     )

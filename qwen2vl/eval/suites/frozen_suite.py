@@ -221,6 +221,7 @@ class FrozenSuite:
                 media=FrozenMedia(
                     pictures=item.pictures, clip=item.clip, max_pixels=item.max_pixels
                 ),
+                num_pixels=sum(picture.width * picture.height for picture in item.pictures),
             )
             for item, chance in zip(items, chances, strict=True)
         ]

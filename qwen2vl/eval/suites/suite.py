@@ -41,6 +41,7 @@ class SuiteItem:
     refusals: tuple[str, ...] = ()
     is_answerable: bool = True  # False: the accepted answers are the refusals
     media: Any = None  # what the suite draws the image or clip from
+    num_pixels: int = 0  # of its images or frames, where they are large; see run.MAX_BATCH_PIXELS
 
 
 class Suite(Protocol):

@@ -77,6 +77,8 @@ def _check_part(
         )
     lower_is_better = kind == "chance"
     limit = results.chance_upper_bound if lower_is_better else threshold.limit
+    if lower_is_better and limit is not None and limit >= 1:
+        limit = None  # too few questions to tell a score from guessing
     score = results.accuracy
     passed = None if limit is None else (score <= limit if lower_is_better else score >= limit)
     return ThresholdCheck(

@@ -131,7 +131,7 @@ def test_the_table_has_score_chance_threshold_and_verdict(oracle: OracleLLM) -> 
         *(">= 95.0 %", "yes", "150", "1,021"),
     ]
     assert "expected calibration error: 9.5 % (mean confidence 90.5 %" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("150 questions in ")
+    assert result.stdout.splitlines()[-1].startswith("synthetic ")
     assert result.stderr == "" and oracle.batch_sizes == [64, 64, 22]
 
 
@@ -182,10 +182,10 @@ def test_character_errors_are_shown_with_the_exact_match_share(
 ) -> None:
     use_llm(monkeypatch, oracle_llm("text"))
     result = run("--task", "text", "--limit", "3")
-    assert rows_of(result.stdout)[0][:4] == [
-        *("text", "character error rate", "0.0 %", "0.0 - 0.0")
-    ]
-    assert "lines read without any error: text 100.0 %\n" in result.stdout
+    assert rows_of(result.stdout)[0][:4] == [*("text", "CER", "0.0 %", "0.0 - 0.0")]
+    assert (
+        "CER: character error rate; lines read without any error: text 100.0 %\n" in result.stdout
+    )
 
 
 def test_parts_without_fonts_are_skipped_with_a_note(
@@ -355,7 +355,7 @@ def test_refusals_have_columns_of_their_own(server: OpenAIServer) -> None:
         *("part", "refused (unanswerable)", "95 % CI", "questions", "refused (answerable)"),
         *("questions", "accuracy of answered", "questions"),
     ]
-    assert titles_of(result.stdout)[-1] == "prompt tokens"
+    assert titles_of(result.stdout)[-1] == "tokens"
 
 
 @pytest.fixture

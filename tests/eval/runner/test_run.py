@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -11,7 +12,15 @@ from random import Random
 import pytest
 
 from qwen2vl.eval.runner.results_file import open_results
-from qwen2vl.eval.runner.run import BATCH_SIZE, SuiteAnswer, num_missing, run_items, score_item
+from qwen2vl.eval.runner.run import (
+    BATCH_SIZE,
+    MAX_BATCH_PIXELS,
+    SuiteAnswer,
+    num_missing,
+    run_items,
+    score_item,
+    split_batches,
+)
 from tests.eval.runner.toy import NUM_ITEMS, ToyAnswerer, ToySuite, toy_header
 
 SUITE = ToySuite()
@@ -103,3 +112,14 @@ def test_scores_of_an_item() -> None:
     assert (similar.score, similar.similar_score, similar.logprob) == (0, 1, None)
     read = score_item(text, SuiteAnswer(text="11"))
     assert (read.score, read.edits, read.length, read.truth) == (0, 1, 2, "10")
+
+
+def test_batches_of_large_pictures_are_smaller() -> None:
+    items = ToySuite().items(["word", "text"])
+    assert [len(batch) for batch in split_batches(items)] == [64, 64, 22]
+    large = [replace(item, num_pixels=MAX_BATCH_PIXELS // 3) for item in items[:7]]
+    larger = [replace(item, num_pixels=MAX_BATCH_PIXELS + 1) for item in items[7:9]]
+    batches = list(split_batches([*large, *larger, *items[9:12]]))
+    assert [len(batch) for batch in batches] == [3, 3, 1, 1, 1, 3]
+    assert [item for batch in batches for item in batch] == [*large, *larger, *items[9:12]]
+    assert list(split_batches([])) == []
