@@ -77,6 +77,8 @@ def test_a_deleted_conversation_can_be_restored(page: Page) -> None:
 def test_a_deletion_is_final_when_its_notice_goes(page: Page) -> None:
     ask(page, "What does it say?", EXAMPLES / "text.png")
     page.locator(".conversation").wait_for()
+    # Saved: the list, which is drawn again then, closes an open menu.
+    page.wait_for_function(f"async () => String(await ({COUNT})()) === '1,1'")
     page.clock.install()
     choose(page, "What does it say?", "Delete")
     page.locator("#notice").wait_for()
