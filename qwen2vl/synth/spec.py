@@ -10,11 +10,11 @@ last two exclusive.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 from qwen2vl.errors import ConfigError
-from qwen2vl.synth.compositing.layers import Composite
+from qwen2vl.synth.compositing.layers import Composite, lists_to_tuples, without_defaults
 
 __all__ = [
     "FAMILY_NAMES",
@@ -212,7 +212,7 @@ class Spec:
             "family": self.family,
             "seed": self.seed,
             "index": self.index,
-            "questions": [_without_defaults(q) for q in self.questions],
+            "questions": [without_defaults(q) for q in self.questions],
             "pictures": [picture_to_json(picture) for picture in self.pictures],
             "clip": self.clip,
         }
@@ -221,7 +221,7 @@ class Spec:
     def from_json(cls, raw: Mapping[str, Any]) -> Spec:
         """Create from the output of `to_json`."""
         known = {**raw}
-        known["questions"] = tuple(Question(**_lists_to_tuples(q)) for q in raw["questions"])
+        known["questions"] = tuple(Question(**lists_to_tuples(q)) for q in raw["questions"])
         known["pictures"] = tuple(picture_from_json(p) for p in raw["pictures"])
         return cls(**known)
 
@@ -244,31 +244,22 @@ def picture_to_json(picture: Picture) -> dict[str, Any]:
     """Convert a picture to JSON values; fields that hold their default are omitted."""
     if isinstance(picture, Composite):
         return {"type": "composite", **picture.to_json()}
-    return {"type": type(picture).__name__.lower(), **_without_defaults(picture)}
+    return {"type": type(picture).__name__.lower(), **without_defaults(picture)}
 
 
 def picture_from_json(raw: Mapping[str, Any]) -> Picture:
     """Create a picture from the output of `picture_to_json`."""
-    values = _lists_to_tuples({k: v for k, v in raw.items() if k != "type"})
+    values = lists_to_tuples({k: v for k, v in raw.items() if k != "type"})
     if raw["type"] == "line":
         return Line(**values)
     if raw["type"] == "composite":
         return Composite.from_json(values)
-    values["shapes"] = tuple(Shape(**_lists_to_tuples(shape)) for shape in values["shapes"])
+    values["shapes"] = tuple(Shape(**lists_to_tuples(shape)) for shape in values["shapes"])
     return Scene(**values)
 
 
 def _field_values(item: Any) -> dict[str, Any]:
     return {f.name: getattr(item, f.name) for f in fields(item)}
-
-
-def _without_defaults(item: Any) -> dict[str, Any]:
-    values = asdict(item)
-    return {f.name: values[f.name] for f in fields(item) if getattr(item, f.name) != f.default}
-
-
-def _lists_to_tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
 
 
 def _scale_box(box: Box, k: int) -> Box:

@@ -36,6 +36,7 @@ from qwen2vl.eval.suites.thresholds import CHANCE, NO_THRESHOLD, Threshold
 from qwen2vl.eval.task import Messages
 from qwen2vl.files.record_file import to_json_line
 from qwen2vl.synth.compositing import Composite, check_resources
+from qwen2vl.synth.compositing.layers import lists_to_tuples
 from qwen2vl.synth.draw import draw_image
 from qwen2vl.synth.fonts import font_path
 from qwen2vl.synth.spec import Line, Picture, picture_from_json, picture_to_json
@@ -118,7 +119,7 @@ class FrozenItem:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> FrozenItem:
         """Create from the output of `to_json`."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        values = lists_to_tuples(raw)
         values["pictures"] = tuple(picture_from_json(picture) for picture in raw["pictures"])
         return cls(**values)
 

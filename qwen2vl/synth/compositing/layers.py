@@ -7,10 +7,20 @@ two exclusive. JSON omits fields that hold their default, and names the type of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-__all__ = ["Composite", "Ground", "Icon", "Layer", "Photo", "ShapeLayer", "Text"]
+__all__ = [
+    "Composite",
+    "Ground",
+    "Icon",
+    "Layer",
+    "Photo",
+    "ShapeLayer",
+    "Text",
+    "lists_to_tuples",
+    "without_defaults",
+]
 
 RGB = tuple[int, int, int]
 Box = tuple[int, int, int, int]
@@ -106,12 +116,12 @@ class Composite:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without "type"."""
-        raw = _without_defaults(self)
+        raw = without_defaults(self)
         if "ground" in raw:
-            raw["ground"] = _without_defaults(self.ground)
+            raw["ground"] = without_defaults(self.ground)
         if self.layers:
             raw["layers"] = [
-                {"type": _NAMES[type(layer)], **_without_defaults(layer)} for layer in self.layers
+                {"type": _NAMES[type(layer)], **without_defaults(layer)} for layer in self.layers
             ]
         return raw
 
@@ -120,7 +130,7 @@ class Composite:
         """Create from the output of `to_json`."""
         values = dict(raw)
         if "ground" in values:
-            values["ground"] = Ground(**_lists_to_tuples(values["ground"]))
+            values["ground"] = Ground(**lists_to_tuples(values["ground"]))
         values["layers"] = tuple(_layer_from_json(layer) for layer in values.get("layers", ()))
         return cls(**values)
 
@@ -133,15 +143,16 @@ def _scale_layer(layer: Layer, k: int) -> Layer:
 
 
 def _layer_from_json(raw: Mapping[str, Any]) -> Layer:
-    values = _lists_to_tuples(raw)
+    values = lists_to_tuples(raw)
     return _LAYERS[values.pop("type")](**values)
 
 
-def _without_defaults(item: Any) -> dict[str, Any]:
-    values = {one.name: getattr(item, one.name) for one in fields(item)}
-    defaults = {one.name: one.default for one in fields(item)}
-    return {name: value for name, value in values.items() if value != defaults[name]}
+def without_defaults(item: Any) -> dict[str, Any]:
+    """Convert a dataclass to JSON values; fields that hold their default are omitted."""
+    values = asdict(item)
+    return {f.name: values[f.name] for f in fields(item) if getattr(item, f.name) != f.default}
 
 
-def _lists_to_tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
+def lists_to_tuples(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a JSON object with tuples in place of its lists."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
