@@ -19,10 +19,10 @@ WORKERS ?= auto --maxprocesses=4
 # processors reach.
 COVERAGE ?= 95
 
-.PHONY: help setup demo test check docs format slow gpu bench status coverage dist clean
+.PHONY: help setup demo test check docs format slow gpu gpu-run bench status coverage dist clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install what constraints.txt pins; instant when up to date
 
@@ -92,6 +92,9 @@ slow: setup ## the tests that take minutes or gigabytes
 
 gpu: setup ## the tests that need a CUDA device; they skip where there is none
 	$(BIN)/python -m pytest -m gpu -rs --durations=10
+
+gpu-run: ## with the system's Python, offline, 8 minutes a part: make gpu-run PART=check|train OUT=out/gpu
+	$(PYTHON) -m dev.gpu_run $(or $(OUT),out/gpu) --part $(or $(PART),check) $(ARGS)
 
 bench: setup ## run one benchmark: make bench SCRIPT=benchmarks/NAME.py; without SCRIPT, list them
 	$(if $(SCRIPT),$(BIN)/python $(SCRIPT),@ls benchmarks/*.py 2>/dev/null || echo "benchmarks/ holds no script yet")

@@ -17,7 +17,7 @@ from qwen2vl.config import PRESETS, Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.linear import prepacked
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
-from qwen2vl.memory import available_memory, estimate_memory
+from qwen2vl.memory import available_memory, estimate_memory, matmul_dtype
 from qwen2vl.model import Qwen2VL, activations
 from qwen2vl.quantization.int8 import has_int8_dot_product
 from qwen2vl.quantization.scheme import CPU_MODES, CpuQuantizationMode, layer_schemes, quantize
@@ -160,3 +160,20 @@ def test_available_memory_of_a_container(tmp_path: Path, limit: str, want: int |
     (tmp_path / "memory.stat").write_text("anon 500000\nfile 200000\n")
     assert memory._cgroup_available(tmp_path) == want
     assert memory._cgroup_available(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "native", "expected"),
+    [
+        ("auto", "cpu", True, torch.bfloat16),
+        ("auto", "cpu", False, torch.float32),  # products of bfloat16 take ten times as long there
+        ("auto", "cuda", False, torch.bfloat16),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+        ("float32", "cuda", True, torch.float32),
+    ],
+)
+def test_dtype_of_training(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: str, native: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(memory, "_has_native_bf16", lambda: native)
+    assert matmul_dtype(name, torch.device(device)) == expected

@@ -9,13 +9,14 @@ that every engine that loads Qwen2 tokenizers loads it. (HF: Qwen2Tokenizer.)
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.grounding import GROUNDING_TOKENS
@@ -32,6 +33,7 @@ __all__ = [
     "add_missing_special_tokens",
     "build_backend",
     "to_bytes",
+    "write_bpe_tokenizer",
     "write_byte_tokenizer",
 ]
 
@@ -101,9 +103,39 @@ def write_byte_tokenizer(folder: str | Path, characters: Iterable[str]) -> None:
     Merges join only the bytes of one character, so that text is tokenized character by character.
     Ids: bytes 0 to 255, then the merges, then the fourteen special tokens in the official order.
     """
-    folder = Path(folder)
+    _write_tokenizer(Path(folder), _character_merges(characters))
+
+
+def write_bpe_tokenizer(
+    folder: str | Path, texts: Iterable[str], *, num_merges: int, characters: Iterable[str] = ""
+) -> None:
+    """Write a Qwen2 tokenizer folder whose merges are learned from texts (byte-level BPE).
+
+    Args:
+        folder: to write.
+        texts: the training corpus, in which special tokens are no text; frequent
+            pairs of tokens are merged first.
+        num_merges: to learn; fewer, if the texts have no more pairs.
+        characters: are one token each, whether the texts have them or not.
+    """
+    merges = {left + right: (left, right) for left, right in _character_merges(characters)}
+    backend = build_backend(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(_CHAR_OF) + num_merges,
+        initial_alphabet=list(_CHAR_OF.values()),
+        show_progress=False,
+        special_tokens=[],
+    )
+    special = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
+    backend.train_from_iterator((special.sub(" ", text) for text in texts), trainer)
+    for left, right in json.loads(backend.to_str())["model"]["merges"]:
+        merges.setdefault(left + right, (left, right))
+    _write_tokenizer(Path(folder), list(merges.values()))
+
+
+def _write_tokenizer(folder: Path, merges: Sequence[tuple[str, str]]) -> None:
+    """Write all files of a folder. Ids: bytes, then merges, then special tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    merges = _character_merges(characters)
     tokens = [*_CHAR_OF.values(), *(left + right for left, right in merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
     build_backend(models.BPE(vocab=vocab, merges=merges)).save(str(folder / "tokenizer.json"))

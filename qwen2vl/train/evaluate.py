@@ -28,6 +28,7 @@ from qwen2vl.data.config import DataConfig, SourceConfig
 from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.data.preprocess import padded_length
 from qwen2vl.geometry import Grid
+from qwen2vl.memory import matmul_dtype
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.fsdp import is_sharded
 from qwen2vl.processor.processor import Processor
@@ -100,7 +101,8 @@ class Evaluator:
     def _losses(self, model: Qwen2VL, batch: Batch) -> Tensor:
         """Compute losses_R with the precision of training; returns float64 on the CPU."""
         device_batch = batch.to(model.device)
-        use_autocast = self._config.dtype == "bfloat16" and not is_sharded(model)
+        dtype = matmul_dtype(self._config.dtype, model.device)
+        use_autocast = dtype == torch.bfloat16 and not is_sharded(model)
         was_training = model.training
         model.eval()
         with (

@@ -29,6 +29,7 @@ from qwen2vl import threads
 from qwen2vl.data.dataset import PackedDataset
 from qwen2vl.data.lengths import ProgressCallback
 from qwen2vl.flops import build_flop_counter, peak_flops
+from qwen2vl.memory import matmul_dtype
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.fsdp import is_sharded, reshard_model, set_replica_all_reduce
 from qwen2vl.parallel.mesh import init_distributed
@@ -269,8 +270,9 @@ def _sum_target_weights(batches: Sequence[Batch]) -> Tensor:
 def _forward_loss(model: Qwen2VL, batch: Batch, divisor: Tensor, dtype: str) -> LossOutput:
     """Compute the share of one batch in the step's loss."""
     # FSDP gathers sharded weights in bfloat16 already.
-    use_autocast = dtype == "bfloat16" and not is_sharded(model)
-    with torch.autocast(batch.input_ids_T.device.type, torch.bfloat16, enabled=use_autocast):
+    device = batch.input_ids_T.device
+    use_autocast = matmul_dtype(dtype, device) == torch.bfloat16 and not is_sharded(model)
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
         hidden_TD = batch.forward(model)
         return token_loss(hidden_TD, model.lm_head_weight, batch, divisor)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qwen2vl.compile.regions import compile_regions
 from qwen2vl.data.dataset import PackedDataset
+from qwen2vl.memory import matmul_dtype
 from qwen2vl.model import Qwen2VL
 from qwen2vl.parallel.activation_checkpointing import apply_activation_checkpointing
 from qwen2vl.parallel.fsdp import apply_fsdp, fill_shards, refresh_requires_grad
@@ -176,11 +177,12 @@ def _shard_model(config: TrainConfig, distributed: DistributedContext, model: Qw
     frozen_names = always_frozen(model, config.stages)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen_names)
+    dtype = matmul_dtype(config.dtype, distributed.device)
     apply_fsdp(
         model,
         distributed.mesh,
         device=distributed.device,
-        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        dtype=None if dtype == torch.float32 else dtype,
         replicated=frozen_names if config.mesh.frozen == "replicate" else (),
         reshard_after_forward=config.mesh.reshard_after_forward,
     )

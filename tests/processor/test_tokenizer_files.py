@@ -15,6 +15,7 @@ from qwen2vl.processor.tokenizer_files import (
     SPECIAL_TOKENS,
     add_missing_special_tokens,
     to_bytes,
+    write_bpe_tokenizer,
     write_byte_tokenizer,
 )
 from tests.tiny import CHARACTERS, tiny_tokenizer, tiny_tokenizer_dir
@@ -64,6 +65,28 @@ def test_vocab_and_merges_equal_tokenizer_json(tmp_path: Path) -> None:
     both = [Tokenizer.from_folder(f) for f in (tmp_path, tiny_tokenizer_dir())]
     assert both[0].encode_text(text) == both[1].encode_text(text)
     assert both[0].special_ids == both[1].special_ids
+
+
+def test_merges_are_learned_from_texts(tmp_path: Path) -> None:
+    texts = ["where is the red circle", "where is the blue circle"] * 50
+    marked = [f"{SPECIAL_TOKENS[3]}circle{SPECIAL_TOKENS[4]}"] * 50  # marks are no text
+    write_bpe_tokenizer(tmp_path, texts + marked, num_merges=80, characters="äЖ")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for text in ("where is the red circle", "äЖ where", "xyz 😀", "circlecircle"):
+        assert tokenizer.decode(tokenizer.encode_text(text)) == text
+    assert len(tokenizer.encode_text("where is the circle")) == 4
+    assert len(tokenizer.encode_text("äЖ")) == 2
+    assert len(tokenizer.encode_text(SPECIAL_TOKENS[3])) == 1
+    assert 256 + 2 + 14 < len(tokenizer) <= 256 + 2 + 80 + 14
+
+
+def test_learned_merges_are_the_same_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_bpe_tokenizer(tmp_path, ["what color is the circle"] * 9, num_merges=40, characters="é")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for text in ("what color", "The circlé is what?", "<|im_start|>user\nwhat<|im_end|>"):
+        assert reference(text)["input_ids"] == tokenizer.encode_text(text, allowed_special="all")
 
 
 def test_added_tokens_outside_the_byte_map_are_encoded_as_utf8() -> None:

@@ -51,7 +51,7 @@ def test_an_override_replaces_its_field_and_nothing_else(
         ("stages.steps=1", "'steps' is no such number; write stages.0.steps=1$"),
         ("stages.0.rules=x", r"'x' is not a list; write it .*rules=\[\[\"PATTERN\", MULTIPLE\]"),
         ("seed.x=1", "has no parts"),
-        ("dtype=float16", "not one of bfloat16, float32"),
+        ("dtype=float16", "not one of auto, bfloat16, float32"),
         ("compile=1", "not of type bool"),
         ("max_minutes=-1", "max_minutes is -1, must be 0 or more"),
         ("gradient_accumulation_steps=0", "gradient_accumulation_steps is 0, must be 1 or more"),

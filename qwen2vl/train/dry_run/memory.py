@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.config import Qwen2VLConfig
+from qwen2vl.memory import matmul_dtype
 from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.parallel.activation_checkpointing import apply_activation_checkpointing
 from qwen2vl.parallel.fsdp import fsdp_units
@@ -86,7 +87,7 @@ def estimate_step_memory(
         model,
         batch,
         device=_kernel_device(config),
-        use_autocast=config.dtype == "bfloat16" and world_size == 1,
+        use_autocast=_is_bfloat16(config) and world_size == 1,
     )
     existing_gradients = static.gradients if config.gradient_accumulation_steps > 1 else 0
     dynamic_peak = max(
@@ -157,7 +158,11 @@ def _num_shards(config: TrainConfig, world_size: int) -> int:
 
 def _gathered_dtype(config: TrainConfig, world_size: int) -> torch.dtype:
     """Return the dtype of gathered weights; on a single rank they stay float32 under autocast."""
-    return torch.bfloat16 if config.dtype == "bfloat16" and world_size > 1 else torch.float32
+    return torch.bfloat16 if _is_bfloat16(config) and world_size > 1 else torch.float32
+
+
+def _is_bfloat16(config: TrainConfig) -> bool:
+    return matmul_dtype(config.dtype, torch.device(config.device)) == torch.bfloat16
 
 
 def _replicated_names(config: TrainConfig, model: Qwen2VL) -> set[str]:
