@@ -1,8 +1,8 @@
 """What tests need beyond `make setup`: they skip where it is absent, unless it is required.
 
 QWEN2VL_REQUIRE names what must be there, separated by commas: fonts (the Debian packages of
-qwen2vl/synth/fonts.py), tesseract, tokenizer (the official one, beside the repository), chromium,
-imagemagick, datasets (those of `qwen2vl fetch-data`).
+qwen2vl/synth/fonts.py and scripts/tables.py), tesseract, tokenizer (the official one, beside the
+repository), chromium, imagemagick, datasets (those of `qwen2vl fetch-data`).
 A test that needs a required resource which is absent fails and gives the reason. Nothing is looked
 for before such a test runs.
 """
@@ -21,6 +21,8 @@ import pytest
 
 from qwen2vl.fetch import is_fetched
 from qwen2vl.synth.fonts import FontError, files_of
+from qwen2vl.synth.scripts.alphabets import SCRIPTS
+from qwen2vl.synth.scripts.faces import check_faces
 
 VARIABLE = "QWEN2VL_REQUIRE"
 RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium", "imagemagick", "datasets")
@@ -72,6 +74,14 @@ def _missing_fonts(group: str) -> str:
     return ""
 
 
+def _missing_line_fonts() -> str:
+    try:
+        check_faces(tuple(SCRIPTS))
+    except FontError as error:
+        return str(error)
+    return ""
+
+
 def _missing_tesseract() -> str:
     return "" if shutil.which("tesseract") else "tesseract is absent: apt-get install tesseract-ocr"
 
@@ -99,6 +109,7 @@ def missing_tokenizer() -> str:
 
 
 needs_training_fonts = _requires("fonts", partial(_missing_fonts, "all"))
+needs_line_fonts = _requires("fonts", _missing_line_fonts)
 needs_validation_fonts = _requires("fonts", partial(_missing_fonts, "validation"))
 needs_judge_fonts = _requires("fonts", partial(_missing_fonts, "judge"))
 needs_tesseract = _requires("tesseract", _missing_tesseract)

@@ -1,4 +1,4 @@
-"""Sampling of colors: eight named colors for shapes, backgrounds, and text colors.
+"""Sampling of colors: twelve named colors for shapes, backgrounds, and text colors.
 
 Each named color is an RGB segment between two anchors, so that CSS "green" and "lime" are both
 green while no two segments meet. Backgrounds ("grounds") are light or dark with a slight tint;
@@ -14,12 +14,14 @@ from qwen2vl.synth.spec import RGB
 
 __all__ = [
     "COLORS",
+    "MORE_COLORS",
     "colors_on",
     "contrast",
     "is_light",
     "sample_color",
     "sample_ground",
     "sample_text_colors",
+    "shades_of",
 ]
 
 COLORS: dict[str, tuple[RGB, RGB]] = {
@@ -33,12 +35,25 @@ COLORS: dict[str, tuple[RGB, RGB]] = {
     "white": ((255, 255, 255), (236, 236, 236)),
 }
 
+# Further colors of composite pictures. Frozen suites are sampled from COLORS alone.
+MORE_COLORS: dict[str, tuple[RGB, RGB]] = {
+    "brown": ((139, 69, 19), (156, 50, 42)),  # CSS "brown" is (165, 42, 42)
+    "gray": ((128, 128, 128), (142, 142, 142)),
+    "teal": ((0, 128, 128), (20, 160, 150)),
+    "pink": ((255, 105, 180), (255, 150, 195)),
+}
+
 _MIN_CONTRAST = 3.5  # of ink on ground; WCAG requires 3 for large and 4.5 for small text
+
+
+def shades_of(name: str) -> tuple[RGB, RGB]:
+    """Return the two ends of a named color's segment, of COLORS or MORE_COLORS."""
+    return COLORS[name] if name in COLORS else MORE_COLORS[name]
 
 
 def sample_color(rng: Random, name: str) -> RGB:
     """Sample a shade of the named color."""
-    (r1, g1, b1), (r2, g2, b2) = COLORS[name]
+    (r1, g1, b1), (r2, g2, b2) = shades_of(name)
     t = rng.random()
     return (round(r1 + t * (r2 - r1)), round(g1 + t * (g2 - g1)), round(b1 + t * (b2 - b1)))
 

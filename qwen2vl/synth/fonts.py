@@ -9,6 +9,7 @@ names the packages to install. Ultra-thin, extremely condensed and decorative fa
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from qwen2vl.errors import ConfigError
+from qwen2vl.synth.scripts.tables import MORE_FAMILIES
 
 __all__ = [
     "BUNDLED_FAMILIES",
@@ -29,6 +31,7 @@ __all__ = [
     "FontError",
     "Glyph",
     "check_coverage",
+    "check_installed",
     "files_of",
     "font_path",
     "glyphs",
@@ -139,6 +142,11 @@ _FAMILIES_OF = {name: tuple(files for _, files in t.values()) for name, t in _TA
 _PACKAGE_OF = {
     file: package for t in _TABLES.values() for package, files in t.values() for file in files
 }
+_PACKAGE_OF |= {
+    file.partition("#")[0]: family.package
+    for family in MORE_FAMILIES.values()
+    for file in family.files
+}
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
 
@@ -168,10 +176,19 @@ def files_of(name: str) -> tuple[tuple[str, ...], ...]:
         FontError: files are missing; the text names the packages to install.
     """
     families = _FAMILIES_OF[name]
-    missing = [file for files in families for file in files if file not in _installed()]
+    check_installed([file for files in families for file in files])
+    return families
+
+
+def check_installed(files: Sequence[str]) -> None:
+    """Check that font files are installed.
+
+    Raises:
+        FontError: files are missing; the text names the packages to install.
+    """
+    missing = [file for file in files if file not in _installed()]
     if missing:
         raise FontError(_remedy(missing))
-    return families
 
 
 # Every training face at every size from 12 to 40 makes 1,300 tables of some 45 KB.

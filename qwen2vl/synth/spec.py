@@ -37,8 +37,15 @@ __all__ = [
 RGB = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 
-FAMILY_NAMES = ("text", "shapes", "grounding", "two_pictures", "motion", "text_only")
+_DEFAULT = ("text", "shapes", "grounding", "two_pictures", "motion", "text_only")
+FAMILY_NAMES = (
+    *_DEFAULT,
+    *("objects", "named", "lines", "documents", "refusals", "clips"),
+)
 MAX_SHAPES = 5  # in one scene
+
+# Prefixes of the tasks whose answers are texts of the picture or of the question.
+_READING_TASKS = ("read", "repeat", "reverse", "spell", "text")
 
 _Split = Literal["train", "held_out", "all"]
 _Fonts = Literal["mono2", "all", "validation", "judge", "bundled"]
@@ -57,7 +64,8 @@ class Mixture:
     """
 
     # Task family -> its share of the conversations, relative to the others.
-    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(FAMILY_NAMES, 1.0))
+    # The default are those that need no dataset.
+    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(_DEFAULT, 1.0))
     split: _Split = "train"  # of the wordings; three quarters train, a quarter is held out
     max_questions: int = 1  # about one image (shapes, grounding, two_pictures, motion)
     # text
@@ -79,6 +87,11 @@ class Mixture:
     canvas: tuple[int, int] = (56, 224)  # pixels; width and height are sampled independently
     textured_share: float = 0.3  # images with a textured background; the others are plain
     list_share: float = 0.0  # shapes, grounding, two_pictures: one question with several answers
+    # objects, named, lines, documents, refusals, clips: composite pictures
+    picture_side: tuple[int, int] = (64, 336)  # pixels; square root of the area, log-uniform
+    max_aspect: float = 4.0  # of width to height, and of height to width
+    degraded_share: float = 0.3  # pictures that are blurred or compressed
+    scripts: Mapping[str, float] = field(default_factory=lambda: {"latin": 1.0})  # of lines
     # motion
     num_frames: tuple[int, ...] = (4, 6, 8)  # one of these
     clip_canvas: tuple[int, int] = (56, 112)  # pixels; as canvas
@@ -96,6 +109,11 @@ class Question:
     answer: str
     box: Box | None = None  # if the answer is a box: the same box in pixels
     choices: int = 0  # number of equally likely answers, for the chance level; 0 = undefined
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the answer is text that is written in the picture, or in the question."""
+        return self.task.startswith(_READING_TASKS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,8 +293,9 @@ _RANGE_MINIMUMS = {
     "num_shapes": 1,
     "canvas": 56,
     "clip_canvas": 56,
+    "picture_side": 28,
 }
-_MINIMUMS = {"max_questions": 1, "max_width": 28}
+_MINIMUMS = {"max_questions": 1, "max_width": 28, "max_aspect": 1}
 _SHARES = (
     "random_share",
     "large_share",
@@ -285,6 +304,7 @@ _SHARES = (
     "plain_share",
     "textured_share",
     "list_share",
+    "degraded_share",
 )
 _CHOICES = {"split": _Split, "fonts": _Fonts, "alphabet": _Alphabet, "layout": _Layout}
 

@@ -15,6 +15,7 @@ __all__ = [
     "ALPHABETS",
     "DIGITS",
     "LETTERS",
+    "LETTERS_OF_EUROPE",
     "PUNCTUATION",
     "load_words",
     "random_string",
@@ -25,6 +26,18 @@ DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 PUNCTUATION = ".,!?-:'&"
 ALPHABETS = {"digits": DIGITS, "letters": LETTERS, "all": LETTERS + DIGITS + PUNCTUATION}
+
+# Letters beyond ASCII of the European languages, in three scripts, and typographic marks.
+LETTERS_OF_EUROPE = (
+    "".join(chr(code) for code in (*range(0xC0, 0xD7), *range(0xD8, 0xF7), *range(0xF8, 0x180)))
+    + "ȘșȚțẞƏə"
+    + "".join(
+        chr(code) for code in (0x386, *range(0x388, 0x38B), 0x38C, *range(0x38E, 0x3CF))
+    ).replace(chr(0x3A2), "")
+    + "".join(chr(code) for code in range(0x400, 0x460))
+    + "ҐґҒғҚқҢңҮүҰұҺһӘәӨө"
+    + "„“”‘’«»–—…€£°№"  # noqa: RUF001 - typographic marks are what is meant
+)
 
 # Without a neighbor these look like another character at another size or height.
 _AMBIGUOUS_ALONE = frozenset("CcKkOoPpSsUuVvWwXxYyZz0Il1.,-:'")

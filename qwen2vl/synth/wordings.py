@@ -1,40 +1,36 @@
-"""Question templates of the synthetic tasks: many wordings a task, a quarter held out of training.
+"""Questions of the first task families: wordings.json's and those of the grammar.
 
-A wording is a format string; the task family fills in its fields. wordings.json has those of every
-task. Every fourth wording of a task (index 3, 7, 11, ...) is held out, so that the split is fixed,
-readable in the file, and appending a wording to a list changes no other. A quarter of the training
-questions are written casually, with an opening phrase or without capitals and final punctuation.
+A wording is a format string; the task family fills in its fields. wordings.json has a few of every
+task, of which every fourth is held out of training. The frozen suites have questions of both
+parts, so that the file must not change, and those of the splits "held_out" and "all" are only
+its. Training has more: most of its questions are worded by the grammar (`qwen2vl.synth.grammar`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from random import Random
 
-__all__ = ["OPENINGS", "load_wordings", "sample_question_text", "wordings_of"]
+from qwen2vl.synth.grammar import OPENINGS, fill_pattern, vary_typing, word_question
+from qwen2vl.synth.grammar.holdout import (
+    is_listed,
+    load_wordings,
+    normalize_pattern,
+    wordings_of,
+)
 
-_CASUAL_SHARE = 0.25  # of training questions
-OPENINGS = ("Please tell me: ", "And now: ", "Hi, ", "Look at this: ", "One question: ", "So, ")
+__all__ = ["OPENINGS", "load_wordings", "sample_question_text", "trained_wordings", "wordings_of"]
+
+_LISTED_SHARE = 0.35  # of the training questions: wordings of wordings.json
 
 
 @cache
-def load_wordings() -> Mapping[str, tuple[str, ...]]:
-    """Load wordings.json: task -> wordings, in the order of the file."""
-    import json  # here, so that importing qwen2vl.synth does not take its 2 ms
+def trained_wordings(task: str) -> tuple[str, ...]:
+    """Return the wordings of a task that training uses: those of its part that no suite holds out.
 
-    text = Path(__file__).with_name("wordings.json").read_text(encoding="utf-8")
-    return {task: tuple(wordings) for task, wordings in json.loads(text).items()}
-
-
-def wordings_of(task: str, split: str) -> tuple[str, ...]:
-    """Return the wordings of a task that belong to `split` ("train", "held_out" or "all")."""
-    wordings = load_wordings()[task]
-    if split == "all":
-        return wordings
-    held_out = split == "held_out"
-    return tuple(w for i, w in enumerate(wordings) if (i % 4 == 3) == held_out)
+    Three of them are patterns of easy-VQA.
+    """
+    return tuple(w for w in wordings_of(task, "train") if not is_listed(normalize_pattern(w)))
 
 
 def sample_question_text(
@@ -43,20 +39,15 @@ def sample_question_text(
     """Sample a wording of a task and fill in its fields.
 
     Args:
+        split: "train"; "held_out" or "all" for wordings of wordings.json as they are written.
         article: the wording has "a" before the first field; replace it by "an" where required.
     """
+    if split == "train":
+        if rng.random() < _LISTED_SHARE:
+            wording = vary_typing(rng, rng.choice(trained_wordings(task)))
+            return fill_pattern(wording, *fields)
+        return word_question(rng, task, *fields)
     wording = rng.choice(wordings_of(task, split))
-    if split == "train" and rng.random() < _CASUAL_SHARE:
-        wording = _casual(rng, wording)
-    if article and fields[0].startswith("o"):
+    if article and fields and fields[0].startswith("o"):
         wording = wording.replace("a {0}", "an {0}")
     return wording.format(*fields)
-
-
-def _casual(rng: Random, wording: str) -> str:
-    """Make a wording casual: with an opening, in lower case, or without a full stop."""
-    how = rng.randrange(3)
-    if how == 0:
-        return rng.choice(OPENINGS) + wording[0].lower() + wording[1:]
-    bare = wording.rstrip(".?")
-    return bare.lower() if how == 1 else bare

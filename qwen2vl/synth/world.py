@@ -14,12 +14,27 @@ from typing import Any
 
 import numpy as np
 
+from qwen2vl.synth.compositing.icons import check_icons
 from qwen2vl.synth.draw import draw_image
-from qwen2vl.synth.families import grounding, motion, shapes, text, text_only, two_pictures
+from qwen2vl.synth.families import (
+    clips,
+    documents,
+    grounding,
+    lines,
+    motion,
+    named,
+    objects,
+    refusals,
+    shapes,
+    text,
+    text_only,
+    two_pictures,
+)
+from qwen2vl.synth.families.lines import check_lines
 from qwen2vl.synth.fonts import files_of
 from qwen2vl.synth.spec import FamilySample, Mixture, Spec, SyntheticExample
 
-__all__ = ["FAMILIES", "build_conversation", "check_fonts", "render", "sample"]
+__all__ = ["FAMILIES", "build_conversation", "check_resources", "render", "sample"]
 
 FAMILIES: Mapping[str, Callable[[Random, Mixture], FamilySample]] = MappingProxyType(
     {
@@ -29,21 +44,35 @@ FAMILIES: Mapping[str, Callable[[Random, Mixture], FamilySample]] = MappingProxy
         "two_pictures": two_pictures.sample,
         "motion": motion.sample,
         "text_only": text_only.sample,
+        "objects": objects.sample,
+        "named": named.sample,
+        "lines": lines.sample,
+        "documents": documents.sample,
+        "refusals": refusals.sample,
+        "clips": clips.sample,
     }
 )
 
+# Families whose pictures contain text, in fonts of the mixture, and those that contain icons.
+_TEXT_FAMILIES = ("text", "two_pictures", "objects", "documents", "refusals", "clips")
+_ICON_FAMILIES = ("objects", "named", "refusals", "clips")
 
-_TEXT_FAMILIES = ("text", "two_pictures")  # families whose images contain text
 
-
-def check_fonts(mixture: Mixture) -> None:
-    """Check before a long run that the fonts of a mixture are available.
+def check_resources(mixture: Mixture) -> None:
+    """Check before a long run that fonts and datasets of a mixture are available.
 
     Raises:
         FontError: fonts of the mixture are not installed; names the packages.
+        DatasetNotFoundError: a dataset is not on this machine; names the command that fetches it.
+        ConfigError: a library is not installed.
     """
-    if any(mixture.weights.get(name, 0) > 0 for name in _TEXT_FAMILIES):
+    used = {name for name, weight in mixture.weights.items() if weight > 0}
+    if used & set(_TEXT_FAMILIES):
         files_of(mixture.fonts)
+    if used & set(_ICON_FAMILIES):
+        check_icons()
+    if "lines" in used:
+        check_lines(mixture)
 
 
 def sample(seed: int, index: int, mixture: Mixture) -> Spec:
@@ -70,7 +99,10 @@ def sample(seed: int, index: int, mixture: Mixture) -> Spec:
 
 def render(spec: Spec) -> SyntheticExample:
     """Draw the images of a spec and build its conversation; images precede the text."""
-    messages = build_conversation(spec, [draw_image(picture) for picture in spec.pictures])
+    # Frames in which nothing changes are one object: a third of those of clips.
+    drawn = {id(picture): picture for picture in spec.pictures}
+    images = {key: draw_image(picture) for key, picture in drawn.items()}
+    messages = build_conversation(spec, [images[id(picture)] for picture in spec.pictures])
     return SyntheticExample(messages=messages, truth=spec.questions, spec=spec)
 
 

@@ -131,6 +131,7 @@ class TrainConfig:
     model: Qwen2VLConfig | None = None  # initialized at random, unless `init` is given
     init: str = ""  # pretrained model to start from, as in --model, with its config and tokenizer
     adapter: LoraConfig | None = None  # LoRA factors to train; the rules freeze the base weights
+    num_merges: int = 0  # of a new model's BPE, learned from synthetic questions; 0 = bytes only
     min_pixels: int = 16 * 784  # of a randomly initialized model's preprocessor_config.json
     max_pixels: int = 1024 * 784  # of the same file
     output_dir: str = ""  # checkpoints and metrics; default runs/<name>
@@ -139,7 +140,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # batches on each rank that share a step's global batch
     mesh: MeshConfig = MeshConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matmuls; weights stay float32
+    # Of matmuls; weights stay float32. auto: bfloat16 where the device has it, else float32.
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "cpu"  # cpu, cuda, cuda:1; under torchrun each rank takes its own GPU
     compile: bool = False  # torch.compile: half a minute to start, then about a quarter faster
     num_workers: int = 1  # data loader processes on each rank; 0 = in the training process

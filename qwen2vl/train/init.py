@@ -9,7 +9,7 @@ written into the run's folder and determines the special token ids of its config
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -27,8 +27,10 @@ from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.processor.tokenizer import Tokenizer
-from qwen2vl.processor.tokenizer_files import write_byte_tokenizer
+from qwen2vl.processor.tokenizer_files import write_bpe_tokenizer, write_byte_tokenizer
 from qwen2vl.quantization.nf4 import Nf4Weight
+from qwen2vl.synth import sample
+from qwen2vl.synth.strings import LETTERS_OF_EUROPE
 from qwen2vl.train.adapter import initial_factors, inject_adapter, load_qlora_model
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.weights import TensorFolder, check_state_dict, open_tensors, resolve_model
@@ -44,6 +46,10 @@ __all__ = [
     "weight_initializer",
     "with_special_token_ids",
 ]
+
+# Conversations of the synthetic data from which merges are learned, with a seed of their own.
+_CORPUS_SIZE, _CORPUS_SEED = 8_000, -1
+_KEYWORD_CHARACTER = "✿"  # of the agent format's keywords, as ✿FUNCTION✿
 
 EMBEDDING_STD = 0.05  # with a tied head of width 192 the initial logits have a deviation of 0.7
 
@@ -149,9 +155,19 @@ def fresh_model_config(config: TrainConfig) -> Qwen2VLConfig | None:
 
 
 def fresh_processor(config: TrainConfig, model: Qwen2VLConfig, folder: Path) -> Processor:
-    """Build the processor of a randomly initialized model; writes its tokenizer to `folder`."""
-    _write_tokenizer(folder)
+    """Build the processor of a randomly initialized model; writes its tokenizer to `folder`.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model.
+    """
+    _write_tokenizer(folder, config)
     tokenizer = Tokenizer.from_folder(folder)
+    if len(tokenizer) > model.text.vocab_size:
+        raise ConfigError(
+            f"run {config.name}: the tokenizer has {len(tokenizer):,} tokens and the model "
+            f"{model.text.vocab_size:,}; lower num_merges ({config.num_merges:,}), or raise "
+            "model.text.vocab_size"
+        )
     pixels = PixelLimits(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     return Processor(with_special_token_ids(model, tokenizer), tokenizer, pixels=pixels)
 
@@ -230,13 +246,33 @@ def _empty_meta_model(processor: Processor) -> Qwen2VL:
     return meta_model(processor.config)
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """Write the byte tokenizer once, atomically: other ranks may be reading it."""
+def _write_tokenizer(folder: Path, config: TrainConfig) -> None:
+    """Write the tokenizer once, atomically: other ranks may be reading it."""
     if folder.is_dir():
         return
     with atomic_folder(folder) as partial:
-        # The character of the agent format's keywords, as ✿FUNCTION✿.
-        write_byte_tokenizer(partial, characters="✿")
+        if not config.num_merges:
+            write_byte_tokenizer(partial, characters=_KEYWORD_CHARACTER)
+            return
+        write_bpe_tokenizer(
+            partial,
+            _tokenizer_corpus(config),
+            num_merges=config.num_merges,
+            characters=_KEYWORD_CHARACTER + LETTERS_OF_EUROPE,
+        )
+
+
+def _tokenizer_corpus(config: TrainConfig) -> Iterator[str]:
+    """Yield questions and answers of the last synthetic stage, but no text read off a picture.
+
+    Text in pictures stays a sequence of characters, of which each is seen in one place.
+    """
+    mixtures = [stage.mixture for stage in config.stages if stage.mixture is not None]
+    for index in range(_CORPUS_SIZE):
+        for question in sample(_CORPUS_SEED, index, mixtures[-1]).questions:
+            yield question.text
+            if not question.is_reading:
+                yield question.answer
 
 
 class _TensorReader:

@@ -28,6 +28,8 @@ from qwen2vl.server.state import ServerState
 
 StateMaker = Callable[..., ServerState]
 
+START_SECONDS = 120.0  # also to stop: other programs may use the processors
+
 
 @pytest.fixture(scope="session")
 def async_llm() -> Iterator[AsyncLLM]:
@@ -79,11 +81,11 @@ class _Running:
         self._thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
         self._thread.start()
         self.live = LiveServer(f"http://127.0.0.1:{port}", port, state, server)
-        wait_until(lambda: server.started)
+        wait_until(lambda: server.started, START_SECONDS)
 
     def stop(self) -> None:
         self.live.server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(START_SECONDS)
         assert not self._thread.is_alive()
 
 

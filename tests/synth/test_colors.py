@@ -1,4 +1,4 @@
-"""Colors: eight disjoint RGB segments, and backgrounds on which each is visible."""
+"""Colors: twelve disjoint RGB segments, and backgrounds on which each is visible."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ import pytest
 
 from qwen2vl.synth.colors import (
     COLORS,
+    MORE_COLORS,
     colors_on,
     contrast,
     is_light,
     sample_color,
     sample_ground,
     sample_text_colors,
+    shades_of,
 )
 
 
 def test_color_segments_are_disjoint() -> None:
     steps = np.linspace(0, 1, 21)[:, None]
     segments = {
-        name: np.array(a) + steps * (np.array(b) - np.array(a)) for name, (a, b) in COLORS.items()
+        name: np.array(a) + steps * (np.array(b) - np.array(a))
+        for name, (a, b) in {**COLORS, **MORE_COLORS}.items()
     }
-    for first, second in combinations(COLORS, 2):
+    assert len(segments) == 12
+    for first, second in combinations(segments, 2):
         distances = [np.linalg.norm(p - q) for p, q in product(segments[first], segments[second])]
         assert min(distances) > 50, (first, second)
 
 
-@pytest.mark.parametrize("name", sorted(COLORS))
+@pytest.mark.parametrize("name", sorted({**COLORS, **MORE_COLORS}))
 def test_shades_lie_on_their_segment(name: str) -> None:
-    low, high = np.minimum(*COLORS[name]), np.maximum(*COLORS[name])
+    low, high = np.minimum(*shades_of(name)), np.maximum(*shades_of(name))
     for seed in range(50):
         shade = np.array(sample_color(Random(seed), name))
         assert (low <= shade).all()

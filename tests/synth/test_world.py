@@ -14,7 +14,7 @@ import pytest
 
 from qwen2vl.synth import FAMILIES, Mixture, Spec, SyntheticExample, render, sample
 from qwen2vl.synth.spec import FAMILY_NAMES
-from tests.requirements import needs_training_fonts
+from tests.requirements import needs_dataset, needs_line_fonts, needs_training_fonts
 
 _HASH = """
 import sys
@@ -23,15 +23,28 @@ print(fingerprint_of(sys.argv[1]))
 """
 
 
+_ICONS = (needs_dataset("named-pictures"), needs_training_fonts)
+_MARKS = {
+    **dict.fromkeys(("objects", "named", "refusals", "clips"), _ICONS),
+    "lines": (needs_dataset("names"), needs_line_fonts),
+}
+FAMILY_PARAMETERS = [pytest.param(name, marks=_MARKS.get(name, ())) for name in FAMILY_NAMES]
+
 # Of 600 samples a family. Another hash means other training data: a wording, a word or the order of
 # the random draws has changed.
 FROZEN_QUESTIONS = {
-    "text": "110955f00568b500",
-    "shapes": "cec23f7b958b44b4",
-    "grounding": "040b8a44554508a4",
-    "two_pictures": "9258d19ffdb41565",
-    "motion": "9e7d2c2329b4a8ac",
-    "text_only": "2494b716477dd5ba",
+    "text": "c326ff361c44eb9a",
+    "shapes": "4cfbc465c4587d39",
+    "grounding": "dedf7f8eb71445f7",
+    "two_pictures": "bf28b47d1e7fe72b",
+    "motion": "f678d9f5c2295509",
+    "text_only": "930b62514b01719e",
+    "objects": "56cb2782d1cdb492",
+    "named": "36fbfa747de35fad",
+    "lines": "b7206bf429998276",
+    "documents": "a4d4e53df0c7b481",
+    "refusals": "1891d13c95a5923d",
+    "clips": "ce0f2ddadff7afe7",
 }
 
 
@@ -63,7 +76,7 @@ def test_every_named_family_exists() -> None:
     assert tuple(FAMILIES) == FAMILY_NAMES
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILY_PARAMETERS)
 def test_sampled_questions_are_frozen(family: str) -> None:
     hasher = hashlib.sha256()
     for split in ("train", "held_out", "all"):
@@ -109,7 +122,7 @@ def test_weights_are_family_probabilities() -> None:
     assert 540 <= counts["text_only"] <= 660  # 600 +- 5 standard deviations
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILY_PARAMETERS)
 def test_conversations_are_well_formed(family: str) -> None:
     mixture = Mixture(weights={family: 1.0}, max_questions=3, fonts="bundled")
     for index in range(40):
@@ -121,10 +134,11 @@ def test_conversations_are_well_formed(family: str) -> None:
         for turn, question in enumerate(spec.questions):
             user, assistant = example.messages[2 * turn : 2 * turn + 2]
             assert user["content"][-1] == {"type": "text", "text": question.text}
-            assert (len(user["content"]) > 1) == (turn == 0 and family != "text_only")
+            assert (len(user["content"]) > 1) == (turn == 0 and bool(spec.pictures))
             assert assistant["content"] == question.answer
             assert question.answer == question.answer.strip()
             assert question.answer
+        assert spec.pictures or family in ("text_only", "refusals")
         assert example.prompt == example.messages[:1]
         _check_media(spec, media_of(example))
 

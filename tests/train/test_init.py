@@ -1,5 +1,6 @@
 """Model initialization of a run: from a folder, or at random."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,27 @@ def test_a_new_model_takes_its_special_token_ids_from_its_tokenizer(tmp_path: Pa
     assert (folder / "tokenizer.json").is_file()
     assert model.config.image_token_id == processor.tokenizer.token_to_id("<|image_pad|>")
     assert len(processor.tokenizer) <= model.config.text.vocab_size
+
+
+def test_merges_are_learned_from_the_questions_of_the_last_stage(tmp_path: Path) -> None:
+    config = override(tiny.recipe(), [f"output_dir={tmp_path}", "num_merges=300"])
+    text = replace(tiny.recipe().model.text, vocab_size=1024)  # type: ignore[union-attr]
+    config = replace(config, model=replace(config.model, text=text))  # type: ignore[type-var]
+    _, processor, _ = build_model(config)
+    tokenizer = processor.tokenizer
+    question = "What color is the circle?"
+    assert len(tokenizer.encode_text(question)) <= 8
+    assert tokenizer.decode(tokenizer.encode_text(question)) == question
+    assert len(tokenizer.encode_text("äЖω")) == 3  # letters of Europe are one token each
+    assert len(tokenizer.encode_text("x7Qk")) == 4  # random strings are characters
+
+
+def test_more_tokens_than_the_model_has_are_refused(tmp_path: Path) -> None:
+    config = override(tiny.recipe(), [f"output_dir={tmp_path}", "num_merges=300"])
+    with pytest.raises(
+        ConfigError, match=r"run tiny: the tokenizer has .* tokens and the model 288"
+    ):
+        build_model(config)
 
 
 def test_an_existing_tokenizer_is_not_rewritten(tmp_path: Path) -> None:
@@ -61,10 +83,10 @@ def test_a_run_without_init_and_model_is_refused() -> None:
         build_model(TrainConfig(name="x", stages=tiny.recipe().stages))
 
 
-def test_nano_has_3_to_6_million_parameters() -> None:
+def test_nano_has_8_to_12_million_parameters() -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         from qwen2vl.model import Qwen2VL
 
         parameters = sum(p.numel() for p in Qwen2VL(nano.MODEL).parameters())
-    assert 3e6 <= parameters <= 6e6
+    assert 8e6 <= parameters <= 12e6

@@ -118,11 +118,11 @@ def _synthetic_conversations(processor: Processor, count: int) -> Iterator[Model
     """Sample synthetic conversations about images, with their answers."""
     from qwen2vl.synth import Mixture, render, sample
     from qwen2vl.synth.fonts import FontError
-    from qwen2vl.synth.world import check_fonts
+    from qwen2vl.synth.world import check_resources
 
     mixture = Mixture(max_questions=MAX_QUESTIONS)
     try:
-        check_fonts(mixture)
+        check_resources(mixture)
     except FontError:
         mixture = replace(mixture, fonts="bundled")
         terminal.note(

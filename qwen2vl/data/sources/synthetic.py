@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen2vl.data.formats import Conversation
 from qwen2vl.synth import Mixture, render, sample
-from qwen2vl.synth.world import build_conversation, check_fonts
+from qwen2vl.synth.world import build_conversation, check_resources
 
 __all__ = ["SyntheticSource", "with_default_system"]
 
@@ -34,7 +34,7 @@ class SyntheticSource:
         Raises:
             FontError: a font of the mixture is not installed.
         """
-        check_fonts(mixture)
+        check_resources(mixture)
         self.mixture, self.num_samples, self.seed = mixture, num_samples, seed
         self.default_system = default_system
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from qwen2vl.synth.compositing.draw import check_resources, draw_composite
 from qwen2vl.synth.compositing.icons import IconName, icon_names
-from qwen2vl.synth.compositing.layers import Composite, Ground, Icon, Photo, ShapeLayer, Text
+from qwen2vl.synth.compositing.layers import Composite, Ground, Icon, Photo, Rect, ShapeLayer, Text
 
 __all__ = [
     "Composite",
@@ -21,6 +21,7 @@ __all__ = [
     "Icon",
     "IconName",
     "Photo",
+    "Rect",
     "ShapeLayer",
     "Text",
     "check_resources",

@@ -12,18 +12,26 @@ from typing import Any, Literal
 
 __all__ = [
     "Composite",
+    "Generated",
     "Ground",
     "Icon",
     "Layer",
+    "Lines",
     "Photo",
+    "Rect",
     "ShapeLayer",
     "Text",
+    "Tone",
     "lists_to_tuples",
     "without_defaults",
 ]
 
 RGB = tuple[int, int, int]
 Box = tuple[int, int, int, int]
+# Black lines that are added to an icon: around its parts, or around white parts.
+Lines = Literal["", "outlines", "line_art"]
+# Degrees by which hues of an icon are turned; its saturation and its brightness, in percent.
+Tone = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +40,11 @@ class Ground:
 
     plain: `rgb`. gradient: from `rgb` to `rgb2`, from left to right or, if `seed` is odd, from top
     to bottom. noise: independent random pixels between `rgb` and `rgb2`, in cells of `cell` pixels.
-    stripes, checks: of `cell` pixels, in the two colors.
+    stripes, checks: of `cell` pixels, in the two colors. clouds: smooth noise between the colors,
+    in spots of about three cells.
     """
 
-    kind: Literal["plain", "gradient", "noise", "stripes", "checks"] = "plain"
+    kind: Literal["plain", "gradient", "noise", "stripes", "checks", "clouds"] = "plain"
     rgb: RGB = (255, 255, 255)
     rgb2: RGB = (0, 0, 0)
     cell: int = 1  # pixels
@@ -50,15 +59,27 @@ class Icon:
     name: str  # of the object, as in names.tsv: "guitar"
     box: Box
     angle: int = 0  # degrees counterclockwise
+    raster: int = 0  # pixels a side at which it is drawn, then resized to the box; 0: the box's
+    lines: Lines = ""
+    tone: Tone = (0, 100, 100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rect:
+    """A filled rectangle, as of a table or a chart."""
+
+    rgb: RGB
+    box: Box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeLayer:
-    """A geometric shape; its pixels fill the box, which is square, exactly."""
+    """A geometric shape; its pixels fill the box exactly, unless it is rotated."""
 
-    kind: str  # of SHAPE_KINDS
+    kind: str  # of SHAPE_KINDS or MORE_SHAPE_KINDS
     rgb: RGB
     box: Box
+    angle: int = 0  # degrees counterclockwise; the largest that the box holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +103,24 @@ class Photo:
     box: Box
 
 
-Layer = Icon | ShapeLayer | Text | Photo
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """A drawing computed from a seed: something like a photo, or a figure without a name."""
+
+    kind: Literal["photo", "polygon", "blob", "scribble", "strokes"]
+    seed: int
+    rgb: RGB = (0, 0, 0)  # of a figure
+    box: Box
+
+
+Layer = Icon | Rect | ShapeLayer | Text | Photo | Generated
 _LAYERS: dict[str, Callable[..., Layer]] = {
     "icon": Icon,
+    "rect": Rect,
     "shape": ShapeLayer,
     "text": Text,
     "photo": Photo,
+    "generated": Generated,
 }
 _NAMES = {kind: name for name, kind in _LAYERS.items()}
 

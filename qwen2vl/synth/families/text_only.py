@@ -22,8 +22,8 @@ SMALL_TALK: dict[str, str] = {
     "thanks": "You are welcome.",
     "goodbye": "Goodbye!",
     "who_are_you": "I am nano, a small Qwen2-VL.",
-    "what_can_you_do": "I read lines of text, name, count and find shapes, and see how they move.",
-    "photographs": "No, I only know text and simple shapes.",
+    "what_can_you_do": "I read text, name, count and find shapes and icons, and see how they move.",
+    "photographs": "No, I only know text, shapes and icons.",
     "no_picture": "I see no picture.",
 }
 

@@ -23,7 +23,7 @@ from qwen2vl.errors import ConfigError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
 from qwen2vl.synth import render, sample
-from qwen2vl.synth.world import check_fonts
+from qwen2vl.synth.world import check_resources
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.loader.bad_samples import BadSampleTracker
 from qwen2vl.train.loader.batch import Batch, pack_batch
@@ -177,7 +177,7 @@ def open_datasets(
     """
     for stage in config.stages:
         if stage.data is None and stage.mixture is not None:
-            check_fonts(stage.mixture)
+            check_resources(stage.mixture)
     return {
         stage_index: open_dataset(config, stage_index, processor, progress=progress)
         for stage_index, stage in enumerate(config.stages)

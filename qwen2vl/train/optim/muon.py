@@ -1,8 +1,8 @@
 """Muon optimizer: momentum orthogonalized by Newton-Schulz iterations, also for sharded matrices.
 
-Computes what torch.optim.Muon computes, bit for bit, with two additions: a step can be skipped
-without a host sync, and each rank may hold some rows of a sharded matrix. Momentum is elementwise
-and stays sharded; the quintic Newton-Schulz iteration needs the full matrix, which is gathered on
+Computes what torch.optim.Muon computes, bit for bit where the device has bfloat16, with two
+additions: a step can be skipped without a host sync, and each rank may hold some rows of a sharded
+matrix. Momentum is elementwise and stays sharded; the quintic Newton-Schulz iteration needs the full matrix, which is gathered on
 one rank of the group. (kellerjordan.github.io/posts/muon; arXiv 2502.16982 for the scale by which
 Muon shares AdamW's learning rate.)
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from qwen2vl.memory import matmul_dtype
 from qwen2vl.parallel.all_to_all import apply_to_full_matrices
 
 __all__ = ["Muon", "orthogonalize"]
@@ -97,13 +98,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix_RC: Tensor) -> Tensor:
-    """Set all singular values to about 1, in bfloat16 (torch.optim.Muon's Newton-Schulz)."""
+    """Set all singular values to about 1 (torch.optim.Muon's Newton-Schulz); returns bfloat16.
+
+    It computes in bfloat16, as torch does, but in float32 where the device lacks bfloat16: a step
+    would take minutes there.
+    """
     a, b, c = QUINTIC
     is_tall = matrix_RC.shape[0] > matrix_RC.shape[1]
-    x = matrix_RC.to(torch.bfloat16, copy=True)
+    x = matrix_RC.to(torch.bfloat16, copy=True).to(matmul_dtype("auto", matrix_RC.device))
     x = x.T if is_tall else x
     x.div_(x.norm().clamp(min=EPS))
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(torch.bfloat16)
     return x.T if is_tall else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,11 +18,13 @@ from tests.server.page.conftest import (
     ask,
     ask_api,
     event,
+    expect,
+    expect_value,
     last_answer,
 )
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Locator, Page
 
 pytestmark = needs_chromium
 
@@ -37,12 +40,17 @@ def test_a_box_is_drawn_where_the_model_has_it(page: Page, live_server: LiveServ
     shown = last_answer(page).locator(".rows code").inner_text()
     assert shown == ", ".join(str(round(number)) for number in (x1, y1, x2, y2))
     # On the screen, the drawing covers the picture.
-    picture, overlay = (last_answer(page).locator(f".canvas {tag}").bounding_box() for tag in TAGS)
+    expect_value(page, "document.querySelector('.canvas img').naturalWidth > 0")
+    picture, overlay = page.evaluate(PLACES)
     assert picture == pytest.approx(overlay, abs=0.5)
-    assert picture and picture["width"] / picture["height"] == pytest.approx(195 / 155, rel=0.01)
+    assert picture["width"] / picture["height"] == pytest.approx(195 / 155, rel=0.01)
 
 
-TAGS = ("img", "svg")
+# Both at once: the page may scroll in between.
+PLACES = """() => ["img", "svg"].map((tag) => {
+    const place = document.querySelector(`.canvas ${tag}`).getBoundingClientRect();
+    return { x: place.x, y: place.y, width: place.width, height: place.height };
+})"""
 
 
 def test_a_phrase_its_box_and_its_row_are_linked(page: Page) -> None:
@@ -50,19 +58,30 @@ def test_a_phrase_its_box_and_its_row_are_linked(page: Page) -> None:
     answer = last_answer(page)
     parts = [answer.locator(name) for name in (".phrase", ".mark", ".rows li")]
 
-    def active() -> list[bool]:
-        return ["active" in (part.get_attribute("class") or "").split() for part in parts]
-
+    expect_value(page, "[...document.images].every((one) => one.complete)")  # nothing moves then
     for part in parts:
         part.hover()
-        assert active() == [True] * 3
+        expect_active(parts)
         page.mouse.move(0, 0)
-        assert active() == [False] * 3
+        expect_inactive(parts)
     for part in (parts[0], parts[1], answer.locator(".rows button")):
         part.focus()
-        assert active() == [True] * 3
+        expect_active(parts)
         part.blur()
-        assert active() == [False] * 3
+        expect_inactive(parts)
+
+
+ACTIVE = re.compile(r"(^|\s)active(\s|$)")
+
+
+def expect_active(parts: list[Locator]) -> None:
+    for part in parts:
+        expect(part).to_have_class(ACTIVE)
+
+
+def expect_inactive(parts: list[Locator]) -> None:
+    for part in parts:
+        expect(part).not_to_have_class(ACTIVE)
 
 
 def test_coordinates_and_answers_are_copied(open_page: PageOpener) -> None:
@@ -102,15 +121,14 @@ def test_all_kinds_of_shapes_on_two_pictures(open_page: PageOpener) -> None:
     body = event({"content": text}) + event({"grounding": shapes}, "stop") + "data: [DONE]\n\n"
     page.route(CHAT, lambda r: r.fulfill(status=200, body=body))
     ask(page, "Where?", EXAMPLES / "shapes.png", EXAMPLES / "boxes.png")
-    assert page.locator(".answer .text li").all_inner_texts() == [
-        "Two cats",
-        "the nose point 3 and quad 4.",
-    ]
-    assert page.locator(".phrase").first.get_attribute("data-shapes") == "0 1"
-    assert page.locator(".canvas").count() == 2
+    expect(page.locator(".answer .text li")).to_have_text(
+        ["Two cats", "the nose point 3 and quad 4."]
+    )
+    expect(page.locator(".phrase").first).to_have_attribute("data-shapes", "0 1")
+    expect(page.locator(".canvas")).to_have_count(2)
     for tag, number in [("rect", 4), ("circle", 2), ("polygon", 2)]:
-        assert page.locator(f".canvas {tag}.line").count() == number
-    assert "picture 1 as sent" in page.locator("figcaption").inner_text()
+        expect(page.locator(f".canvas {tag}.line")).to_have_count(number)
+    expect(page.locator("figcaption")).to_contain_text("picture 1 as sent")
     page.get_by_text("Copy all as JSON").click()
     read = "navigator.clipboard.readText()"
     page.wait_for_function(f"() => {read}.then((text) => text.startsWith('['))")

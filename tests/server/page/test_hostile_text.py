@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.requirements import needs_chromium
-from tests.server.page.conftest import EXAMPLES, PageOpener, ask, problems_of
+from tests.server.page.conftest import (
+    CHAT,
+    EXAMPLES,
+    PENDING,
+    PageOpener,
+    ask,
+    expect,
+    expect_value,
+    problems_of,
+    wait_for_pending,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytestmark = needs_chromium
 
-CHAT = "**/v1/chat/completions"
 SCRIPT = "globalThis.hacked = true"
 HOSTILE = [
     f"<script>{SCRIPT}</script>",
@@ -71,6 +81,7 @@ def test_hostile_answers_are_text(open_page: PageOpener) -> None:
     answer_with(page, "placeholder")
     ask(page, "Hi")
     shown = page.evaluate(SHOW_AND_LIST, HOSTILE)
+    wait_for_pending(page)
     for text, nodes in zip(HOSTILE, shown, strict=True):
         for tag, href, *attributes in nodes:
             assert tag in ALLOWED, text
@@ -80,29 +91,33 @@ def test_hostile_answers_are_text(open_page: PageOpener) -> None:
     page.click("#new")
     answer_with(page, "\n\n".join(HOSTILE))
     ask(page, "Hi")
-    page.wait_for_timeout(100)
+    wait_for_pending(page)
+    assert page.evaluate("globalThis.hacked") is None
     page.reload()
-    page.locator(".answer").wait_for()
+    page.locator(".answer .actions").wait_for()
+    wait_for_pending(page)
     assert page.evaluate("globalThis.hacked") is None
     assert page.evaluate("document.baseURI") == origin
-    assert page.locator("#question").count() == 1
+    expect(page.locator("#question")).to_have_count(1)
     assert outside == []
 
 
-# Shows each text in an answer, and lists the elements that this makes.
-SHOW_AND_LIST = """async (texts) => {
+# Shows each text in an answer for as long as its pictures need to fail, and lists the elements that
+# this makes.
+SHOW_AND_LIST = f"""async (texts) => {{
+    const pending = {PENDING};
     const module = new URL("page/js/answers/markdown.js", document.baseURI);
-    const { renderMarkdown } = await import(module);
+    const {{ renderMarkdown }} = await import(module);
     const target = document.querySelector(".answer .text");
     const listed = [];
-    for (const text of texts) {
+    for (const text of texts) {{
         target.replaceChildren(renderMarkdown(text));
-        await new Promise((resolve) => setTimeout(resolve, 10));
+        await pending();
         listed.push([...target.querySelectorAll("*")].map((node) =>
             [node.tagName, node.getAttribute("href"), ...node.getAttributeNames()]));
-    }
+    }}
     return listed;
-}"""
+}}"""
 
 
 def is_outside(url: str, origin: str) -> bool:
@@ -115,10 +130,10 @@ def test_links_open_elsewhere_without_a_referrer(page: Page) -> None:
     )
     ask(page, "Hi")
     links = page.locator(".answer .text a")
-    assert links.count() == 3
+    expect(links).to_have_count(3)
     for index in range(3):
-        assert links.nth(index).get_attribute("target") == "_blank"
-        assert "noreferrer" in (links.nth(index).get_attribute("rel") or "")
+        expect(links.nth(index)).to_have_attribute("target", "_blank")
+        expect(links.nth(index)).to_have_attribute("rel", re.compile("noreferrer"))
 
 
 def test_hostile_phrases_and_coordinates(page: Page) -> None:
@@ -131,9 +146,10 @@ def test_hostile_phrases_and_coordinates(page: Page) -> None:
     }
     answer_with(page, f"{label}(100,100),(900,900) end", grounding=[shape])
     ask(page, "Where?", EXAMPLES / "text.png")
-    assert page.locator(".phrase").inner_text() == label
-    assert page.locator(".rows .label").inner_text() == label
-    assert page.locator(".answer .text").inner_text().strip() == f"{label} end"
+    expect(page.locator(".phrase")).to_have_text(label)
+    expect(page.locator(".rows .label")).to_have_text(label)
+    expect(page.locator(".answer .text")).to_have_text(f"{label} end")
+    wait_for_pending(page)
     assert page.evaluate("globalThis.hacked") is None
 
 
@@ -143,13 +159,14 @@ def test_hostile_names_and_questions(page: Page, tmp_path: Path) -> None:
     question = f"<img src=x onerror='{SCRIPT}'>"
     answer_with(page, "ok")
     ask(page, question, tmp_path / name)
-    assert page.locator(".question .line .text").inner_text() == question
+    expect(page.locator(".question .line .text")).to_have_text(question)
     page.locator(".conversation", has_text="<img").wait_for()
     page.get_by_label(f"Enlarge {name}").click()
-    assert name in page.locator("#viewer-title").inner_text()
+    expect(page.locator("#viewer-title")).to_contain_text(name)
     page.keyboard.press("Escape")
     page.get_by_label("Show the request").click()
-    assert name in page.locator("#code-text").inner_text()
+    expect(page.locator("#code-text")).to_contain_text(name)
+    wait_for_pending(page)
     assert page.evaluate("globalThis.hacked") is None
 
 
@@ -168,7 +185,7 @@ def test_strings_do_not_become_markup(page: Page, script: str) -> None:
 
 
 def test_nothing_else_can_be_loaded_or_reached(page: Page) -> None:
-    blocked = page.evaluate(
+    page.evaluate(
         """async () => {
         const found = [];
         const note = (event) => found.push(event.effectiveDirective);
@@ -183,9 +200,9 @@ def test_nothing_else_can_be_loaded_or_reached(page: Page) -> None:
         const frame = document.createElement("iframe");
         frame.src = "https://example.com";
         document.body.append(frame);
-        await new Promise((resolve) => setTimeout(resolve, 200));
-        return found;
+        window.found = found;
         }"""
     )
-    assert set(blocked) == {"connect-src", "style-src-elem", "img-src", "frame-src"}
+    expected = ["connect-src", "frame-src", "img-src", "style-src-elem"]
+    expect_value(page, "[...new Set(window.found)].sort()", expected)
     problems_of(page)

@@ -11,14 +11,18 @@ from tests.requirements import needs_chromium
 from tests.server.page.conftest import (
     CHAT,
     EXAMPLES,
+    TIMEOUT,
     ask,
     attach,
+    expect,
+    expect_value,
     finish,
     last_answer,
     problems_of,
     refuse,
     requests_of,
     set_limits,
+    wait_for_pending,
     write_picture,
 )
 
@@ -32,25 +36,26 @@ pytestmark = needs_chromium
 SIZE = "#picture-size"
 
 
-def problem(page: Page) -> str:
-    """Return what the form says, after it has said something."""
-    page.locator("#composer-problem").wait_for()
-    return page.locator("#composer-problem").inner_text()
+def expect_problem(page: Page, sentence: str | re.Pattern[str]) -> None:
+    """Wait until the form says a sentence."""
+    expect(page.locator("#composer-problem")).to_be_visible()
+    expect(page.locator("#composer-problem")).to_have_text(sentence)
 
 
 def assert_not_sent(page: Page) -> None:
     """Check that neither the button nor Enter sends the question."""
     before = page.locator(".question").count()
     page.fill("#question", "What is it?")
-    assert page.locator("#send").is_disabled()
+    expect(page.locator("#send")).to_be_disabled()
     page.keyboard.press("Enter")
-    assert page.locator(".question").count() == before
-    assert page.input_value("#question") == "What is it?"
+    wait_for_pending(page)
+    expect(page.locator(".question")).to_have_count(before)
+    expect(page.locator("#question")).to_have_value("What is it?")
 
 
-def failure(page: Page) -> str:
-    """Return what the last answer says about its failure."""
-    return last_answer(page).locator(".failure p").inner_text()
+def expect_failure(page: Page, sentence: str | re.Pattern[str]) -> None:
+    """Wait until the last answer says this about its failure."""
+    expect(last_answer(page).locator(".failure p")).to_have_text(sentence)
 
 
 # The size of pictures -----------------------------------------------------------------------------
@@ -67,12 +72,12 @@ def test_earlier_questions_keep_the_size_that_they_were_asked_with(
     ask(page, "And this?")
     captions = ["980 \u00d7 784 · 980 tokens", "112 \u00d7 84 · 12 tokens · size limited"]
     notes = page.locator(".question .media .note")
-    assert notes.all_inner_texts() == captions
+    expect(notes).to_have_text(captions)
     attach(page, EXAMPLES / "text.png")  # the slider begins anew
-    assert page.locator("#size-text").inner_text() == "at most 1,024 tokens each"
-    assert page.evaluate("localStorage['qwen2vl.settings'] ?? ''") == ""
+    expect(page.locator("#size-text")).to_have_text("at most 1,024 tokens each")
+    expect_value(page, "localStorage['qwen2vl.settings'] ?? ''", "")
     page.reload()
-    page.locator(".answer").nth(1).wait_for()
+    expect(notes).to_have_text(captions)
     ask(page, "Both?")
     sent = [
         item.get("max_pixels")
@@ -82,7 +87,7 @@ def test_earlier_questions_keep_the_size_that_they_were_asked_with(
         if item["type"] == "image_url"
     ]
     assert sent == [None, 16 * 784]
-    assert notes.all_inner_texts() == captions
+    expect(notes).to_have_text(captions)
 
 
 # The context --------------------------------------------------------------------------------------
@@ -92,19 +97,19 @@ def test_an_answer_may_have_what_fits(page: Page, tmp_path: Path) -> None:
     files = [write_picture(tmp_path / f"{i}.png", (1200, 1200)) for i in range(4)]
     bodies = requests_of(page)
     page.click("#settings")
-    assert page.input_value("#max-tokens") == ""
+    expect(page.locator("#max-tokens")).to_have_value("")
     page.fill("#max-tokens", "1024")
     page.keyboard.press("Tab")
     page.keyboard.press("Escape")
     ask(page, "Which one is it?", *files)
-    assert re.fullmatch(
-        r"The conversation does not fit into the model: 4,9\d\d tokens, and the context of the "
+    sentence = (
+        r"^The conversation does not fit into the model: 4,9\d\d tokens, and the context of the "
         r"model has 4,096\. 1,024 of them are kept free for the answer \(“Longest answer” in the "
-        r"settings\)\.",
-        failure(page),
+        r"settings\)\.$"
     )
+    expect_failure(page, re.compile(sentence))
     page.get_by_role("button", name="Clear “Longest answer” and ask again").click()
-    page.locator(".answer:not(:has(.failure)) .actions").wait_for(timeout=60_000)
+    page.locator(".answer:not(:has(.failure)) .actions").wait_for(timeout=3 * TIMEOUT)
     assert bodies[0]["max_tokens"] == 1024
     assert "max_tokens" not in bodies[1]
     assert len(problems_of(page)) == 1
@@ -117,31 +122,33 @@ def test_smaller_pictures_are_offered(page: Page) -> None:
     )
     refuse(page, 400, message, code="context_length_exceeded", param="messages")
     ask(page, "What does it say?", EXAMPLES / "text.png")
-    assert failure(page).startswith(
+    sentence = (
         "The conversation does not fit into the model: 5,837 tokens, and the context of the model "
         "has 4,096. Make the pictures smaller (“Picture size”)"
     )
+    expect_failure(page, re.compile("^" + re.escape(sentence)))
     page.unroute(CHAT)
     bodies = requests_of(page)
     page.get_by_role("button", name="Ask with at most 500 tokens a picture").click()
     page.locator(".answer:not(:has(.failure)) .actions").wait_for()
     assert bodies[0]["messages"][0]["content"][0]["max_pixels"] == 392_000
-    assert page.locator(".media .note").inner_text().endswith("size limited")
+    expect(page.locator(".media .note")).to_have_text(re.compile("size limited$"))
     problems_of(page)
 
 
 def test_pictures_that_do_not_fit_are_not_sent(page: Page, tmp_path: Path) -> None:
     files = [write_picture(tmp_path / f"{i}.png", (1200, 1200)) for i in range(5)]
     attach(page, *files)
-    assert problem(page) == (
+    expect_problem(
+        page,
         "The pictures have 4,805 tokens, and the context of the model has 4,096 for them, the "
-        "texts and the answer. Lower “Picture size”, or remove pictures."
+        "texts and the answer. Lower “Picture size”, or remove pictures.",
     )
-    assert page.locator("#size-text").inner_text().endswith("together 4,805 of 4,096")
+    expect(page.locator("#size-text")).to_have_text(re.compile("together 4,805 of 4,096$"))
     assert_not_sent(page)
     page.locator(SIZE).press("Home")
     page.locator("#composer-problem").wait_for(state="hidden")
-    assert page.locator("#send").is_enabled()
+    expect(page.locator("#send")).to_be_enabled()
 
 
 # Numbers and bytes --------------------------------------------------------------------------------
@@ -150,15 +157,13 @@ def test_pictures_that_do_not_fit_are_not_sent(page: Page, tmp_path: Path) -> No
 def test_the_number_of_pictures_is_limited_with_earlier_ones(page: Page, tmp_path: Path) -> None:
     files = [write_picture(tmp_path / f"{i}.png", (30, 30)) for i in range(17)]
     attach(page, *files)
-    assert problem(page) == (
-        "The server takes 16 pictures in one request, and these are 17. Remove 1."
-    )
+    expect_problem(page, "The server takes 16 pictures in one request, and these are 17. Remove 1.")
     assert_not_sent(page)
     page.get_by_label("Remove 16.png").click()
     page.route(CHAT, finish)
     ask(page, "What are they?")
     attach(page, files[16])
-    assert "those of earlier questions are sent again, which makes 17" in problem(page)
+    expect_problem(page, re.compile("those of earlier questions are sent again, which makes 17"))
     assert_not_sent(page)
 
 
@@ -168,16 +173,19 @@ def test_a_file_that_is_too_large_is_refused_unread(page: Page) -> None:
     picture = (EXAMPLES / "text.png").read_bytes()
     files: Any = {"name": "a.png", "mimeType": "image/png", "buffer": picture + bytes(2_300_000)}
     page.set_input_files("#file", files)
-    assert problem(page) == (
+    expect_problem(
+        page,
         "a.png has 2.3 MB, and a file may have 2.2 MB: sending adds a third, and the server takes "
-        "3 MB. Use a smaller one."
+        "3 MB. Use a smaller one.",
     )
-    assert page.locator("#attachments li").count() == 0
+    expect(page.locator("#attachments li")).to_have_count(0)
     for name in ("b.png", "c.png"):
         files = {"name": name, "mimeType": "image/png", "buffer": picture + bytes(1_200_000)}
         page.set_input_files("#file", files)
         page.locator(f"#attachments li[title='{name}']").wait_for()
-    assert "have 3.2 MB as they are sent, a third more than their files" in problem(page)
+    expect_problem(
+        page, re.compile(r"have 3\.2 MB as they are sent, a third more than their files")
+    )
     assert_not_sent(page)
     assert not page.evaluate("window.isRead ?? false")
 
@@ -185,8 +193,8 @@ def test_a_file_that_is_too_large_is_refused_unread(page: Page) -> None:
 def test_a_picture_with_too_many_pixels_is_refused(page: Page, tmp_path: Path) -> None:
     set_limits(page, max_image_pixels=10_000)
     page.set_input_files("#file", write_picture(tmp_path / "a.png", (200, 100)))
-    assert problem(page).startswith("a.png has 20,000 pixels, and the server takes 10,000.")
-    assert page.locator("#attachments li").count() == 0
+    expect_problem(page, re.compile(r"^a\.png has 20,000 pixels, and the server takes 10,000\."))
+    expect(page.locator("#attachments li")).to_have_count(0)
 
 
 # Refusals of the server ---------------------------------------------------------------------------
@@ -231,5 +239,5 @@ def test_refusals_are_in_the_words_of_the_page(
     if status == 401:
         page.locator("#key-dialog [data-close]").click()
         page.get_by_role("button", name="Enter the key").wait_for()
-    assert failure(page) == shown
+    expect_failure(page, shown)
     problems_of(page)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import av
 import httpx2
@@ -15,7 +16,15 @@ from PIL import Image
 from qwen2vl.processor.image import smart_resize
 from tests.requirements import needs_chromium
 from tests.server.conftest import LiveServer
-from tests.server.page.conftest import EXAMPLES, ask, attach, write_picture
+from tests.server.page.conftest import (
+    EXAMPLES,
+    ask,
+    attach,
+    expect,
+    expect_value,
+    requests_of,
+    write_picture,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 pytestmark = needs_chromium
 
 COLORS = ["red", "lime", "blue", "yellow", "white", "black", "cyan", "magenta"]
+TOKENS = re.compile(r"^\d+ tokens$")
 SIZES = [
     *((1, 1), (28, 28), (27, 29), (14, 14), (42, 42), (70, 98), (112, 112), (113, 99)),
     *((106, 115), (125, 83), (640, 427), (896, 896), (1000, 800), (1024, 768), (4000, 3000)),
@@ -81,30 +91,32 @@ def test_the_badge_is_what_the_server_counts(page: Page, tmp_path: Path) -> None
     for size in [(640, 427), (30, 700), (1500, 1200)]:
         page.click("#new")
         attach(page, write_picture(tmp_path / f"{size[0]}.png", size))
-        page.wait_for_function("() => document.querySelector('.badge').textContent")
+        expect(page.locator(".badge")).to_have_text(TOKENS)
         badge = page.locator(".badge").inner_text()
         ask(page, "What is it?")
-        note = page.locator(".question .media .note").inner_text()
-        assert note.endswith(f"· {badge}"), size
+        expect(page.locator(".question .media .note")).to_have_text(re.compile(f"· {badge}$"))
 
 
 def test_the_slider_limits_the_size_of_the_request(page: Page, tmp_path: Path) -> None:
     attach(page, write_picture(tmp_path / "large.png", (1000, 800)))
-    full = page.locator(".badge").inner_text()
-    assert full == "980 tokens"
+    badge, slider = page.locator(".badge"), page.locator("#picture-size")
+    expect(badge).to_have_text("980 tokens")
     for key, text in [("Home", "16 tokens each"), ("End", "1,024 tokens each")]:
-        page.locator("#picture-size").press(key)
-        assert page.locator("#size-text").inner_text() == f"at most {text}"
-    assert page.locator(".badge").inner_text() == full
-    for _ in range(4):
-        page.locator("#picture-size").press("PageDown")
-    badge = page.locator(".badge").inner_text()
+        slider.press(key)
+        expect(page.locator("#size-text")).to_have_text(f"at most {text}")
+    expect(badge).to_have_text("980 tokens")
+    for number in range(1, 5):
+        slider.press("PageDown")
+        expect(slider).to_have_value(str(100 - 10 * number))
+    expect(badge).not_to_have_text("980 tokens")
+    tokens = badge.inner_text()
     limit = page.locator("#size-text").inner_text()
-    assert int(badge.split()[0]) < int(limit.split()[2]) + 1 < 1000
-    sent: list[Any] = []
-    page.on("request", lambda r: sent.append(r.post_data_json) if r.method == "POST" else None)
+    assert int(tokens.split()[0]) < int(limit.split()[2]) + 1 < 1000
+    sent = requests_of(page)
     ask(page, "What is it?")
-    assert page.locator(".question .media .note").inner_text().endswith(f"· {badge} · size limited")
+    expect(page.locator(".question .media .note")).to_have_text(
+        re.compile(f"· {tokens} · size limited$")
+    )
     assert sent[0]["messages"][0]["content"][0]["max_pixels"] == int(limit.split()[2]) * 784
 
 
@@ -127,14 +139,12 @@ def test_the_frames_that_the_server_used_are_drawn(
     page: Page, tmp_path: Path, name: str, write: Callable[[Path], Path]
 ) -> None:
     attach(page, write(tmp_path / name))
-    assert page.locator(".badge").inner_text() == "video"
-    assert page.locator("#size-row").is_hidden()
-    posts: list[str] = []
-    page.on("request", lambda r: posts.append(r.url) if r.method == "POST" else None)
+    expect(page.locator(".badge")).to_have_text("video")
+    expect(page.locator("#size-row")).to_be_hidden()
+    posts = requests_of(page)
     ask(page, "Which one begins to move first?")
-    page.locator(".frames li").first.wait_for()
+    expect(page.locator(".frames li")).to_have_count(8)
     times = [float(t.split()[0]) for t in page.locator(".frames span").all_inner_texts()]
-    assert len(times) == 8
     page.wait_for_function(  # until the last one is drawn
         """() => { const all = document.querySelectorAll(".frames canvas");
         const last = all[all.length - 1];
@@ -149,7 +159,7 @@ def test_the_frames_that_the_server_used_are_drawn(
         candidates = {COLORS[i // 2] for i in (index, min(index + 1, 15))}
         assert any(is_near(pixel, color) for color in candidates), (seconds, pixel)
     assert len(posts) == 1
-    assert "8 frames of" in page.locator(".strip .note").inner_text()
+    expect(page.locator(".strip .note")).to_contain_text("8 frames of")
 
 
 def is_near(pixel: list[int], color: str) -> bool:
@@ -176,20 +186,19 @@ def test_pictures_are_dropped_and_pasted(page: Page, way: str) -> None:
     numbers = list((EXAMPLES / "text.png").read_bytes())
     if way == "drop":
         page.evaluate(DISPATCH, ["dragenter", "a.png", "image/png", numbers])
-        assert page.locator("#drop").is_visible()
+        expect(page.locator("#drop")).to_be_visible()
     assert page.evaluate(DISPATCH, [way, "a.png", "image/png", numbers])
     page.locator("#attachments li").wait_for()
-    assert page.locator("#drop").is_hidden()
+    expect(page.locator("#drop")).to_be_hidden()
     assert ask(page, "What does it say?") == "Tea 3.50"
 
 
 def test_the_camera_takes_a_picture(page: Page) -> None:
     page.click("#camera")
     page.locator("#camera-dialog[open]").wait_for()
-    page.wait_for_function("() => document.getElementById('camera-video').videoWidth > 0")
-    page.click("#camera-take")
+    page.click("#camera-take")  # which can be used when there is a picture
     page.locator("#attachments li[title='camera.jpg']").wait_for()
-    assert page.evaluate("document.getElementById('camera-video').srcObject") is None
+    expect_value(page, "document.getElementById('camera-video').srcObject", None)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +218,7 @@ def test_other_files_are_refused_by_a_sentence(
     (tmp_path / name).write_bytes(data)
     page.set_input_files("#file", tmp_path / name)
     page.locator("#composer-problem", has_text=sentence).wait_for()
-    assert page.locator("#attachments li").count() == 0
+    expect(page.locator("#attachments li")).to_have_count(0)
 
 
 def test_an_upright_picture_has_its_boxes_in_the_right_place(page: Page, tmp_path: Path) -> None:
@@ -219,11 +228,8 @@ def test_an_upright_picture_has_its_boxes_in_the_right_place(page: Page, tmp_pat
     picture = Image.open(EXAMPLES / "boxes.png").rotate(90, expand=True)
     picture.save(path, exif=exif, quality=95)
     ask(page, "Show me where the blue cross is.", path)
-    image = page.evaluate(
-        "() => { const i = document.querySelector('.canvas img'); "
-        "return [i.naturalWidth, i.naturalHeight]; }"
-    )
-    assert image == [195, 155]
+    image = "document.querySelector('.canvas img')"
+    expect_value(page, f"[{image}.naturalWidth, {image}.naturalHeight]", [195, 155])
     line = page.locator("rect.line")
     x, y = (float(line.get_attribute(name) or "") for name in ("x", "y"))
     assert 115 < x < 130 and 60 < y < 75  # the cross lies right of the middle

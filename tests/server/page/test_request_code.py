@@ -18,6 +18,8 @@ from tests.server.page.conftest import (
     LOCATE,
     ask,
     event,
+    expect,
+    expect_value,
     last_answer,
 )
 
@@ -44,8 +46,10 @@ def test_curl_and_python_get_the_same_answer(
     answer = ask(page, question, tmp_path / name)
     (tmp_path / name).rename(tmp_path / shown)
     page.get_by_label("Show the request").click()
+    expect(page.locator("#code-text")).to_contain_text("curl ")
     curl = page.locator("#code-text").inner_text()
     page.click("#code-python")
+    expect(page.locator("#code-text")).to_contain_text("import base64")
     python = page.locator("#code-text").inner_text()
     done = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True)
     response = json.loads(done.stdout)
@@ -61,6 +65,7 @@ def test_the_python_program_shows_boxes(page: Page, tmp_path: Path) -> None:
     ask(page, LOCATE, tmp_path / "boxes.png")
     page.get_by_label("Show the request").click()
     page.click("#code-python")
+    expect(page.locator("#code-text")).to_contain_text("import base64")
     command = [sys.executable, "-c", page.locator("#code-text").inner_text()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     _, box = done.stdout.splitlines()
@@ -107,14 +112,15 @@ def test_settings_reach_the_request(page: Page) -> None:
 
     page.route(CHAT, answer)
     assert ask(page, "Hi") == "ok"
-    assert last_answer(page).locator("> .note").inner_text().startswith("The answer was cut")
+    expect(last_answer(page).locator("> .note")).to_contain_text("The answer was cut")
     (body,) = bodies
     assert (body["max_tokens"], body["temperature"]) == (7, 0.5)
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     page.reload()
+    page.locator("body.ready").wait_for()
     page.click("#settings")
-    assert page.input_value("#max-tokens") == "7"
+    expect(page.locator("#max-tokens")).to_have_value("7")
     page.select_option("#theme", "dark")
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    expect_value(page, "document.documentElement.dataset.theme", "dark")
     page.reload()
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    expect_value(page, "document.documentElement.dataset.theme", "dark")

@@ -15,6 +15,7 @@ from qwen2vl.synth.compositing import (
     Ground,
     Icon,
     Photo,
+    Rect,
     ShapeLayer,
     Text,
     check_resources,
@@ -74,6 +75,31 @@ def test_stripes_and_checks_alternate() -> None:
     assert (checks[5:10, :5] == BLUE).all() and (checks[5:10, 5:10] == RED).all()
 
 
+def test_clouds_are_smooth_seeded_and_between_their_colors() -> None:
+    fields = {"rgb": (10, 100, 50), "rgb2": (210, 90, 250), "cell": 4}
+    pixels = ground("clouds", 120, 90, seed=3, **fields).astype(int)
+    assert (pixels >= (10, 90, 50)).all() and (pixels <= (210, 100, 250)).all()
+    assert np.ptp(pixels[..., 0]) > 100
+    # A spot is about twelve pixels wide.
+    assert np.abs(np.diff(pixels[..., 0], axis=1)).max() < 60
+    assert (pixels == ground("clouds", 120, 90, seed=3, **fields)).all()
+    assert (pixels != ground("clouds", 120, 90, seed=4, **fields)).any()
+    enlarged = ground("clouds", 240, 180, seed=3, **{**fields, "cell": 8}).astype(int)
+    assert np.abs(enlarged[::2, ::2] - pixels).mean() < 6
+
+
+@pytest.mark.parametrize("cell", [1, 3])
+def test_noise_that_is_drawn_in_parts_is_one_sequence(cell: int) -> None:
+    width, height = 31, 200
+    pixels = ground("noise", width, height, cell=cell, seed=9, rgb=(0, 20, 40), rgb2=(250, 9, 99))
+    size = (-(-height // cell), -(-width // cell), 3)
+    shares = np.random.Generator(np.random.Philox(9)).random(size, dtype=np.float32)
+    low, high = np.array((0, 20, 40), np.float32), np.array((250, 9, 99), np.float32)
+    expected = (low + (high - low) * shares).round().astype(np.uint8)
+    expected = expected.repeat(cell, 0).repeat(cell, 1)[:height, :width]
+    assert (pixels == expected).all()
+
+
 @pytest.mark.parametrize("kind", ["noise", "stripes", "checks"])
 def test_a_scaled_ground_is_the_same_with_larger_pixels(kind: str) -> None:
     picture = Composite(width=23, height=17, ground=Ground(kind=kind, cell=3, seed=5))  # type: ignore[arg-type]
@@ -87,6 +113,24 @@ def test_a_shape_fills_its_box_and_nothing_else(kind: str) -> None:
     pixels = draw_composite(Composite(width=50, height=40, layers=(layer,)))
     rows, columns = np.nonzero((pixels != 255).any(axis=-1))
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == layer.box
+
+
+def test_a_shape_may_be_flat_and_rotated_within_its_box() -> None:
+    layer = ShapeLayer(kind="rectangle", rgb=RED, box=(7, 5, 47, 25))
+    pixels = draw_composite(Composite(width=60, height=40, layers=(layer,)))
+    assert (pixels[5:25, 7:47] == RED).all() and (pixels[25:] == 255).all()
+    turned = replace(layer, angle=90)
+    pixels = draw_composite(Composite(width=60, height=40, layers=(turned,)))
+    rows, columns = np.nonzero((pixels != 255).any(axis=-1))
+    found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert max(abs(a - b) for a, b in zip(found, (22, 5, 32, 25), strict=True)) <= 1
+
+
+def test_a_rect_is_filled_and_cut_off_at_the_border() -> None:
+    layer = Rect(rgb=BLUE, box=(-5, 30, 20, 60))
+    pixels = draw_composite(Composite(width=60, height=40, layers=(layer,)))
+    assert (pixels[30:, :20] == BLUE).all()
+    assert (pixels[:30] == 255).all() and (pixels[:, 20:] == 255).all()
 
 
 def test_layers_are_painted_in_their_order() -> None:
@@ -124,7 +168,7 @@ def test_blur_and_compression_change_pixels_but_not_the_size() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (2000, 64), (1, 300), (64, 64)])
-@pytest.mark.parametrize("kind", ["plain", "gradient", "noise", "stripes", "checks"])
+@pytest.mark.parametrize("kind", ["plain", "gradient", "noise", "stripes", "checks", "clouds"])
 def test_pictures_of_any_size(width: int, height: int, kind: str) -> None:
     picture = Composite(
         width=width,
@@ -208,3 +252,17 @@ def test_an_icon_in_a_box_that_is_not_square_fills_it() -> None:
     rows, columns = np.nonzero((draw_composite(picture) < 250).any(axis=-1))
     found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert max(abs(a - b) for a, b in zip(found, box, strict=True)) <= 2
+
+
+@needs_dataset("named-pictures")
+@pytest.mark.parametrize("angle", [0, 15])
+@pytest.mark.parametrize("side", [40, 130])
+def test_an_icon_that_is_resized_resembles_one_of_its_size(angle: int, side: int) -> None:
+    pytest.importorskip("resvg_py")
+    icon = Icon(style="twemoji", name="guitar", box=(3, 3, 3 + side, 3 + side), angle=angle)
+    exact, resized = (
+        draw_composite(Composite(width=side + 6, height=side + 6, layers=(layer,))).astype(int)
+        for layer in (icon, replace(icon, raster=80))
+    )
+    assert 0 < np.abs(exact - resized).mean() < 6
+    assert (resized[:3] == 255).all() and (resized[:, :3] == 255).all()

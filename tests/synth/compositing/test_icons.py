@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -11,15 +12,21 @@ from random import Random
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qwen2vl.errors import ConfigError
 from qwen2vl.fetch import DatasetNotFoundError
 from qwen2vl.synth.compositing import icon_names, icons
 from qwen2vl.synth.compositing.icons import (
     HELD_OUT_STYLES,
+    LINE_STYLES,
     TRAINING_STYLES,
+    change_tone,
     check_icons,
+    icon_raster,
+    load_drawings,
     render_icon,
+    training_styles,
 )
 from tests.requirements import needs_dataset
 
@@ -89,10 +96,13 @@ def square(rgb: str) -> dict[str, object]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A dataset of which a test writes the styles."""
-    monkeypatch.setattr(icons, "dataset_folder", lambda name: tmp_path)
-    render_icon.cache_clear()
-    yield tmp_path
-    render_icon.cache_clear()
+    monkeypatch.setattr(icons, "dataset_folder", lambda name: tmp_path / "dataset")
+    caches = (render_icon, icons._open_cache, icons._read_style)
+    for function in caches:
+        function.cache_clear()
+    yield tmp_path / "dataset"
+    for function in caches:
+        function.cache_clear()
 
 
 def test_an_alias_is_drawn_as_its_parent(folder: Path) -> None:
@@ -119,10 +129,106 @@ def test_an_icon_that_is_not_square_keeps_its_aspect_ratio(folder: Path) -> None
     assert icon.size == (40, 40) and icon.getbbox() == (0, 10, 20, 30)
 
 
+def test_a_raster_is_drawn_once_and_premultiplied(folder: Path) -> None:
+    pytest.importorskip("resvg_py")
+    half = {"body": '<path fill="#f00" fill-opacity=".5" d="M0 0h10v10H0z"/>'}
+    write_style(folder, "noto", {"width": 10, "height": 10, "icons": {"cat": half}})
+    drawn = render_icon("noto", "cat", 128).convert("RGBa")
+    assert icon_raster("noto", "cat", 128).tobytes() == drawn.tobytes()
+    assert drawn.tobytes()[:4] == bytes((128, 0, 0, 128))
+    small = icon_raster("noto", "cat", 20)
+    assert small.size == (20, 20) and small.mode == "RGBa"
+    shutil.rmtree(folder)
+    for function in (icons._open_cache, icons._read_style):
+        function.cache_clear()
+    assert icon_raster("noto", "cat", 20).tobytes() == small.tobytes()
+    assert icon_raster("noto", "cat", 128).tobytes() == drawn.tobytes()
+
+
+def test_lines_are_added_around_the_parts(folder: Path) -> None:
+    pytest.importorskip("resvg_py")
+    body = '<path fill="#f00" d="M20 20h60v60H20z"/><path fill="none" d="M0 0h100v100H0z"/>'
+    write_style(folder, "noto", {"width": 100, "height": 100, "icons": {"cat": {"body": body}}})
+    inside, border = (50, 50), (20, 50)
+    plain, outlined, lines = (
+        render_icon("noto", "cat", 100, kind) for kind in ("", "outlines", "line_art")
+    )
+    assert pixel(plain, inside) == pixel(plain, (21, 50)) == (255, 0, 0, 255)
+    assert pixel(outlined, inside) == (255, 0, 0, 255)
+    assert pixel(lines, inside) == (255, 255, 255, 255)
+    for drawn in (outlined, lines):
+        assert pixel(drawn, border) == (0, 0, 0, 255)
+        assert not drawn.crop((5, 5, 15, 15)).getbbox(), "what is not filled stays so"
+        assert pixel(drawn, (0, 50))[3] > 200, "lines at the border are inside of the icon"
+
+
+@needs_dataset("named-pictures")
+@pytest.mark.parametrize("style", LINE_STYLES)
+def test_all_styles_with_colors_can_be_outlined(style: str) -> None:
+    pytest.importorskip("resvg_py")
+    plain, outlined = render_icon(style, "pencil", 64), render_icon(style, "pencil", 64, "outlines")
+    black = [
+        np.asarray(i)[..., :3].max(axis=2)[np.asarray(i)[..., 3] > 200] for i in (plain, outlined)
+    ]
+    assert (black[1] < 20).mean() > (black[0] < 20).mean() + 0.05
+
+
+def test_styles_without_colored_parts_cannot_be_outlined() -> None:
+    with pytest.raises(AssertionError, match="lines cannot be added to fluent-emoji-3d"):
+        render_icon("fluent-emoji-3d", "guitar", 20, "outlines")
+
+
+def test_tone_turns_hues_and_keeps_grays_and_transparency() -> None:
+    pixels = [(200, 40, 40, 255), (90, 90, 90, 255), (10, 20, 200, 7)]
+    icon = Image.new("RGBA", (3, 1))
+    icon.putdata(pixels)
+    assert change_tone(icon, (0, 100, 100)) is icon
+    green = change_tone(icon, (120, 100, 100))
+    assert close(pixel(green, (0, 0)), (40, 200, 40, 255))
+    assert close(pixel(green, (1, 0)), (90, 90, 90, 255)) and pixel(green, (2, 0))[3] == 7
+    gray = change_tone(icon, (0, 0, 100))
+    assert close(pixel(gray, (0, 0)), (88, 88, 88, 255))  # 0.299 R + 0.587 G + 0.114 B
+    assert close(pixel(change_tone(icon, (0, 100, 50)), (0, 0)), (100, 20, 20, 255))
+
+
+def pixel(image: Image.Image, at: tuple[int, int]) -> tuple[int, ...]:
+    value = image.getpixel(at)
+    assert isinstance(value, tuple)
+    return value
+
+
+def close(got: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return all(abs(a - b) <= 1 for a, b in zip(got, wanted, strict=True))
+
+
+def test_wrong_drawings_are_left_out_of_training() -> None:
+    assert training_styles("guitar") == TRAINING_STYLES
+    assert "fxemoji" in icon_names()["keyboard"].icons and "fxemoji" not in training_styles(
+        "keyboard"
+    )
+    assert all(training_styles(name) for name in icon_names())
+    assert not {style for name in icon_names() for style in training_styles(name)} & set(
+        HELD_OUT_STYLES
+    )
+
+
+def test_what_is_known_about_drawings_is_about_names_of_the_list() -> None:
+    names, drawings = icon_names(), load_drawings()
+    for style, wrong in drawings["wrong"].items():
+        assert style in TRAINING_STYLES and all(style in names[name].icons for name in wrong)
+    assert set(drawings["colored"]) | set(drawings["no_article"]) <= names.keys()
+    listed = [name for listed in drawings["categories"].values() for name in listed]
+    assert len(listed) == len(set(listed)) > 300 and set(listed) <= names.keys()
+
+
 def test_a_missing_dataset_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN2VL_DATASETS", str(tmp_path))
     render_icon.cache_clear()
-    for function in (check_icons, lambda: render_icon("noto", "guitar", 17)):
+    for function in (
+        check_icons,
+        lambda: render_icon("noto", "guitar", 17),
+        lambda: icon_raster("noto", "guitar", 17),
+    ):
         with pytest.raises(DatasetNotFoundError, match="qwen2vl fetch-data named-pictures"):
             function()
 

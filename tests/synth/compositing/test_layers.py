@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qwen2vl.synth.compositing import Composite, Ground, Icon, Photo, ShapeLayer, Text
+from qwen2vl.synth.compositing import Composite, Ground, Icon, Photo, Rect, ShapeLayer, Text
 from qwen2vl.synth.compositing.layers import Layer
 from qwen2vl.synth.spec import picture_from_json, picture_to_json
 
@@ -18,6 +18,9 @@ LAYERS: list[Layer] = [
     Text(text="a", font="culmus/ShofarDemi-Bold.ttf", size=9, x=-1, y=0, rgb=(9, 8, 7)),
     Photo(file="chelsea.png", box=(5, 6, 50, 60)),
     Photo(file="chelsea.png", crop=(10, 20, 30, 40), box=(5, 6, 50, 60)),
+    Icon(style="noto", name="guitar", box=(1, 2, 33, 34), raster=80),
+    ShapeLayer(kind="oval", rgb=(1, 2, 3), box=(0, 0, 9, 5), angle=-30),
+    Rect(rgb=(4, 5, 6), box=(1, 1, 8, 3)),
 ]
 
 
@@ -36,7 +39,7 @@ def test_every_layer_survives_json(layer: Layer) -> None:
     assert restored == picture and hash(restored) == hash(picture)
 
 
-@pytest.mark.parametrize("kind", ["plain", "gradient", "noise", "stripes", "checks"])
+@pytest.mark.parametrize("kind", ["plain", "gradient", "noise", "stripes", "checks", "clouds"])
 def test_a_ground_and_all_layers_survive_json_in_their_order(kind: str) -> None:
     ground = Ground(kind=kind, rgb=(9, 9, 9), rgb2=(5, 5, 5), cell=4, seed=7)  # type: ignore[arg-type]
     picture = Composite(
@@ -87,5 +90,8 @@ def test_scaled_multiplies_what_is_in_pixels_of_the_picture() -> None:
         Text(text="a", font="culmus/ShofarDemi-Bold.ttf", size=27, x=-3, y=0, rgb=(9, 8, 7)),
         Photo(file="chelsea.png", box=(15, 18, 150, 180)),
         Photo(file="chelsea.png", crop=(10, 20, 30, 40), box=(15, 18, 150, 180)),
+        Icon(style="noto", name="guitar", box=(3, 6, 99, 102), raster=80),
+        ShapeLayer(kind="oval", rgb=(1, 2, 3), box=(0, 0, 27, 15), angle=-30),
+        Rect(rgb=(4, 5, 6), box=(3, 3, 24, 9)),
     )
     assert picture.scaled(1) == picture

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import features
+from PIL import Image, ImageDraw, ImageFont, features
 
 from qwen2vl.fetch import DatasetNotFoundError
 from qwen2vl.synth.compositing import text as module
-from qwen2vl.synth.compositing.text import check_font, text_extent, text_mask
-from qwen2vl.synth.fonts import BUNDLED_FAMILIES, FontError
-from tests.requirements import needs_dataset
+from qwen2vl.synth.compositing.text import (
+    check_font,
+    has_cached_glyphs,
+    text_extent,
+    text_mask,
+)
+from qwen2vl.synth.fonts import BUNDLED_FAMILIES, FontError, font_path
+from tests.requirements import needs_dataset, needs_line_fonts, needs_training_fonts
 
 BUNDLED = [file for _, files in BUNDLED_FAMILIES.values() for file in files]
 SCRIPTS = {
@@ -125,3 +130,41 @@ def test_pillow_without_raqm_is_refused_for_fonts_of_the_dataset(
     with pytest.raises(FontError, match=r"raqm.*libfribidi0"):
         check_font("culmus/ShofarDemi-Bold.ttf")
     check_font("Cabin-Bold.otf")
+
+
+def test_only_training_fonts_at_some_sizes_are_drawn_from_cached_glyphs() -> None:
+    fixed = (*BUNDLED, *(font for font, _ in SCRIPTS.values()), "NotoSansArabic-Regular.ttf")
+    assert not any(has_cached_glyphs(font, size) for font in fixed for size in range(8, 60))
+    for font in ("DejaVuSans.ttf", "Vollkorn-Bold.ttf", "cmuntt.ttf"):
+        assert sum(has_cached_glyphs(font, size) for size in range(8, 48)) == 5
+
+
+@needs_training_fonts
+@pytest.mark.parametrize("font", ["DejaVuSans.ttf", "FreeSerifItalic.ttf", "NotoSerif-Bold.ttf"])
+@pytest.mark.parametrize("text", ["hinom 230", "Åse.", "жук"])
+def test_cached_glyphs_make_the_same_line_where_there_is_no_kerning(font: str, text: str) -> None:
+    size = next(size for size in range(20, 29) if has_cached_glyphs(font, size))
+    face = ImageFont.truetype(font_path(font), size, layout_engine=ImageFont.Layout.BASIC)
+    whole = Image.new("L", (400, 160))
+    ImageDraw.Draw(whole).text((100, 90), text, font=face, fill=255, anchor="ls")
+    assert_extent_bounds_ink(text, font, size)
+    different = np.abs(ink(text, font, size).astype(int) - np.asarray(whole))
+    assert different.max() < 80 and different.mean() < 0.1  # where neighbors overlap
+
+
+@needs_line_fonts
+@pytest.mark.usefixtures("shaping")
+def test_a_face_of_a_collection_is_chosen_by_its_number() -> None:
+    faces = [f"NotoSansCJK-Regular.ttc#{index}" for index in (0, 2)]
+    check_font(faces[1])
+    japanese, chinese = (ink("直", face, 40) for face in faces)  # drawn differently
+    assert japanese.sum() > 10_000 and (japanese != chinese).any()
+
+
+@needs_line_fonts
+@pytest.mark.usefixtures("shaping")
+def test_letters_of_installed_fonts_are_shaped() -> None:
+    text, font = SCRIPTS["Arabic"][1], "Amiri-Regular.ttf"
+    left, _, right, _ = text_extent(text, font, 40)
+    isolated = sum(right - left for left, _, right, _ in (text_extent(c, font, 40) for c in text))
+    assert abs((right - left) - isolated) > 5

@@ -120,7 +120,11 @@ def test_multi_answer_questions_are_answered_in_the_order_of_the_question() -> N
 def _only_phrase_in(text: str, scene: Scene) -> Shape:
     if len(scene.shapes) == 1:
         return scene.shapes[0]
-    names = [name for name in unique_phrases(scene) if f"the {name}" in text]
+    names = [
+        name
+        for name in unique_phrases(scene)
+        if re.search(rf"\b(?:the|this|that) {name}\b", text.lower())
+    ]
     return unique_phrases(scene)[max(names, key=len)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from qwen2vl.synth import Mixture, sample
@@ -20,7 +21,7 @@ def test_answers_are_correct() -> None:
         tasks[question.task] += 1
         text, answer = question.text, question.answer
         if question.task == "repeat":
-            assert text.endswith(answer)
+            assert answer in text
         elif question.task == "reverse":
             assert answer[::-1] in text
             assert 2 <= len(answer) <= 8
@@ -28,7 +29,7 @@ def test_answers_are_correct() -> None:
             assert answer.replace(" ", "") in text
             assert answer[1::2].strip() == ""
         elif question.task == "character_at":
-            words = text.replace("?", "").replace(".", "").replace(",", "").split()
+            words = re.sub(r'[?.,:"]', "", text).split()
             place = next(word for word in words if word in places)
             assert any(
                 len(word) > places[place] and word[places[place]] == answer for word in words

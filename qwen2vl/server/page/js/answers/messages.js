@@ -8,9 +8,12 @@ import { isLeftOut } from "../client/conversation.js";
 /** @typedef {import("../client/conversation.js").Answer} Answer */
 /** @typedef {import("../client/api.js").MediaUsage} MediaUsage */
 
+/** @typedef {import("../client/conversation.js").Message} Message */
+/** @typedef {{item: HTMLElement, made: string, files: string}} Shown */
+
 /**
  * What is shown of each message: its element, and of what it was made.
- * @type {WeakMap<import("../client/conversation.js").Message, {item: HTMLElement, made: string}>}
+ * @type {WeakMap<Message, Shown>}
  */
 let shown = new WeakMap();
 /** @type {import("../client/conversation.js").Conversation | null} */
@@ -48,13 +51,15 @@ export function renderMessages(session, list) {
 function currentQuestion(session, message, index, seen) {
   const leftOut = isLeftOut(session.conversation.messages, index);
   const made = JSON.stringify([leftOut, message.media.map((id) => seen.get(id) ?? null)]);
-  const known = shown.get(message);
+  const files = filesOf(session, [message]);
+  const found = shown.get(message);
+  const known = found?.files === files ? found : undefined;
   const item = known?.item ?? questionItem(session, message);
   if (known?.made !== made) {
     showUsages(item, session, message, seen);
     showLeftOut(item, leftOut);
   }
-  shown.set(message, { item, made });
+  shown.set(message, { item, made, files });
   return item;
 }
 
@@ -64,14 +69,26 @@ function currentQuestion(session, message, index, seen) {
  * @param {number} index
  */
 function currentAnswer(session, answer, index) {
-  const isLast = index === session.conversation.messages.length - 1;
+  const { messages } = session.conversation;
+  const isLast = index === messages.length - 1;
+  const files = filesOf(session, messages.slice(0, index));
   const { state, text, error, model, grounding, usage } = answer;
   const made = JSON.stringify([isLast, state, text, error, model, grounding, usage]);
   const known = shown.get(answer);
-  if (known?.made === made) return known.item;
+  if (known?.made === made && known.files === files) return known.item;
   const item = answerItem(session, answer, index);
-  shown.set(answer, { item, made });
+  shown.set(answer, { item, made, files });
   return item;
+}
+
+/**
+ * Returns which files of messages this tab has: another tab may still be storing some.
+ * @param {Session} session
+ * @param {Message[]} messages
+ */
+function filesOf(session, messages) {
+  const ids = messages.flatMap((one) => (one.role === "user" ? one.media : []));
+  return ids.filter((id) => session.media.has(id)).join();
 }
 
 /**

@@ -46,8 +46,8 @@ export class Saver {
     const { id, version } = conversation;
     const result = await this.#unless(store.saveConversation(conversation, answer));
     if (!result) return;
-    tellTabs("saved", { id });
     if (result === "new" && version > 0) await this.saveMedia(id, [...media.values()]);
+    tellTabs("saved", { id }); // a tab that reads it then finds its files
     if (result === "merged") {
       for (const one of await store.listMedia(id)) if (!media.has(one.id)) media.set(one.id, one);
       this.#tell("merged", conversation);

@@ -32,7 +32,8 @@ export class Session extends EventTarget {
   media = new Map();
   /** @type {Map<string, Run>} */
   #running = new Map(); // by the id of the conversation: it goes on while another one is shown
-  #shows = 0; // how often another conversation was shown
+  /** @type {{id: string, isOutdated: boolean} | null} */
+  #opening = null; // the conversation that is read; isOutdated: it was stored again meanwhile
   #saver = new Saver((type, detail) => {
     if (type !== "merged") this.#tell(type, detail);
     else if (detail === this.conversation) ["change", "merged"].forEach((one) => this.#tell(one));
@@ -85,13 +86,14 @@ export class Session extends EventTarget {
     this.#saver.allow(id);
     const run = this.#running.get(id);
     if (run) return this.#show(run.conversation, run.media);
-    this.#shows += 1;
-    const shows = this.#shows;
+    const opening = (this.#opening = { id, isOutdated: false });
     const [found, media] = await Promise.all([
       store.loadConversation(id).catch(() => undefined),
       store.listMedia(id).catch(() => []),
     ]);
-    if (shows !== this.#shows) return; // another one was shown meanwhile
+    if (opening !== this.#opening) return; // another one was shown, or this one deleted
+    if (opening.isOutdated) return this.open(id);
+    this.#opening = null;
     if (!found) return this.#tell("list");
     content.endInterrupted(found);
     this.#show(found, new Map(media.map((one) => [one.id, one])));
@@ -103,7 +105,7 @@ export class Session extends EventTarget {
    * @param {MediaMap} media
    */
   #show(conversation, media) {
-    this.#shows += 1;
+    this.#opening = null;
     releaseMedia();
     releaseStrips();
     this.conversation = conversation;
@@ -118,12 +120,11 @@ export class Session extends EventTarget {
    */
   async reload(id) {
     this.#tell("list");
+    if (id === this.#opening?.id) this.#opening.isOutdated = true;
     const { conversation } = this;
     if (id !== conversation.id || this.isRunning) return; // the next time it is stored, both merge
-    const found = await Promise.all([store.loadConversation(id), store.listMedia(id)]).catch(
-      () => [],
-    );
-    const [stored, media = []] = found;
+    const reading = Promise.all([store.loadConversation(id), store.listMedia(id)]);
+    const [stored, media = []] = await reading.catch(() => []);
     if (conversation !== this.conversation || this.isRunning) return;
     if (!stored || stored.version < conversation.version) return;
     store.takeOver(conversation, stored);
@@ -136,6 +137,7 @@ export class Session extends EventTarget {
    * @param {string | null} id  null: all
    */
   drop(id) {
+    if (id === this.#opening?.id) this.#opening = null;
     for (const one of id ? [id] : [this.conversation.id, ...this.#running.keys()]) {
       this.#saver.forbid(one);
       this.stop(one);

@@ -74,7 +74,8 @@ export class Attachments extends EventTarget {
   #render() {
     this.#list.replaceChildren(...this.items.map((media, index) => this.#item(media, index)));
     this.#list.hidden = this.items.length === 0;
-    byId("size-row").hidden = !this.items.some((one) => one.kind === "image");
+    const hasPictures = this.items.some((one) => one.kind === "image");
+    byId("size-row").hidden = !hasPictures || !currentModel(); // the slider has the model's limits
     this.#showTokens();
     this.dispatchEvent(new Event("change"));
   }

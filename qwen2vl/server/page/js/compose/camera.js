@@ -25,12 +25,17 @@ export function openCamera(onPicture, onProblem) {
 function showCamera(stream, onPicture) {
   const dialog = /** @type {HTMLDialogElement} */ (byId("camera-dialog"));
   const video = /** @type {HTMLVideoElement} */ (byId("camera-video"));
+  const take = /** @type {HTMLButtonElement} */ (byId("camera-take"));
+  take.disabled = true; // until there is a picture
+  video.onloadeddata = () => {
+    take.disabled = false;
+  };
   video.srcObject = stream;
   dialog.onclose = () => {
     for (const track of stream.getTracks()) track.stop();
     video.srcObject = null;
   };
-  byId("camera-take").onclick = () => {
+  take.onclick = () => {
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
     canvas.getContext("2d")?.drawImage(video, 0, 0);

@@ -10,8 +10,9 @@ import { objectUrl } from "./media.js";
 
 const MAX_FRAMES = 64; // drawn; the others are counted
 const HEIGHT = 96; // of a drawn frame, in pixels
-const SEEK_TIMEOUT = 5000; // milliseconds
-const PRESENT_TIMEOUT = 200; // milliseconds; without a new frame there is no callback
+const SEEK_TIMEOUT = 30_000; // milliseconds
+const PRESENT_TIMEOUT = 3000; // milliseconds; without a new frame there is no callback
+const HIDDEN_TIMEOUT = 200; // milliseconds, where there are no callbacks: hidden tabs, old browsers
 const AFTER = 0.001; // seconds: the times are rounded, and a frame begins at its time
 
 /** @type {Map<string, HTMLElement>} */
@@ -90,9 +91,11 @@ async function drawVideo(media, times, canvases) {
 
 /** @param {HTMLVideoElement} video */
 function presentsFrame(video) {
+  const isCalled = "requestVideoFrameCallback" in video && !document.hidden;
+  const timeout = isCalled ? PRESENT_TIMEOUT : HIDDEN_TIMEOUT;
   return new Promise((resolve) => {
     video.requestVideoFrameCallback?.(resolve);
-    video.addEventListener("seeked", () => setTimeout(resolve, PRESENT_TIMEOUT), { once: true });
+    video.addEventListener("seeked", () => setTimeout(resolve, timeout), { once: true });
   });
 }
 

@@ -13,7 +13,8 @@ import { forget, remove, rename, restore } from "./library.js";
 const DELAY = 150; // milliseconds in which several changes are one
 const SEARCHABLE = 8; // more conversations than this can be searched
 const MAX_TITLE = 100;
-const DOUBLE_CLICK = 400; // milliseconds
+
+/** @typedef {{item: HTMLElement, open: HTMLElement, more: HTMLElement, shown: string}} Row */
 
 export class Sidebar {
   #session;
@@ -21,7 +22,8 @@ export class Sidebar {
   #search = /** @type {HTMLInputElement} */ (byId("search"));
   /** @type {Conversation[]} */
   #all = [];
-  #clicked = { id: "", at: 0 }; // the first click draws the list anew, so there is no "dblclick"
+  /** @type {Map<string, Row>} */
+  #rows = new Map(); // by id: an element stays, so that no click on it and no focus in it is lost
   #renaming = ""; // id of the conversation whose title is being written
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #timer;
@@ -74,87 +76,118 @@ export class Sidebar {
 
   #render() {
     if (this.#renaming) return; // the field stays; what is stored is shown after it
-    const focused = /** @type {HTMLElement | null} */ (document.activeElement)?.dataset.id;
+    const focused = /** @type {HTMLElement | null} */ (document.activeElement);
     this.#search.hidden = this.#all.length <= SEARCHABLE && this.#search.value === "";
     const words = this.#search.value.trim().toLowerCase();
     const shown = this.#all.filter((one) => words === "" || hasText(one, words));
     const titles = this.#all.map((one) => one.title);
-    this.#list.replaceChildren(
-      ...shown.map((one) => {
+    this.#place(
+      shown.map((one) => {
         const isAlone = titles.filter((title) => title === one.title).length < 2;
-        return this.#row(one, isAlone ? "" : dateOf(one.updated));
+        return this.#update(one, isAlone ? "" : dateOf(one.updated));
       }),
     );
     byId("no-conversations").hidden = this.#all.length > 0;
     byId("none-found").hidden = shown.length > 0 || this.#all.length === 0;
-    if (focused) this.#button(focused)?.focus();
+    const isLost = focused !== document.activeElement; // by an element that was moved
+    if (isLost && this.#list.contains(focused)) focused?.focus();
   }
 
-  /** @param {string} id */
-  #button(id) {
-    return /** @type {HTMLElement | null} */ (this.#list.querySelector(`[data-id="${id}"]`));
+  /** @param {HTMLElement[]} items  what the list has from now on; those that are in place stay */
+  #place(items) {
+    for (const there of [...this.#list.children])
+      if (!items.includes(/** @type {HTMLElement} */ (there))) there.remove();
+    items.forEach((item, index) => {
+      const there = this.#list.children[index];
+      if (there !== item) this.#list.insertBefore(item, there ?? null);
+    });
+    const ids = new Set(this.#all.map((one) => one.id));
+    for (const id of this.#rows.keys()) if (!ids.has(id)) this.#rows.delete(id);
   }
 
   /**
+   * Returns the element of a conversation as it is now.
    * @param {Conversation} one
    * @param {string} date  of conversations with the same title
    */
-  #row(one, date) {
+  #update(one, date) {
+    const row = this.#rows.get(one.id) ?? this.#newRow(one.id);
+    this.#rows.set(one.id, row);
+    const { item, open, more } = row;
+    if (!item.contains(open)) item.replaceChildren(open, more); // after the field of its title
     const title = one.title || "Untitled";
     const isAnswering = this.#session.isAnswering(one.id);
-    const open = element(
-      "button",
-      {
-        type: "button",
-        class: "conversation",
-        title,
-        "data-id": one.id,
-        "aria-current": one.id === this.#session.conversation.id ? "true" : null,
-      },
+    const isCurrent = one.id === this.#session.conversation.id;
+    const shown = JSON.stringify([title, date, isAnswering, isCurrent]);
+    if (shown === row.shown) return item;
+    row.shown = shown;
+    open.title = title;
+    if (isCurrent) open.setAttribute("aria-current", "true");
+    else open.removeAttribute("aria-current");
+    const parts = [
       element("span", { class: "name", text: title }),
       date && element("span", { class: "date", text: date }),
       isAnswering && element("span", { class: "running", title: "Being answered" }),
       isAnswering && element("span", { class: "visually-hidden", text: ", being answered" }),
-    );
-    open.addEventListener("click", ({ timeStamp }) => {
-      const isSecond = this.#clicked.id === one.id && timeStamp - this.#clicked.at < DOUBLE_CLICK;
-      this.#clicked = { id: one.id, at: timeStamp };
-      if (isSecond) return this.#rename(one);
+    ];
+    open.replaceChildren(...parts.filter((part) => part instanceof Node));
+    more.title = `Options of the conversation ${title}`;
+    more.setAttribute("aria-label", more.title);
+    return item;
+  }
+
+  /**
+   * @param {string} id
+   * @returns {Row}
+   */
+  #newRow(id) {
+    const open = element("button", { type: "button", class: "conversation", "data-id": id });
+    open.addEventListener("click", () => {
       this.close();
-      if (one.id !== this.#session.conversation.id) this.#session.open(one.id);
+      if (id !== this.#session.conversation.id) this.#session.open(id);
     });
+    open.addEventListener("dblclick", () => this.#rename(id));
     open.addEventListener("keydown", (event) => {
-      if (event.key === "F2") this.#rename(one);
-      else if (event.key === "Delete") this.#remove(one);
+      if (event.key === "F2") this.#rename(id);
+      else if (event.key === "Delete") this.#remove(id);
     });
-    const more = iconButton("more", `Options of the conversation ${title}`, () =>
+    const more = iconButton("more", "", () =>
       openMenu(more, (choice) => {
-        if (choice === "rename") this.#rename(one);
-        else if (choice === "delete") this.#remove(one);
-        else this.#export(one, choice);
+        if (choice === "rename") this.#rename(id);
+        else if (choice === "delete") this.#remove(id);
+        else this.#export(id, choice);
       }),
     );
     more.setAttribute("aria-haspopup", "true");
-    return element("li", {}, open, more);
+    return { item: element("li", {}, open, more), open, more, shown: "" };
   }
 
-  /** @param {Conversation} one */
-  #rename(one) {
-    const row = this.#button(one.id)?.parentElement;
-    if (!row) return;
+  /** @param {string} id  of a conversation of the list */
+  #find(id) {
+    return this.#all.find((one) => one.id === id);
+  }
+
+  /** @param {string} id */
+  #rename(id) {
+    const row = this.#rows.get(id);
+    const before = this.#find(id)?.title;
+    if (!row || before === undefined) return;
     const field = /** @type {HTMLInputElement} */ (
       element("input", { "aria-label": "Title of the conversation", maxlength: MAX_TITLE })
     );
-    field.value = one.title;
-    this.#renaming = one.id;
-    const end = async (/** @type {boolean} */ isTaken) => {
+    field.value = before;
+    this.#renaming = id;
+    const end = (/** @type {boolean} */ isTaken) => {
       if (!this.#renaming) return;
       const title = field.value.trim();
       const hadFocus = document.activeElement === field;
+      const one = this.#find(id);
+      const isChanged = isTaken && title !== "" && title !== before;
       this.#renaming = "";
-      if (isTaken && title && title !== one.title) await rename(this.#session, one.id, title);
-      await this.refresh();
-      if (hadFocus) this.#button(one.id)?.focus();
+      if (isChanged && one) one.title = title; // shown at once: storing it may take time
+      this.#render();
+      if (hadFocus) row.open.focus();
+      if (isChanged) rename(this.#session, id, title);
     };
     field.addEventListener("blur", () => end(true));
     field.addEventListener("keydown", (event) => {
@@ -162,15 +195,19 @@ export class Sidebar {
       event.preventDefault();
       end(event.key === "Enter");
     });
-    row.replaceChildren(field);
+    row.item.replaceChildren(field);
     field.select();
   }
 
-  /** @param {Conversation} one */
-  async #remove({ id, title }) {
+  /** @param {string} id */
+  async #remove(id) {
+    const one = this.#find(id);
+    if (!one) return; // the key was pressed twice: the notice of the first press restores it
+    this.#all = this.#all.filter((other) => other !== one);
+    this.#render();
     const isShown = id === this.#session.conversation.id;
     await remove(this.#session, id);
-    showNotice(`“${title}” is deleted.`, {
+    showNotice(`“${one.title}” is deleted.`, {
       label: "Undo",
       run: () => restore(this.#session, id, isShown),
       expire: () => forget(id),
@@ -178,13 +215,14 @@ export class Sidebar {
   }
 
   /**
-   * @param {Conversation} one
+   * @param {string} id
    * @param {"md" | "json"} format
    */
-  async #export(one, format) {
-    const stored = await loadConversation(one.id); // the list may be older
-    const media = await listMedia(one.id);
-    await saveAsFile(stored ?? one, new Map(media.map((file) => [file.id, file])), format);
+  async #export(id, format) {
+    const conversation = (await loadConversation(id)) ?? this.#find(id); // the list may be older
+    if (!conversation) return;
+    const media = await listMedia(id);
+    await saveAsFile(conversation, new Map(media.map((file) => [file.id, file])), format);
   }
 }
 
