@@ -184,7 +184,7 @@ def _outline(rng: np.random.Generator, *, smooth: bool) -> list[tuple[float, flo
 
 
 def _curve(rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Return the points of a line that runs to and fro."""
+    """Return the points of a line with several turns."""
     count = int(rng.integers(12, 19))
     turns = rng.uniform(0.05, 0.95, (2, count)) * _MASK_SIDE
     fine = np.linspace(0, count - 1, 8 * count)

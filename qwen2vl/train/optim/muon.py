@@ -2,9 +2,9 @@
 
 Computes what torch.optim.Muon computes, bit for bit where the device has bfloat16, with two
 additions: a step can be skipped without a host sync, and each rank may hold some rows of a sharded
-matrix. Momentum is elementwise and stays sharded; the quintic Newton-Schulz iteration needs the full matrix, which is gathered on
-one rank of the group. (kellerjordan.github.io/posts/muon; arXiv 2502.16982 for the scale by which
-Muon shares AdamW's learning rate.)
+matrix. Momentum is elementwise and stays sharded; the quintic Newton-Schulz iteration needs the
+full matrix, which is gathered on one rank of the group. (kellerjordan.github.io/posts/muon; arXiv
+2502.16982 for the scale by which Muon shares AdamW's learning rate.)
 """
 
 from __future__ import annotations
