@@ -199,14 +199,18 @@ def _describe_batch(stage: Stage) -> str:
 
 
 def _describe_device(config: TrainConfig) -> str:
+    import torch
+
     from qwen2vl import threads
+    from qwen2vl.memory import matmul_dtype
     from qwen2vl.train.loader.dataloader import num_local_workers
 
     parts = [config.device]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if config.device == "cpu":
         parts.append(_count(config.num_threads or threads.default_num_threads(), "thread"))
-    parts += [config.dtype, _count(num_local_workers(config), "data worker")]
+    dtype = str(matmul_dtype(config.dtype, torch.device(config.device)))
+    parts += [dtype.removeprefix("torch."), _count(num_local_workers(config), "data worker")]
     if world_size > 1:
         parts.append(f"{world_size:,} processes")
     return ", ".join(parts)

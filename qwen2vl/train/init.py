@@ -31,6 +31,7 @@ from qwen2vl.processor.tokenizer_files import write_bpe_tokenizer, write_byte_to
 from qwen2vl.quantization.nf4 import Nf4Weight
 from qwen2vl.synth import sample
 from qwen2vl.synth.strings import LETTERS_OF_EUROPE
+from qwen2vl.synth.world import check_resources
 from qwen2vl.train.adapter import initial_factors, inject_adapter, load_qlora_model
 from qwen2vl.train.config import TrainConfig
 from qwen2vl.weights import TensorFolder, check_state_dict, open_tensors, resolve_model
@@ -49,6 +50,7 @@ __all__ = [
 
 # Conversations of the synthetic data from which merges are learned, with a seed of their own.
 _CORPUS_SIZE, _CORPUS_SEED = 8_000, -1
+_corpora: dict[str, list[str]] = {}  # by the mixtures of a run
 _KEYWORD_CHARACTER = "✿"  # of the agent format's keywords, as ✿FUNCTION✿
 
 EMBEDDING_STD = 0.05  # with a tied head of width 192 the initial logits have a deviation of 0.7
@@ -254,9 +256,13 @@ def _write_tokenizer(folder: Path, config: TrainConfig) -> None:
         if not config.num_merges:
             write_byte_tokenizer(partial, characters=_KEYWORD_CHARACTER)
             return
+        # The corpus takes half a minute: what prints the run's parameters first samples it.
+        mixtures = repr([stage.mixture for stage in config.stages])
+        if mixtures not in _corpora:
+            _corpora[mixtures] = list(_tokenizer_corpus(config))
         write_bpe_tokenizer(
             partial,
-            _tokenizer_corpus(config),
+            _corpora[mixtures],
             num_merges=config.num_merges,
             characters=_KEYWORD_CHARACTER + LETTERS_OF_EUROPE,
         )
@@ -268,6 +274,7 @@ def _tokenizer_corpus(config: TrainConfig) -> Iterator[str]:
     Text in pictures stays a sequence of characters, of which each is seen in one place.
     """
     mixtures = [stage.mixture for stage in config.stages if stage.mixture is not None]
+    check_resources(mixtures[-1])
     for index in range(_CORPUS_SIZE):
         for question in sample(_CORPUS_SEED, index, mixtures[-1]).questions:
             yield question.text

@@ -88,7 +88,8 @@ def test_shards_equal_the_full_model(process_pool: ProcessPool, tmp_path: Path, 
 
 def test_replicated_parameters_are_bfloat16(process_pool: ProcessPool, tmp_path: Path) -> None:
     write_tiny(tmp_path / "untied")
-    config = override(configs(tmp_path)["adapter"], ["mesh.frozen=replicate"])
+    overrides = ["mesh.frozen=replicate", "dtype=bfloat16"]
+    config = override(configs(tmp_path)["adapter"], overrides)
     (state, max_alive, _), _ = process_pool.run(2, build_sharded, config)
     expected = build_model(config)[0].state_dict()
     for key, tensor in expected.items():

@@ -9,11 +9,12 @@ import pytest
 
 from qwen2vl.errors import ConfigError
 from qwen2vl.synth import Mixture, Spec, render, sample
-from qwen2vl.synth.spec import FAMILY_NAMES, Line, Scene
+from qwen2vl.synth.spec import Line, Scene
 from tests.requirements import needs_training_fonts
+from tests.synth.family_parameters import FAMILY_PARAMETERS
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILY_PARAMETERS)
 def test_json_round_trip(family: str) -> None:
     mixture = Mixture(weights={family: 1.0}, max_questions=3, fonts="bundled")
     for index in range(30):

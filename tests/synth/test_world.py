@@ -14,7 +14,8 @@ import pytest
 
 from qwen2vl.synth import FAMILIES, Mixture, Spec, SyntheticExample, render, sample
 from qwen2vl.synth.spec import FAMILY_NAMES
-from tests.requirements import needs_dataset, needs_line_fonts, needs_training_fonts
+from tests.requirements import needs_training_fonts
+from tests.synth.family_parameters import FAMILY_PARAMETERS
 
 _HASH = """
 import sys
@@ -22,13 +23,6 @@ from tests.synth.test_world import fingerprint_of
 print(fingerprint_of(sys.argv[1]))
 """
 
-
-_ICONS = (needs_dataset("named-pictures"), needs_training_fonts)
-_MARKS = {
-    **dict.fromkeys(("objects", "named", "refusals", "clips"), _ICONS),
-    "lines": (needs_dataset("names"), needs_line_fonts),
-}
-FAMILY_PARAMETERS = [pytest.param(name, marks=_MARKS.get(name, ())) for name in FAMILY_NAMES]
 
 # Of 600 samples a family. Another hash means other training data: a wording, a word or the order of
 # the random draws has changed.

@@ -8,13 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwen2vl import recipes
 from qwen2vl.cli import evaluations, terminal
 from qwen2vl.cli.commands.train import RunPrinter
+from qwen2vl.memory import matmul_dtype
 from tests.cli.conftest import Run
 from tests.data.rows import conversation, write_media, write_rows
 
+# What `dtype=auto` chooses on this machine.
+DTYPE = str(matmul_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
 SHORT = [
     *("evaluation.eval_steps=0", "num_workers=0", "num_threads=1"),
     *("logging_steps=2", "output_dir=here"),
@@ -32,7 +36,7 @@ def test_a_run_reports_its_steps_and_exports_a_working_folder(run: Run) -> None:
         "stage    world: trains 350,336 parameters (100.0%) in 2 steps of 4 "
     )
     assert begin[-2:] == [
-        "device   cpu, 1 thread, bfloat16, 0 data workers",
+        f"device   cpu, 1 thread, {DTYPE}, 0 data workers",
         "reports  every 2 steps, or 30 s; checkpoints every 10 steps",
     ]
     for step, line in zip((2, 4, 6, 8), reports, strict=True):
