@@ -15,9 +15,9 @@ STAMP := .venv/.installed
 SETUP_LOG := .venv/setup.log
 # Test processes: one a core, four at most (1.5 GB each). Each uses one thread (tests/conftest.py).
 WORKERS ?= auto --maxprocesses=4
-# Floor of `make coverage`, in percent: 97.4 on 2026-11-30, less a margin for code that only some
-# processors reach.
-COVERAGE ?= 95
+# Floor of `make coverage`, in percent: 97.4 on 2026-11-30, less 3 for the task families whose tests skip
+# without fetched datasets, and a margin for code that only some processors reach.
+COVERAGE ?= 92
 
 .PHONY: help setup demo test check docs format slow gpu gpu-run bench status coverage dist clean
 
