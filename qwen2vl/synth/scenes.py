@@ -17,9 +17,22 @@ from qwen2vl.synth.colors import colors_on, sample_color, sample_ground
 from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import Box, Mixture, Scene, Shape
 
-__all__ = ["MIN_SIDE", "left_to_right", "overlap", "place_boxes", "sample_scene", "unique_phrases"]
+__all__ = [
+    "MIN_SIDE",
+    "NEAR_MIDDLE",
+    "OFF_MIDDLE",
+    "left_to_right",
+    "overlap",
+    "place_boxes",
+    "region_of",
+    "sample_scene",
+    "unique_phrases",
+]
 
 MIN_SIDE = 24  # pixels of the smallest shape
+# Offsets from the middle of a picture, as shares of its side: below, a position is in the middle;
+# above, it is on a side.
+NEAR_MIDDLE, OFF_MIDDLE = 0.1, 0.2
 _MAX_OVERLAP = 0.1  # of the smaller box
 _MIN_ORDER_GAP = 0.05  # of the width, between the centers of consecutive shapes of an ordered list
 _MIN_AREA_PER_SHAPE = 2300  # pixels of canvas for each shape, so that placement succeeds
@@ -84,6 +97,22 @@ def overlap(a: Box, b: Box) -> float:
         return 0.0
     smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
     return wide * high / smaller
+
+
+def region_of(dx: float, dy: float) -> str | None:
+    """Return the region of a position: left, right, top, bottom or middle; None between two.
+
+    Args:
+        dx: offset of the position from the middle, as a share of the width.
+        dy: the same, of the height.
+    """
+    if max(abs(dx), abs(dy)) < NEAR_MIDDLE:
+        return "middle"
+    if abs(dx) > OFF_MIDDLE and abs(dx) > abs(dy) + NEAR_MIDDLE:
+        return "left" if dx < 0 else "right"
+    if abs(dy) > OFF_MIDDLE and abs(dy) > abs(dx) + NEAR_MIDDLE:
+        return "top" if dy < 0 else "bottom"
+    return None
 
 
 def unique_phrases(scene: Scene) -> dict[str, Shape]:

@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from qwen2vl.synth.colors import COLORS, colors_on
-from qwen2vl.synth.scenes import left_to_right, sample_scene, unique_phrases
+from qwen2vl.synth.scenes import (
+    NEAR_MIDDLE,
+    left_to_right,
+    region_of,
+    sample_scene,
+    unique_phrases,
+)
 from qwen2vl.synth.shape_masks import SHAPE_KINDS
 from qwen2vl.synth.spec import MAX_SHAPES, FamilySample, Mixture, Question, Scene, Shape
 from qwen2vl.synth.wordings import sample_question_text
@@ -22,8 +28,6 @@ __all__ = ["join_names", "plural", "sample"]
 # Margins at which a comparison or a position is unambiguous.
 _CLEARLY_LARGER = 1.35  # ratio of sides
 _CLEARLY_APART = 0.15  # of the canvas
-_NEAR_MIDDLE = 0.1  # of the canvas
-_OFF_MIDDLE = 0.2
 
 _QuestionSampler = Callable[[Random, Scene, str], Question | None]
 
@@ -194,7 +198,7 @@ def _position(rng: Random, scene: Scene, split: str) -> Question | None:
     named = [
         (name, region)
         for name, shape in _shape_names(scene).items()
-        if (region := _region(*_offset(scene, shape))) is not None
+        if (region := region_of(*_offset(scene, shape))) is not None
     ]
     if not named:
         return None
@@ -213,7 +217,7 @@ def _half_of_image(rng: Random, scene: Scene, split: str) -> Question | None:
         (name, _offset(scene, shape)[0 if across else 1])
         for name, shape in _shape_names(scene).items()
     ]
-    clear = [(name, offset) for name, offset in offsets if abs(offset) > _NEAR_MIDDLE]
+    clear = [(name, offset) for name, offset in offsets if abs(offset) > NEAR_MIDDLE]
     if not clear:
         return None
     name, offset = rng.choice(clear)
@@ -279,16 +283,6 @@ def _offset(scene: Scene, shape: Shape) -> tuple[float, float]:
     """Return the position of the center, from -0.5 (left, top) to 0.5 (right, bottom)."""
     x, y = shape.center
     return x / scene.width - 0.5, y / scene.height - 0.5
-
-
-def _region(dx: float, dy: float) -> str | None:
-    if max(abs(dx), abs(dy)) < _NEAR_MIDDLE:
-        return "middle"
-    if abs(dx) > _OFF_MIDDLE and abs(dx) > abs(dy) + _NEAR_MIDDLE:
-        return "left" if dx < 0 else "right"
-    if abs(dy) > _OFF_MIDDLE and abs(dy) > abs(dx) + _NEAR_MIDDLE:
-        return "top" if dy < 0 else "bottom"
-    return None
 
 
 _MULTI_ANSWER_SAMPLERS: tuple[_QuestionSampler, ...] = (

@@ -9,6 +9,7 @@ from random import Random
 
 from qwen2vl.synth.object_questions.scene import Candidate, ObjectScene, choose_balanced
 from qwen2vl.synth.objects import SceneObject
+from qwen2vl.synth.scenes import NEAR_MIDDLE, OFF_MIDDLE, region_of
 
 __all__ = ["SIDES", "ask_half", "ask_outermost", "ask_position", "ask_what_at"]
 
@@ -23,9 +24,7 @@ _PLACES = {  # how a question names a part of the picture -> the signs of x and 
     "in the bottom left corner": (-1, 1),
     "in the bottom right corner": (1, 1),
 }
-# Margins in shares of the picture, as in families/shapes.py.
-_NEAR_MIDDLE = 0.1
-_OFF_MIDDLE = 0.2
+# Margins in shares of the picture, beside those of synth/scenes.py.
 _IN_CORNER = 0.2  # smallest distance from the middle, in both directions
 _MIN_GAP = 0.12  # to the next object
 
@@ -37,7 +36,7 @@ def ask_position(rng: Random, scene: ObjectScene) -> Candidate | None:
         (
             (name, region)
             for name, one in scene.names.items()
-            if (region := _region(*scene.offset(one))) is not None
+            if (region := region_of(*scene.offset(one))) is not None
         ),
     )
     if chosen is None:
@@ -63,7 +62,7 @@ def ask_half(rng: Random, scene: ObjectScene) -> Candidate | None:
         (
             (name, high if scene.offset(one)[axis] > 0 else low)
             for name, one in scene.names.items()
-            if abs(scene.offset(one)[axis]) > _NEAR_MIDDLE
+            if abs(scene.offset(one)[axis]) > NEAR_MIDDLE
         ),
     )
     if chosen is None:
@@ -121,17 +120,7 @@ def _only_one_at(scene: ObjectScene, x: int, y: int) -> SceneObject | None:
         near = sum(min(x * dx, y * dy) > -0.02 for _, (dx, dy) in offsets)
         near += sum(min(x * dx, y * dy) > -0.02 for dx, dy in others)
     else:
-        there = [one for one, (dx, dy) in offsets if x * dx + y * dy > _OFF_MIDDLE]
+        there = [one for one, (dx, dy) in offsets if x * dx + y * dy > OFF_MIDDLE]
         near = sum(x * dx + y * dy > 0.02 for _, (dx, dy) in offsets)
         near += sum(x * dx + y * dy > 0.02 for dx, dy in others)
     return there[0] if len(there) == 1 and near == 1 else None
-
-
-def _region(dx: float, dy: float) -> str | None:
-    if max(abs(dx), abs(dy)) < _NEAR_MIDDLE:
-        return "middle"
-    if abs(dx) > _OFF_MIDDLE and abs(dx) > abs(dy) + _NEAR_MIDDLE:
-        return "left" if dx < 0 else "right"
-    if abs(dy) > _OFF_MIDDLE and abs(dy) > abs(dx) + _NEAR_MIDDLE:
-        return "top" if dy < 0 else "bottom"
-    return None
