@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.linear.aot import eager_fallback
 from qwen2vl.model import Qwen2VL
+from qwen2vl.model.flash_attention_cpu import enable_flash_attention_cpu
 from qwen2vl.quantization.int4 import Int4Linear, compile_dequantization
 from qwen2vl.quantization.int8 import Int8Linear, Int8WeightOnlyLinear
 
@@ -36,6 +37,7 @@ def compile_regions(model: Qwen2VL) -> None:
     """Replace the forward of each region by a compiled one; compiled at first use."""
     for owner, name in _regions(model):
         setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
+    enable_flash_attention_cpu()
 
 
 def compile_for_inference(model: Qwen2VL) -> bool:
