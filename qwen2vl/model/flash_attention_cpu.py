@@ -27,6 +27,9 @@ __all__ = [
     "supports_flash_attention_cpu",
 ]
 
+# What SDPA calls; SDPA itself does not return the logsumexp.
+FORWARD_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+
 # Of one block: four megabytes in bfloat16. Half and twice as many were slower, on one thread and
 # on two, at 152 to 4,096 tokens.
 MAX_BLOCK_SCORES = 1 << 21
@@ -35,9 +38,13 @@ _score_gradients: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def enable_flash_attention_cpu() -> None:
-    """Let attention use this from now on in this process; compiles at the first backward."""
+    """Let attention use this from now on in this process; compiles at the first backward.
+
+    It stays disabled where this release of torch does not have the forward kernel, which is private.
+    """
     global _score_gradients
-    _score_gradients = torch.compile(_compute_score_gradients, dynamic=True)
+    if hasattr(torch.ops.aten, FORWARD_KERNEL):
+        _score_gradients = torch.compile(_compute_score_gradients, dynamic=True)
 
 
 def supports_flash_attention_cpu(q: Tensor, k: Tensor, *, causal: bool) -> bool:
@@ -67,8 +74,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *qkv: Tensor) -> Tensor:
         q_SHTC, k_SHTC, v_SHTC = (tensor.contiguous() for tensor in qkv)
-        # The kernel behind SDPA, which does not return the logsumexp.
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        kernel = getattr(torch.ops.aten, FORWARD_KERNEL)
         out_SHTC, logsumexp_SHT = kernel(q_SHTC, k_SHTC, v_SHTC)
         ctx.save_for_backward(q_SHTC, k_SHTC, v_SHTC, out_SHTC, logsumexp_SHT)
         return out_SHTC

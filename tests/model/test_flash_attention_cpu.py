@@ -79,6 +79,13 @@ def test_it_is_for_training_in_bfloat16_only(monkeypatch: pytest.MonkeyPatch) ->
     assert not supports_flash_attention_cpu(q, q, causal=False)
 
 
+def test_it_stays_disabled_without_the_forward_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_score_gradients", None)
+    monkeypatch.setattr(module, "FORWARD_KERNEL", "_no_such_kernel")
+    module.enable_flash_attention_cpu()
+    assert module._score_gradients is None
+
+
 @pytest.mark.slow
 def test_compiled_gradients_equal_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     module.enable_flash_attention_cpu()
