@@ -40,7 +40,7 @@ _score_gradients: Callable[..., tuple[Tensor, Tensor]] | None = None
 def enable_flash_attention_cpu() -> None:
     """Let attention use this from now on in this process; compiles at the first backward.
 
-    It stays disabled where this release of torch does not have the forward kernel, which is private.
+    It stays disabled where torch does not have the forward kernel, which is private.
     """
     global _score_gradients
     if hasattr(torch.ops.aten, FORWARD_KERNEL):

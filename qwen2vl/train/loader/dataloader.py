@@ -22,10 +22,11 @@ from qwen2vl.data.workers import iterate_in_workers
 from qwen2vl.errors import ConfigError
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.processor import Processor
-from qwen2vl.synth import render, sample
+from qwen2vl.synth import Spec, render, sample
 from qwen2vl.synth.world import check_resources
 from qwen2vl.train.config import Stage, TrainConfig
 from qwen2vl.train.loader.bad_samples import BadSampleTracker
+from qwen2vl.train.loader.balance import balanced_share, estimate_flops, rank_group
 from qwen2vl.train.loader.batch import Batch, pack_batch
 from qwen2vl.train.loader.data_order import (
     bins_of_rank,
@@ -81,19 +82,20 @@ class BatchDataset(Dataset[Batch]):
         )
 
     def _render_synthetic(self, step: int, microbatch: int) -> Batch:
-        """Render a batch of the synthetic world."""
+        """Render a batch of the synthetic world: the share of a rank, or of its microbatch."""
+        num_batches = self.world_size * self.config.gradient_accumulation_steps
+        group = rank_group(microbatch * self.world_size + self.rank, num_batches)
         stage, seed, indices = samples_of_step(
-            self.config,
-            step,
-            rank=microbatch * self.world_size + self.rank,
-            world_size=self.world_size * self.config.gradient_accumulation_steps,
+            self.config, step, rank=group.number, world_size=group.num_groups
         )
+        assert stage.mixture is not None
         processor = stage_processor(stage, self.processor)
-        return _pack(
-            [_synthetic_example(processor, stage, seed, index) for index in indices],
-            stage,
-            processor,
-        )
+        specs = [(index, sample(seed, index, stage.mixture)) for index in indices]
+        if group.size > 1:
+            costs = [estimate_flops(spec, processor) for _, spec in specs]
+            specs = [specs[i] for i in balanced_share(costs, group.rank, group.size)]
+        examples = [_synthetic_example(processor, stage, spec, seed, i) for i, spec in specs]
+        return _pack(examples, stage, processor)
 
     def _read_data(self, step: int, microbatch: int) -> Batch:
         """Read a batch of data."""
@@ -301,9 +303,8 @@ def _fingerprints(config: TrainConfig, datasets: Mapping[int, PackedDataset]) ->
 
 
 def _synthetic_example(
-    processor: Processor, stage: Stage, seed: int, index: int
+    processor: Processor, stage: Stage, spec: Spec, seed: int, index: int
 ) -> TrainingExample:
-    assert stage.mixture is not None
-    example = render(sample(seed, index, stage.mixture))
+    example = render(spec)
     messages = with_default_system(example.messages, stage.default_system, seed, index)
     return TrainingExample(processor(messages, for_training=True), example.spec.family)
