@@ -39,6 +39,8 @@ from qwen2vl.train.loop import train
 from qwen2vl.train.loss import token_loss
 
 SHARES = {"words": 0.05, "cells": 0.35, "fonts": 0.6}  # of a probe's FLOPs, by stage
+BATCH_SIZE = 64  # conversations; with those of the recipe, a probe would have too few steps
+WARMUP_STEPS = 40
 NUM_JUDGED = 512  # held-out conversations
 BYTE_VOCAB_SIZE = 704  # bytes, letters of Europe, special tokens
 BATCHES_COUNTED = 4  # of a stage, to know its FLOPs a conversation
@@ -80,6 +82,12 @@ def learning_rate(value: float) -> Callable[[TrainConfig], TrainConfig]:
     return lambda config: replace(config, optim=replace(config.optim, lr=value))
 
 
+def large_batches(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with batches of 160 conversations."""
+    stages = tuple(replace(stage, global_batch_size=160) for stage in config.stages)
+    return replace(config, stages=stages)
+
+
 def one_question(config: TrainConfig) -> TrainConfig:
     """Return the configuration with a single question about each picture."""
     return replace(
@@ -107,6 +115,7 @@ PROBES = {
     "wide": Probe(question="width 320, depth 4", change=shaped(320, 4)),
     "lr-low": Probe(question="learning rate 0.001", change=learning_rate(1e-3)),
     "lr-high": Probe(question="learning rate 0.004", change=learning_rate(4e-3)),
+    "large-batch": Probe(question="batches of 160 conversations", change=large_batches),
     "one-question": Probe(question="one question a picture", change=one_question),
     "no-cells": Probe(question="no curriculum", shares={"words": 0.0, "cells": 0.0, "fonts": 1.0}),
 }
@@ -167,10 +176,11 @@ def probe_config(name: str, folder: Path, flops: float) -> TrainConfig:
             name=f"probe-{name}",
             output_dir=str(folder / "run"),
             stages=tuple(
-                replace(stage, steps=1, default_system=0.0)
+                replace(stage, steps=1, global_batch_size=BATCH_SIZE, default_system=0.0)
                 for stage in recipe.stages
                 if shares.get(stage.name)
             ),
+            optim=replace(recipe.optim, warmup_steps=WARMUP_STEPS),
             num_threads=1,
             mesh=MeshConfig(reshard_after_forward=False),
             evaluation=replace(recipe.evaluation, eval_steps=0),
