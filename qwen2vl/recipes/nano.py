@@ -3,6 +3,8 @@
     qwen2vl fetch-data named-pictures names   icons, and words in many languages
     qwen2vl train nano                        from scratch, in one invocation
     qwen2vl train nano max_minutes=150        one invocation of a resumable run; repeat to continue
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m qwen2vl train nano num_threads=1
+                                              the same on two cores, faster (docs/training.md)
 
 A curriculum of synthetic data: first short aligned text and single shapes, then icons in grids and
 free text, then all task families, from small pictures to large ones. Trained on long proportional
@@ -146,7 +148,7 @@ def recipe() -> TrainConfig:
         stages=(
             Stage(
                 name="words",
-                steps=200,
+                steps=60,
                 global_batch_size=192,
                 rules=TRAIN_DECODER,
                 mixture=Mixture(weights={"text_only": 1.0}),
@@ -154,8 +156,8 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="see",
-                steps=100,
-                global_batch_size=160,
+                steps=60,
+                global_batch_size=128,
                 rules=TRAIN_VISION,
                 mixture=CELLS,
                 min_pixels=784,
@@ -163,8 +165,8 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="cells",
-                steps=250,
-                global_batch_size=160,
+                steps=160,
+                global_batch_size=128,
                 rules=TRAIN_ALL,
                 mixture=CELLS,
                 min_pixels=784,
@@ -172,7 +174,7 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="fonts",
-                steps=600,
+                steps=500,
                 global_batch_size=128,
                 rules=TRAIN_ALL,
                 mixture=FONTS,
@@ -181,32 +183,32 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="free",
-                steps=1500,
-                global_batch_size=96,
+                steps=1000,
+                global_batch_size=112,
                 rules=TRAIN_ALL,
                 mixture=FREE,
                 default_system=0.05,
             ),
             Stage(
                 name="pages",
-                steps=3000,
-                global_batch_size=80,
+                steps=1600,
+                global_batch_size=96,
                 rules=TRAIN_ALL,
                 mixture=PAGES,
                 default_system=0.1,
             ),
             Stage(
                 name="world",
-                steps=5000,
-                global_batch_size=64,
+                steps=1800,
+                global_batch_size=80,
                 rules=TRAIN_ALL,
                 mixture=WORLD,
                 default_system=0.3,
             ),
             Stage(
                 name="sizes",
-                steps=2500,
-                global_batch_size=48,
+                steps=800,
+                global_batch_size=64,
                 rules=TRAIN_ALL,
                 mixture=SIZES,
                 default_system=0.4,
@@ -214,7 +216,7 @@ def recipe() -> TrainConfig:
             ),
             Stage(
                 name="answers",
-                steps=400,
+                steps=250,
                 global_batch_size=64,
                 rules=TRAIN_DECODER_AND_MERGER,
                 mixture=SIZES,
