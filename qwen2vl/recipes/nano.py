@@ -6,11 +6,10 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m qwen2vl train nano num_threads=1
                                               the same on two cores, faster (docs/training.md)
 
-A curriculum of synthetic data: first short aligned text and single shapes, then icons in grids and
-free text, then all task families, from small pictures to large ones. Trained on long proportional
-lines from the start, the loss stays on a plateau; pages, lists and grids, and several questions
-about one picture, give the most supervision per token. The stages are the published three after a
-warm-up of the decoder on text.
+A curriculum of synthetic data: short aligned text, single shapes and icons, then free text and all
+task families, from small pictures to large ones. Trained on long proportional lines from the start,
+the loss stays on a plateau; pages, lists and grids, and several questions about one picture, give
+the most supervision per token. The stages are the published three, after a warm-up on text.
 """
 
 from __future__ import annotations
