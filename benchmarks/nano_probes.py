@@ -1,6 +1,6 @@
 """Probes of nano's recipe: short trainings of equal compute that differ in one choice each.
 
-    python benchmarks/nano_probes.py out/probes [--only base bytes ...] [--teraflops 60] [--ranks 2]
+    python benchmarks/nano_probes.py out/probes [--only base bytes ...] [--teraflops 100]
 
 Every probe trains the first stages of the recipe from scratch, on as many conversations as its
 FLOPs pay for (forward and backward of the model, so that the speed of the hour does not matter), on
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the runs")
     parser.add_argument("--only", nargs="+", choices=PROBES, default=list(PROBES))
-    parser.add_argument("--teraflops", type=float, default=60.0, help="of one probe")
+    parser.add_argument("--teraflops", type=float, default=100.0, help="of one probe")
     parser.add_argument("--ranks", type=int, default=2, help="processes of one thread")
     parser.add_argument("--worker", choices=PROBES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -251,7 +251,7 @@ def print_row(name: str, row: Mapping[str, Any]) -> None:
         f"{name:13s} {row['parameters'] / 1e6:4.1f} M  {row['conversations']:6d} conversations",
         f"{row['minutes']:4.1f} min  {row['nats']:.3f} nats  {row['right']:.1%} right",
     ]
-    print("  ".join([*cells, families]), flush=True)
+    print("  ".join([*cells, families, f"({PROBES[name].question})"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from qwen2vl.model import flash_attention_cpu as module
 from qwen2vl.model.attention import attention
 from qwen2vl.model.flash_attention_cpu import flash_attention_cpu, supports_flash_attention_cpu
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 @pytest.fixture(autouse=True)
 def eager_score_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,14 @@ from qwen2vl.train.loader.balance import (
     estimate_flops,
     rank_group,
 )
-from qwen2vl.train.loader.batch import Batch
-from qwen2vl.train.loader.dataloader import BatchDataset
 from tests.tiny import tiny_config, tiny_processor
+from tests.train.loader.test_dataloader import samples_of_steps
 
 MIXTURE = Mixture(weights={"shapes": 1.0, "motion": 0.3, "two_pictures": 0.3, "text_only": 0.2})
 CONFIG = TrainConfig(
     name="balance",
     model=tiny_config(),
+    num_workers=0,
     stages=(Stage(name="a", steps=2, global_batch_size=12, mixture=MIXTURE),),
 )
 
@@ -77,24 +77,9 @@ def test_the_estimate_is_close_to_the_flops_of_the_rendered_sample() -> None:
         assert estimate <= exact.model <= 1.2 * estimate + 4 * template.model
 
 
-def conversations(config: TrainConfig, world_size: int) -> list[list[tuple[int, ...]]]:
-    """Return the conversations of each step, sorted, of all ranks and microbatches."""
-    steps: list[list[tuple[int, ...]]] = [[] for _ in range(config.steps)]
-    for rank in range(world_size):
-        dataset = BatchDataset(config, tiny_processor(), {}, rank, world_size)
-        for index in range(len(dataset)):
-            steps[index // config.gradient_accumulation_steps] += split(dataset[index])
-    return [sorted(step) for step in steps]
-
-
-def split(batch: Batch) -> list[tuple[int, ...]]:
-    parts = batch.input_ids_T.split(list(batch.meta.lengths_q))
-    return [tuple(part.tolist()) for part in parts]
-
-
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 3), (2, 2), (11, 1)])
 def test_a_synthetic_step_has_the_same_samples_on_any_number_of_ranks(
     world_size: int, accumulation: int
 ) -> None:
     config = replace(CONFIG, gradient_accumulation_steps=accumulation)
-    assert conversations(config, world_size) == conversations(CONFIG, 1)
+    assert samples_of_steps(config, world_size) == samples_of_steps(CONFIG, 1)
