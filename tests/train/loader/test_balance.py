@@ -17,6 +17,7 @@ from qwen2vl.train.loader.balance import (
     estimate_flops,
     rank_group,
 )
+from tests.requirements import needs_training_fonts
 from tests.tiny import tiny_config, tiny_processor
 from tests.train.loader.test_dataloader import samples_of_steps
 
@@ -63,6 +64,7 @@ def test_groups_cover_all_ranks(world_size: int) -> None:
     assert places == [(n, r) for n in range(num_groups) for r in range(size)]
 
 
+@needs_training_fonts
 def test_the_estimate_is_close_to_the_flops_of_the_rendered_sample() -> None:
     processor = tiny_processor()
     counter = inference_flop_counter(processor.config)
@@ -77,6 +79,7 @@ def test_the_estimate_is_close_to_the_flops_of_the_rendered_sample() -> None:
         assert estimate <= exact.model <= 1.2 * estimate + 4 * template.model
 
 
+@needs_training_fonts
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 3), (2, 2), (11, 1)])
 def test_a_synthetic_step_has_the_same_samples_on_any_number_of_ranks(
     world_size: int, accumulation: int
