@@ -19,7 +19,7 @@ from qwen2vl.linear.fused import FusedLinearSlice
 from qwen2vl.loading import load, load_model
 from qwen2vl.model import Qwen2VL
 from qwen2vl.quantization.int4 import Int4Linear
-from qwen2vl.quantization.int8 import Int8Linear, Int8WeightOnlyLinear
+from qwen2vl.quantization.int8 import Int8Linear
 from qwen2vl.quantization.scheme import QuantizedLinear, describe_quantization
 from qwen2vl.weights import nonfinite_tensors, open_tensors, read_config
 from tests.folders import edit_json
@@ -29,7 +29,7 @@ from tests.tiny import tiny_config, tiny_model
 
 LayerClass = type[nn.Module] | tuple[type[nn.Module], ...]
 
-INT8: LayerClass = (Int8Linear, Int8WeightOnlyLinear)
+INT8: LayerClass = Int8Linear
 # Stored formats, and the layer that each is loaded into.
 FORMATS: list[tuple[dict[str, Any], LayerClass]] = [
     (GPTQ | {"bits": 4, "group_size": 32}, Int4Linear),

@@ -2,8 +2,8 @@
 
 The kernel loops over host integers. Norms, projections with their rotation, and MLPs become fused
 kernels; shapes are dynamic, so one compilation serves every batch, and equal blocks share it.
-Products of prepacked and int8 weights are custom ops: the operations around them are fused, also
-activation quantization. It pays where one model runs for minutes: training, inference with images
+Products of prepacked and quantized weights are custom ops: the operations around them are fused. It
+pays where one model runs for minutes: training, inference with images
 and long prompts. On a CPU forwards of few rows (decode) run eagerly: guards would cost what fusion
 saves (for a single token: decode_block.py). On a GPU decode waits for kernel launches, and fusion
 leaves fewer. Compilation takes up to half a minute and needs a C++ compiler; torch caches it on
@@ -17,14 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
-from qwen2vl.linear.aot import eager_fallback
 from qwen2vl.model import Qwen2VL
 from qwen2vl.model.flash_attention_cpu import enable_flash_attention_cpu
-from qwen2vl.quantization.int4 import Int4Linear, compile_dequantization
-from qwen2vl.quantization.int8 import Int8Linear, Int8WeightOnlyLinear
 
 __all__ = ["compile_for_inference", "compile_regions"]
 
@@ -43,17 +40,12 @@ def compile_regions(model: Qwen2VL) -> None:
 def compile_for_inference(model: Qwen2VL) -> bool:
     """Compile the regions of vision tower and decoder now, by a warm-up forward.
 
-    On a CPU forwards of few rows run eagerly. Regions with layers that dequantize whole matrices
-    are not compiled.
+    On a CPU forwards of few rows run eagerly.
 
     Returns:
         Whether this machine can compile; if not, the model is unchanged and a warning is logged.
     """
-    regions = [
-        (owner, name)
-        for owner, name in _regions(model, include_int8=True)
-        if not _dequantizes(owner)
-    ]
+    regions = list(_regions(model))
     min_rows = 0 if model.device.type == "cuda" else MIN_COMPILED_ROWS
     for owner, name in regions:
         eager = getattr(owner, name)
@@ -66,9 +58,6 @@ def compile_for_inference(model: Qwen2VL) -> bool:
         reason = str(error).strip().splitlines()[0]
         logger.warning("compile: nothing here can compile (%s); computing as without it", reason)
         return False
-    if model.device.type == "cpu":
-        with eager_fallback("int4 dequantization"):
-            compile_dequantization(model, model.dtype)
     return True
 
 
@@ -104,27 +93,16 @@ def _warm_up(model: Qwen2VL) -> None:
         model(torch.zeros_like(positions_3T[0]), positions_3T, AttnMeta.build([tokens]).to(device))
 
 
-def _dequantizes(owner: nn.Module) -> bool:
-    """Return whether a region dequantizes whole matrices, which fusion does not speed up."""
-    return any(isinstance(module, Int4Linear | Int8WeightOnlyLinear) for module in owner.modules())
-
-
-def _regions(model: Qwen2VL, *, include_int8: bool = False) -> Iterator[tuple[Any, str]]:
+def _regions(model: Qwen2VL) -> Iterator[tuple[Any, str]]:
     """Iterate over (module, method name); the same method of equal blocks shares one graph.
 
-    With `include_int8`, also output projections that quantize their input (Int8Linear). A LayerNorm
-    is one kernel already.
+    A LayerNorm is one kernel already.
     """
-    output_projections: list[nn.Module] = []
     for block in cast("Iterable[Any]", model.visual.blocks):
         yield from ((block.attn, "project_qkv"), (block.mlp, "forward"))
-        output_projections.append(block.attn.proj)
     yield model.visual.merger, "forward"
     for layer in cast("Iterable[Any]", model.model.layers):
         yield layer.input_layernorm, "forward"
         yield layer.post_attention_layernorm, "forward"
         yield from ((layer.self_attn, "project_qkv"), (layer.mlp, "forward"))
-        output_projections.append(layer.self_attn.o_proj)
     yield model.model.norm, "forward"
-    if include_int8:
-        yield from ((m, "forward") for m in output_projections if isinstance(m, Int8Linear))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.quantization.int4 import GROUP_SIZES, Int4Linear
-from qwen2vl.quantization.int8 import build_int8_linear
+from qwen2vl.linear.cpu.operators import GROUP_SIZES
+from qwen2vl.quantization.int4 import Int4Linear
+from qwen2vl.quantization.int8 import Int8Linear
 from qwen2vl.quantization.rtn import GroupwiseWeight, PerChannelWeight
 from qwen2vl.quantization.scheme import LayerScheme, QuantizedLinear
 
@@ -74,7 +75,7 @@ def build_prequantized_layer(
             bool((zero_GO == ZERO_POINT).all()), "sym is true", f"zeros other than {ZERO_POINT}"
         )
         signed_OI = (ints_OI.to(torch.int16) - ZERO_POINT).to(torch.int8)
-        return build_int8_linear(PerChannelWeight(ints_OI=signed_OI, scale_O=scale_GO[0]), bias_O)
+        return Int8Linear(PerChannelWeight(ints_OI=signed_OI, scale_O=scale_GO[0]), bias_O)
     layer_groups = groups[0].view(-1, scheme.group_size)  # these may be parts of the stored groups
     has_contiguous_groups = bool((layer_groups == layer_groups[:, :1]).all())
     has_contiguous_groups &= all(torch.equal(group_I, groups[0]) for group_I in groups)

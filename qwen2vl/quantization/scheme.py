@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from qwen2vl.errors import InputError
+from qwen2vl.linear.cpu.operators import GROUP_SIZES
 from qwen2vl.linear.fused import fusion_groups, replace_with_fused
 from qwen2vl.model import Qwen2VL
-from qwen2vl.quantization.int4 import GROUP_SIZES, PAD_TO, Int4Linear
-from qwen2vl.quantization.int8 import Int8Linear, Int8WeightOnlyLinear, build_int8_linear
+from qwen2vl.quantization.int4 import Int4Linear
+from qwen2vl.quantization.int8 import Int8Linear
 from qwen2vl.quantization.rtn import quantize_groupwise, quantize_per_channel
 from qwen2vl.quantization.torchao import TorchaoLinear, torchao_linear
 
@@ -54,7 +55,7 @@ GPU_MODES: tuple[QuantizationMode, ...] = (*CPU_MODES, "fp8")
 
 LM_HEAD = "lm_head"
 
-QuantizedLinear = Int8Linear | Int8WeightOnlyLinear | Int4Linear
+QuantizedLinear = Int8Linear | Int4Linear
 
 GPU_PAD_TO = 1024  # torchao pads inputs of int4 layers to a multiple of this
 FP8_ALIGNMENT = 16  # the fp8 kernel requires outputs and inputs to be multiples of this
@@ -73,11 +74,12 @@ class LayerScheme(NamedTuple):
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Return the bytes of such a layer's weights and scales."""
         if self.gpu_mode == "int4":
-            num_inputs = -(-num_inputs // GPU_PAD_TO) * GPU_PAD_TO
+            padded = -(-num_inputs // GPU_PAD_TO) * GPU_PAD_TO
+            return num_outputs * (padded // 2 + 4 * (padded // self.group_size))
         if self.bits == 8:
-            return num_outputs * (num_inputs + 12)  # float32 scale and oneDNN's int64 zero point
-        padded = -(-num_outputs // PAD_TO) * PAD_TO
-        return padded * (num_inputs // 2 + 4 * (num_inputs // self.group_size))
+            return num_outputs * (num_inputs + 4)  # float32 scale
+        # Of a group: 4 bits an input, a float16 scale, a byte of zero point.
+        return num_outputs * (num_inputs // 2 + 3 * (num_inputs // self.group_size))
 
 
 def layer_schemes(model: Qwen2VL, mode: CpuQuantizationMode) -> dict[str, LayerScheme]:
@@ -159,7 +161,7 @@ def quantize_layers(model: Qwen2VL, names: Sequence[str], scheme: LayerScheme) -
         weight_OI = torch.cat(weights)
         bias_O = None if bias_O is None else torch.cat(biases)
     if scheme.bits == 8:
-        layer = build_int8_linear(quantize_per_channel(weight_OI), bias_O)
+        layer = Int8Linear(quantize_per_channel(weight_OI), bias_O)
     else:
         layer = Int4Linear(quantize_groupwise(weight_OI, scheme.group_size), bias_O)
     replace_layers(model, names, layer)

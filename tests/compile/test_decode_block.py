@@ -22,12 +22,11 @@ from qwen2vl.linear.gemv import use_gemv
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.model.rope import mrope_cos_sin
-from qwen2vl.quantization import int8
 from qwen2vl.quantization.scheme import LayerScheme, quantize, quantize_layers
 from tests.parity.reference import random_model
 from tests.tiny import tiny_config
 
-MODEL_KINDS = ["float32", "bfloat16", "prepacked", "int8", "int8 weight-only", "int4", "mixed"]
+MODEL_KINDS = ["float32", "bfloat16", "prepacked", "int8", "int4", "mixed"]
 
 
 def build(kind: str, monkeypatch: pytest.MonkeyPatch) -> Qwen2VL:
@@ -40,9 +39,7 @@ def build(kind: str, monkeypatch: pytest.MonkeyPatch) -> Qwen2VL:
         prepack_layers(model.bfloat16())
     if kind in ("bfloat16", "prepacked"):
         use_gemv(model.bfloat16())
-    if kind == "int8 weight-only":
-        monkeypatch.setattr(int8, "has_int8_dot_product", lambda: False)
-    if kind in ("int8", "int8 weight-only", "int4"):
+    if kind in ("int8", "int4"):
         quantize(model, "int4" if kind == "int4" else "int8")
     if kind == "mixed":  # blocks of different structure
         quantize_layers(model, ["model.layers.1.mlp.down_proj"], LayerScheme(8))

@@ -18,9 +18,6 @@ from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.linear import prepacked
 from qwen2vl.loading import load_model
 from qwen2vl.model import Qwen2VL
-from qwen2vl.model.text import RMSNorm, TextMLP
-from qwen2vl.model.vision import VisionMLP
-from qwen2vl.quantization import int8
 from qwen2vl.quantization.scheme import quantize
 from qwen2vl.train.loader.batch import pack_batch
 from qwen2vl.train.loss import token_loss
@@ -111,36 +108,18 @@ def test_without_a_compiler_the_model_is_unchanged(
     torch.testing.assert_close(run_decoder(model, 40), run_decoder(tiny_model(), 40))
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8 weight-only"])
-def test_regions_that_dequantize_are_not_compiled(
-    monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(int8, "has_int8_dot_product", lambda: kind == "int4")
-    model = tiny_model(config=tiny_config(tie_word_embeddings=False))
-    quantize(model, "int4" if kind == "int4" else "int8")
-    compiled: list[object] = []
-    monkeypatch.setattr(
-        regions.torch, "compile", lambda plain, **_: compiled.append(plain) or plain
-    )
-    assert compile_for_inference(model)
-    compiled_classes = {type(method.__self__) for method in compiled}  # type: ignore[attr-defined]
-    assert RMSNorm in compiled_classes
-    assert TextMLP not in compiled_classes
-    assert (VisionMLP in compiled_classes) == (kind == "int4")  # mode int4 has an Int8Linear tower
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_compiled_prepacked_and_int8_layers_equal_eager(
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_compiled_prepacked_and_quantized_layers_equal_eager(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(prepacked, "MIN_PREPACK_NUMEL", 1)
     models = []
     for _ in range(2):
         model = tiny_model(config=tiny_config(tie_word_embeddings=False), seed=0)
-        if kind == "int8":
-            quantize(model, "int8")
+        if kind in ("int8", "int4"):
+            quantize(model, "int8" if kind == "int8" else "int4")
         else:
             prepacked.prepack_layers(model.bfloat16())
         models.append(model)

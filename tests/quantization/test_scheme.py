@@ -11,7 +11,7 @@ from qwen2vl.linear.fused import FusedLinearSlice
 from qwen2vl.loading import load
 from qwen2vl.model import Qwen2VL
 from qwen2vl.quantization.int4 import Int4Linear
-from qwen2vl.quantization.int8 import build_int8_linear
+from qwen2vl.quantization.int8 import Int8Linear
 from qwen2vl.quantization.rtn import quantize_per_channel
 from qwen2vl.quantization.scheme import (
     CPU_MODES,
@@ -26,7 +26,7 @@ from qwen2vl.quantization.scheme import (
 from tests.tiny import tiny_config, tiny_model
 
 # The description of this processor's int8 layer.
-INT8 = build_int8_linear(quantize_per_channel(torch.eye(2)), None).describe_quantization()
+INT8 = Int8Linear(quantize_per_channel(torch.eye(2)), None).describe_quantization()
 
 
 def dequantized_copy(model: Qwen2VL) -> Qwen2VL:

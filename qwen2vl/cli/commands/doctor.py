@@ -19,6 +19,7 @@ import qwen2vl
 from qwen2vl import threads
 from qwen2vl.cli import terminal
 from qwen2vl.errors import CheckpointError, Qwen2VLError
+from qwen2vl.linear.cpu.library import describe_kernels
 
 __all__ = ["doctor"]
 
@@ -57,6 +58,7 @@ def _environment() -> Iterator[tuple[str, str]]:
     for package in PACKAGES:
         yield package, _version(package)
     yield "device", _device_name()
+    yield "kernels", describe_kernels()
     yield "threads", _threads()
     dtypes = [str(dtype).removeprefix("torch.") for dtype in preferred_dtypes(device)]
     yield "dtype auto", " if it fits, else ".join(dtypes)
