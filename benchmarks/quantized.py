@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from official_2b import FOLDER
 from peak_memory import measure
+from qwen2vl.engine.decode.compiled import CompiledDecode
 from record import format_result
 from torch import Tensor
 
@@ -33,11 +34,10 @@ from qwen2vl.config import PRESETS
 from qwen2vl.convert import quantize_folder
 from qwen2vl.data.preprocess import TrainingExample
 from qwen2vl.engine.decode.backend import DecodeToken
-from qwen2vl.engine.decode.compiled import CompiledDecode
 from qwen2vl.eval.mini import build_task
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.linear.fused import fusion_groups
-from qwen2vl.linear.gemv import use_gemv
+from qwen2vl.linear.kernel_linear import use_kernels
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.loading import load
 from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
@@ -130,7 +130,7 @@ def blocks(
         quantize_layers(model, names, scheme)
     if prepack and can_prepack():
         prepack_layers(model)
-    use_gemv(model)
+    use_kernels(model)
     if compiled:
         compile_for_inference(model)
     return model.eval()

@@ -5,8 +5,8 @@ shapes of the tensors; build the model on the meta device; choose which layers a
 dtype that fits into memory; parse a LoRA adapter. Then weights are read: plain ones, merged with
 the adapter; prequantized layers (GPTQ, AWQ), built from their integers; layers to be quantized
 online, one fused group at a time, loaded, merged, quantized. Last, on a CPU, bfloat16 layers are
-prepacked or computed by GEMV. Except for zero points and groups of prequantized layers, nothing is
-checked after the first weight is read. (HF: from_pretrained.)
+prepacked or computed by kernels. Except for zero points and groups of prequantized layers, nothing
+is checked after the first weight is read. (HF: from_pretrained.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError, abbreviate
 from qwen2vl.fill import fill_model, online_schemes, prequantized_schemes, release_layers
-from qwen2vl.linear.gemv import use_gemv
+from qwen2vl.linear.cpu.library import load_kernels
+from qwen2vl.linear.kernel_linear import use_kernels
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.lora.full_weights import describe_parameters
 from qwen2vl.lora.multi import LoraAdapter
@@ -203,8 +204,8 @@ def load_model(
     """Load the model alone from a folder, in eval mode; raises as `load` does.
 
     On the CPU, weights stored in the requested dtype stay memory-mapped: they are read when first
-    used, and shared with other processes. Large bfloat16 layers are not, because they are prepacked
-    (linear/prepacked.py). `max_pixels` 0 reserves no memory for images.
+    used, and shared with other processes. Large bfloat16 layers of the vision tower are not,
+    because they are prepacked (linear/prepacked.py). `max_pixels` 0 reserves no memory for images.
     """
     target_device = _resolve_device(device)
     model_len = resolve_max_model_len(config, max_model_len)
@@ -230,8 +231,9 @@ def load_model(
     )
     if target_device.type == "cpu" and resolved_dtype == torch.bfloat16:
         if can_prepack():
-            prepack_layers(model, on_packed=partial(release_layers, tensors))
-        use_gemv(model)
+            on_packed = partial(release_layers, tensors)
+            prepack_layers(model, on_packed, only_vision=load_kernels() is not None)
+        use_kernels(model)
     return model.eval()
 
 

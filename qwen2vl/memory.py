@@ -20,6 +20,7 @@ import torch
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
 from qwen2vl.errors import CapacityError, InputError
 from qwen2vl.linear import prepacked
+from qwen2vl.linear.cpu.library import load_kernels
 from qwen2vl.quantization.scheme import LM_HEAD, LayerScheme
 from qwen2vl.weights import expected_shapes
 
@@ -170,7 +171,7 @@ def choose_dtype(
         raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
     allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
     available = available_memory(device)
-    prepack = device.type == "cpu" and prepacked.can_prepack()
+    prepack = device.type == "cpu" and prepacked.can_prepack() and load_kernels() is None
     needs = [
         estimate_memory(config, d, max_model_len, max_pixels, schemes, prepack=prepack)
         for d in allowed

@@ -57,8 +57,7 @@ def test_without_private_modules_of_torch_everything_runs_eagerly() -> None:
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["qwen2vl.compile.regions", "qwen2vl.linear.aot"]
+    assert result.stdout.split() == ["qwen2vl.compile.regions"]
     warnings = [line for line in result.stderr.splitlines() if line.startswith("compile:")]
-    assert len(warnings) == 2
-    assert "single-token decode could not be compiled (No module named 'torch._" in warnings[0]
-    assert "nothing here can compile (broken backend)" in warnings[1]
+    assert len(warnings) == 1
+    assert "nothing here can compile (broken backend)" in warnings[0]

@@ -1,6 +1,5 @@
-"""Compilation of a built model: torch.compile by regions, and decoder blocks ahead of time.
+"""Compilation of a built model: torch.compile of everything but the attention kernel.
 
-`regions.py` compiles everything but the attention kernel, for training and for inference;
-`decode_block.py` compiles the decoder block for single tokens on a CPU. Both are optional: a model
-that is not compiled runs eagerly, with the same results up to rounding.
+`regions.py` compiles for training and for inference. It is optional: a model that is not compiled
+runs eagerly, with the same results up to rounding.
 """

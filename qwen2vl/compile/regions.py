@@ -5,7 +5,7 @@ kernels; shapes are dynamic, so one compilation serves every batch, and equal bl
 Products of prepacked and quantized weights are custom ops: the operations around them are fused. It
 pays where one model runs for minutes: training, inference with images
 and long prompts. On a CPU forwards of few rows (decode) run eagerly: guards would cost what fusion
-saves (for a single token: decode_block.py). On a GPU decode waits for kernel launches, and fusion
+saves. On a GPU decode waits for kernel launches, and fusion
 leaves fewer. Compilation takes up to half a minute and needs a C++ compiler; torch caches it on
 disk. Results may differ in the last bits. Parameters, their names and the state dict do not change.
 """

@@ -20,8 +20,8 @@ from typing import TypeVar
 
 from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.decode.backend import DecodeBackend
-from qwen2vl.engine.decode.compiled import CompiledDecode
 from qwen2vl.engine.decode.cuda_graphs import CudaGraphDecode
+from qwen2vl.engine.decode.kernel_decode import KernelDecode
 from qwen2vl.engine.encoder_cache.disk_cache import DiskEmbeddingCache
 from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
 from qwen2vl.engine.encoder_cache.memory_cache import EmbeddingCache
@@ -55,13 +55,11 @@ class EngineResources:
     counters: EngineCounters = field(default_factory=EngineCounters)
 
     @classmethod
-    def create(
-        cls, model: Qwen2VL, config: EngineConfig, num_blocks: int, *, is_compiled: bool
-    ) -> EngineResources:
+    def create(cls, model: Qwen2VL, config: EngineConfig, num_blocks: int) -> EngineResources:
         """Create the resources of a model; with a disk cache, start hashing its vision tower.
 
         On a GPU the KV storage is an arena and the decode backend CUDA graphs; on a CPU separate
-        tensors, and compiled decoder blocks where the model is compiled.
+        tensors, and the decode kernel.
 
         Raises:
             CapacityError: the arena does not fit into the device's memory.
@@ -81,8 +79,8 @@ class EngineResources:
             if config.cuda_graphs:
                 decode_backend = CudaGraphDecode(model, arena, config.max_num_seqs)
             return cls(arena, decode_backend, disk_cache, weights_digest)
-        if is_compiled and model.device.type == "cpu":
-            decode_backend = CompiledDecode.try_compile(model)
+        if model.device.type == "cpu":
+            decode_backend = KernelDecode(model, config.max_num_seqs)
         storage = SeparateStorage(model.config.text, model.dtype, model.device)
         return cls(storage, decode_backend, disk_cache, weights_digest)
 

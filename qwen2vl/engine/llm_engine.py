@@ -167,9 +167,7 @@ class LLMEngine:
         self._num_blocks = num_cache_blocks(model, engine_config.kv_cache_tokens, max_model_len)
         began = time.perf_counter()
         is_compiled = compile and compile_for_inference(model)
-        self._resources = EngineResources.create(
-            model, engine_config, self._num_blocks, is_compiled=is_compiled
-        )
+        self._resources = EngineResources.create(model, engine_config, self._num_blocks)
         self._counters = self._resources.counters
         # None: not compiled
         self.compile_seconds = time.perf_counter() - began if is_compiled else None

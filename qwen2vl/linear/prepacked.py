@@ -2,10 +2,11 @@
 
 oneDNN's GEMM reads weights in tiles. From a plain matrix it makes the tiles in every forward; with
 prepacked weights it only multiplies: a sixth faster for images and prompts. Single tokens gain
-nothing, and lose where a layer has more inputs than outputs, so in the decoder such layers stay
-plain, as do small ones (gemv.py is for those). Prepacking costs a copy of the weights in memory
-that is not shared with other processes. Results may differ in the last bit. A model changed by
-`prepack_layers` is for inference only, not for saving.
+nothing, so where there are kernels (linear/cpu) only the vision tower is prepacked. Where there are
+none the decoder is, too, but for layers with more inputs than outputs, in which single tokens lose,
+and small ones. Prepacking costs a copy of the weights in memory that is not shared with other
+processes. Results may differ in the last bit. A model changed by `prepack_layers` is for inference
+only, not for saving.
 """
 
 from __future__ import annotations
@@ -72,18 +73,27 @@ class PrepackedLinear(nn.Module):
 
 
 def prepack_layers(
-    model: Qwen2VL, on_packed: Callable[[Sequence[str]], None] = lambda names: None
+    model: Qwen2VL,
+    on_packed: Callable[[Sequence[str]], None] = lambda names: None,
+    *,
+    only_vision: bool = False,
 ) -> int:
     """Prepack the large linear layers of the vision tower and the decoder, and the head, in place.
 
-    Layers of the decoder that read the same input are fused into one (fused.py). A tied head
-    becomes a layer of its own; the embedding keeps its matrix, which lookups need. `on_packed` gets
-    the names of the layers after each that was prepacked: their plain weights are then unused.
+    With `only_vision` the decoder and the head stay as they are (for kernel_linear.py). Layers of
+    the decoder that read the same input are fused into one (fused.py). A tied head becomes a layer
+    of its own; the embedding keeps its matrix, which lookups need. `on_packed` gets the names of
+    the layers after each that was prepacked: their plain weights are then unused.
 
     Returns:
         The number of prepacked layers.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    prefix = "visual." if only_vision else ""
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name.startswith(prefix)
+    }
     groups = [names for names, _ in fusion_groups(dict.fromkeys(layers, "bfloat16"))]
     count = 0
     for names in groups:
@@ -99,7 +109,9 @@ def prepack_layers(
             replace_with_fused(model, names, fused, sizes)
         on_packed(names)
         count += 1
-    if model.lm_head is None and model.lm_head_weight.numel() >= MIN_PREPACK_NUMEL:
+    if only_vision or model.lm_head is not None:
+        return count
+    if model.lm_head_weight.numel() >= MIN_PREPACK_NUMEL:
         # Not an nn.Linear, but the model only calls it.
         model.lm_head = PrepackedLinear(model.lm_head_weight, None)  # type: ignore[assignment]
         on_packed(["lm_head"])

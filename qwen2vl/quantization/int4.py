@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen2vl.linear.cpu.operators import dequantize_int4, linear_int4, pack_int4, unpack_int4
+from qwen2vl.linear.cpu.weights import KernelWeights
 from qwen2vl.quantization.rtn import GroupwiseWeight
 
 __all__ = ["Int4Linear"]
@@ -52,6 +53,19 @@ class Int4Linear(nn.Module):
     def describe_quantization(self) -> str:
         """Return the name of the arithmetic, for cache keys."""
         return f"int4/{self.group_size}"
+
+    def kernel_weights(self) -> KernelWeights:
+        """Return what the decode kernel needs (linear/cpu/weights.py)."""
+        return KernelWeights(
+            kind="int4",
+            outputs=self.out_features,
+            inputs=self.in_features,
+            weight=self.packed,
+            scale=self.scale_OG,
+            zero=self.zero_OG,
+            bias=self.bias_O,
+            group_size=self.group_size,
+        )
 
     def extra_repr(self) -> str:
         """Return the sizes, as nn.Linear does."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen2vl.linear.cpu.operators import linear_int8
+from qwen2vl.linear.cpu.weights import KernelWeights
 from qwen2vl.quantization.rtn import PerChannelWeight
 
 __all__ = ["Int8Linear"]
@@ -45,6 +46,17 @@ class Int8Linear(nn.Module):
     def describe_quantization(self) -> str:
         """Return the name of the arithmetic, for cache keys."""
         return "int8"
+
+    def kernel_weights(self) -> KernelWeights:
+        """Return what the decode kernel needs (linear/cpu/weights.py)."""
+        return KernelWeights(
+            kind="int8",
+            outputs=self.out_features,
+            inputs=self.in_features,
+            weight=self.weight_OI,
+            scale=self.scale_O,
+            bias=self.bias_O,
+        )
 
     def extra_repr(self) -> str:
         """Return the sizes, as nn.Linear does."""

@@ -12,8 +12,9 @@ from torch import nn
 from qwen2vl.engine import LLM
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.linear import prepacked
+from qwen2vl.linear.cpu.library import VARIABLE, load_kernels
 from qwen2vl.linear.fused import fusion_groups
-from qwen2vl.linear.gemv import use_gemv
+from qwen2vl.linear.kernel_linear import use_kernels
 from qwen2vl.linear.prepacked import PrepackedLinear, can_prepack, prepack_layers
 from tests.tiny import tiny_config, tiny_model
 
@@ -70,7 +71,7 @@ def test_which_layers_are_prepacked(monkeypatch: pytest.MonkeyPatch, tied: bool)
     embedding = model.model.embed_tokens.weight
     monkeypatch.setattr(prepacked, "MIN_PREPACK_NUMEL", limit)
     prepack_layers(model)
-    use_gemv(model)  # replaces the remaining nn.Linear layers
+    use_kernels(model)  # replaces the remaining nn.Linear layers
     replaced = {name for name, m in model.named_modules() if isinstance(m, PrepackedLinear)}
     want = set()
     for names, _ in fusion_groups(dict.fromkeys(layers, 0)):
@@ -87,10 +88,15 @@ def test_which_layers_are_prepacked(monkeypatch: pytest.MonkeyPatch, tied: bool)
     assert (got_TD.float() - want_TD.float()).norm() < 2e-2 * want_TD.float().norm()
 
 
-def test_llm_with_prepacked_layers_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["off", ""])
+def test_llm_with_prepacked_layers_answers(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    monkeypatch.setenv(VARIABLE, kernels)
     monkeypatch.setattr(prepacked, "MIN_PREPACK_NUMEL", 2**12)
     llm = LLM("nano", dtype="bfloat16")
-    assert sum(isinstance(m, PrepackedLinear) for m in llm.model.modules()) > 20
+    replaced = [n for n, m in llm.model.named_modules() if isinstance(m, PrepackedLinear)]
+    assert any(name.startswith("visual.") for name in replaced)
+    has_kernels = load_kernels() is not None
+    assert any(name.startswith("model.") for name in replaced) != has_kernels
     image = Image.new("RGB", (84, 84), "white")
     ImageDraw.Draw(image).ellipse((22, 22, 62, 62), fill="red")
     content = [{"image": image}, {"text": "What color is the shape?"}]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
-from qwen2vl.linear.gemv import use_gemv
+from qwen2vl.linear.kernel_linear import use_kernels
 from qwen2vl.lora.layers import LoraFactors, merge_lora
 from qwen2vl.lora.multi import LoraAdapter, LoraManager, LoraMapping
 from qwen2vl.model import Qwen2VL
@@ -174,7 +174,7 @@ def test_adapters_on_quantized_and_fused_layers(mode: CpuQuantizationMode) -> No
 
 def test_bfloat16_and_gemv_layers() -> None:
     model, want = copy.deepcopy(MODEL).bfloat16(), merged_model(FACTORS[0])
-    use_gemv(model)
+    use_kernels(model)
     adapter = LoraAdapter.from_factors(FACTORS[0], model)
     got = compute_logits(model, [1], [(adapter, 1)]).float()
     assert (got - compute_logits(want, [1])).norm() < 0.03 * got.norm()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.linear.gemv import use_gemv
+from qwen2vl.linear.kernel_linear import use_kernels
 from qwen2vl.lora.layers import merge_lora
 from qwen2vl.lora.peft import parse_peft_adapter
 from qwen2vl.model import Qwen2VL
@@ -158,7 +158,7 @@ def test_merging_nothing_changes_nothing() -> None:
 
 def test_gemv_layers_can_be_merged() -> None:
     base = model()
-    use_gemv(base)
+    use_kernels(base)
     adapted = merge(settings(), flat_tensors(), base)
     assert torch.equal(
         adapted.get_parameter(f"{Q}.weight"),

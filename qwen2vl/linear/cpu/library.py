@@ -37,6 +37,7 @@ class Kernels(NamedTuple):
     linear_bf16: Callable[..., int]
     linear_int8: Callable[..., int]
     linear_int4: Callable[..., int]
+    decode: Callable[..., int]
 
 
 def load_kernels() -> Kernels | None:
@@ -79,6 +80,7 @@ def _kernels_up_to(setting: str) -> Kernels | None:
         linear_bf16=library.qwen2vl_linear_bf16,
         linear_int8=library.qwen2vl_linear_int8,
         linear_int4=library.qwen2vl_linear_int4,
+        decode=library.qwen2vl_decode,
     )
 
 
@@ -92,4 +94,5 @@ def _load_library() -> ctypes.CDLL | None:
     library.qwen2vl_linear_bf16.argtypes = [_INT] * 2 + [_POINTER] * 4 + [_LONG] * 3
     library.qwen2vl_linear_int8.argtypes = [_INT] * 3 + [_POINTER] * 5 + [_LONG] * 3
     library.qwen2vl_linear_int4.argtypes = [_INT] * 3 + [_POINTER] * 6 + [_LONG] * 4
+    library.qwen2vl_decode.argtypes = [_INT] * 2 + [_POINTER] * 5 + [_LONG]
     return library

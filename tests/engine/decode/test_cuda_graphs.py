@@ -21,6 +21,7 @@ from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.decode import cuda_graphs
 from qwen2vl.engine.decode.backend import DecodeToken
 from qwen2vl.engine.decode.cuda_graphs import CudaGraphDecode, StaticDecode
+from qwen2vl.engine.decode.kernel_decode import KernelDecode
 from qwen2vl.engine.kv_cache.arena import KVArena, SlotRange
 from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE
 from qwen2vl.engine.kv_cache.storage import SeparateStorage
@@ -328,9 +329,7 @@ def test_cuda_graphs_is_a_bool() -> None:
 
 def test_on_the_cpu_there_is_neither_arena_nor_cuda_graph() -> None:
     llm = new_llm()
-    assert (
-        isinstance(llm._resources.kv_storage, SeparateStorage)
-        and llm._resources.decode_backend is None
-    )
+    assert isinstance(llm._resources.kv_storage, SeparateStorage)
+    assert isinstance(llm._resources.decode_backend, KernelDecode)
     llm.chat(CONVERSATIONS[0], GREEDY)
     assert not any(isinstance(cache, SlotRange) for cache in llm.engine_core.runner.caches.values())

@@ -45,7 +45,35 @@ void bf16_dots_portable(const Dots& dots, float out[kRows][kColumns]) {
         }
 }
 
+// Sums in lanes, which the compiler turns into vectors of each path's width.
+inline __attribute__((always_inline)) void f32_dots_body(const Dots& dots, float out[kRows][kColumns]) {
+    constexpr int kLanes = 16;
+    int64_t n = dots.bytes / 4, whole = n / kLanes * kLanes;
+    for (int c = 0; c < dots.columns; c++)
+        for (int r = 0; r < kRows; r++) {
+            auto* w = reinterpret_cast<const float*>(dots.w[r]);
+            auto* x = reinterpret_cast<const float*>(dots.x[c]);
+            float lanes[kLanes] = {};
+            for (int64_t i = 0; i < whole; i += kLanes)
+                for (int j = 0; j < kLanes; j++) lanes[j] += w[i + j] * x[i + j];
+            float total = 0;
+            for (int64_t i = whole; i < n; i++) total += w[i] * x[i];
+            for (float lane : lanes) total += lane;
+            out[r][c] = total;
+        }
+}
+
+void f32_dots_portable(const Dots& dots, float out[kRows][kColumns]) { f32_dots_body(dots, out); }
+
 #if X86
+
+TARGET_AVX2 void f32_dots_avx2(const Dots& dots, float out[kRows][kColumns]) {
+    f32_dots_body(dots, out);
+}
+
+TARGET_AVX512 void f32_dots_avx512(const Dots& dots, float out[kRows][kColumns]) {
+    f32_dots_body(dots, out);
+}
 
 // A row's last bytes, with zeros after them: reading beyond the row may leave the mapped file.
 struct Tail {
@@ -238,6 +266,14 @@ IntDots int8_dots(Isa isa, int columns) {
                               : int8_dots_avx2<4>;
 #endif
     return int8_dots_portable;
+}
+
+FloatDots f32_dots(Isa isa) {
+#if X86
+    if (isa >= kAvx512) return f32_dots_avx512;
+    if (isa == kAvx2) return f32_dots_avx2;
+#endif
+    return f32_dots_portable;
 }
 
 FloatDots bf16_dots(Isa isa, int columns) {

@@ -20,352 +20,15 @@
 // and computes each output in one order of operations, whatever the number of threads. Arguments
 // are checked by the caller (operators.py).
 
-#include <optional>
-#include <vector>
-
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-#include "common.h"
-#include "dots.h"
-#include "int4.h"
-#include "rows.h"
-#include "threads.h"
-#include "tiles.h"
+#include "decode.h"
+#include "products.h"
 
 namespace qwen2vl {
-
-constexpr int64_t kPieceBytes = 1 << 16;  // of weights that a thread takes at once
-
-enum Kind { kBf16, kInt8, kInt4 };
-
-struct Product {
-    Isa isa;
-    int threads;
-    Kind kind;
-    DType dtype;  // of x and y
-    const void* x;
-    const uint8_t* w;    // bf16 and int8: (O, I)
-    Int4Weights int4;
-    const float* scale;  // (O) of int8
-    const float* bias;   // (O), or null
-    void* y;
-    int64_t T, I, O;
-
-    int64_t row_bytes() const { return kind == kBf16 ? 2 * I : kind == kInt8 ? I : I / 2; }
-    // Of a row as it is multiplied; int4 is widened to int8, and padded.
-    int64_t wide_bytes() const { return kind == kInt4 ? round_up(I, 2 * kChunk) : row_bytes(); }
-};
-
-constexpr int kBlock = 2 * kTile;  // outputs, and columns, computed together
-constexpr int64_t kPanel = 4 * kBlock;         // outputs
-constexpr int64_t kPanelBytes = 1 << 20;  // of their weights, in a core's second-level cache
-
-struct Block {  // of outputs and columns
-    int64_t o, c;
-    int outputs, columns;            // up to kBlock
-    const uint8_t* w;                // `outputs` rows of W, int4 widened
-    int64_t stride;
-    const float* scale;              // of these outputs
-    const uint8_t* next;             // weights that are wanted soon
-    int64_t next_bytes;
-    int32_t* out;                    // tiles (2, 2) of 16 outputs x 16 columns
-
-    int64_t index(int r, int c) const {
-        return ((r / kTile * 2 + c / kTile) * kTile + r % kTile) * kTile + c % kTile;
-    }
-};
-
-void fill_dots(const Product& p, const Rows& x, const Block& block, int first_output) {
-    for (int r = first_output; r < block.outputs; r += kRows)
-        for (int c = 0; c < block.columns; c += kColumns) {
-            Dots dots;
-            dots.bytes = p.wide_bytes();
-            dots.columns = std::min(kColumns, block.columns - c);
-            for (int i = 0; i < kRows; i++)
-                dots.w[i] = block.w + std::min(r + i, block.outputs - 1) * block.stride;
-            for (int i = 0; i < kColumns; i++) {
-                int64_t column = block.c + std::min(c + i, block.columns - 1);
-                dots.x[i] = reinterpret_cast<const uint8_t*>(x.bytes) + column * x.stride;
-                dots.sums[i] = p.kind == kBf16 ? 0 : x.sums[column];
-            }
-            int32_t ints[kRows][kColumns];
-            float floats[kRows][kColumns];
-            if (p.kind == kBf16)
-                bf16_dots(p.isa, dots.columns)(dots, floats);
-            else
-                int8_dots(p.isa, dots.columns)(dots, ints);
-            const void* found = p.kind == kBf16 ? static_cast<void*>(floats) : ints;
-            for (int i = 0; i < kRows && r + i < block.outputs; i++)
-                for (int j = 0; j < dots.columns; j++)
-                    std::memcpy(&block.out[block.index(r + i, c + j)],
-                                static_cast<const int32_t*>(found) + i * kColumns + j, 4);
-        }
-}
-
-// The order of operations is that of finish_avx512.
-void finish(const Product& p, const Rows& x, const Block& block) {
-    int rows = x.parts == 1 ? block.columns : int(x.num_rows);
-    for (int t = 0; t < rows; t++)
-        for (int r = 0; r < block.outputs; r++) {
-            int32_t total = block.out[block.index(r, t)];
-            float value;
-            if (p.kind == kBf16) {
-                std::memcpy(&value, &total, 4);
-            } else {
-                int64_t exact = total;
-                if (x.parts == 2) exact = 256 * exact + block.out[block.index(r, t + rows)];
-                value = float(exact) * (x.scales[block.c + t] * block.scale[r]);
-            }
-            if (p.bias) value += p.bias[block.o + r];
-            store(p.y, (block.c + t) * p.O + block.o + r, value, p.dtype);
-        }
-}
-
-#if X86
-
-TARGET_AVX512 void store_avx512(void* y, int64_t index, __mmask16 mask, __m512 v, DType dtype) {
-    if (dtype == kFloat32) {
-        _mm512_mask_storeu_ps(static_cast<float*>(y) + index, mask, v);
-        return;
-    }
-    __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    up = _mm512_mask_or_epi32(up, is_nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + index, mask,
-                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
-}
-
-// 256 * high + low of integers, rounded once.
-TARGET_AVX512 inline __m512 join_parts(__m512i high, __m512i low) {
-    __m256 halves[2];
-    for (int i = 0; i < 2; i++) {
-        __m512i h = _mm512_cvtepi32_epi64(i ? _mm512_extracti64x4_epi64(high, 1)
-                                            : _mm512_castsi512_si256(high));
-        __m512i l = _mm512_cvtepi32_epi64(i ? _mm512_extracti64x4_epi64(low, 1)
-                                            : _mm512_castsi512_si256(low));
-        halves[i] = _mm512_cvtepi64_ps(_mm512_add_epi64(_mm512_slli_epi64(h, 8), l));
-    }
-    return _mm512_insertf32x8(_mm512_castps256_ps512(halves[0]), halves[1], 1);
-}
-
-TARGET_AVX512 void finish_avx512(const Product& p, const Rows& x, const Block& block) {
-    int rows = x.parts == 1 ? block.columns : int(x.num_rows);
-    for (int r = 0; r < block.outputs; r += kTile) {
-        __mmask16 mask = __mmask16(first_bytes(std::min(kTile, block.outputs - r)));
-        __m512 zeros = _mm512_setzero_ps();
-        __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + block.o + r) : zeros;
-        __m512 scale = block.scale ? _mm512_maskz_loadu_ps(mask, block.scale + r) : zeros;
-        for (int c = 0; c < rows; c += kTile) {
-            __m512i v[kTile];
-            for (int i = 0; i < kTile; i++)
-                v[i] = _mm512_load_si512(&block.out[block.index(r + i, c)]);
-            transpose(v);
-            for (int i = 0; i < std::min(kTile, rows - c); i++) {
-                int64_t t = block.c + c + i;
-                __m512 value = _mm512_castsi512_ps(v[i]);
-                if (p.kind != kBf16) {
-                    value = x.parts == 1 ? _mm512_cvtepi32_ps(v[i]) : join_parts(v[i], v[i + rows]);
-                    value = _mm512_mul_ps(
-                        value, _mm512_mul_ps(_mm512_set1_ps(x.scales[t]), scale));
-                }
-                if (p.bias) value = _mm512_add_ps(value, bias);
-                store_avx512(p.y, t * p.O + block.o + r, mask, value, p.dtype);
-            }
-        }
-    }
-}
-
-#endif
-
-#if X86
-
-// The block's whole tiles.
-void multiply_block(const Product& p, const Rows& x, const Block& block) {
-    int64_t chunks = x.stride / kChunk, column = chunks * kTile * kChunk;
-    auto* first = x.tiles + block.c / kTile * column;
-    Tiles tiles{block.w, block.stride, chunks, {first, first + column}, block.outputs / kTile,
-                block.columns > kTile ? 2 : 1, block.next, block.next_bytes, block.out};
-    if (p.kind == kBf16)
-        multiply_tiles<false>(tiles);
-    else
-        multiply_tiles<true>(tiles);
-}
-
-#endif
-
-void finish_block(const Product& p, const Rows& x, const Block& block) {
-    fill_dots(p, x, block, x.tiles ? block.outputs / kTile * kTile : 0);
-#if X86
-    if (p.isa >= kAvx512) return finish_avx512(p, x, block);
-#endif
-    finish(p, x, block);
-}
-
-float widen_int4(const Product& p, int64_t o, int8_t* out, int8_t* tables) {
-#if X86
-    if (p.isa >= kAvx512) return widen_int4_avx512(p.int4, o, out, tables);
-    if (p.isa == kAvx2) return widen_int4_avx2(p.int4, o, out, tables);
-#endif
-    return widen_int4_portable(p.int4, o, out, tables);
-}
-
-// Outputs o0 to o1, at most kPanel. `next`: as many weights that this thread may want next.
-void compute_panel(
-    const Product& p, const Rows& x, int64_t o0, int64_t o1, const uint8_t* next
-) {
-    const uint8_t* w = p.w + o0 * p.row_bytes();
-    const float* scale = p.scale ? p.scale + o0 : nullptr;
-    float scales[kPanel];
-    if (p.kind == kInt4) {
-        int64_t table_bytes = 16 * (p.int4.num_groups + 4);
-        auto* wide = reinterpret_cast<int8_t*>(scratch<1>(kPanel * p.wide_bytes() + table_bytes));
-        for (int64_t r = 0; r < o1 - o0; r++)
-            scales[r] = widen_int4(p, o0 + r, wide + r * p.wide_bytes(),
-                                   wide + kPanel * p.wide_bytes());
-        w = reinterpret_cast<uint8_t*>(wide);
-        scale = scales;
-    }
-    alignas(64) int32_t out[4 * kTile * kTile];
-    int64_t blocks = round_up(o1 - o0, kBlock) / kBlock * (round_up(x.columns, kBlock) / kBlock);
-    int64_t bytes = round_up((o1 - o0) * p.row_bytes() / blocks, kChunk);
-#if X86
-    std::optional<TileScope> scope;
-    if (x.tiles) scope.emplace();
-#endif
-    for (int64_t c = 0; c < x.columns; c += kBlock)
-        for (int64_t o = o0; o < o1; o += kBlock) {
-            Block block{o, c, int(std::min<int64_t>(kBlock, o1 - o)),
-                        int(std::min<int64_t>(kBlock, x.columns - c)),
-                        w + (o - o0) * p.wide_bytes(), p.wide_bytes(),
-                        scale ? scale + (o - o0) : nullptr, next, next ? bytes : 0, out};
-#if X86
-            if (x.tiles && block.outputs >= kTile) multiply_block(p, x, block);
-#endif
-            finish_block(p, x, block);
-            if (next) next += bytes;
-        }
-}
-
-void quantize_row(const Product& p, const Rows& x, int64_t row) {
-    bool is_split = p.kind == kInt4;
-#if X86
-    if (p.isa >= kAvx512) return quantize_row_avx512(p.x, p.dtype, x, row, is_split);
-    if (p.isa == kAvx2) return quantize_row_avx2(p.x, p.dtype, x, row, is_split);
-#endif
-    quantize_row_portable(p.x, p.dtype, x, row, is_split);
-}
-
-// Rounds x, or copies bf16, into the caller's scratch memory, and puts it into tiles.
-Rows prepare_rows(const Product& p, bool uses_tiles) {
-    Rows x{};
-    x.num_rows = p.T;
-    x.num_inputs = p.I;
-    x.parts = p.kind != kBf16 && p.T <= kMaxPreciseRows ? 2 : 1;
-    x.columns = x.parts * p.T;
-    x.stride = round_up(p.wide_bytes(), kChunk);
-    int64_t bytes = x.columns * x.stride;
-    int64_t tile_bytes = uses_tiles ? round_up(x.columns, kTile) * x.stride : 0;
-    uint8_t* memory = scratch<0>(tile_bytes + bytes + round_up(4 * x.columns, 64) + 4 * p.T);
-    x.tiles = uses_tiles ? memory : nullptr;
-    x.bytes = reinterpret_cast<int8_t*>(memory + tile_bytes);
-    x.sums = reinterpret_cast<int32_t*>(memory + tile_bytes + bytes);
-    x.scales = reinterpret_cast<float*>(x.sums + round_up(x.columns, 16));
-    constexpr int64_t kRowsAtOnce = kTile;
-    int threads = p.T > kMaxPreciseRows ? p.threads : 1;
-    parallel_for((p.T + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t piece) {
-        int64_t end = std::min(p.T, (piece + 1) * kRowsAtOnce);
-        for (int64_t row = piece * kRowsAtOnce; row < end; row++) {
-            if (p.kind != kBf16) {
-                quantize_row(p, x, row);
-                continue;
-            }
-            int8_t* column = x.bytes + row * x.stride;
-            std::memcpy(column, static_cast<const char*>(p.x) + row * 2 * p.I, 2 * p.I);
-            std::memset(column + 2 * p.I, 0, x.stride - 2 * p.I);
-        }
-#if X86
-        // With one part a piece of rows is a block of columns; two parts have one block.
-        if (uses_tiles) pack_tiles(x, piece);
-#endif
-    });
-    return x;
-}
-
-// Outputs that a thread takes at once: as many as keep the rows of x in its cache busy, and few
-// enough that all threads have some.
-int64_t panel_outputs(const Product& p, const Rows& x) {
-    int64_t unit = x.tiles ? kBlock : 2 * kRows;
-    int64_t wanted = kPieceBytes / p.row_bytes();
-    if (x.columns > kBlock) wanted = std::min(kPanelBytes / p.wide_bytes(), p.O / (4 * p.threads));
-    return std::clamp(round_up(wanted, unit), unit, kPanel);
-}
-
-void multiply(const Product& p) {
-    // A tile reads whole chunks of a row of W.
-    Rows x = prepare_rows(p, p.isa >= kAmx && p.wide_bytes() % kChunk == 0);
-    int64_t outputs = panel_outputs(p, x), panels = (p.O + outputs - 1) / outputs;
-    parallel_for(panels, p.threads, [&](int64_t panel) {
-        int64_t next = panel + p.threads;
-        const uint8_t* w = p.kind == kInt4 ? p.int4.ints : p.w;
-        // Where reading weights is all there is to do, the processor's own prefetching is faster.
-        bool fetches = (p.kind == kInt4 || x.columns > kBlock) && next + 1 < panels;
-        compute_panel(p, x, panel * outputs, std::min(p.O, (panel + 1) * outputs),
-                      fetches ? w + next * outputs * p.row_bytes() : nullptr);
-    });
-}
-
-// kRows outputs from `o`. scales: scratch of kRows * (G + 16) floats.
-void int4_dots(
-    const Product& p, int64_t o, const Rows& x, const float* sums, float* scales, float out[kRows]
-) {
-#if X86
-    if (p.isa >= kAvx512) return int4_dots_avx512(p.int4, o, p.O - 1, x, sums, scales, out);
-#endif
-    for (int64_t r = 0; r < kRows && o + r < p.O; r++) {
-#if X86
-        if (p.isa == kAvx2) {
-            out[r] = int4_dot_avx2(p.int4, o + r, x, sums, scales);
-            continue;
-        }
-#endif
-        out[r] = int4_dot_portable(p.int4, o + r, x, sums);
-    }
-}
-
-// One row: each group with its own scale.
-void multiply_int4_row(const Product& p) {
-    Rows x = prepare_rows(p, false);
-    int64_t groups = p.int4.num_groups, half_group = p.int4.group_size / 2;
-    std::vector<float> sums(groups);
-    for (int64_t g = 0; g < groups; g++) {
-        int32_t high = 0, low = 0;
-        for (int64_t b = g * half_group; b < (g + 1) * half_group; b++) {
-            int64_t even = b / kChunk * 2 * kChunk + b % kChunk, odd = even + kChunk;
-            high += x.bytes[even] + x.bytes[odd];
-            low += x.bytes[x.stride + even] + x.bytes[x.stride + odd];
-        }
-        sums[g] = float(256 * high + low);
-    }
-    int64_t outputs = round_up(std::max<int64_t>(1, kPieceBytes / p.row_bytes()), 2 * kRows);
-    parallel_for((p.O + outputs - 1) / outputs, p.threads, [&](int64_t piece) {
-        auto* scales = reinterpret_cast<float*>(scratch<1>(kRows * 4 * (groups + 16)));
-        int64_t end = std::min(p.O, (piece + 1) * outputs);
-        for (int64_t o = piece * outputs; o < end; o += kRows) {
-            float totals[kRows];
-            int4_dots(p, o, x, sums.data(), scales, totals);
-            for (int64_t r = 0; r < std::min<int64_t>(kRows, end - o); r++) {
-                float value = totals[r] * x.scales[0];
-                if (p.bias) value += p.bias[o + r];
-                store(p.y, o + r, value, p.dtype);
-            }
-        }
-    });
-}
 
 Isa detect() {
 #if X86
@@ -417,7 +80,7 @@ EXPORT int qwen2vl_linear_bf16(
     int64_t rows, int64_t inputs, int64_t outputs
 ) {
     Product p{Isa(isa), threads, kBf16, kBfloat16, x, static_cast<const uint8_t*>(w), {},
-              nullptr, bias, y, rows, inputs, outputs};
+              nullptr, bias, y, rows, inputs, outputs, outputs};
     return catch_bad_alloc([&] { multiply(p); });
 }
 
@@ -426,7 +89,7 @@ EXPORT int qwen2vl_linear_int8(
     const float* bias, void* y, int64_t rows, int64_t inputs, int64_t outputs
 ) {
     Product p{Isa(isa), threads, kInt8, DType(dtype), x, static_cast<const uint8_t*>(w), {},
-              scale, bias, y, rows, inputs, outputs};
+              scale, bias, y, rows, inputs, outputs, outputs};
     return catch_bad_alloc([&] { multiply(p); });
 }
 
@@ -438,12 +101,17 @@ EXPORT int qwen2vl_linear_int4(
     Int4Weights int4{static_cast<const uint8_t*>(w), scale, zero, inputs, group_size,
                      inputs / group_size};
     Product p{Isa(isa), threads, kInt4, DType(dtype), x, nullptr, int4, nullptr, bias, y,
-              rows, inputs, outputs};
+              rows, inputs, outputs, outputs};
+    return catch_bad_alloc([&] { multiply(p); });
+}
+
+// hidden (T, D) is embeddings, and then the states after the final norm.
+EXPORT int qwen2vl_decode(
+    int isa, int threads, const Decoder* decoder, const Sequence* sequences, float* hidden,
+    const float* cos, const float* sin, int64_t rows
+) {
     return catch_bad_alloc([&] {
-        if (rows == 1)
-            multiply_int4_row(p);
-        else
-            multiply(p);
+        decode(Isa(isa), threads, *decoder, sequences, hidden, cos, sin, rows);
     });
 }
 }

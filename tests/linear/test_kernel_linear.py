@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from qwen2vl.linear import gemv as gemv_module
-from qwen2vl.linear.gemv import GemvLinear, use_gemv
+from qwen2vl.linear import kernel_linear
+from qwen2vl.linear.kernel_linear import KernelLinear, use_kernels
 from tests.tiny import tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _no_small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemv_module, "MIN_GEMV_WEIGHTS", 0)
+    monkeypatch.setattr(kernel_linear, "MIN_GEMV_WEIGHTS", 0)
 
 
 def test_small_matrices_are_multiplied_as_rows_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemv_module, "MIN_GEMV_WEIGHTS", 96 * 40 + 1)
-    monkeypatch.setattr(gemv_module, "_gemv", None)
-    layer = GemvLinear(96, 40)
+    monkeypatch.setattr(kernel_linear, "MIN_GEMV_WEIGHTS", 96 * 40 + 1)
+    monkeypatch.setattr(kernel_linear, "_gemv", None)
+    layer = KernelLinear(96, 40)
     x_TD = torch.randn(1, 96)
     assert torch.equal(layer(x_TD), torch.nn.functional.linear(x_TD, layer.weight, layer.bias))
 
@@ -26,7 +26,7 @@ def test_small_matrices_are_multiplied_as_rows_of_a_batch(monkeypatch: pytest.Mo
 def test_single_row_equals_the_row_in_a_batch(dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(0)
     plain = torch.nn.Linear(96, 40, bias=bias, dtype=dtype)
-    gemv = GemvLinear(96, 40, bias=bias, dtype=dtype)
+    gemv = KernelLinear(96, 40, bias=bias, dtype=dtype)
     gemv.load_state_dict(plain.state_dict())
     x_TD = torch.randn(5, 96, dtype=dtype)
     want_TD = plain(x_TD)
@@ -43,9 +43,9 @@ def test_decoder_and_head_are_replaced_and_vision_tower_is_not(tied: bool) -> No
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     hidden_TD = torch.randn(3, model.config.text.hidden_size)
     want_TV = model.logits(hidden_TD)
-    use_gemv(model)
+    use_kernels(model)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
-    replaced = [name for name, m in model.named_modules() if isinstance(m, GemvLinear)]
+    replaced = [name for name, m in model.named_modules() if isinstance(m, KernelLinear)]
     assert len(replaced) == 7 * model.config.text.num_hidden_layers + 1
     assert replaced[-1] == "lm_head"
     assert not any(name.startswith("visual") for name in replaced)

@@ -1,0 +1,325 @@
+// A decode step: one new token of each of T sequences through all blocks of the decoder.
+//
+// In one call, since around the four products of a block there are some fifty small operations,
+// which take longer to call than to compute. States are float32 between products. A token of a 2B
+// model reads all weights once, and 2 * layers * K * C numbers of cache for each earlier token.
+//
+// Letters: T sequences, D width, H query heads, K key/value heads, C channels of a head, G = H / K.
+
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "common.h"
+#include "products.h"
+#include "threads.h"
+
+namespace qwen2vl {
+
+constexpr int64_t kMaxChannels = 512;  // of a head
+
+// Structs of the C interface, mirrored by engine/decode/kernel_structs.py.
+struct Linear {
+    int64_t kind, outputs, inputs, group_size;
+    const void* w;
+    const void* scale;    // float32 of int8, float16 of int4
+    const uint8_t* zero;  // of int4
+    const float* bias;    // or null
+};
+
+struct Layer {
+    const float* input_norm;
+    const float* post_norm;
+    int64_t num_qkv, num_gate_up;  // products in a row: fused, or one for each
+    Linear qkv[3], o, gate_up[2], down;
+};
+
+struct Decoder {
+    int64_t num_layers, width, heads, kv_heads, channels, cache_dtype;
+    double eps;
+    const Layer* layers;
+    const float* final_norm;
+};
+
+struct Sequence {
+    void *k, *v;                         // (layers, K, slots, C)
+    int64_t length;                      // tokens before this one
+    int64_t layer_stride, head_stride;   // in numbers
+};
+
+// e^x, relative error below 2e-7; a loop over it is vectorized.
+inline __attribute__((always_inline)) float exp_float(float x) {
+    x = std::min(std::max(x, -87.f), 88.f);
+    float n = (x * 1.44269504f + 12582912.f) - 12582912.f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+inline __attribute__((always_inline)) void load_row(
+    const void* source, int64_t n, DType dtype, float* out
+) {
+    if (dtype == kFloat32)
+        std::memcpy(out, source, 4 * n);
+    else
+        for (int64_t i = 0; i < n; i++) out[i] = to_float(static_cast<const uint16_t*>(source)[i]);
+}
+
+// One key/value head of one sequence, its G query heads. q: (G, C); out: (G, C); scores: scratch of
+// G * length floats.
+inline __attribute__((always_inline)) void attend_body(
+    const Decoder& d, const Sequence& s, int64_t layer, int64_t head, const float* q, float* out,
+    float* scores
+) {
+    constexpr int kLanes = 16;
+    const int64_t channels = d.channels, group = d.heads / d.kv_heads, length = s.length + 1;
+    const auto dtype = DType(d.cache_dtype);
+    const int64_t size = dtype == kFloat32 ? 4 : 2;
+    const int64_t start = (layer * s.layer_stride + head * s.head_stride) * size;
+    const char* keys = static_cast<const char*>(s.k) + start;
+    const char* values = static_cast<const char*>(s.v) + start;
+    const float scale = 1.f / std::sqrt(float(channels));
+    float row[kMaxChannels];
+    for (int64_t z = 0; z < length; z++) {
+        load_row(keys + z * channels * size, channels, dtype, row);
+        for (int64_t g = 0; g < group; g++) {
+            float lanes[kLanes] = {}, total = 0;
+            int64_t c = 0;
+            for (; c + kLanes <= channels; c += kLanes)
+                for (int j = 0; j < kLanes; j++) lanes[j] += q[g * channels + c + j] * row[c + j];
+            for (; c < channels; c++) total += q[g * channels + c] * row[c];
+            for (float lane : lanes) total += lane;
+            scores[g * length + z] = total * scale;
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float* p = scores + g * length;
+        float largest = p[0], lanes[kLanes] = {}, total = 0;
+        for (int64_t z = 1; z < length; z++) largest = std::max(largest, p[z]);
+        for (int64_t z = 0; z < length; z++) p[z] = exp_float(p[z] - largest);
+        int64_t z = 0;
+        for (; z + kLanes <= length; z += kLanes)
+            for (int j = 0; j < kLanes; j++) lanes[j] += p[z + j];
+        for (; z < length; z++) total += p[z];
+        for (float lane : lanes) total += lane;
+        for (z = 0; z < length; z++) p[z] /= total;
+    }
+    std::memset(out, 0, 4 * group * channels);
+    for (int64_t z = 0; z < length; z++) {
+        load_row(values + z * channels * size, channels, dtype, row);
+        for (int64_t g = 0; g < group; g++) {
+            float p = scores[g * length + z];
+            float* sum = out + g * channels;
+            for (int64_t c = 0; c < channels; c++) sum[c] += p * row[c];
+        }
+    }
+}
+
+// Rotates a head: channel i with channel i + C / 2.
+inline __attribute__((always_inline)) void rotate_body(
+    float* x, const float* cos, const float* sin, int64_t channels
+) {
+    for (int64_t i = 0; i < channels / 2; i++) {
+        float left = x[i], right = x[i + channels / 2];
+        x[i] = left * cos[i] - right * sin[i];
+        x[i + channels / 2] = right * cos[i] + left * sin[i];
+    }
+}
+
+inline __attribute__((always_inline)) void norm_body(
+    const float* x, const float* weight, int64_t width, float eps, float* out
+) {
+    constexpr int kLanes = 16;
+    float lanes[kLanes] = {}, total = 0;
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes)
+        for (int j = 0; j < kLanes; j++) lanes[j] += x[i + j] * x[i + j];
+    for (; i < width; i++) total += x[i] * x[i];
+    for (float lane : lanes) total += lane;
+    float inverse = 1.f / std::sqrt(total / float(width) + eps);
+    for (i = 0; i < width; i++) out[i] = x[i] * inverse * weight[i];
+}
+
+inline __attribute__((always_inline)) void swiglu_body(float* gate, const float* up, int64_t n) {
+    for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1.f + exp_float(-gate[i])) * up[i];
+}
+
+struct Loops {
+    void (*attend)(
+        const Decoder&, const Sequence&, int64_t layer, int64_t head, const float* q, float* out,
+        float* scores
+    );
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t channels);
+    void (*norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
+    void (*swiglu)(float* gate, const float* up, int64_t n);
+};
+
+// The loops above, compiled for one path.
+#define DEFINE_LOOPS(path, TARGET)                                                               \
+    TARGET void attend_##path(const Decoder& d, const Sequence& s, int64_t layer, int64_t head,  \
+                              const float* q, float* out, float* scores) {                       \
+        attend_body(d, s, layer, head, q, out, scores);                                          \
+    }                                                                                            \
+    TARGET void rotate_##path(float* x, const float* cos, const float* sin, int64_t channels) {  \
+        rotate_body(x, cos, sin, channels);                                                      \
+    }                                                                                            \
+    TARGET void norm_##path(const float* x, const float* weight, int64_t width, float eps,       \
+                            float* out) {                                                        \
+        norm_body(x, weight, width, eps, out);                                                   \
+    }                                                                                            \
+    TARGET void swiglu_##path(float* gate, const float* up, int64_t n) {                         \
+        swiglu_body(gate, up, n);                                                                \
+    }                                                                                            \
+    constexpr Loops loops_##path{attend_##path, rotate_##path, norm_##path, swiglu_##path};
+
+DEFINE_LOOPS(portable, )
+#if X86
+DEFINE_LOOPS(avx2, TARGET_AVX2)
+DEFINE_LOOPS(avx512, TARGET_AVX512)
+#endif
+#undef DEFINE_LOOPS
+
+const Loops& loops_of(Isa isa) {
+#if X86
+    if (isa >= kAvx512) return loops_avx512;
+    if (isa == kAvx2) return loops_avx2;
+#endif
+    (void)isa;
+    return loops_portable;
+}
+
+// One decode step. Buffers hold a row for each sequence.
+class DecodeStep {
+  public:
+    DecodeStep(
+        Isa isa, int threads, const Decoder& decoder, const Sequence* sequences, float* hidden,
+        const float* cos, const float* sin, int64_t rows
+    )
+        : isa_(isa), threads_(threads), d_(decoder), sequences_(sequences), hidden_(hidden),
+          cos_(cos), sin_(sin), T_(rows), loops_(loops_of(isa)), normed_(T_ * d_.width),
+          projected_(T_ * d_.width), qkv_(T_ * qkv_width()), attended_(T_ * d_.heads * d_.channels),
+          gate_up_(T_ * outputs(d_.layers[0].gate_up, d_.layers[0].num_gate_up)) {}
+
+    void run() {
+        for (int64_t layer = 0; layer < d_.num_layers; layer++) {
+            norm(d_.layers[layer].input_norm, normed_.data());
+            attention(layer);
+            norm(d_.layers[layer].post_norm, normed_.data());
+            mlp(d_.layers[layer]);
+        }
+        norm(d_.final_norm, hidden_);
+    }
+
+  private:
+    int64_t qkv_width() const { return (d_.heads + 2 * d_.kv_heads) * d_.channels; }
+
+    static int64_t outputs(const Linear* linears, int64_t count) {
+        int64_t total = 0;
+        for (int64_t i = 0; i < count; i++) total += linears[i].outputs;
+        return total;
+    }
+
+    void norm(const float* weight, float* out) {
+        for (int64_t t = 0; t < T_; t++)
+            loops_.norm(hidden_ + t * d_.width, weight, d_.width, float(d_.eps),
+                        out + t * d_.width);
+    }
+
+    // Products of the same rows, side by side in y.
+    void multiply_all(const Linear* linears, int64_t count, const float* x, float* y) {
+        int64_t stride = outputs(linears, count);
+        for (int64_t i = 0; i < count; y += linears[i++].outputs) {
+            const Linear& l = linears[i];
+            auto* w = static_cast<const uint8_t*>(l.w);
+            Int4Weights int4{};
+            if (l.kind == kInt4)
+                int4 = {w, static_cast<const uint16_t*>(l.scale), l.zero, l.inputs, l.group_size,
+                        l.inputs / l.group_size};
+            multiply({isa_, threads_, Kind(l.kind), kFloat32, x, w, int4,
+                      l.kind == kInt8 ? static_cast<const float*>(l.scale) : nullptr, l.bias, y,
+                      T_, l.inputs, l.outputs, stride});
+        }
+    }
+
+    void add_projected() {
+        for (int64_t i = 0; i < T_ * d_.width; i++) hidden_[i] += projected_[i];
+    }
+
+    void attention(int64_t layer) {
+        const Layer& weights = d_.layers[layer];
+        multiply_all(weights.qkv, weights.num_qkv, normed_.data(), qkv_.data());
+        for (int64_t t = 0; t < T_; t++) write_cache(layer, t);
+        int64_t group = d_.heads / d_.kv_heads;
+        parallel_for(T_ * d_.kv_heads, threads_, [&](int64_t piece) {
+            int64_t t = piece / d_.kv_heads, head = piece % d_.kv_heads;
+            const Sequence& sequence = sequences_[t];
+            auto* scores = reinterpret_cast<float*>(scratch<3>(4 * group * (sequence.length + 1)));
+            int64_t first = head * group * d_.channels;
+            loops_.attend(d_, sequence, layer, head, qkv_.data() + t * qkv_width() + first,
+                          attended_.data() + t * d_.heads * d_.channels + first, scores);
+        });
+        multiply_all(&weights.o, 1, attended_.data(), projected_.data());
+        add_projected();
+    }
+
+    // Rotates queries and keys in place, and writes the token's keys and values.
+    void write_cache(int64_t layer, int64_t t) {
+        const int64_t channels = d_.channels;
+        float* row = qkv_.data() + t * qkv_width();
+        const float *cos = cos_ + t * channels / 2, *sin = sin_ + t * channels / 2;
+        for (int64_t head = 0; head < d_.heads + d_.kv_heads; head++)
+            loops_.rotate(row + head * channels, cos, sin, channels);
+        const Sequence& s = sequences_[t];
+        for (int64_t head = 0; head < d_.kv_heads; head++) {
+            int64_t at = layer * s.layer_stride + head * s.head_stride + s.length * channels;
+            const float* key = row + (d_.heads + head) * channels;
+            const float* value = key + d_.kv_heads * channels;
+            for (int64_t c = 0; c < channels; c++) {
+                store(s.k, at + c, key[c], DType(d_.cache_dtype));
+                store(s.v, at + c, value[c], DType(d_.cache_dtype));
+            }
+        }
+    }
+
+    void mlp(const Layer& weights) {
+        multiply_all(weights.gate_up, weights.num_gate_up, normed_.data(), gate_up_.data());
+        int64_t n = weights.down.inputs;
+        // Activations of all rows side by side, over the gates: a row moves to the left.
+        for (int64_t t = 0; t < T_; t++) {
+            float* gate = gate_up_.data() + 2 * t * n;
+            loops_.swiglu(gate, gate + n, n);
+            std::memmove(gate_up_.data() + t * n, gate, 4 * n);
+        }
+        multiply_all(&weights.down, 1, gate_up_.data(), projected_.data());
+        add_projected();
+    }
+
+    Isa isa_;
+    int threads_;
+    const Decoder& d_;
+    const Sequence* sequences_;
+    float* hidden_;
+    const float *cos_, *sin_;
+    int64_t T_;
+    const Loops& loops_;
+    std::vector<float> normed_, projected_, qkv_, attended_, gate_up_;
+};
+
+void decode(
+    Isa isa, int threads, const Decoder& decoder, const Sequence* sequences, float* hidden,
+    const float* cos, const float* sin, int64_t rows
+) {
+    DecodeStep(isa, threads, decoder, sequences, hidden, cos, sin, rows).run();
+}
+
+}  // namespace qwen2vl
