@@ -1,15 +1,16 @@
 """int8 and int4 quantization compared with bfloat16: loss of quality, speed, memory.
 
-    python benchmarks/quantized.py [--only quality | speed | memory] [--examples 64]
+    GOMP_SPINCOUNT=1500 python benchmarks/quantized.py [--only quality | speed | memory]
 
 quality: nano predicts the true answers of the mini suite's questions (teacher forcing); its
 distributions over answer tokens are compared with those of unquantized float32: the
 Kullback-Leibler divergence in nats, the share of tokens with the same argmax, and the share whose
 argmax is right. speed: one block of the 2B's decoder for 1, 8 and 308 tokens, and one of its vision
 tower for 1,024 patches, all precisions interleaved, each on several copies so that no CPU cache
-holds them; `plain` is bfloat16 without prepacked weights. memory: peaks of quantizing the folder of
-official_2b.py and of a first answer (peak_memory.py); only with `--only memory`, as int4 takes
-minutes. Prints one line for results.md.
+holds them; `torch` is bfloat16 without kernels and prepacked weights, `forward` the model's forward
+in place of the decode kernel. GOMP_SPINCOUNT lets threads wait as they do in commands. memory:
+peaks of quantizing the folder of official_2b.py and of a first answer (peak_memory.py); only with
+`--only memory`, as int4 takes minutes. Prints one line for results.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 from official_2b import FOLDER
 from peak_memory import measure
-from qwen2vl.engine.decode.compiled import CompiledDecode
 from record import format_result
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from qwen2vl.config import PRESETS
 from qwen2vl.convert import quantize_folder
 from qwen2vl.data.preprocess import TrainingExample
 from qwen2vl.engine.decode.backend import DecodeToken
+from qwen2vl.engine.decode.kernel_decode import KernelDecode
 from qwen2vl.eval.mini import build_task
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.linear.fused import fusion_groups
@@ -110,7 +111,7 @@ def quality(num_examples: int) -> dict[str, Any]:
 
 
 def blocks(
-    mode: CpuQuantizationMode | None, *, prepack: bool = True, compiled: bool = False
+    mode: CpuQuantizationMode | None, *, kernels: bool = True, compiled: bool = False
 ) -> Qwen2VL:
     """Build a 2B with few blocks, random weights and a tiny vocabulary."""
     preset = PRESETS["2B"]
@@ -128,41 +129,52 @@ def blocks(
         parameter.data.normal_(0.0, 0.02)
     for names, scheme in fusion_groups(layer_schemes(model, mode)) if mode else ():
         quantize_layers(model, names, scheme)
-    if prepack and can_prepack():
-        prepack_layers(model)
-    use_kernels(model)
+    if kernels:
+        if can_prepack():
+            prepack_layers(model, only_vision=True)
+        use_kernels(model)
     if compiled:
         compile_for_inference(model)
     return model.eval()
 
 
-def step(model: Qwen2VL, tokens: int) -> Callable[[], object]:
-    """Prepare a decode step of up to 8 sequences of 100 tokens, or the prefill of one prompt."""
-    ids_T = torch.zeros(tokens, dtype=torch.int64)
-    if tokens > 8:
-        positions_3T = torch.arange(tokens).expand(3, -1)
-        return lambda: model(ids_T, positions_3T, AttnMeta.build([tokens]))
-    text, past = model.config.text, 99
-    caches = [KVCache.allocate(text, 128, torch.bfloat16, "cpu") for _ in range(tokens)]
-    meta = AttnMeta.build([1] * tokens, [past + 1] * tokens)
+def prefill(model: Qwen2VL, tokens: int) -> Callable[[], object]:
+    """Prepare the prefill of one prompt."""
+    ids_T, positions_3T = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens).expand(3, -1)
+    return lambda: model(ids_T, positions_3T, AttnMeta.build([tokens]))
+
+
+def decode_caches(model: Qwen2VL, sequences: int) -> list[KVCache]:
+    """Allocate the caches of sequences of 99 tokens."""
+    caches = [
+        KVCache.allocate(model.config.text, 128, torch.bfloat16, "cpu") for _ in range(sequences)
+    ]
+    for cache in caches:
+        cache.length = 99
+    return caches
+
+
+def decode_forward(model: Qwen2VL, sequences: int) -> Callable[[], object]:
+    """Prepare a decode step by the model's forward."""
+    caches = decode_caches(model, sequences)
+    ids_T, positions_3T = torch.zeros(sequences, dtype=torch.int64), torch.full((3, sequences), 99)
+    meta = AttnMeta.build([1] * sequences, [100] * sequences)
 
     def decode() -> None:
+        model(ids_T, positions_3T, meta, caches=SequenceKVCaches(caches, meta))
         for cache in caches:
-            cache.length = past
-        model(ids_T, torch.full((3, tokens), past), meta, caches=SequenceKVCaches(caches, meta))
+            cache.length = 99
 
     return decode
 
 
-def compiled_step(model: Qwen2VL) -> Callable[[], object]:
-    """Prepare a decode step of one sequence of 100 tokens with compiled decode blocks."""
-    decode_backend = CompiledDecode.try_compile(model)
-    if decode_backend is None:
-        raise SystemExit("nothing here can compile; see the warning")
-    cache = KVCache.allocate(model.config.text, 128, torch.bfloat16, "cpu")
-    cache.length = 99
-    token = DecodeToken(0, 99, cache)
-    return lambda: decode_backend([token])
+def decode_kernel(model: Qwen2VL, sequences: int) -> Callable[[], object]:
+    """Prepare a decode step by the decode kernel."""
+    decode_backend = KernelDecode(model, sequences)
+    if not decode_backend.max_batch_size:
+        raise SystemExit("there are no kernels here; see the warning")
+    tokens = [DecodeToken(0, 99, cache) for cache in decode_caches(model, sequences)]
+    return lambda: decode_backend(tokens)
 
 
 def vision_forward(model: Qwen2VL) -> Callable[[], object]:
@@ -194,27 +206,28 @@ def time_interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> d
 
 @torch.inference_mode()
 def speed() -> dict[str, Any]:
-    models = {
-        "plain": blocks(None, prepack=False),
-        "bfloat16": blocks(None),
-        "bfloat16_compiled": blocks(None, compiled=True),
-        "int8": blocks("int8"),
-        "int8_compiled": blocks("int8", compiled=True),
+    modes: dict[str, CpuQuantizationMode | None] = {
+        "bfloat16": None,
+        "int8": "int8",
+        "int4": "int4",
     }
+    plain = blocks(None, kernels=False)
+    eager = {name: blocks(mode) for name, mode in modes.items()}
     results: dict[str, Any] = {}
-    results["picture_of_1024"] = time_interleaved(
-        {n: vision_forward(m) for n, m in models.items()}, rounds=7
-    )
-    models["int4"] = blocks("int4")
-    models["int4_compiled"] = blocks("int4", compiled=True)
-    for tokens, rounds in NUM_ROUNDS.items():
-        runs = {
-            name: compiled_step(model)
-            if tokens == 1 and "compiled" in name
-            else step(model, tokens)
-            for name, model in models.items()
-        }
-        results[f"block_of_{tokens}"] = time_interleaved(runs, rounds)
+    for sequences in (1, 8):
+        runs = {"torch": decode_forward(plain, sequences)}
+        for name, model in eager.items():
+            runs[name] = decode_kernel(model, sequences)
+            runs[f"{name}_forward"] = decode_forward(model, sequences)
+        results[f"block_of_{sequences}"] = time_interleaved(runs, NUM_ROUNDS[sequences])
+    models = {"torch": plain} | eager
+    for name in modes:
+        models[f"{name}_compiled"] = blocks(modes[name], compiled=True)
+    runs = {name: prefill(model, 308) for name, model in models.items()}
+    results["block_of_308"] = time_interleaved(runs, NUM_ROUNDS[308])
+    # The vision tower of int4 is that of int8.
+    runs = {name: vision_forward(m) for name, m in models.items() if "int4" not in name}
+    results["picture_of_1024"] = time_interleaved(runs, NUM_ROUNDS[308])
     return results
 
 

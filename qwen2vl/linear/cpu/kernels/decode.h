@@ -150,8 +150,10 @@ inline __attribute__((always_inline)) void norm_body(
     for (i = 0; i < width; i++) out[i] = x[i] * inverse * weight[i];
 }
 
-inline __attribute__((always_inline)) void swiglu_body(float* gate, const float* up, int64_t n) {
-    for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1.f + exp_float(-gate[i])) * up[i];
+inline __attribute__((always_inline)) void swiglu_body(
+    const float* gate, const float* up, int64_t n, float* out
+) {
+    for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.f + exp_float(-gate[i])) * up[i];
 }
 
 struct Loops {
@@ -161,7 +163,7 @@ struct Loops {
     );
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t channels);
     void (*norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
-    void (*swiglu)(float* gate, const float* up, int64_t n);
+    void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
 };
 
 // The loops above, compiled for one path.
@@ -177,8 +179,8 @@ struct Loops {
                             float* out) {                                                        \
         norm_body(x, weight, width, eps, out);                                                   \
     }                                                                                            \
-    TARGET void swiglu_##path(float* gate, const float* up, int64_t n) {                         \
-        swiglu_body(gate, up, n);                                                                \
+    TARGET void swiglu_##path(const float* gate, const float* up, int64_t n, float* out) {       \
+        swiglu_body(gate, up, n, out);                                                           \
     }                                                                                            \
     constexpr Loops loops_##path{attend_##path, rotate_##path, norm_##path, swiglu_##path};
 
@@ -208,7 +210,8 @@ class DecodeStep {
         : isa_(isa), threads_(threads), d_(decoder), sequences_(sequences), hidden_(hidden),
           cos_(cos), sin_(sin), T_(rows), loops_(loops_of(isa)), normed_(T_ * d_.width),
           projected_(T_ * d_.width), qkv_(T_ * qkv_width()), attended_(T_ * d_.heads * d_.channels),
-          gate_up_(T_ * outputs(d_.layers[0].gate_up, d_.layers[0].num_gate_up)) {}
+          gate_up_(T_ * outputs(d_.layers[0].gate_up, d_.layers[0].num_gate_up)),
+          activated_(T_ * d_.layers[0].down.inputs) {}
 
     void run() {
         for (int64_t layer = 0; layer < d_.num_layers; layer++) {
@@ -294,13 +297,11 @@ class DecodeStep {
     void mlp(const Layer& weights) {
         multiply_all(weights.gate_up, weights.num_gate_up, normed_.data(), gate_up_.data());
         int64_t n = weights.down.inputs;
-        // Activations of all rows side by side, over the gates: a row moves to the left.
-        for (int64_t t = 0; t < T_; t++) {
-            float* gate = gate_up_.data() + 2 * t * n;
-            loops_.swiglu(gate, gate + n, n);
-            std::memmove(gate_up_.data() + t * n, gate, 4 * n);
-        }
-        multiply_all(&weights.down, 1, gate_up_.data(), projected_.data());
+        parallel_for(T_, threads_, [&](int64_t t) {
+            const float* gate = gate_up_.data() + 2 * t * n;
+            loops_.swiglu(gate, gate + n, n, activated_.data() + t * n);
+        });
+        multiply_all(&weights.down, 1, activated_.data(), projected_.data());
         add_projected();
     }
 
@@ -312,7 +313,7 @@ class DecodeStep {
     const float *cos_, *sin_;
     int64_t T_;
     const Loops& loops_;
-    std::vector<float> normed_, projected_, qkv_, attended_, gate_up_;
+    std::vector<float> normed_, projected_, qkv_, attended_, gate_up_, activated_;
 };
 
 void decode(

@@ -14,7 +14,8 @@
 
 namespace qwen2vl {
 
-constexpr int64_t kPieceBytes = 1 << 16;  // of weights that a thread takes at once
+constexpr int64_t kPieceBytes = 1 << 16;   // of weights that a thread takes at once
+constexpr int64_t kMinParallel = 1 << 13;  // numbers of x that are worth a second thread
 
 enum Kind { kBf16, kInt8, kInt4, kF32 };
 
@@ -272,21 +273,18 @@ Rows prepare_rows(const Product& p, bool uses_tiles) {
     x.bytes = reinterpret_cast<int8_t*>(memory + tile_bytes);
     x.sums = reinterpret_cast<int32_t*>(memory + tile_bytes + bytes);
     x.scales = reinterpret_cast<float*>(x.sums + round_up(x.columns, 16));
-    constexpr int64_t kRowsAtOnce = kTile;
-    int threads = p.T > kMaxPreciseRows ? p.threads : 1;
-    parallel_for((p.T + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t piece) {
-        int64_t end = std::min(p.T, (piece + 1) * kRowsAtOnce);
-        for (int64_t row = piece * kRowsAtOnce; row < end; row++) {
-            if (p.is_float())
-                copy_row(p, x, row);
-            else
-                quantize_row(p, x, row);
-        }
-#if X86
-        // With one part a piece of rows is a block of columns; two parts have one block.
-        if (uses_tiles) pack_tiles(x, piece);
-#endif
+    parallel_for(p.T, p.T * p.I < kMinParallel ? 1 : p.threads, [&](int64_t row) {
+        if (p.is_float())
+            copy_row(p, x, row);
+        else
+            quantize_row(p, x, row);
     });
+#if X86
+    if (uses_tiles) {
+        int64_t blocks = (x.columns + kTile - 1) / kTile;
+        parallel_for(blocks, p.threads, [&](int64_t block) { pack_tiles(x, block); });
+    }
+#endif
     return x;
 }
 
