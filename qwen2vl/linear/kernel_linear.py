@@ -10,10 +10,13 @@ model changed by `use_kernels` is for inference only, not for saving.
 
 from __future__ import annotations
 
+import sys
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from qwen2vl.linear.cpu.library import INSTRUCTION_SETS, load_kernels
+from qwen2vl.linear.cpu.library import load_kernels
 from qwen2vl.linear.cpu.operators import linear_bf16
 from qwen2vl.linear.custom_ops import custom_op
 from qwen2vl.model import Qwen2VL
@@ -38,9 +41,11 @@ def _gemv(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 class KernelLinear(nn.Linear):
     """An nn.Linear with kernels for inference on a CPU; rounding may differ in the last bit."""
 
+    max_kernel_rows = 0  # more rows are multiplied by torch; a constant for torch.compile
+
     def forward(self, input: Tensor) -> Tensor:
         """Multiply rows (T, in) into (T, out)."""
-        if self.weight.dtype == torch.bfloat16 and _has_kernel(len(input)):
+        if self.weight.dtype == torch.bfloat16 and len(input) <= self.max_kernel_rows:
             bias_O = None if self.bias is None else self.bias.float()
             return linear_bf16(input, self.weight, bias_O)
         if len(input) != 1 or self.weight.numel() < MIN_GEMV_WEIGHTS:
@@ -55,13 +60,9 @@ def use_kernels(model: Qwen2VL) -> None:
         with torch.device("meta"):
             model.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False)
         model.lm_head.weight = embedding
+    kernels = load_kernels()
+    max_rows = 0 if kernels is None else sys.maxsize if kernels.has_tiles else MAX_ROWS
     for module in (*model.model.modules(), model.lm_head):
         if type(module) is nn.Linear:
             module.__class__ = KernelLinear
-
-
-def _has_kernel(num_rows: int) -> bool:
-    kernels = load_kernels()
-    if kernels is None:
-        return False
-    return num_rows <= MAX_ROWS or kernels.level >= INSTRUCTION_SETS.index("amx")
+            cast("KernelLinear", module).max_kernel_rows = max_rows

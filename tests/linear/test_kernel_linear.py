@@ -1,10 +1,14 @@
 """GEMV of one row equals the row in a GEMM; parameters and weight tying do not change."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from qwen2vl.linear import kernel_linear
-from qwen2vl.linear.kernel_linear import KernelLinear, use_kernels
+from qwen2vl.linear.cpu.library import VARIABLE
+from qwen2vl.linear.kernel_linear import MAX_ROWS, KernelLinear, use_kernels
+from tests.linear.cpu.test_operators import AVAILABLE
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -35,6 +39,29 @@ def test_single_row_equals_the_row_in_a_batch(dtype: torch.dtype, bias: bool) ->
         single_TD = gemv(x_TD[t : t + 1])
         assert single_TD.shape == (1, 40)
         torch.testing.assert_close(single_TD, want_TD[t : t + 1])
+
+
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+def test_kernels_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch, instruction_set: str) -> None:
+    monkeypatch.setenv(VARIABLE, instruction_set)
+    model = tiny_model(config=tiny_config()).bfloat16()
+    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    x_TD = torch.randn(40, layer.in_features).bfloat16()
+    want_TD = layer(x_TD)
+    use_kernels(model)
+    assert isinstance(layer, KernelLinear)
+    assert layer.max_kernel_rows >= (40 if instruction_set == "amx" else MAX_ROWS)
+    for rows in (1, MAX_ROWS, 40):
+        torch.testing.assert_close(layer(x_TD[:rows]), want_TD[:rows], rtol=1e-2, atol=1e-2)
+
+
+def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    model = tiny_model(config=tiny_config()).bfloat16()
+    use_kernels(model)
+    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, KernelLinear)
+    assert layer.max_kernel_rows == 0
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -2,8 +2,8 @@
 
 The file name is a hash of the source, the compiler's version and the flags; a compiler is looked
 for in CXX and then as c++, g++ and clang++. One file holds the code for every instruction set of
-the processor's family: which one runs is decided when it is loaded. A wheel may bring the compiled
-file (`PREBUILT`), and then nothing is compiled.
+the processor's family: which one runs is decided when it is loaded. A distribution may bring the
+compiled file (`PREBUILT`), and then nothing is compiled.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from torch import Tensor
 from qwen2vl.linear.cpu.library import Kernels
 from qwen2vl.linear.cpu.weights import KernelWeights, LinearStruct, kernel_weights
 from qwen2vl.model import KVCache, Qwen2VL
-from qwen2vl.model.text import TextBlock
 
 __all__ = ["DecoderKernel"]
 
@@ -96,7 +95,6 @@ class DecoderKernel:
         tensors: list[Tensor] = []
         layers: list[_LayerStruct] = []
         for block in model.model.layers:
-            assert isinstance(block, TextBlock)
             layer = _layer_struct(block, tensors)
             if layer is None:
                 return None
@@ -144,7 +142,7 @@ def _sequence_fields(cache: KVCache) -> tuple[int, int, int, int, int]:
     return k_LKZC.data_ptr(), v_LKZC.data_ptr(), cache.length, layer_stride, head_stride
 
 
-def _layer_struct(block: TextBlock, tensors: list[Tensor]) -> _LayerStruct | None:
+def _layer_struct(block: Any, tensors: list[Tensor]) -> _LayerStruct | None:
     """Build the struct of a block; tensors that it points to are appended to `tensors`."""
     attn, mlp = block.self_attn, block.mlp
     groups = (

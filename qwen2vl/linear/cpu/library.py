@@ -39,6 +39,11 @@ class Kernels(NamedTuple):
     linear_int4: Callable[..., int]
     decode: Callable[..., int]
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether there are matrix tiles (AMX), which multiply many rows fast."""
+        return self.instruction_set == "amx"
+
 
 def load_kernels() -> Kernels | None:
     """Return the kernels, compiled at the first call; None if they are off or cannot be built.

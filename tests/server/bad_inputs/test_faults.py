@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,19 @@ def failing_forward(
 ) -> None:
     """Let every forward pass of the engine fail, from the one after `after` others on."""
     runner = suite.client.app.state.server.engine.llm.engine_core.runner
-    forward, left = runner._forward, [after]
+    left = [after]
 
-    def fail(*args: Any, **options: Any) -> Any:
-        if left[0] == 0:
-            raise error
-        left[0] -= 1
-        return forward(*args, **options)
+    def failing(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def fail(*args: Any, **options: Any) -> Any:
+            if left[0] == 0:
+                raise error
+            left[0] -= 1
+            return compute(*args, **options)
 
-    monkeypatch.setattr(runner, "_forward", fail)
+        return fail
+
+    for name in ("_forward", "_decode"):
+        monkeypatch.setattr(runner, name, failing(getattr(runner, name)))
 
 
 @covers("OOM during prefill (too many image tokens)")
