@@ -149,7 +149,9 @@ def decode_caches(model: Qwen2VL, sequences: int) -> list[KVCache]:
     caches = [
         KVCache.allocate(model.config.text, 128, torch.bfloat16, "cpu") for _ in range(sequences)
     ]
-    for cache in caches:
+    for cache in caches:  # denormal numbers of unused memory would take time
+        cache.k_LKZC.normal_()
+        cache.v_LKZC.normal_()
         cache.length = 99
     return caches
 

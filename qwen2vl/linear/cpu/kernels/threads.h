@@ -3,7 +3,8 @@
 // A job is cut into pieces that threads take one by one, so that a thread which another process
 // holds up costs the piece it has, and one that has none costs nothing: the caller does not wait
 // for it. (An OpenMP region ends when all its threads have arrived.) Workers look for work for
-// some 20 us after a job and then sleep.
+// some 20 us after a job and then sleep. A worker that finds itself on the caller's processor moves
+// away from it: each would hold up the other for whole time slices.
 
 #pragma once
 
@@ -13,19 +14,47 @@
 
 #if defined(__linux__)
 #include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
 #endif
 
 #include "common.h"
 
 namespace qwen2vl {
 
-constexpr int kSpins = 400;  // pauses before a thread sleeps; one takes 40 to 140 cycles
+constexpr int kPauses = 32;     // of 40 to 140 cycles each, between two looks
+constexpr int kLooks = 12;      // for work, before a worker sleeps
+constexpr int kMaxLooks = 500;  // for the end of a job, before the caller sleeps
 
 void pause() {
 #if X86
     _mm_pause();
 #else
     std::this_thread::yield();
+#endif
+}
+
+// Waits about a microsecond, and lets another thread that shares this processor run.
+void wait_shortly() {
+    for (int i = 0; i < kPauses; i++) pause();
+    std::this_thread::yield();
+}
+
+int current_processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// Excludes a processor from those of the calling thread, unless it is the only one of the process.
+void leave_processor([[maybe_unused]] int processor) {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(getpid(), sizeof allowed, &allowed) != 0) return;
+    CPU_CLR(processor, &allowed);
+    if (CPU_COUNT(&allowed) > 0) sched_setaffinity(0, sizeof allowed, &allowed);
 #endif
 }
 
@@ -71,6 +100,7 @@ class ThreadPool {
         job_ = job;
         finished_.store(0, std::memory_order_relaxed);
         workers_wanted_.store(workers, std::memory_order_relaxed);
+        caller_processor_.store(current_processor(), std::memory_order_relaxed);
         claim_.store(++number_ << 2 * kBits | uint64_t(pieces) << kBits);
         if (sleepers_.load() > 0) {
             wake_.fetch_add(1);
@@ -78,9 +108,9 @@ class ThreadPool {
         }
         while (take_piece()) {
         }
-        for (int spins = 0; finished_.load() < pieces; spins++) {
-            if (spins < 50 * kSpins) {
-                pause();
+        for (int looks = 0; finished_.load() < pieces; looks++) {
+            if (looks < kMaxLooks) {
+                wait_shortly();
                 continue;
             }
             is_waiting_.store(1);
@@ -103,9 +133,10 @@ class ThreadPool {
 
     void work(int id) {
         for (;;) {
-            int spins = 0;
-            while (spins++ < kSpins && !can_work(id)) pause();
+            for (int looks = 0; looks < kLooks && !can_work(id); looks++) wait_shortly();
             if (can_work(id)) {
+                int processor = caller_processor_.load(std::memory_order_relaxed);
+                if (processor >= 0 && processor == current_processor()) leave_processor(processor);
                 while (take_piece()) {
                 }
                 continue;
@@ -131,6 +162,7 @@ class ThreadPool {
     alignas(64) std::atomic<int32_t> wake_{0};
     std::atomic<int32_t> sleepers_{0};
     std::atomic<int32_t> workers_wanted_{0};
+    std::atomic<int32_t> caller_processor_{-1};
 };
 
 ThreadPool& pool() {
