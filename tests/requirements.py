@@ -2,7 +2,8 @@
 
 QWEN2VL_REQUIRE names what must be there, separated by commas: fonts (the Debian packages of
 qwen2vl/synth/fonts.py and scripts/tables.py), tesseract, tokenizer (the official one, beside the
-repository), chromium, imagemagick, datasets (those of `qwen2vl fetch-data`).
+repository), chromium, imagemagick, kernels (a C++ compiler), datasets (those of `qwen2vl
+fetch-data`).
 A test that needs a required resource which is absent fails and gives the reason. Nothing is looked
 for before such a test runs.
 """
@@ -20,12 +21,13 @@ from typing import NoReturn
 import pytest
 
 from qwen2vl.fetch import is_fetched
+from qwen2vl.linear.cpu.library import describe_kernels, load_kernels
 from qwen2vl.synth.fonts import FontError, files_of
 from qwen2vl.synth.scripts.alphabets import SCRIPTS
 from qwen2vl.synth.scripts.faces import check_faces
 
 VARIABLE = "QWEN2VL_REQUIRE"
-RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium", "imagemagick", "datasets")
+RESOURCES = ("fonts", "tesseract", "tokenizer", "chromium", "imagemagick", "kernels", "datasets")
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
 # Beside the repository, because it is too large to be a part of it.
@@ -98,6 +100,10 @@ def _missing_imagemagick() -> str:
     return "" if shutil.which("convert") else "ImageMagick is absent: apt-get install imagemagick"
 
 
+def _missing_kernels() -> str:
+    return "" if load_kernels() is not None else f"CPU kernels: {describe_kernels()}"
+
+
 def _missing_dataset(name: str) -> str:
     return "" if is_fetched(name) else f"the dataset is absent: qwen2vl fetch-data {name}"
 
@@ -113,6 +119,7 @@ needs_line_fonts = _requires("fonts", _missing_line_fonts)
 needs_validation_fonts = _requires("fonts", partial(_missing_fonts, "validation"))
 needs_judge_fonts = _requires("fonts", partial(_missing_fonts, "judge"))
 needs_tesseract = _requires("tesseract", _missing_tesseract)
+needs_kernels = _requires("kernels", _missing_kernels)
 needs_chromium = _requires("chromium", _missing_chromium)
 
 

@@ -12,15 +12,14 @@ from torch import Tensor
 from qwen2vl.engine import LLM, SamplingParams
 from qwen2vl.engine.decode.backend import DecodeToken
 from qwen2vl.engine.decode.kernel_decode import KernelDecode
-from qwen2vl.linear.cpu.library import VARIABLE, load_kernels
+from qwen2vl.linear.cpu.library import VARIABLE
 from tests.parity.reference import random_model
+from tests.requirements import needs_kernels
 from tests.tiny import tiny_config, tiny_processor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
 
-pytestmark = pytest.mark.skipif(
-    load_kernels() is None, reason="the kernels cannot be compiled here"
-)
+pytestmark = needs_kernels
 
 
 class CountingDecode(KernelDecode):

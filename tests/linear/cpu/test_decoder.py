@@ -19,12 +19,13 @@ from qwen2vl.model.rope import mrope_cos_sin
 from qwen2vl.quantization.scheme import LayerScheme, quantize, quantize_layers
 from tests.linear.cpu.test_operators import AVAILABLE
 from tests.parity.reference import random_model
+from tests.requirements import needs_kernels
 from tests.tiny import tiny_config
 
 FORMATS = ["float32", "bfloat16", "int8", "int4", "mixed"]
 LENGTHS = [0, 1, 5, 37, 16, 2, 31, 130, 7]  # tokens before the new one
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the kernels cannot be compiled here")
+pytestmark = needs_kernels
 
 
 def build(weight_format: str) -> Qwen2VL:

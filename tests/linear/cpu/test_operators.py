@@ -23,11 +23,12 @@ from qwen2vl.linear.cpu.operators import (
     unpack_int4,
 )
 from tests.linear.cpu import reference
+from tests.requirements import needs_kernels
 
 KERNELS = load_kernels()
 AVAILABLE = INSTRUCTION_SETS[: KERNELS.level + 1] if KERNELS else ()
 
-pytestmark = pytest.mark.skipif(KERNELS is None, reason="the kernels cannot be compiled here")
+pytestmark = needs_kernels
 
 # Rows, inputs, outputs: layers of nano, 2B, 7B and of the vision tower (fewer outputs), and tails
 # of tiles, chunks and blocks of every length.
