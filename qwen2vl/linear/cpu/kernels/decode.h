@@ -19,7 +19,7 @@ namespace qwen2vl {
 
 constexpr int64_t kMaxChannels = 512;  // of a head
 
-// Structs of the C interface, mirrored by engine/decode/kernel_structs.py.
+// Structs of the C interface, mirrored by linear/cpu/weights.py and decoder.py.
 struct Linear {
     int64_t kind, outputs, inputs, group_size;
     const void* w;

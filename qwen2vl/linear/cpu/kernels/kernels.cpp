@@ -10,7 +10,8 @@
 // order that the second operand needs.
 //
 //   weights   x is rounded to              products        one output is
-//   bf16      bf16, as it comes            float32         sum + b
+//   bf16      bf16                         float32         sum + b
+//   f32       as it comes                  float32         the same
 //   int8      int8, a scale per row;       int32, exact    sum * scale_x * scale_w + b
 //             15 bits up to 8 rows
 //   int4      the same; one row: exact     int32 a group   sum of groups * scales + b

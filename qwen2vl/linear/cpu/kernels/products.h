@@ -14,7 +14,7 @@
 
 namespace qwen2vl {
 
-constexpr int64_t kPieceBytes = 1 << 16;   // of weights that a thread takes at once
+constexpr int64_t kPieceBytes = 1 << 16;   // of weights that a thread takes at once, for few rows
 constexpr int64_t kMinParallel = 1 << 13;  // numbers of x that are worth a second thread
 
 enum Kind { kBf16, kInt8, kInt4, kF32 };
@@ -41,9 +41,9 @@ struct Product {
     int64_t wide_bytes() const { return kind == kInt4 ? round_up(I, 2 * kChunk) : row_bytes(); }
 };
 
-constexpr int kBlock = 2 * kTile;  // outputs, and columns, computed together
-constexpr int64_t kPanel = 4 * kBlock;         // outputs
-constexpr int64_t kPanelBytes = 1 << 20;  // of their weights, in a core's second-level cache
+constexpr int kBlock = 2 * kTile;          // outputs, and columns, computed together
+constexpr int64_t kPanel = 4 * kBlock;     // outputs that a thread takes at once, at most
+constexpr int64_t kPanelBytes = 1 << 20;   // of their weights, for a core's second-level cache
 
 struct Block {  // of outputs and columns
     int64_t o, c;
