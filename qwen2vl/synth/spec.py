@@ -43,6 +43,7 @@ FAMILY_NAMES = (
     *("objects", "named", "lines", "documents", "refusals", "clips"),
 )
 MAX_SHAPES = 5  # in one scene
+MIN_NAMES = 40  # in pictures of up to 16, with others that share no word with them
 
 # Prefixes of the tasks whose answers are texts of the picture or of the question.
 _READING_TASKS = ("read", "repeat", "reverse", "spell", "text")
@@ -92,6 +93,7 @@ class Mixture:
     max_aspect: float = 4.0  # of width to height, and of height to width
     degraded_share: float = 0.3  # pictures that are blurred or compressed
     scripts: Mapping[str, float] = field(default_factory=lambda: {"latin": 1.0})  # of lines
+    num_names: int = 0  # of icons in named: of so many only, a curriculum; 0: of all
     # motion
     num_frames: tuple[int, ...] = (4, 6, 8)  # one of these
     clip_canvas: tuple[int, int] = (56, 112)  # pixels; as canvas
@@ -295,7 +297,7 @@ _RANGE_MINIMUMS = {
     "clip_canvas": 56,
     "picture_side": 28,
 }
-_MINIMUMS = {"max_questions": 1, "max_width": 28, "max_aspect": 1}
+_MINIMUMS = {"max_questions": 1, "max_width": 28, "max_aspect": 1, "num_names": 0}
 _SHARES = (
     "random_share",
     "large_share",
@@ -323,6 +325,8 @@ def _check_mixture(mixture: Mixture) -> None:
     frames = mixture.num_frames
     _require(mixture, "num_frames", bool(frames) and min(frames) >= 3, "3 frames at least")
     _require(mixture, "num_shapes", mixture.num_shapes[1] <= MAX_SHAPES, f"at most {MAX_SHAPES}")
+    is_enough = mixture.num_names == 0 or mixture.num_names >= MIN_NAMES
+    _require(mixture, "num_names", is_enough, f"0, or {MIN_NAMES} at least")
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:

@@ -77,6 +77,7 @@ def test_scaled_text_stays_inside_its_canvas(k: int, fonts: Any) -> None:
         ({"max_questions": 0}, "max_questions is 0"),
         ({"num_frames": (4, 1)}, "3 frames at least"),
         ({"num_shapes": (2, 9)}, "at most 5"),
+        ({"num_names": 5}, "num_names is 5; 0, or 40 at least"),
         ({"plain_share": 1.5}, "between 0 and 1"),
     ],
 )

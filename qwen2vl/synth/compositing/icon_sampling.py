@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from hashlib import sha256
 from random import Random
 
 import numpy as np
@@ -77,11 +78,20 @@ class IconLook:
 
 
 @cache
-def _weighted_names() -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the names of all training icons, and their cumulative weights."""
+def _weighted_names(num_names: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the names of training icons, and their cumulative weights.
+
+    The first `num_names` of an order that mixes all groups, basic ones before the others; 0: all.
+    """
     names = tuple(name for name in icon_names() if training_styles(name))
+    if num_names:
+        names = tuple(sorted(names, key=_curriculum_key)[:num_names])
     weights = [_BASIC_WEIGHT if icon_names()[name].is_basic else 1 for name in names]
     return names, tuple(int(total) for total in np.cumsum(weights))
+
+
+def _curriculum_key(name: str) -> tuple[bool, bytes]:
+    return not icon_names()[name].is_basic, sha256(name.encode()).digest()
 
 
 @cache
@@ -89,21 +99,30 @@ def _colored() -> frozenset[str]:
     return frozenset(load_drawings()["colored"])
 
 
-def sample_names(rng: Random, count: int) -> list[str]:
-    """Sample `count` different names of icons that a training style draws."""
-    names, totals = _weighted_names()
+def sample_names(rng: Random, count: int, num_names: int = 0) -> list[str]:
+    """Sample `count` different names of icons that a training style draws.
+
+    With `num_names`, of so many names only, the same in every call (a curriculum).
+    """
+    names, totals = _weighted_names(num_names)
     chosen: dict[str, None] = {}
     while len(chosen) < count:
         chosen.setdefault(rng.choices(names, cum_weights=totals)[0])
     return list(chosen)
 
 
-def sample_other_names(rng: Random, names: Sequence[str], count: int) -> list[str]:
-    """Sample names that none of `names` may be called; half the time of the group of one."""
+def sample_other_names(
+    rng: Random, names: Sequence[str], count: int, num_names: int = 0
+) -> list[str]:
+    """Sample names that none of `names` may be called; half the time of the group of one.
+
+    With `num_names` (`sample_names`) of any group, since a group may have too few.
+    """
     group = icon_names()[rng.choice(names)].group if rng.random() < 0.5 else ""
+    group = "" if num_names else group
     chosen: list[str] = []
     while len(chosen) < count:
-        (name,) = sample_names(rng, 1)
+        (name,) = sample_names(rng, 1, num_names)
         if group and icon_names()[name].group != group:
             continue
         if not any(are_near(name, other) for other in (*names, *chosen)):

@@ -62,6 +62,7 @@ class _Grid:
     rows: int
     columns: int
     icons: tuple[Icon, ...]  # row by row
+    num_names: int  # that the names are sampled from; 0: all
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +99,7 @@ def _sample_canvas(rng: Random, mixture: Mixture, size: tuple[int, int]) -> Comp
 
 
 def _sample_single(rng: Random, mixture: Mixture, size: tuple[int, int]) -> FamilySample:
-    (name,) = sample_names(rng, 1)
+    (name,) = sample_names(rng, 1, mixture.num_names)
     shorter = min(size)
     side = round(shorter * max(rng.uniform(*_SINGLE_SIDES) for _ in range(2)))
     x, y = rng.randint(0, size[0] - side), rng.randint(0, size[1] - side)
@@ -117,34 +118,34 @@ def _ask_single(rng: Random, name: str, mixture: Mixture) -> Iterator[Question]:
         if not more:
             return
         more -= 1
-    if rng.random() < 0.2 and (question := _is_named(rng, name, held_out)):
+    if rng.random() < 0.2 and (question := _is_named(rng, name, mixture)):
         yield question
         if question.answer == "yes" or not more:
             return
     if rng.random() < 0.25:
-        yield _choice(rng, name, held_out)
+        yield _choice(rng, name, mixture)
     else:
         text = word_question(rng, "named_open", held_out=held_out)
         yield Question(task="named_open", text=text, answer=name)
 
 
-def _choice(rng: Random, name: str, held_out: bool) -> Question:
+def _choice(rng: Random, name: str, mixture: Mixture) -> Question:
     count = 4 if rng.random() < 0.75 else 2
-    options = [name, *sample_other_names(rng, [name], count - 1)]
+    options = [name, *sample_other_names(rng, [name], count - 1, mixture.num_names)]
     rng.shuffle(options)
     task = "named_choice" if count == 4 else "named_pair"
-    text = word_question(rng, task, *options, held_out=held_out)
+    text = word_question(rng, task, *options, held_out=mixture.split == "held_out")
     return Question(task=task, text=text, answer=name, choices=count)
 
 
-def _is_named(rng: Random, name: str, held_out: bool) -> Question | None:
+def _is_named(rng: Random, name: str, mixture: Mixture) -> Question | None:
     if name in _no_article():
         return None
     answer = rng.choice(("yes", "no"))
     asked = name
     while answer == "no" and (asked == name or asked in _no_article()):
-        (asked,) = sample_other_names(rng, [name], 1)
-    text = word_question(rng, "named_is", asked, held_out=held_out)
+        (asked,) = sample_other_names(rng, [name], 1, mixture.num_names)
+    text = word_question(rng, "named_is", asked, held_out=mixture.split == "held_out")
     return Question(task="named_is", text=text, answer=answer, choices=2)
 
 
@@ -202,10 +203,10 @@ def _sample_grid(
     rows, columns = shape
     count = rows * columns
     if rng.random() < _REPEATED_SHARE:
-        few = sample_names(rng, min(count, rng.choice((2, 3, 4))))
+        few = sample_names(rng, min(count, rng.choice((2, 3, 4))), mixture.num_names)
         names = [rng.choice(few) for _ in range(count)]
     else:
-        names = sample_names(rng, count)
+        names = sample_names(rng, count, mixture.num_names)
     common = sample_look(rng, names[0]) if rng.random() < _ONE_STYLE_SHARE else None
     sides = _CELL_SIDES if rng.random() < 0.5 else (rng.uniform(*_CELL_SIDES),) * 2
     icons: list[Icon] = []
@@ -214,7 +215,13 @@ def _sample_grid(
         icons.append(sample_icon_layer(rng, name, box, common or sample_look(rng, name)))
     canvas = fit_ground(rng, _sample_canvas(rng, mixture, size), icons)
     picture = degrade(rng, replace(canvas, layers=tuple(icons)), mixture)
-    return _Grid(picture=picture, rows=rows, columns=columns, icons=tuple(icons))
+    return _Grid(
+        picture=picture,
+        rows=rows,
+        columns=columns,
+        icons=tuple(icons),
+        num_names=mixture.num_names,
+    )
 
 
 def _sample_box(
@@ -272,10 +279,14 @@ def _ask_line(rng: Random, grid: _Grid, held_out: bool) -> Question:
     return Question(task=task, text=text, answer=", ".join(inside))
 
 
+def _absent_name(rng: Random, grid: _Grid) -> str:
+    return sample_other_names(rng, grid.names, 1, grid.num_names)[0]
+
+
 def _count(rng: Random, grid: _Grid, held_out: bool) -> Question | None:
     """Ask how many icons have a name; one of ten questions is about a name that none has."""
     is_absent = rng.random() < 0.1
-    name = sample_other_names(rng, grid.names, 1)[0] if is_absent else rng.choice(grid.names)
+    name = _absent_name(rng, grid) if is_absent else rng.choice(grid.names)
     if name in _no_article():
         return None
     text = word_question(rng, "named_count", name, held_out=held_out)
@@ -356,7 +367,7 @@ def _next(rng: Random, grid: _Grid, cell: int, held_out: bool) -> Question | Non
 
 def _exists(rng: Random, grid: _Grid, cell: int, held_out: bool) -> Question | None:
     is_there = rng.random() < 0.5
-    name = grid.names[cell] if is_there else sample_other_names(rng, grid.names, 1)[0]
+    name = grid.names[cell] if is_there else _absent_name(rng, grid)
     if name in _no_article():
         return None
     text = word_question(rng, "named_exists", name, held_out=held_out)

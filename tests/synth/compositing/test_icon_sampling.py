@@ -32,6 +32,20 @@ def test_names_of_one_sample_differ_and_basic_ones_are_frequent() -> None:
     assert 120 < basic < 150
 
 
+@pytest.mark.parametrize("num_names", [40, 300])
+def test_a_curriculum_takes_its_first_names_only(num_names: int) -> None:
+    rng = Random(4)
+    seen: set[str] = set()
+    for _ in range(200):
+        names = sample_names(rng, 16, num_names)
+        seen.update(names, sample_other_names(rng, names, 3, num_names))
+    assert len(seen) == num_names
+    assert all(icon_names()[name].is_basic for name in seen)
+    assert len({icon_names()[name].group for name in seen}) >= 5
+    larger = {name for _ in range(300) for name in sample_names(rng, 16, num_names + 100)}
+    assert seen < larger
+
+
 def test_other_names_share_no_word_and_are_often_of_the_same_group() -> None:
     rng = Random(1)
     same = 0

@@ -194,7 +194,7 @@ def test_no_question_about_one_of_several_icons_is_answered_by_an_earlier_one() 
 def test_options_are_equally_likely_and_share_no_word() -> None:
     rng, places = Random(5), Counter[int]()
     for _ in range(150):
-        question = named._choice(rng, "black cat", held_out=False)
+        question = named._choice(rng, "black cat", Mixture())
         # "Pick the fitting label" has two names itself.
         options = [n for n in NAME.findall(question.text.lower()) if n not in ("pick", "label")]
         if len(options) == question.choices == 4:
