@@ -87,6 +87,13 @@ FREE = replace(  # proportional fonts, at any position
     clip_canvas=(56, 84),
     picture_side=(56, 140),
 )
+NAMES = replace(  # few names at first: of all at once none is learned for hours
+    FREE,
+    weights={"named": 0.6, "objects": 0.1, "text": 0.15, "shapes": 0.15},
+    num_names=60,
+    picture_side=(40, 84),
+)
+MORE_NAMES = replace(NAMES, num_names=250, picture_side=(48, 112))
 PAGES = replace(  # many characters, shapes and icons per question
     FREE,
     weights={
@@ -186,6 +193,22 @@ def recipe() -> TrainConfig:
                 global_batch_size=112,
                 rules=TRAIN_ALL,
                 mixture=FREE,
+                default_system=0.05,
+            ),
+            Stage(
+                name="names",
+                steps=300,
+                global_batch_size=128,
+                rules=TRAIN_ALL,
+                mixture=NAMES,
+                default_system=0.05,
+            ),
+            Stage(
+                name="more_names",
+                steps=400,
+                global_batch_size=128,
+                rules=TRAIN_ALL,
+                mixture=MORE_NAMES,
                 default_system=0.05,
             ),
             Stage(
