@@ -200,13 +200,13 @@ def _sample_shape(rng: Random, width: int, height: int) -> tuple[int, int] | Non
 def _sample_grid(
     rng: Random, mixture: Mixture, size: tuple[int, int], shape: tuple[int, int]
 ) -> _Grid:
-    rows, columns = shape
+    (rows, columns), num_names = shape, mixture.num_names
     count = rows * columns
     if rng.random() < _REPEATED_SHARE:
-        few = sample_names(rng, min(count, rng.choice((2, 3, 4))), mixture.num_names)
+        few = sample_names(rng, min(count, rng.choice((2, 3, 4))), num_names)
         names = [rng.choice(few) for _ in range(count)]
     else:
-        names = sample_names(rng, count, mixture.num_names)
+        names = sample_names(rng, count, num_names)
     common = sample_look(rng, names[0]) if rng.random() < _ONE_STYLE_SHARE else None
     sides = _CELL_SIDES if rng.random() < 0.5 else (rng.uniform(*_CELL_SIDES),) * 2
     icons: list[Icon] = []
@@ -215,13 +215,8 @@ def _sample_grid(
         icons.append(sample_icon_layer(rng, name, box, common or sample_look(rng, name)))
     canvas = fit_ground(rng, _sample_canvas(rng, mixture, size), icons)
     picture = degrade(rng, replace(canvas, layers=tuple(icons)), mixture)
-    return _Grid(
-        picture=picture,
-        rows=rows,
-        columns=columns,
-        icons=tuple(icons),
-        num_names=mixture.num_names,
-    )
+    shown = tuple(icons)
+    return _Grid(picture=picture, rows=rows, columns=columns, icons=shown, num_names=num_names)
 
 
 def _sample_box(
