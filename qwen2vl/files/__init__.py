@@ -15,6 +15,7 @@ from qwen2vl.files.atomic import (
     evict_lru,
     partial_folder,
     touch,
+    user_cache_dir,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "evict_lru",
     "partial_folder",
     "touch",
+    "user_cache_dir",
 ]

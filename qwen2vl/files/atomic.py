@@ -21,12 +21,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
-__all__ = ["STALE_SECONDS", "atomic_file", "atomic_folder", "evict_lru", "partial_folder", "touch"]
+__all__ = [
+    "STALE_SECONDS",
+    "atomic_file",
+    "atomic_folder",
+    "evict_lru",
+    "partial_folder",
+    "touch",
+    "user_cache_dir",
+]
 
 PARTIAL_SUFFIX = ".partial"  # of a file or folder being written, whose name also begins with a dot
 STALE_SECONDS = 3600.0  # since the last write; a partial file older than this has no writer
 
 _ANY_NAME = re.compile(".*", re.DOTALL)
+
+
+def user_cache_dir() -> Path:
+    """Return this package's folder in the user's cache: in XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2vl"
 
 
 @contextmanager

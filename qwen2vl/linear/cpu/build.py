@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qwen2vl.files import atomic_file
+from qwen2vl.files import atomic_file, user_cache_dir
 
 __all__ = ["BuildError", "build", "library_path"]
 
@@ -45,7 +45,6 @@ def build() -> Path:
     library = library_path()
     if not library.is_file():
         try:
-            library.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(library) as temporary:
                 _compile(_find_compiler(), temporary)
         except OSError as error:
@@ -64,8 +63,7 @@ def library_path() -> Path:
     """
     if PREBUILT.is_file():
         return PREBUILT
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "qwen2vl" / "kernels" / f"kernels-{_digest(_find_compiler())}.so"
+    return user_cache_dir() / "kernels" / f"kernels-{_digest(_find_compiler())}.so"
 
 
 def _find_compiler() -> list[str]:

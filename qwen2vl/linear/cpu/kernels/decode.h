@@ -280,7 +280,7 @@ class DecodeStep {
             [[maybe_unused]] FlushDenormals scope;
             int64_t t = piece / d_.kv_heads, head = piece % d_.kv_heads;
             const Sequence& sequence = sequences_[t];
-            auto* scores = reinterpret_cast<float*>(scratch<3>(4 * group * (sequence.length + 1)));
+            auto* scores = reinterpret_cast<float*>(scratch<2>(4 * group * (sequence.length + 1)));
             int64_t first = head * group * d_.channels;
             loops_.attend(d_, sequence, layer, head, qkv_.data() + t * qkv_width() + first,
                           attended_.data() + t * d_.heads * d_.channels + first, scores);
