@@ -1,10 +1,11 @@
 """Weights of a folder -> parameters and layers of a model, one tensor or layer at a time.
 
-A layer is loaded as stored, or built from the integers of a GPTQ or AWQ folder (prequantized), or
-loaded and then quantized by quantization/scheme.py (online quantization). Pages of the file that
-were copied are released at once. So there is never a second copy of the model in memory, and of a
-quantized model not even one unquantized copy. loading.py calls `fill_model`; convert.py holds one
-part of a model at a time (`loaded_parameters`).
+A layer is loaded as stored, or built from the integers of a GPTQ or AWQ folder, or uses those of a
+compressed-tensors folder where they are mapped (both prequantized), or is loaded and then quantized
+by quantization/scheme.py (online quantization). Pages of the file that were copied are released at
+once. So there is never a second copy of the model in memory, and of a quantized model not even one
+unquantized copy. loading.py calls `fill_model`; convert.py holds one part of a model at a time
+(`loaded_parameters`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -23,7 +25,11 @@ from qwen2vl.errors import CheckpointError, InputError
 from qwen2vl.linear.fused import fusion_groups
 from qwen2vl.lora.layers import LoraFactors, merge_lora
 from qwen2vl.model import Qwen2VL
-from qwen2vl.quantization.prequantized import build_prequantized_layer, prequantized_scheme
+from qwen2vl.quantization.prequantized import (
+    build_prequantized_layer,
+    build_row_major_layer,
+    prequantized_scheme,
+)
 from qwen2vl.quantization.scheme import (
     CPU_MODES,
     LM_HEAD,
@@ -35,7 +41,7 @@ from qwen2vl.quantization.scheme import (
     replace_layers,
 )
 from qwen2vl.quantization.torchao import check_gpu_support
-from qwen2vl.weights import TensorFolder, expected_shapes
+from qwen2vl.weights import PackedFormat, QuantizedMatrix, TensorFolder, expected_shapes
 from qwen2vl.weights.state_dict import EMBED_TOKENS_WEIGHT
 
 __all__ = [
@@ -44,6 +50,7 @@ __all__ = [
     "fill_parameters",
     "load_prequantized_layers",
     "loaded_parameters",
+    "map_prequantized_layer",
     "online_schemes",
     "prequantized_schemes",
     "read_parameter",
@@ -55,29 +62,26 @@ logger = logging.getLogger(__name__)
 
 def prequantized_schemes(tensors: TensorFolder, device: torch.device) -> dict[str, LayerScheme]:
     """Return the schemes of prequantized layers that have a kernel; others are dequantized."""
-    quantization_config = tensors.quantization_config
-    if quantization_config is None:
-        return {}
     schemes: dict[str, LayerScheme] = {}
-    for name, (_, num_inputs) in tensors.packed_layers.items():
+    dequantized: Counter[PackedFormat] = Counter()
+    for name, layer in tensors.packed_layers.items():
         scheme = prequantized_scheme(
-            quantization_config.bits,
-            quantization_config.group_size,
-            num_inputs,
-            is_symmetric=quantization_config.is_symmetric,
-            has_contiguous_groups=quantization_config.has_contiguous_groups,
+            layer.format.bits,
+            layer.format.group_size,
+            layer.shape[1],
+            is_symmetric=layer.format.is_symmetric,
+            has_contiguous_groups=layer.format.has_contiguous_groups,
         )
-        if scheme is not None and device.type == "cpu":
+        if scheme is None or device.type != "cpu":
+            dequantized[layer.format] += 1
+        else:
             schemes[name] = scheme
-    if num_dequantized := len(tensors.packed_layers) - len(schemes):
+    for packed_format, count in dequantized.items():
         logger.warning(
-            "%d layers are stored as %s of %d bits in groups of %d%s, for which there is no kernel "
-            "on %s: they are dequantized, and take more memory",
-            num_dequantized,
-            quantization_config.method.upper(),
-            quantization_config.bits,
-            quantization_config.group_size,
-            "" if quantization_config.has_contiguous_groups else ", out of order",
+            "%d layers are stored as %s, for which there is no kernel on %s: they are dequantized, "
+            "and take more memory",
+            count,
+            packed_format.describe(),
             device.type,
         )
     return schemes
@@ -151,7 +155,8 @@ def fill_model(
 
     Plain parameters first; then those to be quantized online, then the layers of a folder's own
     integers, one fused group at a time and the largest first: what a group needs besides its result
-    (for the head of the 2B half a gigabyte) is needed while little else is loaded.
+    (for the head of the 2B half a gigabyte) is needed while little else is loaded. Last, layers
+    whose integers stay in the file: fusing them would copy them.
 
     Raises:
         CheckpointError: zero points or groups contradict config.json.
@@ -164,9 +169,13 @@ def fill_model(
         merge_lora(model, {name: factors[name] for name in names if name in factors})
         quantize_layers(model, names, scheme)
         release_layers(tensors, names)
-    for names, scheme in _largest_first(model, prequantized):
+    mapped = [name for name in prequantized if tensors.packed_layers[name].format.is_row_major]
+    unpacked = {name: s for name, s in prequantized.items() if name not in set(mapped)}
+    for names, scheme in _largest_first(model, unpacked):
         load_prequantized_layers(model, tensors, names, scheme)
         release_layers(tensors, names)
+    for name in mapped:
+        map_prequantized_layer(model, tensors, name)
 
 
 def _largest_first(
@@ -266,12 +275,13 @@ def fill_layer(model: Qwen2VL, tensors: TensorFolder, name: str) -> None:
 def load_prequantized_layers(
     model: Qwen2VL, tensors: TensorFolder, names: Sequence[str], scheme: LayerScheme
 ) -> None:
-    """Replace a linear layer, or a group to fuse, by a layer of its prequantized weights.
+    """Replace a linear layer, or a group to fuse, by a layer of its unpacked GPTQ or AWQ weights.
 
     Raises:
         CheckpointError: zero points or groups contradict config.json.
     """
-    matrices = [tensors.quantized_matrix(name) for name in names]
+    weights = [tensors.quantized_weight(name) for name in names]
+    matrices = [weight for weight in weights if isinstance(weight, QuantizedMatrix)]
     biases = [tensors[f"{name}.bias"] for name in names if _has_bias(model, name)]
     try:
         layer = build_prequantized_layer(
@@ -285,6 +295,17 @@ def load_prequantized_layers(
     except CheckpointError as error:
         raise CheckpointError(f"{tensors.folder}, {names[0]}: {error}") from None
     replace_layers(model, names, layer)
+
+
+def map_prequantized_layer(model: Qwen2VL, tensors: TensorFolder, name: str) -> None:
+    """Replace a linear layer by one whose weights stay in the mapped file, as in other processes.
+
+    Bias, zero points and int8 scales are copied.
+    """
+    weight = tensors.quantized_weight(name)
+    assert not isinstance(weight, QuantizedMatrix), f"{name} is not row-major"
+    bias_O = tensors[f"{name}.bias"] if _has_bias(model, name) else None
+    replace_layers(model, [name], build_row_major_layer(weight, bias_O))
 
 
 def _has_bias(model: Qwen2VL, name: str) -> bool:

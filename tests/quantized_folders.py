@@ -1,4 +1,7 @@
-"""GPTQ and AWQ folders in the format of the official repositories, with random integers."""
+"""Quantized folders as other programs write them, with random integers.
+
+GPTQ and AWQ as the official repositories have them, compressed-tensors as llm-compressor does.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,54 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwen2vl.model import Qwen2VL
-from qwen2vl.weights import packing_module
-from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
+from qwen2vl.weights import PackedFormat, QuantizationConfig, QuantizedMatrix
 from tests.folders import edit_json, write_tiny
+from tests.packing import pack
 
 GPTQ = {"quant_method": "gptq", "desc_act": False, "sym": True, "true_sequential": True}
 AWQ = {"quant_method": "awq", "version": "gemm", "zero_point": True}
+
+_ARGUMENTS = {
+    **{"num_bits": 8, "type": "int", "symmetric": True, "group_size": None},
+    **{"strategy": "channel", "block_structure": None, "dynamic": False, "actorder": None},
+    **{"observer": "minmax", "observer_kwargs": {}},
+}
+
+
+def compressed_tensors(packing: str, **weights: Any) -> dict[str, Any]:
+    """Return the quantization_config of W8A8, or of W4A16 with arguments of its weights."""
+    activations = None
+    if packing == "int-quantized":
+        activations = _ARGUMENTS | {"strategy": "token", "dynamic": True, "observer": None}
+    group = {
+        "targets": ["Linear"],
+        "weights": _ARGUMENTS | weights,
+        "input_activations": activations,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": packing,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["re:visual.*", "lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": 1.5,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.12.2",
+    }
+
+
+W8A8 = compressed_tensors("int-quantized")
+
+
+def w4a16(group_size: int, *, symmetric: bool) -> dict[str, Any]:
+    """Return the quantization_config of 4-bit weights."""
+    return compressed_tensors(
+        "pack-quantized",
+        **{"num_bits": 4, "strategy": "group", "group_size": group_size, "symmetric": symmetric},
+    )
 
 
 def write_quantized(
@@ -25,15 +70,15 @@ def write_quantized(
 ) -> Qwen2VL:
     """Write a folder with a quantized decoder; return its dequantized model."""
     plain = write_tiny(path, model=model)
-    config = QuantizationConfig.from_dict(settings, "test")
+    (packed_format,) = QuantizationConfig.from_dict(settings, "test").formats
     tensors = load_file(path / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
     for name, layer in decoder_linears(plain):
-        matrix = random_matrix(layer.weight.shape, config, generator)
-        parts = packing_module(config).pack(matrix, config)
+        matrix = random_matrix(layer.weight.shape, packed_format, generator)
+        parts = pack(matrix, packed_format)
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        if layer.bias is None and config.method == "gptq":  # AutoGPTQ adds a bias of zeros
+        if layer.bias is None and packed_format.packing == "gptq":  # AutoGPTQ adds a bias of zeros
             tensors[f"{name}.bias"] = torch.zeros(layer.out_features, dtype=torch.float16)
         with torch.no_grad():
             layer.weight.copy_(matrix.dequantize())
@@ -50,25 +95,25 @@ def decoder_linears(model: Qwen2VL) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def random_matrix(
-    shape: tuple[int, ...], config: QuantizationConfig, generator: torch.Generator
+    shape: tuple[int, ...], packed_format: PackedFormat, generator: torch.Generator
 ) -> QuantizedMatrix:
     """Draw integers and scales, so that weights have a realistic size."""
     outputs, inputs = shape
-    size = config.group_size if config.group_size > 0 else inputs
-    groups, levels = -(-inputs // size), 1 << config.bits
+    size = packed_format.group_size if packed_format.group_size > 0 else inputs
+    groups, levels = -(-inputs // size), 1 << packed_format.bits
 
     def draw(low: int, high: int, *of: int) -> Tensor:
         return torch.randint(low, high, of, generator=generator)
 
     scale_GO = (0.5 + torch.rand(groups, outputs, generator=generator)) / levels / inputs**0.5
     middle = torch.full((groups, outputs), levels // 2)
-    zero_GO = middle if config.is_symmetric else draw(1, levels, groups, outputs)
+    zero_GO = middle if packed_format.is_symmetric else draw(1, levels, groups, outputs)
     group_I = torch.arange(inputs) // size
-    if not config.has_contiguous_groups:
+    if not packed_format.has_contiguous_groups:
         group_I = group_I[torch.randperm(inputs, generator=generator)]
     return QuantizedMatrix(
         ints_OI=draw(0, levels, outputs, inputs).to(torch.uint8),
-        scale_GO=scale_GO.half(),
+        scale_GO=scale_GO.bfloat16().half(),  # exact in both
         zero_GO=zero_GO.to(torch.int16),
         group_I=group_I,
     )

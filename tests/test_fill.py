@@ -1,4 +1,4 @@
-"""GPTQ and AWQ folders load without options and equal their dequantized models."""
+"""Quantized folders of other programs load without options and equal their dequantized models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qwen2vl.quantization.scheme import QuantizedLinear, describe_quantization
 from qwen2vl.weights import nonfinite_tensors, open_tensors, read_config
 from tests.folders import edit_json
 from tests.quantization.test_scheme import logits_of
-from tests.quantized_folders import AWQ, GPTQ, decoder_linears, write_quantized
+from tests.quantized_folders import AWQ, GPTQ, W8A8, decoder_linears, w4a16, write_quantized
 from tests.tiny import tiny_config, tiny_model
 
 LayerClass = type[nn.Module] | tuple[type[nn.Module], ...]
@@ -43,6 +43,10 @@ FORMATS: list[tuple[dict[str, Any], LayerClass]] = [
     (GPTQ | {"bits": 8, "group_size": -1, "sym": False}, nn.Linear),
     (GPTQ | {"bits": 4, "group_size": 32, "desc_act": True}, nn.Linear),
     (GPTQ | {"bits": 8, "group_size": 32, "desc_act": True}, nn.Linear),
+    (W8A8, INT8),
+    (w4a16(32, symmetric=True), Int4Linear),
+    (w4a16(32, symmetric=False), Int4Linear),
+    (w4a16(64, symmetric=True), Int4Linear),
 ]
 
 
@@ -73,7 +77,58 @@ def test_prequantized_folder_equals_its_dequantized_model(
     assert relative_difference(model, plain) < (1e-5 if is_dequantized else 0.03)
 
 
-@pytest.mark.parametrize("settings", [FORMATS[0][0], FORMATS[4][0]])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_128_inputs(tmp_path: Path, symmetric: bool) -> None:
+    raw = tiny_config(tie_word_embeddings=False).to_dict()
+    raw |= {"hidden_size": 128, "intermediate_size": 256}
+    raw["vision_config"]["hidden_size"] = 128
+    raw["rope_scaling"]["mrope_section"] = [4, 6, 6]
+    wide = tiny_model(config=Qwen2VLConfig.from_dict(raw))
+    plain = write_quantized(tmp_path / "model", w4a16(128, symmetric=symmetric), model=wide)
+    model, _ = load(tmp_path / "model", dtype="float32")
+    assert describe_quantization(model) == "model: 14 int4/128"
+    assert relative_difference(model, plain) < 0.03
+
+
+@pytest.mark.parametrize("settings", [W8A8, w4a16(32, symmetric=False)])
+def test_names_of_the_nested_layout(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """transformers 5 names modules `model.language_model...`, and some programs save these."""
+    write_quantized(tmp_path / "model", settings)
+    want, _ = load(tmp_path / "model", dtype="float32")
+    path = tmp_path / "model" / "model.safetensors"
+    nested = {
+        f"model.{name}"
+        if name.startswith("visual.")
+        else name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(nested, path)
+    got, _ = load(tmp_path / "model", dtype="float32")
+    assert describe_quantization(got) == describe_quantization(want)
+    assert torch.equal(logits_of(got), logits_of(want))
+
+
+@pytest.mark.parametrize("settings", [W8A8, w4a16(32, symmetric=True)])
+def test_row_major_layers_are_not_fused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    plain = write_quantized(tmp_path / "model", settings)
+    model, _ = load(tmp_path / "model", dtype="float32")
+    for name, _ in decoder_linears(plain):
+        assert isinstance(model.get_submodule(name), QuantizedLinear)
+
+
+@pytest.mark.parametrize("settings", [W8A8, w4a16(32, symmetric=False)])
+def test_without_kernels_torch_multiplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("QWEN2VL_KERNELS", "off")
+    plain = write_quantized(tmp_path / "model", settings)
+    model, _ = load(tmp_path / "model", dtype="float32")
+    assert relative_difference(model, plain) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings", [FORMATS[0][0], FORMATS[4][0], W8A8, w4a16(32, symmetric=False)]
+)
 def test_llm_answers_with_a_prequantized_folder(tmp_path: Path, settings: dict[str, Any]) -> None:
     plain = write_quantized(tmp_path / "model", settings)
     llm = qwen2vl.LLM(tmp_path / "model", dtype="float32")
@@ -117,10 +172,9 @@ def test_formats_without_a_kernel_are_dequantized_with_a_warning(
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
 
 
-def test_other_devices_dequantize_everything(tmp_path: Path) -> None:
-    write_quantized(
-        tmp_path / "model", AWQ | {"bits": 4, "group_size": 32, "head_and_vision": "int8"}
-    )
+@pytest.mark.parametrize("method", [AWQ | {"bits": 4, "group_size": 32}, W8A8])
+def test_other_devices_dequantize_everything(tmp_path: Path, method: dict[str, Any]) -> None:
+    write_quantized(tmp_path / "model", method | {"head_and_vision": "int8"})
     tensors = open_tensors(tmp_path / "model")
     model = tiny_model(config=tiny_config(tie_word_embeddings=False))
     for device in (torch.device("cuda"), torch.device("mps")):
@@ -165,8 +219,13 @@ def test_padded_72b_equals_the_unpadded_model(tmp_path: Path) -> None:
     assert relative_difference(model, unpadded_quantized) < 1e-5
 
 
-def test_quantized_folder_is_a_mapping_of_dequantized_matrices(tmp_path: Path) -> None:
-    plain = write_quantized(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+@pytest.mark.parametrize(
+    "settings", [AWQ | {"bits": 4, "group_size": 32}, W8A8, w4a16(32, symmetric=False)]
+)
+def test_quantized_folder_is_a_mapping_of_dequantized_matrices(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    plain = write_quantized(tmp_path / "model", settings)
     tensors = open_tensors(tmp_path / "model")
     assert set(tensors) == set(plain.state_dict())
     assert len(tensors) == len(plain.state_dict())
@@ -238,16 +297,37 @@ def test_config_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_config_without_packed_tensors_is_refused(tmp_path: Path) -> None:
+def test_config_of_compressed_tensors_that_contradicts_the_tensors_is_refused(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "model"
-    plain = write_quantized(folder, AWQ | {"bits": 4, "group_size": 32})
+    write_quantized(folder, w4a16(32, symmetric=False))
+    edit_json(folder / "config.json", quantization_config=w4a16(64, symmetric=False))
+    with pytest.raises(
+        CheckpointError,
+        match=r"says compressed-tensors: pack-quantized of 4 bits in groups of 64, but model.lay.*"
+        r"weight_scale is \[128, 2\], expected \[128, 1\]",
+    ):
+        load(folder)
+    edit_json(folder / "config.json", quantization_config=None)
+    with pytest.raises(CheckpointError, match=r"quantized \(model.layers.0.mlp.down_proj.weight_p"):
+        load(folder)
+
+
+@pytest.mark.parametrize("settings", [AWQ | {"bits": 4, "group_size": 32}, W8A8])
+def test_config_without_packed_tensors_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = tmp_path / "model"
+    plain = write_quantized(folder, settings)
     save_file(dict(plain.state_dict()), folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="but no tensor is packed; fetch the folder again"):
         load(folder)
 
 
-def test_adapter_cannot_be_merged_into_prequantized_layers(tmp_path: Path) -> None:
-    write_quantized(tmp_path / "model", AWQ | {"bits": 4, "group_size": 32})
+@pytest.mark.parametrize("settings", [AWQ | {"bits": 4, "group_size": 32}, W8A8])
+def test_adapter_cannot_be_merged_into_prequantized_layers(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    write_quantized(tmp_path / "model", settings)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     layer = "base_model.model.model.layers.0.self_attn.q_proj"

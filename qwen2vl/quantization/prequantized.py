@@ -1,11 +1,12 @@
-"""Prequantized weights: layers built from the integers of a GPTQ or AWQ checkpoint.
+"""Prequantized weights: layers built from the integers of a checkpoint.
 
     4 bits, contiguous groups of 32 k    Int4Linear; any zero points, larger groups repeat a scale
-    8 bits, a scale an output, zero 128  Int8Linear
+    8 bits, a scale an output, symmetric Int8Linear
     8 bits in groups; act-order          no kernel: the caller dequantizes them
 
-The layers are those that `scheme.quantize` makes. The input is what weights/ has unpacked
-(fill.py).
+The layers are those that `scheme.quantize` makes. The input is what weights/ has read (fill.py):
+the unpacked integers of GPTQ and AWQ, or row-major ones of compressed-tensors, which are not
+copied.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
 from qwen2vl.linear.cpu.operators import GROUP_SIZES
-from qwen2vl.quantization.int4 import Int4Linear
+from qwen2vl.quantization.int4 import Int4Linear, PackedInt4Weight
 from qwen2vl.quantization.int8 import Int8Linear
 from qwen2vl.quantization.rtn import GroupwiseWeight, PerChannelWeight
 from qwen2vl.quantization.scheme import LayerScheme, QuantizedLinear
 
-__all__ = ["build_prequantized_layer", "prequantized_scheme"]
+__all__ = ["build_prequantized_layer", "build_row_major_layer", "prequantized_scheme"]
 
 ZERO_POINT = 128  # of symmetric 8-bit weights, stored unsigned
 
@@ -81,10 +82,17 @@ def build_prequantized_layer(
     has_contiguous_groups &= all(torch.equal(group_I, groups[0]) for group_I in groups)
     _require(has_contiguous_groups, "desc_act is false", "g_idx out of order")
     group_G = layer_groups[:, 0]
-    return Int4Linear(
-        GroupwiseWeight(ints_OI=ints_OI, scale_GO=scale_GO[group_G], zero_GO=zero_GO[group_G]),
-        bias_O,
-    )
+    weight = GroupwiseWeight(ints_OI=ints_OI, scale_GO=scale_GO[group_G], zero_GO=zero_GO[group_G])
+    return Int4Linear(PackedInt4Weight.from_groupwise(weight), bias_O)
+
+
+def build_row_major_layer(
+    weight: PackedInt4Weight | PerChannelWeight, bias_O: Tensor | None
+) -> QuantizedLinear:
+    """Build the layer of a weight in the kernels' own layout; its integers are not copied."""
+    if isinstance(weight, PerChannelWeight):
+        return Int8Linear(weight, bias_O)
+    return Int4Linear(weight, bias_O)
 
 
 def _require(holds: bool, claim: str, found: str) -> None:

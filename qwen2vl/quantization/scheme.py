@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from qwen2vl.errors import InputError
 from qwen2vl.linear.cpu.operators import GROUP_SIZES
-from qwen2vl.linear.fused import fusion_groups, replace_with_fused
+from qwen2vl.linear.fused import FusedLinearSlice, fusion_groups, replace_with_fused
 from qwen2vl.model import Qwen2VL
-from qwen2vl.quantization.int4 import Int4Linear
+from qwen2vl.quantization.int4 import Int4Linear, PackedInt4Weight
 from qwen2vl.quantization.int8 import Int8Linear
 from qwen2vl.quantization.rtn import quantize_groupwise, quantize_per_channel
 from qwen2vl.quantization.torchao import TorchaoLinear, torchao_linear
@@ -163,7 +163,8 @@ def quantize_layers(model: Qwen2VL, names: Sequence[str], scheme: LayerScheme) -
     if scheme.bits == 8:
         layer = Int8Linear(quantize_per_channel(weight_OI), bias_O)
     else:
-        layer = Int4Linear(quantize_groupwise(weight_OI, scheme.group_size), bias_O)
+        weight = quantize_groupwise(weight_OI, scheme.group_size)
+        layer = Int4Linear(PackedInt4Weight.from_groupwise(weight), bias_O)
     replace_layers(model, names, layer)
 
 
@@ -195,12 +196,18 @@ def describe_quantization(model: Qwen2VL) -> str:
     """Summarize which parts are quantized and how; "" if none is.
 
     For people and for cache keys: the same arithmetic gives the same description, such as
-    `visual: 18 int8, model: 28 int4/64, lm_head: 1 int8`.
+    `visual: 18 int8, model: 28 int4/64, lm_head: 1 int8`, counting the model's own layers.
     """
-    counts = Counter(
-        (name.partition(".")[0], module.describe_quantization())
+    layers = {
+        name: module.layer if isinstance(module, FusedLinearSlice) else module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear | TorchaoLinear)
+    }
+    # Not the children of slices, so that fusing layers does not change the description.
+    counts = Counter(
+        (name.partition(".")[0], layer.describe_quantization())
+        for name, layer in layers.items()
+        if isinstance(layer, QuantizedLinear | TorchaoLinear)
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), FusedLinearSlice)
     )
     return ", ".join(f"{part}: {count} {how}" for (part, how), count in counts.items())
 

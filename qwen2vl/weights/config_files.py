@@ -18,7 +18,7 @@ from typing import Any
 
 from qwen2vl.config import PRESETS, Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, ConfigError, abbreviate, suggest
-from qwen2vl.weights.quantization_config import QuantizationConfig
+from qwen2vl.weights.packing.quantization_config import QuantizationConfig
 
 __all__ = [
     "CHAT_TEMPLATE",

@@ -1,8 +1,8 @@
 """Model folder writer (save_pretrained): the official layout, which transformers loads.
 
 The official flat layout: parameter names as they are, safetensors, configs as the released
-repositories spell them, quantized layers packed as GPTQ or AWQ. Writes are atomic: into a temporary
-folder that is renamed, so that a crash or a full disk leaves either the finished folder or none.
+repositories spell them, quantized layers packed as compressed-tensors. Writes are atomic: into a
+temporary folder that is renamed, so that a crash or a full disk leaves the finished folder or none.
 Tensors are written one by one: `save_folder` has a model's state dict, `stream_folder` gets each
 tensor as soon as it is made, and only one needs to be in memory.
 """
@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,9 +27,10 @@ from qwen2vl.errors import CheckpointError
 from qwen2vl.files import atomic_folder
 from qwen2vl.weights.config_files import CHAT_TEMPLATE, GenerationDefaults, read_json
 from qwen2vl.weights.header import build_header
-from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig
+from qwen2vl.weights.packing.packed_layers import find_packed_layers
+from qwen2vl.weights.packing.quantization_config import PACKED_SUFFIXES, QuantizationConfig
 from qwen2vl.weights.state_dict import expected_shapes
-from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE, packing_module
+from qwen2vl.weights.tensors import INDEX_FILE, SINGLE_FILE
 
 if TYPE_CHECKING:
     from qwen2vl.processor.image import PixelLimits
@@ -68,7 +70,7 @@ def save_folder(
         path: the folder to write; its parent must exist.
         config: of the model.
         state_dict: every parameter under its official name, on any device and of any dtype; of
-            a packed layer its parts (`....qweight` and so on) in place of `....weight`.
+            a packed layer its parts (`....weight_packed` and so on) in place of `....weight`.
         tokenizer_folder: the folder whose tokenizer files are copied.
         pixels: the limits images are resized to, for preprocessor_config.json.
         generation: the content of generation_config.json; None writes only special token ids.
@@ -128,14 +130,14 @@ def stream_folder(
     target = Path(path)
     check_output_folder(target)
     _check_tokenizer(Path(tokenizer_folder))
-    _check_layout(layout, config, quantization_config)
-    sizes = {name: t.numel() * _dtype(name, t, dtype).itemsize for name, t in layout.items()}
+    specs = {n: (_dtype(n, t, dtype), tuple(t.shape)) for n, t in layout.items()}
+    _check_layout(specs, config, quantization_config)
+    sizes = {name: prod(shape) * stored.itemsize for name, (stored, shape) in specs.items()}
     _check_disk_space(target, sum(sizes.values()))
     with output_folder(target, "cannot be saved", _REMEDY) as partial:
         _write_config(partial, config, dtype, quantization_config)
         _write_settings(partial, config, pixels, generation or GenerationDefaults())
         _write_tokenizer(partial, Path(tokenizer_folder))
-        specs = {n: (_dtype(n, t, dtype), tuple(t.shape)) for n, t in layout.items()}
         shards = list(_shards(sizes, max_shard_bytes))
         weight_map = _write_tensors(partial, specs, shards, tensors)
         if len(shards) > 1:
@@ -199,21 +201,18 @@ def _check_disk_space(target: Path, num_bytes: int) -> None:
 
 
 def _check_layout(
-    layout: Mapping[str, Tensor],
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     config: Qwen2VLConfig,
     quantization_config: QuantizationConfig | None,
 ) -> None:
-    shapes = {
-        name: tuple(tensor.shape)
-        for name, tensor in layout.items()
-        if not name.endswith(PACKED_SUFFIXES)
-    }
-    for name, tensor in layout.items():
-        if quantization_config and name.endswith(".qweight"):
-            layer = name.removesuffix(".qweight")
-            shapes[f"{layer}.weight"] = packing_module(quantization_config).unpacked_shape(
-                tuple(tensor.shape), quantization_config
-            )
+    shapes = {name: shape for name, (_, shape) in specs.items()}
+    if quantization_config:
+        layers, wrong = find_packed_layers(build_header(specs)[1], quantization_config)
+        assert not wrong, f"tensors are not those of quantization_config: {wrong[:3]}"
+        for name, layer in layers.items():
+            for part in layer.parts:
+                del shapes[f"{name}.{part}"]
+            shapes[f"{name}.weight"] = layer.shape
     assert shapes == expected_shapes(config), "tensors are not those of the model in config"
 
 
@@ -312,7 +311,8 @@ def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> memoryview:
 
 def _dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the stored dtype: parts of packed layers keep that of their format."""
-    return tensor.dtype if name.endswith(PACKED_SUFFIXES) else dtype
+    is_part = name.endswith(PACKED_SUFFIXES) or not tensor.is_floating_point()
+    return tensor.dtype if is_part else dtype
 
 
 def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Iterator[list[str]]:

@@ -1,9 +1,9 @@
 """Safetensors of a model folder, memory-mapped, as one mapping from official names to tensors.
 
 Hides whether there is one file or shards, which of transformers' two key layouts they have, and
-whether matrices are plain or packed (GPTQ, AWQ). Tensors on the CPU are memory-mapped, so opening
-140 GB costs nothing. Pages that were read stay resident until `release`, which those call who copy
-a tensor. Every header is verified first; pickles are never loaded.
+whether matrices are plain or packed (GPTQ, AWQ, compressed-tensors). Tensors on the CPU are
+memory-mapped, so opening 140 GB costs nothing. Pages that were read stay resident until `release`,
+which those call who copy a tensor. Every header is verified first; pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen2vl.errors import CheckpointError
-from qwen2vl.weights import awq_format, gptq_format
 from qwen2vl.weights.config_files import PICKLE_SUFFIXES, pickle_remedy, read_json
 from qwen2vl.weights.header import TORCH_DTYPES, TensorInfo, read_header
-from qwen2vl.weights.quantization_config import PACKED_SUFFIXES, QuantizationConfig, QuantizedMatrix
+from qwen2vl.weights.packing.packed_format import QuantizedMatrix
+from qwen2vl.weights.packing.packed_layers import (
+    PackedLayer,
+    QuantizedWeight,
+    find_packed_layers,
+    unpack_layer,
+)
+from qwen2vl.weights.packing.quantization_config import PACKED_SUFFIXES, QuantizationConfig
 
 __all__ = [
     "INDEX_FILE",
@@ -32,7 +37,6 @@ __all__ = [
     "TensorFolder",
     "official_name",
     "open_tensors",
-    "packing_module",
     "shorten",
 ]
 
@@ -65,8 +69,8 @@ class TensorFolder(Mapping[str, Tensor]):
             for key, info in infos.items()
         }
         self._mapped_files: dict[Path, _MappedFile] = {}
-        # Layer -> (O, I); empty without quantization_config.
-        self.packed_layers = (
+        # By name of the layer; empty without quantization_config.
+        self.packed_layers: dict[str, PackedLayer] = (
             _packed_layers(folder, self._locations, quantization_config)
             if quantization_config
             else {}
@@ -75,7 +79,7 @@ class TensorFolder(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
         return (
-            self.quantized_matrix(layer).dequantize()
+            self.quantized_weight(layer).dequantize()
             if layer in self.packed_layers
             else self._read(name)
         )
@@ -102,7 +106,7 @@ class TensorFolder(Mapping[str, Tensor]):
         """Return a tensor's info without reading it; of a packed layer, with the unpacked shape."""
         layer = name.removesuffix(".weight")
         if layer in self.packed_layers:
-            return TensorInfo("packed", self.packed_layers[layer], 0, 0)
+            return TensorInfo("packed", self.packed_layers[layer].shape, 0, 0)
         return self._locations[name][2]
 
     def path(self, name: str) -> Path:
@@ -122,28 +126,25 @@ class TensorFolder(Mapping[str, Tensor]):
         }
         return view
 
-    def quantized_matrix(self, layer: str) -> QuantizedMatrix:
-        """Read and unpack the integers of a packed layer.
+    def quantized_weight(self, layer: str) -> QuantizedWeight:
+        """Read the integers and scales of a packed layer.
+
+        Row-major integers stay memory-mapped; those of GPTQ and AWQ are unpacked.
 
         Raises:
             CheckpointError: g_idx names a group that does not exist.
         """
-        assert self.quantization_config is not None
-        parts = {
-            ending.removeprefix("."): self._read(layer + ending)
-            for ending in PACKED_SUFFIXES
-            if layer + ending in self._locations
-        }
-        quantized_matrix = packing_module(self.quantization_config).unpack(
-            parts, self.quantization_config
-        )
-        groups = quantized_matrix.group_I.aminmax()
-        if not 0 <= int(groups.min) <= int(groups.max) < len(quantized_matrix.scale_GO):
-            raise CheckpointError(
-                f"{self.folder}: {layer}.g_idx names group {int(groups.max)} of "
-                f"{len(quantized_matrix.scale_GO)}; fetch the folder again"
-            )
-        return quantized_matrix
+        packed_layer = self.packed_layers[layer]
+        parts = {part: self._read(f"{layer}.{part}") for part in packed_layer.parts}
+        weight = unpack_layer(packed_layer, parts)
+        if isinstance(weight, QuantizedMatrix):
+            groups = weight.group_I.aminmax()
+            if not 0 <= int(groups.min) <= int(groups.max) < len(weight.scale_GO):
+                raise CheckpointError(
+                    f"{self.folder}: {layer}.g_idx names group {int(groups.max)} of "
+                    f"{len(weight.scale_GO)}; fetch the folder again"
+                )
+        return weight
 
     def release(self, names: Iterable[str]) -> None:
         """Drop resident pages of tensors that were copied; a later use reads the file again.
@@ -152,8 +153,8 @@ class TensorFolder(Mapping[str, Tensor]):
         """
         for name in names:
             layer = name.removesuffix(".weight")
-            is_packed = layer in self.packed_layers
-            parts = [layer + ending for ending in PACKED_SUFFIXES] if is_packed else [name]
+            packed_layer = self.packed_layers.get(layer)
+            parts = [f"{layer}.{part}" for part in packed_layer.parts] if packed_layer else [name]
             for path, _, info in (self._locations[p] for p in parts if p in self._locations):
                 if path in self._mapped_files:
                     self._mapped_files[path].release(info)
@@ -217,11 +218,6 @@ def open_tensors(folder: Path) -> TensorFolder:
     return TensorFolder(folder, files, quantization_config)
 
 
-def packing_module(quantization_config: QuantizationConfig) -> ModuleType:
-    """Return the module of a packing format: pack, unpack, unpacked_shape, part_shapes."""
-    return gptq_format if quantization_config.method == "gptq" else awq_format
-
-
 def official_name(key: str) -> str:
     """Convert a key of either layout to the official, flat name."""
     for nested, flat in _NESTED_PREFIXES:
@@ -282,29 +278,14 @@ def _packed_layers(
     folder: Path,
     locations: Mapping[str, tuple[Path, str, TensorInfo]],
     config: QuantizationConfig,
-) -> dict[str, tuple[int, int]]:
-    """Return the packed layers with their unpacked shapes; checks the shapes of all parts."""
-    packing_format = packing_module(config)
-    found: dict[str, tuple[int, int]] = {}
-    wrong: list[str] = []
-    for name in (name for name in locations if name.endswith(".qweight")):
-        layer = name.removesuffix(".qweight")
-        qweight = locations[name][2].shape
-        found[layer] = (
-            packing_format.unpacked_shape(qweight, config) if len(qweight) == 2 else (0, 0)
-        )
-        for part, expected in packing_format.part_shapes(found[layer], config).items():
-            shape = (
-                locations[f"{layer}.{part}"][2].shape if f"{layer}.{part}" in locations else None
-            )
-            if shape != expected and not (shape is None and part == "g_idx"):
-                shown = "missing" if shape is None else str(list(shape))
-                wrong.append(f"{layer}.{part} is {shown}, expected {list(expected)}")
+) -> dict[str, PackedLayer]:
+    """Return the packed layers; checks shapes and dtypes of all their tensors."""
+    infos = {name: info for name, (_, _, info) in locations.items()}
+    found, wrong = find_packed_layers(infos, config)
     if wrong or not found:
         raise CheckpointError(
-            f"{folder}: config.json says {config.method.upper()} of {config.bits} bits in groups "
-            f"of {config.group_size}, but {shorten(wrong, 3) or 'no tensor is packed'}; fetch the "
-            "folder again"
+            f"{folder}: config.json says {config.describe()}, but "
+            f"{shorten(wrong, 3) or 'no tensor is packed'}; fetch the folder again"
         )
     return found
 
@@ -319,9 +300,11 @@ def _check_supported(
     packed = {key for key in infos if key.endswith(PACKED_SUFFIXES)}
     if packed and quantization_config is None:
         raise CheckpointError(
-            f"{folder}: the weights are quantized (GPTQ or AWQ: {min(packed)}), but config.json "
-            "has no quantization_config that says how; fetch config.json again"
+            f"{folder}: the weights are quantized ({min(packed)}), but config.json has no "
+            "quantization_config that says how; fetch config.json again"
         )
+    # Their dtypes are checked with their shapes. Beside its scale a `.weight` is packed, too.
+    packed |= {key for key in infos if f"{key}_scale" in packed}
     if adapter := [key for key in infos if ".lora_" in key]:
         raise CheckpointError(
             f"{folder}: holds a LoRA adapter ({adapter[0]}), not a model; open its base model, "
@@ -330,7 +313,7 @@ def _check_supported(
     if other := [
         f"{key} ({info.dtype})"
         for key, info in infos.items()
-        if info.dtype not in (("I32", "F16", "BF16") if key in packed else _FLOATS)
+        if key not in packed and info.dtype not in _FLOATS
     ]:
         raise CheckpointError(
             f"{folder}: {len(other)} tensors are not of {', '.join(_FLOATS)}: {shorten(other)}; "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwen2vl.quantization.int4 import Int4Linear
+from qwen2vl.quantization.int4 import Int4Linear, PackedInt4Weight
 from qwen2vl.quantization.rtn import GroupwiseWeight, quantize_groupwise
 
 # (outputs, inputs, group size) of nano's layers, and an odd number of outputs.
@@ -23,7 +23,7 @@ def make_layer(
     outputs, inputs, size = shape
     weight = quantize_groupwise(torch.randn(outputs, inputs) * 0.05, size)
     bias_O = torch.randn(outputs) * 0.1 if bias else None
-    return Int4Linear(weight, bias_O), weight, bias_O
+    return Int4Linear(PackedInt4Weight.from_groupwise(weight), bias_O), weight, bias_O
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -58,7 +58,8 @@ def test_products_equal_those_of_the_dequantized_matrix(
 def test_rounding_to_int8_adds_little_to_the_error_of_4_bits() -> None:
     torch.manual_seed(0)
     weight_OI = torch.randn(64, 512)
-    layer = Int4Linear(quantize_groupwise(weight_OI, 64), None)
+    weight = PackedInt4Weight.from_groupwise(quantize_groupwise(weight_OI, 64))
+    layer = Int4Linear(weight, None)
     x_TI = torch.randn(40, 512)
     exact_TO = x_TI @ weight_OI.T
     by_groups = relative_error(F.linear(x_TI, layer.dequantize()), exact_TO)

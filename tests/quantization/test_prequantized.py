@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl.quantization.prequantized import build_prequantized_layer, prequantized_scheme
+from qwen2vl.quantization.int4 import Int4Linear, PackedInt4Weight
+from qwen2vl.quantization.int8 import Int8Linear
+from qwen2vl.quantization.prequantized import (
+    build_prequantized_layer,
+    build_row_major_layer,
+    prequantized_scheme,
+)
+from qwen2vl.quantization.rtn import quantize_groupwise, quantize_per_channel
 from qwen2vl.quantization.scheme import LayerScheme
 
 
@@ -74,3 +81,20 @@ def test_unsigned_8_bits_become_signed() -> None:
     assert torch.equal(layer.dequantize(), want_OI)
     x_TI = torch.randn(3, 64)
     torch.testing.assert_close(layer(x_TI), x_TI @ want_OI.T + bias_O, rtol=1e-3, atol=0.05)
+
+
+def test_row_major_integers_are_not_copied() -> None:
+    weight_OI, bias_O = torch.randn(24, 64), torch.randn(24).bfloat16()
+    int8 = quantize_per_channel(weight_OI)
+    layer = build_row_major_layer(int8, bias_O)
+    assert isinstance(layer, Int8Linear)
+    assert layer.weight_OI.data_ptr() == int8.ints_OI.data_ptr()
+    int4 = PackedInt4Weight.from_groupwise(quantize_groupwise(weight_OI, 32))
+    layer = build_row_major_layer(int4, bias_O)
+    assert isinstance(layer, Int4Linear)
+    assert layer.packed.data_ptr() == int4.packed.data_ptr()
+    assert layer.scale_OG.data_ptr() == int4.scale_OG.data_ptr()
+    assert layer.group_size == 32
+    assert torch.equal(layer.dequantize(), int4.dequantize())
+    assert layer.bias_O is not None
+    assert layer.bias_O.dtype == torch.float32

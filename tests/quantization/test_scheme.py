@@ -167,10 +167,12 @@ def test_description_distinguishes_arithmetic() -> None:
     model = tiny_model()
     assert describe_quantization(model) == ""
     quantize(model, "int8")
-    assert describe_quantization(model) == f"visual: 10 {INT8}, model: 8 {INT8}, lm_head: 1 {INT8}"
+    assert describe_quantization(model) == f"visual: 10 {INT8}, model: 14 {INT8}, lm_head: 1 {INT8}"
     model = tiny_model()
     quantize(model, "int4")
-    assert describe_quantization(model) == f"visual: 10 {INT8}, model: 8 int4/32, lm_head: 1 {INT8}"
+    assert (
+        describe_quantization(model) == f"visual: 10 {INT8}, model: 14 int4/32, lm_head: 1 {INT8}"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

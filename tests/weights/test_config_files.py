@@ -81,7 +81,7 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("quantization", "text"),
     [
-        ({"quant_method": "fp8"}, r"quantized \(FP8\); this library runs GPTQ of 4 or 8 bits and"),
+        ({"quant_method": "fp8"}, r"quantized \(FP8\); this library runs GPTQ of 4 or 8 bits, "),
         ({"bits": 8}, r"quantized \(UNKNOWN 8-bit\)"),
         ("int8", r"quantized \(UNKNOWN\)"),
     ],

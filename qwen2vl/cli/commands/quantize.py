@@ -1,4 +1,4 @@
-"""`qwen2vl quantize SRC DST`: quantize a model folder to int8 (GPTQ format) or int4 (AWQ format).
+"""`qwen2vl quantize SRC DST`: quantize a model folder to int8 or int4 (compressed-tensors).
 
 DST loads like any other model folder, without an option. int4 weights are calibrated (GPTQ) on
 conversations: synthetic ones, or those of a file. See `qwen2vl.convert`.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qwen2vl.processor.inputs import ModelInput
     from qwen2vl.processor.processor import Processor
     from qwen2vl.quantization.scheme import CpuQuantizationMode
+    from qwen2vl.weights import QuantizationConfig
 
 __all__ = ["quantize"]
 
@@ -91,19 +92,22 @@ def quantize(
     seconds = terminal.format_duration(time.monotonic() - start)
     sizes = _format_folder_size(Path(target)), _format_folder_size(folder)
     terminal.echo(f"model: {target} ({sizes[0]}; {source} has {sizes[1]}), written in {seconds}")
-    group_size = quantization_config.group_size
-    scales = "one scale per output channel" if group_size < 0 else f"group size {group_size}"
-    rounding = (
-        f"calibrated by GPTQ on {len(samples)} conversations"
-        if samples
-        else "rounded to nearest (RTN)"
-    )
-    terminal.echo(
-        f"decoder: {quantization_config.bits} bits, {scales}, {rounding}, stored in "
-        f"{quantization_config.method.upper()}'s format"
-    )
-    terminal.echo("lm_head and vision tower: quantized to 8 bits at load time")
+    _print_layers(quantization_config, len(samples))
     terminal.echo(f"try:   qwen2vl ask --model {target} --image IMAGE QUESTION")
+
+
+def _print_layers(config: QuantizationConfig, num_samples: int) -> None:
+    decoder = config.formats[0]
+    scales = f"group size {decoder.group_size}"
+    if decoder.group_size < 0:
+        scales = "one scale per output channel"
+    rounding = "rounded to nearest (RTN)"
+    if num_samples:
+        rounding = f"calibrated by GPTQ on {num_samples} conversations"
+    terminal.echo(f"decoder: {decoder.bits} bits, {scales}, {rounding}")
+    terminal.echo("vision tower: 8 bits, one scale per output channel, rounded to nearest (RTN)")
+    terminal.echo("lm_head: stored unquantized, quantized to 8 bits at load time")
+    terminal.echo(f"format: {config.method} ({config.to_dict()['format']})")
 
 
 def _calibration_samples(

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.weights import gptq_format
-from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
+from qwen2vl.weights.packing import gptq_format
+from qwen2vl.weights.packing.packed_format import PackedFormat, QuantizedMatrix
+from tests.packing import pack
 
-GPTQ_4BIT = QuantizationConfig(
-    method="gptq", bits=4, group_size=32, is_symmetric=True, stores_zero_minus_one=True
+GPTQ_4BIT = PackedFormat(
+    packing="gptq", bits=4, group_size=32, is_symmetric=True, stores_zero_minus_one=True
 )
-GPTQ_8BIT = QuantizationConfig(
-    method="gptq", bits=8, group_size=32, is_symmetric=True, stores_zero_minus_one=True
+GPTQ_8BIT = PackedFormat(
+    packing="gptq", bits=8, group_size=32, is_symmetric=True, stores_zero_minus_one=True
 )
 
 
@@ -40,7 +41,7 @@ def test_worked_example() -> None:
     [(GPTQ_4BIT, 8, 0x77777777), (GPTQ_8BIT, 128, 0x7F7F7F7F)],
 )
 def test_packed_value_of_symmetric_zero_points(
-    config: QuantizationConfig, zero: int, packed: int
+    config: PackedFormat, zero: int, packed: int
 ) -> None:
     matrix = QuantizedMatrix(
         ints_OI=torch.zeros(8, 32, dtype=torch.uint8),
@@ -48,7 +49,7 @@ def test_packed_value_of_symmetric_zero_points(
         zero_GO=torch.full((1, 8), zero, dtype=torch.int16),
         group_I=torch.zeros(32, dtype=torch.int64),
     )
-    parts = gptq_format.pack(matrix, config)
+    parts = pack(matrix, config)
     assert set(parts["qzeros"].flatten().tolist()) == {packed}
     assert torch.equal(gptq_format.unpack(parts, config).zero_GO, matrix.zero_GO)
 
@@ -79,7 +80,7 @@ def random_parts(seed: int, bits: int, outputs: int, inputs: int, size: int) -> 
 
 
 @pytest.mark.parametrize("config", [GPTQ_4BIT, GPTQ_8BIT])
-def test_every_weight_equals_the_format_definition(config: QuantizationConfig) -> None:
+def test_every_weight_equals_the_format_definition(config: PackedFormat) -> None:
     parts = random_parts(1, config.bits, 16, 64, 32)
     parts["g_idx"] = parts["g_idx"].flip(0)  # act-order is another g_idx
     got_OI = gptq_format.unpack(parts, config).dequantize()
@@ -95,16 +96,16 @@ def test_every_weight_equals_the_format_definition(config: QuantizationConfig) -
     groups=st.integers(1, 3),
 )
 def test_pack_is_the_inverse_of_unpack(
-    seed: int, config: QuantizationConfig, blocks: int, groups: int
+    seed: int, config: PackedFormat, blocks: int, groups: int
 ) -> None:
     parts = random_parts(seed, config.bits, 8 * blocks, 32 * groups, 32)
-    repacked = gptq_format.pack(gptq_format.unpack(parts, config), config)
+    repacked = pack(gptq_format.unpack(parts, config), config)
     assert set(repacked) == set(parts)
     assert all(torch.equal(repacked[name], parts[name]) for name in parts)
 
 
 def test_gptq_v2_stores_zero_points_unchanged() -> None:
-    v2_config = QuantizationConfig(method="gptq", bits=4, group_size=32)
+    v2_config = PackedFormat(packing="gptq", bits=4, group_size=32)
     parts = random_parts(2, 4, 8, 32, 32)
     v1 = gptq_format.unpack(parts, GPTQ_4BIT)
     assert torch.equal(gptq_format.unpack(parts, v2_config).zero_GO, v1.zero_GO - 1)
@@ -118,13 +119,13 @@ def test_missing_g_idx_means_contiguous_groups() -> None:
 
 
 def test_shapes_of_the_7b() -> None:
-    official = QuantizationConfig(method="gptq", bits=4, group_size=128)
+    official = PackedFormat(packing="gptq", bits=4, group_size=128)
     assert gptq_format.unpacked_shape((448, 18944), official) == (18944, 3584)
     assert gptq_format.part_shapes((18944, 3584), official) == {
         "qzeros": (28, 2368),
         "scales": (28, 18944),
         "g_idx": (3584,),
     }
-    eight_bit = QuantizationConfig(method="gptq", bits=8, group_size=128)
+    eight_bit = PackedFormat(packing="gptq", bits=8, group_size=128)
     assert gptq_format.unpacked_shape((896, 18944), eight_bit) == (18944, 3584)
     assert gptq_format.part_shapes((18944, 3584), eight_bit)["qzeros"] == (28, 4736)

@@ -17,18 +17,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qwen2vl.weights.quantization_config import QuantizationConfig, QuantizedMatrix
+from qwen2vl.weights.packing.packed_format import PackedFormat, QuantizedMatrix
 
-__all__ = ["pack", "part_shapes", "unpack", "unpacked_shape"]
+__all__ = ["part_shapes", "unpack", "unpacked_shape"]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output at each position of an int32
 
 
-def unpack(parts: Mapping[str, Tensor], config: QuantizationConfig) -> QuantizedMatrix:
+def unpack(parts: Mapping[str, Tensor], packed_format: PackedFormat) -> QuantizedMatrix:
     """Unpack the tensors of one layer, given by their suffixes."""
     ints_IO = _unpack_int32(parts["qweight"])
     num_inputs = ints_IO.shape[0]
-    size = config.group_size if config.group_size > 0 else num_inputs
+    size = packed_format.group_size if packed_format.group_size > 0 else num_inputs
     return QuantizedMatrix(
         ints_OI=ints_IO.T.contiguous(),
         scale_GO=parts["scales"],
@@ -37,24 +37,15 @@ def unpack(parts: Mapping[str, Tensor], config: QuantizationConfig) -> Quantized
     )
 
 
-def pack(matrix: QuantizedMatrix, config: QuantizationConfig) -> dict[str, Tensor]:
-    """Pack a matrix: the inverse of `unpack`."""
-    return {
-        "qweight": _pack_int32(matrix.ints_OI.T),
-        "qzeros": _pack_int32(matrix.zero_GO),
-        "scales": matrix.scale_GO.to(torch.float16),
-    }
-
-
-def unpacked_shape(qweight: tuple[int, ...], config: QuantizationConfig) -> tuple[int, int]:
+def unpacked_shape(qweight: tuple[int, ...], packed_format: PackedFormat) -> tuple[int, int]:
     """Return the shape (O, I) of the matrix that a qweight of this shape holds."""
     return qweight[1] * len(ORDER), qweight[0]
 
 
-def part_shapes(shape: tuple[int, int], config: QuantizationConfig) -> dict[str, tuple[int, ...]]:
+def part_shapes(shape: tuple[int, int], packed_format: PackedFormat) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the other tensors of a layer (O, I)."""
     outputs, inputs = shape
-    groups = -(-inputs // config.group_size) if config.group_size > 0 else 1
+    groups = packed_format.num_groups(inputs)
     return {"qzeros": (groups, outputs // len(ORDER)), "scales": (groups, outputs)}
 
 
@@ -64,13 +55,3 @@ def _unpack_int32(packed: Tensor) -> Tensor:
     for position, output in enumerate(ORDER):
         ints[..., output] = (packed >> 4 * position) & 15
     return ints.flatten(-2)
-
-
-def _pack_int32(ints: Tensor) -> Tensor:
-    """Pack 4-bit integers into int32."""
-    groups = ints.unflatten(-1, (-1, len(ORDER)))
-    packed = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=ints.device)
-    for position, output in enumerate(ORDER):
-        # The sign bit is a bit like the others.
-        packed |= groups[..., output].to(torch.int32) << 4 * position
-    return packed

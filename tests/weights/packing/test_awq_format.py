@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen2vl.weights import awq_format
-from qwen2vl.weights.quantization_config import QuantizationConfig
+from qwen2vl.weights.packing import awq_format
+from qwen2vl.weights.packing.packed_format import PackedFormat
+from tests.packing import pack
 
-PACKING = QuantizationConfig(method="awq", bits=4, group_size=32)
+PACKING = PackedFormat(packing="awq", bits=4, group_size=32)
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -58,13 +59,13 @@ def test_every_weight_equals_the_format_definition() -> None:
 @given(seed=st.integers(0, 10**6), blocks=st.integers(1, 4), groups=st.integers(1, 3))
 def test_pack_is_the_inverse_of_unpack(seed: int, blocks: int, groups: int) -> None:
     parts = random_parts(seed, 8 * blocks, 32 * groups, 32)
-    repacked = awq_format.pack(awq_format.unpack(parts, PACKING), PACKING)
+    repacked = pack(awq_format.unpack(parts, PACKING), PACKING)
     assert set(repacked) == set(parts)
     assert all(torch.equal(repacked[name], parts[name]) for name in parts)
 
 
 def test_shapes_of_the_7b() -> None:
-    official = QuantizationConfig(method="awq", bits=4, group_size=128)
+    official = PackedFormat(packing="awq", bits=4, group_size=128)
     assert awq_format.unpacked_shape((3584, 2368), official) == (18944, 3584)
     assert awq_format.part_shapes((18944, 3584), official) == {
         "qzeros": (28, 2368),
