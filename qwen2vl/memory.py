@@ -18,18 +18,21 @@ from typing import Literal
 import torch
 
 from qwen2vl.config import Qwen2VLConfig, TextConfig, VisionConfig
-from qwen2vl.errors import CapacityError, InputError
+from qwen2vl.errors import CapacityError, InputError, abbreviate
 from qwen2vl.linear import prepacked
 from qwen2vl.linear.cpu.library import load_kernels
+from qwen2vl.model import Int8KVCache, KVCache
 from qwen2vl.quantization.scheme import LM_HEAD, LayerScheme
 from qwen2vl.weights import expected_shapes
 
 __all__ = [
     "DTypeName",
+    "KVCacheDTypeName",
     "MemoryEstimate",
     "available_memory",
     "choose_dtype",
     "estimate_memory",
+    "kv_cache_class",
     "matmul_dtype",
     "preferred_dtypes",
 ]
@@ -37,8 +40,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
+KVCacheDTypeName = Literal["auto", "int8"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_KV_CACHES = {"auto": KVCache, "int8": Int8KVCache}  # by kv_cache_dtype; auto: the model's dtype
 
 # Flags in /proc/cpuinfo of processors with bfloat16 instructions: x86, then ARM.
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -66,11 +71,12 @@ def estimate_memory(
     schemes: Mapping[str, LayerScheme] | None = None,
     *,
     prepack: bool = False,
+    kv_cache: type[KVCache] = KVCache,
 ) -> MemoryEstimate:
     """Estimate the memory of inference with one request: a tight upper bound.
 
     `schemes` are those of the quantized layers. With `prepack` large bfloat16 layers are prepacked;
-    a tied head is then a matrix beside the embedding.
+    a tied head is then a matrix beside the embedding. `kv_cache` is the class of its KV cache.
     """
     text = config.text
     weights = _bytes_of_weights(config, dtype, schemes or {})
@@ -78,13 +84,29 @@ def estimate_memory(
     is_prepacked = prepack and dtype == torch.bfloat16 and head_numel >= prepacked.MIN_PREPACK_NUMEL
     if text.tie_word_embeddings and is_prepacked and LM_HEAD not in (schemes or {}):
         weights += head_numel * dtype.itemsize
-    kv_bytes = (
-        2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
-    )
+    kv_bytes = kv_cache.bytes_per_token(text, dtype)
     num_patches = max_pixels // config.vision.patch_size**2
     in_tower = num_patches * _bytes_per_patch(config.vision, dtype.itemsize)
     in_decoder = max_model_len * _bytes_per_token(text, dtype.itemsize)
     return MemoryEstimate(weights, kv_bytes * max_model_len, max(in_tower, in_decoder))
+
+
+def kv_cache_class(kv_cache_dtype: str, device: torch.device) -> type[KVCache]:
+    """Return the class of the KV caches of a `kv_cache_dtype`.
+
+    Raises:
+        InputError: there is no such dtype, or not on this device.
+    """
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in _KV_CACHES:
+        raise InputError(
+            f"kv_cache_dtype: got {abbreviate(kv_cache_dtype)}, must be {' or '.join(_KV_CACHES)}"
+        )
+    if kv_cache_dtype != "auto" and device.type != "cpu":
+        raise InputError(
+            f"kv_cache_dtype: got {kv_cache_dtype} on {device}, but the int8 KV cache is for the "
+            "CPU; use auto, or device cpu"
+        )
+    return _KV_CACHES[kv_cache_dtype]
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -161,19 +183,24 @@ def choose_dtype(
     max_model_len: int,
     max_pixels: int,
     schemes: Mapping[str, LayerScheme] | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> torch.dtype:
     """Return the first allowed dtype whose memory estimate fits into the available memory.
 
     Raises:
         CapacityError: none fits.
+        InputError: `name` or `kv_cache_dtype` is unknown, or the latter not for this device.
     """
+    kv_cache = kv_cache_class(kv_cache_dtype, device)
     if name != "auto" and name not in _DTYPES:
         raise InputError(f"dtype {name!r} is unknown; use auto, {' or '.join(_DTYPES)}")
     allowed = [_DTYPES[name]] if name != "auto" else preferred_dtypes(device)
     available = available_memory(device)
     prepack = device.type == "cpu" and prepacked.can_prepack() and load_kernels() is None
     needs = [
-        estimate_memory(config, d, max_model_len, max_pixels, schemes, prepack=prepack)
+        estimate_memory(
+            config, d, max_model_len, max_pixels, schemes, prepack=prepack, kv_cache=kv_cache
+        )
         for d in allowed
     ]
     for candidate, need in zip(allowed, needs, strict=True):
@@ -190,6 +217,10 @@ def choose_dtype(
     remedies = [f"lower max_model_len ({max_model_len:,}) or max_pixels ({max_pixels:,})"]
     if needs[-1].weights >= available:
         remedies.clear()  # the weights alone are too large
+    if device.type == "cpu" and kv_cache is KVCache:
+        int8_bytes = max_model_len * Int8KVCache.bytes_per_token(config.text, allowed[-1])
+        if needs[-1].total - needs[-1].kv_cache + int8_bytes <= available:
+            remedies.append("use kv_cache_dtype int8")
     if allowed[-1] == torch.float32:
         remedies.append("use dtype bfloat16")
     if device.type == "cpu" and not schemes:

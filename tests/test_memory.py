@@ -18,20 +18,23 @@ from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.linear import prepacked
 from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.memory import available_memory, estimate_memory, matmul_dtype
-from qwen2vl.model import Qwen2VL, activations
+from qwen2vl.model import Int8KVCache, Qwen2VL, activations
 from qwen2vl.quantization.scheme import CPU_MODES, CpuQuantizationMode, layer_schemes, quantize
 from tests.tiny import tiny_config, tiny_model
 
 
 def test_weights_and_kv_cache_of_official_models() -> None:
-    for size, weights, per_token in [
-        ("2B", 4_417_971_200, 28_672),
-        ("7B", 16_582_751_232, 57_344),
-        ("72B", 146_811_120_640, 327_680),
+    for size, weights, per_token, per_token_int8 in [
+        ("2B", 4_417_971_200, 28_672, 14_784),
+        ("7B", 16_582_751_232, 57_344, 29_568),
+        ("72B", 146_811_120_640, 327_680, 168_960),
     ]:
         need = estimate_memory(PRESETS[size], torch.bfloat16, 32_768, 0)
         assert (need.weights, need.kv_cache) == (weights, 32_768 * per_token)
         assert need.total == need.weights + need.kv_cache + need.activation
+        int8 = estimate_memory(PRESETS[size], torch.bfloat16, 32_768, 0, kv_cache=Int8KVCache)
+        assert int8.kv_cache == 32_768 * per_token_int8
+        assert (int8.weights, int8.activation) == (need.weights, need.activation)
 
 
 class PeakAllocationMode(TorchDispatchMode):

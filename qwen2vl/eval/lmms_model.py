@@ -39,7 +39,8 @@ DEFAULT_MAX_TOKENS = 1024  # of lmms-eval's client, where a task has no max_new_
 # Of --model_args. The others of `LLM` are objects, which a command line cannot give.
 MODEL_ARGUMENTS = (
     *("pretrained", "model", "dtype", "device", "quantize", "adapter", "compile"),
-    *("max_model_len", "min_pixels", "max_pixels", "video_preset", "max_num_frames", "fps"),
+    *("max_model_len", "kv_cache_dtype", "min_pixels", "max_pixels", "video_preset"),
+    *("max_num_frames", "fps"),
 )
 FORWARDED = ("top_p", "seed", "presence_penalty", "frequency_penalty")  # by that client
 

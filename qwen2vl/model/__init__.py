@@ -5,7 +5,8 @@ depends on `qwen2vl.config` and `qwen2vl.geometry` alone: no files, process grou
 tokenizer. All that depends on a prompt is passed in as tensors and `AttnMeta`.
 """
 
+from qwen2vl.model.int8_kv_cache import Int8KVCache
 from qwen2vl.model.kv_cache import KVCache, SequenceKVCaches
 from qwen2vl.model.qwen2vl import Qwen2VL, meta_model
 
-__all__ = ["KVCache", "Qwen2VL", "SequenceKVCaches", "meta_model"]
+__all__ = ["Int8KVCache", "KVCache", "Qwen2VL", "SequenceKVCaches", "meta_model"]

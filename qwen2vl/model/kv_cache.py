@@ -4,15 +4,17 @@
     caches.advance(lengths)           after the last layer: the appended tokens count as stored
 
 A forward that fails in between leaves the caches unchanged. `KVCache` holds the keys and values of
-one sequence, `SequenceKVCaches` is the interface over one of them per segment, which is what CPU
-kernels need; engine/kv_cache/arena.py implements it for GPU kernels. (HF: DynamicCache.)
+one sequence (`Int8KVCache` of int8_kv_cache.py in half the bytes), `SequenceKVCaches` is the
+interface over one of them per segment, which is what CPU kernels need; engine/kv_cache/arena.py
+implements it for GPU kernels. (HF: DynamicCache.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from itertools import starmap
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +23,14 @@ from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model.attention import chunked_prefill_attention, decode_attention
 
-__all__ = ["BatchKVCache", "KVCache", "LayerKVCache", "SequenceKVCaches", "advance_caches"]
+__all__ = [
+    "BatchKVCache",
+    "KVCache",
+    "LayerKVCache",
+    "LayerSlots",
+    "SequenceKVCaches",
+    "advance_caches",
+]
 
 
 class LayerKVCache(Protocol):
@@ -47,8 +56,27 @@ class BatchKVCache(Protocol):
         ...
 
 
-# Slots of new keys and of new values, (T, K, C); all keys and all values, (1, K, Z, C).
-LayerSlots: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+class LayerSlots(Protocol):
+    """One layer of one sequence's cache, in a forward with new tokens."""
+
+    def append(self, k_TKC: Tensor, v_TKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values; return all keys and all values, (1, K, Z, C)."""
+        ...
+
+
+class _PlainSlots(NamedTuple):
+    """Slots of a `KVCache`."""
+
+    new_k_TKC: Tensor
+    new_v_TKC: Tensor
+    k_1KZC: Tensor
+    v_1KZC: Tensor
+
+    def append(self, k_TKC: Tensor, v_TKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values; return views of all."""
+        self.new_k_TKC.copy_(k_TKC)
+        self.new_v_TKC.copy_(v_TKC)
+        return self.k_1KZC, self.v_1KZC
 
 
 @dataclass(slots=True)
@@ -61,26 +89,39 @@ class KVCache:
     k_LKZC: Tensor
     v_LKZC: Tensor
     length: int = 0
+    # Makes the slots of a layer from those of new tokens and those of all, in the order of `slots`.
+    layer_slots: ClassVar[Callable[..., LayerSlots]] = _PlainSlots
 
     @classmethod
     def allocate(
         cls, config: TextConfig, capacity: int, dtype: torch.dtype, device: torch.device | str
     ) -> KVCache:
-        """Allocate slots for `capacity` tokens: 2 * L * K * C numbers a token."""
+        """Allocate slots for `capacity` tokens; `dtype` is that of the model."""
         shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
         k_LKZC = torch.empty(shape, dtype=dtype, device=device)
         return cls(k_LKZC, torch.empty_like(k_LKZC))
+
+    @classmethod
+    def bytes_per_token(cls, config: TextConfig, dtype: torch.dtype) -> int:
+        """Return the bytes of a token's slots: 2 * L * K * C numbers."""
+        heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+        return heads * config.head_dim * dtype.itemsize
 
     @property
     def capacity(self) -> int:
         """Maximum number of tokens."""
         return self.k_LKZC.shape[2]
 
+    @property
+    def slots(self) -> tuple[Tensor, ...]:
+        """All tensors of the cache; their third axis is that of the slots."""
+        return self.k_LKZC, self.v_LKZC
+
     def copy_from(self, other: KVCache, num_tokens: int) -> None:
         """Copy the first `num_tokens` of another cache and set `length` to that number."""
         assert num_tokens <= min(other.length, self.capacity), "a copy longer than its source"
-        self.k_LKZC[:, :, :num_tokens] = other.k_LKZC[:, :, :num_tokens]
-        self.v_LKZC[:, :, :num_tokens] = other.v_LKZC[:, :, :num_tokens]
+        for ours, theirs in zip(self.slots, other.slots, strict=True):
+            ours[:, :, :num_tokens] = theirs[:, :, :num_tokens]
         self.length = num_tokens
 
     def layers(self, num_new: int) -> Iterator[LayerSlots]:
@@ -90,13 +131,9 @@ class KVCache:
         """
         end = self.length + num_new
         assert end <= self.capacity, f"cache holds {self.capacity} tokens, got {end}"
-        return zip(
-            self.k_LKZC[:, :, self.length : end].transpose(1, 2).unbind(),
-            self.v_LKZC[:, :, self.length : end].transpose(1, 2).unbind(),
-            self.k_LKZC[:, None, :, :end].unbind(),
-            self.v_LKZC[:, None, :, :end].unbind(),
-            strict=True,
-        )
+        new = (x[:, :, self.length : end].transpose(1, 2).unbind() for x in self.slots)
+        stored = (x[:, None, :, :end].unbind() for x in self.slots)
+        return starmap(self.layer_slots, zip(*new, *stored, strict=True))
 
 
 def advance_caches(caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
@@ -138,9 +175,8 @@ class SequenceLayer:
         q_TKGC = q_THC.unflatten(1, (k_TKC.shape[1], -1))
         parts = zip(q_TKGC.split(sizes), k_TKC.split(sizes), v_TKC.split(sizes), strict=True)
         outs: list[Tensor] = []
-        for (q, k, v), (new_k, new_v, keys, values) in zip(parts, self.slots, strict=True):
-            new_k.copy_(k)
-            new_v.copy_(v)
+        for (q, k, v), slots in zip(parts, self.slots, strict=True):
+            keys, values = slots.append(k, v)
             if len(q) == 1:
                 outs.append(decode_attention(q, keys, values))
             else:

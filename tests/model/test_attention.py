@@ -104,9 +104,7 @@ def make_cache(capacity: int) -> KVCache:
 
 def append(cache: KVCache, layer: int, k_TKC: Tensor, v_TKC: Tensor) -> tuple[Tensor, Tensor]:
     """Write new keys and values of one layer; return all of it up to them, (K, Z, C)."""
-    new_k, new_v, keys, values = list(cache.layers(len(k_TKC)))[layer]
-    new_k.copy_(k_TKC)
-    new_v.copy_(v_TKC)
+    keys, values = list(cache.layers(len(k_TKC)))[layer].append(k_TKC, v_TKC)
     return keys[0], values[0]
 
 

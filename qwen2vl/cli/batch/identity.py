@@ -25,7 +25,8 @@ from qwen2vl.cli.serve.lora_modules import is_named_adapter, parse_lora_modules
 __all__ = ["BatchIdentity", "batch_identity"]
 
 OPTIONS = (
-    *("model", "device", "dtype", "quantize", "compile", "min_pixels", "max_pixels"),
+    *("model", "device", "dtype", "quantize", "kv_cache_dtype", "compile"),
+    *("min_pixels", "max_pixels"),
     *("max_tokens", "temperature", "top_k", "top_p", "seed"),
     *("json_schema", "regex", "choice", "boxes"),
 )

@@ -17,6 +17,8 @@ __all__ = ["local_identity", "server_identity"]
 
 # Options and their defaults, which stand for an absent option and None, too.
 OPTIONS: Mapping[str, Any] = {"dtype": "auto", "quantize": None, "compile": False}
+# Left out where it has its default: results files of earlier versions do not have it.
+LATER_OPTIONS: Mapping[str, Any] = {"kv_cache_dtype": "auto"}
 READ_BYTES = 1 << 24
 DIGITS = 16  # hexadecimal ones of a digest, which tell models apart
 WEIGHTS = "*.safetensors"
@@ -27,8 +29,8 @@ def local_identity(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity of the model of the options; its files are read.
 
     Args:
-        given: options of the command: model, adapters, dtype, quantize, compile. All but the model
-            may be absent.
+        given: options of the command: model, adapters, and those of OPTIONS and LATER_OPTIONS.
+            All but the model may be absent.
 
     Raises:
         InputError: a file cannot be read.
@@ -45,6 +47,11 @@ def local_identity(given: Mapping[str, Any]) -> dict[str, Any]:
         **{
             name: default if given.get(name) is None else given[name]
             for name, default in OPTIONS.items()
+        },
+        **{
+            name: given[name]
+            for name, default in LATER_OPTIONS.items()
+            if given.get(name) not in (None, default)
         },
     }
 

@@ -36,13 +36,14 @@ def describe_server(
     llm, config = state.engine.llm, state.config
     precision = str(llm.model.dtype).removeprefix("torch.")
     quantized = f", {quantize} weights" if quantize else ""
+    dtype = "" if llm.kv_cache_dtype == "auto" else f" in {llm.kv_cache_dtype}"
     name = config.served_model_names[0]
     media = ", ".join(_count(number, kind) for kind, number in config.limit_mm_per_prompt.items())
     yield f"serving {name} on {llm.device}, {precision}{quantized}"
     for adapter in config.lora_modules:
         yield f"serving the LoRA adapter {adapter}"
     yield (
-        f"context {llm.max_model_len:,} tokens, KV cache {llm.kv_cache_tokens:,} tokens, "
+        f"context {llm.max_model_len:,} tokens, KV cache {llm.kv_cache_tokens:,} tokens{dtype}, "
         f"{_count(llm.engine_config.max_num_seqs, 'running request')}, "
         f"{_count(config.max_queue, 'waiting request')}, {media} per request"
     )

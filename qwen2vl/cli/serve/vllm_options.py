@@ -25,7 +25,7 @@ VLLM_OPTIONS = {
         "not supported: the KV cache is sized by the free memory; --max-model-len and "
         "--max-num-seqs lower it"
     ),
-    "kv-cache-dtype calculate-kv-scales": "not supported: the KV cache has the dtype of --dtype",
+    "calculate-kv-scales": "not needed: each token has scales of its own; leave it out",
     "max-num-batched-tokens max-num-partial-prefills long-prefill-token-threshold": (
         "not supported: an engine step has at most 2,048 tokens; leave it out"
     ),

@@ -20,6 +20,7 @@ _SCHEMA = "give grammar=Grammar.json_schema(SCHEMA), of a schema or a pydantic c
 _ONE_DEVICE = "an LLM runs on one device, device='cuda:1' for example"
 _MEMORY = "give engine=EngineConfig(kv_cache_tokens=N), the size of the KV cache"
 _QUANTIZE = "write quantize='int8' or 'int4'; prequantized folders need no argument"
+_KV_CACHE_DTYPE = "write LLM(kv_cache_dtype='int8') for an int8 KV cache"
 _GREEDY = "temperature=0 is greedy, and top_k, top_p and temperature set the sampling"
 _NO_BEAMS = "there is no beam search; n=N samples several completions"
 _MESSAGES = "give the messages as the first argument"
@@ -55,6 +56,8 @@ _HINTS = {
     "tensor_parallel_size pipeline_parallel_size data_parallel_size device_map": _ONE_DEVICE,
     "quantization quantization_config load_in_8bit load_in_4bit": _QUANTIZE,
     "torch_dtype": "write dtype",
+    "cache_dtype cache_implementation cache_config": _KV_CACHE_DTYPE,
+    "calculate_kv_scales": "each token has scales of its own; leave it out",
     "trust_remote_code": "no code of a model's folder is run; leave it out",
     "tokenizer tokenizer_mode": "it is read from the model's folder; leave it out",
     "enforce_eager": "nothing is compiled unless compile=True; leave it out",

@@ -31,7 +31,10 @@ __all__ = [
 
 _CALL_KEYWORDS = ("images", "videos", "tools", "on_delta", "params")
 # Those of LLM(...) that are not None.
-_LOAD_DEFAULTS = {"device": "auto", "dtype": "auto", "video_preset": "paper", "compile": False}
+_LOAD_DEFAULTS = {
+    **{"device": "auto", "dtype": "auto", "kv_cache_dtype": "auto"},
+    **{"video_preset": "paper", "compile": False},
+}
 
 
 # Sampling parameters ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE
 from qwen2vl.errors import CapacityError
 from qwen2vl.memory import available_memory
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.tokenizer import Tokenizer
 
@@ -99,8 +99,13 @@ def _pieces(texts: Sequence[str]) -> Iterator[str]:
             yield text[start : start + COUNTED_CHARACTERS]
 
 
-def num_cache_blocks(model: Qwen2VL, tokens: int | None, max_model_len: int | None = None) -> int:
-    """Return the number of blocks of the KV cache.
+def num_cache_blocks(
+    model: Qwen2VL,
+    tokens: int | None,
+    max_model_len: int | None = None,
+    kv_cache: type[KVCache] = KVCache,
+) -> int:
+    """Return the number of blocks of the KV cache, of which `kv_cache` is the class.
 
     Without `tokens`, a quarter of the available memory, but at least one context (`max_model_len`)
     and at most sixteen contexts of the model. On a CPU blocks are allocated when needed, so the
@@ -108,9 +113,8 @@ def num_cache_blocks(model: Qwen2VL, tokens: int | None, max_model_len: int | No
     """
     text = model.config.text
     if tokens is None:
-        numbers_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         available = available_memory(model.device) or 0
-        tokens = available // 4 // (numbers_per_token * model.dtype.itemsize)
+        tokens = available // 4 // kv_cache.bytes_per_token(text, model.dtype)
         max_context = text.max_position_embeddings
         tokens = min(max(tokens, max_model_len or max_context), 16 * max_context)
     return -(-tokens // BLOCK_SIZE)

@@ -1,7 +1,8 @@
 """KV cache storage, and the non-blocking host-to-device copies of the indices into it.
 
-`SeparateStorage` allocates contiguous tensors for each request, which is what CPU kernels need;
-`KVArena` (arena.py) is the storage of a GPU. The model runner uses either through `KVStorage`.
+`SeparateStorage` allocates contiguous tensors for each request, which is what CPU kernels need, in
+the model's dtype or in int8; `KVArena` (arena.py) is the storage of a GPU. The model runner uses
+either through `KVStorage`.
 
 Copies from unpinned memory synchronize with the GPU, each one separately. So the index tensors of a
 step are flattened into one, pinned, copied in one non-blocking transfer, and split again on the
@@ -52,10 +53,11 @@ class SeparateStorage:
     config: TextConfig
     dtype: torch.dtype
     device: torch.device
+    kv_cache: type[KVCache] = KVCache
 
     def reserve(self, old: KVCache | None, num_tokens: int, in_use: Iterable[KVCache]) -> KVCache:
         """Allocate a cache, and copy the tokens of `old` into it."""
-        cache = KVCache.allocate(self.config, num_tokens, self.dtype, self.device)
+        cache = self.kv_cache.allocate(self.config, num_tokens, self.dtype, self.device)
         if old is not None:
             cache.copy_from(old, old.length)
         return cache

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from qwen2vl.linear.cpu.library import Kernels
 from qwen2vl.linear.cpu.weights import KernelWeights, LinearStruct, kernel_weights
-from qwen2vl.model import KVCache, Qwen2VL
+from qwen2vl.model import Int8KVCache, KVCache, Qwen2VL
 
 __all__ = ["DecoderKernel"]
 
-MAX_CHANNELS = 512  # kMaxChannels of kernels/decode.h
+MAX_CHANNELS = 512  # kMaxChannels of kernels/attention.h
 
-_CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # `enum DType` of kernels/common.h
+# `enum CacheDType` of kernels/attention.h
+_CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 class _LayerStruct(ctypes.Structure):
@@ -46,7 +47,7 @@ class _DecoderStruct(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("num_layers", "width", "heads", "kv_heads", "channels", "cache_dtype")
+            for name in ("num_layers", "width", "heads", "kv_heads", "channels")
         ),
         ("eps", ctypes.c_double),
         ("layers", ctypes.POINTER(_LayerStruct)),
@@ -55,14 +56,11 @@ class _DecoderStruct(ctypes.Structure):
 
 
 class _SequenceStruct(ctypes.Structure):
-    """`struct Sequence` of kernels/decode.h."""
+    """`struct Sequence` of kernels/attention.h."""
 
     _fields_ = [
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("length", ctypes.c_int64),
-        ("layer_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("k", "v", "k_scale", "v_scale")),
+        *((name, ctypes.c_int64) for name in ("dtype", "length", "layer_stride", "head_stride")),
     ]
 
 
@@ -80,7 +78,6 @@ class DecoderKernel:
             text.num_attention_heads,
             text.num_key_value_heads,
             text.head_dim,
-            _CACHE_DTYPES[model.dtype],
             text.rms_norm_eps,
             self._layers,
             self._final_norm.data_ptr(),
@@ -90,7 +87,8 @@ class DecoderKernel:
     @classmethod
     def try_create(cls, kernels: Kernels, model: Qwen2VL) -> DecoderKernel | None:
         """Return the kernel of a model, or None if a layer of it is of an unsupported kind."""
-        if model.dtype not in _CACHE_DTYPES or model.config.text.head_dim > MAX_CHANNELS:
+        is_supported = model.dtype in (torch.float32, torch.bfloat16)
+        if not is_supported or model.config.text.head_dim > MAX_CHANNELS:
             return None
         tensors: list[Tensor] = []
         layers: list[_LayerStruct] = []
@@ -111,13 +109,13 @@ class DecoderKernel:
         Args:
             hidden_SD: embedding of each sequence's token, float32; overwritten by the result.
             cos, sin: (S, C / 2) float32, of the tokens' positions.
-            caches: of the tokens before; each has a free slot.
+            caches: of the tokens before, in the model's dtype or in int8; each has a free slot.
         """
         count = len(caches)
         assert hidden_SD.is_contiguous()
         assert cos.is_contiguous()
         assert sin.is_contiguous()
-        sequences = (_SequenceStruct * count)(*map(_sequence_fields, caches))
+        sequences = (_SequenceStruct * count)(*map(_sequence_struct, caches))
         failed = self._kernels.decode(
             self._kernels.level,
             torch.get_num_threads(),
@@ -133,13 +131,26 @@ class DecoderKernel:
         return hidden_SD
 
 
-def _sequence_fields(cache: KVCache) -> tuple[int, int, int, int, int]:
+def _sequence_struct(cache: KVCache) -> _SequenceStruct:
     k_LKZC, v_LKZC = cache.k_LKZC, cache.v_LKZC
     layer_stride, head_stride, slot_stride, _ = k_LKZC.stride()
     assert slot_stride == k_LKZC.shape[3]
     assert v_LKZC.stride() == k_LKZC.stride()
     assert cache.length < cache.capacity
-    return k_LKZC.data_ptr(), v_LKZC.data_ptr(), cache.length, layer_stride, head_stride
+    scales: list[int | None] = [None, None]
+    if isinstance(cache, Int8KVCache):
+        strides = (layer_stride // slot_stride, head_stride // slot_stride, 1)
+        assert cache.k_scale_LKZ.stride() == cache.v_scale_LKZ.stride() == strides
+        scales = [cache.k_scale_LKZ.data_ptr(), cache.v_scale_LKZ.data_ptr()]
+    return _SequenceStruct(
+        k_LKZC.data_ptr(),
+        v_LKZC.data_ptr(),
+        *scales,
+        _CACHE_DTYPES[k_LKZC.dtype],
+        cache.length,
+        layer_stride,
+        head_stride,
+    )
 
 
 def _layer_struct(block: Any, tensors: list[Tensor]) -> _LayerStruct | None:

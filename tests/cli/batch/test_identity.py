@@ -46,7 +46,8 @@ def identity(*arguments: str) -> str:
             ("", option)
             for option in (
                 *("--dtype float32", "--device cpu", "--compile"),
-                *("--quantize int8", "--min-pixels 9999", "--max-pixels 9999"),
+                *("--quantize int8", "--kv-cache-dtype int8"),
+                *("--min-pixels 9999", "--max-pixels 9999"),
                 *("--max-tokens 5", "--temperature 0", "--top-k 1", "--top-p 0.5", "--seed 1"),
                 "--regex a",
                 *("--choice a", "--boxes", "--json-schema schema.json"),
@@ -93,6 +94,7 @@ def test_the_system_prompt_decides() -> None:
         ("--model a/model", "", "without --model"),
         ("", "--dtype float32", "with --dtype float32"),
         ("--dtype bfloat16", "--dtype float32", "with --dtype float32"),
+        ("", "--kv-cache-dtype int8", "with --kv-cache-dtype int8"),
         ("", "--compile --quantize int8", "with --quantize int8 and with --compile"),
         ("--seed 1", "--temperature 0 --seed 1", "with --temperature 0"),
         ("--adapter mine=v1 --adapter v2", "--adapter v2", "without --adapter mine"),

@@ -34,7 +34,10 @@ def test_a_copy_is_the_same_model_and_a_changed_byte_is_another(tmp_path: Path) 
 def test_options_that_change_the_answers_are_part_of_it(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
     plain = local_identity(options(tmp_path / "model"))
-    for changes in ({"dtype": "float32"}, {"quantize": "int8"}, {"adapters": (str(tmp_path),)}):
+    for changes in (
+        *({"dtype": "float32"}, {"quantize": "int8"}, {"kv_cache_dtype": "int8"}),
+        {"adapters": (str(tmp_path),)},
+    ):
         assert local_identity(options(tmp_path / "model", **changes)) != plain
 
 
@@ -43,8 +46,11 @@ def test_an_absent_option_is_its_default(tmp_path: Path) -> None:
     identity = local_identity(options(tmp_path / "model"))
     assert (identity["dtype"], identity["quantize"], identity["compile"]) == ("auto", None, False)
     assert local_identity({"model": str(tmp_path / "model")}) == identity
-    none = dict.fromkeys(("dtype", "quantize", "compile"))
+    none = dict.fromkeys(("dtype", "quantize", "compile", "kv_cache_dtype"))
     assert local_identity(options(tmp_path / "model", **none)) == identity
+    # As in files of earlier versions, which had no such option.
+    assert local_identity(options(tmp_path / "model", kv_cache_dtype="auto")) == identity
+    assert "kv_cache_dtype" not in identity
 
 
 def test_an_absent_model_is_refused(tmp_path: Path) -> None:

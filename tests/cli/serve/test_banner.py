@@ -9,12 +9,15 @@ from qwen2vl.cli.serve.banner import describe_server
 from qwen2vl.server.config import ServerConfig
 
 
-def banner(max_num_seqs: int = 16, key: str = "KEY", **config: Any) -> str:
+def banner(
+    max_num_seqs: int = 16, key: str = "KEY", kv_cache_dtype: str = "auto", **config: Any
+) -> str:
     llm = SimpleNamespace(
         model=SimpleNamespace(dtype="torch.bfloat16"),
         device="cuda",
         max_model_len=4096,
         kv_cache_tokens=8192,
+        kv_cache_dtype=kv_cache_dtype,
         engine_config=SimpleNamespace(max_num_seqs=max_num_seqs),
     )
     state: Any = SimpleNamespace(
@@ -27,6 +30,8 @@ def test_the_model_and_its_limits() -> None:
     assert "serving nano on cuda, bfloat16, int8 weights" in banner()
     text = "16 running requests, 128 waiting requests, 16 images, 2 videos per request"
     assert text in banner()
+    assert "KV cache 8,192 tokens, 16 running" in banner()
+    assert "KV cache 8,192 tokens in int8, 16 running" in banner(kv_cache_dtype="int8")
     one = banner(max_num_seqs=1, max_queue=1, limit_mm_per_prompt={"image": 1, "video": 1})
     assert "1 running request, 1 waiting request, 1 image, 1 video per request" in one
     assert "serving the LoRA adapter forms" in banner(lora_modules={"forms": "folder"})

@@ -14,6 +14,7 @@ from qwen2vl.engine.config import EngineConfig
 from qwen2vl.engine.kv_cache import capacity
 from qwen2vl.engine.kv_cache.capacity import check_context, check_text_fits, fitting_max_pixels
 from qwen2vl.errors import CapacityError
+from qwen2vl.model import Int8KVCache, KVCache
 from qwen2vl.processor.inputs import ModelInput
 from tests.tiny import tiny_config, tiny_model, tiny_processor
 
@@ -80,21 +81,30 @@ def test_a_cache_smaller_than_the_context_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kv_cache", "bytes_per_token"),
+    [(KVCache, 2 * 2 * 2 * 16 * 4), (Int8KVCache, 2 * 2 * 2 * (16 + 4))],
+)
+@pytest.mark.parametrize(
     ("available", "max_model_len", "tokens"),
     [
         (10**15, None, 16 * 32_768),
         (0, None, 32_768),
         (0, 4096, 4096),  # a GPU allocates all at once, so max_model_len must suffice
-        (4 * 512 * 10_000, 4096, 10_000),
+        (40_000, 4096, 10_000),  # times the bytes of a token
         (10**15, 4096, 16 * 32_768),
     ],
 )
 def test_default_kv_cache_size_is_a_quarter_of_memory_within_bounds(
-    monkeypatch: pytest.MonkeyPatch, available: int, max_model_len: int | None, tokens: int
+    monkeypatch: pytest.MonkeyPatch,
+    available: int,
+    max_model_len: int | None,
+    tokens: int,
+    kv_cache: type[KVCache],
+    bytes_per_token: int,
 ) -> None:
-    """The tiny model in float32 takes 512 bytes per token."""
-    monkeypatch.setattr(capacity, "available_memory", lambda device: available)
-    blocks = capacity.num_cache_blocks(tiny_model(), None, max_model_len)
+    """The tiny model has 2 layers of 2 heads of 16 channels, in float32."""
+    monkeypatch.setattr(capacity, "available_memory", lambda device: available * bytes_per_token)
+    blocks = capacity.num_cache_blocks(tiny_model(), None, max_model_len, kv_cache)
     assert blocks == -(-tokens // 32)
 
 

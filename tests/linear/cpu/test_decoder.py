@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from qwen2vl.linear.cpu.decoder import DecoderKernel
 from qwen2vl.linear.cpu.library import VARIABLE, load_kernels
 from qwen2vl.linear.cpu.operators import MAX_PRECISE_ROWS
 from qwen2vl.linear.kernel_linear import use_kernels
-from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
+from qwen2vl.model import Int8KVCache, KVCache, Qwen2VL, SequenceKVCaches
+from qwen2vl.model.int8_kv_cache import quantize_heads
 from qwen2vl.model.rope import mrope_cos_sin
 from qwen2vl.quantization.scheme import LayerScheme, quantize, quantize_layers
 from tests.linear.cpu.test_operators import AVAILABLE
@@ -49,6 +51,17 @@ def make_caches(model: Qwen2VL, lengths: Sequence[int]) -> list[KVCache]:
         torch.nn.init.normal_(cache.v_LKZC)
         cache.length = length
         caches.append(cache)
+    return caches
+
+
+def make_int8_caches(model: Qwen2VL, lengths: Sequence[int]) -> list[Int8KVCache]:
+    """Fill int8 caches with random keys and values."""
+    caches: list[Int8KVCache] = []
+    for plain in make_caches(model, lengths):
+        k_LKZC, k_scale_LKZ = quantize_heads(plain.k_LKZC)
+        v_LKZC, v_scale_LKZ = quantize_heads(plain.v_LKZC)
+        scales = {"k_scale_LKZ": k_scale_LKZ, "v_scale_LKZ": v_scale_LKZ}
+        caches.append(Int8KVCache(k_LKZC, v_LKZC, plain.length, **scales))
     return caches
 
 
@@ -102,6 +115,62 @@ def test_states_keys_and_values_equal_those_of_the_forward(
             assert (new - want).norm() < tolerance * want.norm()
             assert torch.equal(mine[:, :, :length], other[:, :, :length])
             assert torch.equal(mine[:, :, length + 1 :], other[:, :, length + 1 :])
+
+
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+@pytest.mark.parametrize("weight_format", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("lengths", [[15], LENGTHS])
+def test_int8_caches_give_the_states_keys_and_values_of_the_forward(
+    monkeypatch: pytest.MonkeyPatch, instruction_set: str, weight_format: str, lengths: list[int]
+) -> None:
+    monkeypatch.setenv(VARIABLE, instruction_set)
+    torch.manual_seed(0)
+    model = build(weight_format)
+    caches = make_int8_caches(model, lengths)
+    expected = [deepcopy(cache) for cache in caches]
+    embeds_SD = torch.randn(len(lengths), model.config.text.hidden_size).to(model.dtype)
+    want_SD = run_forward(model, expected, embeds_SD).float()
+    got_SD = run_kernel(model, caches, embeds_SD)
+    # In float32 a number may be rounded to the other side of a half: to another integer.
+    tolerance = 2e-4 if weight_format == "float32" else 2e-2
+    assert (got_SD - want_SD).norm() < tolerance * want_SD.norm()
+    for length, ours, theirs in zip(lengths, caches, expected, strict=True):
+        assert ours.length == length
+        for mine, other in zip(ours.slots, theirs.slots, strict=True):
+            new, want = mine[:, :, length].float(), other[:, :, length].float()
+            if mine.dtype == torch.int8:
+                assert (new - want).abs().max() <= (1 if weight_format == "float32" else 4)
+            else:
+                torch.testing.assert_close(new, want, rtol=tolerance, atol=0)
+            assert torch.equal(mine[:, :, :length], other[:, :, :length])
+            assert torch.equal(mine[:, :, length + 1 :], other[:, :, length + 1 :])
+
+
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+def test_int8_keys_and_values_are_those_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, instruction_set: str
+) -> None:
+    """To the bit, from equal numbers: in the first layer the states are still the same."""
+    monkeypatch.setenv(VARIABLE, instruction_set)
+    torch.manual_seed(0)
+    model = build("float32")
+    lengths = [0, 3, 20]
+    plain, int8 = make_caches(model, lengths), make_int8_caches(model, lengths)
+    embeds_SD = torch.randn(len(lengths), model.config.text.hidden_size)
+    embeds_SD[2] = torch.nan
+    run_kernel(model, plain, embeds_SD)
+    run_kernel(model, int8, embeds_SD)
+    for index, length in enumerate(lengths):
+        for x_LKZC, ints_LKZC, scale_LKZ in (
+            (plain[index].k_LKZC, int8[index].k_LKZC, int8[index].k_scale_LKZ),
+            (plain[index].v_LKZC, int8[index].v_LKZC, int8[index].v_scale_LKZ),
+        ):
+            ints_KC, scale_K = quantize_heads(x_LKZC[0, :, length])
+            if index == 2:
+                assert scale_LKZ[0, :, length].isnan().all()  # so that they are read as NaN
+            else:
+                assert torch.equal(ints_LKZC[0, :, length], ints_KC)
+                assert torch.equal(scale_LKZ[0, :, length], scale_K)
 
 
 @pytest.mark.parametrize("weight_format", ["bfloat16", "int8"])

@@ -8,16 +8,14 @@
 
 #pragma once
 
-#include <cmath>
 #include <vector>
 
+#include "attention.h"
 #include "common.h"
 #include "products.h"
 #include "threads.h"
 
 namespace qwen2vl {
-
-constexpr int64_t kMaxChannels = 512;  // of a head
 
 // Structs of the C interface, mirrored by linear/cpu/weights.py and decoder.py.
 struct Linear {
@@ -36,16 +34,10 @@ struct Layer {
 };
 
 struct Decoder {
-    int64_t num_layers, width, heads, kv_heads, channels, cache_dtype;
+    int64_t num_layers, width, heads, kv_heads, channels;
     double eps;
     const Layer* layers;
     const float* final_norm;
-};
-
-struct Sequence {
-    void *k, *v;                         // (layers, K, slots, C)
-    int64_t length;                      // tokens before this one
-    int64_t layer_stride, head_stride;   // in numbers
 };
 
 // Takes denormal numbers for 0 while it lives: attention makes some of far keys, and each costs an
@@ -60,83 +52,6 @@ class FlushDenormals {
     unsigned saved_;
 #endif
 };
-
-// e^x, relative error below 2e-7; a loop over it is vectorized.
-inline __attribute__((always_inline)) float exp_float(float x) {
-    x = std::min(std::max(x, -87.f), 88.f);
-    float n = (x * 1.44269504f + 12582912.f) - 12582912.f;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.f / 720;
-    p = p * r + 1.f / 120;
-    p = p * r + 1.f / 24;
-    p = p * r + 1.f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.f;
-    p = p * r + 1.f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-
-inline __attribute__((always_inline)) void load_row(
-    const void* source, int64_t n, DType dtype, float* out
-) {
-    if (dtype == kFloat32)
-        std::memcpy(out, source, 4 * n);
-    else
-        for (int64_t i = 0; i < n; i++) out[i] = to_float(static_cast<const uint16_t*>(source)[i]);
-}
-
-// One key/value head of one sequence, its G query heads. q: (G, C); out: (G, C); scores: scratch of
-// G * length floats.
-inline __attribute__((always_inline)) void attend_body(
-    const Decoder& d, const Sequence& s, int64_t layer, int64_t head, const float* q, float* out,
-    float* scores
-) {
-    constexpr int kLanes = 16;
-    const int64_t channels = d.channels, group = d.heads / d.kv_heads, length = s.length + 1;
-    const auto dtype = DType(d.cache_dtype);
-    const int64_t size = dtype == kFloat32 ? 4 : 2;
-    const int64_t start = (layer * s.layer_stride + head * s.head_stride) * size;
-    const char* keys = static_cast<const char*>(s.k) + start;
-    const char* values = static_cast<const char*>(s.v) + start;
-    const float scale = 1.f / std::sqrt(float(channels));
-    float row[kMaxChannels];
-    for (int64_t z = 0; z < length; z++) {
-        load_row(keys + z * channels * size, channels, dtype, row);
-        for (int64_t g = 0; g < group; g++) {
-            float lanes[kLanes] = {}, total = 0;
-            int64_t c = 0;
-            for (; c + kLanes <= channels; c += kLanes)
-                for (int j = 0; j < kLanes; j++) lanes[j] += q[g * channels + c + j] * row[c + j];
-            for (; c < channels; c++) total += q[g * channels + c] * row[c];
-            for (float lane : lanes) total += lane;
-            scores[g * length + z] = total * scale;
-        }
-    }
-    for (int64_t g = 0; g < group; g++) {
-        float* p = scores + g * length;
-        float largest = p[0], lanes[kLanes] = {}, total = 0;
-        for (int64_t z = 1; z < length; z++) largest = std::max(largest, p[z]);
-        for (int64_t z = 0; z < length; z++) p[z] = exp_float(p[z] - largest);
-        int64_t z = 0;
-        for (; z + kLanes <= length; z += kLanes)
-            for (int j = 0; j < kLanes; j++) lanes[j] += p[z + j];
-        for (; z < length; z++) total += p[z];
-        for (float lane : lanes) total += lane;
-        for (z = 0; z < length; z++) p[z] /= total;
-    }
-    std::memset(out, 0, 4 * group * channels);
-    for (int64_t z = 0; z < length; z++) {
-        load_row(values + z * channels * size, channels, dtype, row);
-        for (int64_t g = 0; g < group; g++) {
-            float p = scores[g * length + z];
-            float* sum = out + g * channels;
-            for (int64_t c = 0; c < channels; c++) sum[c] += p * row[c];
-        }
-    }
-}
 
 // Rotates a head: channel i with channel i + C / 2.
 inline __attribute__((always_inline)) void rotate_body(
@@ -170,10 +85,8 @@ inline __attribute__((always_inline)) void swiglu_body(
 }
 
 struct Loops {
-    void (*attend)(
-        const Decoder&, const Sequence&, int64_t layer, int64_t head, const float* q, float* out,
-        float* scores
-    );
+    void (*attend)(const HeadCache&, const float* q, int64_t group, float* out, float* scores);
+    void (*write)(const HeadCache&, const float* key, const float* value);
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t channels);
     void (*norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
@@ -181,9 +94,12 @@ struct Loops {
 
 // The loops above, compiled for one path.
 #define DEFINE_LOOPS(path, TARGET)                                                               \
-    TARGET void attend_##path(const Decoder& d, const Sequence& s, int64_t layer, int64_t head,  \
-                              const float* q, float* out, float* scores) {                       \
-        attend_body(d, s, layer, head, q, out, scores);                                          \
+    TARGET void attend_##path(const HeadCache& cache, const float* q, int64_t group, float* out, \
+                              float* scores) {                                                   \
+        attend_body(cache, q, group, out, scores);                                               \
+    }                                                                                            \
+    TARGET void write_##path(const HeadCache& cache, const float* key, const float* value) {     \
+        write_body(cache, key, value);                                                           \
     }                                                                                            \
     TARGET void rotate_##path(float* x, const float* cos, const float* sin, int64_t channels) {  \
         rotate_body(x, cos, sin, channels);                                                      \
@@ -195,7 +111,8 @@ struct Loops {
     TARGET void swiglu_##path(const float* gate, const float* up, int64_t n, float* out) {       \
         swiglu_body(gate, up, n, out);                                                           \
     }                                                                                            \
-    constexpr Loops loops_##path{attend_##path, rotate_##path, norm_##path, swiglu_##path};
+    constexpr Loops loops_##path{attend_##path, write_##path, rotate_##path, norm_##path,        \
+                                 swiglu_##path};
 
 DEFINE_LOOPS(portable, )
 #if X86
@@ -279,10 +196,10 @@ class DecodeStep {
         parallel_for(T_ * d_.kv_heads, threads_, [&](int64_t piece) {
             [[maybe_unused]] FlushDenormals scope;
             int64_t t = piece / d_.kv_heads, head = piece % d_.kv_heads;
-            const Sequence& sequence = sequences_[t];
-            auto* scores = reinterpret_cast<float*>(scratch<2>(4 * group * (sequence.length + 1)));
+            HeadCache cache(sequences_[t], layer, head, d_.channels);
+            auto* scores = reinterpret_cast<float*>(scratch<2>(4 * group * (cache.length + 1)));
             int64_t first = head * group * d_.channels;
-            loops_.attend(d_, sequence, layer, head, qkv_.data() + t * qkv_width() + first,
+            loops_.attend(cache, qkv_.data() + t * qkv_width() + first, group,
                           attended_.data() + t * d_.heads * d_.channels + first, scores);
         });
         multiply_all(&weights.o, 1, attended_.data(), projected_.data());
@@ -296,15 +213,10 @@ class DecodeStep {
         const float *cos = cos_ + t * channels / 2, *sin = sin_ + t * channels / 2;
         for (int64_t head = 0; head < d_.heads + d_.kv_heads; head++)
             loops_.rotate(row + head * channels, cos, sin, channels);
-        const Sequence& s = sequences_[t];
         for (int64_t head = 0; head < d_.kv_heads; head++) {
-            int64_t at = layer * s.layer_stride + head * s.head_stride + s.length * channels;
             const float* key = row + (d_.heads + head) * channels;
-            const float* value = key + d_.kv_heads * channels;
-            for (int64_t c = 0; c < channels; c++) {
-                store(s.k, at + c, key[c], DType(d_.cache_dtype));
-                store(s.v, at + c, value[c], DType(d_.cache_dtype));
-            }
+            loops_.write(HeadCache(sequences_[t], layer, head, channels), key,
+                         key + d_.kv_heads * channels);
         }
     }
 
