@@ -19,7 +19,7 @@ WORKERS ?= auto --maxprocesses=4
 # without fetched datasets, and a margin for code that only some processors reach.
 COVERAGE ?= 92
 
-.PHONY: help setup demo test check docs format slow gpu gpu-run bench status coverage dist clean
+.PHONY: help setup demo test check docs format slow gpu gpu-run bench status coverage dist binary clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ dist: setup ## build wheel and sdist, install the wheel into a fresh environment
 	build/wheel-check/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps -c constraints.txt torch 2>>$(SETUP_LOG)
 	build/wheel-check/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl 2>>$(SETUP_LOG)
 	cd build/wheel-check && ./bin/qwen2vl demo -o demo && ./bin/qwen2vl ask --image demo/text_1.png "What does it say?"
+
+binary: setup ## a wheel for this platform, with the CPU kernels compiled: make binary PLATFORM=manylinux_2_34_x86_64
+	$(BIN)/python -m dev.binary_package $(if $(PLATFORM),--platform $(PLATFORM))
 
 slow: setup ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow --durations=10

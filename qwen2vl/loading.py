@@ -3,8 +3,9 @@
 In this order: resolve the folder; build the processor from its config files; check the names and
 shapes of the tensors; build the model on the meta device; choose which layers are quantized and the
 dtype that fits into memory; parse a LoRA adapter. Then weights are read: plain ones, merged with
-the adapter; prequantized layers (GPTQ, AWQ), built from their integers; layers to be quantized
-online, one fused group at a time, loaded, merged, quantized. Last, on a CPU, bfloat16 layers are
+the adapter; layers to be quantized online, one fused group at a time, loaded, merged, quantized;
+prequantized layers, built from their integers (GPTQ, AWQ), or used where those are mapped
+(compressed-tensors). Last, on a CPU, bfloat16 layers are
 prepacked or computed by kernels. Except for zero points and groups of prequantized layers, nothing
 is checked after the first weight is read. (HF: from_pretrained.)
 """
@@ -29,7 +30,7 @@ from qwen2vl.linear.prepacked import can_prepack, prepack_layers
 from qwen2vl.lora.full_weights import describe_parameters
 from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.lora.peft import PeftAdapter, parse_mergeable_adapter, parse_peft_adapter
-from qwen2vl.memory import DTypeName, choose_dtype
+from qwen2vl.memory import DTypeName, KVCacheDTypeName, choose_dtype
 from qwen2vl.model import Qwen2VL, meta_model
 from qwen2vl.processor.image import PixelLimits
 from qwen2vl.processor.media.source import MediaLimits
@@ -60,6 +61,7 @@ def load(
     quantize: QuantizationMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
+    kv_cache_dtype: KVCacheDTypeName = "auto",
     hf_overrides: Mapping[str, Any] | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -78,6 +80,7 @@ def load(
         adapter: a folder with a PEFT LoRA adapter, which is merged into the weights; weights that
             the folder holds in full replace the model's.
         max_model_len: prompt and output tokens to reserve memory for; None: the model's maximum.
+        kv_cache_dtype: of their keys and values, auto or int8; stored by `LLM`, not by the model.
         hf_overrides: values in place of those in config.json, such as max_position_embeddings: an
             image of many tokens takes few positions, so that more tokens than that may be served.
             Nested mappings, such as vision_config, are merged with those of the file.
@@ -123,6 +126,7 @@ def load(
         quantize=quantize,
         adapter=adapter,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
         max_pixels=processor.pixels.max_pixels,
     )
     return network, processor
@@ -199,13 +203,15 @@ def load_model(
     quantize: QuantizationMode | None = None,
     adapter: str | Path | None = None,
     max_model_len: int | None = None,
+    kv_cache_dtype: KVCacheDTypeName = "auto",
     max_pixels: int = 0,
 ) -> Qwen2VL:
     """Load the model alone from a folder, in eval mode; raises as `load` does.
 
     On the CPU, weights stored in the requested dtype stay memory-mapped: they are read when first
-    used, and shared with other processes. Large bfloat16 layers of the vision tower are not,
-    because they are prepacked (linear/prepacked.py). `max_pixels` 0 reserves no memory for images.
+    used, and shared with other processes. On processors without AMX large bfloat16 layers of the
+    vision tower are not: they are prepacked (linear/prepacked.py). `max_pixels` 0 reserves no
+    memory for images.
     """
     target_device = _resolve_device(device)
     model_len = resolve_max_model_len(config, max_model_len)
@@ -215,7 +221,9 @@ def load_model(
     prequantized = prequantized_schemes(tensors, target_device)
     online = online_schemes(model, quantize, tensors, prequantized, target_device)
     schemes = prequantized | online
-    resolved_dtype = choose_dtype(config, target_device, dtype, model_len, max_pixels, schemes)
+    resolved_dtype = choose_dtype(
+        config, target_device, dtype, model_len, max_pixels, schemes, kv_cache_dtype
+    )
     merged = PeftAdapter(factors={}, full_weights={})
     if adapter is not None:
         merged, adapter_tensors = _read_merged_adapter(adapter, model, tensors, prequantized)
@@ -230,9 +238,10 @@ def load_model(
         factors=merged.factors,
     )
     if target_device.type == "cpu" and resolved_dtype == torch.bfloat16:
-        if can_prepack():
+        kernels = load_kernels()
+        if can_prepack() and not (kernels and kernels.has_tiles):
             on_packed = partial(release_layers, tensors)
-            prepack_layers(model, on_packed, only_vision=load_kernels() is not None)
+            prepack_layers(model, on_packed, only_vision=kernels is not None)
         use_kernels(model)
     return model.eval()
 

@@ -271,6 +271,21 @@ def test_quantized_model_needs_less_memory(folder: Path, monkeypatch: pytest.Mon
         load_model(folder, config, quantize="int8", **options)  # type: ignore[arg-type]
 
 
+def test_int8_kv_cache_needs_less_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(folder)
+    need = estimate_memory(config, torch.float32, 100, 0)
+    monkeypatch.setattr(memory, "available_memory", lambda _: need.total - 1)
+    options = {"dtype": "float32", "max_model_len": 100}
+    with pytest.raises(
+        CapacityError, match=r"max_pixels \(0\), or use kv_cache_dtype int8, or use"
+    ):
+        load_model(folder, config, **options)  # type: ignore[arg-type]
+    load_model(folder, config, kv_cache_dtype="int8", **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(memory, "available_memory", lambda _: need.total - need.kv_cache)
+    with pytest.raises(CapacityError, match=r"max_pixels \(0\), or use dtype bfloat16"):
+        load_model(folder, config, **options)  # type: ignore[arg-type]
+
+
 def test_shorter_context_needs_less_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(folder)
     need = estimate_memory(config, torch.float32, 100, 0)

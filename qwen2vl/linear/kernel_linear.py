@@ -54,7 +54,10 @@ class KernelLinear(nn.Linear):
 
 
 def use_kernels(model: Qwen2VL) -> None:
-    """Turn every nn.Linear of the decoder, and the head, into a KernelLinear, in place."""
+    """Turn every nn.Linear of the decoder, and the head, into a KernelLinear, in place.
+
+    With AMX also those of the vision tower, which has many rows only.
+    """
     if model.lm_head is None:
         embedding = model.model.embed_tokens.weight
         with torch.device("meta"):
@@ -62,7 +65,8 @@ def use_kernels(model: Qwen2VL) -> None:
         model.lm_head.weight = embedding
     kernels = load_kernels()
     max_rows = 0 if kernels is None else sys.maxsize if kernels.has_tiles else MAX_ROWS
-    for module in (*model.model.modules(), model.lm_head):
+    towers = (model.model, model.visual) if max_rows == sys.maxsize else (model.model,)
+    for module in (*(m for tower in towers for m in tower.modules()), model.lm_head):
         if type(module) is nn.Linear:
             module.__class__ = KernelLinear
             cast("KernelLinear", module).max_kernel_rows = max_rows

@@ -2,11 +2,11 @@
 
 oneDNN's GEMM reads weights in tiles. From a plain matrix it makes the tiles in every forward; with
 prepacked weights it only multiplies: a sixth faster for images and prompts. Single tokens gain
-nothing, so where there are kernels (linear/cpu) only the vision tower is prepacked. Where there are
-none the decoder is, too, but for layers with more inputs than outputs, in which single tokens lose,
-and small ones. Prepacking costs a copy of the weights in memory that is not shared with other
-processes. Results may differ in the last bit. A model changed by `prepack_layers` is for inference
-only, not for saving.
+nothing, so where there are kernels (linear/cpu) only the vision tower is prepacked, and with AMX,
+where the kernels need no order of their own, nothing. Where there are none the decoder is, too, but
+for layers with more inputs than outputs, in which single tokens lose, and small ones. Prepacking
+costs a copy of the weights in memory that is not shared with other processes. Results may differ in
+the last bit. A model changed by `prepack_layers` is for inference only, not for saving.
 """
 
 from __future__ import annotations

@@ -64,8 +64,21 @@ def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> No
     assert layer.max_kernel_rows == 0
 
 
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+def test_the_vision_tower_is_replaced_with_tiles(
+    monkeypatch: pytest.MonkeyPatch, instruction_set: str
+) -> None:
+    monkeypatch.setenv(VARIABLE, instruction_set)
+    model = tiny_model(config=tiny_config())
+    use_kernels(model)
+    linears = [m for m in model.visual.modules() if isinstance(m, torch.nn.Linear)]
+    has_tiles = instruction_set == "amx"
+    assert [isinstance(linear, KernelLinear) for linear in linears] == [has_tiles] * len(linears)
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_decoder_and_head_are_replaced_and_vision_tower_is_not(tied: bool) -> None:
+def test_decoder_and_head_are_replaced(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
     model = tiny_model(config=tiny_config(tie_word_embeddings=tied))
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     hidden_TD = torch.randn(3, model.config.text.hidden_size)

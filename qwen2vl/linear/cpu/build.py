@@ -2,8 +2,8 @@
 
 The file name is a hash of the source, the compiler's version and the flags; a compiler is looked
 for in CXX and then as c++, g++ and clang++. One file holds the code for every instruction set of
-the processor's family: which one runs is decided when it is loaded. A distribution may bring the
-compiled file (`PREBUILT`), and then nothing is compiled.
+the processor's family: which one runs is decided when it is loaded. A package for one platform has
+the compiled file (`PREBUILT`, `make binary`), and then nothing is compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qwen2vl.files import atomic_file, user_cache_dir
 
-__all__ = ["BuildError", "build", "library_path"]
+__all__ = ["PREBUILT", "BuildError", "build", "build_for_distribution", "library_path"]
 
 SOURCE = Path(__file__).with_name("kernels")
 PREBUILT = SOURCE / "kernels.so"
@@ -29,6 +29,8 @@ FLAGS = (
     # A result depends on the instruction set only where the source says so.
     *("-ffp-contract=off", "-fno-math-errno"),
 )
+# The C++ library of another machine may be older.
+DISTRIBUTION_FLAGS = ("-static-libstdc++", "-static-libgcc", "-s")
 TIMEOUT = 120  # seconds; it takes 3 to 10
 
 
@@ -53,6 +55,15 @@ def build() -> Path:
                 "can be written"
             ) from error
     return library
+
+
+def build_for_distribution(library: Path) -> None:
+    """Compile a library that runs on other machines of this platform.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    _compile(_find_compiler(), library, DISTRIBUTION_FLAGS)
 
 
 def library_path() -> Path:
@@ -88,8 +99,9 @@ def _digest(compiler: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: list[str], library: Path) -> None:
-    command = [*compiler, *FLAGS, str(SOURCE / "kernels.cpp"), "-o", str(library)]
+def _compile(compiler: list[str], library: Path, more_flags: tuple[str, ...] = ()) -> None:
+    source = str(SOURCE / "kernels.cpp")
+    command = [*compiler, *FLAGS, *more_flags, source, "-o", str(library)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False

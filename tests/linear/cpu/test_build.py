@@ -68,6 +68,13 @@ def test_a_prebuilt_library_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert build() == prebuilt
 
 
+def test_a_library_for_distribution_needs_no_other_library(compiler: Path, tmp_path: Path) -> None:
+    compiler.write_text(compiler.read_text().replace("echo called", 'echo "$@"'))
+    build_module.build_for_distribution(tmp_path / "kernels.so")
+    assert (tmp_path / "kernels.so").read_text() == "library\n"
+    assert " -static-libstdc++ " in (tmp_path / "log").read_text()
+
+
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

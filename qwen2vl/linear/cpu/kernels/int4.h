@@ -242,6 +242,7 @@ TARGET_AVX512 float widen_int4_avx512(const Int4Weights& w, int64_t o, int8_t* o
     const uint8_t* bytes = w.ints + o * w.num_inputs / 2;
     int64_t num_bytes = w.num_inputs / 2, groups_per_chunk = 2 * kChunk / w.group_size;
     for (int64_t b = 0; b < num_bytes; b += kChunk) {
+        _mm_prefetch(bytes + b + kRows * num_bytes, _MM_HINT_T0);
         __m512i table = _mm512_permutexvar_epi64(
             index, _mm512_loadu_si512(tables + 16 * (b / kChunk * groups_per_chunk)));
         __m512i both = _mm512_maskz_loadu_epi8(first_bytes(num_bytes - b), bytes + b);

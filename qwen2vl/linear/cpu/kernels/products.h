@@ -41,19 +41,22 @@ struct Product {
     int64_t wide_bytes() const { return kind == kInt4 ? round_up(I, 2 * kChunk) : row_bytes(); }
 };
 
-constexpr int kBlock = 2 * kTile;          // outputs, and columns, computed together
-constexpr int64_t kPanel = 4 * kBlock;     // outputs that a thread takes at once, at most
-constexpr int64_t kPanelBytes = 1 << 20;   // of their weights, for a core's second-level cache
+constexpr int kBlock = 2 * kTile;             // outputs, and columns, computed together
+constexpr int64_t kBlockNumbers = kBlock * kBlock;
+constexpr int64_t kPanel = 4 * kBlock;        // outputs that a thread takes at once, at most
+constexpr int64_t kMaxRows = 512;             // rows of x that are computed together
+
+// Bytes of a row of W, and of a column of x, that are multiplied at once. A thread's second-level
+// cache holds that of kPanel outputs and of kMaxRows columns, and their sums.
+constexpr int64_t kDepth = 2048;
 
 struct Block {  // of outputs and columns
     int64_t o, c;
-    int outputs, columns;            // up to kBlock
-    const uint8_t* w;                // `outputs` rows of W, int4 widened
+    int outputs, columns;  // up to kBlock
+    const uint8_t* w;      // `outputs` rows of W, int4 widened
     int64_t stride;
-    const float* scale;              // of these outputs
-    const uint8_t* next;             // weights that are wanted soon
-    int64_t next_bytes;
-    int32_t* out;                    // tiles (2, 2) of 16 outputs x 16 columns
+    const float* scale;    // of these outputs
+    int32_t* out;          // tiles (2, 2) of 16 outputs x 16 columns
 
     int64_t index(int r, int c) const {
         return ((r / kTile * 2 + c / kTile) * kTile + r % kTile) * kTile + c % kTile;
@@ -168,16 +171,16 @@ TARGET_AVX512 void finish_avx512(const Product& p, const Rows& x, const Block& b
 
 #if X86
 
-// The block's whole tiles.
-void multiply_block(const Product& p, const Rows& x, const Block& block) {
-    int64_t chunks = x.stride / kChunk, column = chunks * kTile * kChunk;
-    auto* first = x.tiles + block.c / kTile * column;
-    Tiles tiles{block.w, block.stride, chunks, {first, first + column}, block.outputs / kTile,
-                block.columns > kTile ? 2 : 1, block.next, block.next_bytes, block.out};
-    if (p.kind == kBf16)
-        multiply_tiles<false>(tiles);
-    else
+// The block's whole tiles, over `bytes` bytes of rows of W from `start`.
+void multiply_block(const Rows& x, const Block& block, bool is_int, int64_t start, int64_t bytes) {
+    int64_t column = x.stride * kTile;
+    const uint8_t* first = x.tiles + block.c / kTile * column + start * kTile;
+    Tiles tiles{block.w + start, block.stride, bytes / kChunk, {first, first + column},
+                block.outputs / kTile, block.columns > kTile ? 2 : 1, start > 0, block.out};
+    if (is_int)
         multiply_tiles<true>(tiles);
+    else
+        multiply_tiles<false>(tiles);
 }
 
 #endif
@@ -198,41 +201,44 @@ float widen_int4(const Product& p, int64_t o, int8_t* out, int8_t* tables) {
     return widen_int4_portable(p.int4, o, out, tables);
 }
 
-// Outputs o0 to o1, at most kPanel. `next`: as many weights that this thread may want next.
-void compute_panel(
-    const Product& p, const Rows& x, int64_t o0, int64_t o1, const uint8_t* next
-) {
-    const uint8_t* w = p.w + o0 * p.row_bytes();
-    const float* scale = p.scale ? p.scale + o0 : nullptr;
+// Widens int4 weights of outputs o0 to o1 into scratch memory, or returns them as they are.
+const uint8_t* panel_weights(const Product& p, int64_t o0, int64_t o1, float* scales) {
+    if (p.kind != kInt4) return p.w + o0 * p.row_bytes();
+    int64_t table_bytes = 16 * (p.int4.num_groups + 4);
+    auto* wide = reinterpret_cast<int8_t*>(scratch<1>(kPanel * p.wide_bytes() + table_bytes));
+    int8_t* tables = wide + kPanel * p.wide_bytes();
+    for (int64_t r = 0; r < o1 - o0; r++)
+        scales[r] = widen_int4(p, o0 + r, wide + r * p.wide_bytes(), tables);
+    return reinterpret_cast<uint8_t*>(wide);
+}
+
+// Outputs o0 to o1, at most kPanel.
+void compute_panel(const Product& p, const Rows& x, int64_t o0, int64_t o1) {
     float scales[kPanel];
-    if (p.kind == kInt4) {
-        int64_t table_bytes = 16 * (p.int4.num_groups + 4);
-        auto* wide = reinterpret_cast<int8_t*>(scratch<1>(kPanel * p.wide_bytes() + table_bytes));
-        for (int64_t r = 0; r < o1 - o0; r++)
-            scales[r] = widen_int4(p, o0 + r, wide + r * p.wide_bytes(),
-                                   wide + kPanel * p.wide_bytes());
-        w = reinterpret_cast<uint8_t*>(wide);
-        scale = scales;
-    }
-    alignas(64) int32_t out[4 * kTile * kTile];
+    const uint8_t* w = panel_weights(p, o0, o1, scales);
+    const float* scale = p.kind == kInt4 ? scales : p.scale ? p.scale + o0 : nullptr;
     int64_t blocks = round_up(o1 - o0, kBlock) / kBlock * (round_up(x.columns, kBlock) / kBlock);
-    int64_t bytes = round_up((o1 - o0) * p.row_bytes() / blocks, kChunk);
+    auto* out = reinterpret_cast<int32_t*>(scratch<3>(4 * kBlockNumbers * blocks));
+    int64_t bytes = p.wide_bytes(), depth = x.tiles && x.columns > kBlock ? kDepth : bytes;
 #if X86
     std::optional<TileScope> scope;
     if (x.tiles) scope.emplace();
 #endif
-    for (int64_t c = 0; c < x.columns; c += kBlock)
-        for (int64_t o = o0; o < o1; o += kBlock) {
-            Block block{o, c, int(std::min<int64_t>(kBlock, o1 - o)),
-                        int(std::min<int64_t>(kBlock, x.columns - c)),
-                        w + (o - o0) * p.wide_bytes(), p.wide_bytes(),
-                        scale ? scale + (o - o0) : nullptr, next, next ? bytes : 0, out};
+    for (int64_t start = 0; start < bytes; start += depth) {
+        int64_t index = 0;
+        for (int64_t c = 0; c < x.columns; c += kBlock)
+            for (int64_t o = o0; o < o1; o += kBlock) {
+                Block block{o, c, int(std::min<int64_t>(kBlock, o1 - o)),
+                            int(std::min<int64_t>(kBlock, x.columns - c)),
+                            w + (o - o0) * bytes, bytes, scale ? scale + (o - o0) : nullptr,
+                            out + kBlockNumbers * index++};
 #if X86
-            if (x.tiles && block.outputs >= kTile) multiply_block(p, x, block);
+                if (x.tiles && block.outputs >= kTile)
+                    multiply_block(x, block, !p.is_float(), start, std::min(depth, bytes - start));
 #endif
-            finish_block(p, x, block);
-            if (next) next += bytes;
-        }
+                if (start + depth >= bytes) finish_block(p, x, block);
+            }
+    }
 }
 
 void quantize_row(const Product& p, const Rows& x, int64_t row) {
@@ -292,23 +298,18 @@ Rows prepare_rows(const Product& p, bool uses_tiles) {
 // enough that all threads have some.
 int64_t panel_outputs(const Product& p, const Rows& x) {
     int64_t unit = x.tiles ? kBlock : 2 * kRows;
-    int64_t wanted = kPieceBytes / p.row_bytes();
-    if (x.columns > kBlock) wanted = std::min(kPanelBytes / p.wide_bytes(), p.O / (4 * p.threads));
+    int64_t wanted = x.columns > kBlock ? p.O / (4 * p.threads) : kPieceBytes / p.row_bytes();
     return std::clamp(round_up(wanted, unit), unit, kPanel);
 }
 
+// Up to kMaxRows rows.
 void multiply_rows(const Product& p) {
     // A tile reads whole chunks of a row of W.
     bool uses_tiles = p.isa >= kAmx && p.kind != kF32 && p.wide_bytes() % kChunk == 0;
     Rows x = prepare_rows(p, uses_tiles);
-    int64_t outputs = panel_outputs(p, x), panels = (p.O + outputs - 1) / outputs;
-    parallel_for(panels, p.threads, [&](int64_t panel) {
-        int64_t next = panel + p.threads;
-        const uint8_t* w = p.kind == kInt4 ? p.int4.ints : p.w;
-        // Where reading weights is all there is to do, the processor's own prefetching is faster.
-        bool fetches = (p.kind == kInt4 || x.columns > kBlock) && next + 1 < panels;
-        compute_panel(p, x, panel * outputs, std::min(p.O, (panel + 1) * outputs),
-                      fetches ? w + next * outputs * p.row_bytes() : nullptr);
+    int64_t outputs = panel_outputs(p, x);
+    parallel_for((p.O + outputs - 1) / outputs, p.threads, [&](int64_t panel) {
+        compute_panel(p, x, panel * outputs, std::min(p.O, (panel + 1) * outputs));
     });
 }
 
@@ -361,10 +362,17 @@ void multiply_int4_row(const Product& p) {
 }
 
 void multiply(const Product& p) {
-    if (p.kind == kInt4 && p.T == 1)
-        multiply_int4_row(p);
-    else
-        multiply_rows(p);
+    if (p.kind == kInt4 && p.T == 1) return multiply_int4_row(p);
+    int64_t size = p.dtype == kFloat32 ? 4 : 2, blocks = (p.T + kMaxRows - 1) / kMaxRows;
+    // Equal blocks: the rounding of a row must not depend on its place.
+    int64_t count = round_up((p.T + blocks - 1) / blocks, kBlock);
+    for (int64_t t = 0; t < p.T; t += count) {
+        Product rows = p;
+        rows.x = static_cast<const char*>(p.x) + t * p.I * size;
+        rows.y = static_cast<char*>(p.y) + t * p.y_stride * size;
+        rows.T = std::min(count, p.T - t);
+        multiply_rows(rows);
+    }
 }
 
 }  // namespace qwen2vl

@@ -86,8 +86,7 @@ struct Tiles {
     int64_t stride, chunks;  // bytes of such a row; chunks to multiply
     const uint8_t* x[2];     // tiles of one or two blocks of columns
     int row_tiles, column_tiles;
-    const uint8_t* next;     // bytes to fetch into the cache meanwhile
-    int64_t next_bytes;
+    bool accumulates;        // adds to `out`
     int32_t* out;            // tiles (2, 2) of 16 outputs x 16 columns; floats of bf16
 };
 
@@ -100,16 +99,19 @@ TARGET_AMX void multiply_tiles(const Tiles& t) {
         _tile_dpbf16ps(c, a, b)
     constexpr int64_t kSize = kTile * kTile;
     const uint8_t* lower = t.w + kTile * t.stride;
-    const int64_t lines = (t.next_bytes / kChunk + t.chunks - 1) / t.chunks;
-    const uint8_t* next = t.next;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (t.accumulates) {
+        _tile_loadd(0, t.out, kChunk);
+        _tile_loadd(1, t.out + kSize, kChunk);
+        _tile_loadd(2, t.out + 2 * kSize, kChunk);
+        _tile_loadd(3, t.out + 3 * kSize, kChunk);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int64_t k = 0; k < t.chunks; k++) {
         int64_t at = k * kChunk, tile = k * kTile * kChunk;
-        for (int64_t line = 0; line < lines; line++, next += kChunk)
-            _mm_prefetch(next, _MM_HINT_T1);
         _tile_loadd(4, t.w + at, t.stride);
         _tile_loadd(6, t.x[0] + tile, kChunk);
         MULTIPLY(0, 4, 6);
