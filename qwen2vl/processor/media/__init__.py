@@ -2,5 +2,5 @@
 
 `source.py` resolves paths, URLs, bytes and arrays (`download.py` fetches URLs, `sniff.py` names the
 type of a file, `arrays.py` reads arrays and tensors); `rgb.py` decodes images; `video_source.py`
-opens videos; `video_reader.py` (PyAV) and `video_frame.py` decode video files.
+opens videos; `video_packets.py`, `video_reader.py` and `video_frame.py` decode video files (PyAV).
 """

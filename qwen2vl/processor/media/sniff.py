@@ -1,7 +1,7 @@
 """Media type sniffing: the first bytes of a file -> "image/png", "video/mp4", "text/html", ...
 
 By magic bytes, for dispatch between decoders and for error texts, not for security: each decoder
-accepts only the formats of its own list (rgb.py, video_reader.py). Text is recognized by its first
+accepts only the formats of its own list (rgb.py, video_packets.py). Text is recognized by its first
 word, so that an HTML error page in place of an image is named in the error.
 (WHATWG: MIME Sniffing.)
 """

@@ -1,10 +1,10 @@
-"""Media sources: resolve paths, URLs, bytes and arrays within limits; options of media.
+"""Media sources: resolve paths, URLs, bytes and arrays within limits.
 
 A source is a path, a file:// URL, bytes, a binary file object, a PIL image, a numpy array, a torch
 tensor, a data URL or an http(s) URL. `read_source`, the only way by which media are read, resolves
 it to `Media` without decoding.
-`MediaLimits` restricts what may be opened (a server forbids local files); `MediaOptions` holds the
-user's options of one image or video. Decoding: rgb.py (images), video_source.py (videos).
+`MediaLimits` restricts what may be opened (a server forbids local files). rgb.py decodes images,
+video_source.py videos.
 (HF: load_image, load_video; qwen_vl_utils: fetch_image, fetch_video.)
 """
 
@@ -15,15 +15,15 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
-from qwen2vl.errors import ConfigError, InputError, MediaTooLargeError, abbreviate
+from qwen2vl.errors import ConfigError, InputError, MediaTooLargeError
 from qwen2vl.processor.image_formats.formats import IMAGE_FORMATS
 from qwen2vl.processor.media.arrays import image_channels_last, tensor_to_array
 from qwen2vl.processor.media.data_url import decode_data_url, looks_like_base64
@@ -33,12 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_LIMITS",
-    "LOW_DETAIL_PIXELS",
-    "NO_OPTIONS",
-    "Detail",
     "Media",
     "MediaLimits",
-    "MediaOptions",
     "MediaSource",
     "copy_to_memory",
     "out_of_memory",
@@ -48,99 +44,8 @@ __all__ = [
 
 _Opened: TypeAlias = "BinaryIO | Image.Image | np.ndarray | Tensor"
 MediaSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | _Opened"
-Detail = Literal["low", "high", "auto", "original"]
-LOW_DETAIL_PIXELS = 512 * 512  # the size to which OpenAI shrinks an image with detail "low"
-
-# Field -> smallest and largest meaningful value; the largest keep a typing error or a malicious
-# request from allocating gigabytes.
-_RANGES: dict[str, tuple[float, float]] = {
-    "min_pixels": (1, 100_000_000),
-    "max_pixels": (1, 100_000_000),
-    "total_pixels": (1, 10_000_000_000),
-    "resized_height": (1, 100_000),
-    "resized_width": (1, 100_000),
-    "nframes": (1, 100_000),
-    "min_frames": (1, 100_000),
-    "max_frames": (1, 100_000),
-    "fps": (1e-6, 1e6),
-    "video_start": (0, 1e9),
-    "video_end": (0, 1e9),
-}
 _PILLOW_MAX_PIXELS = 2 * 89_478_485  # above it Pillow raises DecompressionBombError
-_FRACTIONAL = frozenset({"fps", "video_start", "video_end"})
 _READ_CHUNK = 1 << 20
-_EXCLUSIVE = (
-    ("fps", "nframes"),
-    ("resized_height", "min_pixels"),
-    ("resized_height", "max_pixels"),
-)
-_ORDERED = (
-    ("min_pixels", "max_pixels"),
-    ("min_frames", "max_frames"),
-    ("video_start", "video_end"),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaOptions:
-    """Options of one image or video; None: the default of the model's folder.
-
-    Names are those of qwen-vl-utils' messages. Validated when built.
-
-    Raises:
-        InputError: a value is out of range, or two of them contradict each other.
-    """
-
-    min_pixels: int | None = None  # of one image or frame after resizing
-    max_pixels: int | None = None  # the same, as an upper limit
-    detail: Detail | None = None  # OpenAI's: low is at most 512 x 512 pixels, others change nothing
-    resized_height: int | None = None  # resize to this size, rounded to whole tokens
-    resized_width: int | None = None  # given together with resized_height
-    fps: float | None = None  # sampled frames per second; for a list of frames: its frame rate
-    nframes: int | None = None  # number of sampled frames, instead of fps
-    min_frames: int | None = None  # fewest sampled frames
-    max_frames: int | None = None  # most sampled frames
-    total_pixels: int | None = None  # budget of a video: area of a frame, summed over pairs
-    video_start: float | None = None  # seconds from the first frame
-    video_end: float | None = None  # the same
-
-    def __post_init__(self) -> None:
-        options = self.to_dict()
-        self._check_detail()
-        for name, value in options.items():
-            _check_range(name, value)
-        for first, second in _EXCLUSIVE:
-            if first in options and second in options:
-                raise InputError(
-                    f"{first} {options[first]} and {second} {options[second]} exclude each other; "
-                    "use either one"
-                )
-        for low, high in _ORDERED:
-            if low in options and high in options and options[low] > options[high]:
-                raise InputError(
-                    f"{low} {options[low]} is greater than {high} {options[high]}; lower the first "
-                    "or raise the second"
-                )
-        if ("resized_height" in options) != ("resized_width" in options):
-            raise InputError("resized_height and resized_width go together; give both or neither")
-
-    def _check_detail(self) -> None:
-        if self.detail is not None and self.detail not in get_args(Detail):
-            known = ", ".join(get_args(Detail))
-            raise InputError(f"detail is {abbreviate(self.detail)}, must be one of {known}")
-        if self.detail != "low":
-            return
-        for name in ("max_pixels", "resized_height", "resized_width"):
-            if getattr(self, name) is not None:
-                raise InputError(
-                    f"{name} {getattr(self, name)} and detail 'low', which is max_pixels "
-                    f"{LOW_DETAIL_PIXELS}, exclude each other; use either one"
-                )
-
-    def to_dict(self) -> dict[str, int | float]:
-        """Return the options that are set and are numbers, with their values."""
-        pairs = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name in _RANGES)
-        return {name: value for name, value in pairs if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +74,6 @@ class MediaLimits:
             )
 
 
-NO_OPTIONS = MediaOptions()
 DEFAULT_LIMITS = MediaLimits()
 
 
@@ -282,17 +186,6 @@ def read_head(media: Media, count: int = 256) -> bytes:
             return file.read(count)
     assert isinstance(media.content, bytes), "pixels have no first bytes"
     return media.content[:count]
-
-
-def _check_range(name: str, value: int | float) -> None:
-    low, high = _RANGES[name]
-    types = (int, float) if name in _FRACTIONAL else (int,)
-    is_nan = isinstance(value, float) and math.isnan(value)
-    if isinstance(value, bool) or not isinstance(value, types) or is_nan:
-        want = "a number" if name in _FRACTIONAL else "a whole number"
-        raise InputError(f"{name} is {abbreviate(value)}, must be {want}")
-    if not low <= value <= high:
-        raise InputError(f"{name} is {abbreviate(value)}, must lie between {low:g} and {high:g}")
 
 
 def _resolve_string(source: str, limits: MediaLimits, name: str) -> Media:

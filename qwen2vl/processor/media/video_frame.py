@@ -1,14 +1,15 @@
 """Frames of video files as they are displayed: transparency, rotation and pixel aspect ratio.
 
 A decoded frame becomes opaque upright RGB of the size that is stored; frames of non-square pixels
-are not resized here: `displayed_size` is the size that `smart_resize` starts from, so that a frame
-is resized once. (FFmpeg: av_guess_sample_aspect_ratio, AVFrame; PIL: alpha_composite.)
+are not resized here: `upright_size` is the size that `smart_resize` starts from, so that a frame
+is resized once. What changes the displayed frames is told by notes.
+(FFmpeg: av_guess_sample_aspect_ratio, AVFrame; PIL: alpha_composite.)
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
@@ -19,20 +20,22 @@ from PIL import Image
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.video.format import VideoFormat
+    from av.video.stream import VideoStream
 
 __all__ = [
-    "MAX_SAMPLE_ASPECT_RATIO",
     "Rotation",
-    "alpha_extrema",
     "displayed_size",
+    "find_visible_alpha",
     "frame_to_rgb",
     "has_alpha",
     "rotation_of",
+    "sample_aspect_ratio",
+    "upright_size",
 ]
 
 # Above this, or below its inverse, a sample aspect ratio is taken for damage. Real ones are at
 # most 3 (a CIF field of HD).
-MAX_SAMPLE_ASPECT_RATIO = 10
+_MAX_SAMPLE_ASPECT_RATIO = 10
 
 # Color matrices by ITU-T H.273, and FFmpeg's full range.
 _BT709, _BT601, _FULL_RANGE = 1, 5, 2
@@ -53,6 +56,38 @@ def displayed_size(height: int, width: int, ratio: Fraction) -> tuple[int, int]:
     if ratio >= 1:
         return height, round(width * ratio)
     return round(height / ratio), width
+
+
+def upright_size(frame: VideoFrame, ratio: Fraction) -> tuple[int, int, tuple[str, ...]]:
+    """Return the (height, width) of a frame as displayed, with rotation, and notes.
+
+    Args:
+        frame: the first one of a video: the container's size may be wrong.
+        ratio: sample aspect ratio.
+    """
+    height, width = frame.height, frame.width
+    shown, notes = f"{ratio.numerator}:{ratio.denominator}", ()
+    if not 1 / _MAX_SAMPLE_ASPECT_RATIO <= ratio <= _MAX_SAMPLE_ASPECT_RATIO:
+        notes = (f"sample aspect ratio {shown} ignored: more than {_MAX_SAMPLE_ASPECT_RATIO} to 1",)
+    elif (height, width) != (size := displayed_size(height, width, ratio)):
+        notes = (
+            f"{width} x {height} pixels of aspect ratio {shown}, displayed as "
+            f"{size[1]} x {size[0]}",
+        )
+        height, width = size
+    is_sideways = rotation_of(frame)(np.empty((1, 2))).shape == (2, 1)
+    return (width, height, notes) if is_sideways else (height, width, notes)
+
+
+def sample_aspect_ratio(stream: VideoStream) -> Fraction:
+    """Return the container's ratio, or else that of the frames decoded so far; 1 if unknown.
+
+    As ffplay. A ratio without a positive numerator and denominator is none.
+    """
+    for ratio in (stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio):
+        if ratio is not None and ratio > 0:
+            return ratio
+    return Fraction(1)
 
 
 def frame_to_rgb(frame: VideoFrame, *, composite_on_white: bool) -> np.ndarray:
@@ -110,12 +145,19 @@ def _has_chroma(name: str) -> bool:
     return len(colors) >= 3 and not pixel_format.is_rgb  # PyAV's is_chroma is false for 4:4:4
 
 
-def alpha_extrema(frame: VideoFrame) -> tuple[int, int]:
-    """Return the smallest and the largest alpha of a frame, 0 to 255; 255 without alpha."""
-    if not has_alpha(frame.format):
-        return 255, 255
-    alpha_HW = frame.to_ndarray(format="rgba")[..., 3]
-    return int(alpha_HW.min()), int(alpha_HW.max())
+def find_visible_alpha(frames: Iterable[VideoFrame]) -> tuple[bool, tuple[str, ...]]:
+    """Return whether a pixel of any frame is visible, and notes: alpha of zeros alone is padding.
+
+    32-bit video without transparency is often stored so. A transparent video is decided by its
+    first frames.
+    """
+    for frame in frames:
+        if has_alpha(frame.format):
+            alpha_HW = frame.to_ndarray(format="rgba")[..., 3]
+            if alpha_HW.any():
+                is_opaque = alpha_HW.min() == 255
+                return True, () if is_opaque else ("transparency composited on white",)
+    return False, ("alpha channel ignored: it is 0 in all frames",)
 
 
 def rotation_of(frame: VideoFrame) -> Rotation:

@@ -2,14 +2,17 @@
 
 `VideoMetadata` is measured from the frames' own timestamps; what a container declares is used only
 where they confirm it. `VideoReader` is the interface of every source of frames: video_source.py
-(lists, arrays, animations) and video_reader.py (video files). No files are opened here.
+(lists, arrays, animations) and video_reader.py (video files). `Deadline` limits the time of
+decoding, without the time in which the user of the frames does something else. No files are opened
+here.
 (HF: VideoMetadata.)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -23,6 +26,7 @@ from qwen2vl.processor.media.source import MediaLimits
 __all__ = [
     "Deadline",
     "FrameTransform",
+    "FramesDifferError",
     "VideoMetadata",
     "VideoReader",
     "check_frame_count",
@@ -48,21 +52,31 @@ class VideoMetadata:
     notes: tuple[str, ...] = ()
 
 
+class FramesDifferError(Exception):
+    """The decoded frames differ from the metadata, which have been replaced by theirs."""
+
+
 class VideoReader(Protocol):
     """Source of video frames: metadata first, then selected frames; closed by its user."""
 
     metadata: VideoMetadata
 
-    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T] | None:
-        """Decode the frames `indices` (ascending, distinct); return `transform` of each.
+    def frames_at(
+        self, indices: Sequence[int], transform: FrameTransform[T]
+    ) -> Generator[T, None, None]:
+        """Decode the frames `indices` (ascending, distinct); yield `transform` of each.
+
+        Each frame is decoded when it is asked for, or shortly before. Files and decoders are open
+        from the first frame to the last, or until the generator is closed. One generator of a
+        reader at a time.
 
         Frames are upright, of the size that is stored: where pixels are not square, `transform`
         resizes them to the aspect ratio of the metadata.
 
-        Returns None where the decoded frames differ from the metadata: the metadata is then
-        replaced by that of the decoded frames, and the caller has to choose indices again.
-
         Raises:
+            FramesDifferError: the decoded frames differ from the metadata. These are then those of
+                the decoded frames, and the caller has to choose indices again; frames that were
+                yielded before are frames of the video.
             InputError: a frame cannot be decoded, or decoding takes longer than the limit.
         """
         ...
@@ -73,17 +87,40 @@ class VideoReader(Protocol):
 
 
 class Deadline:
-    """Time limit for decoding one video."""
+    """Time limit for decoding one video. Time counts within `running` only."""
 
     def __init__(self, limits: MediaLimits, name: str) -> None:
-        self._seconds, self._name = limits.decode_timeout, name
-        self._end = time.monotonic() + limits.decode_timeout
+        self._limit, self._name = limits.decode_timeout, name
+        self._used = 0.0
+        self._start: float | None = None  # None: not running
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time of the block."""
+        self._start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._used += time.monotonic() - self._start
+            self._start = None
+
+    def counted(self, frames: Generator[T, None, None]) -> Generator[T, None, None]:
+        """Yield what a generator yields; count its time, but not that of the frames' user."""
+        with closing(frames):
+            while True:
+                with self.running():
+                    try:
+                        frame = next(frames)
+                    except StopIteration:
+                        return
+                yield frame
 
     def check(self) -> None:
-        """Raise InputError after the deadline."""
-        if time.monotonic() > self._end:
+        """Raise InputError where the limit is exceeded."""
+        running = 0.0 if self._start is None else time.monotonic() - self._start
+        if self._used + running > self._limit:
             raise MediaTooLargeError(
-                f"{self._name} took more than {self._seconds:g} s to decode; cut it or make it "
+                f"{self._name} took more than {self._limit:g} s to decode; cut it or make it "
                 "smaller first"
             )
 

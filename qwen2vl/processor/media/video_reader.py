@@ -1,57 +1,60 @@
-"""Video file reader: FFmpeg through PyAV. The only module that imports PyAV.
+"""Video file reader: FFmpeg through PyAV.
 
-Timestamps are read from packets, without decoding; then the file is decoded once, and only the
-sampled frames are converted to RGB. Where the decoded frames differ from the packets (damage,
-hidden frames, unusual containers) the decoded frames determine the metadata. Rotation (display
-matrix) and sample aspect ratio are applied, transparency is composited on white (video_frame.py).
-Only one self-contained file is ever opened: no playlists, no URLs.
+Timestamps and keyframes are read from packets, without decoding (video_packets.py). Of the packets
+those are decoded which the selected frames depend on, and only the selected frames are converted
+to RGB. The decoder has to return exactly the frames of the packets that it got; where it does not
+(damage, hidden frames, unusual containers), the file is decoded from its start, and where that
+differs from the packets too, the decoded frames determine the metadata. Rotation (display matrix)
+and sample aspect ratio are applied, transparency is composited on white (video_frame.py).
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.stream import Disposition
+from av.packet import Packet
 from av.video.stream import VideoStream
 
 from qwen2vl.errors import InputError, MediaTooLargeError
-from qwen2vl.processor.media.sniff import sniff_type
-from qwen2vl.processor.media.source import Media, MediaLimits, out_of_memory, read_head
+from qwen2vl.processor.media.source import Media, MediaLimits, out_of_memory
 from qwen2vl.processor.media.video_frame import (
-    MAX_SAMPLE_ASPECT_RATIO,
-    alpha_extrema,
-    displayed_size,
+    find_visible_alpha,
     frame_to_rgb,
     has_alpha,
     rotation_of,
+    sample_aspect_ratio,
+    upright_size,
 )
 from qwen2vl.processor.media.video_metadata import (
     Deadline,
+    FramesDifferError,
     FrameTransform,
     VideoMetadata,
     check_frame_count,
     frame_rate,
     video_duration,
 )
+from qwen2vl.processor.media.video_packets import (
+    DecodingRun,
+    ExpectedFrames,
+    PacketIndex,
+    UnexpectedFramesError,
+    check_frame_size,
+    open_stream,
+    read_packets,
+)
 
 __all__ = ["PyAVVideoReader"]
 
-# Demuxers of self-contained files. Playlists refer to other files and hosts, so they are excluded.
-_DEMUXERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,ivf,h264,hevc,"
-    "m4v,mxf,nut,wav,mp3,flac,aac"
-)
 # FFmpeg's own decoders drop the alpha channel of WebM, which is a second stream; libvpx's do not.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Transfer functions of ITU-T H.273 whose values are not those of a standard display.
@@ -89,9 +92,59 @@ class PyAVVideoReader:
         self._as_displayed = as_displayed
         self._has_visible_alpha: bool | None = None  # None until a frame with alpha is decoded
         self._notes: list[str] = []  # on how frames are displayed
-        self._deadline = Deadline(limits, name)
         self._damaged = False
         self._threading: Literal["AUTO", "NONE"] = "NONE"
+        self._packets: PacketIndex | None = None  # None: files are decoded from their start
+        self._deadline = Deadline(limits, name)
+        with self._deadline.running():
+            self._read_declarations()
+            first_timestamp = self._read_first_frame()
+            self._read_timestamps(first_timestamp)
+            self.metadata = self._build_metadata()
+
+    def frames_at(
+        self, indices: Sequence[int], transform: FrameTransform[T]
+    ) -> Generator[T, None, None]:
+        """Decode what the frames depend on, comparing all decoded timestamps with the metadata.
+
+        Raises:
+            FramesDifferError: they differ, and the metadata have been replaced.
+            InputError: a frame cannot be decoded, or the time limit is exceeded.
+        """
+        return self._deadline.counted(self._frames_at(indices, transform))
+
+    def close(self) -> None:
+        """Do nothing: the file is open only while a method or a generator reads it."""
+
+    def _frames_at(
+        self, indices: Sequence[int], transform: FrameTransform[T]
+    ) -> Generator[T, None, None]:
+        remaining = deque(indices)
+        runs = self._packets.plan(indices) if self._packets else None
+        if runs is not None:
+            with suppress(UnexpectedFramesError), closing(self._decode_runs(runs)) as frames:
+                for frame in frames:
+                    remaining.popleft()
+                    yield transform(self._to_rgb(frame))
+        if not remaining:
+            return
+        self._packets = None
+        with closing(self._decode()) as decoded:
+            for index, (timestamp, frame) in enumerate(decoded):
+                if self._timestamps[index : index + 1] != [timestamp] or self._is_new_size(frame):
+                    break
+                if index == remaining[0]:
+                    remaining.popleft()
+                    yield transform(self._to_rgb(frame))
+                    if not remaining:
+                        return
+        self._timestamps = self._read_frame_timestamps()
+        self.metadata = self._build_metadata()
+        raise FramesDifferError(f"{self._name}: decoded frames differ from the packets")
+
+    # Metadata -------------------------------------------------------------------------------------
+
+    def _read_declarations(self) -> None:
         with self._open() as (container, stream):
             self._nominal_fps = float(stream.average_rate) if stream.average_rate else None
             self._time_base = float(stream.time_base or 0)
@@ -101,85 +154,62 @@ class PyAVVideoReader:
                 self._notes.append(
                     f"HDR ({transfer}), not tone-mapped: darker and paler than displayed"
                 )
-        first = self._first_frame()
-        self._stored_size, self._changes_size = (first.height, first.width), False
-        self._rotate = rotation_of(first)
-        self._height, self._width = self._displayed_size(first)
-        if as_displayed and has_alpha(first.format):
-            self._has_visible_alpha = self._find_visible_alpha()
-        self._timestamps = self._read_packet_timestamps()
-        if self._timestamps:
-            self._threading = "AUTO"
-        else:
-            self._timestamps = self._read_frame_timestamps()
-        self.metadata = self._build_metadata()
 
-    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T] | None:
-        """Decode up to the last of `indices`, comparing each timestamp with the metadata."""
-        wanted = set(indices)
-        frames: list[T] = []
-        for index, (timestamp, frame) in enumerate(self._decode()):
-            if self._timestamps[index : index + 1] != [timestamp] or self._is_new_size(frame):
-                break
-            if index in wanted:
-                frames.append(transform(self._to_rgb(frame)))
-                if len(frames) == len(wanted):
-                    return frames
-        self._timestamps = self._read_frame_timestamps()
-        self.metadata = self._build_metadata()
-        return None
+    def _find_alpha_decoder(self, stream: VideoStream) -> str | None:
+        """Return the decoder of a WebM with an alpha channel; None: FFmpeg's default."""
+        name = _ALPHA_DECODERS.get(stream.codec_context.name)
+        if not self._as_displayed or name is None or stream.metadata.get("alpha_mode") != "1":
+            return None
+        if name not in av.codecs_available:
+            self._notes.append(f"transparency dropped: this build of FFmpeg lacks {name}")
+            return None
+        return name
 
-    def close(self) -> None:
-        """Do nothing: the file is open only while a method reads it."""
-
-    def _first_frame(self) -> av.VideoFrame:
-        for _, frame in self._decode():
-            return frame
-        raise InputError(
-            f"{self._name}: no frame can be decoded; it is damaged or cut short, so save or "
-            "download it again"
-        )
-
-    def _displayed_size(self, first: av.VideoFrame) -> tuple[int, int]:
-        """Return the upright (height, width) of the first frame: the container's may be wrong.
+    def _read_first_frame(self) -> Fraction | None:
+        """Learn how frames are displayed from the first; return its timestamp.
 
         Raises:
+            InputError: no frame can be decoded.
             MediaTooLargeError: more pixels than the limit.
         """
-        height, width = first.height, first.width
+        with closing(self._decode()) as decoded:
+            timestamp, first = next(decoded, (None, None))
+        if first is None:
+            raise InputError(
+                f"{self._name}: no frame can be decoded; it is damaged or cut short, so save or "
+                "download it again"
+            )
+        self._stored_size, self._changes_size = (first.height, first.width), False
+        self._rotate = rotation_of(first)
         ratio = self._sample_aspect_ratio if self._as_displayed else Fraction(1)
-        if not 1 / MAX_SAMPLE_ASPECT_RATIO <= ratio <= MAX_SAMPLE_ASPECT_RATIO:
-            self._notes.append(
-                f"sample aspect ratio {_format_ratio(ratio)} ignored: more than "
-                f"{MAX_SAMPLE_ASPECT_RATIO} to 1"
-            )
-        elif (height, width) != (size := displayed_size(height, width, ratio)):
-            self._notes.append(
-                f"{width} x {height} pixels of aspect ratio {_format_ratio(ratio)}, displayed as "
-                f"{size[1]} x {size[0]}"
-            )
-            height, width = size
-            _check_frame_size(width, height, self._limits, self._name)
-        is_sideways = self._rotate(np.empty((1, 2))).shape == (2, 1)
-        return (width, height) if is_sideways else (height, width)
+        self._height, self._width, notes = upright_size(first, ratio)
+        self._notes += notes
+        check_frame_size(self._width, self._height, self._limits, self._name)
+        if self._as_displayed and has_alpha(first.format):
+            self._has_visible_alpha = self._find_visible_alpha()
+        return timestamp
 
     def _find_visible_alpha(self) -> bool:
-        """Return whether a pixel of any frame is visible: alpha of zeros alone is padding.
-
-        32-bit video without transparency is often stored so. A transparent video is decided by its
-        first frames.
-        """
-        for _, frame in self._decode():
-            if not has_alpha(frame.format):
-                continue
-            low, high = alpha_extrema(frame)
-            if high > 0:
-                if low < 255:
-                    self._notes.append("transparency composited on white")
-                return True
+        with closing(self._decode()) as decoded:
+            is_visible, notes = find_visible_alpha(frame for _, frame in decoded)
         self._damaged = False  # damage is found, and noted, where frames are used
-        self._notes.append("alpha channel ignored: it is 0 in all frames")
-        return False
+        self._notes += notes
+        return is_visible
+
+    def _read_timestamps(self, first_timestamp: Fraction | None) -> None:
+        """Read the timestamps of packets; decode all frames where those are not the frames'.
+
+        A packet may have no timestamp, and a recording may begin between keyframes.
+        """
+        with self._open() as (container, stream):
+            timestamps, packets = read_packets(container, stream, self._limits, self._name)
+        if timestamps[:1] != [first_timestamp]:
+            self._timestamps = self._read_frame_timestamps()
+            return
+        self._timestamps: Timestamps = [*timestamps]
+        self._threading = "AUTO"
+        if self._alpha_decoder is None:
+            self._packets = packets
 
     def _read_frame_timestamps(self) -> Timestamps:
         """Decode the whole file and return the timestamps of its frames.
@@ -200,19 +230,6 @@ class PyAVVideoReader:
     def _is_new_size(self, frame: av.VideoFrame) -> bool:
         """Return whether a frame is the first one found of another size than the first."""
         return not self._changes_size and (frame.height, frame.width) != self._stored_size
-
-    def _read_packet_timestamps(self) -> Timestamps:
-        """Return the presentation timestamps of all packets; [] if a packet has none."""
-        timestamps: list[Fraction] = []
-        with self._open() as (container, stream), suppress(FFmpegError):
-            for packet in container.demux(stream):
-                if packet.size == 0 or packet.is_discard:
-                    continue
-                if packet.pts is None or packet.time_base is None:
-                    return []
-                timestamps.append(packet.pts * packet.time_base)
-                check_frame_count(len(timestamps), self._limits, self._name)
-        return [*sorted(timestamps)]
 
     def _build_metadata(self) -> VideoMetadata:
         """Convert timestamps to seconds; assume uniform ones where some are missing or decrease."""
@@ -244,7 +261,53 @@ class PyAVVideoReader:
             notes=tuple(notes),
         )
 
-    def _decode(self) -> Iterator[tuple[Fraction | None, av.VideoFrame]]:
+    # Decoding -------------------------------------------------------------------------------------
+
+    def _decode_runs(self, runs: Sequence[DecodingRun]) -> Generator[av.VideoFrame, None, None]:
+        """Decode the packets of runs; yield the frames of their targets.
+
+        Raises:
+            UnexpectedFramesError: a decoded frame is damaged, missing, or none of these packets.
+        """
+        with self._open() as (container, stream):
+            packets = (packet for packet in container.demux(stream) if packet.size)
+            position = 0
+            try:
+                for run in runs:
+                    for _ in range(position, run.start):
+                        next(packets, None)
+                    stream.codec_context.flush_buffers()
+                    yield from self._decode_run(run, packets, stream.codec_context)
+                    position = run.last + 1
+            except MemoryError as error:  # PyAV raises a subclass of FFmpegError, too
+                raise out_of_memory(self._name) from error
+            except FFmpegError as error:
+                raise UnexpectedFramesError from error
+
+    def _decode_run(
+        self, run: DecodingRun, packets: Iterator[Packet], decoder: av.VideoCodecContext
+    ) -> Iterator[av.VideoFrame]:
+        index = self._packets
+        assert index is not None, "runs are planned by the index"
+        expected = ExpectedFrames(index, run, self._stored_size)
+        for position in range(run.start, run.last + 1):
+            self._deadline.check()
+            packet = next(packets, None)
+            if packet is None or packet.pts != index.pts[position]:
+                raise UnexpectedFramesError
+            frames: list[av.VideoFrame] = []
+            if index.is_needed(position, run):
+                expected.add(position)
+                frames += decoder.decode(packet)
+            if position == run.last:
+                frames += decoder.decode(None)
+            for frame in frames:
+                check_frame_size(frame.width, frame.height, self._limits, self._name)
+                if expected.remove(frame):
+                    yield frame
+        expected.check_none()
+
+    def _decode(self) -> Generator[tuple[Fraction | None, av.VideoFrame], None, None]:
         """Decode frames in display order, up to the first damaged one; yield (timestamp, frame)."""
         count = 0
         with self._open() as (container, stream):
@@ -254,11 +317,11 @@ class PyAVVideoReader:
                     self._damaged = True
                     return
                 if frame.is_corrupt:
-                    continue  # a recording may begin between key frames: no frame is lost yet
+                    continue  # a recording may begin between keyframes: no frame is lost yet
                 count += 1
                 check_frame_count(count, self._limits, self._name)
                 # A stream may change its size in the middle.
-                _check_frame_size(frame.width, frame.height, self._limits, self._name)
+                check_frame_size(frame.width, frame.height, self._limits, self._name)
                 yield _timestamp_of(frame), frame
 
     def _decode_until_error(
@@ -270,9 +333,9 @@ class PyAVVideoReader:
         try:
             for packet in container.demux(stream):
                 frames = decoder.decode(packet)
-                self._sample_aspect_ratio = _sample_aspect_ratio(stream)
+                self._sample_aspect_ratio = sample_aspect_ratio(stream)
                 yield from frames
-        except MemoryError as error:  # PyAV raises a subclass of FFmpegError, too
+        except MemoryError as error:
             raise out_of_memory(self._name) from error
         except FFmpegError:
             self._damaged = True
@@ -289,88 +352,11 @@ class PyAVVideoReader:
             ) from error
         return self._rotate(rgb)
 
-    def _find_alpha_decoder(self, stream: VideoStream) -> str | None:
-        """Return the decoder of a WebM with an alpha channel; None: FFmpeg's default."""
-        name = _ALPHA_DECODERS.get(stream.codec_context.name)
-        if not self._as_displayed or name is None or stream.metadata.get("alpha_mode") != "1":
-            return None
-        if name not in av.codecs_available:
-            self._notes.append(f"transparency dropped: this build of FFmpeg lacks {name}")
-            return None
-        return name
-
     @contextmanager
     def _open(self) -> Iterator[tuple[InputContainer, VideoStream]]:
-        content = self._media.content
-        assert isinstance(content, (Path, bytes)), "pixels are not a file"
-        with (
-            io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file,
-            self._open_container(file) as container,
-        ):
-            stream = self._select_stream(container)
+        with open_stream(self._media, self._limits, self._name) as (container, stream):
             stream.thread_type = self._threading
             yield container, stream
-
-    def _open_container(self, file: BinaryIO) -> InputContainer:
-        try:
-            return av.open(
-                file, "r", metadata_errors="ignore", options={"format_whitelist": _DEMUXERS}
-            )
-        except FFmpegError as error:
-            kind = sniff_type(read_head(self._media))
-            what, remedy = (
-                (f"{kind}, cut short or damaged", "save or download it again")
-                if kind.startswith("video/")
-                else ("unknown type", "convert it to MP4")
-            )
-            raise InputError(
-                f"{self._name} has no decodable video stream ({what}); {remedy}"
-            ) from error
-
-    def _select_stream(self, container: InputContainer) -> VideoStream:
-        """Return the video stream that FFmpeg takes for the best: the default, then the largest.
-
-        Attached pictures (album covers) do not count. (av_find_best_stream.)
-        """
-        streams = [
-            s for s in container.streams.video if not s.disposition & Disposition.attached_pic
-        ]
-        if not streams:
-            found = "only audio" if container.streams.audio else "nothing that can be shown"
-            raise InputError(f"{self._name} has no video stream ({found}); name a video file")
-        best = container.streams.best("video")
-        stream = max(streams, key=lambda candidate: candidate is best)  # else the first
-        codec = stream.codec_context
-        if codec is None:
-            label = _codec_name(self._media)
-            raise InputError(
-                f"{self._name}: video codec {label} is not supported; convert it to H.264 in MP4"
-            )
-        _check_frame_size(codec.width, codec.height, self._limits, self._name)
-        return stream
-
-
-def _check_frame_size(width: int, height: int, limits: MediaLimits, name: str) -> None:
-    if width * height > limits.max_image_pixels:
-        raise MediaTooLargeError(
-            f"{name} is {width} x {height}, limit is {limits.max_image_pixels:,} pixels a frame; "
-            "resize it first"
-        )
-
-
-def _sample_aspect_ratio(stream: VideoStream) -> Fraction:
-    """Return the container's ratio, or else that of the frames decoded so far; 1 if unknown.
-
-    As ffplay. A ratio without a positive numerator and denominator is none.
-    """
-    for ratio in (stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio):
-        if ratio is not None and ratio > 0:
-            return ratio
-    return Fraction(1)
-
-
-def _format_ratio(ratio: Fraction) -> str:
-    return f"{ratio.numerator}:{ratio.denominator}"
 
 
 def _timestamp_of(frame: av.VideoFrame) -> Fraction | None:
@@ -385,15 +371,3 @@ def _seconds_from_first(timestamps: Timestamps) -> list[float]:
     if len(known) < len(timestamps) or any(b < a for a, b in pairwise(known)):
         return []
     return [float(timestamp - known[0]) for timestamp in known]
-
-
-def _codec_name(media: Media) -> str:
-    """Return the codec's FourCC (MP4) or codec id (Matroska), which PyAV does not expose."""
-    head = read_head(media, 1 << 22)
-    tail = b""
-    if isinstance(media.content, Path):
-        with media.content.open("rb") as file:
-            file.seek(max(0, media.content.stat().st_size - (1 << 22)))
-            tail = file.read()
-    found = re.search(rb"stsd.{12}([ -~]{4})|\x86.(V_[A-Z0-9/_]{2,30})", head + tail, re.DOTALL)
-    return repr((found[1] or found[2]).decode()) if found else "of this file"

@@ -9,7 +9,7 @@ imported with PyAV when the first file is opened.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -193,13 +193,17 @@ class FrameListReader:
         self._limits, self._name = limits, name
         self._apply_exif_orientation, self._open_image = apply_exif_orientation, open_image
         self._deadline = Deadline(limits, name)
+        with self._deadline.running():
+            self._read_first_frame(sources, fps)
+
+    def _read_first_frame(self, sources: Sequence[Any] | np.ndarray, fps: float) -> None:
         self._sources = sources if isinstance(sources, np.ndarray) else self._copy_all(sources)
         notes: tuple[str, ...] = ()
         if isinstance(self._sources, np.ndarray) and self._sources.dtype != np.uint8:
             # All frames at once: a dark frame alone would be read as [0, 1] and become white.
-            self._sources, note = to_uint8(self._sources, name)
+            self._sources, note = to_uint8(self._sources, self._name)
             notes = (note,)
-        first = self._open_frame(0)
+        first, count = self._open_frame(0), len(self._sources)
         self.metadata = VideoMetadata(
             timestamps=tuple(i / fps for i in range(count)),
             fps=fps,
@@ -210,13 +214,15 @@ class FrameListReader:
             notes=notes,
         )
 
-    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T]:
-        """Open the frames `indices`, one at a time; return `transform` of each.
+    def frames_at(
+        self, indices: Sequence[int], transform: FrameTransform[T]
+    ) -> Generator[T, None, None]:
+        """Open the frames `indices`, one at a time; yield `transform` of each.
 
         Raises:
-            InputError: a frame cannot be used, has another size, or the time limit has passed.
+            InputError: a frame cannot be used, has another size, or the time limit is exceeded.
         """
-        return [transform(np.array(self._open_frame(i))) for i in indices]
+        return self._deadline.counted(transform(np.array(self._open_frame(i))) for i in indices)
 
     def close(self) -> None:
         """Do nothing: no frame is open between calls."""
@@ -268,15 +274,24 @@ class _AnimationReader:
         self._apply_exif_orientation = apply_exif_orientation
         self._deadline = Deadline(limits, name)
         self._first = 0  # index of the first frame in the file
-        self._total = self._count_frames()
-        if self._total == 1:
-            raise InputError(f"{name} is {self._describe_still()}; give it as image, not video")
-        check_frame_count(self._total, limits, name)
-        self.metadata = self._read_metadata()
+        with self._deadline.running():
+            self._total = self._count_frames()
+            if self._total == 1:
+                raise InputError(f"{name} is {self._describe_still()}; give it as image, not video")
+            check_frame_count(self._total, limits, name)
+            self.metadata = self._read_metadata()
 
-    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T]:
+    def frames_at(
+        self, indices: Sequence[int], transform: FrameTransform[T]
+    ) -> Generator[T, None, None]:
+        return self._deadline.counted(self._frames_at(indices, transform))
+
+    def _frames_at(
+        self, indices: Sequence[int], transform: FrameTransform[T]
+    ) -> Generator[T, None, None]:
         with self._open() as image:
-            return [transform(np.array(self._decode_frame(image, index))) for index in indices]
+            for index in indices:
+                yield transform(np.array(self._decode_frame(image, index)))
 
     def close(self) -> None:
         pass

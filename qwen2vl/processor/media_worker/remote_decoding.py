@@ -2,15 +2,17 @@
 
 `WorkerLease` runs the calls of one image or video: a worker that was killed from outside is
 replaced twice, a crash, a time limit and lack of memory become InputError. `decode_remotely`
-decodes an image; `RemoteVideoReader` is the VideoReader of a video that a worker holds open.
+decodes an image; `RemoteVideoReader` is the VideoReader of a video that a worker holds open, whose
+frames arrive as a stream.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +21,11 @@ from PIL import Image
 from qwen2vl.errors import InputError, MediaTooLargeError, MediaWorkerError
 from qwen2vl.processor.media.rgb import DecodedImage
 from qwen2vl.processor.media.source import MediaLimits
-from qwen2vl.processor.media.video_metadata import FrameTransform, VideoMetadata
+from qwen2vl.processor.media.video_metadata import (
+    FramesDifferError,
+    FrameTransform,
+    VideoMetadata,
+)
 from qwen2vl.processor.media_worker.protocol import (
     ChannelClosedError,
     ProtocolError,
@@ -70,14 +76,18 @@ class EncodedMedia:
 
 
 class WorkerLease:
-    """A worker that decodes one image or video, within `seconds`; closed by its user."""
+    """A worker that decodes one image or video, within `seconds`; closed by its user.
+
+    Time counts within `run` only, and waiting for a worker does not.
+    """
 
     def __init__(self, supervisor: WorkerSupervisor, name: str, seconds: float) -> None:
         self.name, self.seconds = name, seconds
-        self.deadline = 0.0  # set when the first worker is there: waiting for it does not count
         self._supervisor = supervisor
         self._worker: WorkerProcess | None = None
+        self._is_closed = False
         self._num_retries = 0
+        self._remaining = seconds + _GRACE_SECONDS
 
     def run(self, call: Callable[[WorkerProcess], T]) -> T:
         """Return the result of a call that uses the worker, in another worker if one is killed.
@@ -88,6 +98,8 @@ class WorkerLease:
         """
         while True:
             worker = self._worker or self._acquire()
+            start = time.monotonic()
+            worker.channel.deadline = start + self._remaining
             try:
                 return call(worker)
             except ChannelClosedError:
@@ -105,9 +117,12 @@ class WorkerLease:
             except BaseException:
                 self.discard()
                 raise
+            finally:
+                self._remaining -= time.monotonic() - start
 
     def close(self) -> None:
-        """Give the worker back."""
+        """Give the worker back, which must wait for a job; a second call does nothing."""
+        self._is_closed = True
         if self._worker is not None:
             self._supervisor.release(self._worker)
             self._worker = None
@@ -146,8 +161,9 @@ class WorkerLease:
         raise self._failed()
 
     def _acquire(self) -> WorkerProcess:
+        if self._is_closed:
+            raise RuntimeError(f"{self.name} is read after its reader was closed")
         self._worker = self._supervisor.acquire()
-        self.deadline = self.deadline or time.monotonic() + self.seconds + _GRACE_SECONDS
         return self._worker
 
     def _handle_end(self, worker: WorkerProcess) -> None:
@@ -182,7 +198,7 @@ def decode_remotely(lease: WorkerLease, media: EncodedMedia) -> DecodedImage:
     """Decode one image in a worker. Raises as `WorkerLease.run`."""
 
     def decode(worker: WorkerProcess) -> DecodedImage:
-        worker.begin_job(media.job("image"), media.content, lease.deadline, lease.seconds)
+        worker.begin_job(media.job("image"), media.content, lease.seconds)
         header, size = lease.receive(worker)
         height, width = read_size(header, media.limits)
         notes = read_texts(header.get("notes"))
@@ -213,23 +229,46 @@ class RemoteVideoReader:
         self._lease, self._media = lease, media
         self._cpu_seconds = lease.seconds * num_threads
         self._opened_in: WorkerProcess | None = None
+        self._num_pending = 0  # frames that the worker was asked for and that are not received
         self.metadata = lease.run(self._open)
 
-    def get_frames_at(self, indices: Sequence[int], transform: FrameTransform[T]) -> list[T] | None:
-        """Return `transform` of each frame; None where the frames differ from the metadata.
+    def frames_at(
+        self, indices: Sequence[int], transform: FrameTransform[T]
+    ) -> Generator[T, None, None]:
+        """Receive the frames `indices` while the worker decodes the next ones.
+
+        The worker decodes ahead by what the buffers of the socket hold, one frame at least. One
+        that is killed is replaced by another, which begins at the next frame; one whose frames are
+        not all received ends.
 
         Raises:
+            FramesDifferError: the frames differ from the metadata, which have been replaced.
             InputError, EngineError: as `WorkerLease.run`.
         """
-        return self._lease.run(lambda worker: self._receive_frames(worker, indices, transform))
+        assert not self._num_pending, "one generator of a reader at a time"
+        try:
+            for position in range(len(indices)):
+                frame = self._lease.run(partial(self._receive_frame, indices, position))
+                if isinstance(frame, VideoMetadata):
+                    self.metadata = frame
+                    raise FramesDifferError(f"{self._media.name}: decoded frames differ")
+                yield transform(frame)
+        finally:
+            self._end_stream()
 
     def close(self) -> None:
         """Give the worker back."""
+        self._end_stream()
         self._lease.close()
 
+    def _end_stream(self) -> None:
+        if self._num_pending:
+            self._num_pending = 0
+            self._lease.discard()
+
     def _open(self, worker: WorkerProcess) -> VideoMetadata:
-        media, deadline = self._media, self._lease.deadline
-        worker.begin_job(media.job("video"), media.content, deadline, self._cpu_seconds)
+        self._num_pending = 0
+        worker.begin_job(self._media.job("video"), self._media.content, self._cpu_seconds)
         metadata = self._receive_metadata(worker)
         self._opened_in = worker
         return metadata
@@ -238,35 +277,37 @@ class RemoteVideoReader:
         header, size = self._lease.receive(worker)
         return read_metadata(worker.channel, header.get("metadata"), size, self._media.limits)
 
-    def _receive_frames(
-        self, worker: WorkerProcess, indices: Sequence[int], transform: FrameTransform[T]
-    ) -> list[T] | None:
+    def _receive_frame(
+        self, indices: Sequence[int], position: int, worker: WorkerProcess
+    ) -> np.ndarray | VideoMetadata:
+        """Receive the frame `indices[position]`; other metadata where the frames differ."""
         if self._opened_in is not worker:  # the worker that had opened it was killed
             self._open(worker)
         while True:
-            request, deadline = np.array(indices, np.int64), self._lease.deadline
-            worker.begin_job({"job": "frames"}, request, deadline, self._cpu_seconds)
-            frames = self._receive_reply(worker, len(indices), transform)
-            if not isinstance(frames, VideoMetadata):
-                return frames
-            if frames != self.metadata:
-                self.metadata = frames
-                return None
+            if not self._num_pending:
+                request = np.array(indices[position:], np.int64)
+                worker.begin_job({"job": "frames"}, request, self._cpu_seconds)
+                self._num_pending = len(request)
+            try:
+                header, size = self._lease.receive(worker)
+            except InputError:  # after which the worker waits for a job
+                self._num_pending = 0
+                raise
+            if "metadata" not in header:
+                return self._receive_pixels(worker, header, size)
+            self._num_pending = 0
+            metadata = header["metadata"]
+            metadata = read_metadata(worker.channel, metadata, size, self._media.limits)
+            if metadata != self.metadata:
+                return metadata
             # A second worker found what the first one had: the indices are of these frames.
 
-    def _receive_reply(
-        self, worker: WorkerProcess, count: int, transform: FrameTransform[T]
-    ) -> list[T] | VideoMetadata:
-        frames: list[T] = []
-        while True:
-            header, size = self._lease.receive(worker)
-            if "metadata" in header:
-                metadata = header["metadata"]
-                return read_metadata(worker.channel, metadata, size, self._media.limits)
-            if header.get("done") is True and len(frames) == count and size == 0:
-                return frames
-            height, width = read_size(header, self._media.limits)
-            if len(frames) == count or size != height * width * 3:
-                raise ProtocolError("a frame too many, or of another size than it says")
-            pixels = worker.channel.receive_array(size)
-            frames.append(transform(pixels.reshape(height, width, 3)))
+    def _receive_pixels(
+        self, worker: WorkerProcess, header: dict[str, Any], size: int
+    ) -> np.ndarray:
+        height, width = read_size(header, self._media.limits)
+        if size != height * width * 3:
+            raise ProtocolError("a frame of another size than it says")
+        pixels = worker.channel.receive_array(size)
+        self._num_pending -= 1
+        return pixels.reshape(height, width, 3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from io import BytesIO
 from typing import Any
 
@@ -20,7 +21,7 @@ from qwen2vl.errors import InputError, MediaTooLargeError
 from qwen2vl.processor.image_formats.formats import SERVER_IMAGE_FORMATS
 from qwen2vl.processor.media.rgb import decode_media
 from qwen2vl.processor.media.source import Media, MediaLimits
-from qwen2vl.processor.media.video_metadata import VideoReader
+from qwen2vl.processor.media.video_metadata import FramesDifferError, VideoReader
 from qwen2vl.processor.media.video_source import open_video_file
 from qwen2vl.processor.media_worker.confinement import (
     die_with_parent,
@@ -135,11 +136,12 @@ class _Jobs:
     def _send_frames(self, header: dict[str, Any], payload: bytes) -> None:
         assert self._video is not None, "a job opened the video before"
         indices: Sequence[int] = np.frombuffer(payload, np.int64).tolist()
-        if self._video.get_frames_at(indices, self._send_frame) is None:
+        try:
+            with closing(self._video.frames_at(indices, np.ascontiguousarray)) as frames:
+                for pixels_HWC in frames:
+                    height, width, _ = pixels_HWC.shape
+                    # Waits while the parent has not received the frames before: no more are
+                    # decoded than the buffers of the socket hold.
+                    self._channel.send({"height": height, "width": width}, pixels_HWC)
+        except FramesDifferError:
             self._channel.send(*metadata_message(self._video.metadata))
-        else:
-            self._channel.send({"done": True})
-
-    def _send_frame(self, pixels_HWC: np.ndarray) -> None:
-        height, width, _ = pixels_HWC.shape
-        self._channel.send({"height": height, "width": width}, np.ascontiguousarray(pixels_HWC))

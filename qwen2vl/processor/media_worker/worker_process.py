@@ -1,4 +1,4 @@
-"""One media worker as its parent sees it: start, jobs with a deadline, and why it ended.
+"""One media worker as its parent sees it: start, jobs, and why it ended.
 
 The child gets an environment of its own, no standard streams, "/" as its folder and one socket.
 Its import paths are those of the packages that it needs: neither the current folder nor the
@@ -143,12 +143,9 @@ class WorkerProcess:
             text = str(error) or f"no answer in {seconds:g} s"
             raise MediaWorkerError(f"a media worker did not start: {text}") from error
 
-    def begin_job(
-        self, header: dict[str, Any], payload: Any, deadline: float, cpu_seconds: float
-    ) -> None:
-        """Send a job, whose replies must arrive before `deadline` (`time.monotonic`)."""
+    def begin_job(self, header: dict[str, Any], payload: Any, cpu_seconds: float) -> None:
+        """Send a job, on which the worker may spend `cpu_seconds`."""
         self.num_jobs += 1
-        self.channel.deadline = deadline
         self.channel.send({**header, "cpu_seconds": cpu_seconds}, payload)
 
     def has_ended(self) -> bool:

@@ -15,13 +15,8 @@ import torch
 from PIL import Image
 
 from qwen2vl.errors import ConfigError, InputError
-from qwen2vl.processor.media.source import (
-    DEFAULT_LIMITS,
-    MediaLimits,
-    MediaOptions,
-    read_head,
-    read_source,
-)
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits, read_head, read_source
+from qwen2vl.processor.media_options import MediaOptions
 from tests.media import encoded, smooth
 
 PNG = encoded(smooth(20, 30))

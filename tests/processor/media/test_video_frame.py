@@ -20,7 +20,7 @@ from qwen2vl.processor.media.source import Media, MediaLimits
 from qwen2vl.processor.media.video_frame import displayed_size, frame_to_rgb
 from qwen2vl.processor.media.video_reader import PyAVVideoReader
 from qwen2vl.processor.media.video_source import open_video
-from tests.media import encoded_video, video, with_matrix
+from tests.media import encoded_video, frames_of, video, with_matrix
 from tests.tiny import tiny_processor
 from tests.train.test_bad_inputs import DATA, conversation_about
 
@@ -34,7 +34,7 @@ def open_reader(content: bytes | Path, **options: Any) -> PyAVVideoReader:
 
 def decoded(content: Any, indices: Sequence[int] = (0,), *, exif: bool = True) -> list[np.ndarray]:
     reader = open_video(content, MediaLimits(), "video 1", fps=2, apply_exif_orientation=exif)
-    frames = reader.get_frames_at(indices, np.array)
+    frames = frames_of(reader, indices)
     assert frames is not None
     return frames
 
@@ -423,4 +423,4 @@ def test_missing_decoder_of_alpha_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", ["sar2.mp4", "al_vp9.webm"])
 def test_files_and_bytes_give_equal_items(name: str) -> None:
-    assert video(CLIPS / name).digest == video((CLIPS / name).read_bytes()).digest
+    assert video(CLIPS / name).pair_digests == video((CLIPS / name).read_bytes()).pair_digests

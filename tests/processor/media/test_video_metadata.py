@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Generator
+
 import pytest
 
 from qwen2vl.errors import InputError
@@ -60,6 +63,52 @@ def test_limits() -> None:
     with pytest.raises(InputError, match="video 1 has more than 5 frames"):
         check_frame_count(6, MediaLimits(max_frames=5), "video 1")
     check_frame_count(5, MediaLimits(max_frames=5), "video 1")
-    Deadline(MediaLimits(), "video 1").check()
-    with pytest.raises(InputError, match="video 1 took more than 0 s to decode"):
-        Deadline(MediaLimits(decode_timeout=0), "video 1").check()
+
+
+def test_deadline_counts_the_time_of_decoding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    deadline = Deadline(MediaLimits(decode_timeout=2.5), "video 1")
+
+    def frames() -> Generator[int, None, None]:
+        try:
+            for i in range(4):
+                clock[0] += 1.0  # decoding
+                deadline.check()
+                yield i
+        finally:
+            closed.append(True)
+
+    closed: list[bool] = []
+    counted = deadline.counted(frames())
+    for i in range(2):
+        assert next(counted) == i
+        clock[0] += 1000.0  # the frame is used
+    with pytest.raises(InputError, match=r"video 1 took more than 2\.5 s to decode; cut it"):
+        next(counted)
+    assert closed
+
+
+def test_closing_counted_frames_closes_the_decoder() -> None:
+    closed: list[bool] = []
+
+    def frames() -> Generator[int, None, None]:
+        try:
+            yield from range(9)
+        finally:
+            closed.append(True)
+
+    counted = Deadline(MediaLimits(), "video 1").counted(frames())
+    assert next(counted) == 0 and not closed
+    counted.close()
+    assert closed
+
+
+def test_deadline() -> None:
+    deadline = Deadline(MediaLimits(), "video 1")
+    with deadline.running():
+        deadline.check()
+    deadline = Deadline(MediaLimits(decode_timeout=0), "video 1")
+    deadline.check()  # nothing was decoded yet
+    with deadline.running(), pytest.raises(InputError, match="video 1 took more than 0 s to"):
+        deadline.check()

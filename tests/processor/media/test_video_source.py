@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from qwen2vl.processor.media.rgb import is_animation
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, Media, MediaLimits
 from qwen2vl.processor.media.video_metadata import VideoReader
 from qwen2vl.processor.media.video_source import open_video
-from tests.media import animation, encoded, encoded_video, png_header, smooth
+from tests.media import animation, encoded, encoded_video, frames_of, png_header, smooth
 
 
 def open_reader(source: Any, **limits: Any) -> VideoReader:
@@ -27,7 +30,7 @@ def open_reader(source: Any, **limits: Any) -> VideoReader:
 
 def gray_levels(reader: VideoReader, indices: list[int]) -> list[int]:
     """Decode frames and return the gray level at the center of each."""
-    frames = reader.get_frames_at(indices, torch.from_numpy)
+    frames = frames_of(reader, indices)
     assert frames is not None
     return [int(frame[frame.shape[0] // 2, frame.shape[1] // 2, 0]) for frame in frames]
 
@@ -161,8 +164,48 @@ def test_frames_of_tensors_have_channels_in_either_place() -> None:
     for source in (torch.tensor(frames), torch.tensor(frames).permute(0, 3, 1, 2) / 255):
         reader = open_reader(source)
         assert (reader.metadata.height, reader.metadata.width) == (30, 5)
-        tensors = reader.get_frames_at([3], torch.from_numpy)
+        tensors = frames_of(reader, [3], torch.from_numpy)
         assert tensors is not None and torch.equal(tensors[0], torch.tensor(frames[3]))
+
+
+def test_frames_of_a_list_are_opened_when_they_are_asked_for() -> None:
+    """The second one is damaged, which is found when it is reached."""
+    good, bad = encoded(smooth(30, 40)), encoded(smooth(30, 40))[:99]
+    frames = open_reader([good, good, bad, good]).frames_at([0, 1, 2, 3], np.array)
+    for _ in range(2):
+        assert np.array_equal(next(frames), smooth(30, 40))
+    with pytest.raises(InputError, match=r"frames\[2\] is damaged"):
+        next(frames)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_animation_is_open_while_its_frames_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    path.write_bytes(animation("GIF", duration=100))
+
+    def is_open() -> bool:
+        files = Path("/proc/self/fd").iterdir()
+        return any(os.path.realpath(file) == str(path.resolve()) for file in files)
+
+    frames = open_reader(path).frames_at([0, 3], np.array)
+    assert not is_open()
+    next(frames)
+    assert is_open()
+    frames.close()
+    assert not is_open()
+
+
+def test_time_limits_of_lists_and_animations_count_decoding_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, later = time.monotonic, [0.0]
+    for source in ([smooth(30, 40)] * 4, animation("GIF", duration=100)):
+        reader = open_reader(source, decode_timeout=60)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + later[0])
+        count = 0
+        for _ in reader.frames_at(range(4), np.array):
+            count, later[0] = count + 1, later[0] + 1000
+        assert count == 4
 
 
 def test_video_files_as_file_objects() -> None:
@@ -213,7 +256,7 @@ def test_sources_that_are_not_videos(source: Any, text: str) -> None:
 
 def _decode_all_frames(source: Any) -> None:
     reader = open_reader(source)
-    reader.get_frames_at(range(len(reader.metadata.timestamps)), torch.from_numpy)
+    frames_of(reader, range(len(reader.metadata.timestamps)))
 
 
 def test_playlists_are_rejected(tmp_path: Path) -> None:

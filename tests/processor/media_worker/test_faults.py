@@ -32,7 +32,7 @@ from qwen2vl.processor.media_worker import remote_decoding, worker_process
 from qwen2vl.processor.media_worker.pool import MediaWorkerPool
 from qwen2vl.processor.media_worker.protocol import ChannelClosedError
 from qwen2vl.processor.media_worker.worker_process import WorkerLimits
-from tests.media import encoded, encoded_video, png_header, smooth
+from tests.media import encoded, encoded_video, frames_of, png_header, smooth
 from tests.processor.test_bad_images import real_bomb
 
 LIMITS = MediaLimits(max_image_pixels=100_000_000)
@@ -165,8 +165,8 @@ def test_a_video_goes_on_in_another_worker(pool: MediaWorkerPool) -> None:
     reader: Any = pool.open_video(data, LIMITS, "v", fps=2, apply_exif_orientation=True)
     with closing(reader):
         indices = [0, 10, 20, 39]
-        got = reader.get_frames_at(indices, transform)
-    assert got == wanted.get_frames_at(indices, lambda frame: frame.tobytes()) and killed
+        got = frames_of(reader, indices, transform)
+    assert got == frames_of(wanted, indices, lambda frame: frame.tobytes()) and killed
     assert decode(pool) == WANTED
 
 
@@ -254,6 +254,29 @@ def test_metadata_are_not_trusted(values: dict[str, Any], behaving: Callable[[st
     behaving(f"nan = float('nan'); channel.send({{'metadata': {metadata}}}, bytes(8))")
     with MediaWorkerPool(1) as pool, pytest.raises(InputError, match="decoding it failed"):
         pool.open_video(b"x", LIMITS, "video 1", fps=2, apply_exif_orientation=True)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "{'height': 4, 'width': 4}, bytes(47)",
+        "{'height': 4, 'width': 4}",
+        "{'height': 10**6, 'width': 10**6}, bytes(9)",
+        "{'done': True}",
+        "{'metadata': None}",
+        "{'metadata': {'fps': 2.0, 'duration': 1.0, 'height': 4, 'width': 4, 'notes': []}}",
+    ],
+)
+def test_frames_are_not_trusted(reply: str, behaving: Callable[[str], None]) -> None:
+    metadata = {"fps": 2.0, "duration": 1.0, "height": 4, "width": 4, "notes": []}
+    opened = f"channel.send({{'metadata': {metadata}}}, bytes(8))"
+    behaving(f"{opened} if header['job'] == 'video' else channel.send({reply})")
+    with (
+        MediaWorkerPool(1) as pool,
+        closing(pool.open_video(b"x", LIMITS, "v", fps=2, apply_exif_orientation=True)) as reader,
+        pytest.raises(InputError, match="v is damaged: decoding it failed; save it again"),
+    ):
+        frames_of(reader, [0])
 
 
 @pytest.mark.parametrize(
