@@ -6,8 +6,8 @@ import gc
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +18,9 @@ from PIL import Image
 from qwen2vl.config import VisionConfig
 from qwen2vl.processor.image import PixelLimits, preprocess_image
 from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits, MediaOptions
+from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
+from qwen2vl.processor.media.video_metadata import FramesDifferError, VideoReader
+from qwen2vl.processor.media_options import MediaOptions
 from qwen2vl.processor.video import preprocess_video
 
 VISION = VisionConfig()
@@ -109,6 +111,17 @@ def encoded_video(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+def frames_of(
+    reader: VideoReader, indices: Sequence[int], transform: Callable[[np.ndarray], Any] = np.array
+) -> list[Any] | None:
+    """Decode frames; None where they differ from the metadata, which are then replaced."""
+    try:
+        with closing(reader.frames_at(indices, transform)) as frames:
+            return list(frames)
+    except FramesDifferError:
+        return None
 
 
 def audio_only() -> bytes:

@@ -140,12 +140,18 @@ def contact_sheet(item: Item, vision: VisionConfig, text: str = "") -> Image.Ima
 
     from qwen2vl.processor.image import unpatchify
 
-    frames_FHWC = unpatchify(item.patches_NP, item.grid, vision).permute(0, 2, 3, 1).numpy()
+    step = vision.temporal_patch_size
+
+    def frame(number: int) -> Image.Image:
+        patches_NP = item.load_pair(number // step)
+        frames_FCHW = unpatchify(patches_NP, item.grid._replace(t=1), vision)
+        return Image.fromarray(frames_FCHW[number % step].permute(1, 2, 0).numpy())
+
     if item.kind == "image":
-        return Image.fromarray(frames_FHWC[0])
+        return frame(0)
     shapes = boxes.shapes_in_size(text, item.resized_size)
-    chosen = _chosen_frames(item, len(frames_FHWC), annotated=bool(shapes))
-    frames = [annotated_image(Image.fromarray(frames_FHWC[n]), shapes) for n in chosen]
+    chosen = _chosen_frames(item, step * item.grid.t, annotated=bool(shapes))
+    frames = [annotated_image(frame(n), shapes) for n in chosen]
     width, height = frames[0].size
     columns = min(MAX_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)

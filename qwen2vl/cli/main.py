@@ -40,7 +40,7 @@ COMMANDS = {
     "train": "Train a model with a recipe, or resume a run.",
     "plot": "Plot the metrics of training runs.",
     "export": "Export a training checkpoint to a model folder.",
-    "quantize": "Quantize a model folder to int8 or int4 (GPTQ, AWQ formats).",
+    "quantize": "Quantize a model folder to int8 or int4 (compressed-tensors).",
     "doctor": "Check the installation, the device and a model folder.",
 }
 

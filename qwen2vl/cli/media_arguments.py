@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +58,10 @@ class MediaFile:
     kind: Modality
     source: str | bytes
 
-    def to_part(self, fps: float | None) -> dict[str, Any]:
-        """Return the content part of a message; `fps` applies to a video."""
-        rate = {"fps": fps} if self.kind == "video" and fps is not None else {}
-        return {"type": self.kind, self.kind: self.source, **rate}
+    def to_part(self, video_options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content part of a message; the options apply to a video."""
+        options = video_options if self.kind == "video" else {}
+        return {"type": self.kind, self.kind: self.source, **options}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

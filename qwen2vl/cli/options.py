@@ -22,6 +22,7 @@ import qwen2vl
 from qwen2vl import threads
 from qwen2vl.cli import terminal
 from qwen2vl.cli.media_arguments import MediaFile, MediaOption
+from qwen2vl.cli.video.options import video_options
 from qwen2vl.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ __all__ = [
 ]
 
 ADAPTER_NAME = re.compile(r"([\w.-]+)=(.+)")
+PREPROCESSING = ("min_pixels", "max_pixels", "video_preset")  # that `load_processor` takes
+GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,6 +103,13 @@ def model_options(command: F) -> F:
             help="Quantize the weights at load time; fp8 requires a GPU.",
         ),
         click.option(
+            "--kv-cache-dtype",
+            type=click.Choice(["auto", "int8"]),
+            default="auto",
+            show_default=True,
+            help="Data type of the KV cache; auto: that of the model. int8 is for the CPU.",
+        ),
+        click.option(
             "--compile",
             is_flag=True,
             help="Use torch.compile (experimental): half a minute at startup, then faster prefill "
@@ -139,17 +149,12 @@ def system_option(command: F) -> F:
 
 
 def media_preprocessing_options(command: F) -> F:
-    """Add the options of image and video preprocessing: pixel limits and frame sampling."""
+    """Add the options of image and video preprocessing: pixel limits and frames."""
     return _add_options(
         command,
         click.option("--min-pixels", type=int, help="Upscale images with fewer pixels than this."),
         click.option("--max-pixels", type=int, help="Downscale images with more pixels than this."),
-        click.option(
-            "--fps",
-            type=float,
-            callback=_check_fps,
-            help="Frames sampled per second of video.",
-        ),
+        video_options,
         click.option(
             "--video-preset",
             type=click.Choice(["paper", "qwen_vl_utils_0_0_8", "qwen_vl_utils_0_0_14"]),
@@ -158,14 +163,6 @@ def media_preprocessing_options(command: F) -> F:
             help="Rules of frame sampling and resizing: the paper's, or a qwen-vl-utils release's.",
         ),
     )
-
-
-def _check_fps(
-    _context: click.Context, _option: click.Parameter, value: float | None
-) -> float | None:
-    if value is not None and not 1e-6 <= value <= 1e6:  # also false for NaN
-        raise click.BadParameter(f"got {value:g}, must be from 1e-06 to 1e+06, such as 2")
-    return value
 
 
 def sampling_options(command: F) -> F:
@@ -272,7 +269,7 @@ def load_model_from_options(
 
     start = time.perf_counter()
     # A command without one of these options uses the default of the LLM.
-    names = ("device", "dtype", "quantize", "compile", "min_pixels", "max_pixels", "video_preset")
+    names = ("device", "dtype", "quantize", "kv_cache_dtype", "compile", *PREPROCESSING)
     overrides = {name: given[name] for name in names if name in given}
     merged, named = _split_adapters(given.get("adapters", ()), bool(given.get("compile")))
     named |= adapters or {}
@@ -353,19 +350,14 @@ def load_processor_from_options(given: dict[str, Any]) -> Processor:
     """Load the processor of the parsed options, without the model weights."""
     from qwen2vl.loading import load_processor
 
-    return load_processor(
-        given["model"],
-        min_pixels=given["min_pixels"],
-        max_pixels=given["max_pixels"],
-        video_preset=given["video_preset"],
-    )
+    return load_processor(given["model"], **{name: given[name] for name in PREPROCESSING})
 
 
 def note_ineffective_media_options(files: Sequence[MediaFile]) -> None:
     """Note the options of preprocessing that nothing in the prompt responds to."""
     kinds = {file.kind for file in files}
     unused = ["fps"] if "video" not in kinds else []
-    unused += [] if kinds else ["min_pixels", "max_pixels", "video_preset"]
+    unused += [] if kinds else PREPROCESSING
     for name in filter(_is_given, unused):
         what = "a video" if name == "fps" else "an image or video"
         terminal.note(f"--{name.replace('_', '-')} has no effect without {what}")
@@ -387,10 +379,7 @@ def note_truncation(llm: LLM, params: SamplingParams, completion: Completion) ->
 def _is_given(name: str) -> bool:
     """Return whether an option of the running command was given on the command line."""
     context = click.get_current_context(silent=True)
-    return context is not None and context.get_parameter_source(name) in (
-        ParameterSource.COMMANDLINE,
-        ParameterSource.ENVIRONMENT,
-    )
+    return context is not None and context.get_parameter_source(name) in GIVEN
 
 
 def _add_options(command: F, *options: Callable[[F], F]) -> F:

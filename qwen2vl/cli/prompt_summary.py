@@ -108,7 +108,7 @@ def _frame_rate(item: Item) -> float:
 
 def _is_photograph(item: Item) -> bool:
     """Return whether an image or the frames of a video have the many colors of a photograph."""
-    patches_NP = item.patches_NP
+    patches_NP = item.load_pair(0) if item.source is not None else item.patches_NP
     bits = (patches_NP.reshape(len(patches_NP), 3, -1) >> 4).long()  # four bits of each channel
     colors = (bits[:, 0] * 256 + bits[:, 1] * 16 + bits[:, 2]).flatten()
     counts = colors.bincount().sort(descending=True).values

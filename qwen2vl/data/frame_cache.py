@@ -88,7 +88,7 @@ def _read(path: Path) -> Item | None:
             kind="video",
             patches_NP=patches_NP,
             grid=Grid(*metadata["grid"]),
-            digest=bytes.fromhex(metadata["digest"]),
+            pair_digests=tuple(map(bytes.fromhex, metadata["pair_digests"])),
             name=metadata["name"],
             original_size=tuple(metadata["original_size"]),
             resized_size=tuple(metadata["resized_size"]),
@@ -103,7 +103,7 @@ def _write(path: Path, item: Item) -> None:
     patches_NP = item.patches_NP.contiguous()
     metadata = {
         "grid": list(item.grid),
-        "digest": item.digest.hex(),
+        "pair_digests": [digest.hex() for digest in item.pair_digests],
         "name": item.name,
         "original_size": item.original_size,
         "resized_size": item.resized_size,

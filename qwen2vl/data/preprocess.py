@@ -308,7 +308,7 @@ class HeaderPreprocessor(SamplePreprocessor):
                 resized_size[0] // vision.patch_size,
                 resized_size[1] // vision.patch_size,
             ),
-            digest=b"",
+            pair_digests=(),
             name=default_name,
             original_size=original_size,  # boxes in pixels are written relative to it
             resized_size=resized_size,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwen2vl.engine.encoder_cache.manager import EncoderCacheManager
-from qwen2vl.engine.scheduler.output import EncoderChunk, StepLimits
+from qwen2vl.engine.scheduler.output import EncoderInput, StepLimits
 from qwen2vl.errors import EngineError
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.lora.multi import LoraAdapter, LoraManager
@@ -124,22 +124,28 @@ class Embedder:
         """Return the vision embeddings of items, encoding those that are not cached."""
         if not items:
             return None
-        for item in items:
-            self.encoder_cache.acquire(item)
+        digests: list[bytes] = []
+        step = self.limits.max_num_encoder_patches
         try:
             for item in items:
-                self._encode(item)
-            return torch.cat([self.encoder_cache.embeddings(item) for item in items])
+                pairs_per_step = max(1, step // (item.grid.h * item.grid.w))
+                for start in range(0, item.grid.t, pairs_per_step):
+                    indices = range(start, min(start + pairs_per_step, item.grid.t))
+                    inputs = [EncoderInput.load(item, index, self.adapter) for index in indices]
+                    self.encoder_cache.acquire([one.digest for one in inputs])
+                    digests += [one.digest for one in inputs]
+                    self._encode(inputs)
+            return torch.cat([self.encoder_cache.embeddings(digest) for digest in digests])
         finally:
-            for item in items:
-                self.encoder_cache.release(item)
+            for digest in digests:
+                self.encoder_cache.release(digest)
 
-    def _encode(self, item: Item) -> None:
-        """Encode the missing frame pairs of an item, a few at a time."""
-        step = max(1, self.limits.max_num_encoder_patches // (item.grid.h * item.grid.w))
-        while (num_encoded := self.encoder_cache.num_encoded_frame_pairs(item)) < item.grid.t:
-            stop = min(num_encoded + step, item.grid.t)
-            self.encoder_cache.encode([EncoderChunk(item, num_encoded, stop, self.adapter)])
+    def _encode(self, inputs: Sequence[EncoderInput]) -> None:
+        """Encode those frame pairs that have no embeddings."""
+        has_embeddings = self.encoder_cache.has_embeddings
+        missing = {one.digest: one for one in inputs if not has_embeddings(one.digest)}
+        if missing:
+            self.encoder_cache.encode(list(missing.values()))
 
 
 def batch_prompts(prompts: Sequence[ModelInput], max_tokens: int) -> Iterator[list[ModelInput]]:

@@ -31,15 +31,18 @@ from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE, BlockPool
 from qwen2vl.engine.kv_cache.storage import KVStorage, SeparateStorage
 from qwen2vl.engine.request import Request
 from qwen2vl.engine.runner import ModelRunner, StepOutOfMemoryError
-from qwen2vl.engine.scheduler.output import StepLimits
-from qwen2vl.engine.scheduler.scheduler import RequestOutput, Scheduler
+from qwen2vl.engine.scheduler.output import RequestOutput, StepLimits
+from qwen2vl.engine.scheduler.scheduler import Scheduler
 from qwen2vl.engine.scheduler.speculative import NgramProposer
 from qwen2vl.engine.stats import EngineCounters
 from qwen2vl.errors import EngineError, Qwen2VLError
 from qwen2vl.lora.multi import LoraManager
-from qwen2vl.model import Qwen2VL
+from qwen2vl.model import KVCache, Qwen2VL
 
 T = TypeVar("T")
+
+# Seconds that a step waits for the decoding of a video where there is nothing else to do.
+MAX_DECODING_WAIT = 0.02
 
 __all__ = ["EngineCore", "EngineResources", "EngineSession", "ExclusiveEngine"]
 
@@ -55,7 +58,9 @@ class EngineResources:
     counters: EngineCounters = field(default_factory=EngineCounters)
 
     @classmethod
-    def create(cls, model: Qwen2VL, config: EngineConfig, num_blocks: int) -> EngineResources:
+    def create(
+        cls, model: Qwen2VL, config: EngineConfig, num_blocks: int, kv_cache: type[KVCache]
+    ) -> EngineResources:
         """Create the resources of a model; with a disk cache, start hashing its vision tower.
 
         On a GPU the KV storage is an arena and the decode backend CUDA graphs; on a CPU separate
@@ -74,6 +79,7 @@ class EngineResources:
         weights_digest.start_hashing()
         decode_backend: DecodeBackend | None = None
         if model.device.type == "cuda":
+            assert kv_cache is KVCache, "the arena stores the model's dtype"
             num_slots = num_blocks * BLOCK_SIZE
             arena = KVArena(model.config.text, num_slots, model.dtype, model.device)
             if config.cuda_graphs:
@@ -81,7 +87,7 @@ class EngineResources:
             return cls(arena, decode_backend, disk_cache, weights_digest)
         if model.device.type == "cpu":
             decode_backend = KernelDecode(model, config.max_num_seqs)
-        storage = SeparateStorage(model.config.text, model.dtype, model.device)
+        storage = SeparateStorage(model.config.text, model.dtype, model.device, kv_cache)
         return cls(storage, decode_backend, disk_cache, weights_digest)
 
 
@@ -142,6 +148,10 @@ class EngineCore:
         if not self.scheduler.has_unfinished_requests:
             return []
         scheduler_output = self.scheduler.schedule()
+        if scheduler_output.is_empty:
+            for source, index in scheduler_output.awaited_pairs[:1]:
+                source.wait(index, MAX_DECODING_WAIT)
+            return list(scheduler_output.failed)
         try:
             results = self.runner.execute_model(scheduler_output)
         except StepOutOfMemoryError as out_of_memory:

@@ -55,7 +55,7 @@ from qwen2vl.engine.sampling.params import SamplingParams
 from qwen2vl.engine.validation import PreparedRequest
 from qwen2vl.errors import InputError
 from qwen2vl.loading import load
-from qwen2vl.memory import DTypeName
+from qwen2vl.memory import DTypeName, KVCacheDTypeName
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.media.source import MediaLimits
 from qwen2vl.processor.processor import Processor
@@ -95,6 +95,7 @@ class LLM(LLMEngine):
         adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         max_model_len: int | None = None,
+        kv_cache_dtype: KVCacheDTypeName = "auto",
         hf_overrides: Mapping[str, Any] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -108,10 +109,12 @@ class LLM(LLMEngine):
 
         A `Qwen2VL` in memory is used as it is, with its `processor`; arguments of `load` are
         refused then. `adapters` (name -> folder) are LoRA adapters that stay unmerged; each request
-        selects one by SamplingParams(adapter=name). `compile` is experimental; it takes half a
-        minute the first time and less later, and without a C++ compiler it logs a warning only.
-        `generation_defaults` replace those of the folder's generation_config.json. Any other
-        argument is an error, which says what is written in place of a name of vLLM or transformers.
+        selects one by SamplingParams(adapter=name). `kv_cache_dtype` is that of keys and values:
+        auto, the model's, or on a CPU int8, half the bytes of bfloat16. `compile` is experimental;
+        it takes half a minute the first time and less later, and without a C++ compiler it logs a
+        warning only. `generation_defaults` replace those of the folder's generation_config.json.
+        Any other argument is an error, which says what is written in place of a name of vLLM or
+        transformers.
 
         Raises:
             CheckpointError, ConfigError, CapacityError, InputError: as `load` does.
@@ -147,7 +150,9 @@ class LLM(LLMEngine):
             folder = resolve_model(model)
             if device == "auto":
                 load_options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-            model, processor = load(folder, max_model_len=max_model_len, **load_options)
+            model, processor = load(
+                folder, max_model_len=max_model_len, kv_cache_dtype=kv_cache_dtype, **load_options
+            )
             if generation_defaults is None:
                 generation_defaults = read_generation_defaults(folder)
                 defaults_source = "the checkpoint's generation_config.json"
@@ -159,6 +164,7 @@ class LLM(LLMEngine):
             name=name,
             adapters=adapters or {},
             max_model_len=max_model_len,
+            kv_cache_dtype=kv_cache_dtype,
             compile=compile,
             defaults_source=defaults_source,
         )

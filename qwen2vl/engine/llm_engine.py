@@ -34,12 +34,13 @@ from qwen2vl.engine.kv_cache.capacity import (
 from qwen2vl.engine.outputs import Completion, Delta
 from qwen2vl.engine.request import Request, collect_completions
 from qwen2vl.engine.sampling.params import SamplingParams
-from qwen2vl.engine.scheduler.scheduler import RequestOutput
+from qwen2vl.engine.scheduler.output import RequestOutput
 from qwen2vl.engine.stats import EngineStats
 from qwen2vl.engine.validation import RequestValidator, with_cache_identity
 from qwen2vl.errors import EngineError
 from qwen2vl.loading import load_adapters, resolve_max_model_len
 from qwen2vl.lora.multi import LoraManager
+from qwen2vl.memory import KVCacheDTypeName, kv_cache_class
 from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.processor import Processor
@@ -132,6 +133,7 @@ class LLMEngine:
         name: str,
         adapters: Mapping[str, str | Path],
         max_model_len: int | None,
+        kv_cache_dtype: KVCacheDTypeName,
         compile: bool,
         defaults_source: str,
     ) -> None:
@@ -145,13 +147,16 @@ class LLMEngine:
             name: of the model, for display.
             adapters: unmerged LoRA adapters, name -> folder.
             max_model_len: limit of prompt and output tokens; None: the model's.
+            kv_cache_dtype: of keys and values; auto: the model's dtype.
             compile: compile the model.
             defaults_source: where the generation defaults are set, for warnings.
         """
+        kv_cache = kv_cache_class(kv_cache_dtype, model.device)
         self._name = name
         self._model: Qwen2VL | None = model  # None: closed
         self.engine_config = engine_config
-        self.processor = processor.with_item_cache(engine_config.item_cache_bytes)
+        streaming = processor.with_streamed_videos(engine_config.streamed_video_bytes)
+        self.processor = streaming.with_item_cache(engine_config.item_cache_bytes)
         self.generation_defaults = generation_defaults
         self.max_model_len = resolve_max_model_len(model.config, max_model_len)
         self._lora_manager = LoraManager(model)
@@ -164,10 +169,13 @@ class LLMEngine:
             load_adapters(model, adapters),
             defaults_source=defaults_source,
         )
-        self._num_blocks = num_cache_blocks(model, engine_config.kv_cache_tokens, max_model_len)
+        self.kv_cache_dtype = kv_cache_dtype
+        self._num_blocks = num_cache_blocks(
+            model, engine_config.kv_cache_tokens, max_model_len, kv_cache
+        )
         began = time.perf_counter()
         is_compiled = compile and compile_for_inference(model)
-        self._resources = EngineResources.create(model, engine_config, self._num_blocks)
+        self._resources = EngineResources.create(model, engine_config, self._num_blocks, kv_cache)
         self._counters = self._resources.counters
         # None: not compiled
         self.compile_seconds = time.perf_counter() - began if is_compiled else None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from math import fsum
 from traceback import clear_frames
 from typing import Protocol
@@ -127,7 +128,8 @@ class Request:
         self.num_reused_tokens = 0  # the same, at the last admission
         self.skip_reading_prefix_cache = False  # after reused blocks gave logits with NaN
         self.num_draft_tokens = self.num_accepted_tokens = 0  # of speculative decoding
-        self.held_items: list[Item] = []  # whose vision embeddings are pinned for it
+        # Frame pairs whose embeddings are kept for it: (token after their last one, digest).
+        self.held_pairs: deque[tuple[int, bytes]] = deque()
         self.timer = RequestTimer()
         self._num_streamed_tokens = 0  # output tokens that deltas have reported
         self._stop_token_ids = stop_token_ids
@@ -160,12 +162,6 @@ class Request:
             return prompt_3T
         output_3T = torch.arange(max(start, prompt_length) + delta, stop + delta).expand(3, -1)
         return output_3T if start >= prompt_length else torch.cat([prompt_3T, output_3T], dim=1)
-
-    def items_after(self, num_tokens: int) -> Iterator[tuple[int, Item]]:
-        """Yield (first token, item) of each item that extends beyond the first `num_tokens`."""
-        for start, item in zip(self.prompt.item_starts, self.prompt.items, strict=True):
-            if start + item.num_tokens > num_tokens:
-                yield start, item
 
     def append(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
         """Append a sampled token; return the text that it completes."""

@@ -1,6 +1,6 @@
 """Model runner: executes a SchedulerOutput, from cache operations to sampled tokens.
 
-    cache operations --> KV caches                encoder chunks --> encoder cache
+    cache operations --> KV caches                encoder inputs --> encoder cache
     token chunks --> one packed forward over the caches of all requests --> hidden_TD
     (pure decode batches may go to a DecodeBackend instead)
     last hidden states --> logits_RV --> the sampler of each request --> tokens or its own error
@@ -77,11 +77,11 @@ class ModelRunner:
         """Execute one step; return one result for each token chunk.
 
         Raises:
-            StepOutOfMemoryError: memory ran out; only encoder chunks of the step have taken effect.
+            StepOutOfMemoryError: memory ran out; only encoder inputs of the step have taken effect.
         """
         with _attribute_memory_errors(scheduler_output.largest_request):
             self.apply_cache_operations(scheduler_output.cache_operations)
-        if scheduler_output.encoder_chunks:
+        if scheduler_output.encoder_inputs:
             with _attribute_memory_errors(scheduler_output.largest_encoder_request):
                 self._encode(scheduler_output)
         if not scheduler_output.token_chunks:
@@ -98,7 +98,7 @@ class ModelRunner:
 
     def _encode(self, scheduler_output: SchedulerOutput) -> None:
         began = time.perf_counter()
-        self.encoder_cache.encode(scheduler_output.encoder_chunks)
+        self.encoder_cache.encode(scheduler_output.encoder_inputs)
         for request in scheduler_output.encoder_requests:
             request.timer.vision_seconds += time.perf_counter() - began
 
@@ -195,14 +195,14 @@ class ModelRunner:
         return self.caches[chunk.request.allocation.id]
 
     def _vision_embeddings(self, chunk: TokenChunk) -> list[tuple[int, Tensor]]:
-        """Return (first token, embeddings) of the part of each item that lies in the chunk."""
+        """Return (first token, embeddings) of the part of each frame pair in the chunk."""
         parts: list[tuple[int, Tensor]] = []
-        for start, item in chunk.request.items_after(chunk.start):
-            first, last = max(start, chunk.start), min(start + item.num_tokens, chunk.stop)
-            if first < last:
-                parts.append(
-                    (first, self.encoder_cache.embeddings(item)[first - start : last - start])
-                )
+        for start, item, index in chunk.request.prompt.pairs_between(chunk.start, chunk.stop):
+            digest = item.pair_digest(index)
+            assert digest is not None, "it has been encoded"
+            embeddings_MD = self.encoder_cache.embeddings(digest)
+            first = max(start, chunk.start)
+            parts.append((first, embeddings_MD[first - start : chunk.stop - start]))
         return parts
 
     def _compute_logits(self, chunks: Sequence[TokenChunk], hidden_TD: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A `Tracer` runs a ParityPrompt and returns a `Trace`: pixels, ids, positions, the output of each
 block and the logits, under common step names. `compare` finds the first step that differs, and by
 how much. Activations are recorded with forward hooks; the model code is unchanged. The reference
-tracer, which runs transformers, is in reference.py. Of a quantized folder (GPTQ, AWQ) both sides
+tracer, which runs transformers, is in reference.py. Of a quantized folder both sides
 compute with the dequantized weights.
 """
 

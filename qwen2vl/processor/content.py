@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from qwen2vl.errors import InputError, Qwen2VLError, UnknownKeyError, abbreviate, suggest
 from qwen2vl.grounding import ObjectRef
-from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.media_options import NO_OPTIONS, MediaOptions
 
 __all__ = [
     "GroundingPart",
@@ -114,7 +114,8 @@ _IMAGE_OPTIONS = {"min_pixels", "max_pixels", "resized_height", "resized_width",
 _OPTIONS = {
     "image": _IMAGE_OPTIONS,
     "video": _IMAGE_OPTIONS
-    | {"fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end"},
+    | {"fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end"}
+    | {"frame_times", "segment_frames", "subtitles"},
 }
 _ALIASES = {"num_frames": "nframes"}  # vLLM's and transformers' name -> qwen-vl-utils' name
 _NUM_COORDINATES = {"box": 4, "point": 2, "quad": 8}

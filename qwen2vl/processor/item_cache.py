@@ -1,5 +1,7 @@
 """LRU cache of preprocessed images and videos: a multi-turn chat decodes each of them once.
 
+Of a long video the digests of its frame pairs are kept, not the patches (FramePairStream).
+
 Keys are content hashes, not paths: a file that changed is decoded again, a copy of a file is not.
 Reading and hashing a JPEG costs a hundredth of decoding and resizing it. Not cached: URLs, which
 are downloaded every time; PIL images, whose appearance depends on more than their pixels; lists of
@@ -44,15 +46,15 @@ class ItemCache:
 
     def put(self, key: tuple[Any, ...], item: Item) -> None:
         """Store an item; its tensors must not be modified afterwards."""
-        if item.patches_NP.nbytes > self.max_bytes:
+        if item.num_bytes > self.max_bytes:
             return
         with self._lock:
             old = self._items.pop(key, None)
             self._items[key] = item
-            self.num_bytes += item.patches_NP.nbytes - (0 if old is None else old.patches_NP.nbytes)
+            self.num_bytes += item.num_bytes - (0 if old is None else old.num_bytes)
             while self.num_bytes > self.max_bytes:
                 _, oldest = self._items.popitem(last=False)
-                self.num_bytes -= oldest.patches_NP.nbytes
+                self.num_bytes -= oldest.num_bytes
 
 
 def content_digest(source: Any, limits: MediaLimits, name: str) -> bytes | None:

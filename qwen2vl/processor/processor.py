@@ -28,7 +28,8 @@ from qwen2vl.processor.messages import parse_messages
 from qwen2vl.processor.tokenizer import Tokenizer
 from qwen2vl.processor.tokenizer_files import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from qwen2vl.processor.tools.tool_prompt import merge_turns
-from qwen2vl.processor.video import find_video_preset, preprocess_video
+from qwen2vl.processor.video import find_video_preset, preprocess_video, segment_videos
+from qwen2vl.processor.video.subtitles import Cue, read_subtitles
 
 __all__ = ["Processor"]
 
@@ -73,6 +74,7 @@ class Processor:
         self.limits = limits or DEFAULT_LIMITS
         self.decoder: MediaDecoder = LOCAL_DECODER
         self._item_cache: ItemCache | None = None
+        self._stream_above: int | None = None
 
     def with_media(self, decoder: MediaDecoder, limits: MediaLimits) -> Processor:
         """Return a copy that decodes media with `decoder`, within `limits`; its cache is empty."""
@@ -94,6 +96,15 @@ class Processor:
         """
         processor = copy(self)
         processor._item_cache = ItemCache(max_bytes)
+        return processor
+
+    def with_streamed_videos(self, above: int | None) -> Processor:
+        """Return a copy that decodes videos of more than `above` bytes while they are used.
+
+        Their items have a `source` in place of patches: for the engine, not for training.
+        """
+        processor = copy(self)
+        processor._stream_above = above
         return processor
 
     def __call__(
@@ -132,6 +143,7 @@ class Processor:
         # Results of parallel tool calls are rendered in the order of the calls.
         media = [p for turn in merge_turns(parsed) for p in turn.parts if isinstance(p, MediaPart)]
         items = self._build_items(media, cache_salt)
+        parsed, items = segment_videos(parsed, media, items, self._read_subtitles)
         segments = render(
             parsed,
             sizes=[item.original_size for item in items if item.kind == "image"],
@@ -238,6 +250,11 @@ class Processor:
             cache_salt=cache_salt,
         )
 
+    def _read_subtitles(self, part: MediaPart, name: str) -> list[Cue]:
+        if self.decoder is not LOCAL_DECODER:
+            raise InputError(f"{name}: a server reads no subtitles; send their text as text")
+        return read_subtitles(part.options.subtitles, part.source, self.limits, name)
+
     def _build_items(self, media: Sequence[MediaPart], cache_salt: bytes) -> list[Item]:
         counts = {"image": 0, "video": 0}
         items = []
@@ -265,7 +282,9 @@ class Processor:
         digest = content_digest(part.source, self.limits, name)
         if digest is None:
             return self._preprocess(part, name)
-        key = (part.kind, name, part.options, self.pixels, self.video_preset, digest, cache_salt)
+        # What is between the frames is no part of the item.
+        options = replace(part.options, segment_frames=None, subtitles=None)
+        key = (part.kind, name, options, self.pixels, self.video_preset, digest, cache_salt)
         item = cache.get(key)
         if item is None:
             item = self._preprocess(part, name)
@@ -294,6 +313,7 @@ class Processor:
             limits=self.limits,
             name=name,
             decoder=self.decoder,
+            stream_above=self._stream_above,
         )
 
     def _assemble(

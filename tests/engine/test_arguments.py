@@ -173,7 +173,7 @@ def test_parameters_are_broadcast_or_given_for_each_prompt() -> None:
 
 def test_default_values_of_load_options_are_not_refused() -> None:
     defaults = {"device": "auto", "dtype": "auto", "video_preset": "paper", "quantize": None}
-    defaults |= {"compile": False, "engine": None}
+    defaults |= {"compile": False, "engine": None, "kv_cache_dtype": "auto"}
     refuse_load_options(defaults, "the LLM", "")
 
 

@@ -290,10 +290,10 @@ def test_an_image_that_needs_too_much_memory_fails_its_own_request(
     long = [user("A long story. " * 14)]
     encode = llm.engine_core.runner.encoder_cache.encode
 
-    def limited(chunks: Any) -> None:
-        if any(chunk.item.grid.h > 8 for chunk in chunks):
+    def limited(inputs: Any) -> None:
+        if any(one.item.grid.h > 8 for one in inputs):
             raise MemoryError
-        encode(chunks)
+        encode(inputs)
 
     monkeypatch.setattr(llm.engine_core.runner.encoder_cache, "encode", limited)
     beside, large = llm.chat([long, CONVERSATIONS[6]], GREEDY)

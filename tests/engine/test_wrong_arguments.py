@@ -119,8 +119,8 @@ CONVERSATION = {"conversation": ("conversation", "messages")}
 CHAT = {"conversations": ("conversations", "messages"), **MEDIA, **names("params tools on_delta")}
 SAMPLING = names(" ".join(f.name for f in fields(SamplingParams)))
 LOAD = names(
-    "device dtype quantize adapter max_model_len hf_overrides min_pixels max_pixels video_preset"
-    " limits"
+    "device dtype quantize adapter max_model_len kv_cache_dtype hf_overrides min_pixels max_pixels"
+    " video_preset limits"
 )
 LOAD |= {"video_preset": ("video_preset", "video preset")}
 IN_MEMORY = LOAD | names("processor compile adapters engine generation_defaults")

@@ -16,7 +16,7 @@ import qwen2vl.model.attention
 import qwen2vl.model.rope
 import qwen2vl.processor.image
 import qwen2vl.processor.processor
-import qwen2vl.processor.video
+import qwen2vl.processor.video.preprocess
 from qwen2vl.geometry import AttnMeta, Grid, VisionMeta
 from qwen2vl.model import Qwen2VL
 from qwen2vl.model.rope import CosSin
@@ -39,7 +39,7 @@ def wrap_patchify(
     patch: pytest.MonkeyPatch, change: Callable[[Tensor, Grid], tuple[Tensor, Grid]]
 ) -> None:
     original = qwen2vl.processor.image.patchify
-    for module in (qwen2vl.processor.image, qwen2vl.processor.video):
+    for module in (qwen2vl.processor.image, qwen2vl.processor.video.preprocess):
         patch.setattr(module, "patchify", lambda frames, vision: change(*original(frames, vision)))
 
 

@@ -32,7 +32,7 @@ from qwen2vl.model import Qwen2VL
 from qwen2vl.processor.processor import Processor
 from tests.eval.faults import FAULTS
 from tests.folders import edit_json, write_tiny
-from tests.quantized_folders import AWQ, GPTQ, write_quantized
+from tests.quantized_folders import AWQ, GPTQ, W8A8, w4a16, write_quantized
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -107,14 +107,23 @@ def test_every_fault_is_located_at_its_step(
 # Folders that transformers alone cannot open ---------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [AWQ | {"bits": 4}, GPTQ | {"bits": 8}], ids=["awq", "gptq"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AWQ | {"bits": 4, "group_size": 32},
+        GPTQ | {"bits": 8, "group_size": 32},
+        W8A8,
+        w4a16(32, symmetric=False),
+    ],
+    ids=["awq", "gptq", "w8a8", "w4a16"],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_quantized_folders_are_compared_dequantized(
     tmp_path: Path, settings: dict[str, Any], tied: bool
 ) -> None:
     folder = tmp_path / "quantized"
     model = tiny_model(config=tiny_config(tie_word_embeddings=tied))
-    plain = write_quantized(folder, settings | {"group_size": 32}, model=model)
+    plain = write_quantized(folder, settings, model=model)
     processor = load_processor(folder)
     trace = model_tracer(folder, processor)(synthetic_prompt())
     plain_trace = run_model(plain, processor(synthetic_prompt().messages))

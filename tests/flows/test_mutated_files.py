@@ -40,6 +40,7 @@ from tests.flows.mutations import (
     pictures,
     row_files,
 )
+from tests.media import frames_of
 from tests.properties import at_both_sizes
 from tests.tiny import tiny_config, tiny_processor
 
@@ -87,7 +88,7 @@ def check_picture(data: bytes) -> None:
 
 def first_and_last(video: VideoReader) -> list[np.ndarray] | None:
     last = len(video.metadata.timestamps) - 1
-    return video.get_frames_at(sorted({0, min(1, last), last}), np.copy)
+    return frames_of(video, sorted({0, min(1, last), last}))
 
 
 def check_clip(data: bytes) -> None:

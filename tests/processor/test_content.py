@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwen2vl.errors import InputError, UnknownKeyError
 from qwen2vl.processor.content import GroundingPart, MediaPart, Part, TextPart, parse_media_item
-from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.media_options import NO_OPTIONS, MediaOptions
 from qwen2vl.processor.messages import parse_messages
 
 PATH = "messages[0].content[0]"

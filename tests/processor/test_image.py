@@ -172,7 +172,7 @@ def test_item_fields_of_an_image() -> None:
     assert item.num_tokens == 20
     assert (item.original_size, item.resized_size) == ((100, 150), (112, 140))
     assert (item.name, item.notes, item.frame_timestamps) == ("image 1", (), ())
-    assert len(item.digest) == 32
+    assert len(item.pair_digests[0]) == 32
 
 
 def test_pixels_are_pillow_bicubic_in_both_frames() -> None:
@@ -191,7 +191,11 @@ def test_arrays_of_any_layout_give_the_same_item(change: object) -> None:
     for shape in ((56, 84, 3), (50, 90, 3)):
         plain = noise(*shape[:2])
         other = change(plain).reshape(shape)  # pyright: ignore[reportCallIssue]
-        assert image(other).digest == image(plain).digest == image(Image.fromarray(plain)).digest
+        assert (
+            image(other).pair_digests
+            == image(plain).pair_digests
+            == image(Image.fromarray(plain)).pair_digests
+        )
         assert torch.equal(image(other).patches_NP, image(plain).patches_NP)
 
 
@@ -234,18 +238,18 @@ def test_detail_low_is_at_most_512_x_512_pixels_within_the_models_limits() -> No
 def test_digest_depends_on_the_input_of_the_vision_tower() -> None:
     """Equal pixels, equal digest; another size, image or normalization, another digest."""
     pixels = smooth(112, 112)
-    base = image(pixels).digest
-    assert image(encoded(pixels)).digest == base
+    base = image(pixels).pair_digests
+    assert image(encoded(pixels)).pair_digests == base
     others = {
-        image(pixels, max_pixels=56 * 56).digest,
-        image(pixels[::-1]).digest,
+        image(pixels, max_pixels=56 * 56).pair_digests,
+        image(pixels[::-1]).pair_digests,
         preprocess_image(
             pixels, vision=replace(VISION, image_mean=(0.5, 0.5, 0.5)), pixels=PIXELS, name="x"
-        ).digest,
+        ).pair_digests,
         preprocess_image(
             pixels, vision=replace(VISION, image_std=(0.5, 0.5, 0.5)), pixels=PIXELS, name="x"
-        ).digest,
-        image(np.ascontiguousarray(smooth(112, 112).reshape(56, 224, 3))).digest,
+        ).pair_digests,
+        image(np.ascontiguousarray(smooth(112, 112).reshape(56, 224, 3))).pair_digests,
     }
     assert base not in others
     assert len(others) == 5

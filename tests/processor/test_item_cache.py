@@ -67,7 +67,9 @@ def test_second_turn_decodes_nothing(opened: list[str], tmp_path: Path) -> None:
     groups = zip(second_input.items, first_input.items, uncached.items, strict=False)
     for hit, item, wanted in groups:
         assert hit is item
-        assert hit.digest == wanted.digest and torch.equal(hit.patches_NP, wanted.patches_NP)
+        assert hit.pair_digests == wanted.pair_digests and torch.equal(
+            hit.patches_NP, wanted.patches_NP
+        )
     assert second_input.items[5] is first_input.items[0]
 
 
@@ -81,7 +83,7 @@ def test_changed_file_is_decoded_again(opened: list[str], tmp_path: Path) -> Non
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
     other = cached(user({"image": path}))
-    assert one.items[0].digest != other.items[0].digest and len(opened) == 2
+    assert one.items[0].pair_digests != other.items[0].pair_digests and len(opened) == 2
     path.unlink()
     with pytest.raises(InputError, match=r"a\.bmp"):
         cached(user({"image": path}))
@@ -93,7 +95,7 @@ def test_other_options_give_another_item(opened: list[str]) -> None:
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     parts = [{"image": data}, {"image": data, "max_pixels": 4 * 28 * 28}, {"video": data}]
     items = [cached(user(part)).items[0] for part in parts]
-    assert len(opened) == 3 and len({(item.kind, item.digest) for item in items}) == 3
+    assert len(opened) == 3 and len({(item.kind, item.pair_digests) for item in items}) == 3
 
 
 def test_changed_buffers_are_decoded_again(opened: list[str]) -> None:
@@ -109,7 +111,7 @@ def test_changed_buffers_are_decoded_again(opened: list[str]) -> None:
         frames[0] = torch.from_numpy(random_image(56, 56, seed=seed))
         items = cached(user({"image": file}, {"image": tensor}, {"video": frames})).items
         wanted = tiny_processor()(user({"image": random_image(seed=seed)})).items[0]
-        assert items[0].digest == items[1].digest == wanted.digest
+        assert items[0].pair_digests == items[1].pair_digests == wanted.pair_digests
     assert opened.count("image 2") == opened.count("video 1") == 2
     assert len(opened) == 2 * 3 + 4  # the last four by the processor without a cache
 

@@ -8,7 +8,7 @@ import pytest
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.content import MediaPart, TextPart
-from qwen2vl.processor.media.source import NO_OPTIONS
+from qwen2vl.processor.media_options import NO_OPTIONS
 from qwen2vl.processor.messages import Message, ToolCall, parse_messages
 from tests.processor.test_content import Dumped
 

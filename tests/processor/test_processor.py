@@ -131,7 +131,7 @@ def test_encoded_images_in_other_formats() -> None:
         )
     )
     assert [item.name for item in inputs.items] == ["image 1", "image 2", "image 3"]
-    assert len({item.digest for item in inputs.items}) == 1
+    assert len({item.pair_digests for item in inputs.items}) == 1
 
 
 def test_options_apply_to_their_item_only() -> None:

@@ -132,7 +132,7 @@ def test_num_frames_is_nframes() -> None:
         tiny_processor()(user({"type": "video", "video": frames, name: 4})).items[0]
         for name in ("num_frames", "nframes")
     )
-    assert one.digest == other.digest and len(one.frame_timestamps) == 4
+    assert one.pair_digests == other.pair_digests and len(one.frame_timestamps) == 4
     both = {"type": "video", "video": frames, "num_frames": 4, "nframes": 4}
     with pytest.raises(InputError, match=r"num_frames and .*nframes mean the same"):
         tiny_processor()(user(both))
@@ -156,7 +156,7 @@ def test_data_url_of_jpeg_frames(is_cached: bool) -> None:
     frames = [jpeg(seed) for seed in range(4)]
     item = {"type": "video_url", "video_url": {"url": jpeg_url(*frames)}}
     listed = tiny_processor()(user({"video": frames})).items[0]
-    assert processor(user(item)).items[0].digest == listed.digest
+    assert processor(user(item)).items[0].pair_digests == listed.pair_digests
     sampled = processor(user({**item, "num_frames": 2})).items[0]
     assert len(sampled.frame_timestamps) == 2
     if is_cached:
@@ -214,7 +214,7 @@ def test_with_media_replaces_decoder_limits_and_cache() -> None:
     original = tiny_processor().with_item_cache(10**7)
     original(message)
     copy = original.with_media(decoder, MediaLimits(max_image_pixels=56 * 56))
-    assert copy(message).items[0].digest == original(message).items[0].digest
+    assert copy(message).items[0].pair_digests == original(message).items[0].pair_digests
     assert copy(message).items and decoder.count == 1  # the first was not in its cache
     assert decoded(copy(message)) == decoded(original(message))
     large = user({"image": encoded(smooth(57, 56))})

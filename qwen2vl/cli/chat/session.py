@@ -7,8 +7,8 @@ input in between, exits with code 130. An invalid turn or command is reported an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from qwen2vl.cli import boxes, terminal
 from qwen2vl.cli.chat.backend import ChatBackend, ChatMessage, ChatServerError
@@ -50,17 +50,21 @@ class ChatSession:
     """One conversation, and the images and videos attached to its next message."""
 
     def __init__(
-        self, backend: ChatBackend, *, fps: float | None = None, output: str | None = None
+        self,
+        backend: ChatBackend,
+        *,
+        video_options: Mapping[str, Any] | None = None,
+        output: str | None = None,
     ) -> None:
         """Begin an empty conversation.
 
         Args:
             backend: what answers.
-            fps: frames sampled per second of the videos that are attached.
+            video_options: keys of the content parts of the videos that are attached, as fps.
             output: image file or folder for answers with boxes, drawn.
         """
         self.backend = backend
-        self.fps = fps
+        self.video_options = dict(video_options or {})
         self.output = output
         self.messages: list[ChatMessage] = []  # a system prompt, if any, is the first
         self.pending_media: list[ChatMessage] = []
@@ -124,7 +128,7 @@ class ChatSession:
         """
         if not files:
             return
-        parts = [file.to_part(self.fps) for file in files]
+        parts = [file.to_part(self.video_options) for file in files]
         summary = self.backend.describe([{"role": "user", "content": parts}])
         self.pending_media += parts
         if len(summary.lines) > MAX_LISTED_ITEMS:

@@ -16,6 +16,8 @@ import click
 from qwen2vl.cli import annotate, boxes, options, terminal
 from qwen2vl.cli.media_arguments import read_media_arguments, split_question
 from qwen2vl.cli.prompt_summary import note_nano_limits, print_prompt_summary
+from qwen2vl.cli.video.options import VIDEO_TIME, part_options
+from qwen2vl.cli.video.windows import ask_in_windows, window_of_training
 
 if TYPE_CHECKING:
     from qwen2vl.cli.options import LoadedModel
@@ -46,6 +48,11 @@ __all__ = ["ask"]
     show_default=True,
     help="Without special tokens, and boxes as pixels; or the text as the model wrote it.",
 )
+@click.option(
+    "--window",
+    type=VIDEO_TIME,
+    help="Ask about each part of this length of a long video, as 2m, and join the answers.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of the text.")
 @terminal.debug_option
 def ask(
@@ -53,6 +60,7 @@ def ask(
     system: str | None,
     output: str | None,
     skip_special_tokens: bool,
+    window: float | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -63,6 +71,7 @@ def ask(
     \b
     qwen2vl ask receipt.png "What is the total?"
     qwen2vl ask --fps 1 goal.mp4 "Who scores?"
+    qwen2vl ask movie.mp4 --every 5s --window 10m "Who enters?"
     qwen2vl ask cat.jpg --choice yes --choice no "Is it asleep?"
     """
     names, question = split_question(arguments)
@@ -71,6 +80,7 @@ def ask(
         annotate.check_output(output, len(files))
     if output and len(given["adapters"]) > 1:
         raise click.UsageError("-o draws the boxes of one answer; give one --adapter")
+    video_options = part_options(given)
     params = replace(
         options.sampling_params_from_options(given),
         grammar=options.grammar_from_options(given),
@@ -79,8 +89,16 @@ def ask(
     loaded = options.load_model_from_options(given)
     options.note_ineffective_media_options(files)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    content = [*(file.to_part(given["fps"]) for file in files), {"type": "text", "text": question}]
+    media = [file.to_part(video_options) for file in files]
+    content = [*media, {"type": "text", "text": question}]
     messages.append({"role": "user", "content": content})
+    if window is None and [file.kind for file in files] == ["video"]:
+        window = window_of_training(loaded, messages, video_options)
+    if window is not None:
+        ask_in_windows(
+            loaded, files, question, params, video_options, seconds=window, as_json=as_json
+        )
+        return
     for number, adapter in enumerate(loaded.adapter_names or (None,)):
         if len(loaded.adapter_names) > 1 and not as_json:
             terminal.echo(f"{adapter}:")

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from qwen2vl.cli import annotate, options, terminal
 from qwen2vl.cli.chat.session import ChatSession
 from qwen2vl.cli.media_arguments import read_media_arguments
+from qwen2vl.cli.video.options import part_options
 
 if TYPE_CHECKING:
     from qwen2vl.cli.chat.backend import ChatBackend
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["chat"]
 
 # Options of a model that is loaded here; a server was started with its own.
-LOCAL_OPTIONS = ("device", "dtype", "adapters", "quantize", "compile", "video_preset")
+LOCAL_OPTIONS = (
+    *("device", "dtype", "adapters", "quantize", "kv_cache_dtype", "compile"),
+    "video_preset",
+)
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed")
 PIXELS = ("min_pixels", "max_pixels")
 
@@ -78,7 +82,7 @@ def chat(
     else:
         backend, name = _connect(server, api_key, given)
     terminal.note(f"{name} is ready; /image FILE attaches an image, /help lists the commands")
-    session = ChatSession(backend, fps=given["fps"], output=output)
+    session = ChatSession(backend, video_options=part_options(given), output=output)
     if system:
         session.set_system(system)
     session.attach(files)

@@ -37,7 +37,7 @@ SUITES = (
     "mini",
 )
 # Options of a model that is loaded here; a server was started with its own.
-LOCAL_OPTIONS = ("device", "dtype", "adapters", "quantize", "compile")
+LOCAL_OPTIONS = ("device", "dtype", "adapters", "quantize", "kv_cache_dtype", "compile")
 MAX_NAMES = 2  # of parts that are left out for one reason, in a note
 DEFAULT_CONCURRENCY = 16  # requests that `qwen2vl serve` runs at the same time
 
@@ -292,7 +292,7 @@ def _choose_source(suite: Suite, server: str | None, given: dict[str, Any]) -> _
 
     for option in LOCAL_OPTIONS:
         if _is_given(option):
-            flag = "--adapter" if option == "adapters" else f"--{option}"
+            flag = "--adapter" if option == "adapters" else f"--{option.replace('_', '-')}"
             raise click.UsageError(
                 f"{flag} is an option of a model that is loaded here; with --server the server was "
                 "started with its own"

@@ -129,9 +129,8 @@ def _note_quantization(name: str) -> None:
 
     if quantization := open_tensors(resolve_model(name)).quantization_config:
         terminal.note(
-            f"the weights are quantized ({quantization.bits} bits in "
-            f"{quantization.method.upper()}'s format): both compute with the dequantized weights "
-            "in float32; `qwen2vl eval` measures the quantized model"
+            f"the weights are quantized ({quantization.describe()}): both compute with the "
+            "dequantized weights in float32; `qwen2vl eval` measures the quantized model"
         )
 
 

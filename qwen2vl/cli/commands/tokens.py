@@ -13,6 +13,7 @@ import click
 
 from qwen2vl.cli import annotate, options, terminal
 from qwen2vl.cli.media_arguments import expand_media
+from qwen2vl.cli.video.options import part_options
 from qwen2vl.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def tokens(
         raise InputError(f"-o {output}: takes the pixels of one file, got {len(files)}; give one")
     processor = options.load_processor_from_options(given)
     options.note_ineffective_media_options(files)
-    parts = [file.to_part(given["fps"]) for file in files]
+    parts = [file.to_part(part_options(given)) for file in files]
     items = processor([{"role": "user", "content": parts}]).items
     if as_json:
         terminal.echo_json({"items": [_item_to_json(item) for item in items]})

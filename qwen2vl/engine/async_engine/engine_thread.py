@@ -24,7 +24,7 @@ from qwen2vl.engine.async_engine.async_stream import AsyncDeltaStream, deliver_d
 from qwen2vl.engine.engine_core import EngineCore, EngineSession
 from qwen2vl.engine.outputs import Delta
 from qwen2vl.engine.request import Request, unexpected_request_error
-from qwen2vl.engine.scheduler.scheduler import RequestOutput
+from qwen2vl.engine.scheduler.output import RequestOutput
 from qwen2vl.errors import EngineDeadError, Qwen2VLError
 
 __all__ = ["EngineThread"]

@@ -39,7 +39,7 @@ _CACHE_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[^.]+\.partial)?")
 class EmbeddingKey(NamedTuple):
     """All that vision embeddings depend on."""
 
-    item_digest: bytes  # Item.digest: pixels, grid, normalization, and the vision adapter if any
+    pair_digest: bytes  # Item.pair_digests: pixels, normalization, and the vision adapter if any
     weights_digest: bytes  # VisionWeightsDigest.digest()
 
 

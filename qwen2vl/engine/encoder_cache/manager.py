@@ -1,9 +1,10 @@
 """Encoder cache manager: vision embeddings of the running requests, reference-counted.
 
-An item's embeddings come whole from the `EmbeddingCache`, or are encoded in chunks of frame pairs
-over several steps (chunked encoding). The vision tower attends within one frame pair, so a video
-encoded in chunks has the same embeddings as one encoded at once. Items that several requests share
-are encoded once. (vLLM v1: EncoderCacheManager.)
+The unit is the frame pair, of which an image has one: the vision tower attends within a pair, so a
+pair has the same embeddings in any video, and a video that is encoded in parts has those of one
+encoded at once. A pair's embeddings come from the `EmbeddingCache` or are encoded; pairs with the
+same pixels, in one video or several, are encoded once. Requests hold only the pairs that they are
+about to compute. (vLLM v1: EncoderCacheManager, which keeps whole videos.)
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ from torch import Tensor
 from qwen2vl.engine.encoder_cache.disk_cache import EmbeddingKey
 from qwen2vl.engine.encoder_cache.memory_cache import EmbeddingCache
 from qwen2vl.engine.encoder_cache.weights_digest import VisionWeightsDigest
-from qwen2vl.engine.scheduler.output import EncoderChunk
+from qwen2vl.engine.scheduler.output import EncoderInput
 from qwen2vl.engine.stats import EngineCounters
 from qwen2vl.geometry import Grid, VisionMeta
 from qwen2vl.lora.multi import LoraManager
 from qwen2vl.model import Qwen2VL
-from qwen2vl.processor.inputs import Item
 from qwen2vl.threads import batch_threads
 
 __all__ = ["EncoderCacheManager"]
 
 
 class EncoderCacheManager:
-    """Keeps the embeddings of each item as long as a running request needs them."""
+    """Keeps the embeddings of each frame pair as long as a running request needs them."""
 
     def __init__(
         self,
@@ -46,81 +46,71 @@ class EncoderCacheManager:
         self._counters = counters or EngineCounters()
         self._num_references: Counter[bytes] = Counter()
         self._keys: dict[bytes, EmbeddingKey] = {}  # of the weights at the first acquisition
-        # By item digest; embeddings of frame pairs that are not yet encoded are uninitialized.
         self._embeddings: dict[bytes, Tensor] = {}
-        self._num_encoded: dict[bytes, int] = {}  # frame pairs, by item digest
 
-    def acquire(self, item: Item) -> None:
-        """Add a reference to an item; its embeddings are kept until as many calls of `release`."""
-        self._num_references[item.digest] += 1
-        self._counters.encoder_cache_queries += 1
-        if self._num_references[item.digest] > 1:
-            self._counters.encoder_cache_hits += 1
-            return
-        key = EmbeddingKey(item.digest, self._weights.digest())
-        self._keys[item.digest] = key
-        self.cache.pin(key)
-        vision_MD = self.cache.get(key)
-        if vision_MD is not None:
-            self._counters.encoder_cache_hits += 1
-            self._embeddings[item.digest], self._num_encoded[item.digest] = vision_MD, item.grid.t
+    def acquire(self, digests: Sequence[bytes]) -> None:
+        """Add a reference to each frame pair: embeddings are kept until as many `release` calls."""
+        weights_digest = self._weights.digest()
+        for digest in digests:
+            self._num_references[digest] += 1
+            self._counters.encoder_cache_queries += 1
+            if self._num_references[digest] > 1:
+                self._counters.encoder_cache_hits += 1
+                continue
+            key = self._keys[digest] = EmbeddingKey(digest, weights_digest)
+            self.cache.pin(key)
+            vision_MD = self.cache.get(key)
+            if vision_MD is not None:
+                self._counters.encoder_cache_hits += 1
+                self._embeddings[digest] = vision_MD
 
-    def release(self, item: Item) -> None:
-        """Remove a reference; complete embeddings stay in the `EmbeddingCache`."""
-        assert self._num_references[item.digest] > 0, "released more often than acquired"
-        self._num_references[item.digest] -= 1
-        if not self._num_references[item.digest]:
-            del self._num_references[item.digest]
-            self.cache.unpin(self._keys.pop(item.digest))
-            self._embeddings.pop(item.digest, None)
-            self._num_encoded.pop(item.digest, None)
+    def release(self, digest: bytes) -> None:
+        """Remove a reference; embeddings stay in the `EmbeddingCache`."""
+        assert self._num_references[digest] > 0, "released more often than acquired"
+        self._num_references[digest] -= 1
+        if not self._num_references[digest]:
+            del self._num_references[digest]
+            self.cache.unpin(self._keys.pop(digest))
+            self._embeddings.pop(digest, None)
 
-    def discard(self, item: Item) -> None:
-        """Remove an item's embeddings from memory and disk; those in use stay until released."""
-        self.cache.remove(EmbeddingKey(item.digest, self._weights.digest()))
+    def discard(self, digests: Sequence[bytes]) -> None:
+        """Remove embeddings from memory and disk; those in use stay until released."""
+        weights_digest = self._weights.digest()
+        for digest in digests:
+            self.cache.remove(EmbeddingKey(digest, weights_digest))
 
-    def num_encoded_frame_pairs(self, item: Item) -> int:
-        """Return the number of frame pairs whose embeddings are available."""
-        return self._num_encoded.get(item.digest, 0)
+    def has_embeddings(self, digest: bytes) -> bool:
+        """Return whether a frame pair that was acquired has embeddings."""
+        return digest in self._embeddings
 
-    def embeddings(self, item: Item) -> Tensor:
-        """Return the embeddings of an item, (num_tokens, D)."""
-        return self._embeddings[item.digest]
+    def embeddings(self, digest: bytes) -> Tensor:
+        """Return the embeddings of a frame pair, (tokens, D)."""
+        return self._embeddings[digest]
 
-    def encode(self, chunks: Sequence[EncoderChunk]) -> None:
-        """Encode chunks of any items in one forward of the vision tower; store the embeddings."""
+    def encode(self, inputs: Sequence[EncoderInput]) -> None:
+        """Encode frame pairs of any items in one forward of the vision tower; keep the embeddings.
+
+        Each digest occurs once.
+        """
         device = self.model.device
-        grids = [Grid(c.stop - c.start, c.item.grid.h, c.item.grid.w) for c in chunks]
-        patches_NP = torch.cat([_patches(c) for c in chunks]).to(device)
+        grids = [Grid(1, one.item.grid.h, one.item.grid.w) for one in inputs]
+        patches_NP = torch.cat([one.patches_NP for one in inputs]).to(device)
         meta = VisionMeta.build(grids).to(device)
-        segments = [(chunk.adapter, chunk.num_patches) for chunk in chunks]
+        segments = [(one.adapter, one.num_patches) for one in inputs]
         with self._lora_manager.activate("visual", segments), batch_threads(len(patches_NP)):
             vision_MD = self.model.encode(patches_NP, meta)
-        sizes = [c.item.num_tokens // c.item.grid.t * (c.stop - c.start) for c in chunks]
-        for chunk, chunk_MD in zip(chunks, vision_MD.split(sizes), strict=True):
-            self._store(chunk, chunk_MD)
+        weights_digest = self._weights.digest()
+        parts = vision_MD.split([one.item.tokens_per_pair for one in inputs])
+        for one, pair_MD in zip(inputs, parts, strict=True):
+            self._store(one.digest, pair_MD, weights_digest)
 
-    def _store(self, chunk: EncoderChunk, chunk_MD: Tensor) -> None:
-        item = chunk.item
-        if item.digest not in self._num_references:
+    def _store(self, digest: bytes, pair_MD: Tensor, weights_digest: bytes) -> None:
+        if digest not in self._num_references:
             return  # released after the step was scheduled
-        assert self.num_encoded_frame_pairs(item) == chunk.start, "chunks must come in order"
-        if chunk.stop - chunk.start == item.grid.t:
-            self._embeddings[item.digest] = chunk_MD
-        else:
-            if item.digest not in self._embeddings:
-                self._embeddings[item.digest] = chunk_MD.new_empty(
-                    item.num_tokens, chunk_MD.shape[1]
-                )
-            size = item.num_tokens // item.grid.t  # tokens of one frame pair
-            self._embeddings[item.digest][size * chunk.start : size * chunk.stop] = chunk_MD
-        self._num_encoded[item.digest] = chunk.stop
-        key = self._keys[item.digest]
+        if pair_MD.untyped_storage().nbytes() > pair_MD.nbytes:
+            pair_MD = pair_MD.clone()  # a view would keep the embeddings of the whole step alive
+        self._embeddings[digest] = pair_MD
+        key = self._keys[digest]
         # If the weights changed in the meantime, the embeddings are of neither digest.
-        if chunk.stop == item.grid.t and key.weights_digest == self._weights.digest():
-            self.cache.put(key, self._embeddings[item.digest])
-
-
-def _patches(chunk: EncoderChunk) -> Tensor:
-    area = chunk.item.grid.h * chunk.item.grid.w
-    return chunk.item.patches_NP[area * chunk.start : area * chunk.stop]
+        if key.weights_digest == weights_digest:
+            self.cache.put(key, pair_MD)

@@ -1,8 +1,9 @@
 """In-memory LRU cache of vision embeddings, with an optional disk cache below it.
 
-An entry is the vision_MD of one item. With a folder, embeddings are also written to disk, so a
-repeated image needs no encoding even after a restart. A key identifies the pixels and the weights,
-so embeddings are never reused after the vision tower was retrained or quantized. Not thread-safe.
+An entry is the vision_MD of one frame pair. With a folder, embeddings are also written to disk, so
+that a repeated image needs no encoding even after a restart. A key identifies the pixels and the
+weights, so embeddings are never reused after the vision tower was retrained or quantized. Not
+thread-safe.
 (vLLM: EncoderCacheManager.)
 """
 

@@ -6,10 +6,10 @@ stays cached until it is evicted (LRU), and is found by its chained block hashes
 
     hash 0 = H(ids of block 0, items)    hash 1 = H(hash 0, ids of block 1, items)    ...
 
-Images of one size have the same placeholder ids, so a hash also covers the digests of the items in
-the block; hash 0 covers the adapter's digest and the cache salt. A request that extends a whole
-cached allocation reuses it in place; one that shares a prefix copies it. The memory work is
-returned as a queue of cache operations for the model runner. (vLLM v1: KVCacheManager, BlockPool.)
+Images of one size have the same placeholder ids, so a hash also covers the digests of the frame
+pairs in the block; a longer video shares the blocks of its beginning. Hash 0 covers the adapter's
+digest and the cache salt. A request that extends a whole cached allocation reuses it in place; one
+that shares a prefix copies it. The model runner executes the queue of cache operations.
 """
 
 from __future__ import annotations
@@ -53,24 +53,29 @@ class BlockHashes:
         """Start without hashes; different adapters and cache salts never share a block."""
         self.hashes: list[bytes] = []
         self._root = salted_digest(adapter_digest, prompt.cache_salt)
-        self._spans = [
-            (start, start + item.num_tokens, item.digest)
-            for start, item in zip(prompt.item_starts, prompt.items, strict=True)
-        ]
+        self._prompt = prompt
 
     def extend(self, ids: Sequence[int]) -> list[bytes]:
-        """Hash all blocks that `ids`, the whole sequence, fill; return the hashes of all blocks."""
+        """Hash all blocks that `ids`, the whole sequence, fill; return the hashes of all blocks.
+
+        They end at the first block with a frame pair that is not decoded yet.
+        """
         while (len(self.hashes) + 1) * BLOCK_SIZE <= len(ids):
             start = len(self.hashes) * BLOCK_SIZE
-            self.hashes.append(self._hash_block(start, ids[start : start + BLOCK_SIZE]))
+            block_hash = self._hash_block(start, ids[start : start + BLOCK_SIZE])
+            if block_hash is None:
+                break
+            self.hashes.append(block_hash)
         return self.hashes
 
-    def _hash_block(self, start: int, ids: Sequence[int]) -> bytes:
+    def _hash_block(self, start: int, ids: Sequence[int]) -> bytes | None:
         hasher = blake2b(self.hashes[-1] if self.hashes else self._root, digest_size=32)
         hasher.update(array("q", ids).tobytes())
-        for first, stop, digest in self._spans:
-            if first < start + BLOCK_SIZE and start < stop:
-                hasher.update(digest + (start - first).to_bytes(8, "little", signed=True))
+        for first, item, index in self._prompt.pairs_between(start, start + BLOCK_SIZE):
+            digest = item.pair_digest(index)
+            if digest is None:
+                return None
+            hasher.update(digest + (start - first).to_bytes(8, "little", signed=True))
         return hasher.digest()
 
 

@@ -1,8 +1,8 @@
 """The scheduler's output: the tokens, encoder inputs and cache operations of one engine step.
 
 `Scheduler.schedule` spends a `StepBudget` and returns a `SchedulerOutput`; `ModelRunner` executes
-it and returns `SampledTokens` for each `TokenChunk`. The classes hold integers and references, no
-tensors. The budget also decides how many frame pairs of an item are encoded in the step.
+it and returns `SampledTokens` for each `TokenChunk`. The classes hold integers and references, and
+the patches to encode. The budget also decides which frame pairs are encoded in the step.
 (vLLM: SchedulerOutput, SchedulerConfig.)
 """
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from qwen2vl.engine.kv_cache.block_pool import CacheOperation
-from qwen2vl.engine.outputs import TokenLogprob
+from qwen2vl.engine.outputs import Delta, TokenLogprob
 from qwen2vl.engine.request import Request
 from qwen2vl.lora.multi import LoraAdapter
-from qwen2vl.processor.inputs import Item
+from qwen2vl.processor.inputs import Item, PairSource
 
 __all__ = [
-    "EncoderChunk",
+    "EncoderInput",
+    "RequestOutput",
     "SampledTokens",
     "SchedulerOutput",
     "StepBudget",
@@ -76,28 +79,70 @@ class TokenChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderChunk:
-    """Frame pairs start..stop of one item, to run through the vision tower."""
+class RequestOutput:
+    """New text and tokens of one request; with the last, `request.finish_reason` is set."""
+
+    request: Request
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+    @classmethod
+    def take(cls, request: Request, text: str) -> RequestOutput:
+        """Return text, and the tokens that were sampled since the last output of the request."""
+        return cls(request, text, *request.take_new_tokens())
+
+    @property
+    def delta(self) -> Delta:
+        """What the caller of the request is given."""
+        return Delta(
+            index=self.request.index,
+            text=self.text,
+            finish_reason=self.request.finish_reason,
+            stop_reason=self.request.stop_reason,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInput:
+    """One frame pair of an item, to run through the vision tower."""
 
     item: Item
-    start: int
-    stop: int
+    index: int
+    digest: bytes  # the key of its embeddings
+    patches_NP: Tensor  # (h * w, P)
     adapter: LoraAdapter | None = None  # LoRA adapter of the vision tower
+
+    @classmethod
+    def load(cls, item: Item, index: int, adapter: LoraAdapter | None = None) -> EncoderInput:
+        """Return the input of a pair; one that is not decoded is waited for."""
+        patches_NP, digest = item.load_pair(index), item.pair_digest(index)
+        assert digest is not None, "the pair is decoded"
+        return cls(item, index, digest, patches_NP, adapter)
 
     @property
     def num_patches(self) -> int:
         """The number of patches to encode."""
-        return (self.stop - self.start) * self.item.grid.h * self.item.grid.w
+        return self.item.grid.h * self.item.grid.w
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step, executed in this order: cache operations, encoder chunks, token chunks."""
+    """One step, executed in this order: cache operations, encoder inputs, token chunks."""
 
     cache_operations: deque[CacheOperation]  # the pool's own queue; executed ones are removed
-    encoder_chunks: tuple[EncoderChunk, ...]
-    encoder_requests: tuple[Request, ...]  # requests that wait for the encoder chunks
+    encoder_inputs: tuple[EncoderInput, ...]
+    encoder_requests: tuple[Request, ...]  # requests that wait for the encoder inputs
     token_chunks: tuple[TokenChunk, ...]
+    awaited_pairs: tuple[tuple[PairSource, int], ...] = ()  # not decoded yet: what requests lack
+    failed: tuple[RequestOutput, ...] = ()  # requests whose video could not be decoded
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.encoder_inputs and not self.token_chunks
 
     @property
     def largest_request(self) -> Request:
@@ -108,13 +153,12 @@ class SchedulerOutput:
 
     @property
     def largest_encoder_request(self) -> Request:
-        """A request that waits for the largest encoder chunk."""
-        largest = max(self.encoder_chunks, key=lambda chunk: chunk.num_patches)
-        digest = largest.item.digest
+        """A request that waits for the largest encoder input."""
+        largest = max(self.encoder_inputs, key=lambda one: one.num_patches).item
         return next(
             request
             for request in self.encoder_requests
-            if digest in (item.digest for item in request.held_items)
+            if any(item is largest for item in request.prompt.items)
         )
 
 
@@ -124,34 +168,42 @@ class StepBudget:
     def __init__(self, limits: StepLimits) -> None:
         self.remaining_tokens = limits.max_num_batched_tokens
         self.remaining_patches = limits.max_num_encoder_patches
-        self.encoder_chunks: list[EncoderChunk] = []
+        self.encoder_inputs: list[EncoderInput] = []
         self.encoder_requests: list[Request] = []
         self.token_chunks: list[TokenChunk] = []
-        self._encoded: dict[bytes, int] = {}  # digest -> frame pairs encoded after this step
+        self.awaited_pairs: list[tuple[PairSource, int]] = []
+        self.failed: list[RequestOutput] = []
+        self._scheduled: set[bytes] = set()  # digests of the encoder inputs
 
-    def schedule_encoder(self, request: Request, item: Item, num_encoded: int) -> int:
-        """Schedule more frame pairs of an item within the budget.
+    def await_decoding(self, item: Item, index: int) -> None:
+        """Have a frame pair of a streamed video decoded, which a request needs.
 
-        Args:
-            request: the request that needs the item.
-            item: the image or video.
-            num_encoded: frame pairs whose embeddings exist already.
-
-        Returns:
-            How many of its frame pairs will be encoded after this step.
+        Raises:
+            Qwen2VLError: it cannot be decoded.
         """
-        if num_encoded < item.grid.t:
-            self.encoder_requests.append(request)
-        if item.digest in self._encoded:
-            return self._encoded[item.digest]
-        patches_per_pair = item.grid.h * item.grid.w
-        count = min(item.grid.t - num_encoded, max(0, self.remaining_patches) // patches_per_pair)
-        if count == 0 and num_encoded < item.grid.t and not self.encoder_chunks:
-            count = 1  # one frame pair exceeds the whole budget: encode it alone
-        if count > 0:
-            self.encoder_chunks.append(
-                EncoderChunk(item, num_encoded, num_encoded + count, request.adapter)
-            )
-            self.remaining_patches -= count * patches_per_pair
-        self._encoded[item.digest] = num_encoded + count
-        return num_encoded + count
+        assert item.source is not None, "other items are decoded"
+        item.source.prefetch(index)
+        self.awaited_pairs.append((item.source, index))
+
+    def schedule_encoder(self, request: Request, item: Item, index: int) -> bool:
+        """Schedule a frame pair without embeddings, for a request that needs it.
+
+        Returns whether it will have embeddings after this step. One that exceeds the whole budget
+        is encoded alone; one that is not decoded is awaited.
+
+        Raises:
+            Qwen2VLError: it cannot be decoded.
+        """
+        self.encoder_requests.append(request)
+        if item.pair_digest(index) in self._scheduled:
+            return True
+        if item.source is not None and item.pair_patches(index) is None:
+            self.await_decoding(item, index)
+            return False
+        encoder_input = EncoderInput.load(item, index, request.adapter)
+        if self.encoder_inputs and encoder_input.num_patches > self.remaining_patches:
+            return False
+        self.encoder_inputs.append(encoder_input)
+        self.remaining_patches -= encoder_input.num_patches
+        self._scheduled.add(encoder_input.digest)
+        return True

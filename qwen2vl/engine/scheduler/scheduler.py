@@ -14,14 +14,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from qwen2vl.engine.kv_cache.block_pool import BLOCK_SIZE, BlockPool, CacheAllocation
-from qwen2vl.engine.outputs import Delta, TokenLogprob
 from qwen2vl.engine.request import Request, unexpected_request_error
 from qwen2vl.engine.sampling.sampler import NonFiniteLogitsError
 from qwen2vl.engine.scheduler.output import (
+    RequestOutput,
     SampledTokens,
     SchedulerOutput,
     StepBudget,
@@ -33,7 +32,7 @@ from qwen2vl.engine.stats import EngineCounters
 from qwen2vl.errors import Qwen2VLError
 from qwen2vl.processor.inputs import Item
 
-__all__ = ["EncoderCache", "RequestOutput", "Scheduler"]
+__all__ = ["EncoderCache", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,50 +40,23 @@ logger = logging.getLogger(__name__)
 _NUM_LOOKAHEAD_TOKENS = 2 * BLOCK_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """New text and tokens of one request; with the last, `request.finish_reason` is set."""
-
-    request: Request
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-
-    @classmethod
-    def take(cls, request: Request, text: str) -> RequestOutput:
-        """Return text, and the tokens that were sampled since the last output of the request."""
-        return cls(request, text, *request.take_new_tokens())
-
-    @property
-    def delta(self) -> Delta:
-        """What the caller of the request is given."""
-        return Delta(
-            index=self.request.index,
-            text=self.text,
-            finish_reason=self.request.finish_reason,
-            stop_reason=self.request.stop_reason,
-            token_ids=self.token_ids,
-            logprobs=self.logprobs,
-        )
-
-
 class EncoderCache(Protocol):
     """The part of `EncoderCacheManager` that the scheduler uses."""
 
-    def acquire(self, item: Item) -> None:
-        """Pin the item's embeddings, present or future, until `release` is called as often."""
+    def acquire(self, digests: Sequence[bytes]) -> None:
+        """Pin embeddings, present or future, until `release` is called as often."""
         ...
 
-    def release(self, item: Item) -> None:
-        """Drop one reference to an item."""
+    def release(self, digest: bytes) -> None:
+        """Drop one reference to a frame pair."""
         ...
 
-    def discard(self, item: Item) -> None:
-        """Remove the item's embeddings from all caches; those in use stay until released."""
+    def discard(self, digests: Sequence[bytes]) -> None:
+        """Remove embeddings from all caches; those in use stay until released."""
         ...
 
-    def num_encoded_frame_pairs(self, item: Item) -> int:
-        """Return how many frame pairs of the item have embeddings."""
+    def has_embeddings(self, digest: bytes) -> bool:
+        """Return whether a frame pair that was acquired has embeddings."""
         ...
 
 
@@ -132,22 +104,28 @@ class Scheduler:
             if request.allocation is not None:  # else it was preempted in this loop
                 self._schedule_chunk(budget, request)
         self._admit_waiting(budget)
-        assert budget.token_chunks or budget.encoder_chunks or not self.has_unfinished_requests, (
-            "the step schedules nothing"
-        )
+        assert (
+            budget.token_chunks
+            or budget.encoder_inputs
+            or budget.awaited_pairs
+            or budget.failed
+            or not self.has_unfinished_requests
+        ), "the step schedules nothing"
         encoder_requests = tuple(dict.fromkeys(budget.encoder_requests))
         return SchedulerOutput(
             self.pool.cache_operations,
-            tuple(budget.encoder_chunks),
+            tuple(budget.encoder_inputs),
             encoder_requests,
             tuple(budget.token_chunks),
+            tuple(budget.awaited_pairs),
+            tuple(budget.failed),
         )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, results: Sequence[SampledTokens | Qwen2VLError]
     ) -> list[RequestOutput]:
         """Apply the results of a step, one for each token chunk; return the new text."""
-        outputs: list[RequestOutput] = []
+        outputs = list(scheduler_output.failed)
         for chunk, result in zip(scheduler_output.token_chunks, results, strict=True):
             if isinstance(result, NonFiniteLogitsError) and self._recompute(chunk.request):
                 continue
@@ -188,7 +166,8 @@ class Scheduler:
         assert request.allocation is not None
         self.pool.evict_holders(request.allocation.block_hashes)
         for item in request.prompt.items:
-            self.encoder_cache.discard(item)
+            digests = (item.pair_digest(index) for index in range(item.grid.t))
+            self.encoder_cache.discard([digest for digest in digests if digest is not None])
 
     def _preempt(self, request: Request, *, discard: bool = False) -> None:
         self._stop_running(request, discard=discard)
@@ -206,8 +185,9 @@ class Scheduler:
             request.num_accepted_tokens += num_accepted
             self.counters.num_draft_tokens += len(chunk.draft_tokens)
             self.counters.num_accepted_tokens += num_accepted
-        if not request.is_prefilling:
-            self._release_items(request)
+        self._release_pairs(request, request.num_computed_tokens)
+        if chunk.start < len(request.prompt.input_ids) and not request.is_prefilling:
+            _close_sources(request)
         texts: list[str] = []
         try:
             for token, logprob in sampled:
@@ -234,9 +214,12 @@ class Scheduler:
     def _schedule_chunk(self, budget: StepBudget, request: Request) -> None:
         """Schedule as many tokens of a running request as the budget allows."""
         num_known = len(request.all_token_ids)
-        stop = self._cut_at_missing_embeddings(
-            budget, request, min(num_known, request.num_computed_tokens + budget.remaining_tokens)
-        )
+        stop = min(num_known, request.num_computed_tokens + budget.remaining_tokens)
+        try:
+            stop = self._cut_at_missing_embeddings(budget, request, stop)
+        except Qwen2VLError as error:  # of decoding its video
+            budget.failed.append(self.fail(request, error))
+            return
         if stop <= request.num_computed_tokens:
             return
         draft_tokens: tuple[int, ...] = ()
@@ -265,16 +248,36 @@ class Scheduler:
 
         Frame pairs that are missing are scheduled for encoding within the budget.
         """
-        for start, item in request.items_after(request.num_computed_tokens):
-            if start >= stop:
+        pairs: list[tuple[int, Item, int, bytes]] = []
+        undecoded: tuple[Item, int] | None = None
+        for start, item, index in request.prompt.pairs_between(request.num_computed_tokens, stop):
+            digest = item.pair_digest(index)  # once: it may become known at any time
+            if digest is None:
+                undecoded, stop = (item, index), start
                 break
-            num_encoded = budget.schedule_encoder(
-                request, item, self.encoder_cache.num_encoded_frame_pairs(item)
-            )
-            encoded_stop = start + item.num_tokens * num_encoded // item.grid.t
-            if num_encoded < item.grid.t and encoded_stop < stop:
-                return encoded_stop
+            pairs.append((start, item, index, digest))
+        self._acquire_pairs(request, pairs)
+        for start, item, index, digest in pairs:
+            has_embeddings = self.encoder_cache.has_embeddings(digest)
+            if not has_embeddings and not budget.schedule_encoder(request, item, index):
+                return start
+        if undecoded is not None:  # after the others: what comes before it is released
+            budget.await_decoding(*undecoded)
         return stop
+
+    def _acquire_pairs(
+        self, request: Request, pairs: Sequence[tuple[int, Item, int, bytes]]
+    ) -> None:
+        """Acquire the frame pairs, in prompt order, that the request does not hold yet."""
+        held_until = request.held_pairs[-1][0] if request.held_pairs else 0
+        new = [
+            (start + item.tokens_per_pair, digest)
+            for start, item, _, digest in pairs
+            if start >= held_until
+        ]
+        if new:
+            self.encoder_cache.acquire([digest for _, digest in new])
+            request.held_pairs += new
 
     def _allocate_slots(self, request: Request, num_tokens: int) -> bool:
         """Grow a request's allocation, preempting the most recently admitted requests for it.
@@ -306,7 +309,7 @@ class Scheduler:
             ]
             if request.skip_reading_prefix_cache:
                 block_hashes = []
-            if self._is_being_computed(block_hashes):
+            if self._is_being_computed(block_hashes) or self._is_being_decoded(request):
                 continue  # wait: its prefix can soon be copied
             num_slots = min(
                 len(request.all_token_ids) + _NUM_LOOKAHEAD_TOKENS, request.max_num_tokens
@@ -331,6 +334,16 @@ class Scheduler:
             if request.is_prefilling
         )
 
+    def _is_being_decoded(self, request: Request) -> bool:
+        """Whether a running prefill decodes the same video, whose digests are not all known yet."""
+        sources = {id(item.source) for item in request.prompt.items if item.source is not None}
+        return bool(sources) and any(
+            id(item.source) in sources
+            for other in self.running
+            if other.is_prefilling
+            for item in other.prompt.items
+        )
+
     def _start_running(
         self, request: Request, allocation: CacheAllocation, num_cached_blocks: int
     ) -> None:
@@ -338,9 +351,6 @@ class Scheduler:
         request.num_computed_tokens = request.num_reused_tokens = num_cached_blocks * BLOCK_SIZE
         if not request.output_token_ids:
             request.num_cached_tokens = num_cached_blocks * BLOCK_SIZE
-        request.held_items = [item for _, item in request.items_after(request.num_computed_tokens)]
-        for item in request.held_items:
-            self.encoder_cache.acquire(item)
         if not request.timer.scheduled_at:  # else it was preempted before
             self.counters.prefix_cache_queries += len(request.prompt.input_ids)
             self.counters.prefix_cache_hits += request.num_cached_tokens
@@ -350,14 +360,22 @@ class Scheduler:
     def _stop_running(self, request: Request, *, discard: bool = False) -> None:
         assert request.allocation is not None
         self.running.remove(request)
-        self._release_items(request)
+        self._release_pairs(request, len(request.prompt.input_ids))
+        _close_sources(request)
         (self.pool.discard if discard else self.pool.release)(request.allocation)
         request.allocation = None
 
-    def _release_items(self, request: Request) -> None:
-        for item in request.held_items:
-            self.encoder_cache.release(item)
-        request.held_items = []
+    def _release_pairs(self, request: Request, num_tokens: int) -> None:
+        """Release the frame pairs that end within the first `num_tokens`: they are computed."""
+        while request.held_pairs and request.held_pairs[0][0] <= num_tokens:
+            self.encoder_cache.release(request.held_pairs.popleft()[1])
+
+
+def _close_sources(request: Request) -> None:
+    """End the decoding of the request's videos, which are computed, or no longer wanted."""
+    for item in request.prompt.items:
+        if item.source is not None:
+            item.source.close()
 
 
 def _num_blocks(num_tokens: int) -> int:

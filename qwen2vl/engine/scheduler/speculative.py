@@ -63,7 +63,7 @@ class NgramProposer:
 
 
 def _media_key(request: Request) -> tuple[bytes, ...]:
-    return tuple(item.digest for item in request.prompt.items)
+    return tuple(digest for item in request.prompt.items for digest in item.pair_digests)
 
 
 def _find_continuation(token_bytes: bytes, ngram_length: int, max_tokens: int) -> list[int]:

@@ -1,11 +1,6 @@
-"""Video preprocessing: frame sampling and resizing within a token budget, by preset.
+"""Frame sampling: which frames of a video are decoded, and their size, within a token budget.
 
-    source -> metadata -> plan_frames: indices, size -> decode, resize -> patchify -> Item
-
-A preset sets everything in which implementations differ (the paper, versions of qwen_vl_utils);
-`plan_frames` is pure arithmetic on the timestamps. Frames are resized by torch's bicubic with
-antialias on uint8, as transformers does: once, also where pixels are not square. docs/pixels.md has
-the table of presets.
+`plan_frames` is pure arithmetic on the timestamps, by the rules of a preset (presets.py).
 (Qwen2-VL sec. 2.1, 3.2; HF: Qwen2VLVideoProcessor; qwen_vl_utils: fetch_video, smart_nframes.)
 """
 
@@ -13,98 +8,25 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from qwen2vl.config import VisionConfig
 from qwen2vl.errors import InputError
 from qwen2vl.processor.image import (
     PixelLimits,
-    item_digest,
-    patchify,
-    resize_image,
     resolve_pixel_limits,
     smart_resize,
     target_size,
 )
-from qwen2vl.processor.inputs import Item
-from qwen2vl.processor.media.decoder import LOCAL_DECODER, MediaDecoder
-from qwen2vl.processor.media.source import DEFAULT_LIMITS, NO_OPTIONS, MediaLimits, MediaOptions
-from qwen2vl.processor.media.video_metadata import VideoMetadata, VideoReader, video_duration
-from qwen2vl.processor.media.video_source import VideoSource
+from qwen2vl.processor.media.video_metadata import VideoMetadata, video_duration
+from qwen2vl.processor.media_options import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.video.presets import VideoPreset
 
-__all__ = [
-    "VIDEO_PRESETS",
-    "FramePlan",
-    "VideoPreset",
-    "find_video_preset",
-    "plan_frames",
-    "preprocess_video",
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoPreset:
-    """Rules of frame sampling and resizing. Areas are in vision tokens of one pair of frames."""
-
-    fps: float = 2.0  # sampled frames per second
-    min_frames: int = 4
-    max_frames: int = 768
-    min_frame_tokens: int = 128  # the budget does not shrink frames below this
-    max_frame_tokens: int = 768
-    total_tokens: float  # budget of a whole video
-    rounding: Literal["nearest", "down"]  # of the frame count, to an even number
-    strict_budget: bool = False  # where the smallest frames exceed the budget, sample fewer
-    upscale_small_frames: bool = True  # frames below min_frame_tokens are upscaled to it
-    min_tokens_slack: float = 1.05  # a frame's budget is at least min_frame_tokens times this
-    # What max_pixels in a message does:
-    max_pixels_policy: Literal["override", "lower_only", "within_budget"]
-    frame_lists_as_images: bool = False  # frame lists take the limits and the resize of images
-    # Of images and frames in lists; and of video files, the sample aspect ratio and transparency.
-    apply_exif_orientation: bool = False
-
-
-VIDEO_PRESETS: Mapping[str, VideoPreset] = MappingProxyType(
-    {
-        "paper": VideoPreset(
-            total_tokens=16384,
-            rounding="nearest",
-            strict_budget=True,
-            upscale_small_frames=False,
-            min_tokens_slack=1.0,
-            max_pixels_policy="within_budget",
-            apply_exif_orientation=True,
-        ),
-        "qwen_vl_utils_0_0_8": VideoPreset(
-            total_tokens=24576,
-            rounding="nearest",
-            max_pixels_policy="override",
-            frame_lists_as_images=True,
-        ),
-        "qwen_vl_utils_0_0_14": VideoPreset(
-            total_tokens=0.9 * 128_000, rounding="down", max_pixels_policy="lower_only"
-        ),
-    }
-)
-
-
-def find_video_preset(name: str) -> VideoPreset:
-    """Return the preset of this name.
-
-    Raises:
-        InputError: there is none of this name; the text lists them.
-    """
-    if not isinstance(name, str) or name not in VIDEO_PRESETS:
-        raise InputError(f"unknown video preset {name!r}; choose one of {', '.join(VIDEO_PRESETS)}")
-    return VIDEO_PRESETS[name]
+__all__ = ["FramePlan", "plan_frames"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,58 +37,6 @@ class FramePlan:
     height: int
     width: int
     notes: tuple[str, ...]
-
-
-def preprocess_video(
-    source: VideoSource,
-    *,
-    vision: VisionConfig,
-    pixels: PixelLimits,
-    preset: str = "paper",
-    options: MediaOptions = NO_OPTIONS,
-    limits: MediaLimits = DEFAULT_LIMITS,
-    name: str,
-    decoder: MediaDecoder = LOCAL_DECODER,
-) -> Item:
-    """Preprocess one video.
-
-    A source is a video file or an animation, in any form that `preprocess_image` takes, a list of
-    images, or an array or tensor (frames, height, width, channels) or with channels second.
-
-    Raises:
-        InputError: the video cannot be used, is a still image, or no frame fits into the budget.
-        EngineError: the decoder is not available.
-    """
-    rules = find_video_preset(preset)
-    fps = options.fps or rules.fps
-    reader = decoder.open_video(
-        source, limits, name, fps=fps, apply_exif_orientation=rules.apply_exif_orientation
-    )
-
-    def plan_from_metadata() -> FramePlan:
-        return plan_frames(
-            reader.metadata, preset=rules, vision=vision, pixels=pixels, options=options, name=name
-        )
-
-    with closing(reader):
-        plan = plan_from_metadata()
-        frames_FCHW = _decode_frames(reader, plan, rules)
-        if frames_FCHW is None:  # the decoded frames differ from the packet timestamps
-            plan = plan_from_metadata()
-            frames_FCHW = _decode_frames(reader, plan, rules)
-            assert frames_FCHW is not None, "metadata of decoded frames is exact"
-    patches_NP, grid = patchify(frames_FCHW, vision)
-    return Item(
-        kind="video",
-        patches_NP=patches_NP,
-        grid=grid,
-        digest=item_digest(frames_FCHW, grid, vision),
-        name=name,
-        original_size=(reader.metadata.height, reader.metadata.width),
-        resized_size=(plan.height, plan.width),
-        frame_timestamps=tuple(reader.metadata.timestamps[i] for i in plan.indices),
-        notes=(*reader.metadata.notes, *plan.notes),
-    )
 
 
 def plan_frames(
@@ -185,6 +55,8 @@ def plan_frames(
             budget.
     """
     settings = _FrameSettings(preset, vision, pixels, options, name)
+    if options.frame_times is not None:
+        return _plan_stills(metadata, options.frame_times, settings)
     first, last = _frame_range(metadata, settings)
     timestamps = metadata.timestamps[first:last]
     is_whole = len(timestamps) == len(metadata.timestamps)
@@ -226,6 +98,29 @@ class _FrameSettings:
         return self.options.total_pixels or self.preset.total_tokens * self.vision.factor**2
 
 
+def _plan_stills(
+    metadata: VideoMetadata, times: Sequence[float], settings: _FrameSettings
+) -> FramePlan:
+    """Choose the frame nearest to each time, as a pair of its own: neighbors may be hours apart."""
+    timestamps = metadata.timestamps
+    if times[-1] > max(metadata.duration, timestamps[-1]) + 1e-6:
+        raise InputError(
+            f"{settings.name}: no frame at {times[-1]:g} s; it lasts {metadata.duration:.1f} s, so "
+            "change frame_times"
+        )
+    step = settings.vision.temporal_patch_size
+    indices = [index for time in times for index in (_nearest(timestamps, time),) * step]
+    height, width = _frame_size(metadata, len(indices), settings)
+    notes = [f"{len(times)} frames, {width} x {height}"]
+    return FramePlan(indices=tuple(indices), height=height, width=width, notes=tuple(notes))
+
+
+def _nearest(timestamps: Sequence[float], time: float) -> int:
+    after = min(bisect_left(timestamps, time), len(timestamps) - 1)
+    before = max(after - 1, 0)
+    return before if time - timestamps[before] <= timestamps[after] - time else after
+
+
 def _frame_range(metadata: VideoMetadata, settings: _FrameSettings) -> tuple[int, int]:
     """Return the range [first, last) of the frames between video_start and video_end."""
     start = settings.options.video_start or 0.0
@@ -244,8 +139,8 @@ def _frame_range(metadata: VideoMetadata, settings: _FrameSettings) -> tuple[int
 
 def _frame_list_count(total: int, settings: _FrameSettings) -> int:
     """Return the number of frames of a frame list: all of them, up to max_frames."""
-    count = min(total, settings.options.max_frames or total)
-    return min(count, settings.preset.max_frames) if settings.preset.strict_budget else count
+    default = settings.preset.max_frames if settings.preset.strict_budget else total
+    return min(total, settings.options.max_frames or default)
 
 
 def _smart_nframes(total: int, duration: float, settings: _FrameSettings, *, uniform: bool) -> int:
@@ -326,33 +221,3 @@ def _sample_indices(timestamps: Sequence[float], count: int, *, uniform: bool) -
 
 def _format_fps(count: int, duration: float) -> str:
     return f"{count / duration:.3g} fps, " if duration > 0 else ""
-
-
-def _decode_frames(reader: VideoReader, plan: FramePlan, rules: VideoPreset) -> Tensor | None:
-    """Decode the frames of `plan`, each resized at once; None if the metadata has changed."""
-    as_images = reader.metadata.is_frame_list and rules.frame_lists_as_images
-    resize = _resize_as_image if as_images else _resize_frame
-    distinct = sorted(set(plan.indices))
-    frames = reader.get_frames_at(distinct, lambda rgb: resize(rgb, plan.height, plan.width))
-    if frames is None:
-        return None
-    positions = {index: position for position, index in enumerate(distinct)}
-    return torch.stack([frames[positions[index]] for index in plan.indices])
-
-
-def _resize_frame(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
-    """Resize with torch on uint8: the arithmetic of torchvision's v2 resize and transformers."""
-    frame_CHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC)).permute(2, 0, 1)
-    if frame_CHW.shape[1:] == (height, width):
-        return frame_CHW
-    return F.interpolate(
-        frame_CHW.unsqueeze(0),
-        size=(height, width),
-        mode="bicubic",
-        align_corners=False,
-        antialias=True,
-    ).squeeze(0)
-
-
-def _resize_as_image(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
-    return torch.from_numpy(resize_image(pixels_HWC, height, width))

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from qwen2vl.errors import InputError, copy_error
 from qwen2vl.processor.content import MediaPart, Part
-from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.media_options import NO_OPTIONS, MediaOptions
 from qwen2vl.processor.messages import Message
 
 __all__ = ["with_media_defaults"]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.media.source import MediaOptions
+from qwen2vl.processor.media_options import MediaOptions
 from qwen2vl.server.protocol.sampling import RequestModel, Unsupported, invalid_field
 
 __all__ = [

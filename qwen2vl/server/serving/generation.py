@@ -30,7 +30,7 @@ from qwen2vl.errors import (
 )
 from qwen2vl.processor.content import MediaPart, TextPart
 from qwen2vl.processor.inputs import ModelInput
-from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.media_options import NO_OPTIONS, MediaOptions
 from qwen2vl.processor.messages import Message
 from qwen2vl.server.errors import APIError, to_api_error
 from qwen2vl.server.media.options import with_media_defaults

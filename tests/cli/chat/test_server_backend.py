@@ -298,6 +298,8 @@ def test_the_key_comes_from_the_option_or_the_environment(
 def test_options_of_a_loaded_model_are_refused(run: Run, server: OpenAIServer) -> None:
     result = chat(run, server, options=("--quantize", "int8"))
     assert result.exit_code == 2 and "--quantize is an option of a model" in result.stderr
+    result = chat(run, server, options=("--kv-cache-dtype", "int8"))
+    assert result.exit_code == 2 and "--kv-cache-dtype is an option of a model" in result.stderr
     result = chat(run, server, options=("--adapter", "a"))
     assert "/adapter NAME or --model NAME chooses" in result.stderr
     result = run("chat", "--api-key", "k", stdin="")

@@ -81,10 +81,24 @@ def test_quantized_weights(run: Run, tiny_folder: Path, image_file: Path, mode: 
     assert json.loads(result.stdout)["token_ids"] == list(completion.token_ids)
 
 
+def test_an_int8_kv_cache(run: Run, tiny_folder: Path, image_file: Path) -> None:
+    result = run(
+        *("ask", "--model", tiny_folder, "--kv-cache-dtype", "int8", "--image", image_file),
+        *("Hi", "--max-tokens", 4, "--json"),
+    )
+    assert result.exit_code == 0
+    llm = qwen2vl.LLM(tiny_folder, kv_cache_dtype="int8")
+    (completion,) = llm.chat("Hi", images=str(image_file), max_tokens=4)
+    assert json.loads(result.stdout)["token_ids"] == list(completion.token_ids)
+
+
 def test_an_unknown_precision_is_a_usage_error(run: Run, tiny_folder: Path) -> None:
     result = run("ask", "--model", tiny_folder, "--quantize", "int2", "Hi")
     assert result.exit_code == 2
     assert "'int2' is not one of 'int8', 'int4'" in result.stderr
+    result = run("ask", "--model", tiny_folder, "--kv-cache-dtype", "fp8", "Hi")
+    assert result.exit_code == 2
+    assert "'fp8' is not one of 'auto', 'int8'" in result.stderr
 
 
 def test_an_empty_question_is_a_usage_error(run: Run, tiny_folder: Path) -> None:

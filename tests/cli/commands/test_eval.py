@@ -386,6 +386,7 @@ def test_a_published_set_has_a_row_of_all_parts(server: OpenAIServer) -> None:
         (("--compare", "none.jsonl"), "none.jsonl: cannot be read: No such file"),
         (("--concurrency", "3"), "--api-key and --concurrency are for a server"),
         (("--server", "localhost:1", "--dtype", "float32"), "--dtype is an option of a model that"),
+        (("--server", "localhost:1", "--kv-cache-dtype", "int8"), "--kv-cache-dtype is an option"),
     ],
 )
 def test_invalid_options_are_errors_before_loading(

@@ -20,12 +20,11 @@ def test_int4_with_synthetic_calibration_data(run: Run, tiny_folder: Path, tmp_p
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].startswith("model: small (")
-    assert lines[1] == (
-        "decoder: 4 bits, group size 32, calibrated by GPTQ on 3 conversations, stored in AWQ's "
-        "format"
-    )
-    assert lines[2] == "lm_head and vision tower: quantized to 8 bits at load time"
-    assert lines[3].startswith("try:   qwen2vl ask --model small")
+    assert lines[1] == "decoder: 4 bits, group size 32, calibrated by GPTQ on 3 conversations"
+    assert lines[2].startswith("vision tower: 8 bits, one scale per output channel, rounded to n")
+    assert lines[3] == "lm_head: stored unquantized, quantized to 8 bits at load time"
+    assert lines[4] == "format: compressed-tensors (mixed-precision)"
+    assert lines[5].startswith("try:   qwen2vl ask --model small")
     assert re.search(r"has [\d.]+ MB\), written in [\d.]+ s$", lines[0])
     assert "int4/32" in describe_quantization(qwen2vl.LLM(tmp_path / "small").model)
     answer = run("ask", "--model", "small", "Hi", "--max-tokens", 2)
@@ -36,9 +35,9 @@ def test_int8(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     result = run("quantize", tiny_folder, "-o", "small", "--weight-format", "int8")
     assert result.exit_code == 0
     assert (
-        "decoder: 8 bits, one scale per output channel, rounded to nearest (RTN), stored in "
-        "GPTQ's format\n"
-    ) in result.stdout
+        "decoder: 8 bits, one scale per output channel, rounded to nearest (RTN)\n" in result.stdout
+    )
+    assert "format: compressed-tensors (int-quantized)\n" in result.stdout
     assert "calibrated" not in result.stdout
     assert "int4" not in describe_quantization(qwen2vl.LLM(tmp_path / "small").model)
 
@@ -46,7 +45,7 @@ def test_int8(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
 def test_int4_without_calibration(run: Run, tiny_folder: Path) -> None:
     result = run("quantize", tiny_folder, "small", "--num-calibration-samples", 0)
     assert result.exit_code == 0
-    assert "group size 32, rounded to nearest (RTN), stored in AWQ's format" in result.stdout
+    assert "decoder: 4 bits, group size 32, rounded to nearest (RTN)\n" in result.stdout
 
 
 def test_the_option_quantize_names_the_layers_it_does_not_apply_to(

@@ -274,6 +274,7 @@ def test_a_missing_config_file(run: Run) -> None:
         (["--lora-modules", "a=b", "--compile"], "cannot be compiled"),
         (["--allowed-origins", "[1]"], "is not a JSON list of strings"),
         (["--port", "70000"], "--port: got 70000"),
+        (["--kv-cache-dtype", "fp8"], "'fp8' is not one of 'auto', 'int8'"),
         (["a/b", "--model", "c/d"], "give one"),
         (["--api-key", ""], "--api-key: a key is empty"),
         (["--prot", "1"], "No such option"),

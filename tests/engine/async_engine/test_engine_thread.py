@@ -322,11 +322,11 @@ def test_a_row_of_logits_with_nan_fails_its_request_only(
     encode = encoder_cache.encode
     victim = engine.llm.prepare(CONVERSATIONS[6], GREEDY)
 
-    def damaged(chunks: Any) -> None:
-        encode(chunks)
-        for chunk in chunks:
-            if chunk.item.digest == victim.prompt.items[0].digest:
-                encoder_cache.embeddings(chunk.item).fill_(torch.nan)
+    def damaged(inputs: Any) -> None:
+        encode(inputs)
+        for one in inputs:
+            if one.digest in victim.prompt.items[0].pair_digests:
+                encoder_cache.embeddings(one.digest).fill_(torch.nan)
 
     async def chat_concurrently() -> list[Any]:
         stream = engine.stream_prepared(victim, final_only=True)

@@ -54,7 +54,7 @@ def test_embeddings_are_restored_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
 def test_other_pixels_or_weights_are_cache_misses(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     cache.write(KEY, embeddings())
-    assert cache.read(KEY._replace(item_digest=b"e" * 32)) is None
+    assert cache.read(KEY._replace(pair_digest=b"e" * 32)) is None
     assert cache.read(KEY._replace(weights_digest=b"e" * 32)) is None
     assert cache.num_damaged == 0
 

@@ -147,8 +147,7 @@ def test_batch_cache_equals_per_sequence_caches(
                 random_heads(num_cached, kv_heads, 40 + index),
             )
             for cache in (ranges[index], references[index]):
-                for slots, new in zip(list(cache.layers(num_cached))[1], cached_kv, strict=False):
-                    slots.copy_(new)  # keys, then values
+                list(cache.layers(num_cached))[1].append(*cached_kv)
                 cache.length = num_cached
         starts = torch.tensor([arena.first_slot(slot_range) for slot_range in ranges])
         slots = [

@@ -37,7 +37,7 @@ def prompt(*hashes: int | tuple[Grid, bytes]) -> ModelInput:
             kind="image",
             patches_NP=torch.empty(0, 1176, dtype=torch.uint8),
             grid=grid,
-            digest=digest,
+            pair_digests=(digest, *(digest + bytes([i]) for i in range(1, grid.t))),
             name="x",
             original_size=(1, 1),
             resized_size=(1, 1),
@@ -95,6 +95,15 @@ def test_hashes_cover_the_offset_of_a_block_within_an_image() -> None:
         *([1] * 16), (Grid(1, 8, 8), b"b" * 32), (Grid(1, 16, 8), b"a" * 32), *([2] * 16)
     )
     assert not set(one) & set(two)
+
+
+def test_a_longer_video_shares_the_blocks_of_its_beginning() -> None:
+    pair = Grid(1, 8, 12)  # 24 tokens
+    short, long = (hashes_of(1, 2, (pair._replace(t=t), b"v" * 32)) for t in (5, 9))
+    assert short == long[: len(short)]
+    assert len(short) == (2 + 5 * 24) // BLOCK_SIZE
+    other = hashes_of(1, 2, (pair._replace(t=9), b"w" * 32))
+    assert not set(other) & set(long)
 
 
 def allocate_and_fill(pool: BlockPool, hashes: list[bytes]) -> CacheAllocation:

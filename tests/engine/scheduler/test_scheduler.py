@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from qwen2vl.engine.scheduler.output import SampledTokens, SchedulerOutput, Step
 from qwen2vl.engine.scheduler.scheduler import Scheduler
 from qwen2vl.errors import EngineError
 from qwen2vl.geometry import Grid
-from qwen2vl.processor.inputs import Item, ModelInput
+from qwen2vl.processor.inputs import ModelInput
 from qwen2vl.processor.tokenizer import IncrementalDetokenizer
 from qwen2vl.weights import GenerationDefaults
 from tests.engine.kv_cache.test_block_pool import prompt
@@ -49,22 +51,22 @@ class FakeEncoderCache:
 
     def __init__(self) -> None:
         self.num_references: Counter[bytes] = Counter()
-        self.num_encoded: dict[bytes, int] = {}
+        self.encoded: set[bytes] = set()
 
-    def acquire(self, item: Item) -> None:
-        self.num_references[item.digest] += 1
+    def acquire(self, digests: Sequence[bytes]) -> None:
+        self.num_references.update(digests)
 
-    def release(self, item: Item) -> None:
-        self.num_references[item.digest] -= 1
-        assert self.num_references[item.digest] >= 0
-        if not self.num_references[item.digest]:
-            self.num_encoded.pop(item.digest, None)
+    def release(self, digest: bytes) -> None:
+        self.num_references[digest] -= 1
+        assert self.num_references[digest] >= 0
+        if not self.num_references[digest]:
+            self.encoded.discard(digest)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, digests: Sequence[bytes]) -> None:
         pass
 
-    def num_encoded_frame_pairs(self, item: Item) -> int:
-        return self.num_encoded.get(item.digest, 0)
+    def has_embeddings(self, digest: bytes) -> bool:
+        return digest in self.encoded
 
 
 class FakeEngine:
@@ -92,9 +94,10 @@ class FakeEngine:
                     self.cached_ids[target] = self.cached_ids[source][:tokens]
                 case FreeSlots(allocation_id):
                     del self.cached_ids[allocation_id], self.capacities[allocation_id]
-        for chunk in output.encoder_chunks:
-            assert self.encoder_cache.num_encoded_frame_pairs(chunk.item) == chunk.start
-            self.encoder_cache.num_encoded[chunk.item.digest] = chunk.stop
+        for one in output.encoder_inputs:
+            assert one.digest not in self.encoder_cache.encoded, "encoded twice"
+            assert self.encoder_cache.num_references[one.digest] > 0
+            self.encoder_cache.encoded.add(one.digest)
         results: list[SampledTokens | EngineError] = []
         for chunk in output.token_chunks:
             request = chunk.request
@@ -103,15 +106,8 @@ class FakeEngine:
             assert cached[: chunk.start] == request.all_token_ids[: chunk.start], (
                 "the KV cache holds other tokens"
             )
-            for start, item in request.items_after(chunk.start):
-                if start < chunk.stop:
-                    encoded_stop = (
-                        start
-                        + item.num_tokens
-                        * self.encoder_cache.num_encoded_frame_pairs(item)
-                        // item.grid.t
-                    )
-                    assert min(start + item.num_tokens, chunk.stop) <= encoded_stop
+            for _, item, index in request.prompt.pairs_between(chunk.start, chunk.stop):
+                assert self.encoder_cache.has_embeddings(item.pair_digests[index])
             cached[chunk.start :] = chunk.input_ids
             assert len(cached) <= self.capacities[request.allocation.id]
             sampled = [(ord("a") + len(request.all_token_ids) % 26, None)]
@@ -168,11 +164,35 @@ def test_a_chunk_ends_where_embeddings_are_missing() -> None:
     while engine.scheduler.has_unfinished_requests:
         output = engine.step()
         stops.append(
-            [(s.start, s.stop) for s in output.encoder_chunks]
-            + [c.stop for c in output.token_chunks]
+            [one.index for one in output.encoder_inputs] + [c.stop for c in output.token_chunks]
         )
-    assert stops == [[(0, 2), 7 + 32], [(2, 4), 7 + 64], [(4, 5), 7 + 80 + 9]]
+    assert stops == [[0, 1, 7 + 32], [2, 3, 7 + 64], [4, 7 + 80 + 9]]
     assert not +engine.encoder_cache.num_references
+
+
+def test_frame_pairs_are_held_only_until_they_are_computed() -> None:
+    video = (Grid(40, 8, 8), b"c" * 32)  # 16 tokens each
+    engine = FakeEngine(max_num_batched_tokens=50, max_num_encoder_patches=1000)
+    request = make_request(prompt(*range(7), video, *range(9)), 1)
+    engine.scheduler.add_request(request)
+    while engine.scheduler.has_unfinished_requests:
+        engine.step()
+        assert sum(engine.encoder_cache.num_references.values()) <= 1  # the one not whole yet
+    assert not +engine.encoder_cache.num_references
+
+
+def test_equal_frame_pairs_are_encoded_once() -> None:
+    still, moving = Grid(6, 8, 8), (Grid(6, 8, 8), b"m" * 32)
+    engine = FakeEngine(max_num_batched_tokens=1000)
+    model_input = prompt(1, (still, b"s" * 32), 2, moving)
+    item = replace(model_input.items[0], pair_digests=(b"s" * 32,) * 6)
+    request = make_request(replace(model_input, items=(item, model_input.items[1])), 1)
+    engine.scheduler.add_request(request)
+    output = engine.step()
+    assert [(one.item is item, one.index) for one in output.encoder_inputs] == [
+        (True, 0),
+        *((False, index) for index in range(6)),
+    ]
 
 
 def test_an_image_larger_than_the_budget_is_encoded_alone() -> None:
@@ -181,8 +201,8 @@ def test_an_image_larger_than_the_budget_is_encoded_alone() -> None:
     for image in (small, large):
         engine.scheduler.add_request(make_request(prompt(1, image, 2), 1))
     first, second = engine.step(), engine.step()
-    assert [s.item.grid for s in first.encoder_chunks] == [small[0]]
-    assert [s.item.grid for s in second.encoder_chunks] == [large[0]]
+    assert [one.item.grid for one in first.encoder_inputs] == [small[0]]
+    assert [one.item.grid for one in second.encoder_inputs] == [large[0]]
 
 
 def test_one_image_in_two_requests_is_encoded_once() -> None:
@@ -191,7 +211,7 @@ def test_one_image_in_two_requests_is_encoded_once() -> None:
     for first in (1, 2):
         engine.scheduler.add_request(make_request(prompt(first, image, 3), 1))
     output = engine.step()
-    assert len(output.token_chunks) == 2 and len(output.encoder_chunks) == 1
+    assert len(output.token_chunks) == 2 and len(output.encoder_inputs) == 1
 
 
 def test_a_prefix_being_computed_is_waited_for_and_copied() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import DEFAULT_LIMITS, MediaLimits
 from qwen2vl.processor.media.video_source import open_video
-from tests.media import encoded, smooth
+from tests.media import encoded, frames_of, smooth
 from tests.processor.image_formats.reference import (
     HEIGHT,
     WIDTH,
@@ -75,9 +75,9 @@ def _uncompressed(indices: Sequence[int]) -> bytes:
     return bytes(low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=False))
 
 
-def frames_of(data: bytes) -> list[np.ndarray]:
+def animation_frames(data: bytes) -> list[np.ndarray]:
     video = open_video(data, DEFAULT_LIMITS, "x", fps=2, apply_exif_orientation=True)
-    frames = video.get_frames_at(range(len(video.metadata.timestamps)), np.copy)
+    frames = frames_of(video, range(len(video.metadata.timestamps)))
     assert frames is not None
     return frames
 
@@ -120,7 +120,7 @@ def test_later_frames_are_composed_on_a_transparent_canvas(
 ) -> None:
     """Whether a frame has a transparent color changes nothing where it draws none."""
     boxes = [(1, 1, 5, 4), (3, 2, 8, 6), (0, 5, 2, 6)]
-    found = frames_of(animated(boxes, [method] * 3, transparency))
+    found = animation_frames(animated(boxes, [method] * 3, transparency))
     canvas = np.full((6, 8, 3), 255)
     for number, (left, upper, right, lower) in enumerate(boxes):
         before = canvas.copy()
@@ -136,7 +136,7 @@ def test_opaque_animations_are_those_of_pillow() -> None:
     pictures = [Image.fromarray(smooth(20, 30, seed)).quantize(32) for seed in range(3)]
     data = encoded(pictures[0], "GIF", save_all=True, append_images=pictures[1:], duration=100)
     with Image.open(io.BytesIO(data)) as image:
-        for number, found in enumerate(frames_of(data)):
+        for number, found in enumerate(animation_frames(data)):
             image.seek(number)
             np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
 
@@ -154,7 +154,7 @@ def test_a_frame_that_enlarges_the_canvas_is_within_the_limits() -> None:
 def test_colors_after_a_gray_first_frame() -> None:
     """Pillow decodes the later frames without their palette."""
     boxes = [(0, 0, 8, 6), (2, 1, 5, 4)]
-    first, second = frames_of(animated(boxes, [KEEP] * 2, has_gray_palette=True))
+    first, second = animation_frames(animated(boxes, [KEEP] * 2, has_gray_palette=True))
     assert (first == 1).all()
     assert (second[1:4, 2:5] == (0, 0, 120)).all()
     assert second[0, 0].tolist() == [1, 1, 1]

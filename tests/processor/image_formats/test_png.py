@@ -16,7 +16,7 @@ from qwen2vl.errors import InputError
 from qwen2vl.processor.media.rgb import open_image
 from qwen2vl.processor.media.source import DEFAULT_LIMITS
 from qwen2vl.processor.media.video_source import open_video
-from tests.media import encoded, smooth
+from tests.media import encoded, frames_of, smooth
 from tests.processor.image_formats.png_files import (
     DEPTHS,
     GRAY,
@@ -215,7 +215,7 @@ def test_the_metadata_of_every_frame_are_ignored() -> None:
     start = chunk.index(b"zTXt") - 4
     data = data[:at] + chunk[start : start + len(BIG) + 12] + data[at:]
     video = open_video(data, DEFAULT_LIMITS, "x", fps=2, apply_exif_orientation=True)
-    assert video.get_frames_at(range(3), lambda x: x[0, 0, 0].item()) == [0, 60, 120]
+    assert frames_of(video, range(3), lambda x: x[0, 0, 0].item()) == [0, 60, 120]
 
 
 def test_a_text_is_not_taken_for_a_note() -> None:

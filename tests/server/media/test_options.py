@@ -8,7 +8,7 @@ import pytest
 
 from qwen2vl.errors import InputError
 from qwen2vl.processor.content import MediaPart
-from qwen2vl.processor.media.source import MediaOptions
+from qwen2vl.processor.media_options import MediaOptions
 from qwen2vl.processor.messages import parse_messages
 from qwen2vl.server.media.options import with_media_defaults
 

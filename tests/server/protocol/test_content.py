@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from qwen2vl.errors import InputError
-from qwen2vl.processor.media.source import NO_OPTIONS, MediaOptions
+from qwen2vl.processor.media_options import NO_OPTIONS, MediaOptions
 from qwen2vl.processor.messages import parse_messages
 from qwen2vl.server.protocol.content import MediaFields, MessageList
 
