@@ -115,7 +115,7 @@ _OPTIONS = {
     "image": _IMAGE_OPTIONS,
     "video": _IMAGE_OPTIONS
     | {"fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end"}
-    | {"frame_times", "segment_frames", "subtitles"},
+    | {"frame_interval", "frame_times", "segment_frames", "subtitles"},
 }
 _ALIASES = {"num_frames": "nframes"}  # vLLM's and transformers' name -> qwen-vl-utils' name
 _NUM_COORDINATES = {"box": 4, "point": 2, "quad": 8}

@@ -44,8 +44,8 @@ __all__ = [
 
 _MAX_RATIO = 200  # long side over short side, inclusive
 _VIDEO_OPTIONS = (
-    "fps nframes min_frames max_frames total_pixels video_start video_end frame_times "
-    "segment_frames subtitles"
+    "fps nframes min_frames max_frames total_pixels video_start video_end frame_interval "
+    "frame_times segment_frames subtitles"
 ).split()
 
 

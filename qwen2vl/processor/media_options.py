@@ -31,14 +31,18 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_frames": (1, 100_000),
     "segment_frames": (2, 100_000),
     "fps": (1e-6, 1e6),
+    "frame_interval": (1e-6, 1e6),
     "video_start": (0, 1e9),
     "video_end": (0, 1e9),
     "frame_times": (0, 1e9),  # each of them
 }
-_FRACTIONAL = frozenset({"fps", "video_start", "video_end", "frame_times"})
+_FRACTIONAL = frozenset({"fps", "frame_interval", "video_start", "video_end", "frame_times"})
 _MAX_FRAME_TIMES = 10_000
 _EXCLUSIVE = (
     ("fps", "nframes"),
+    ("frame_interval", "fps"),
+    ("frame_interval", "nframes"),
+    ("frame_interval", "frame_times"),
     ("frame_times", "fps"),
     ("frame_times", "nframes"),
     ("resized_height", "min_pixels"),
@@ -67,6 +71,7 @@ class MediaOptions:
     resized_height: int | None = None  # resize to this size, rounded to whole tokens
     resized_width: int | None = None  # given together with resized_height
     fps: float | None = None  # sampled frames per second; for a list of frames: its frame rate
+    frame_interval: float | None = None  # seconds between frames, instead of fps: from the first on
     nframes: int | None = None  # number of sampled frames, instead of fps
     min_frames: int | None = None  # fewest sampled frames
     max_frames: int | None = None  # most sampled frames

@@ -88,7 +88,7 @@ def test_which_layers_are_prepacked(monkeypatch: pytest.MonkeyPatch, tied: bool)
     assert (got_TD.float() - want_TD.float()).norm() < 2e-2 * want_TD.float().norm()
 
 
-@pytest.mark.parametrize("kernels", ["off", ""])
+@pytest.mark.parametrize("kernels", ["off", "avx512"])
 def test_llm_with_prepacked_layers_answers(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     monkeypatch.setenv(VARIABLE, kernels)
     monkeypatch.setattr(prepacked, "MIN_PREPACK_NUMEL", 2**12)

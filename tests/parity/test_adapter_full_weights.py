@@ -251,7 +251,7 @@ def test_quantized_folders_take_what_they_store_unquantized(
     folder, model = untied
     quantize_folder(folder, tmp_path / "int4", "int4")
     for name, modules in (("norms", ["input_layernorm"]), ("layers", ["gate_proj"])):
-        adapted = peft_model(model, target_modules=["qkv"], modules_to_save=modules)
+        adapted = peft_model(model, target_modules=["lm_head"], modules_to_save=modules)
         train(adapted, lambda name: "modules_to_save" in name)
         adapted.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
     loaded, _ = load(tmp_path / "int4", dtype="float32", adapter=tmp_path / "norms")

@@ -96,7 +96,8 @@ def part_options(given: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"--subtitles {subtitles}: no such file; check the path")
     tokens = given["video_tokens"]
     options = {
-        "fps": 1 / given["every"] if given["every"] else given["fps"],
+        "fps": given["fps"],
+        "frame_interval": given["every"],
         "nframes": given["frames"],
         "frame_times": _read_times(given["at"]),
         "video_start": given["start"],

@@ -58,6 +58,8 @@ def plan_frames(
     if options.frame_times is not None:
         return _plan_stills(metadata, options.frame_times, settings)
     first, last = _frame_range(metadata, settings)
+    if options.frame_interval is not None:
+        return _plan_at_interval(metadata, first, last, options.frame_interval, settings)
     timestamps = metadata.timestamps[first:last]
     is_whole = len(timestamps) == len(metadata.timestamps)
     duration = metadata.duration if is_whole else video_duration(timestamps, metadata.fps)
@@ -113,6 +115,30 @@ def _plan_stills(
     height, width = _frame_size(metadata, len(indices), settings)
     notes = [f"{len(times)} frames, {width} x {height}"]
     return FramePlan(indices=tuple(indices), height=height, width=width, notes=tuple(notes))
+
+
+def _plan_at_interval(
+    metadata: VideoMetadata, first: int, last: int, interval: float, settings: _FrameSettings
+) -> FramePlan:
+    """Choose the frames nearest to multiples of an interval, from the first frame on.
+
+    Those of a video that has grown are the same: its frame pairs are found in the caches.
+    """
+    timestamps = metadata.timestamps[first:last]
+    count = math.floor((timestamps[-1] - timestamps[0]) / interval + 1e-6) + 1
+    limit = settings.options.max_frames or settings.preset.max_frames
+    if count > limit:
+        raise InputError(
+            f"{settings.name}: a frame every {interval:g} s would be {count:,}, limit is "
+            f"{limit:,}; raise max_frames, with total_pixels, or make frame_interval longer"
+        )
+    times = (timestamps[0] + number * interval for number in range(count))
+    indices = tuple(first + _nearest(timestamps, time) for time in times)
+    height, width = _frame_size(metadata, count, settings)
+    note = f"{len(set(indices))} of {len(metadata.timestamps)} frames, one every {interval:g} s, "
+    return FramePlan(
+        indices=indices, height=height, width=width, notes=(f"{note}{width} x {height}",)
+    )
 
 
 def _nearest(timestamps: Sequence[float], time: float) -> int:

@@ -45,7 +45,7 @@ def test_what_is_no_time(text: str) -> None:
     [
         ((), {}),
         (("--fps", "1"), {"fps": 1.0}),
-        (("--every", "5s"), {"fps": 0.2}),
+        (("--every", "5s"), {"frame_interval": 5.0}),
         (("--at", "12:30, 14:05"), {"frame_times": [750.0, 845.0]}),
         (("--frames", "8", "--start", "1m"), {"nframes": 8, "video_start": 60.0}),
         (("--video-tokens", "1000"), {"total_pixels": 784_000, "max_frames": 100_000}),

@@ -230,7 +230,7 @@ def test_a_row_trains_as_the_messages_by_hand(
     reference = prepare(by_hand, tmp_path)
     assert prepared.input_ids == reference.input_ids
     assert prepared.grids == reference.grids
-    assert [i.digest for i in prepared.items] == [i.digest for i in reference.items]
+    assert [i.pair_digests for i in prepared.items] == [i.pair_digests for i in reference.items]
 
 
 def test_fixtures_are_small_and_all_are_used() -> None:

@@ -170,6 +170,18 @@ def test_frames_at_given_times_are_pairs_of_their_own(
     assert item.grid.t == len(times)
 
 
+def test_frames_at_an_interval_are_those_of_a_longer_video() -> None:
+    """Also of one whose frames are not uniform."""
+    short, long = (
+        prompt(count, fps=None, frame_interval=1.4, nframes=None).items[0] for count in (50, 61)
+    )
+    times = short.frame_timestamps
+    assert times == (*(round(1.4 * n * 2) / 2 for n in range(18)),)
+    assert long.frame_timestamps[: len(times)] == times
+    pairs = len(times) // 2
+    assert long.pair_digests[:pairs] == short.pair_digests[:pairs]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -177,6 +189,8 @@ def test_frames_at_given_times_are_pairs_of_their_own(
         ({"frame_times": []}, "must be a list of 1 to"),
         ({"frame_times": ["12:30"]}, "frame_times is '12:30', must be a number"),
         ({"frame_times": [1], "nframes": 4}, "exclude each other"),
+        ({"frame_interval": 0.001, "video_end": 0.5, "max_frames": 3}, "would be 501, limit is 3"),
+        ({"frame_interval": 1, "fps": 1}, "exclude each other"),
         ({"segment_frames": 1}, "must lie between 2 and"),
     ],
 )
