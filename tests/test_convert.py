@@ -259,7 +259,7 @@ print(json.dumps([quantized - base, peak() - base]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM of /proc/self/status")
-@pytest.mark.parametrize("mode", CPU_MODES)
+@pytest.mark.parametrize("mode", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_peak_memory_is_that_of_a_layer_and_of_the_result(
     folder: Path, tmp_path: Path, mode: CpuQuantizationMode
 ) -> None:

@@ -245,9 +245,10 @@ def test_a_closed_stdout_is_exit_code_zero(tiny_folder: Path, image_file: Path) 
     [
         ({"NO_COLOR": "1", "COLUMNS": "20", "TERM": "dumb"}, "\u00e9 \u56fe.png"),
         ({"PYTHONIOENCODING": "ascii"}, "\\xe9 \\u56fe.png"),
-        (
+        pytest.param(
             {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
             "file     image 1",  # the name has no characters in this locale
+            marks=pytest.mark.slow,
         ),
     ],
 )

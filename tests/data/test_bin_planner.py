@@ -84,6 +84,7 @@ def _load_or_create_in_process(path: Path, log: Path) -> None:
     assert load_or_create(path, create)["x"].tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow  # a dozen processes that import torch
 def test_concurrent_ranks_create_a_cache_file_once(tmp_path: Path) -> None:
     paths = (tmp_path / "a" / "x.npz", tmp_path / "log")
     # A fork of a process with threads may hang; one of a server without any does not.

@@ -12,6 +12,7 @@ from dev.gpu_run import FIGURES, MAX_FILE_BYTES, Step, main, newest_model, run_c
 from qwen2vl import load
 
 
+@pytest.mark.slow
 def test_training_exports_a_folder_of_small_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [str(out), "--part", "train", "--device", "cpu", "--recipe", "tiny"]
@@ -47,6 +48,7 @@ def test_check_runs_steps_and_collects_figures(
     assert (tmp_path / FIGURES).read_text(encoding="utf-8") == figure + "\n"
 
 
+@pytest.mark.slow
 def test_a_step_ends_when_its_time_is_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -182,7 +182,10 @@ def test_base_weights_below_the_factors(base: tuple[Path, Qwen2VL], tmp_path: Pa
     check_logits(folder, model, tmp_path / "adapter", adapted)
 
 
-@pytest.mark.parametrize("file", ["non_lora_state_dict.bin", "non_lora_trainables.bin"])
+@pytest.mark.parametrize(
+    "file",
+    ["non_lora_state_dict.bin", pytest.param("non_lora_trainables.bin", marks=pytest.mark.slow)],
+)
 def test_pickles_are_refused_with_a_command_that_works(
     base: tuple[Path, Qwen2VL], tmp_path: Path, file: str
 ) -> None:

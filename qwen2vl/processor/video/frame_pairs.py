@@ -57,6 +57,7 @@ class _State:
     patches: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     first: int = 0  # the pair that decoding began with
     next: int = 0  # the pair that is decoded next
+    wanted: int = 0  # patches of earlier pairs are not kept
     generation: int = 0  # a thread of an older one ends
     is_running: bool = False
     error: Exception | None = None
@@ -120,13 +121,14 @@ class FramePairStream:
             self._start(index)
 
     def wait(self, index: int, timeout: float) -> None:
-        """Return when a pair has been decoded, or an error has been found, or after `timeout`."""
+        """Return when the next pair has been decoded, or after `timeout`; at once if it is there.
+
+        That may be another consumer's pair: then `prefetch` is called again.
+        """
         state = self._state
         with state.changed:
-            state.changed.wait_for(
-                lambda: index in state.patches or state.error is not None or not state.is_running,
-                timeout,
-            )
+            if index not in state.patches and state.error is None and state.is_running:
+                state.changed.wait(timeout)
 
     def close(self) -> None:
         """End decoding; a later `prefetch` begins again."""
@@ -134,6 +136,7 @@ class FramePairStream:
 
     def _release_before(self, index: int) -> None:
         state = self._state
+        state.wanted = index
         released = [i for i in state.patches if i < index]
         for i in released:
             del state.patches[i]
@@ -143,7 +146,7 @@ class FramePairStream:
     def _start(self, index: int) -> None:
         state = self._state
         state.generation += 1
-        state.first = state.next = index
+        state.first = state.next = state.wanted = index
         state.is_running = True
         state.changed.notify_all()
         threading.Thread(
@@ -163,7 +166,8 @@ def _decode(state: _State, generation: int) -> None:
                     if state.generation != generation:
                         return
                     state.digests[state.next] = pair.digest
-                    state.patches[state.next] = pair.patches_NP
+                    if state.next >= state.wanted:
+                        state.patches[state.next] = pair.patches_NP
                     state.next += 1
                     state.changed.notify_all()
                     if state.next == state.num_pairs:
