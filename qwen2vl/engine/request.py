@@ -147,6 +147,17 @@ class Request:
         return len(self.prompt.input_ids) + self.max_tokens
 
     @property
+    def streams_video(self) -> bool:
+        """Whether a video of the prompt is decoded while it is prefilled."""
+        return any(item.source is not None for item in self.prompt.items)
+
+    def end_decoding(self) -> None:
+        """End the decoding of its videos, which are computed, or no longer wanted."""
+        for item in self.prompt.items:
+            if item.source is not None:
+                item.source.close()
+
+    @property
     def is_prefilling(self) -> bool:
         """Whether more tokens than the newest one are still to be computed."""
         return len(self.all_token_ids) - self.num_computed_tokens > 1

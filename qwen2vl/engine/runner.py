@@ -121,8 +121,8 @@ class ModelRunner:
                     self.caches[allocation_id] = self.kv_storage.reserve(
                         self.caches.get(allocation_id), num_tokens, self.caches.values()
                     )
-                case CopySlots(source, target, num_tokens):
-                    self.caches[target].copy_from(self.caches[source], num_tokens)
+                case CopySlots(source, target, num_tokens, start):
+                    self.caches[target].copy_from(self.caches[source], num_tokens, start)
             cache_operations.popleft()
 
     def apply_free_operations(self, cache_operations: Sequence[CacheOperation]) -> None:

@@ -117,11 +117,11 @@ class KVCache:
         """All tensors of the cache; their third axis is that of the slots."""
         return self.k_LKZC, self.v_LKZC
 
-    def copy_from(self, other: KVCache, num_tokens: int) -> None:
-        """Copy the first `num_tokens` of another cache and set `length` to that number."""
+    def copy_from(self, other: KVCache, num_tokens: int, start: int = 0) -> None:
+        """Copy tokens `start` to `num_tokens` of another cache, and set `length` to the latter."""
         assert num_tokens <= min(other.length, self.capacity), "a copy longer than its source"
         for ours, theirs in zip(self.slots, other.slots, strict=True):
-            ours[:, :, :num_tokens] = theirs[:, :, :num_tokens]
+            ours[:, :, start:num_tokens] = theirs[:, :, start:num_tokens]
         self.length = num_tokens
 
     def layers(self, num_new: int) -> Iterator[LayerSlots]:

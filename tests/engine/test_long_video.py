@@ -86,13 +86,15 @@ def test_a_video_that_has_grown_is_encoded_where_it_is_new(streams: bool) -> Non
         assert num_encoded(llm) == total
 
 
-def test_a_video_that_has_grown_shares_the_blocks_of_its_beginning() -> None:
-    """Decoded at once, so that its digests are known when it is admitted."""
-    llm = new_llm(streams=False)
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_video_that_has_grown_shares_the_blocks_of_its_beginning(streams: bool) -> None:
+    """Also of a streamed one, whose digests are not known when it is admitted."""
+    llm = new_llm(streams=streams)
     llm.chat(question(frames(40)), GREEDY)
     (completion,) = llm.chat(question(frames(46)), GREEDY)
     assert completion.cached_tokens >= 20 * TOKENS - BLOCK_SIZE
     assert_same(completion, reference_completion(46))
+    assert llm.engine_core.scheduler.pool.num_used_blocks == 0
 
 
 def test_a_second_question_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,11 +98,12 @@ class ReserveSlots:
 
 @dataclass(frozen=True, slots=True)
 class CopySlots:
-    """Copy the first `num_tokens` of one allocation into another; both given by id."""
+    """Copy the first `num_tokens` of one allocation, from `start` on, into another; given by id."""
 
     source: int
     target: int
     num_tokens: int
+    start: int = 0  # the target holds the same tokens before
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,26 @@ class BlockPool:
         if source is not None and source.id in self._evictable:
             return self._reuse(source, num_cached, num_blocks)  # truncates it
         return None
+
+    def copy_cached_blocks(
+        self, allocation: CacheAllocation, block_hashes: Sequence[bytes], num_filled: int
+    ) -> int:
+        """Fill the blocks after the first `num_filled` of an allocation in use, as far as cached.
+
+        For a request whose block hashes have become known after its admission.
+
+        Returns:
+            The number of filled blocks.
+        """
+        num_cached = min(self.match_prefix(block_hashes), allocation.num_blocks)
+        if num_cached <= num_filled:
+            return num_filled
+        holders = self._allocations_by_hash[block_hashes[num_cached - 1]]
+        source = next(iter(holders.values()))
+        start, stop = num_filled * BLOCK_SIZE, num_cached * BLOCK_SIZE
+        self.cache_operations.append(CopySlots(source.id, allocation.id, stop, start))
+        self.cache_full_blocks(allocation, block_hashes[:num_cached])
+        return num_cached
 
     def grow(self, allocation: CacheAllocation, num_blocks: int) -> bool:
         """Grow an allocation in use to `num_blocks`; False, without changes, if impossible."""

@@ -187,7 +187,7 @@ class Scheduler:
             self.counters.num_accepted_tokens += num_accepted
         self._release_pairs(request, request.num_computed_tokens)
         if chunk.start < len(request.prompt.input_ids) and not request.is_prefilling:
-            _close_sources(request)
+            request.end_decoding()
         texts: list[str] = []
         try:
             for token, logprob in sampled:
@@ -213,6 +213,7 @@ class Scheduler:
 
     def _schedule_chunk(self, budget: StepBudget, request: Request) -> None:
         """Schedule as many tokens of a running request as the budget allows."""
+        self._reuse_blocks(request)
         num_known = len(request.all_token_ids)
         stop = min(num_known, request.num_computed_tokens + budget.remaining_tokens)
         try:
@@ -231,6 +232,33 @@ class Scheduler:
         chunk = TokenChunk(request, request.num_computed_tokens, stop, draft_tokens)
         budget.remaining_tokens -= chunk.num_tokens
         budget.token_chunks.append(chunk)
+
+    def _reuse_blocks(self, request: Request) -> None:
+        """Copy cached blocks of a streamed video, whose hashes become known as it is decoded."""
+        num_computed = request.num_computed_tokens
+        if not request.is_prefilling or num_computed % BLOCK_SIZE or not request.streams_video:
+            return
+        assert request.allocation is not None
+        block_hashes = self._reusable_hashes(request)
+        num_filled = self.pool.copy_cached_blocks(
+            request.allocation, block_hashes, num_computed // BLOCK_SIZE
+        )
+        num_copied = num_filled * BLOCK_SIZE - num_computed
+        request.num_computed_tokens += num_copied
+        request.num_reused_tokens += num_copied
+        if not request.output_token_ids:
+            request.num_cached_tokens += num_copied
+        self._release_pairs(request, request.num_computed_tokens)
+
+    def _reusable_hashes(self, request: Request) -> Sequence[bytes]:
+        """Return the hashes of the full blocks before the last token.
+
+        That is always computed: its hidden state gives the next token.
+        """
+        if request.skip_reading_prefix_cache:
+            return []
+        block_hashes = request.block_hashes.extend(request.all_token_ids)
+        return block_hashes[: (len(request.all_token_ids) - 1) // BLOCK_SIZE]
 
     def _propose_draft_tokens(
         self, drafter: NgramProposer, request: Request, max_tokens: int
@@ -253,7 +281,8 @@ class Scheduler:
         for start, item, index in request.prompt.pairs_between(request.num_computed_tokens, stop):
             digest = item.pair_digest(index)  # once: it may become known at any time
             if digest is None:
-                undecoded, stop = (item, index), start
+                # Whole blocks: what comes next may be cached.
+                undecoded, stop = (item, index), start // BLOCK_SIZE * BLOCK_SIZE
                 break
             pairs.append((start, item, index, digest))
         self._acquire_pairs(request, pairs)
@@ -303,12 +332,7 @@ class Scheduler:
         for request in list(self.waiting):
             if budget.remaining_tokens <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return
-            # The last token is always computed: its hidden state gives the next one.
-            block_hashes = request.block_hashes.extend(request.all_token_ids)[
-                : (len(request.all_token_ids) - 1) // BLOCK_SIZE
-            ]
-            if request.skip_reading_prefix_cache:
-                block_hashes = []
+            block_hashes = self._reusable_hashes(request)
             if self._is_being_computed(block_hashes) or self._is_being_decoded(request):
                 continue  # wait: its prefix can soon be copied
             num_slots = min(
@@ -361,7 +385,7 @@ class Scheduler:
         assert request.allocation is not None
         self.running.remove(request)
         self._release_pairs(request, len(request.prompt.input_ids))
-        _close_sources(request)
+        request.end_decoding()
         (self.pool.discard if discard else self.pool.release)(request.allocation)
         request.allocation = None
 
@@ -369,13 +393,6 @@ class Scheduler:
         """Release the frame pairs that end within the first `num_tokens`: they are computed."""
         while request.held_pairs and request.held_pairs[0][0] <= num_tokens:
             self.encoder_cache.release(request.held_pairs.popleft()[1])
-
-
-def _close_sources(request: Request) -> None:
-    """End the decoding of the request's videos, which are computed, or no longer wanted."""
-    for item in request.prompt.items:
-        if item.source is not None:
-            item.source.close()
 
 
 def _num_blocks(num_tokens: int) -> int:
