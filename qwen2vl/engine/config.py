@@ -46,7 +46,7 @@ class EngineConfig:
     encoder_cache_dir: str | Path | None = None  # vision embeddings on disk; None: none
     encoder_cache_disk_bytes: int = 4096 * MIB  # limit of that folder; oldest are evicted
     item_cache_bytes: int = 256 * MIB  # preprocessed images and videos
-    streamed_video_bytes: int = 128 * MIB  # a larger video is decoded while it is prefilled
+    streamed_video_bytes: int = 64 * MIB  # a larger video is decoded while it is prefilled
     cuda_graphs: bool = True  # on a GPU, capture decode steps as CUDA graphs and replay them
 
     def __post_init__(self) -> None:

@@ -23,7 +23,12 @@ from torch.nn import functional as F
 
 from qwen2vl.geometry import AttnMeta, SegmentRun
 from qwen2vl.model import kernels
-from qwen2vl.model.flash_attention_cpu import flash_attention_cpu, supports_flash_attention_cpu
+from qwen2vl.model.flash_attention_cpu import (
+    attend_with_logsumexp,
+    flash_attention_cpu,
+    supports_flash_attention_cpu,
+    supports_logsumexp,
+)
 
 __all__ = [
     "attention",
@@ -31,6 +36,10 @@ __all__ = [
     "chunked_prefill_attention",
     "decode_attention",
 ]
+
+# Elements of a mask in chunked prefill; with more keys, a mask for each chunk would take memory and
+# time in proportion to the whole context.
+MAX_MASK_NUMEL = 2**20
 
 
 def attention(
@@ -86,8 +95,10 @@ def chunked_prefill_attention(
     Returns:
         out_TKGC.
     """
+    length, num_keys = len(q_TKGC), k_1KZC.shape[2]
+    if length < num_keys and length * num_keys >= MAX_MASK_NUMEL and supports_logsumexp(q_TKGC):
+        return _attend_in_two_parts(q_TKGC, k_1KZC, v_1KZC)
     q_THC = q_TKGC.flatten(1, 2)
-    length, num_keys = len(q_THC), k_1KZC.shape[2]
     is_whole = length == num_keys
     mask = None if is_whole else _causal_mask(meta, length, num_keys, q_THC.dtype)
     out = F.scaled_dot_product_attention(
@@ -99,6 +110,34 @@ def chunked_prefill_attention(
         enable_gqa=q_THC.shape[1] != k_1KZC.shape[1],
     )
     return out[0].transpose(0, 1).unflatten(1, q_TKGC.shape[1:3])
+
+
+def _attend_in_two_parts(q_TKGC: Tensor, k_1KZC: Tensor, v_1KZC: Tensor) -> Tensor:
+    """Attend to the earlier keys, without a mask, and causally to those of the queries' own tokens.
+
+    Each part's logsumexp is its weight in the sum. No tensor has T * Z elements, nor are keys
+    repeated for the query heads of a group, of which all rows are queries of one head. (vLLM:
+    merge_attn_states.)
+    """
+    length, num_heads, group, _ = q_TKGC.shape
+    past = k_1KZC.shape[2] - length
+    q_KTGC = q_TKGC.transpose(0, 1)
+    before_1KNC, before_1KN = attend_with_logsumexp(
+        q_KTGC.flatten(1, 2)[None], k_1KZC[:, :, :past], v_1KZC[:, :, :past], causal=False
+    )
+    own_1HTC, own_1HT = attend_with_logsumexp(
+        q_KTGC.transpose(1, 2).flatten(0, 1)[None],
+        k_1KZC[:, :, past:].repeat_interleave(group, 1),
+        v_1KZC[:, :, past:].repeat_interleave(group, 1),
+        causal=True,
+    )
+    before_KTGC = before_1KNC[0].unflatten(1, (length, group)).float()
+    own_KTGC = own_1HTC[0].unflatten(0, (num_heads, group)).transpose(1, 2).float()
+    logit_KTG = before_1KN[0].unflatten(1, (length, group)) - own_1HT[0].unflatten(
+        0, (num_heads, group)
+    ).transpose(1, 2)
+    out_KTGC = torch.lerp(own_KTGC, before_KTGC, logit_KTG.sigmoid()[..., None])
+    return out_KTGC.transpose(0, 1).to(q_TKGC.dtype)
 
 
 def _causal_mask(meta: AttnMeta, length_q: int, length_k: int, dtype: torch.dtype) -> Tensor:

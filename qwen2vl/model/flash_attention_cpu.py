@@ -22,9 +22,11 @@ from torch.autograd.function import once_differentiable
 
 __all__ = [
     "MAX_BLOCK_SCORES",
+    "attend_with_logsumexp",
     "enable_flash_attention_cpu",
     "flash_attention_cpu",
     "supports_flash_attention_cpu",
+    "supports_logsumexp",
 ]
 
 # What SDPA calls; SDPA itself does not return the logsumexp.
@@ -57,6 +59,25 @@ def supports_flash_attention_cpu(q: Tensor, k: Tensor, *, causal: bool) -> bool:
         and q.dtype == torch.bfloat16
         and q.requires_grad
     )
+
+
+def supports_logsumexp(q: Tensor) -> bool:
+    """Return whether `attend_with_logsumexp` computes such queries, which is for inference."""
+    return (
+        q.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and hasattr(torch.ops.aten, FORWARD_KERNEL)
+    )
+
+
+def attend_with_logsumexp(
+    q_SHTC: Tensor, k_SHZC: Tensor, v_SHZC: Tensor, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attend as SDPA does; return out_SHTC, and the logsumexp of the scores (S, H, T), float32.
+
+    With `causal`, T equals Z.
+    """
+    return getattr(torch.ops.aten, FORWARD_KERNEL)(q_SHTC, k_SHZC, v_SHZC, 0.0, causal)
 
 
 def flash_attention_cpu(q_SHTC: Tensor, k_SHTC: Tensor, v_SHTC: Tensor) -> Tensor:

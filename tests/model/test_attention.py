@@ -12,7 +12,12 @@ from torch.nn import functional as F
 from qwen2vl.config import TextConfig
 from qwen2vl.geometry import AttnMeta
 from qwen2vl.model import KVCache, SequenceKVCaches
-from qwen2vl.model.attention import attention, attention_by_segment
+from qwen2vl.model import attention as attention_module
+from qwen2vl.model.attention import (
+    attention,
+    attention_by_segment,
+    chunked_prefill_attention,
+)
 
 # 12/2 and 28/4 are those of the official models; 3/1, 5/5 and 7/7 are no powers of two.
 HEADS = [(12, 2), (28, 4), (3, 1), (5, 5), (7, 7), (1, 1)]
@@ -123,6 +128,35 @@ def test_chunked_prefill_equals_prefill_at_once(chunks: list[int]) -> None:
         parts.append(SequenceKVCaches([cache], meta).layer(1).attend(*chunk_qkv))
         cache.length = chunk_slice.stop
     assert_close(torch.cat(parts), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("length", "num_keys", "heads", "group", "channels"),
+    [(2, 3, 1, 1, 16), (5, 9, 2, 6, 128), (33, 200, 2, 2, 80), (64, 65, 1, 3, 32)],
+)
+def test_two_parts_equal_the_masked_attention(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    length: int,
+    num_keys: int,
+    heads: int,
+    group: int,
+    channels: int,
+) -> None:
+    torch.manual_seed(0)
+    q_TKGC = torch.randn(length, heads, group, channels, dtype=dtype)
+    k_1KZC, v_1KZC = torch.randn(2, 1, heads, num_keys, channels, dtype=dtype).unbind()
+    meta = AttnMeta.build([length], [num_keys])
+    with torch.inference_mode():
+        want_TKGC = chunked_prefill_attention(q_TKGC, k_1KZC, v_1KZC, meta)
+        assert meta.masks
+        meta.masks.clear()
+        monkeypatch.setattr(attention_module, "MAX_MASK_NUMEL", 0)
+        got_TKGC = chunked_prefill_attention(q_TKGC, k_1KZC, v_1KZC, meta)
+    assert not meta.masks
+    tolerance = 2e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(got_TKGC, want_TKGC, rtol=tolerance, atol=tolerance)
 
 
 def test_the_additive_mask_is_built_once_and_equals_a_boolean_mask() -> None:
