@@ -96,11 +96,14 @@ def test_a_worker_does_not_run_ahead(pool: MediaWorkerPool, requests: list[list[
 
 
 def is_waiting(pid: int) -> bool:
-    """Return whether all threads of a process sleep."""
-    states = [
-        (task / "stat").read_text().rpartition(")")[2].split()[0]
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    ]
+    """Return whether all threads of a process sleep; none may have ended meanwhile."""
+    try:
+        states = [
+            (task / "stat").read_text().rpartition(")")[2].split()[0]
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
     return set(states) == {"S"}
 
 
@@ -169,8 +172,9 @@ def test_a_third_kill_is_an_error(pool: MediaWorkerPool) -> None:
 def test_differing_frames_in_the_middle(pool: MediaWorkerPool) -> None:
     """Frames before the damage arrive; then the metadata are replaced, and the worker goes on."""
     data = wiped(encoded_video(60, width=320, height=240), 0.5, 400)
-    pids, local = pool.worker_pids, open_video(LOCAL_DECODER, data)
+    local = open_video(LOCAL_DECODER, data)
     with closing(open_video(pool, data)) as reader:
+        worker = reader._opened_in
         assert reader.metadata == local.metadata
         results = []
         for each in (reader, local):
@@ -181,7 +185,8 @@ def test_differing_frames_in_the_middle(pool: MediaWorkerPool) -> None:
         assert results[0] == results[1]
         last = len(reader.metadata.timestamps) - 1
         assert frames_of(reader, [0, last], as_bytes) == frames_of(local, [0, last], as_bytes)
-    assert pool.worker_pids == pids
+        assert reader._opened_in is worker
+    assert pool.worker_pids == [worker.pid]
 
 
 def test_a_second_worker_finds_the_same_difference(pool: MediaWorkerPool) -> None:
