@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from record import format_result
 
-from qwen2vl.files import user_cache_dir
+from qwen2vl.files import atomic_file, user_cache_dir
 
 FOLDER = user_cache_dir() / "benchmarks" / "long_video"
 WIDTH, HEIGHT, RATE = 1280, 720, 10
@@ -42,9 +42,7 @@ def make_clip(minutes: int) -> Path:
     path = FOLDER / f"{minutes}.mp4"
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with av.open(str(partial), "w", format="mp4") as output:
+    with atomic_file(path) as partial, av.open(str(partial), "w", format="mp4") as output:
         options = {"preset": "ultrafast", "g": "250"}
         stream = output.add_stream("libx264", rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -57,7 +55,6 @@ def make_clip(minutes: int) -> Path:
             frame.pts, frame.time_base = index, Fraction(1, RATE)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
-    partial.rename(path)
     return path
 
 

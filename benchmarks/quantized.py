@@ -37,10 +37,9 @@ from qwen2vl.engine.decode.backend import DecodeToken
 from qwen2vl.engine.decode.kernel_decode import KernelDecode
 from qwen2vl.eval.mini import build_task
 from qwen2vl.geometry import AttnMeta
-from qwen2vl.linear.cpu.library import load_kernels
 from qwen2vl.linear.fused import fusion_groups
 from qwen2vl.linear.kernel_linear import use_kernels
-from qwen2vl.linear.prepacked import can_prepack, prepack_layers
+from qwen2vl.linear.prepacked import prepack_without_kernels
 from qwen2vl.loading import load
 from qwen2vl.model import KVCache, Qwen2VL, SequenceKVCaches
 from qwen2vl.model.rope import vision_cos_sin
@@ -131,9 +130,7 @@ def blocks(
     for names, scheme in fusion_groups(layer_schemes(model, mode)) if mode else ():
         quantize_layers(model, names, scheme)
     if kernels:
-        found = load_kernels()
-        if can_prepack() and not (found and found.has_tiles):
-            prepack_layers(model, only_vision=True)
+        prepack_without_kernels(model)
         use_kernels(model)
     if compiled:
         compile_for_inference(model)

@@ -24,9 +24,8 @@ import torch
 from qwen2vl.config import Qwen2VLConfig
 from qwen2vl.errors import CheckpointError, InputError, abbreviate
 from qwen2vl.fill import fill_model, online_schemes, prequantized_schemes, release_layers
-from qwen2vl.linear.cpu.library import load_kernels
 from qwen2vl.linear.kernel_linear import use_kernels
-from qwen2vl.linear.prepacked import can_prepack, prepack_layers
+from qwen2vl.linear.prepacked import prepack_without_kernels
 from qwen2vl.lora.full_weights import describe_parameters
 from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.lora.peft import PeftAdapter, parse_mergeable_adapter, parse_peft_adapter
@@ -238,10 +237,7 @@ def load_model(
         factors=merged.factors,
     )
     if target_device.type == "cpu" and resolved_dtype == torch.bfloat16:
-        kernels = load_kernels()
-        if can_prepack() and not (kernels and kernels.has_tiles):
-            on_packed = partial(release_layers, tensors)
-            prepack_layers(model, on_packed, only_vision=kernels is not None)
+        prepack_without_kernels(model, partial(release_layers, tensors))
         use_kernels(model)
     return model.eval()
 

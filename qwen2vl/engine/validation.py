@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,7 +26,7 @@ from qwen2vl.engine.sampling.sampler import ResolvedSamplingParams, Sampler
 from qwen2vl.errors import InputError, abbreviate
 from qwen2vl.lora.multi import LoraAdapter
 from qwen2vl.model import Qwen2VL
-from qwen2vl.processor.inputs import Item, ModelInput, PairSource
+from qwen2vl.processor.inputs import Item, ModelInput, PairSourceView
 from qwen2vl.processor.tokenizer import IncrementalDetokenizer, KeepSpecial, Tokenizer
 from qwen2vl.weights import GenerationDefaults
 
@@ -274,40 +274,6 @@ def find_adapter(adapters: Mapping[str, LoraAdapter], name: str | None) -> LoraA
     return adapters[name]
 
 
-@dataclass(frozen=True, slots=True)
-class _MixedSource:
-    """The frame pairs of another source under other digests. (Is a PairSource.)"""
-
-    source: PairSource
-    mix: Callable[[bytes], bytes]
-
-    def digest(self, index: int) -> bytes | None:
-        """Return the mixed digest of a pair; None if it has not been decoded yet."""
-        digest = self.source.digest(index)
-        return None if digest is None else self.mix(digest)
-
-    def patches(self, index: int) -> Tensor | None:
-        """Return the patches of a pair, if they are there."""
-        return self.source.patches(index)
-
-    def prefetch(self, index: int) -> None:
-        """Decode from this pair on."""
-        self.source.prefetch(index)
-
-    def wait(self, index: int, timeout: float) -> None:
-        """Wait until the pair has been decoded."""
-        self.source.wait(index, timeout)
-
-    def close(self) -> None:
-        """Release all patches."""
-        self.source.close()
-
-    @property
-    def num_bytes(self) -> int:
-        """The largest number of bytes that the source keeps in memory."""
-        return self.source.num_bytes
-
-
 def with_cache_identity(prompt: ModelInput, adapter: LoraAdapter | None) -> ModelInput:
     """Mix into the digests of frame pairs what else embeddings belong to: adapter and cache salt.
 
@@ -322,7 +288,7 @@ def with_cache_identity(prompt: ModelInput, adapter: LoraAdapter | None) -> Mode
         return salted_digest(digest + vision_digest, prompt.cache_salt)
 
     def mixed(item: Item) -> Item:
-        source = None if item.source is None else _MixedSource(item.source, mix)
+        source = None if item.source is None else PairSourceView(item.source, map_digest=mix)
         return replace(item, pair_digests=tuple(map(mix, item.pair_digests)), source=source)
 
     return replace(prompt, items=tuple(map(mixed, prompt.items)))

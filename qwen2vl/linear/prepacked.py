@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from qwen2vl.linear.cpu.library import load_kernels
 from qwen2vl.linear.custom_ops import custom_op
 from qwen2vl.linear.fused import fusion_groups, replace_with_fused
 from qwen2vl.model import Qwen2VL
 
-__all__ = ["PrepackedLinear", "can_prepack", "prepack_layers"]
+__all__ = ["PrepackedLinear", "can_prepack", "prepack_layers", "prepack_without_kernels"]
 
 MIN_PREPACK_NUMEL = 2**20  # elements of a matrix; smaller ones gained nothing when measured
 
@@ -70,6 +71,18 @@ class PrepackedLinear(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """Multiply rows (T, I) into (T, O)."""
         return _prepacked_linear(x_TI, self.packed, self.bias)
+
+
+def prepack_without_kernels(
+    model: Qwen2VL, on_packed: Callable[[Sequence[str]], None] = lambda names: None
+) -> None:
+    """Prepack the layers that the kernels of this processor do not compute, if it gains anything.
+
+    `on_packed` is that of `prepack_layers`.
+    """
+    kernels = load_kernels()
+    if can_prepack() and not (kernels and kernels.has_tiles):
+        prepack_layers(model, on_packed, only_vision=kernels is not None)
 
 
 def prepack_layers(

@@ -10,7 +10,7 @@ the memory and copies of float32.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qwen2vl.geometry import Grid, VisionMeta, num_vision_tokens
 
-__all__ = ["Item", "ModelInput", "PairSource"]
+__all__ = ["Item", "ModelInput", "PairSource", "PairSourceView"]
 
 
 class PairSource(Protocol):
@@ -50,6 +50,41 @@ class PairSource(Protocol):
     def num_bytes(self) -> int:
         """The largest number of bytes that it keeps in memory."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PairSourceView:
+    """The frame pairs of another source from one on, under other digests. (Is a PairSource.)"""
+
+    source: PairSource
+    first: int = 0
+    map_digest: Callable[[bytes], bytes] | None = None  # None: the same digests
+
+    def digest(self, index: int) -> bytes | None:
+        """Return the digest of a pair; None if it has not been decoded yet."""
+        digest = self.source.digest(self.first + index)
+        return digest if digest is None or self.map_digest is None else self.map_digest(digest)
+
+    def patches(self, index: int) -> Tensor | None:
+        """Return the patches of a pair, if they are there."""
+        return self.source.patches(self.first + index)
+
+    def prefetch(self, index: int) -> None:
+        """Decode from this pair on."""
+        self.source.prefetch(self.first + index)
+
+    def wait(self, index: int, timeout: float) -> None:
+        """Wait until the pair has been decoded."""
+        self.source.wait(self.first + index, timeout)
+
+    def close(self) -> None:
+        """Release all patches."""
+        self.source.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """The largest number of bytes that the source keeps in memory."""
+        return self.source.num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

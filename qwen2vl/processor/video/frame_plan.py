@@ -111,7 +111,7 @@ def _plan_stills(
             "change frame_times"
         )
     step = settings.vision.temporal_patch_size
-    indices = [index for time in times for index in (_nearest(timestamps, time),) * step]
+    indices = [index for nearest in _nearest(timestamps, times) for index in (nearest,) * step]
     height, width = _frame_size(metadata, len(indices), settings)
     notes = [f"{len(times)} frames, {width} x {height}"]
     return FramePlan(indices=tuple(indices), height=height, width=width, notes=tuple(notes))
@@ -132,8 +132,8 @@ def _plan_at_interval(
             f"{settings.name}: a frame every {interval:g} s would be {count:,}, limit is "
             f"{limit:,}; raise max_frames, with total_pixels, or make frame_interval longer"
         )
-    times = (timestamps[0] + number * interval for number in range(count))
-    indices = tuple(first + _nearest(timestamps, time) for time in times)
+    times = [timestamps[0] + number * interval for number in range(count)]
+    indices = tuple(first + index for index in _nearest(timestamps, times))
     height, width = _frame_size(metadata, count, settings)
     note = f"{len(set(indices))} of {len(metadata.timestamps)} frames, one every {interval:g} s, "
     return FramePlan(
@@ -141,10 +141,13 @@ def _plan_at_interval(
     )
 
 
-def _nearest(timestamps: Sequence[float], time: float) -> int:
-    after = min(bisect_left(timestamps, time), len(timestamps) - 1)
-    before = max(after - 1, 0)
-    return before if time - timestamps[before] <= timestamps[after] - time else after
+def _nearest(timestamps: Sequence[float], times: Sequence[float] | np.ndarray) -> list[int]:
+    """Return the index of the frame nearest to each time; of two as near, the earlier."""
+    known, wanted = np.asarray(timestamps), np.asarray(times)
+    after = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    before = (after - 1).clip(min=0)
+    is_earlier = wanted - known[before] <= known[after] - wanted
+    return np.where(is_earlier, before, after).tolist()
 
 
 def _frame_range(metadata: VideoMetadata, settings: _FrameSettings) -> tuple[int, int]:
@@ -238,11 +241,7 @@ def _sample_indices(timestamps: Sequence[float], count: int, *, uniform: bool) -
     """Sample `count` frames evenly, first and last included: by index; by time if not uniform."""
     if uniform:
         return torch.linspace(0, len(timestamps) - 1, count).round().long().tolist()
-    targets = np.linspace(timestamps[0], timestamps[-1], count)
-    after = np.searchsorted(timestamps, targets).clip(1, len(timestamps) - 1)
-    times = np.asarray(timestamps)
-    earlier = targets - times[after - 1] <= times[after] - targets
-    return (after - earlier).tolist()
+    return _nearest(timestamps, np.linspace(timestamps[0], timestamps[-1], count))
 
 
 def _format_fps(count: int, duration: float) -> str:

@@ -12,12 +12,10 @@ time can be answered with it. (Not of the paper: LiveCC and StreamingVLM interle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-from torch import Tensor
+from dataclasses import replace
 
 from qwen2vl.processor.content import MediaPart, Part, TextPart, add_param
-from qwen2vl.processor.inputs import Item, PairSource
+from qwen2vl.processor.inputs import Item, PairSourceView
 from qwen2vl.processor.messages import Message
 from qwen2vl.processor.video.subtitles import Cue
 
@@ -122,40 +120,7 @@ def _part(item: Item, start: int, stop: int) -> Item:
         grid=item.grid._replace(t=stop - start),
         patches_NP=item.patches_NP[area * start : area * stop],
         pair_digests=item.pair_digests[start:stop],
-        source=None if item.source is None else _SourcePart(item.source, start),
+        source=None if item.source is None else PairSourceView(item.source, start),
         frame_timestamps=item.frame_timestamps[frames],
         notes=item.notes if start == 0 else (),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _SourcePart:
-    """The frame pairs of another source from one on. (Is a PairSource.)"""
-
-    source: PairSource
-    first: int
-
-    def digest(self, index: int) -> bytes | None:
-        """Return the digest of a pair; None if it has not been decoded yet."""
-        return self.source.digest(self.first + index)
-
-    def patches(self, index: int) -> Tensor | None:
-        """Return the patches of a pair, if they are there."""
-        return self.source.patches(self.first + index)
-
-    def prefetch(self, index: int) -> None:
-        """Decode from this pair on."""
-        self.source.prefetch(self.first + index)
-
-    def wait(self, index: int, timeout: float) -> None:
-        """Wait until the pair has been decoded."""
-        self.source.wait(self.first + index, timeout)
-
-    def close(self) -> None:
-        """Release all patches."""
-        self.source.close()
-
-    @property
-    def num_bytes(self) -> int:
-        """The largest number of bytes that the source keeps in memory."""
-        return self.source.num_bytes
